@@ -1,0 +1,43 @@
+"""Reading and writing small files: whole or not at all."""
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from lorasae.errors import InputError
+
+
+def write_bytes(path, data):
+    """Writes data to a temporary file beside `path`, then renames: a reader sees the old file or the new, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        os.unlink(temporary)
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path, value):
+    """Writes value as indented JSON, atomically."""
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path):
+    """The object in a JSON file; InputError where the file is missing or is not JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} has no {path.name}") from None
+    except (ValueError, NotADirectoryError) as error:
+        raise InputError(f"{path} is not JSON ({error})") from None

@@ -1,0 +1,149 @@
+"""What both block families share: rotary positions, causal attention with its key-value cache, and the gated MLP.
+
+Shapes: B batch, T query positions, S key positions (S >= T; the queries are the last T), H heads, G key-value heads,
+C head_dim.
+"""
+import math
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+
+def rotary_frequencies(head_dim, theta, scaling=None, device=None):
+    """Inverse wavelengths θ^(-2i/C), [C/2], always fp32: in bf16 they would rotate late positions to the wrong angle.
+
+    `scaling` (Llama-3, a RopeScaling) divides the frequencies whose wavelength exceeds the original context by `factor`,
+    leaves the short ones alone and interpolates between; it applies at every length, short prompts included.
+    """
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.int64).float() / head_dim)
+    if scaling is None:
+        return frequencies
+    old, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    turns = old / (2 * math.pi / frequencies)                       # full turns within the original context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)             # 0: stretched by `factor`, 1: left alone
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+def rotary_table(positions, frequencies, dtype):
+    """cos and sin, [T, C] each, of the angles position * frequency; both halves of C carry the same angles."""
+    angles = positions.float()[:, None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x, rotary):
+    """Rotary embedding in halves (Hugging Face's layout): x [B, H, T, C] turned by rotary = (cos, sin)."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def causal_mask(T, S, window, device):
+    """[T, S], True where query t (at absolute position S - T + t) may look: at itself, and less than `window` back."""
+    query = torch.arange(S - T, S, device=device)[:, None]
+    key = torch.arange(S, device=device)
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def naive_attention(q, k, v, scale, softcap=None, window=None):
+    """softmax(mask(cap · tanh(q kᵀ scale / cap))) v, written out; the soft-cap comes before the mask, the softmax is fp32.
+
+    q [B, H, T, C], k and v [B, G, S, C] -> [B, H, T, C].
+    """
+    heads = q.shape[1] // k.shape[1]                                # grouped queries: each key-value head serves several
+    k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    mask = causal_mask(q.shape[2], k.shape[2], window, q.device)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def attention(q, k, v, scale, softcap=None, window=None):
+    """naive_attention by the fastest exact kernel at hand: PyTorch's fused one, FlexAttention on CUDA, else the formula.
+
+    The fused kernel knows no soft-cap and FlexAttention has no backward on the CPU, so Gemma-2 on a CPU runs the formula.
+    """
+    T, S = q.shape[2], k.shape[2]
+    if window is not None and S <= window:
+        window = None                                               # the window cannot bind
+    if softcap is None and window is None and (T == S or T == 1):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T == S and T > 1, scale=scale, enable_gqa=True)
+    if q.is_cuda and T == S:
+        return _flex_attention(q, k, v, scale, softcap, window)
+    return naive_attention(q, k, v, scale, softcap, window)
+
+
+def _flex_attention(q, k, v, scale, softcap, window):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def cap(score, b, h, q_index, k_index):
+        return softcap * torch.tanh(score / softcap) if softcap is not None else score
+
+    def seen(b, h, q_index, k_index):
+        inside = k_index <= q_index
+        return inside if window is None else inside & (k_index > q_index - window)
+
+    mask = create_block_mask(seen, None, None, q.shape[2], k.shape[2], device=q.device)
+    if not torch.compiler.is_compiling():                           # eager FlexAttention would hold every score
+        flex_attention = torch.compile(flex_attention)
+    return flex_attention(q, k, v, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: softmax(cap(q kᵀ scale)) v with rotary q and k, optionally soft-capped and windowed."""
+
+    def __init__(self, config, layer, scale, softcap=None, window=None):
+        super().__init__()
+        D, C = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(D, config.num_attention_heads * C, bias=False)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * C, bias=False)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * C, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * C, D, bias=False)
+        self.layer, self.head_dim = layer, C
+        self.scale, self.softcap, self.window = scale, softcap, window
+
+    def forward(self, x, rotary, cache=None):
+        B, T, _ = x.shape
+        q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # [B, heads, T, C]
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = attention(q, k, v, self.scale, self.softcap, self.window)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """down(activation(gate x) · up x): the gated MLP, with tanh-GELU in Gemma-2 and SiLU in Llama-3."""
+
+    def __init__(self, config, activation):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Cache:
+    """The keys and values of the positions seen so far, one pair a block, for generating token by token."""
+
+    def __init__(self):
+        self.pairs = {}
+
+    @property
+    def length(self):
+        return next(iter(self.pairs.values()))[0].shape[2] if self.pairs else 0
+
+    def extend(self, layer, k, v):
+        """Appends k, v [B, G, T, C] of a block; returns all of its keys and values [B, G, S, C]."""
+        if layer in self.pairs:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.pairs[layer], (k, v)))
+        self.pairs[layer] = k, v
+        return k, v

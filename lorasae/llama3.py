@@ -1,0 +1,71 @@
+"""Llama-3: its configuration and its block. Module names are Hugging Face's, so weights load with no mapping table.
+
+A plain pre-norm block: RMSNorm, grouped-query attention, SwiGLU. Its one peculiarity is the rotary scaling (layers.py), which
+bends the low frequencies at every length. Mind `post_attention_layernorm`: here it normalises the MLP's *input*.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+from lorasae.layers import MLP, Attention
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    factor: float                                       # 32 in Llama-3.2-1B, 8 in Llama-3.1-8B
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Llama3Config:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    bos_token_id: int
+    eos_token_id: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int = 131072
+    model_type: str = "llama"
+
+    final_logit_softcapping = None
+
+    def embed_scale(self, dtype):
+        return 1
+
+
+class RMSNorm(nn.Module):
+    """w · (x / √(mean x² + ε)): normalised in fp32 and cast *before* the weight, unlike Gemma-2's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x):
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+
+
+class Block(nn.Module):
+    """x ← x + attention(norm x),  x ← x + mlp(norm x)"""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config, layer, scale=config.head_dim ** -0.5)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config, F.silu)
+
+    def forward(self, x, rotary, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))

@@ -1,0 +1,88 @@
+"""The decoder-only transformer (paper Eq. 2-3) with SAEs spliced into its residual stream (Eq. 5).
+
+    x = model.embed(tokens)                    [B, T] -> [B, T, D]
+    x = model.run(x, 0, depth, saes)           blocks, with the splice in one visible line
+    logits = model.logits(x)                   final norm, head, soft-cap -> [B, T, V]
+
+`run` works on any range of blocks, which is what lets the teacher and the student share the frozen prefix (adapt.py).
+Shapes: B batch, T tokens, D d_model, V vocabulary.
+"""
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+from lorasae import gemma2, llama3
+from lorasae.layers import rotary_frequencies, rotary_table
+from lorasae.sae import splice
+
+
+class Transformer(nn.Module):
+    """x_0 = embed(tokens),  x_i = h_i(x_{i-1}),  y = softmax(head(norm(x_L)))  (Eq. 2-3); HF's names for every weight.
+
+    `layer` counts blocks from 0, so SAE layer 12 reads the output of the 13th block. No buffer is registered: a model may be
+    built on the meta device and filled with weights afterwards.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        family = {"gemma2": gemma2, "llama": llama3}[config.model_type]
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(family.Block(config, layer) for layer in range(config.num_hidden_layers)),
+            "norm": family.RMSNorm(config),
+        })
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def layers(self):
+        return self.model["layers"]
+
+    @property
+    def head(self):
+        """The unembedding [V, D]: the embedding itself where the two are tied."""
+        return (self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head).weight
+
+    @property
+    def softcap(self):
+        """The cap on the logits (Gemma-2's 30), or None."""
+        return self.config.final_logit_softcapping
+
+    @property
+    def device(self):
+        return self.head.device
+
+    def embed(self, tokens):
+        x = self.model["embed_tokens"](tokens)
+        return x * self.config.embed_scale(x.dtype)
+
+    def norm(self, x):
+        """The final norm: what objectives.py multiplies by `head`."""
+        return self.model["norm"](x)
+
+    def run(self, x, start, stop, saes={}, keep=None, cache=None):
+        """Blocks start .. stop-1. x [B, T, D] -> [B, T, D].
+
+        saes: {layer: SAE}; the reconstruction of an SAE replaces the output of its block, at all positions but those
+        where keep [B, T] is True. cache: a layers.Cache to extend; x then continues the positions it holds.
+        """
+        past = cache.length if cache is not None else 0
+        positions = torch.arange(past, past + x.shape[1], device=x.device)
+        config = self.config
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, x.device)
+        rotary = rotary_table(positions, frequencies, x.dtype)
+        for layer in range(start, stop):
+            x = self.layers[layer](x, rotary, cache)
+            if layer in saes:
+                x = splice(x, saes[layer], keep)                # Eq. 5: the reconstruction replaces the activation
+        return x
+
+    def logits(self, x):
+        """Residual stream after the last block [B, T, D] -> logits [B, T, V], soft-capped where the model is."""
+        logits = F.linear(self.norm(x), self.head)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def forward(self, tokens, saes={}, keep=None, cache=None):
+        """tokens [B, T] -> logits [B, T, V], with every SAE of {layer: SAE} spliced in."""
+        return self.logits(self.run(self.embed(tokens), 0, len(self.layers), saes, keep, cache))

@@ -1,0 +1,126 @@
+"""The objectives, straight from hidden states: KL(base ‖ adapted) for training (Eq. 7), CE and KL a token for evaluation.
+
+The vocabulary is the largest dimension of the whole computation: for one Gemma-2 sequence the naive formula holds seven
+[1024, 256000] fp32 tensors. Here the logits of a few hundred tokens at a time are made, turned into losses and gradients, and
+dropped. Exercised by `python -m lorasae.bench kl`.
+
+Shapes: N tokens (B*T), D d_model, V vocabulary. Hidden states come after the final norm; `weight` is the head [V, D].
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+CHUNK_ELEMENTS = {"cpu": 2 ** 23, "cuda": 2 ** 28}      # logits held at once: 32 MB on a CPU (cache), 1 GB on a GPU (GEMM size)
+
+
+def naive_kl(target, hidden, weight, softcap=None):
+    """Σ_tokens KL(p ‖ q), p = softmax(cap(target Wᵀ)), q = softmax(cap(hidden Wᵀ)): Eq. 7 written out with all its logits."""
+    log_p, log_q = (capped(rows.float() @ weight.float().T, softcap).log_softmax(-1) for rows in (target, hidden))
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def linear_kl(target, hidden, weight, softcap=None, chunk=None):
+    """naive_kl without its [N, V] tensors: same value, same gradient to `hidden`, peak memory a few chunks of logits.
+
+    target, hidden [..., D], of the base and of the adapted model; weight [V, D] is frozen and gets no gradient, nor does
+    target. Returns the *sum* over tokens, in nats, as an fp32 scalar. chunk: tokens at a time (None: by device).
+
+    The direction is the base first: the student pays where the base puts mass. Logits and softmax are fp32 even for bf16
+    weights, because at the paper's end range (KL 0.01 to 0.2) bf16 logits put errors of 10 % and more into the gradient.
+    """
+    D = hidden.shape[-1]
+    return LinearKL.apply(hidden.reshape(-1, D), target.detach().reshape(-1, D), weight.detach(), softcap,
+                          chunk or chunk_rows(weight))
+
+
+class LinearKL(torch.autograd.Function):
+    """With u = hidden Wᵀ, z = c tanh(u / c):  ∂KL/∂u = (q - p) (1 - (z / c)²),  ∂KL/∂hidden = (∂KL/∂u) W.
+
+    The gradient is made in the forward pass, while the logits of the chunk exist; [N, D] is all that is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, target, weight, softcap, chunk):
+        total = torch.zeros((), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            logits = matmul_fp32(torch.cat([target[rows], hidden[rows]]), weight.T)       # W is read once for both
+            loss, d_logits = kl_and_gradient(*logits.chunk(2), softcap)
+            total += loss
+            if gradient is not None:
+                gradient[rows] = matmul_fp32(d_logits.to(weight.dtype), weight)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        gradient, = ctx.saved_tensors
+        return gradient * d_total.to(gradient.dtype), None, None, None, None
+
+
+def kl_and_gradient(teacher, student, softcap):
+    """Uncapped fp32 logits [n, V] of both -> (Σ KL, ∂KL/∂student [n, V]). Works in place: both inputs are consumed."""
+    if softcap is not None:
+        teacher.div_(softcap).tanh_().mul_(softcap)
+        student.div_(softcap).tanh_()
+        slope = 1 - student * student                                   # d(c tanh(u / c))/du
+        student.mul_(softcap)
+    log_p = teacher.sub_(teacher.logsumexp(-1, keepdim=True))
+    log_q = student.sub_(student.logsumexp(-1, keepdim=True))
+    p = log_p.exp()
+    loss = torch.dot(p.view(-1), log_p.sub_(log_q).view(-1))
+    gradient = log_q.exp_().sub_(p)
+    return loss, gradient if softcap is None else gradient.mul_(slope)
+
+
+class TokenLosses(NamedTuple):
+    """Losses in nats, [N] fp32 each."""
+    ce: torch.Tensor                                    # -log q(label)
+    kl: torch.Tensor | None                             # KL(p ‖ q) to the base; None where no target was given
+
+
+@torch.no_grad()
+def token_losses(hidden, labels, weight, softcap=None, target=None, chunk=None):
+    """Cross-entropy and KL of every token in one pass over the head.
+
+    hidden, target [..., D] after the final norm (target: the base model's); labels [...] the tokens to be predicted.
+    """
+    D, shape = hidden.shape[-1], labels.shape
+    hidden, labels = hidden.reshape(-1, D), labels.reshape(-1)
+    target = target.reshape(-1, D) if target is not None else None
+    ce, kl = torch.empty(len(hidden), device=hidden.device), torch.zeros(len(hidden), device=hidden.device)
+    chunk = chunk or chunk_rows(weight)
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        log_q = capped(matmul_fp32(hidden[rows], weight.T), softcap).log_softmax(-1)
+        ce[rows] = -log_q.gather(-1, labels[rows, None])[:, 0]
+        if target is not None:
+            log_p = capped(matmul_fp32(target[rows], weight.T), softcap).log_softmax(-1)
+            kl[rows] = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return TokenLosses(ce.view(shape), kl.view(shape) if target is not None else None)
+
+
+def capped(logits, softcap):
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def chunk_rows(weight):
+    """How many tokens' logits to hold at once."""
+    return max(16, CHUNK_ELEMENTS[weight.device.type if weight.is_cuda else "cpu"] // len(weight))
+
+
+def matmul_fp32(a, b):
+    """a [n, k] @ b [k, m] in fp32, also from bf16: CUDA accumulates and returns fp32, a CPU widens a slice of b at a time."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    a = a.float()
+    if b.stride(0) == 1:                                                # a transposed head: slice its columns, the vocabulary
+        return torch.cat([a @ part.float() for part in b.split(2 ** 14, dim=1)], dim=1)
+    out = torch.zeros(len(a), b.shape[1])
+    for rows, part in zip(a.split(2 ** 14, dim=1), b.split(2 ** 14, dim=0)):
+        out += rows @ part.float()
+    return out

@@ -1,0 +1,154 @@
+"""A run's folder: what was asked (config.json), what happened (metrics.jsonl, checkpoint/), what came out (results.json).
+
+Every file is whole or absent. A killed run loses the steps since its last checkpoint and, resumed, ends where the
+uninterrupted one would have: parameters, optimiser, random state and position in the data are all restored.
+"""
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import torch
+from tqdm import tqdm
+
+from lorasae.errors import InputError
+from lorasae.files import read_json, write_bytes, write_json
+
+LOG_EVERY = 10                                          # steps a metrics line covers; also how often the GPU is waited for
+
+
+class Run:
+    """One training run in `folder`. Build it with Run.create or Run.resume."""
+
+    def __init__(self, folder, config):
+        self.folder, self.config = Path(folder), config
+        self.pending, self.seconds, self.bar = [], 0.0, None
+
+    @classmethod
+    def create(cls, folder, config):
+        """A fresh folder with its config.json; refuses one that holds anything."""
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} already holds files: pass another --out, or --resume {folder} to continue that run")
+        write_json(folder / "config.json", {**config, "versions": versions()})
+        return cls(folder, config)
+
+    @classmethod
+    def resume(cls, folder):
+        """The run that `folder` holds, to be continued."""
+        if (Path(folder) / "results.json").exists():
+            raise InputError(f"{folder} is a finished run: there is nothing to resume (python eval.py {folder} evaluates it)")
+        return cls(folder, read_json(Path(folder) / "config.json"))
+
+    def restore(self, parameters, optimizer):
+        """Loads the newest whole checkpoint into parameters and optimiser; returns the steps done (0 without one)."""
+        for path in sorted((self.folder / "checkpoint").glob("step-*.pt"), reverse=True):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, OSError, ValueError) as error:
+                print(f"{path} is damaged ({str(error).splitlines()[0]}): trying the checkpoint before it", file=sys.stderr)
+                continue
+            with torch.no_grad():
+                for parameter, saved in zip(parameters, state["parameters"], strict=True):
+                    parameter.copy_(saved)
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["cuda_rng"])
+            self.seconds = state["seconds"]
+            self._forget_metrics_after(state["step"])
+            return state["step"]
+        self._forget_metrics_after(0)
+        return 0
+
+    def save(self, step, parameters, optimizer):
+        """Writes checkpoint/step-N.pt, keeping the one before it. Only ever called with finite losses behind it."""
+        self._flush()
+        state = {"step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(),
+                 "rng": torch.get_rng_state(), "seconds": self.seconds,
+                 "cuda_rng": torch.cuda.get_rng_state() if parameters[0].is_cuda else None}
+        folder = self.folder / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{step:08d}.pt"
+        torch.save(state, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+        for old in sorted(folder.glob("step-*.pt"))[:-2]:
+            old.unlink()
+
+    def checkpoint_due(self, step):
+        return step % self.config["checkpoint_every"] == 0
+
+    def progress(self, start, steps):
+        """Counts the steps start .. steps-1 behind a progress bar (on a terminal only), timing what happens between."""
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.started = time.perf_counter() - self.seconds
+        for step in range(start, steps):
+            yield step
+            self.bar.update()
+        self._flush()
+        self.bar.close()
+
+    def log(self, step, **values):
+        """Notes a step's values (floats or 0-dim tensors); every LOG_EVERY steps they are read and written as a line."""
+        self.pending.append((step, values))
+        if step % LOG_EVERY == 0:
+            self._flush()
+
+    def _flush(self):
+        """Waits for the pending values, stops the run if one is not finite, and appends their means to metrics.jsonl."""
+        self.seconds = time.perf_counter() - self.started
+        if not self.pending:
+            return
+        rows = [(step, {name: float(value) for name, value in values.items()}) for step, values in self.pending]
+        self.pending = []
+        for step, values in rows:
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    kept = sorted((self.folder / "checkpoint").glob("step-*.pt"))
+                    raise InputError(f"{name} became {value} at step {step}: lower --lr or use --dtype float32; the last good "
+                                     f"checkpoint is {kept[-1] if kept else 'none yet'}")
+        step = rows[-1][0]
+        means = {name: sum(values[name] for _, values in rows) / len(rows) for name in rows[0][1]}
+        rate = step * self.config["batch_size"] * self.config["context"] / self.seconds
+        line = {"step": step, "tokens": step * self.config["batch_size"] * self.config["context"], **means,
+                "tokens_per_second": rate, "seconds": self.seconds}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        name, value = next(iter(means.items()))
+        self.bar.set_postfix_str(f"{name} {value:.4f}, {rate:,.0f} tok/s")
+
+    def _forget_metrics_after(self, step):
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+            write_bytes(path, "".join(line + "\n" for line in lines).encode())
+
+    def finish(self, results):
+        """Writes results.json, which marks the run as finished."""
+        write_json(self.folder / "results.json", results)
+
+
+def versions():
+    """What a repetition needs to know about the machine's software."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+
+
+def peak_memory_bytes(device):
+    """The most memory the run has held: of the GPU where it ran on one, else of the whole process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def print_table(rows, headings=None):
+    """Prints rows (sequences of cells) as aligned columns, the first to the left and the rest to the right."""
+    rows = [[cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row] for row in ([headings] if headings else []) + list(rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]).rstrip())

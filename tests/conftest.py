@@ -1,0 +1,70 @@
+"""Tiny random models in the exact format of the real ones, written by the tests themselves: nothing is downloaded."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+GEMMA = {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 97, "hidden_size": 48,
+    "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "query_pre_attn_scalar": 24, "sliding_window": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 4096, "bos_token_id": 2, "eos_token_id": 1,
+    "pad_token_id": 0, "hidden_activation": "gelu_pytorch_tanh", "torch_dtype": "float32",
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97, "hidden_size": 64,
+    "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "bos_token_id": 0, "eos_token_id": 1,
+    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 64},
+    "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "float32",
+}
+
+
+def random_weights(raw, seed=0, scale=0.3):
+    """{name: tensor} for a configuration, large enough that soft-caps bite and every detail shows in the logits."""
+    from lorasae.checkpoint import parse_config
+    from lorasae.model import Transformer
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Transformer(parse_config(raw, "the test")).named_parameters()}
+    return {name: scale * torch.randn(shape, generator=generator) + (1.0 if len(shape) == 1 else 0.0)
+            for name, shape in shapes.items()}
+
+
+def write_model(folder, raw, seed=0, scale=0.3):
+    """A single-file Hugging Face folder with random weights."""
+    from lorasae.files import write_json
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", raw)
+    save_file(random_weights(raw, seed, scale), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(params=["gemma2", "llama"])
+def raw_config(request):
+    return {"gemma2": GEMMA, "llama": LLAMA}[request.param]
+
+
+@pytest.fixture
+def model_folder(raw_config, tmp_path):
+    return write_model(tmp_path / "model", raw_config)
+
+
+@pytest.fixture
+def model(raw_config):
+    """A random frozen Transformer of each family."""
+    from lorasae.checkpoint import parse_config
+    from lorasae.model import Transformer
+    model = Transformer(parse_config(raw_config, "the test"))
+    model.load_state_dict(random_weights(raw_config, scale=0.15), strict=True)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(1))

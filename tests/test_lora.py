@@ -1,0 +1,153 @@
+"""LoRA: the identity at the start, Eq. 1 after, PEFT's files both ways, and what is refused."""
+import json
+
+import pytest
+import torch
+
+from conftest import GEMMA, write_model
+from lorasae.checkpoint import load_model, save_model
+from lorasae.errors import InputError
+from lorasae.files import write_json
+from lorasae.lora import add_lora, adapters, base, load_adapter, lora_parameters, merge_lora, save_adapter
+
+
+def trained(model, layers=(1, 3), rank=3, **how):
+    """A model whose adapters are not the identity."""
+    add_lora(model, layers, rank, **how)
+    torch.manual_seed(5)
+    for module in adapters(model).values():
+        torch.nn.init.normal_(module.lora_B.weight, std=0.05)
+    return model.eval()
+
+
+def test_a_fresh_adapter_is_the_identity_and_only_it_trains(model, tokens):
+    before = model(tokens)
+    add_lora(model, [2, 3], rank=4)
+    assert torch.equal(model(tokens), before)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 7 * 2 and all("lora_" in name for name in trainable)
+
+
+def test_forward_is_equation_1(model):
+    trained(model, rank=3, alpha=12)
+    module = model.layers[1].mlp.up_proj
+    x = torch.randn(5, module.in_features)
+    expected = x @ module.weight.T + 12 / 3 * (x @ module.lora_A.weight.T) @ module.lora_B.weight.T
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_acts_on_the_adapters_input_in_training_only(model):
+    module = trained(model, dropout=0.5).layers[1].mlp.up_proj
+    x = torch.randn(5, module.in_features)
+    assert torch.equal(module(x), module(x))
+    module.train()
+    assert not torch.equal(module(x), module(x))
+    with base(model):
+        assert torch.equal(module(x), x @ module.weight.T)
+
+
+def test_base_switches_the_adapters_off_and_back_on_even_after_an_error(model, tokens):
+    plain = model(tokens)
+    trained(model)
+    adapted = model(tokens)
+    with pytest.raises(ZeroDivisionError), base(model):
+        assert torch.equal(model(tokens), plain)
+        1 / 0
+    assert torch.equal(model(tokens), adapted) and not torch.equal(adapted, plain)
+
+
+def test_merging_leaves_plain_linears_and_the_same_function(model, tokens):
+    adapted = trained(model)(tokens)
+    merge_lora(model)
+    assert not adapters(model) and not any("lora" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(model(tokens), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_masters_stay_fp32_over_a_bf16_base(model_folder, tokens):
+    model = trained(load_model(model_folder, dtype="bfloat16"))
+    assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
+    logits = model(tokens)
+    assert logits.dtype == torch.bfloat16
+    logits.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in lora_parameters(model))
+
+
+def test_adapters_survive_saving_and_loading(model_folder, tokens, tmp_path):
+    model = trained(load_model(model_folder), rank=5, alpha=7)
+    save_adapter(model, tmp_path / "adapter", "some/model")
+    assert torch.equal(load_adapter(load_model(model_folder), tmp_path / "adapter").eval()(tokens), model(tokens))
+
+
+def test_peft_loads_our_adapter(model_folder, tokens, tmp_path):
+    peft = pytest.importorskip("peft", reason="the oracle is peft")
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
+    model = trained(load_model(model_folder), rank=5, alpha=7)
+    save_adapter(model, tmp_path / "adapter", str(model_folder))
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
+    oracle = peft.PeftModel.from_pretrained(oracle, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert (oracle(tokens).logits - model(tokens)).abs().max() <= 1e-5 * max(1, model(tokens).abs().max())
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
+def test_we_load_pefts_adapter(model_folder, tokens, tmp_path, options):
+    peft = pytest.importorskip("peft", reason="the oracle is peft")
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
+    names = [f"model.layers.{layer}.mlp.{name}" for layer in (0, 2) for name in ("up_proj", "down_proj")]
+    oracle = peft.get_peft_model(oracle, peft.LoraConfig(r=4, lora_alpha=8, target_modules=names,
+                                                         init_lora_weights=False, **options)).eval()
+    oracle.save_pretrained(tmp_path / "adapter")
+    model = load_adapter(load_model(model_folder), tmp_path / "adapter").eval()
+    assert sorted(adapters(model)) == sorted(names)
+    with torch.no_grad():
+        assert (oracle(tokens).logits - model(tokens)).abs().max() <= 1e-5 * max(1, model(tokens).abs().max())
+
+
+def test_transformers_loads_the_merged_checkpoint(model_folder, raw_config, tokens, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
+    model = trained(load_model(model_folder))
+    adapted = model(tokens).detach()
+    save_model(merge_lora(model), tmp_path / "merged", config=raw_config)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    with torch.no_grad():
+        assert (oracle(tokens).logits - adapted).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("layers, rank, dropout, message", [
+    ([1], 0, 0.1, "rank"), ([4], 2, 0.1, "0 to 3"), ([-1], 2, 0.1, "0 to 3"), ([], 2, 0.1, "0 to 3"), ([1], 2, 1.0, "dropout")])
+def test_impossible_adapters_are_refused(model, layers, rank, dropout, message):
+    with pytest.raises(InputError, match=message):
+        add_lora(model, layers, rank, dropout=dropout)
+
+
+def test_a_second_set_of_adapters_is_refused(model):
+    add_lora(model, [1], 2)
+    with pytest.raises(InputError, match="already"):
+        add_lora(model, [2], 2)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"), ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+    ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"), ({"bias": "all"}, "bias"), ({"r": 9}, "another model or rank")])
+def test_adapters_outside_equation_1_are_refused_by_name(model_folder, tmp_path, change, message):
+    save_adapter(trained(load_model(model_folder)), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    write_json(path, {**json.loads(path.read_text()), **change})
+    with pytest.raises(InputError, match=message):
+        load_adapter(load_model(model_folder), tmp_path / "adapter")
+
+
+def test_an_adapter_of_another_model_is_refused(model_folder, tmp_path):
+    other = write_model(tmp_path / "other", {**GEMMA, "num_hidden_layers": 6, "intermediate_size": 96})
+    save_adapter(trained(load_model(other), layers=[5]), tmp_path / "adapter")
+    with pytest.raises(InputError, match="another model"):
+        load_adapter(load_model(model_folder), tmp_path / "adapter")
+
+
+def test_a_truncated_adapter_is_refused(model_folder, tmp_path):
+    save_adapter(trained(load_model(model_folder)), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match="not a whole"):
+        load_adapter(load_model(model_folder), tmp_path / "adapter")
