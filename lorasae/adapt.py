@@ -76,7 +76,7 @@ def train(model, saes, batches, run, *, steps, lr, weight_decay, clip, micro_bat
     for step, tokens in zip(run.progress(start, steps), batches(start)):
         total = 0.0
         for part in tokens.to(model.device, non_blocking=True).split(micro_batch):
-            keep = special_mask(part, model.config) if keep_special else None
+            keep = special_mask(part, model.config.bos_token_id, model.config.eos_token_id) if keep_special else None
             x, target = teach(model, saes, part, keep, first)
             loss = learn(model, saes, x, target, keep, first) / len(tokens)
             loss.backward()

@@ -11,15 +11,75 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import torch
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from lorasae.checkpoint import load_model
+from lorasae.data import Corpus
 from lorasae.errors import InputError
 from lorasae.files import read_json, write_bytes, write_json
+from lorasae.hub import model_files
+from lorasae.lora import load_adapter
+from lorasae.model import Transformer
+from lorasae.sae_formats import check_fits, load_sae
 
 LOG_EVERY = 10                                          # steps a metrics line covers; also how often the GPU is waited for
+
+
+class Setting(NamedTuple):
+    """What a configuration names, loaded."""
+    model: Transformer
+    saes: dict                                          # {layer: SAE}, frozen
+    corpus: Corpus
+    keep_special: bool                                  # BOS and EOS keep their activation: the SAEs never saw them
+
+
+def load_setting(config, adapter=None):
+    """The model (with the adapter folder's adapters, if given), SAEs and text of a configuration, as Setting."""
+    device = torch.device(config["device"])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no CUDA device; pass --device cpu")
+    model = load_model(config["model"], device=device, dtype=config["dtype"])
+    saes = load_saes(config, model)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    special = {sae.on_special for sae in saes.values()}
+    if len(special) > 1:
+        raise InputError("some of the SAEs were trained on BOS and EOS and some were not: splice only one kind at a time")
+    return Setting(model, saes, load_corpus(config, model.config), special == {False})
+
+
+def load_saes(config, model):
+    """{layer: SAE}: one source for all layers, or one a layer."""
+    layers, sources = config["layer"], config["sae"] or []
+    if len(sources) not in (1, len(layers)) and layers:
+        raise InputError(f"--sae names {len(sources)} SAEs for {len(layers)} layers: pass one source for all, or one a layer")
+    if len(set(layers)) < len(layers):
+        raise InputError(f"--layer {' '.join(map(str, layers))} names a layer twice")
+    depth, saes = len(model.layers), {}
+    for layer, source in zip(layers, sources * len(layers) if len(sources) == 1 else sources):
+        if not 0 <= layer < depth:
+            raise InputError(f"--layer {layer} is out of range: {config['model']} has blocks 0 to {depth - 1}")
+        saes[layer] = load_sae(source, layer=layer, width=config["width"], l0=config["l0"],
+                               dtype=config["sae_dtype"], device=model.device).requires_grad_(False)
+        check_fits(saes[layer], model.config.hidden_size)
+    return saes
+
+
+def load_corpus(config, model_config):
+    path = model_files(config["model"]) / "tokenizer.json"
+    if not path.exists():
+        raise InputError(f"{path.parent} has no tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is not a tokenizer of the tokenizers library ({error})") from None
+    return Corpus(config["data"], tokenizer, model_config.bos_token_id, model_config.eos_token_id,
+                  context=config["context"], eval_tokens=config["eval_tokens"], seed=config["seed"], field=config["field"])
 
 
 class Run:
@@ -32,10 +92,8 @@ class Run:
     @classmethod
     def create(cls, folder, config):
         """A fresh folder with its config.json; refuses one that holds anything."""
-        folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} already holds files: pass another --out, or --resume {folder} to continue that run")
-        write_json(folder / "config.json", {**config, "versions": versions()})
+        check_free(folder)
+        write_json(Path(folder) / "config.json", {**config, "versions": versions()})
         return cls(folder, config)
 
     @classmethod
@@ -131,6 +189,13 @@ class Run:
     def finish(self, results):
         """Writes results.json, which marks the run as finished."""
         write_json(self.folder / "results.json", results)
+
+
+def check_free(folder):
+    """Refuses an output folder that holds anything: asked before the long work starts."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} already holds files: pass another --out, or --resume {folder} to continue that run")
 
 
 def versions():

@@ -25,7 +25,7 @@ LLAMA = {
 }
 
 
-def random_weights(raw, seed=0, scale=0.3):
+def random_weights(raw, seed=0, scale=0.2):
     """{name: tensor} for a configuration, large enough that soft-caps bite and every detail shows in the logits."""
     from lorasae.checkpoint import parse_config
     from lorasae.model import Transformer
@@ -36,7 +36,7 @@ def random_weights(raw, seed=0, scale=0.3):
             for name, shape in shapes.items()}
 
 
-def write_model(folder, raw, seed=0, scale=0.3):
+def write_model(folder, raw, seed=0, scale=0.2):
     """A single-file Hugging Face folder with random weights."""
     from lorasae.files import write_json
     folder.mkdir(parents=True, exist_ok=True)

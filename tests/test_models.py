@@ -53,7 +53,7 @@ def test_logits_equal_transformers(raw, dtype, tmp_path, monkeypatch):
     with torch.no_grad():
         expected = oracle(tokens).logits
     ours = logits_of(folder, tokens, dtype)
-    assert expected.float().std() > 0.1 and (raw["model_type"] != "gemma2" or expected.abs().max() > 2)
+    assert expected.float().std() > 0.1 and (raw["model_type"] != "gemma2" or expected.abs().max() > 1.5)
     assert (ours - expected).abs().max() <= 1e-4
 
 

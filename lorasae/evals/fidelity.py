@@ -35,7 +35,7 @@ def evaluate(model, saes, batches, settings=("base", "sae", "adapted"), keep_spe
     with torch.no_grad():
         for tokens in batches:
             tokens = tokens.to(model.device)
-            special = special_mask(tokens, model.config)
+            special = special_mask(tokens, model.config.bos_token_id, model.config.eos_token_id)
             keep = special if keep_special else None
             with base(model):
                 x = model.run(model.embed(tokens), 0, first)            # shared by every setting

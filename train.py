@@ -1,0 +1,166 @@
+"""Adapt a language model to its sparse autoencoders, or train the autoencoder itself.
+
+    python train.py                                             the embedded tiny Gemma-2: no network, two minutes on a CPU
+    python train.py --model gemma-2-2b --layer 12 --rank 64     the paper's headline run
+    python train.py --model llama-3.2-1b --method topk          train an SAE (also: jumprelu, e2e)
+    python train.py --resume runs/tiny-gemma-2-lora             continue a run that was interrupted
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from lorasae.adapt import adapted_blocks, default_adapt, train
+from lorasae.errors import InputError
+from lorasae.evals import fidelity
+from lorasae.hub import PRESETS, Preset, preset, sae_source
+from lorasae.lora import add_lora, lora_parameters, save_adapter
+from lorasae.run import Run, check_free, load_setting, peak_memory_bytes, print_table
+
+PAPER = Preset("any other model", layer=12, adapt="after", data="stdlib")       # its field defaults are the paper's
+
+
+def count(text):
+    """Token counts read 15M, 1.5e6, 15_000_000, 20k."""
+    units = {"k": 1e3, "m": 1e6, "b": 1e9}
+    try:
+        value = float(text[:-1]) * units[text[-1].lower()] if text[-1:].lower() in units else float(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value < float("inf") or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of tokens, such as 15M, 1.5e6 or 15_000_000")
+    return int(value)
+
+
+def arguments(argv):
+    """The parsed arguments; those left at None take the preset's value in `configure`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what").add_argument
+    add("--model", default="tiny-gemma-2", help=f"a preset ({', '.join(PRESETS)}), a Hub repository OWNER/NAME, or a local "
+        "folder (default: %(default)s)")
+    add("--method", default="lora", choices=["lora", "topk", "jumprelu", "e2e"],
+        help="lora adapts the model to its SAE; the others train an SAE (default: %(default)s)")
+    add("--layer", type=int, nargs="+", help="block(s) whose output an SAE replaces, from 0 (default: the preset's; paper: 12)")
+    add("--sae", nargs="+", help="file, folder, Hub path or run folder; one for all layers or one a layer (default: the preset's)")
+    add("--width", help="latents of the SAE to choose, such as 16k (default: the preset's)")
+    add("--l0", type=float, help="average active latents of the SAE to choose (default: the preset's)")
+    add = parser.add_argument_group("adapters").add_argument
+    add("--rank", type=int, help="rank of every adapter (default: the preset's; paper: 64)")
+    add("--alpha", type=float, default=32, help="the adapters are scaled by alpha / rank (default: %(default)s at every rank)")
+    add("--dropout", type=float, default=0.1, help="dropout probability on the adapters' input (default: %(default)s)")
+    add("--adapt", nargs="+", metavar="BLOCKS", help="after (the SAE), all, next, or block numbers "
+        "(default: after for JumpReLU SAEs, whose L0 would move otherwise, all for TopK)")
+    add = parser.add_argument_group("text").add_argument
+    add("--data", help="stdlib, pile, a file, a folder, or hf://datasets/... (default: the preset's)")
+    add("--field", help="JSON field that holds the text (default: text, or raw_content)")
+    add("--tokens", type=count, help="training tokens, such as 15M (default: the preset's; paper: 15M)")
+    add("--eval-tokens", type=count, help="held-out tokens (default: the preset's; paper: 1M)")
+    add("--context", type=int, help="tokens a sequence, BOS included (default: the preset's; paper: 1024)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=int, help="sequences a step (default: the preset's; paper: 1)")
+    add("--micro-batch", type=int, help="sequences that pass through the model at once; less memory, same step "
+        "(default: the whole batch)")
+    add("--lr", type=float, help="AdamW's constant learning rate (default: the preset's; paper: 5e-5)")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's weight decay (default: %(default)s)")
+    add("--clip", type=float, default=1.0, help="bound on the gradient norm of the KL summed over a sequence "
+        "(default: %(default)s)")
+    add("--seed", type=int, default=42, help="of adapters, dropout and the order of the text (default: %(default)s)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--dtype", choices=["float32", "bfloat16"], help="of the frozen model; adapters are float32 (default: the preset's)")
+    add("--sae-dtype", choices=["float32", "bfloat16"], help="of the SAE's matrices (default: the preset's; paper: float32)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: %(default)s)")
+    add("--out", help="folder of the run (default: runs/MODEL-METHOD, numbered where that is taken)")
+    add("--resume", metavar="RUN_DIR", help="continue that run from its last checkpoint, with its own arguments")
+    add("--checkpoint-every", type=int, default=250, metavar="STEPS", help="steps a killed run can lose (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.resume and [word for word in argv if word.startswith("--") and not word.startswith("--resume")]:
+        parser.error("--resume takes every other argument from the run's config.json: pass it alone")
+    return args
+
+
+def configure(args):
+    """Arguments -> the run's configuration: everything that is needed to repeat it, defaults filled in."""
+    defaults = preset(args.model) or PAPER
+    config = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
+    for key in ("rank", "data", "tokens", "eval_tokens", "context", "batch_size", "lr", "dtype", "sae_dtype"):
+        if config[key] is None:
+            config[key] = getattr(defaults, key)
+    if config["sae"] is None:                           # the preset's own SAE, with its width, L0 and adapted blocks
+        config["sae"] = [sae_source(args.model)]
+        config["width"] = config["width"] or defaults.width
+        config["l0"] = config["l0"] or (defaults.l0 if config["layer"] in (None, [defaults.layer]) else None)
+        config["adapt"] = config["adapt"] or [defaults.adapt]
+    config["layer"] = config["layer"] or [defaults.layer]
+    config["micro_batch"] = config["micro_batch"] or config["batch_size"]
+    for key in ("rank", "batch_size", "micro_batch", "context", "checkpoint_every", "lr", "clip", "alpha"):
+        if config[key] <= 0:
+            raise InputError(f"--{key.replace('_', '-')} is {config[key]}, but it must be positive")
+    config["steps"] = -(-config["tokens"] // (config["batch_size"] * config["context"]))
+    return config
+
+
+def default_folder(config):
+    """runs/MODEL-METHOD, or the first of -2, -3, ... that is free."""
+    name = f"{Path(config['model']).name}-{config['method']}"
+    taken = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10**6))
+    return next(folder for folder in taken if not folder.exists())
+
+
+def adapt(config, folder, run=None):
+    """--method lora: evaluates, trains the adapters, saves them, evaluates again. run: the one to resume."""
+    torch.manual_seed(config["seed"])
+    model, saes, corpus, keep_special = load_setting(config)
+    blocks = adapted_blocks(config["adapt"] or default_adapt(saes), saes, len(model.layers))
+    add_lora(model, blocks, config["rank"], config["alpha"], config["dropout"])
+    trainable = sum(p.numel() for p in lora_parameters(model))
+    print(f"adapting blocks {', '.join(map(str, blocks))} of {config['model']} around the SAE at layer "
+          f"{', '.join(map(str, saes))}: {trainable:,} trainable parameters, {config['steps']:,} steps of "
+          f"{config['batch_size']} x {config['context']} tokens", flush=True)
+    held_out = corpus.validation.split(config["micro_batch"])
+    before = fidelity.evaluate(model, saes, held_out, ("base", "sae"), keep_special)
+    run = run or Run.create(folder, config)             # nothing is written before everything has been read
+    train(model, saes, lambda skip: corpus.batches(config["batch_size"], skip), run, steps=config["steps"], lr=config["lr"],
+          weight_decay=config["weight_decay"], clip=config["clip"], micro_batch=config["micro_batch"], keep_special=keep_special)
+    save_adapter(model, run.folder / "adapter", base_model=config["model"])
+    after = fidelity.evaluate(model, saes, held_out, ("adapted",), keep_special)
+    numbers = fidelity.summary({**before, **after})
+    train_tokens = config["steps"] * config["batch_size"] * config["context"]
+    results = {**numbers, "eval_tokens": corpus.validation.numel(), "train_tokens": train_tokens,
+               "trainable_parameters": trainable, "tokens_per_second": train_tokens / run.seconds, "seconds": run.seconds,
+               "peak_memory_bytes": peak_memory_bytes(config["device"])}
+    run.finish(results)
+    report(results, run.folder)
+
+
+def report(results, folder):
+    rows, headings = fidelity.table(results)
+    print()
+    print_table(rows, headings)
+    closed = results["gap_closed"]
+    l0 = ", ".join(f"{results['l0_sae'][layer]:.1f} -> {results['l0'][layer]:.1f}" for layer in results["l0"])
+    print(f"\ngap closed {closed:.1%}" if closed is not None else "\nthe SAE costs nothing", f"  L0 {l0}",
+          f"  {results['tokens_per_second']:,.0f} tokens/s", f"  {results['seconds']:.0f} s",
+          f"  peak memory {results['peak_memory_bytes'] / 1e9:.2f} GB", sep=" ")
+    print(f"{folder}/ holds config.json, metrics.jsonl, results.json, adapter/;  python eval.py {folder} recomputes the table")
+
+
+def main(argv=None):
+    args = arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        if args.resume:
+            run = Run.resume(args.resume)
+            adapt(run.config, args.resume, run)
+        else:
+            config = configure(args)
+            folder = Path(args.out) if args.out else default_folder(config)
+            check_free(folder)
+            adapt(config, folder)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: --resume RUN_DIR continues from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()
