@@ -5,7 +5,7 @@
     for tokens in corpus.batches(8): ...                # [8, 256] int64, from a background thread
 
 Order: documents of sources of up to 256 MB are permuted by default_rng(seed), as in the published code. Larger sources
-are streams: their files in a seeded order, sixteen at a time in proportion, through a seeded buffer of 10,000 documents.
+are streams: their files in seeded order, sixteen at a time in proportion, through a seeded buffer of 10,000 documents.
 Split: the first documents of this order, as many as give `eval_tokens`, are for validation. Training takes the others,
 less any with the very text of one of those. (The standard library is split by file name instead.)
 """
@@ -185,8 +185,8 @@ class Corpus:
             if count == 0:
                 raise self._too_short(self._new(held, epoch), "training beside the validation text", self.context)
             if epoch == 0:
-                say(f"warning: {self.source} has text for only {count:,} training chunks of {self.context:,} tokens: it "
-                    "is used again, each time in a new order")
+                say(f"warning: {self.source} has text for only {count:,} training chunks of {self.context:,} tokens: "
+                    "it is used again, each time in a new order")
 
     def _documents(self, sources, epoch):
         return shuffled(sources, np.random.default_rng([self.seed, epoch] if epoch else self.seed), self.field)

@@ -173,7 +173,7 @@ def json_lines(stream, name, field=None):
         key = field or ("text" if "text" in record else "raw_content")
         if not isinstance(record.get(key), str):
             strings = ", ".join(key for key, value in record.items() if isinstance(value, str)) or "none"
-            raise InputError(f"{where}: no field {field or 'text'!r} that is a string; such fields: {strings} (--field)")
+            raise InputError(f"{where}: no field {field or 'text'!r} that is a string; such are: {strings} (--field)")
         # JSON can spell half of a surrogate pair, which is no character: it becomes U+FFFD
         yield record[key].encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
@@ -284,7 +284,7 @@ class HubFile(io.RawIOBase):
             except _hub_errors() as error:
                 problem = _first_line(error)
             if wait is None:
-                raise InputError(f"{self.name}: nothing came after byte {self.position:,} of {self.size:,} ({problem}); "
+                raise InputError(f"{self.name}: nothing after byte {self.position:,} of {self.size:,} ({problem}): "
                                  "check the network and continue with --resume")
             say(f"note: {self.name}, byte {self.position:,}: {problem}; asking again in {wait} s")
             time.sleep(wait)

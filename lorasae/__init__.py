@@ -1,0 +1,16 @@
+"""Low-rank adapting models for sparse autoencoders: the reference implementation.
+
+    model = lorasae.load_model("tiny-gemma-2")
+    saes = {2: lorasae.load_sae("lorasae/tiny/gemma-2-sae/topk")}
+    logits = model(tokens, saes)                        # the SAE's reconstruction replaces block 2's output
+
+adapt.py is the method; the README says in which order to read the rest.
+"""
+from lorasae.checkpoint import load_model, save_model
+from lorasae.errors import InputError
+from lorasae.lora import add_lora, base, load_adapter, merge_lora, save_adapter
+from lorasae.sae_formats import load_sae, save_sae
+from lorasae import objectives, topk
+
+__all__ = ["InputError", "add_lora", "base", "load_adapter", "load_model", "load_sae", "merge_lora", "objectives",
+           "save_adapter", "save_model", "save_sae", "topk"]

@@ -1,0 +1,224 @@
+"""The TopK SAE (paper §3.1, Eq. 4; Gao et al. 2024) without its dense half: only K of the M latents are ever touched.
+
+    encode      top k of ReLU(x W_encᵀ + b_enc), in chunks of latents: [N, M] never exists for a large M
+    decode      Σ_k value · (a row of W_dec)
+    sae_step    both, with one backward: the active (token, latent) pairs are sorted by latent once, which serves W_enc, W_dec
+                and b_enc, and nothing of size N x K x D is made
+    aux_decode  AuxK: what the dead latents would add
+    naive_*     the same in plain dense autograd, to which tests/test_topk.py ties every value and gradient
+
+Speed and memory beside torch.topk, dense autograd and a sparsify-style step: python -m lorasae.bench topk
+
+Shapes: N tokens, D d_model, M latents, K active latents. W_enc and W_dec are [M, D], a row is a latent. x comes in the dtype of
+the weights; pre-activations are fp32 even where the weights are bf16, because rounding them makes ties at the K-th place.
+"""
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from lorasae.errors import InputError
+
+CHUNK = 16384       # latents encoded at once: wide enough for a GEMM at full speed, an eighth of the memory at M = 131,072
+LANES = 32          # neighbours in memory belong to different groups, so that maxima are taken lane by lane (SIMD, coalescing)
+
+
+def topk(x, k):
+    """x [..., M] -> values [..., k], indices [..., k]: torch.topk(x, k, sorted=False), but for the order and the choice among ties.
+
+    The k largest entries are sought in the k groups with the largest maxima (found the same way): those hold k entries, their
+    maxima, that no entry of another group exceeds. As in torch.topk, NaN is the largest number there is.
+    """
+    M = x.shape[-1]
+    _check(k, M)
+    size = 16 if M >= 512 * k else 8
+    block = size * LANES
+    if M < max(32 * k, 2 * block):                                            # too few groups to leave any out
+        return torch.topk(x, k, dim=-1, sorted=False)
+    rest = M % block                                                          # belongs to no group: always a candidate
+    blocks = x[..., :M - rest].unflatten(-1, (-1, size, LANES))               # a group: one lane of one block
+    maxima, groups = topk(blocks.amax(-2).flatten(-2), k)
+    first = groups + groups // LANES * (block - LANES)
+    candidates = (first.unsqueeze(-2) + torch.arange(0, block, LANES, device=x.device)[:, None]).flatten(-2)
+    if rest:
+        candidates = torch.cat([candidates, torch.arange(M - rest, M, device=x.device).expand(*x.shape[:-1], rest)], -1)
+    values = x.gather(-1, candidates)
+    # Most candidates lie below the k-th maximum and cannot win. Made equal, they halve the time of the CPU's selection, whose
+    # comparisons are then predictable. (A NaN maximum says nothing about the others, hence the infinity.)
+    floor = maxima.detach().nan_to_num(torch.inf, torch.inf, -torch.inf).amin(-1, keepdim=True)
+    values = values.maximum(floor.nextafter(torch.full_like(floor, -torch.inf)))
+    values, winners = torch.topk(values, k, dim=-1, sorted=False)
+    return values, candidates.gather(-1, winners)
+
+
+def encode(x, W_enc, b_enc, k, chunk=CHUNK):
+    """x [N, D] (b_dec already subtracted) -> values [N, k] after ReLU, fp32 or wider; indices [N, k]. In no particular order.
+
+    Differentiable in x, W_enc and b_enc, at a cost that depends on k, not on M; a frozen W_enc costs no weight gradient.
+    """
+    return _Encode.apply(x, W_enc, b_enc, k, chunk)
+
+
+def decode(values, indices, W_dec):
+    """values [N, k], indices [N, k] -> Σ_k values · W_dec[indices]  [N, D], in the dtype of W_dec. b_dec is left to the caller."""
+    return _Decode.apply(values, indices, W_dec)
+
+
+def sae_step(x, W_enc, b_enc, W_dec, b_dec, k, chunk=CHUNK):
+    """x [N, D] -> reconstruction [N, D], values [N, k], indices [N, k]: the TopK SAE (Eq. 4 and 5) as one function, for training.
+
+    The same numbers as decode(*encode(x - b_dec, ...), W_dec) + b_dec, with half the sorting and a b_dec gradient that is summed
+    over tokens before it meets W_enc.
+    """
+    return _Step.apply(x, W_enc, b_enc, W_dec, b_dec, k, chunk)
+
+
+def aux_decode(x, W_enc, b_enc, W_dec, dead, k):
+    """x [N, D] (b_dec already subtracted), dead [M] bool -> [N, D]: what the k strongest dead latents make of each token.
+
+    AuxK (Gao et al. 2024) fits this, without b_dec, to the detached residual, so that dead latents get a gradient. Zeros where
+    none is dead; all dead latents where they are fewer than k.
+    """
+    rows = dead.nonzero().squeeze(1)
+    if not len(rows):
+        return torch.zeros_like(x)
+    values, indices = encode(x, W_enc.index_select(0, rows), b_enc.index_select(0, rows), min(k, len(rows)))
+    return decode(values, rows[indices], W_dec)
+
+
+def naive_encode(x, W_enc, b_enc, k):
+    values, indices = torch.topk(F.linear(x, W_enc, b_enc), k)
+    return values.relu(), indices
+
+
+def naive_decode(values, indices, W_dec):
+    return values.new_zeros(len(values), len(W_dec)).scatter(1, indices, values) @ W_dec
+
+
+def naive_step(x, W_enc, b_enc, W_dec, b_dec, k):
+    values, indices = naive_encode(x - b_dec, W_enc, b_enc, k)
+    return naive_decode(values, indices, W_dec) + b_dec, values, indices
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, k, chunk):
+        values, indices = _select(x, W_enc, b_enc, k, chunk)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W_enc, values, indices)
+        ctx.mark_non_differentiable(indices)
+        return values, indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        x, W_enc, values, indices = ctx.saved_tensors
+        need_x, need_W, need_b = ctx.needs_input_grad[:3]
+        grad = _relu_backward(grad, values)
+        pairs = _ByLatent(indices, len(W_enc)) if need_W or need_b else None
+        return (_combine(indices, grad, W_enc) if need_x else None,
+                pairs.sum(grad, x) if need_W else None,
+                pairs.sum(grad).to(W_enc.dtype) if need_b else None, None, None)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, indices, W_dec):
+        ctx.save_for_backward(values, indices, W_dec)
+        return _combine(indices, values, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        values, indices, W_dec = ctx.saved_tensors
+        pairs = _ByLatent(indices, len(W_dec))
+        return (pairs.dot(grad, W_dec).to(values.dtype) if ctx.needs_input_grad[0] else None, None,
+                pairs.sum(values, grad) if ctx.needs_input_grad[2] else None)
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, k, chunk):
+        x = x - b_dec
+        values, indices = _select(x, W_enc, b_enc, k, chunk)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W_enc, W_dec, values, indices)
+        ctx.mark_non_differentiable(indices)
+        return _combine(indices, values, W_dec).add_(b_dec), values, indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_values, _):
+        x, W_enc, W_dec, values, indices = ctx.saved_tensors
+        need_x, need_W_enc, need_b_enc, need_W_dec, need_b_dec = ctx.needs_input_grad[:5]
+        pairs = _ByLatent(indices, len(W_enc))
+        grad_pre = _relu_backward(grad_values + pairs.dot(grad, W_dec), values)
+        grad_b = pairs.sum(grad_pre).to(W_enc.dtype)
+        # Through the encoder, b_dec's gradient is -Σ_t grad_x[t] = -(Σ_t grad_pre[t]) W_enc: sum first, multiply once.
+        return (_combine(indices, grad_pre, W_enc) if need_x else None,
+                pairs.sum(grad_pre, x) if need_W_enc else None,
+                grad_b if need_b_enc else None,
+                pairs.sum(values, grad) if need_W_dec else None,
+                grad.sum(0) - grad_b @ W_enc if need_b_dec else None, None, None)
+
+
+class _ByLatent:
+    """The active (token, latent) pairs sorted by latent: then each sum over tokens is one bag of rows, and no atomics are needed."""
+
+    def __init__(self, indices, M):
+        self.shape = indices.shape
+        self.latents, self.order = indices.flatten().sort(stable=True)
+        self.tokens = self.order // self.shape[1]
+        self.offsets = torch.searchsorted(self.latents, torch.arange(M, device=indices.device))
+
+    def sum(self, weights, rows=None):
+        """weights [N, k], rows [N, D] -> for each latent Σ_t weights[t] rows[t]  [M, D]; without rows Σ_t weights[t]  [M]."""
+        if rows is None:
+            return self.sum(weights, weights.new_ones(len(weights), 1)).squeeze(1)
+        weights = weights.flatten()[self.order].to(rows.dtype)
+        return F.embedding_bag(self.tokens, rows.contiguous(), self.offsets, per_sample_weights=weights, mode="sum")
+
+    def dot(self, x, rows):
+        """x [N, D], rows [M, D] -> x · rows[indices]  [N, k]: embedding_bag's own backward for its weights.
+
+        A bag is a latent, not a token, so that what is read at random is x, which fits a cache, and not the rows.
+        """
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            rows.contiguous(), x.contiguous(), self.tokens, self.offsets, self.latents, 0)
+        return torch.empty_like(dots).scatter_(0, self.order, dots).view(self.shape)
+
+
+def _combine(indices, weights, rows):
+    """[N, k], [N, k], [M, D] -> Σ_k weights · rows[indices]  [N, D]."""
+    return F.embedding_bag(indices, rows.contiguous(), per_sample_weights=weights.to(rows.dtype), mode="sum")
+
+
+def _relu_backward(grad, values):
+    return grad.masked_fill(values <= 0, 0)                                   # NaN passes, as it does in torch's own
+
+
+def _select(x, W_enc, b_enc, k, chunk):
+    """The k largest pre-activations of each token, after ReLU [N, k], and their latents [N, k]: a chunk of latents at a time."""
+    _check(k, len(W_enc))
+    values = indices = None
+    for start in range(0, len(W_enc), chunk):
+        W, b = W_enc[start:start + chunk], b_enc[start:start + chunk]
+        new, found = topk(_preactivations(x, W, b), min(k, len(W)))
+        found += start
+        if start:
+            new, found = torch.cat([values, new], 1), torch.cat([indices, found], 1)
+            new, winners = torch.topk(new, min(k, new.shape[1]), sorted=False)
+            found = found.gather(1, winners)
+        values, indices = new, found
+    return values.relu_(), indices
+
+
+def _preactivations(x, W, b):
+    """x Wᵀ + b  [N, M], accumulated and kept in fp32 where x and W are bf16."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return torch.addmm(b, x, W.T)
+    if x.is_cuda:
+        return torch.mm(x, W.T, out_dtype=torch.float32).add_(b)
+    return torch.addmm(b.float(), x.float(), W.T.float())                     # out_dtype exists on CUDA only
+
+
+def _check(k, M):
+    if not 1 <= k <= M:
+        raise InputError(f"k is {k}, but of {M} latents between 1 and {M} can be kept")

@@ -1,0 +1,401 @@
+"""Files to documents, bad files, and datasets read over HTTP from a Hub that drops, cuts and lies: lorasae/streams.py."""
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from lorasae import streams
+from lorasae.errors import InputError
+from lorasae.streams import DOCUMENT, files, held_out, read
+
+TEXTS = ["first document\nwith two lines", "zweites, größeres 文書 🙂", "", "last \\u0041 \ttab"]
+
+
+def zstd_compress(data):
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+        return zstd.compress(data)
+    return pytest.importorskip("zstandard", reason=".zst needs zstandard before Python 3.14").compress(data)
+
+
+def lines(texts, field="text"):
+    return "".join(json.dumps({"meta": {"n": i}, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def documents(source, field=None):
+    result = []
+    for file in files(str(source)):
+        with file.open() as raw:
+            result += read(raw, file.name, field)
+    return result
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+# ---- Formats -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, pack, field", [
+    ("a.jsonl", bytes, "text"), ("a.JSONL", bytes, "text"), ("a.jsonl.gz", gzip.compress, "text"),
+    ("a.jsonl.zst", zstd_compress, "text"), ("a.json.gz", gzip.compress, "raw_content"),
+    ("a.json.zst", zstd_compress, "raw_content"),
+])
+def test_json_lines_of_every_packing_give_the_same_documents(tmp_path, name, pack, field):
+    assert documents(write(tmp_path / name, pack(lines(TEXTS, field)))) == TEXTS
+
+
+@pytest.mark.parametrize("pack, suffix", [(gzip.compress, ".gz"), (zstd_compress, ".zst")])
+def test_archives_of_several_members_are_read_to_their_end(tmp_path, pack, suffix):
+    path = write(tmp_path / f"a.jsonl{suffix}", b"".join(pack(lines([text])) for text in TEXTS))
+    assert documents(path) == TEXTS
+
+
+def test_a_field_is_chosen_by_name_before_the_usual_ones(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": "no", "body": "yes"}\n\n  \n{"body": "also", "raw_content": "no"}')
+    assert documents(path, field="body") == ["yes", "also"]
+
+
+def test_half_of_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
+    text, = documents(write(tmp_path / "a.jsonl", rb'{"text": "a\ud83db \ud83d\ude42"}'))
+    assert text.replace("\ufffd", "") == "ab 🙂" and "\ufffd" in text and text.encode()
+
+
+def test_long_plain_text_is_cut_after_lines(tmp_path):
+    text = "".join(f"line {i} " + "größe " * (i % 50) + "\r\n" for i in range(20_000)) + "z" * 3 * DOCUMENT + "\nend"
+    assert len(text.encode()) > 2 * 2 ** 20                                 # several blocks, characters across their borders
+    parts = documents(write(tmp_path / "a.txt", text.encode()))
+    assert "".join(parts) == text and max(map(len, parts)) == DOCUMENT
+    assert all(part.endswith("\n") for part in parts[:-1] if "zz" not in part)
+    assert all(len(one) + len(other) > DOCUMENT for one, other in zip(parts, parts[1:]))
+
+
+def test_a_folder_is_read_in_the_order_of_names_without_what_is_hidden_or_unknown(tmp_path, capsys):
+    for name in ("b/x.py", "a.txt", "b.md", "b/.hidden/y.txt", ".git/z.txt", "b/.w.txt", "picture.png", "b/data.bin"):
+        write(tmp_path / name, name.encode())
+    assert documents(tmp_path) == ["a.txt", "b.md", "b/x.py"]
+    assert capsys.readouterr().err == f"note: 2 of the 5 files in {tmp_path} are not text and are skipped\n"
+
+
+def test_a_folder_within_a_hidden_one_is_read(tmp_path):
+    write(tmp_path / ".cache" / "texts" / "a.txt", b"here")
+    assert documents(tmp_path / ".cache" / "texts") == ["here"]
+
+
+def test_the_standard_library_is_its_utf8_sources_without_tests(tmp_path, monkeypatch):
+    for name in ("ast.py", "json/decoder.py", "test/test_ast.py", "json/tests/t.py", "idlelib/idle_test/t.py",
+                 "site-packages/torch/a.py", "dist-packages/b.py", "__pycache__/c.py", "encodings/cp037.py",
+                 "pydoc_data/topics.py", "lib2to3/Grammar.pickle"):
+        write(tmp_path / name, name.encode())
+    write(tmp_path / "latin.py", "# é".encode("latin-1"))
+    monkeypatch.setattr(streams.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert [file.name for file in files("stdlib")] == ["ast.py", "json/decoder.py"]
+    assert documents("stdlib") == ["ast.py", "json/decoder.py"]
+
+
+def test_one_path_in_sixteen_is_held_out_and_always_the_same():
+    paths = [f"package{i % 7}/module{i}.py" for i in range(16_000)]
+    assert 900 < sum(map(held_out, paths)) < 1100
+    assert [name for name in ("ast.py", "traceback.py", "opcode.py") if held_out(name)] == [
+        name for name in ("ast.py", "traceback.py", "opcode.py") if hashlib.sha256(name.encode()).digest()[0] < 16]
+
+
+# ---- Bad files ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, data, message", [
+    ("a.jsonl", b'{"text": "a"}\n{"text": oh}\n', r"a\.jsonl, line 2: not JSON \(.*, column 10\)$"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b', r"a\.jsonl, line 2: not JSON .*; is the file cut short\?"),
+    ("a.jsonl", b'[1, 2]\n', r"a\.jsonl, line 1: expected a JSON object with a text in it, found '\[1, 2\]'"),
+    ("a.jsonl", b'null\n', r"a\.jsonl, line 1: expected a JSON object"),
+    ("a.jsonl", b'{"body": "a", "n": 1, "title": "b"}\n', r"line 1: no field 'text' that is a string; such are: body, title"),
+    ("a.jsonl", b'{"text": null}\n', r"line 1: no field 'text' that is a string; such are: none"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2: not UTF-8 text: byte 24 "),
+    ("a.txt", b"abc\xffdef", r"a\.txt is not UTF-8 text: byte 3 \(invalid start byte\)"),
+    ("a.txt", "é".encode() * 2 ** 20 + b"\xc3", r"a\.txt is not UTF-8 text: byte 2,097,152 "),
+    ("a.txt", b"x" + "é".encode() * 2 ** 19 + b"ab\xff", r"a\.txt is not UTF-8 text: byte 1,048,579 "),
+    ("a.txt", b"x" * (2 ** 20 - 1) + b"\xc3(", r"a\.txt is not UTF-8 text: byte 1,048,575 "),
+    ("a.jsonl.gz", b"not gzip", r"cannot read .*a\.jsonl\.gz: Not a gzipped file"),
+    ("a.jsonl.gz", gzip.compress(lines(TEXTS))[:-9], r"cannot read .*a\.jsonl\.gz: .*is it damaged or cut short"),
+    ("a.jsonl.gz", gzip.compress(lines(TEXTS))[:20] + b"\xff" * 60, r"cannot read .*a\.jsonl\.gz: "),
+    ("a.jsonl.zst", b"not zstd", r"cannot read .*a\.jsonl\.zst: "),
+])
+def test_a_bad_file_is_told_in_one_line_with_its_place(tmp_path, name, data, message):
+    path = write(tmp_path / name, data)
+    with pytest.raises(InputError, match=message) as caught:
+        documents(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_zst_file_that_is_cut_or_damaged_is_told(tmp_path):
+    whole = zstd_compress(lines(os.urandom(50).hex() for _ in range(20_000)))
+    with pytest.raises(InputError, match="a.jsonl.zst"):
+        documents(write(tmp_path / "a.jsonl.zst", whole[:len(whole) // 2]))
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2:len(whole) // 2 + 64] = b"\xff" * 64
+    with pytest.raises(InputError, match="a.jsonl.zst"):
+        documents(write(tmp_path / "a.jsonl.zst", bytes(damaged)))
+
+
+def test_a_chosen_field_that_is_missing_is_named(tmp_path):
+    with pytest.raises(InputError, match="no field 'body' that is a string; such are: text"):
+        documents(write(tmp_path / "a.jsonl", lines(TEXTS)), field="body")
+
+
+@pytest.mark.parametrize("source, message", [
+    ("nowhere", "no file or folder .*nowhere; expected one, or stdlib, pile, "),
+    ("a.parquet", r"a\.parquet: unknown kind of file; its name should end in \.txt"),
+    ("empty", r"empty holds no readable text: none of its 0 files ends in \.txt"),
+    ("pictures", r"pictures holds no readable text: none of its 1 files ends in \.txt"),
+])
+def test_a_source_without_text_is_refused(tmp_path, source, message):
+    write(tmp_path / "a.parquet", b"PAR1")
+    write(tmp_path / "pictures" / "a.png", b"PNG")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=message):
+        files(str(tmp_path / source))
+
+
+def test_a_missing_zstandard_is_told_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    if sys.version_info >= (3, 14):
+        pytest.skip("Python 3.14 reads .zst itself")
+    path = write(tmp_path / "a.jsonl.zst", zstd_compress(lines(TEXTS)))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(InputError, match="pip install zstandard"):
+        documents(path)
+
+
+# ---- A Hub on this computer --------------------------------------------------------------------------------------------------
+
+class Hub(ThreadingHTTPServer):
+    """Speaks what HfFileSystem needs: dataset and tree listings, and files behind a redirect, whole or by Range.
+
+    `faults` is what befalls the next requests for a file, first to last: "drop" closes the connection halfway, "cut" sends
+    half a body as if it were whole, "whole" ignores Range, "busy" answers 503, None is as it should be.
+    """
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories, self.gated, self.faults, self.ranges, self.sent = {}, set(), [], [], 0
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, body=b"", length=None, **headers):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
+        self.server.sent += len(body)
+
+    def reply_json(self, value):
+        self.reply(200, json.dumps(value).encode(), Content_Type="application/json")
+
+    def refuse(self, status, code):
+        self.reply(status, b"{}", X_Error_Code=code, X_Error_Message=f"no: {code}")
+
+    def do_GET(self):
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        api = parts[:1] == ["api"]
+        parts = parts[api:]
+        if parts[:1] != ["datasets"]:
+            return self.refuse(404, "Nothing")
+        dataset, rest = "/".join(parts[1:3]), parts[3:]
+        if dataset not in self.server.repositories:
+            return self.refuse(401, "RepoNotFound")
+        repository = self.server.repositories[dataset]
+        if api and rest[:1] in ([], ["revision"]):
+            return self.reply_json({"id": dataset, "sha": "0" * 40, "siblings": []})
+        if api and rest[0] == "tree":
+            return self.tree(repository, "/".join(rest[2:]), "recursive=true" in self.path.lower())
+        if rest[0] == "resolve":                        # the Hub sends the client on to where its files lie
+            if dataset in self.server.gated:
+                return self.refuse(403, "GatedRepo")
+            return self.reply(302, Location=self.path.replace("/resolve/", "/stored/"))
+        return self.file(repository["/".join(rest[2:])])
+
+    def tree(self, repository, folder, recursive):
+        inside = [path for path in repository if path.startswith(folder + "/" if folder else "")]
+        if not inside:
+            return self.refuse(404, "EntryNotFound")
+        entries = {}
+        for path in inside:
+            tail = path[len(folder) + 1 if folder else 0:].split("/")
+            for depth in range(1, len(tail) + 1 if recursive else 2):
+                name = "/".join(([folder] if folder else []) + tail[:depth])
+                entries[name] = ({"type": "file", "size": len(repository[path]), "path": name, "oid": "1" * 40}
+                                 if depth == len(tail) else {"type": "directory", "size": 0, "path": name, "oid": "2" * 40})
+        self.reply_json(list(entries.values()))
+
+    def file(self, data):
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        self.server.ranges.append(first)
+        fault = self.server.faults.pop(0) if self.server.faults else None
+        body = data[first:last + 1]
+        headers = {"Content_Range": f"bytes {first}-{first + len(body) - 1}/{len(data)}"}
+        if fault == "busy":
+            self.reply(503)
+        elif fault == "whole":
+            self.reply(200, data)
+        elif fault == "cut":
+            self.reply(206, body[:len(body) // 2], **headers)
+        elif fault == "drop":
+            self.reply(206, body[:len(body) // 2], length=len(body), **headers)
+            self.close_connection = True
+        else:
+            self.reply(206, body, **headers)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    constants = pytest.importorskip("huggingface_hub", reason="datasets are read through huggingface_hub").constants
+    server = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)               # no waiting before another try
+    monkeypatch.setattr(streams, "BLOCK", 1000)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+MANY = [f"document {i} " + os.urandom(20).hex() for i in range(400)]
+
+
+@pytest.mark.parametrize("name, pack", [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstd_compress)])
+def test_a_dataset_is_read_as_the_same_file_on_disk(hub, tmp_path, name, pack):
+    hub.repositories["owner/name"] = {f"data/{name}": pack(lines(MANY)), "README.md": b"# about", "data/x.parquet": b"PAR1"}
+    assert documents(f"hf://datasets/owner/name/data/{name}") == MANY
+    assert documents("hf://datasets/owner/name/data") == MANY
+    assert documents("hf://datasets/owner/name/**/*.jsonl*") == MANY
+    assert documents("hf://datasets/owner/name@main/data/*") == MANY
+
+
+@pytest.mark.parametrize("fault", ["drop", "cut", "whole", "busy"])
+def test_a_stream_goes_on_at_the_same_byte_after(hub, capfd, fault):
+    data = lines(MANY)
+    hub.repositories["owner/name"] = {"a.jsonl": data}
+    hub.faults = [None, None, fault, None, fault, fault, None, fault]
+    assert documents("hf://datasets/owner/name/a.jsonl") == MANY
+    blocks = list(range(0, len(data), 1000))
+    assert sorted(set(hub.ranges)) == blocks and hub.ranges == sorted(hub.ranges)
+    assert len(hub.ranges) == len(blocks) + 4                              # each fault costs one more request, no more
+
+
+def test_every_fault_at_once_and_at_random_changes_no_document(hub):
+    hub.repositories["owner/name"] = {"a.jsonl.gz": gzip.compress(lines(MANY))}
+    hub.faults = ["cut", "drop", "busy", None, "whole", "drop", None, None, "cut", "cut", None, "drop"] * 3
+    assert documents("hf://datasets/owner/name/a.jsonl.gz") == MANY
+
+
+def test_only_what_is_used_is_fetched(hub):
+    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY * 50)}
+    file, = files("hf://datasets/owner/name/a.jsonl")
+    listed = hub.sent
+    with file.open() as raw:
+        reader = read(raw, file.name)
+        assert [next(reader) for _ in range(10)] == MANY[:10]
+    assert file.size > 1_000_000 and hub.sent - listed <= 2 ** 17 + 1000  # the line reader's buffer, and a block
+
+
+def test_a_server_that_stays_away_ends_the_stream_with_one_line(hub, capsys):
+    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY)}
+    hub.faults = [None] * 3 + ["cut"] * 100
+    with pytest.raises(InputError, match=r"a\.jsonl: nothing after byte 3,000 of [\d,]+ \(500 bytes came where 1,000 were"):
+        documents("hf://datasets/owner/name/a.jsonl")
+    assert len(capsys.readouterr().err.splitlines()) == len(streams.WAITS)
+
+
+@pytest.mark.parametrize("name, chosen", [
+    ("pile", ["train/00.jsonl.zst", "train/01.jsonl.zst"]), ("pile-val", ["val.jsonl.zst"]),
+    ("redpajama-1t-sample", ["arxiv_sample.jsonl", "c4_sample.jsonl"]),
+    ("redpajama-v2", ["sample/documents/2023-06/0000/en_head.json.gz", "sample/documents/2023-06/0000/en_middle.json.gz"]),
+])
+def test_the_named_streams_find_their_files(hub, name, chosen):
+    layout = ["train/00.jsonl.zst", "train/01.jsonl.zst", "val.jsonl.zst", "test.jsonl.zst", "arxiv_sample.jsonl",
+              "c4_sample.jsonl", "README.md", "sample/documents/2023-06/0000/en_head.json.gz",
+              "sample/documents/2023-06/0000/en_middle.json.gz", "sample/documents/2023-06/0000/de_head.json.gz",
+              "sample/quality_signals/2023-06/0000/en_head.signals.json.gz"]
+    dataset = "/".join(streams.NAMED[name].split("/")[3:5])
+    hub.repositories[dataset] = {path: b"{}" for path in layout}
+    assert [file.name.removeprefix(f"datasets/{dataset}/") for file in files(name)] == chosen
+
+
+def test_the_corpus_of_a_stream_survives_a_bad_connection(hub):
+    """The whole path, from a Hub that fails to the training chunks, against the same files on disk."""
+    from tests.test_data import NUMBERED, numbered, sources_of, take       # noqa: the same tokenizer that numbers documents
+    from lorasae.data import Corpus
+    parts = {f"train/{k:02d}.jsonl.gz": gzip.compress(lines([numbered(i) for i in range(k, 200, 4)])) for k in range(4)}
+    hub.repositories["monology/pile-uncopyrighted"] = {k.replace(".gz", ".zst"): zstd_compress(gzip.decompress(v))
+                                                       for k, v in parts.items()}
+    settings = dict(context=16, eval_tokens=160, seed=3)
+    calm = Corpus("pile", NUMBERED, 0, 1, **settings)
+    expected = take(calm.batches(4), 20)
+    hub.faults = ["drop", None, "cut", "whole", None, None, "busy"] * 5
+    rough = Corpus("pile", NUMBERED, 0, 1, **settings)
+    assert (take(rough.batches(4), 20) == expected).all() and (rough.validation == calm.validation).all()
+    assert not sources_of(expected) & sources_of(calm.validation)
+
+
+@pytest.mark.parametrize("source, message", [
+    ("hf://datasets/owner/absent/a.jsonl", "owner/absent/a.jsonl is not on the Hub: check the name"),
+    ("hf://datasets/owner/name/absent.jsonl", "absent.jsonl: found no files; expected files that end in .txt"),
+    ("hf://datasets/owner/name/tables", r"tables: found \.parquet; expected files that end in \.txt"),
+    ("hf://datasets/owner", "is no dataset: expected hf://datasets/OWNER/NAME/FILES"),
+    ("hf://owner/name", "is no dataset: expected hf://datasets/OWNER/NAME/FILES"),
+    ("hf://datasets/owner/gated", "dataset owner/gated is gated: accept its terms at https://.*/datasets/owner/gated, then run"),
+])
+def test_a_dataset_that_cannot_be_read_is_told_in_one_line(hub, source, message):
+    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY), "tables/a.parquet": b"PAR1"}
+    hub.repositories["owner/gated"] = {"a.jsonl": lines(MANY)}
+    hub.gated = {"owner/gated"}
+    with pytest.raises(InputError, match=message) as caught:
+        documents(source)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_the_cache_is_read_and_an_empty_cache_is_told(hub, tmp_path, monkeypatch, capsys, offline):
+    constants = sys.modules["huggingface_hub"].constants
+    hub.shutdown()
+    hub.server_close()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set" if offline else "cannot reach the Hub .* check the network"):
+        files("pile-val")
+    cached = tmp_path / "cache" / "datasets--monology--pile-uncopyrighted"
+    write(cached / "refs" / "main", b"0" * 40)
+    write(cached / "snapshots" / ("0" * 40) / "val.jsonl.zst", zstd_compress(lines(TEXTS)))
+    write(cached / "snapshots" / ("0" * 40) / "test.jsonl.zst", zstd_compress(lines(["other"])))
+    assert documents("pile-val") == TEXTS
+    assert "reading its 1 files in the Hub's cache" in capsys.readouterr().err
+
+
+def test_the_endpoint_of_the_environment_is_used(hub, tmp_path):
+    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY)}
+    program = ("from lorasae.streams import files, read\nfile, = files('hf://datasets/owner/name')\n"
+               "with file.open() as raw: print(sum(map(len, read(raw, file.name))))")
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, env=environment,
+                            capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == sum(map(len, MANY))
