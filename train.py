@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from lorasae.adapt import adapted_blocks, default_adapt, train
+from lorasae.dictionary import fill, make
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.hub import PRESETS, Preset, preset, sae_source
+from lorasae.hub import PRESETS, Preset, preset, sae_choice
 from lorasae.lora import add_lora, lora_parameters, save_adapter
 from lorasae.run import Run, check_free, load_setting, peak_memory_bytes, print_table
 
@@ -43,8 +44,13 @@ def arguments(argv):
         help="lora adapts the model to its SAE; the others train an SAE (default: %(default)s)")
     add("--layer", type=int, nargs="+", help="block(s) whose output an SAE replaces, from 0 (default: the preset's; paper: 12)")
     add("--sae", nargs="+", help="file, folder, Hub path or run folder; one for all layers or one a layer (default: the preset's)")
-    add("--width", help="latents of the SAE to choose, such as 16k (default: the preset's)")
-    add("--l0", type=float, help="average active latents of the SAE to choose (default: the preset's)")
+    add("--width", help="latents of the SAE to choose, such as 16k; of the SAE to train, such as 16384 (default: the preset's; "
+        "paper: 8 d_model)")
+    add("--l0", type=float, help="average active latents of the SAE to choose, or that jumprelu is to reach (default: the preset's)")
+    add = parser.add_argument_group("training an SAE").add_argument
+    add("--k", type=int, help="active latents of topk and e2e (default: the preset's; paper: 64)")
+    add("--auxk", action="store_true", help="topk and e2e: revive dead latents by AuxK (the paper does without)")
+    add("--dead-after", type=count, default="10M", help="tokens after which a latent that never fired is dead (default: %(default)s)")
     add = parser.add_argument_group("adapters").add_argument
     add("--rank", type=int, help="rank of every adapter (default: the preset's; paper: 64)")
     add("--alpha", type=float, default=32, help="the adapters are scaled by alpha / rank (default: %(default)s at every rank)")
@@ -83,18 +89,23 @@ def configure(args):
     """Arguments -> the run's configuration: everything that is needed to repeat it, defaults filled in."""
     defaults = preset(args.model) or PAPER
     config = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
-    for key in ("rank", "data", "tokens", "eval_tokens", "context", "batch_size", "lr", "dtype", "sae_dtype"):
-        if config[key] is None:
-            config[key] = getattr(defaults, key)
-    if config["sae"] is None:                           # the preset's own SAE, with its width, L0 and adapted blocks
-        config["sae"] = [sae_source(args.model)]
-        config["width"] = config["width"] or defaults.width
-        config["l0"] = config["l0"] or (defaults.l0 if config["layer"] in (None, [defaults.layer]) else None)
-        config["adapt"] = config["adapt"] or [defaults.adapt]
-    config["layer"] = config["layer"] or [defaults.layer]
+    if args.method != "lora":
+        if args.sae is not None:
+            raise InputError(f"--method {args.method} trains an SAE from scratch: leave --sae out")
+        config = fill(config, defaults)
+    else:
+        for key in ("rank", "data", "tokens", "eval_tokens", "context", "batch_size", "lr", "dtype", "sae_dtype"):
+            if config[key] is None:
+                config[key] = getattr(defaults, key)
+        config["layer"] = config["layer"] or [defaults.layer]
+        if config["sae"] is None:                       # the preset's own SAEs, with their width, L0 and adapted blocks
+            chosen = [sae_choice(args.model, layer=layer, width=args.width, l0=args.l0) for layer in config["layer"]]
+            config["sae"], config["width"] = [chosen[0][0]], chosen[0][1]["width"]
+            config["l0"] = chosen[0][1]["l0"] if len(chosen) == 1 else args.l0
+            config["adapt"] = config["adapt"] or [defaults.adapt]
     config["micro_batch"] = config["micro_batch"] or config["batch_size"]
     for key in ("rank", "batch_size", "micro_batch", "context", "checkpoint_every", "lr", "clip", "alpha"):
-        if config[key] <= 0:
+        if config[key] is not None and config[key] <= 0:
             raise InputError(f"--{key.replace('_', '-')} is {config[key]}, but it must be positive")
     config["steps"] = -(-config["tokens"] // (config["batch_size"] * config["context"]))
     return config
@@ -145,17 +156,32 @@ def report(results, folder):
     print(f"{folder}/ holds config.json, metrics.jsonl, results.json, adapter/;  python eval.py {folder} recomputes the table")
 
 
+def train_sae(config, folder, run=None):
+    """--method topk, jumprelu, e2e. run: the one to resume."""
+    results = make(config, folder, run)
+    print()
+    print_table([("base model", results["ce_base"], 0.0), ("with SAE", results["ce_sae"], results["kl_sae"])],
+                ("", "CE (nats)", "KL (nats)"))
+    print(f"\nFVU {results['fvu']:.4f}  L0 {results['l0']:.1f}  dead latents {results['dead_latents']:.1%}"
+          f"  {results['tokens_per_second']:,.0f} tokens/s  {results['seconds']:.0f} s"
+          f"  peak memory {results['peak_memory_bytes'] / 1e9:.2f} GB")
+    print(f"{folder}/ holds config.json, metrics.jsonl, results.json, sae/;  python train.py --model {config['model']} "
+          f"--sae {folder} adapts the model around it")
+
+
 def main(argv=None):
     args = arguments(sys.argv[1:] if argv is None else argv)
     try:
         if args.resume:
             run = Run.resume(args.resume)
-            adapt(run.config, args.resume, run)
+            start = adapt if run.config["method"] == "lora" else train_sae
+            start(run.config, args.resume, run)
         else:
             config = configure(args)
             folder = Path(args.out) if args.out else default_folder(config)
             check_free(folder)
-            adapt(config, folder)
+            start = adapt if config["method"] == "lora" else train_sae
+            start(config, folder)
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -126,7 +126,7 @@ class Run:
 
     def save(self, step, parameters, optimizer):
         """Writes checkpoint/step-N.pt, keeping the one before it. Only ever called with finite losses behind it."""
-        self._flush()
+        self.flush()
         state = {"step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(),
                  "rng": torch.get_rng_state(), "seconds": self.seconds,
                  "cuda_rng": torch.cuda.get_rng_state() if parameters[0].is_cuda else None}
@@ -148,16 +148,16 @@ class Run:
         for step in range(start, steps):
             yield step
             self.bar.update()
-        self._flush()
+        self.flush()
         self.bar.close()
 
     def log(self, step, **values):
         """Notes a step's values (floats or 0-dim tensors); every LOG_EVERY steps they are read and written as a line."""
         self.pending.append((step, values))
         if step % LOG_EVERY == 0:
-            self._flush()
+            self.flush()
 
-    def _flush(self):
+    def flush(self):
         """Waits for the pending values, stops the run if one is not finite, and appends their means to metrics.jsonl."""
         self.seconds = time.perf_counter() - self.started
         if not self.pending:

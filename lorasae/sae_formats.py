@@ -36,8 +36,8 @@ def load_sae(source, *, layer=None, width=None, l0=None, dtype=None, device="cpu
     """A frozen TopK or JumpReLU from a local file or folder, the folder of a run, or OWNER/NAME[/FOLDER] on the Hub.
 
     layer, width, l0: which SAE, where the source holds several (hub.sae_files). dtype: of the weights, a torch dtype or
-    its name, float32 if None; thresholds stay float32. llama_scope: see read_llama_scope. Raises InputError for anything
-    that is wrong with the files, also if they say that the SAE belongs to another layer.
+    its name, float32 if None; thresholds stay float32. llama_scope: see read_llama_scope. Raises InputError for what is
+    wrong with the files, also if they say that the SAE belongs to another layer.
     """
     dtype = DTYPES.get(dtype, torch.float32 if dtype is None else dtype)
     if not isinstance(dtype, torch.dtype):
@@ -123,9 +123,9 @@ def read_sparsify(folder, layer=None):
 def read_sae_lens(folder, layer=None):
     """pre = (x - a b_dec) W_enc + b_enc;  x̂ = z W_dec + b_dec; W_enc [D, M] in the file, a = apply_b_dec_to_input.
 
-    z is ReLU(TopK(pre)), or ReLU(pre) · H(pre - θ), or ReLU(pre) ("standard": θ = 0). Where rescale_acts_by_decoder_norm,
+    z is ReLU(TopK(pre)), or ReLU(pre) · H(pre - θ), or ReLU(pre) ("standard": θ = 0). If rescale_acts_by_decoder_norm,
     with n those norms, z = ReLU(TopK(n pre)) and x̂ = (z/n) W_dec + b_dec. Reads version 6 and the flat version 5.
-    exclude_special_tokens says whether it was trained with BOS; if absent, TopK was and the others, as Gemma Scope, not.
+    Trained without BOS if exclude_special_tokens; where absent, TopK with it and the others, as Gemma Scope, without.
     """
     cfg = config(folder / "cfg.json")
     about = cfg.get("metadata") or cfg
@@ -134,9 +134,10 @@ def read_sae_lens(folder, layer=None):
     activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     if activation == "topk":
         kind, k = "topk", extra.get("k", k)
-    if kind not in ("topk", "jumprelu", "standard") or activation not in ("relu", "topk") or extra.get("signed"):
+    if kind not in ("topk", "jumprelu", "standard") or activation not in ("relu", "topk"):
         raise InputError(f"{folder}: architecture {kind!r} with activation {activation!r} is not supported, only topk, "
                          "jumprelu and standard")
+    only(folder, extra, signed=False)
     only(folder, {key: value or "none" for key, value in cfg.items()}, normalize_activations="none",
          reshape_activations="none", hook_head_index="none")
     check_layer(about.get("hook_name") or about.get("hook_point"), layer, folder)
@@ -191,7 +192,7 @@ def build(where, *, W_enc, b_enc, W_dec, b_dec, centred, on_special, dtype, devi
     """
     weight = W_enc()
     if weight.dim() != 2 or shape not in (None, tuple(weight.shape)):
-        raise InputError(f"{where}: W_enc is {list(weight.shape)} as [M, D], but its configuration says {shape or 'two dimensions'}")
+        raise InputError(f"{where}: W_enc is {list(weight.shape)} as [M, D], expected {list(shape or 'MD')}")
     M, D = weight.shape
     with torch.device("meta"):
         sae = JumpReLU(D, M, on_special=on_special) if k is None else TopK(D, M, k, on_special=on_special)
@@ -213,7 +214,7 @@ def build(where, *, W_enc, b_enc, W_dec, b_dec, centred, on_special, dtype, devi
         if not all(bool(rows.isfinite().all()) for rows in tensor.split(ROWS)):
             raise InputError(f"{where}: {name} holds values that are not finite: the file is damaged")
         setattr(sae, name, nn.Parameter(tensor.to(device), requires_grad=False))
-    return sae.eval()
+    return sae
 
 
 def scaled(weight, factor, dtype):
@@ -254,7 +255,7 @@ def only(where, cfg, **supported):
 
 
 def check_layer(hook, layer, where):
-    """InputError unless hook, in TransformerLens's or transformers' names, is a block's output, and `layer`'s if given."""
+    """InputError unless hook, as TransformerLens or transformers name it, is a block's output, `layer`'s if given."""
     if hook is None:
         return
     match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)|model\.layers\.(\d+)", hook)

@@ -56,7 +56,13 @@ def files(source):
         return standard_library()
     if source in NAMED or source.startswith("hf://"):
         return hub_files(NAMED.get(source, source))
-    path = Path(source)
+    try:
+        return local_files(source, Path(source))
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror}") from error
+
+
+def local_files(source, path):
     if path.is_file():
         if not source.lower().endswith(KNOWN):
             raise InputError(f"{source}: unknown kind of file; its name should end in {EXPECTED}")
@@ -64,8 +70,7 @@ def files(source):
     if not path.is_dir():
         raise InputError(f"no file or folder {source}; expected one, or stdlib, {', '.join(NAMED)}, or "
                          "hf://datasets/OWNER/NAME/FILES")
-    hidden = [p for p in path.rglob(".*")]
-    found = [p for p in path.rglob("*") if p.is_file() and not any(h == p or h in p.parents for h in hidden)]
+    found = [p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]   # hidden
     known = [p for p in found if p.name.lower().endswith(KNOWN)]
     if not known:
         raise InputError(f"{source} holds no readable text: none of its {len(found):,} files ends in {EXPECTED}")
@@ -285,6 +290,6 @@ class HubFile(io.RawIOBase):
                 problem = _first_line(error)
             if wait is None:
                 raise InputError(f"{self.name}: nothing after byte {self.position:,} of {self.size:,} ({problem}): "
-                                 "check the network and continue with --resume")
+                                 "check the network and run again, with --resume to continue")
             say(f"note: {self.name}, byte {self.position:,}: {problem}; asking again in {wait} s")
             time.sleep(wait)

@@ -1,16 +1,16 @@
-"""The TopK SAE (paper §3.1, Eq. 4; Gao et al. 2024) without its dense half: only K of the M latents are ever touched.
+"""The TopK SAE (paper §3.1, Eq. 4; Gao et al. 2024) without its dense half: only K of the M latents are touched.
 
-    encode      top k of ReLU(x W_encᵀ + b_enc), in chunks of latents: [N, M] never exists for a large M
-    decode      Σ_k value · (a row of W_dec)
-    sae_step    both, with one backward: the active (token, latent) pairs are sorted by latent once, which serves W_enc, W_dec
-                and b_enc, and nothing of size N x K x D is made
+    encode      the k largest of ReLU(x W_encᵀ + b_enc), a chunk of latents at a time: no [N, M] where M is large
+    decode      Σ_k value · row of W_dec
+    sae_step    both, with one backward: the active (token, latent) pairs are sorted by latent once, which serves every
+                weight gradient, and nothing of size N x K x D is made
     aux_decode  AuxK: what the dead latents would add
-    naive_*     the same in plain dense autograd, to which tests/test_topk.py ties every value and gradient
+    naive_*     the same in plain dense autograd, to which tests/test_topk.py ties every value and every gradient
 
 Speed and memory beside torch.topk, dense autograd and a sparsify-style step: python -m lorasae.bench topk
 
-Shapes: N tokens, D d_model, M latents, K active latents. W_enc and W_dec are [M, D], a row is a latent. x comes in the dtype of
-the weights; pre-activations are fp32 even where the weights are bf16, because rounding them makes ties at the K-th place.
+Shapes: N tokens, D d_model, M latents, K active latents. W_enc and W_dec are [M, D], a latent is a row. x has the dtype
+of the weights; pre-activations are fp32 even where those are bf16, as rounding them makes ties at the K-th place.
 """
 import torch
 import torch.nn.functional as F
@@ -18,32 +18,33 @@ from torch.autograd.function import once_differentiable
 
 from lorasae.errors import InputError
 
-CHUNK = 16384       # latents encoded at once: wide enough for a GEMM at full speed, an eighth of the memory at M = 131,072
-LANES = 32          # neighbours in memory belong to different groups, so that maxima are taken lane by lane (SIMD, coalescing)
+CHUNK = 16384       # latents encoded at once: a GEMM at full speed, and an eighth of the memory at M = 131,072
+LANES = 32          # neighbours in memory go to different groups, so that maxima are taken lane by lane
 
 
 def topk(x, k):
-    """x [..., M] -> values [..., k], indices [..., k]: torch.topk(x, k, sorted=False), but for the order and the choice among ties.
+    """x [..., M] -> values [..., k], indices [..., k]: torch.topk(x, k, sorted=False) up to order and ties.
 
-    The k largest entries are sought in the k groups with the largest maxima (found the same way): those hold k entries, their
-    maxima, that no entry of another group exceeds. As in torch.topk, NaN is the largest number there is.
+    Looks only into the k groups with the largest maxima (found the same way): they hold k entries, those maxima, that
+    no entry of another group exceeds. As in torch.topk, NaN is larger than any number.
     """
     M = x.shape[-1]
     _check(k, M)
     size = 16 if M >= 512 * k else 8
     block = size * LANES
-    if M < max(32 * k, 2 * block):                                            # too few groups to leave any out
+    if M < max(32 * k, 2 * block):                                      # too few groups to leave many out
         return torch.topk(x, k, dim=-1, sorted=False)
-    rest = M % block                                                          # belongs to no group: always a candidate
-    blocks = x[..., :M - rest].unflatten(-1, (-1, size, LANES))               # a group: one lane of one block
+    rest = M % block                                                    # is in no group: always a candidate
+    blocks = x[..., :M - rest].unflatten(-1, (-1, size, LANES))         # a group is one lane of one block
     maxima, groups = topk(blocks.amax(-2).flatten(-2), k)
     first = groups + groups // LANES * (block - LANES)
     candidates = (first.unsqueeze(-2) + torch.arange(0, block, LANES, device=x.device)[:, None]).flatten(-2)
     if rest:
-        candidates = torch.cat([candidates, torch.arange(M - rest, M, device=x.device).expand(*x.shape[:-1], rest)], -1)
+        last = torch.arange(M - rest, M, device=x.device).expand(*x.shape[:-1], rest)
+        candidates = torch.cat([candidates, last], -1)
     values = x.gather(-1, candidates)
-    # Most candidates lie below the k-th maximum and cannot win. Made equal, they halve the time of the CPU's selection, whose
-    # comparisons are then predictable. (A NaN maximum says nothing about the others, hence the infinity.)
+    # Candidates below the k-th maximum cannot win. Made equal, they halve the time of the CPU's selection: its branches
+    # become predictable. (A NaN maximum says nothing about the other maxima: it counts as infinite.)
     floor = maxima.detach().nan_to_num(torch.inf, torch.inf, -torch.inf).amin(-1, keepdim=True)
     values = values.maximum(floor.nextafter(torch.full_like(floor, -torch.inf)))
     values, winners = torch.topk(values, k, dim=-1, sorted=False)
@@ -51,32 +52,32 @@ def topk(x, k):
 
 
 def encode(x, W_enc, b_enc, k, chunk=CHUNK):
-    """x [N, D] (b_dec already subtracted) -> values [N, k] after ReLU, fp32 or wider; indices [N, k]. In no particular order.
+    """x [N, D], b_dec already subtracted -> values [N, k] after ReLU, indices [N, k], in no particular order.
 
-    Differentiable in x, W_enc and b_enc, at a cost that depends on k, not on M; a frozen W_enc costs no weight gradient.
+    Values are fp32, or fp64 where x is. The backward costs k, not M, and only what is asked for: with frozen weights
+    one bag of W_enc's rows a token.
     """
     return _Encode.apply(x, W_enc, b_enc, k, chunk)
 
 
 def decode(values, indices, W_dec):
-    """values [N, k], indices [N, k] -> Σ_k values · W_dec[indices]  [N, D], in the dtype of W_dec. b_dec is left to the caller."""
+    """values [N, k], indices [N, k] -> Σ_k values · W_dec[indices]  [N, D] in W_dec's dtype. b_dec is not added."""
     return _Decode.apply(values, indices, W_dec)
 
 
 def sae_step(x, W_enc, b_enc, W_dec, b_dec, k, chunk=CHUNK):
-    """x [N, D] -> reconstruction [N, D], values [N, k], indices [N, k]: the TopK SAE (Eq. 4 and 5) as one function, for training.
+    """x [N, D] -> reconstruction [N, D], values [N, k], indices [N, k]: the TopK SAE (Eq. 4, 5), for training.
 
-    The same numbers as decode(*encode(x - b_dec, ...), W_dec) + b_dec, with half the sorting and a b_dec gradient that is summed
-    over tokens before it meets W_enc.
+    Equal to decode(*encode(x - b_dec, W_enc, b_enc, k), W_dec) + b_dec, with one sort for two.
     """
     return _Step.apply(x, W_enc, b_enc, W_dec, b_dec, k, chunk)
 
 
 def aux_decode(x, W_enc, b_enc, W_dec, dead, k):
-    """x [N, D] (b_dec already subtracted), dead [M] bool -> [N, D]: what the k strongest dead latents make of each token.
+    """x [N, D], b_dec already subtracted; dead [M] bool -> [N, D]: what the k strongest dead latents make of x.
 
-    AuxK (Gao et al. 2024) fits this, without b_dec, to the detached residual, so that dead latents get a gradient. Zeros where
-    none is dead; all dead latents where they are fewer than k.
+    AuxK (Gao et al. 2024) fits it, without b_dec, to the detached residual, so that dead latents learn. Zeros where no
+    latent is dead; all dead latents where they are fewer than k.
     """
     rows = dead.nonzero().squeeze(1)
     if not len(rows):
@@ -112,7 +113,7 @@ class _Encode(torch.autograd.Function):
     def backward(ctx, grad, _):
         x, W_enc, values, indices = ctx.saved_tensors
         need_x, need_W, need_b = ctx.needs_input_grad[:3]
-        grad = _relu_backward(grad, values)
+        grad = grad.masked_fill(values <= 0, 0)                         # ReLU's backward: NaN passes, as in torch's own
         pairs = _ByLatent(indices, len(W_enc)) if need_W or need_b else None
         return (_combine(indices, grad, W_enc) if need_x else None,
                 pairs.sum(grad, x) if need_W else None,
@@ -149,7 +150,7 @@ class _Step(torch.autograd.Function):
         x, W_enc, W_dec, values, indices = ctx.saved_tensors
         need_x, need_W_enc, need_b_enc, need_W_dec, need_b_dec = ctx.needs_input_grad[:5]
         pairs = _ByLatent(indices, len(W_enc))
-        grad_pre = _relu_backward(grad_values + pairs.dot(grad, W_dec), values)
+        grad_pre = (grad_values + pairs.dot(grad, W_dec)).masked_fill(values <= 0, 0)
         grad_b = pairs.sum(grad_pre).to(W_enc.dtype)
         # Through the encoder, b_dec's gradient is -Σ_t grad_x[t] = -(Σ_t grad_pre[t]) W_enc: sum first, multiply once.
         return (_combine(indices, grad_pre, W_enc) if need_x else None,
@@ -160,7 +161,7 @@ class _Step(torch.autograd.Function):
 
 
 class _ByLatent:
-    """The active (token, latent) pairs sorted by latent: then each sum over tokens is one bag of rows, and no atomics are needed."""
+    """The active (token, latent) pairs sorted by latent: a sum over tokens is then one bag of rows, without atomics."""
 
     def __init__(self, indices, M):
         self.shape = indices.shape
@@ -169,7 +170,7 @@ class _ByLatent:
         self.offsets = torch.searchsorted(self.latents, torch.arange(M, device=indices.device))
 
     def sum(self, weights, rows=None):
-        """weights [N, k], rows [N, D] -> for each latent Σ_t weights[t] rows[t]  [M, D]; without rows Σ_t weights[t]  [M]."""
+        """weights [N, k], rows [N, D] -> each latent's Σ_t weights[t] rows[t]  [M, D]; no rows: Σ_t weights[t]  [M]."""
         if rows is None:
             return self.sum(weights, weights.new_ones(len(weights), 1)).squeeze(1)
         weights = weights.flatten()[self.order].to(rows.dtype)
@@ -190,12 +191,8 @@ def _combine(indices, weights, rows):
     return F.embedding_bag(indices, rows.contiguous(), per_sample_weights=weights.to(rows.dtype), mode="sum")
 
 
-def _relu_backward(grad, values):
-    return grad.masked_fill(values <= 0, 0)                                   # NaN passes, as it does in torch's own
-
-
 def _select(x, W_enc, b_enc, k, chunk):
-    """The k largest pre-activations of each token, after ReLU [N, k], and their latents [N, k]: a chunk of latents at a time."""
+    """The k largest pre-activations of each token after ReLU and their latents [N, k], a chunk of latents at a time."""
     _check(k, len(W_enc))
     values = indices = None
     for start in range(0, len(W_enc), chunk):
@@ -216,9 +213,9 @@ def _preactivations(x, W, b):
         return torch.addmm(b, x, W.T)
     if x.is_cuda:
         return torch.mm(x, W.T, out_dtype=torch.float32).add_(b)
-    return torch.addmm(b.float(), x.float(), W.T.float())                     # out_dtype exists on CUDA only
+    return torch.addmm(b.float(), x.float(), W.T.float())               # out_dtype is CUDA's alone
 
 
 def _check(k, M):
     if not 1 <= k <= M:
-        raise InputError(f"k is {k}, but of {M} latents between 1 and {M} can be kept")
+        raise InputError(f"k is {k}, but {M} latents need 1 <= k <= {M}")

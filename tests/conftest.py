@@ -68,3 +68,51 @@ def model(raw_config):
 @pytest.fixture
 def tokens():
     return torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+TEXT = "def area(width, height):\n    return width * height\n\n\nclass Shape:\n    name = 'square'\n\n"
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """Sixty little documents, all different."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(60):
+        (folder / f"part{i:02d}.txt").write_text("".join(f"x{i * j} = {j}\n{TEXT}" for j in range(12)))
+    return folder
+
+
+def write_tokenizer(folder, raw, text):
+    """A byte-level BPE as small as the model's vocabulary, its BOS and EOS at the ids of the configuration."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    bos, eos = raw["bos_token_id"], raw["eos_token_id"]
+    special = ["<pad>"] * 3
+    special[bos], special[eos] = "<bos>", "<eos>"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(set(pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)[0][0]))
+    trainer = trainers.BpeTrainer(vocab_size=raw["vocab_size"], special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture
+def whole_model(model_folder, raw_config, text_folder):
+    """A model folder with its tokenizer."""
+    write_tokenizer(model_folder, raw_config, "".join(path.read_text() for path in sorted(text_folder.iterdir())))
+    return model_folder
+
+
+@pytest.fixture
+def sae_folder(whole_model, raw_config, tmp_path):
+    """A random TopK SAE of that model, in SAELens's format."""
+    from lorasae.sae import TopK
+    from lorasae.sae_formats import save_sae
+    torch.manual_seed(0)
+    sae = TopK(raw_config["hidden_size"], 128, 8)
+    torch.nn.init.normal_(sae.W_enc)
+    sae.W_dec.data = torch.nn.functional.normalize(sae.W_enc.data, dim=1)
+    save_sae(sae, tmp_path / "sae", model_name="test", layer=1, context=32)
+    return tmp_path / "sae"

@@ -77,8 +77,8 @@ def test_chunks_are_the_pieces_of_a_tokenizer_that_truncates_with_overflow(monke
 
 def test_chunks_are_those_of_the_fast_tokenizer_of_transformers():
     transformers = pytest.importorskip("transformers", reason="the oracle of this test is transformers' fast tokenizer")
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(NUMBERED.to_str()), bos_token="<bos>",
-                                                eos_token="<eos>", unk_token="<unk>")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(NUMBERED.to_str()),
+                                                bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
     documents = [numbered(i, 1 + i % 9) for i in range(60)]
     output = fast("<eos>" + "<eos>".join(documents), max_length=16, truncation=True, return_overflowing_tokens=True)
     assert [chunk.tolist() for chunk, _ in pack(documents, NUMBERED, BOS, EOS, 16)] == output["input_ids"][:-1]
@@ -155,7 +155,7 @@ def test_both_parts_are_the_same_for_the_same_arguments_alone(tmp_path):
     path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(100)])
     first, again, other = corpus_of(path), corpus_of(path), corpus_of(path, seed=1)
     trained = take(first.batches(4), 30)
-    assert torch.equal(take(again.batches(4), 30), trained)                 # training was asked for before validation here
+    assert torch.equal(take(again.batches(4), 30), trained)             # here asked for before validation
     assert torch.equal(again.validation, first.validation)
     assert not torch.equal(other.validation, first.validation)
     assert not torch.equal(take(other.batches(4), 30), trained)
@@ -191,7 +191,7 @@ def test_finite_text_starts_again_in_a_new_order_and_says_so_once(tmp_path, caps
     length = int(lines[0].split("only ")[1].split()[0])
     assert not torch.equal(chunks[:length], chunks[length:2 * length])
     common = sources_of(chunks[:length]) & sources_of(chunks[length:2 * length])
-    assert len(common) >= len(sources_of(chunks)) - 2                       # but for the ends of the two groups, all of it
+    assert len(common) >= len(sources_of(chunks)) - 2               # all but the ends of groups, which are dropped
 
 
 def test_text_that_suffices_says_nothing(tmp_path, capsys):
@@ -242,7 +242,7 @@ def test_too_little_text_is_told_with_the_tokens_there_are_and_the_tokens_needed
 
 
 def test_the_tokens_said_to_be_needed_suffice(tmp_path):
-    seed = next(seed for seed in range(9) if np.random.default_rng(seed).permutation(2)[0] == 0)       # the order as written
+    seed = next(seed for seed in range(9) if np.random.default_rng(seed).permutation(2)[0] == 0)    # the written order
     path = write_documents(tmp_path / "a.jsonl", [numbered(0, 60), numbered(1, 15)])           # 61 tokens, then 16
     assert sources_of(next(corpus_of(path, seed=seed).batches(1))) == {1}
     path = write_documents(tmp_path / "b.jsonl", [numbered(0, 60), numbered(1, 14)])
@@ -250,8 +250,8 @@ def test_the_tokens_said_to_be_needed_suffice(tmp_path):
         corpus_of(path, seed=seed).batches(1)
 
 
-@pytest.mark.parametrize("bos, eos, name", [(None, EOS, "BOS"), (9999, EOS, "BOS"), (BOS, None, "EOS"), (BOS, -1, "EOS"),
-                                            ([0, 1], EOS, "BOS")])
+@pytest.mark.parametrize("bos, eos, name", [(None, EOS, "BOS"), (9999, EOS, "BOS"), ([0, 1], EOS, "BOS"),
+                                            (BOS, None, "EOS"), (BOS, -1, "EOS")])
 def test_a_tokenizer_without_the_models_special_tokens_is_refused(tmp_path, bos, eos, name):
     path = write_documents(tmp_path / "a.jsonl", [numbered(0)])
     with pytest.raises(InputError, match=f"the tokenizer has no {name} token"):

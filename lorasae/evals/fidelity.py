@@ -1,4 +1,4 @@
-"""Fidelity (paper §4.1): what splicing the SAEs in costs, and how much of that the adapters win back.
+"""Fidelity (paper §4): what splicing the SAEs in costs, and how much of that the adapters win back.
 
     base     the untouched model                      zero   the SAEs' layers set to zero: the worst a reconstruction can do
     sae      the SAEs spliced in                      lora   adapted, without SAEs: what adapting did to the model itself
@@ -7,7 +7,10 @@
     gap closed = (CE_sae - CE_adapted) / (CE_sae - CE_base),   loss recovered = (CE_zero - CE_·) / (CE_zero - CE_base)
 
 CE is the next-token cross-entropy and KL is KL(base ‖ ·), both in nats a token, over the T - 1 predictions of each sequence
-(BOS is a predictor). Exercised by `python eval.py RUN_DIR --suite fidelity`. Shapes: B batch, T tokens, D d_model.
+(BOS is a predictor, as in the paper). All SAEs are spliced in at once (§4.3's compound loss); BOS and EOS keep their
+activation where the SAEs were trained without them. Intervals are 90 %, over sequences; differences are paired.
+
+Exercised by `python eval.py RUN_DIR --suite fidelity`. Shapes: B batch, T tokens, D d_model, n sequences.
 """
 from contextlib import nullcontext
 
@@ -15,95 +18,151 @@ import torch
 
 from lorasae.adapt import first_differing
 from lorasae.data import special_mask
-from lorasae.lora import adapters, base
+from lorasae.evals.common import evaluating, interval, plus_minus, progress, ratio
+from lorasae.lora import base
 from lorasae.objectives import token_losses
+from lorasae.run import print_table
 from lorasae.sae import splice
 
-Z90 = 1.6448536                                         # 90 % of a normal distribution lies within ± this many deviations
+SETTINGS = {"base": "base model", "sae": "with SAE", "adapted": "with SAE + LoRA", "lora": "LoRA, no SAE",
+            "zero": "SAE layers zeroed"}
 
 
 def evaluate(model, saes, batches, settings=("base", "sae", "adapted"), keep_special=False):
     """Runs each setting over the batches of tokens [B, T]; returns {setting: {"ce": [n], "kl": [n], "l0", "ev"}}.
 
-    ce and kl are sequence means, fp64, one a sequence; l0 and ev (explained variance) are {layer: mean over the positions
-    that are not BOS or EOS}, for the settings with SAEs.
+    ce and kl are sequence means, fp64; l0 (active latents) and ev (explained variance, 1 - Σ‖x - x̂‖² / Σ‖x - mean x‖²) are
+    {layer: value} over the positions that are not BOS or EOS, for the settings `sae` and `adapted`.
     """
-    depth, first = len(model.layers), first_differing(model, saes)
-    sums = {name: {"ce": [], "kl": [], "stats": {layer: torch.zeros(4, dtype=torch.float64) for layer in saes}} for name in settings}
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        for tokens in batches:
-            tokens = tokens.to(model.device)
-            special = special_mask(tokens, model.config.bos_token_id, model.config.eos_token_id)
-            keep = special if keep_special else None
-            with base(model):
-                x = model.run(model.embed(tokens), 0, first)            # shared by every setting
-                target = model.norm(model.run(x, first, depth))
-            for name in settings:
-                adapters_on = name in ("adapted", "lora")
-                with nullcontext() if adapters_on else base(model):
-                    if name == "base":
-                        hidden = target
-                    elif name == "lora":
-                        hidden = model.norm(model.run(x, first, depth))
-                    else:
-                        spliced = {layer: torch.zeros_like for layer in saes} if name == "zero" else saes
-                        stats = sums[name]["stats"] if name != "zero" else {}
-                        hidden = model.norm(walk(model, x, first, spliced, keep if name != "zero" else None, special, stats))
-                losses = token_losses(hidden[:, :-1], tokens[:, 1:], model.head, model.softcap, target[:, :-1])
-                sums[name]["ce"] += losses.ce.double().mean(1).tolist()
-                sums[name]["kl"] += losses.kl.double().mean(1).tolist()
-    model.train(was_training)
+    found = {name: {"ce": [], "kl": [], "seen": {layer: [] for layer in saes}} for name in settings}
+    with evaluating(model):
+        for tokens in progress(batches, "fidelity"):
+            seen = {name: found[name]["seen"] for name in found}
+            for name, losses in losses_by_setting(model, saes, tokens, settings, keep_special, seen).items():
+                found[name]["ce"].append(losses.ce.double().mean(1).cpu())
+                found[name]["kl"].append(losses.kl.double().mean(1).cpu())
     out = {}
-    for name, values in sums.items():
-        out[name] = {"ce": torch.tensor(values["ce"]), "kl": torch.tensor(values["kl"])}
+    for name, values in found.items():
+        out[name] = {"ce": torch.cat(values["ce"]), "kl": torch.cat(values["kl"])}
         if name in ("sae", "adapted"):
-            out[name]["l0"] = {layer: (active / n).item() for layer, (active, n, _, _) in values["stats"].items()}
-            out[name]["ev"] = {layer: (1 - lost / total).item() for layer, (_, _, lost, total) in values["stats"].items()}
+            sums = {layer: [sum(column) for column in zip(*rows)] for layer, rows in values["seen"].items()}
+            out[name]["l0"] = {layer: (active / n).item() for layer, (n, active, *_) in sums.items()}
+            out[name]["ev"] = {layer: (1 - error / (square - total.square().sum() / n)).item()
+                               for layer, (n, _, error, square, total) in sums.items()}
     return out
 
 
-def walk(model, x, start, saes, keep, special, stats):
-    """model.run(x, start, depth, saes, keep), pausing before each SAE to add to its stats.
+@torch.no_grad()
+def losses_by_setting(model, saes, tokens, settings, keep_special=False, seen=None):
+    """{setting: TokenLosses of [B, T - 1]} for tokens [B, T]. seen: {setting: {layer: a list for walk's sums}}."""
+    tokens = tokens.to(model.device)
+    depth, first = len(model.layers), first_differing(model, saes)
+    special = special_mask(tokens, model.config.bos_token_id, model.config.eos_token_id)
+    keep = special if keep_special else None
+    with base(model):
+        x = model.run(model.embed(tokens), 0, first)            # shared by every setting
+        target = model.norm(model.run(x, first, depth))
+    out = {}
+    for name in settings:
+        with nullcontext() if name in ("adapted", "lora") else base(model):
+            if name == "base":
+                hidden = target
+            elif name == "lora":
+                hidden = model.norm(model.run(x, first, depth))
+            elif name == "zero":
+                hidden = model.norm(walk(model, x, first, {layer: torch.zeros_like for layer in saes}))
+            else:
+                hidden = model.norm(walk(model, x, first, saes, keep, special, seen[name] if seen else None))
+        out[name] = token_losses(hidden[:, :-1], tokens[:, 1:], model.head, model.softcap, target[:, :-1])
+    return out
 
-    stats[layer] sums active latents, positions, ‖x - x̂‖² and ‖x - mean x‖² over the positions that are not special.
+
+def walk(model, x, start, saes, keep=None, special=None, seen=None):
+    """model.run(x, start, depth, saes, keep), also where an SAE of block start - 1 has yet to be applied to x.
+
+    seen[layer] gets, for what the SAE reads at positions that are not special: their number, Σ active latents, Σ‖x - x̂‖²,
+    Σ‖x‖² and Σx, in fp64.
     """
     for layer in sorted(saes):
         if layer >= start:
             x = model.run(x, start, layer + 1)
             start = layer + 1
-        if layer in stats:
-            seen = x[~special]
-            x_hat, mean = saes[layer](seen), seen.float().mean(0)
-            active = torch.cat([(saes[layer].encode(part) > 0).sum(-1) for part in seen.split(256)]).sum()
-            stats[layer] += torch.stack([active.double(), torch.tensor(len(seen)).to(active), (seen - x_hat).float().pow(2).sum(),
-                                         (seen.float() - mean).pow(2).sum()]).double().cpu()
-        x = splice(x, saes[layer], keep)
+        x_hat = saes[layer](x)
+        if seen is not None:
+            read, error = x[~special], (x - x_hat)[~special]
+            active = sum((saes[layer].encode(part) > 0).sum() for part in read.split(256))     # [256, M] at a time
+            sums = (len(read), active, square(error), square(read), read.sum(0, dtype=torch.float64))
+            seen[layer].append([torch.as_tensor(value, dtype=torch.float64).cpu() for value in sums])
+        x = splice(x, lambda _: x_hat, keep)
     return model.run(x, start, len(model.layers))
 
 
+def square(x):
+    return x.float().square().sum(dtype=torch.float64)
+
+
 def summary(results):
-    """The plain numbers of results.json: token means, the part of the gap closed, L0 a layer."""
-    mean = {name: {loss: values[loss].mean().item() for loss in ("ce", "kl")} for name, values in results.items()}
-    out = {f"{loss}_{name}": mean[name][loss] for name in mean for loss in ("ce", "kl") if (name, loss) != ("base", "kl")}
-    if {"base", "sae", "adapted"} <= mean.keys():
-        out["gap_closed"] = gap_closed(*(mean[name]["ce"] for name in ("base", "sae", "adapted")))
-    for name in ("sae", "adapted"):
+    """The plain numbers of results.json: token means, the part of the gap closed, L0 a layer, and under "ci90" the half
+    widths of their confidence intervals (None for a single sequence)."""
+    out, widths = {}, {}
+
+    def note(name, value, half):
+        out[name], widths[name] = value, half
+
+    ce = {name: values["ce"] for name, values in results.items()}
+    for name in results:
+        note(f"ce_{name}", *interval(ce[name]))
+        if name != "base":
+            note(f"kl_{name}", *interval(results[name]["kl"]))
+            if "base" in ce:
+                note(f"excess_{name}", *interval(ce[name] - ce["base"]))        # what the setting costs, in nats a token
+        if name not in ("base", "zero") and {"base", "zero"} <= ce.keys():
+            note(f"loss_recovered_{name}", *ratio(ce["zero"] - ce[name], ce["zero"] - ce["base"]))
+    if {"base", "sae", "adapted"} <= ce.keys():
+        note("gap_closed", *ratio(ce["sae"] - ce["adapted"], ce["sae"] - ce["base"]))
+    for name, suffix in (("sae", "_sae"), ("adapted", "")):
         if name in results:
-            out["l0" if name == "adapted" else "l0_sae"] = results[name]["l0"]
-            out["explained_variance" if name == "adapted" else "explained_variance_sae"] = results[name]["ev"]
-    return out
-
-
-def gap_closed(base, sae, adapted):
-    """The part of the loss that the SAE cost which adapting wins back, a fraction; None where the SAE costs nothing."""
-    return (sae - adapted) / (sae - base) if sae != base else None
+            out["l0" + suffix], out["explained_variance" + suffix] = results[name]["l0"], results[name]["ev"]
+    return {**out, "ci90": widths}
 
 
 def table(numbers):
     """Rows and headings for run.print_table: one row a setting."""
-    settings = [("base", "base model"), ("sae", "with SAE"), ("adapted", "with SAE + LoRA"), ("lora", "LoRA, no SAE"),
-                ("zero", "SAE layers zeroed")]
-    rows = [(label, numbers[f"ce_{name}"], numbers.get(f"kl_{name}", 0.0)) for name, label in settings if f"ce_{name}" in numbers]
-    return rows, ("", "CE (nats)", "KL (nats)")
+    rows, ci = [], numbers["ci90"]
+    for name, label in SETTINGS.items():
+        if f"ce_{name}" in numbers:
+            excess, kl = numbers.get(f"excess_{name}", 0.0), numbers.get(f"kl_{name}", 0.0)
+            row = [label, numbers[f"ce_{name}"], excess, plus_minus(ci.get(f"excess_{name}")), kl,
+                   plus_minus(ci.get(f"kl_{name}"))]
+            if "ce_zero" in numbers:
+                row.append(f"{numbers.get(f'loss_recovered_{name}', float(name == 'base')):.2%}")
+            rows.append(row)
+    return rows, ["", "CE (nats)", "above base", "90 % CI", "KL (nats)", "90 % CI"] + ["recovered"] * ("ce_zero" in numbers)
+
+
+def show(numbers):
+    print_table(*table(numbers))
+    print()
+    sides = [(suffix, label) for suffix, label in (("_sae", "SAE"), ("", "SAE + LoRA")) if "l0" + suffix in numbers]
+    print_table([[f"SAE at layer {layer}"] + [cell for suffix, _ in sides for cell in (
+                      f"{numbers['l0' + suffix][layer]:.2f}", f"{numbers['explained_variance' + suffix][layer]:.1%}")]
+                 for layer in numbers["l0_sae"]],
+                [""] + [f"{what}, {label}" for _, label in sides for what in ("L0", "variance explained")])
+    if "gap_closed" in numbers:
+        closed = numbers["gap_closed"]
+        print("\nthe SAE costs nothing" if closed is None else
+              f"\ngap closed {closed:.1%} {plus_minus(numbers['ci90']['gap_closed'], '.1%')}")
+
+
+def draw(numbers, figure):
+    """CE above the base model's and KL of each setting: one point of Figures 3, 4 and 6."""
+    figure.set_size_inches(8, 2.6)
+    names = [name for name in ("lora", "adapted", "sae") if f"kl_{name}" in numbers]
+    for axes, key, label in zip(figure.subplots(1, 2, sharey=True), ("excess", "kl"),
+                                ("cross-entropy above the base model (nats/token)", "KL from the base model (nats/token)")):
+        values, halves = zip(*((numbers[f"{key}_{name}"], numbers["ci90"][f"{key}_{name}"] or 0) for name in names))
+        axes.errorbar(values, [SETTINGS[name] for name in names], xerr=halves, fmt="o", capsize=4, color="C0")
+        axes.axvline(0, color="grey", linewidth=1)
+        axes.set_xlabel(label)
+        axes.margins(y=0.3)
+    figure.suptitle("Fidelity, 90 % intervals over sequences (a point of the paper's Figures 3, 4 and 6)", fontsize=10)

@@ -1,0 +1,272 @@
+"""Training an SAE: by reconstruction (TopK, paper §3.1; JumpReLU, §3.3) or end to end, on the model's own loss (§3.2).
+
+    python train.py --method topk --k 16            python train.py --method jumprelu --l0 16
+    python train.py --method e2e --k 16             python train.py --sae RUN_DIR       adapts the model around the result
+
+    train     the loop: frozen model -> activations -> one Adam step a batch, decoder rows kept at norm 1
+    make      a whole run: from its configuration to RUN_DIR/sae and results.json
+
+TopK and e2e follow the published code; JumpReLU follows Rajamanoharan et al. (2024), in units of the activations' rms norm.
+A run keeps its SAE after every tenth of its steps: RUN_DIR/sae-10pct ... sae-90pct, and RUN_DIR/sae at the end, each in
+SAELens's format and with a training.json: percent, step, tokens, and the seconds of training so far, evaluation excluded.
+
+Shapes: B batch, T tokens, D d_model, M latents, K active latents, N = B*T.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lorasae import topk
+from lorasae.adapt import learn, teach
+from lorasae.data import special_mask
+from lorasae.errors import InputError
+from lorasae.evals import fidelity
+from lorasae.files import write_json
+from lorasae.hub import PRESETS
+from lorasae.objectives import aux_loss, fvu, jump, l0_penalty
+from lorasae.run import Run, load_setting, peak_memory_bytes
+from lorasae.sae import JumpReLU, TopK
+from lorasae.sae_formats import save_sae
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What train.py takes where an argument is left out: the paper's TopK on Gemma-2-2B (§3.1; its published code)."""
+    width: int | None = None                    # latents; None: 8 d_model
+    k: int = 64                                 # of TopK and e2e
+    l0: float = 64                              # of JumpReLU
+    lr: float | None = None                     # None: 2e-4 / √(latents / 2^14)
+    batch_size: int = 1                         # sequences a step
+    tokens: int = 2_000_000_000
+    data: str | None = None                     # None: the model's preset
+
+
+RECIPES = {
+    "gemma-2-2b": Recipe(data="redpajama-v2"),
+    "llama-3.2-1b": Recipe(tokens=4_000_000_000),
+    "tiny-gemma-2": Recipe(width=1024, k=16, l0=16, lr=2e-3, batch_size=8, tokens=2_000_000),
+    "tiny-llama-3": Recipe(width=1024, k=16, l0=16, lr=2e-3, batch_size=8, tokens=2_000_000),
+}
+
+def fill(config, defaults):
+    """A configuration (train.py's arguments) with its Nones filled in, from the Recipe and the Preset `defaults` of the model."""
+    recipe = RECIPES.get(next((name for name, known in PRESETS.items() if known is defaults), None), Recipe())
+    own = {**vars(recipe), "data": recipe.data or defaults.data, "layer": [defaults.layer], "context": defaults.context,
+           "eval_tokens": defaults.eval_tokens, "dtype": defaults.dtype}
+    config = {key: own.get(key) if value is None else value for key, value in config.items()}
+    if config["width"] is not None:
+        if not str(config["width"]).isdecimal() or int(config["width"]) < 1:
+            raise InputError(f"--width {config['width']}: training an SAE needs its number of latents, such as 16384")
+        config["width"] = int(config["width"])
+    if config["micro_batch"] is None:                   # a GPU takes the sequences of several steps together
+        config["micro_batch"] = max(config["batch_size"], 1 if config["device"] == "cpu" else 8192 // config["context"])
+    return config
+
+
+WARMUP = 1000                                   # steps from 0 to the full rate; at most a tenth of the run
+AUX_WEIGHT = 1 / 32                             # of AuxK beside the FVU (Gao et al. 2024)
+L0_WEIGHT = 1.0                                 # of (L0 / target - 1)² beside the FVU
+BANDWIDTH, THRESHOLD = 0.03, 0.001              # ε and the first θ, as parts of the activations' rms norm
+
+
+# ---- The start -------------------------------------------------------------------------------------------------------
+
+def new_sae(method, d_model, width, k):
+    """A TopK or JumpReLU with W_enc uniform in ±1/√D and W_dec its rows at norm 1; `fit_biases` does the rest.
+
+    The TopK learns BOS and EOS positions too, as in the paper; the JumpReLU leaves them alone, as Gemma Scope does.
+    """
+    sae = JumpReLU(d_model, width) if method == "jumprelu" else TopK(d_model, width, k)
+    nn.init.uniform_(sae.W_enc, -d_model ** -0.5, d_model ** -0.5)
+    sae.W_dec.data = F.normalize(sae.W_enc.detach(), dim=1)
+    return sae
+
+
+@torch.no_grad()
+def fit_biases(sae, x):
+    """Fits a fresh SAE to activations x [N, D]. Returns the unit of its biases and thresholds, see `train`."""
+    sae.b_dec.copy_(geometric_median(x))
+    if isinstance(sae, TopK):
+        return 1.0
+    unit = (x - sae.b_dec).square().sum(1).mean().sqrt().item()
+    sae.b_enc.copy_(-sae.W_enc @ sae.b_dec)             # a TopK encoder reads x - b_dec, a JumpReLU reads x
+    sae.threshold.fill_(THRESHOLD * unit)
+    return unit
+
+
+def geometric_median(x, steps=100, tolerance=1e-6):
+    """The point [D] with the smallest total distance to the rows of x [N, D], by Weiszfeld's iteration.
+
+    Unlike the mean, it does not follow the few positions, such as BOS, whose norm is many times that of the others.
+    """
+    guess = x.mean(0)
+    for _ in range(steps):
+        weights = 1 / (x - guess).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
+        last, guess = guess, weights @ x / weights.sum()
+        if (guess - last).norm() <= tolerance * last.norm():
+            break
+    return guess
+
+
+# ---- The loop --------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def frozen(model, layer, batches, skip, batch_size, at_once, with_teacher):
+    """Yields for each batch: tokens [B, T], the output of block `layer` [B, T, D], and the teacher's final hidden state or None.
+
+    None of this depends on the SAE, so `at_once` sequences pass together, however few a step takes. The groups begin at the
+    same batches in a resumed run, which makes it repeat the uninterrupted one to the bit.
+    """
+    ahead = max(1, at_once // batch_size)
+    source, skip = batches(skip - skip % ahead), skip % ahead
+    while True:
+        tokens = torch.cat([next(source) for _ in range(ahead)]).to(model.device, non_blocking=True)
+        xs, targets = [], []
+        for part in tokens.split(at_once):
+            if with_teacher:
+                x, target = teach(model, {}, part, None, layer + 1)
+                targets.append(target)
+            else:
+                x = model.run(model.embed(part), 0, layer + 1)          # and no further
+            xs.append(x)
+        groups = [torch.cat(tensors).split(batch_size) if tensors else [None] * ahead for tensors in ([tokens], xs, targets)]
+        yield from list(zip(*groups))[skip:]
+        skip = 0
+
+
+def reconstruct(sae, x, bandwidth):
+    """x [N, D] -> x̂ [N, D]; how many tokens fired each latent [M]; L0, their sum / N (with a JumpReLU's gradient)."""
+    if isinstance(sae, TopK):
+        x_hat, values, latents = topk.sae_step(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
+        fired = values.new_zeros(len(sae.W_enc)).index_add_(0, latents.flatten(), (values > 0).flatten().to(values))
+        return x_hat, fired, fired.sum() / len(x)
+    z, gates = jump(x @ sae.W_enc.T + sae.b_enc, sae.threshold, bandwidth)
+    return sae.decode(z), gates.detach().sum(0), gates.sum() / len(x)
+
+
+def train(model, sae, layer, batches, run, *, steps, lr, clip, batch_size, at_once, end_to_end=False, l0=None, auxk=False,
+          dead_after=10_000_000):
+    """Trains `sae` on the output of block `layer` for `steps` batches; resumes where the run's last checkpoint stands.
+
+    Loss: the FVU; or end to end, KL(base ‖ with SAE) summed over a sequence (§3.2). A JumpReLU adds (L0 / l0 - 1)², auxk adds
+    AuxK on the latents that no token fired for `dead_after` tokens. Rates: linear from 0 to lr in WARMUP steps, then to 0.
+    JumpReLU papers give rates for activations of rms norm 1. Adam ignores the scale of a gradient, so raw activations need
+    no more than rates for biases and thresholds that are multiplied by that norm: their group's `unit`.
+    """
+    matrices, vectors = [sae.W_enc, sae.W_dec], [p for p in sae.parameters() if p.dim() == 1]
+    optimizer = torch.optim.Adam([{"params": matrices, "unit": 1.0}, {"params": vectors, "unit": 1.0}], lr=lr, fused=True)
+    idle = torch.zeros(len(sae.W_enc), dtype=torch.int64, device=sae.W_enc.device)      # tokens since each latent fired
+    state = [*matrices, *vectors, idle]
+    first = run.restore(state, optimizer)
+    stream = frozen(model, layer, batches, first, batch_size, at_once, end_to_end)
+    for step, (tokens, x, target) in zip(run.progress(first, steps), stream):
+        rows = x.flatten(0, 1).float()
+        if not sae.on_special:
+            rows = rows[~special_mask(tokens, model.config.bos_token_id, model.config.eos_token_id).flatten()]
+        if step == 0:
+            optimizer.param_groups[1]["unit"] = fit_biases(sae, rows)
+        x_hat, fired, now = reconstruct(sae, rows, BANDWIDTH * optimizer.param_groups[1]["unit"])
+        if end_to_end:
+            loss = learn(model, {}, x_hat.view_as(x).to(x.dtype), target, None, layer + 1) / len(x)
+            values = {"kl": loss.detach() / x.shape[1]}                                 # nats a token
+        else:
+            loss = fvu(x_hat, rows)
+            values = {"fvu": loss.detach()}
+        if isinstance(sae, JumpReLU):
+            loss = loss + L0_WEIGHT * l0_penalty(now, l0)
+        dead = idle >= dead_after
+        if auxk:
+            e_hat = topk.aux_decode(rows - sae.b_dec.detach(), sae.W_enc, sae.b_enc, sae.W_dec, dead, rows.shape[1] // 2)
+            loss = loss + AUX_WEIGHT * aux_loss(e_hat, x_hat, rows)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([*matrices, *vectors], clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["unit"] * schedule(step, steps)
+        update(sae, optimizer)
+        idle.add_(len(rows)).masked_fill_(fired > 0, 0)
+        run.log(step + 1, **values, l0=now.detach(), dead=dead.float().mean(), grad_norm=norm)
+        if 10 * (step + 1) // steps > 10 * step // steps and step + 1 < steps:
+            keep(run, sae, layer, step + 1, steps)
+        if run.checkpoint_due(step + 1):
+            run.save(step + 1, state, optimizer)
+
+
+def schedule(step, steps):
+    """The part of the rate that step 0, 1, ... takes: linear up in WARMUP steps, then linear down to 0 after the last."""
+    warmup = min(WARMUP, -(-steps // 10))
+    return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+
+
+@torch.no_grad()
+def update(sae, optimizer):
+    """An Adam step that keeps decoder rows at norm 1: a gradient along a row would only change what is then undone."""
+    W, gradient = sae.W_dec, sae.W_dec.grad
+    gradient -= (gradient * W).sum(1, keepdim=True) * W
+    optimizer.step()
+    optimizer.zero_grad()
+    W.copy_(F.normalize(W, dim=1))
+    if isinstance(sae, JumpReLU):
+        sae.threshold.clamp_(min=0)
+
+
+def keep(run, sae, layer, step, steps):
+    """Saves the SAE under the tenth of the training it has had, and what that took."""
+    run.flush()                                         # a loss that is not finite stops here, before it is saved
+    percent = 10 * (10 * step // steps)
+    folder = run.folder / ("sae" if step == steps else f"sae-{percent}pct")
+    save_sae(sae, folder, model_name=run.config["model"], layer=layer, context=run.config["context"])
+    tokens = step * run.config["batch_size"] * run.config["context"]
+    write_json(folder / "training.json", {"percent": percent, "step": step, "tokens": tokens, "seconds": run.seconds})
+
+
+# ---- A run -----------------------------------------------------------------------------------------------------------
+
+def make(config, folder, run=None):
+    """A whole run from its configuration (train.py's) -> its results; sae/ is saved before it is evaluated. run: to resume."""
+    torch.manual_seed(config["seed"])
+    model, _, corpus, _ = load_setting({**config, "sae": None, "layer": []})
+    depth, D = len(model.layers), model.config.hidden_size
+    layer, method = config["layer"][0], config["method"]
+    if len(config["layer"]) > 1:
+        raise InputError(f"--layer {' '.join(map(str, config['layer']))}: an SAE is trained on one layer at a time")
+    if not 0 <= layer < depth:
+        raise InputError(f"--layer {layer} is out of range: {config['model']} has blocks 0 to {depth - 1}")
+    width = config["width"] or 8 * D
+    if method == "jumprelu" and not 0 < config["l0"] < width:
+        raise InputError(f"--l0 {config['l0']:g} cannot be reached: of {width:,} latents more than 0 and fewer than all must be active")
+    if method == "jumprelu" and config["auxk"]:
+        raise InputError("--auxk revives the latents of TopK SAEs: leave it out for --method jumprelu")
+    config = {**config, "width": width, "lr": config["lr"] or 2e-4 / (width / 2 ** 14) ** 0.5}
+    sae = new_sae(method, D, width, config["k"]).to(model.device)
+    active = f"L0 {config['l0']:g}" if method == "jumprelu" else f"k {sae.k}"
+    print(f"training an SAE ({method}, {active}) of {width:,} latents on block {layer} of {config['model']}: {config['steps']:,} "
+          f"steps of {config['batch_size']} x {config['context']} tokens", flush=True)
+    held_out = corpus.validation.split(config["micro_batch"])
+    run = run or Run.create(folder, config)             # nothing is written before everything has been read
+    train(model, sae, layer, lambda skip: corpus.batches(config["batch_size"], skip), run, steps=config["steps"],
+          lr=config["lr"], clip=config["clip"], batch_size=config["batch_size"], at_once=config["micro_batch"],
+          end_to_end=method == "e2e", l0=config["l0"], auxk=config["auxk"], dead_after=config["dead_after"])
+    keep(run, sae, layer, config["steps"], config["steps"])
+    tokens = config["steps"] * config["batch_size"] * config["context"]
+    results = {**evaluate(model, sae, layer, held_out), "eval_tokens": corpus.validation.numel(), "train_tokens": tokens,
+               "tokens_per_second": tokens / run.seconds, "seconds": run.seconds,
+               "peak_memory_bytes": peak_memory_bytes(config["device"])}
+    run.finish(results)
+    return results
+
+
+@torch.no_grad()
+def evaluate(model, sae, layer, batches):
+    """{ce_base, ce_sae, kl_sae in nats a token; fvu; l0; dead_latents: the part of them that no held-out token fires}."""
+    results = fidelity.evaluate(model, {layer: sae}, batches, ("base", "sae"), keep_special=not sae.on_special)
+    fired = torch.zeros(len(sae.W_enc), dtype=torch.bool, device=model.device)
+    for tokens in batches:
+        x = model.run(model.embed(tokens.to(model.device)), 0, layer + 1).flatten(0, 1)
+        for rows in x.split(1024):
+            fired |= (sae.encode(rows) > 0).any(0)
+    numbers = fidelity.summary(results)
+    return {"ce_base": numbers["ce_base"], "ce_sae": numbers["ce_sae"], "kl_sae": numbers["kl_sae"],
+            "fvu": 1 - numbers["explained_variance_sae"][layer], "l0": numbers["l0_sae"][layer],
+            "dead_latents": 1 - fired.float().mean().item()}

@@ -1,0 +1,23 @@
+"""The pictures of the evaluations, RUN_DIR/eval-NAME.png, where matplotlib is installed (it is optional).
+
+    python eval.py RUN_DIR --suite tokens           evaluates and draws
+    python eval.py RUN_DIR --suite tokens --draw    draws again, from RUN_DIR/eval-tokens.json
+"""
+import io
+
+from lorasae.files import write_bytes
+
+
+def save_figure(draw, numbers, path):
+    """draw(numbers, figure) -> a PNG at path; without matplotlib one line says what to do."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        name = path.stem.removeprefix("eval-")
+        print(f"no picture: pip install matplotlib && python eval.py {path.parent} --suite {name} --draw")
+        return
+    figure, png = Figure(layout="constrained"), io.BytesIO()
+    draw(numbers, figure)
+    figure.savefig(png, format="png", dpi=150)
+    write_bytes(path, png.getvalue())
+    print(f"{path}")

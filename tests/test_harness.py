@@ -1,0 +1,315 @@
+"""The benchmarks' adapter against lm-eval's own Hugging Face model, on the same checkpoint, adapter, SAE and local tasks."""
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+
+from conftest import GEMMA, LLAMA, TEXT, write_model, write_tokenizer
+from lorasae.checkpoint import load_model
+from lorasae.data import special_mask
+from lorasae.errors import InputError
+from lorasae.files import write_json
+from lorasae.lora import add_lora, adapters, load_adapter, save_adapter
+from lorasae.sae import JumpReLU, TopK
+
+pytest.importorskip("lm_eval", reason="the benchmarks are lm-eval's")
+from lm_eval.api.instance import Instance
+from lm_eval import evaluator
+
+from lorasae.evals import harness
+from lorasae.evals.harness import SETTINGS, Job, SplicedLM
+
+LAYER, LENGTH, CORPUS = 1, 96, "".join(f"x{i * 37} = {i}\n{TEXT}Q: What is {i}?\nA: It is blue, red or green.\n\n" for i in range(20))
+SHORT = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
+
+
+@pytest.fixture(scope="module", params=["gemma2", "llama"])
+def bench(request, tmp_path_factory):
+    """A random checkpoint of 96 positions with its tokenizer, an adapter on every block that is not the identity, an SAE."""
+    folder = tmp_path_factory.mktemp(request.param)
+    raw = {**{"gemma2": GEMMA, "llama": LLAMA}[request.param], "vocab_size": 150, "max_position_embeddings": LENGTH}
+    write_model(folder / "model", raw, scale=0.15)
+    write_tokenizer(folder / "model", raw, CORPUS)              # 150 tokens too: lm-eval would cut the model's vocabulary to fit
+    write_json(folder / "model" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>",
+                                                            "eos_token": "<eos>", "pad_token": "<pad>"})
+    torch.manual_seed(3)
+    model = add_lora(load_model(folder / "model"), range(4), rank=2)
+    for module in adapters(model).values():
+        torch.nn.init.normal_(module.lora_B.weight, std=0.05)
+    save_adapter(model, folder / "adapter")
+    sae = JumpReLU(raw["hidden_size"], 128) if request.param == "gemma2" else TopK(raw["hidden_size"], 128, 8)
+    torch.nn.init.normal_(sae.W_enc, std=0.1)
+    sae.W_dec.data = sae.W_enc.data.clone()
+    return Bench(folder, {LAYER: sae.requires_grad_(False)}, keep_special=request.param == "gemma2")
+
+
+class Bench:
+    def __init__(self, folder, saes, keep_special):
+        from tokenizers import Tokenizer
+        self.folder, self.saes, self.keep_special = folder, saes, keep_special
+        self.model = load_adapter(load_model(folder / "model"), folder / "adapter")
+        self.tokenizer = Tokenizer.from_file(str(folder / "model" / "tokenizer.json"))
+        self.config = self.model.config
+
+    def ours(self, setting="adapted", **how):
+        _, spliced, lora = SETTINGS[setting]
+        return SplicedLM(self.model, self.tokenizer, self.saes if spliced else {}, lora=lora, keep_special=self.keep_special, **how)
+
+    def theirs(self, setting="adapted", **how):
+        """lm-eval's HFLM; PEFT loads the adapter, and a hook on the block splices the SAE in."""
+        pytest.importorskip("peft", reason="the oracle needs peft")
+        from lm_eval.models.huggingface import HFLM
+        _, spliced, lora = SETTINGS[setting]
+        how = {"add_bos_token": True, "batch_size": 3, **how}
+        lm = HFLM(str(self.folder / "model"), peft=str(self.folder / "adapter") if lora else None, device="cpu",
+                  dtype="float32", attn_implementation="eager", **how)
+        if spliced:
+            named, seen = dict(lm.model.named_modules()), {}
+            block, = (module for name, module in named.items() if name.endswith(f"layers.{LAYER}"))
+            embedding, = (module for name, module in named.items() if name.endswith("embed_tokens"))
+
+            def splice(block, inputs, x):
+                x_hat = self.saes[LAYER](x)
+                return torch.where(self.special(seen["tokens"])[..., None], x, x_hat) if self.keep_special else x_hat
+
+            embedding.register_forward_pre_hook(lambda module, inputs: seen.update(tokens=inputs[0]))
+            block.register_forward_hook(splice)
+        return lm
+
+    def special(self, tokens):
+        return special_mask(tokens, self.config.bos_token_id, self.config.eos_token_id)
+
+
+def requests(kind, *arguments):
+    return [Instance(kind, {}, pair, i, ("test", i, 1)) for i, pair in enumerate(arguments)]
+
+
+PAIRS = [(f"Q: What is {i}?\nA:", f" {word}") for i in range(4) for word in ("blue", "red", "1", "2", "It is green, red or blue.")] + [
+    ("class Shape:  ", "name"),                         # spaces at the end of a context belong to the continuation
+    ("", "def area(width, height):"), ("<bos>x1 = 1\n", "class"),
+    (CORPUS[:400], " red"), (CORPUS[:400], CORPUS[400:560]),            # longer than the model
+]
+PROMPTS = [CORPUS[:n] for n in (1, 5, 30, 31, 60, 140, 500)]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_log_likelihoods_are_those_of_lm_evals_own_model(bench, setting):
+    expected = bench.theirs(setting).loglikelihood(requests("loglikelihood", *PAIRS))
+    found = bench.ours(setting).loglikelihood(requests("loglikelihood", *PAIRS))
+    assert [p for p, _ in found] == pytest.approx([p for p, _ in expected], abs=1e-4)
+    assert [top for _, top in found] == [top for _, top in expected]
+    assert len(bench.tokenizer.encode(PAIRS[-1][0]).ids) > LENGTH
+
+
+def test_the_four_settings_differ(bench):
+    found = [bench.ours(setting).loglikelihood(requests("loglikelihood", *PAIRS)) for setting in SETTINGS]
+    assert all(abs(a[0][0] - b[0][0]) > 1e-3 for i, a in enumerate(found) for b in found[:i])
+
+
+def test_a_continuation_is_greedy_when_every_token_of_it_is_the_likeliest(bench):
+    ours, theirs = bench.ours(), bench.theirs()
+    context = ours.tok_encode("x1 = 2\n")
+    best = naive_continuation(bench, context, 3)
+    other = [*best[:2], (best[2] + 1) % 150]
+    asked = [(("", ""), context, best), (("", ""), context, best[:1]), (("", ""), context, other)]
+    assert [top for _, top in ours._loglikelihood_tokens(asked)] == [True, True, False]
+    assert [top for _, top in theirs._loglikelihood_tokens(asked)] == [True, True, False]
+
+
+def test_rolling_log_likelihoods_count_each_token_of_a_text_once_after_one_bos(bench):
+    """lm-eval's model must be told to add no BOS of its own, or the first window has two."""
+    texts = [(CORPUS[:n],) for n in (1, 50, 200, 1000)]
+    expected = bench.theirs(add_bos_token=False).loglikelihood_rolling(requests("loglikelihood_rolling", *texts))
+    found = bench.ours().loglikelihood_rolling(requests("loglikelihood_rolling", *texts))
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-4)
+    assert len(bench.tokenizer.encode(texts[-1][0]).ids) > 2 * LENGTH
+
+
+def test_neither_batches_nor_padding_move_a_log_likelihood(bench):
+    alone, together = (bench.ours(batch_tokens=n).loglikelihood(requests("loglikelihood", *PAIRS)) for n in (1, 10**6))
+    assert [p for p, _ in alone] == pytest.approx([p for p, _ in together], abs=1e-5)
+
+
+def test_one_token_choices_of_a_question_share_a_row(bench, monkeypatch):
+    ours, shapes = bench.ours(), []
+    plain = ours.run
+    monkeypatch.setattr(ours, "run", lambda tokens, *rest: shapes.append(tokens.shape) or plain(tokens, *rest))
+    choices = [("Q: Which?\nA:", letter) for letter in "xQA1"]
+    shared = ours.loglikelihood(requests("loglikelihood", *choices))
+    assert [rows for rows, _ in shapes] == [1]
+    alone = [ours.loglikelihood(requests("loglikelihood", choice))[0] for choice in choices]
+    assert [p for p, _ in shared] == pytest.approx([p for p, _ in alone], abs=1e-5) and len(set(shared)) == 4
+
+
+def naive_continuation(bench, prompt, count, sae_on_generated=True):
+    """Greedy decoding without a cache: the whole sequence anew for every token, SAE and adapters on."""
+    tokens = torch.tensor([prompt])
+    for _ in range(count):
+        keep = bench.special(tokens) if bench.keep_special else torch.zeros_like(tokens, dtype=bool)
+        if not sae_on_generated:
+            keep[:, len(prompt):] = True
+        with torch.no_grad():
+            tokens = torch.cat([tokens, bench.model(tokens, bench.saes, keep)[:, -1:].argmax(-1)], dim=1)
+    return tokens[0, len(prompt):].tolist()
+
+
+@pytest.mark.parametrize("sae_on_generated", [True, False])
+def test_generation_with_the_cache_is_generation_without_it(bench, sae_on_generated):
+    """Prompts of seven lengths in one batch. The SAE reads generated tokens too, unless the published fault is asked for."""
+    ours = bench.ours(sae_on_generated=sae_on_generated)
+    found = ours.generate_until(requests("generate_until", *((prompt, {"max_gen_toks": 14}) for prompt in PROMPTS)))
+    for prompt, text in zip(PROMPTS, found):
+        ids = naive_continuation(bench, ours.tok_encode(prompt)[-(LENGTH - 14):], 14, sae_on_generated)
+        ids = ids[:ids.index(bench.config.eos_token_id)] if bench.config.eos_token_id in ids else ids
+        assert text == bench.tokenizer.decode(ids)
+    other = bench.ours(sae_on_generated=not sae_on_generated)
+    assert found != other.generate_until(requests("generate_until", *((prompt, {"max_gen_toks": 14}) for prompt in PROMPTS)))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_generated_text_is_that_of_lm_evals_own_model(bench, setting):
+    asked = requests("generate_until", *((prompt, SHORT) for prompt in PROMPTS))
+    assert bench.ours(setting).generate_until(asked) == bench.theirs(setting).generate_until(asked)
+
+
+def test_an_answer_ends_before_the_first_stop_string_of_its_own_request(bench):
+    whole, = bench.ours().generate_until(requests("generate_until", (PROMPTS[3], {"max_gen_toks": 24})))
+    stop = whole[7:10]
+    asked = [(PROMPTS[3], {"max_gen_toks": 24, "until": until}) for until in ([stop], [], [whole[4:6], stop], stop)]
+    for lm in (bench.ours(), bench.theirs()):
+        found = lm.generate_until(requests("generate_until", *asked))
+        assert found == [whole.split(stop)[0], whole, whole.split(stop)[0].split(whole[4:6])[0], whole.split(stop)[0]]
+
+
+def test_eos_and_the_names_of_special_tokens_end_an_answer_too(bench, monkeypatch):
+    ours = bench.ours()
+    ids = naive_continuation(bench, ours.tok_encode(PROMPTS[2]), 6)
+    end = next(i for i in range(2, 6) if ids[i] not in ids[:i])
+    monkeypatch.setattr(SplicedLM, "eot_token_id", ids[end])
+    text, = ours.generate_until(requests("generate_until", (PROMPTS[2], {"max_gen_toks": 24})))
+    assert text == bench.tokenizer.decode(ids[:end + 1])
+    bos = ours.prefix_token_id
+    assert ours.finished([*ids[:2], bos], Job(0, [], ["<bos>"], 9)) == bench.tokenizer.decode(ids[:2])
+    assert ours.finished([*ids[:2], bos], Job(0, [], ["never"], 9)) is None
+
+
+# ---- Whole tasks -----------------------------------------------------------------------------------------------------
+
+CHOICE = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}, cache_dir: CACHE}
+test_split: test
+fewshot_split: test
+num_fewshot: 1
+output_type: multiple_choice
+doc_to_text: "Q: {{question}}\\nA:"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+GENERATE = """
+task: tiny_generate
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}, cache_dir: CACHE}
+test_split: test
+output_type: generate_until
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
+doc_to_text: "Q: {{question}}\\nA:"
+doc_to_target: "{{choices[answer]}}"
+metric_list: [{metric: exact_match}, {metric: bleu}]
+"""
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory):
+    """Two tasks over twelve questions, and a group of the first."""
+    folder = tmp_path_factory.mktemp("tasks")
+    data = folder / "data.jsonl"
+    words = "blue red green name x1 width class".split()
+    data.write_text("".join(json.dumps({"question": f"What is {i}?", "choices": [words[i % 7], f"{words[i % 5]} or {words[i % 3]}",
+                                                                                f"{i}"], "answer": i % 3}) + "\n" for i in range(12)))
+    for name, text in (("choice", CHOICE), ("generate", GENERATE)):
+        text = text.replace("DATA", str(data)).replace("CACHE", str(folder / "cache"))
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_scores_of_whole_tasks_are_those_of_lm_evals_own_model_in_all_four_settings(bench, task_folder, capsys):
+    tasks = harness.load_tasks([f"{task_folder}/"])
+    numbers = harness.evaluate(bench.model, bench.saes, bench.tokenizer, tasks, bench.keep_special, limit=10)
+    answers = set()
+    for setting in SETTINGS:
+        expected = evaluator.evaluate(bench.theirs(setting), harness.load_tasks([f"{task_folder}/"]), limit=10, bootstrap_iters=1000)
+        for task, metrics in (("tiny_choice", ["acc", "acc_norm"]), ("tiny_generate", ["exact_match", "bleu"])):
+            for metric in metrics:
+                for key in (metric, f"{metric}_stderr"):
+                    assert numbers[setting][task][key] == expected["results"][task][f"{key},none"], (setting, task, key)
+        answers.add(tuple(sample["resps"][0][0] for sample in expected["samples"]["tiny_generate"]))
+    assert len(answers) == 4 and numbers["samples"] == {"tiny_choice": 10, "tiny_generate": 10}
+    capsys.readouterr()
+    harness.show(numbers)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[-1].strip() == "LoRA" and lines[1].startswith("tiny_choice acc") and "±" in lines[1]
+
+
+def test_evaluating_leaves_the_models_mode_as_it_was(bench, task_folder):
+    bench.model.train()
+    harness.evaluate(bench.model, bench.saes, bench.tokenizer, harness.load_tasks([f"{task_folder}/choice.yaml"]), False,
+                     settings=("lora",), limit=2)
+    assert bench.model.training
+    bench.model.eval()
+
+
+def test_table_5_shows_the_papers_metrics_of_its_tasks(capsys):
+    metrics = {"acc": 0.5, "acc_stderr": 0.01, "acc_norm": 0.7, "acc_norm_stderr": 0.02}
+    found = {"mmlu": metrics, "mmlu_anatomy": metrics, "hellaswag": metrics,
+             "truthfulqa_gen": {"bleu_acc": 0.3, "bleu_acc_stderr": None, "bleu_max": 20.0, "bleu_max_stderr": 1.0}}
+    harness.show({"parts": {"mmlu": ["mmlu_anatomy"]}, "sae": found, "adapted": found})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["MMLU", "HellaSwag", "BLEU"] and lines[4] == ""
+    assert lines[1].split()[1:4] == ["0.5000", "±", "0.0100"] and "0.7" not in lines[2]
+
+
+# ---- Mistakes --------------------------------------------------------------------------------------------------------
+
+def test_mistakes_in_tasks_are_one_line(task_folder, tmp_path, monkeypatch):
+    (tmp_path / "broken.yaml").write_text("task: [")
+    (tmp_path / "lost.yaml").write_text((task_folder / "choice.yaml").read_text().replace("data.jsonl", "nowhere.jsonl"))
+    (tmp_path / "empty").mkdir()
+    for name, reason in ((str(tmp_path / "no.yaml"), "expected a YAML file"), (str(tmp_path / "empty"), "expected a YAML file"),
+                         (str(tmp_path / "broken.yaml"), "cannot load"), (str(tmp_path / "lost.yaml"), "nowhere.jsonl")):
+        with pytest.raises(InputError, match=reason) as error:
+            harness.load_tasks([name])
+        assert "\n" not in str(error.value)
+
+    def offline(*_):
+        raise ConnectionError("Couldn't reach the Hub")
+    monkeypatch.setattr(harness.TaskManager, "load", offline)
+    with pytest.raises(InputError, match="out of reach.*network"):
+        harness.load_tasks([str(task_folder / "choice.yaml")])
+
+
+def test_a_name_that_lm_eval_does_not_know_is_one_line(monkeypatch):
+    monkeypatch.setattr(harness, "TaskManager", lambda **how: type("Manager", (), {"all_tasks": ["mmlu"], "all_subtasks": []}))
+    with pytest.raises(InputError, match="no task of that name"):
+        harness.load_tasks(["mmul"])
+
+
+def test_requests_that_cannot_be_answered_are_refused(bench):
+    ours = bench.ours()
+    for how, reason in (({"do_sample": True, "temperature": 0.7}, "greedy"), ({}, "asks for 256 new tokens.*holds 96")):
+        with pytest.raises(InputError, match=reason):
+            ours.generate_until(requests("generate_until", ("Q", how)))
+    for continuation in ([], [5] * (LENGTH + 1)):
+        with pytest.raises(InputError, match="cannot score"):
+            ours._loglikelihood_tokens([(("a", "b"), [5], continuation)])
+
+
+def test_without_lm_eval_one_line_names_the_command(monkeypatch):
+    monkeypatch.delitem(sys.modules, "lorasae.evals.harness")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(InputError, match=r'pip install "lm-eval'):
+        importlib.import_module("lorasae.evals.harness")

@@ -1,0 +1,528 @@
+"""Every SAE format against its formula, written here a second time in float64, and against the projects' own packages."""
+import json
+import math
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorasae import sae_formats
+from lorasae.errors import InputError
+from lorasae.sae import JumpReLU, TopK
+from lorasae.sae_formats import check_fits, load_sae, save_sae, save_sparsify
+
+D, M, K = 24, 96, 7
+WHAT = {"model_name": "m", "layer": 3, "context": 64}
+
+
+@pytest.fixture
+def t():
+    """Random tensors in float32, a row a latent, biases large enough to matter, decoder rows of many lengths."""
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(*shape, generator=g)                                                # noqa: E731
+    return {"x": 2 * rand(3, 17, D), "W_enc": rand(M, D), "b_enc": rand(M), "W_dec": rand(M, D) * rand(M, 1).exp(),
+            "b_dec": rand(D), "threshold": 4 * torch.rand(M, generator=g)}
+
+
+def f64(t):
+    return {name: tensor.double() for name, tensor in t.items()}
+
+
+def topk64(pre, k=K):
+    z = pre.relu()
+    return z * (z >= z.topk(k, dim=-1).values[..., -1:])
+
+
+def agrees(sae, x, z, x_hat):
+    """The SAE's latents and reconstruction (dense and through forward) equal z and x̂ [float64], to 1e-5 of the largest."""
+    assert 0 < (z != 0).double().mean() < 0.7                           # the formula's sparsity is put to the test
+    for got, expected in ((sae.encode(x), z), (sae.decode(sae.encode(x)), x_hat), (sae(x), x_hat)):
+        assert got.shape == expected.shape
+        assert (got.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_tensors(path, tensors):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+# ---- The files as each project writes them --------------------------------------------------------------------------
+
+def gemma_scope(folder, t, lower=False, **more):
+    W = "w" if lower else "W"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "params.npz", **{f"{W}_enc": t["W_enc"].T.numpy(), f"{W}_dec": t["W_dec"].numpy()},
+             **{name: t[name].numpy() for name in ("b_enc", "b_dec", "threshold")}, **more)
+    return folder
+
+
+def llama_scope(folder, t, theta=0.6, n_in=2.5, n_out=2.5, **more):
+    write_json(folder / "hyperparams.json", {
+        "d_model": D, "d_sae": M, "hook_point_in": "blocks.3.hook_resid_post", "hook_point_out": "blocks.3.hook_resid_post",
+        "act_fn": "jumprelu", "jump_relu_threshold": theta, "norm_activation": "dataset-wise", "use_decoder_bias": True,
+        "dataset_average_activation_norm": {"in": n_in, "out": n_out}, "apply_decoder_bias_to_pre_encoder": False,
+        "sparsity_include_decoder_norm": True, "use_glu_encoder": False, "top_k": 50, "expansion_factor": M // D, **more})
+    write_tensors(folder / "checkpoints" / "final.safetensors", {
+        "encoder.weight": t["W_enc"], "encoder.bias": t["b_enc"], "decoder.weight": t["W_dec"].T, "decoder.bias": t["b_dec"]})
+    return folder
+
+
+def sparsify(folder, t, dropped=(), **cfg):
+    cfg = {"expansion_factor": M // D, "normalize_decoder": True, "num_latents": 0, "k": K, "multi_topk": False, "d_in": D,
+           **cfg}
+    write_json(folder / "cfg.json", cfg)
+    write_tensors(folder / "sae.safetensors", {name: tensor for name, tensor in {
+        "encoder.weight": t["W_enc"], "encoder.bias": t["b_enc"], "W_dec": t["W_dec"], "b_dec": t["b_dec"]}.items()
+        if name not in dropped})
+    return folder
+
+
+def sae_lens_6(folder, t, architecture, metadata=None, **cfg):
+    cfg |= {"k": K} if architecture == "topk" else {}
+    write_json(folder / "cfg.json", {
+        "architecture": architecture, "d_in": D, "d_sae": M, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.18.0", "hook_name": "blocks.3.hook_resid_post", **(metadata or {})}, **cfg})
+    names = ["b_enc", "b_dec"] + ["threshold"] * (architecture == "jumprelu")
+    write_tensors(folder / "sae_weights.safetensors", {
+        "W_enc": t["W_enc"].T, "W_dec": t["W_dec"], **{name: t[name] for name in names}})
+    return folder
+
+
+def sae_lens_5(folder, t, architecture, **cfg):
+    sae_lens_6(folder, t, architecture)
+    write_json(folder / "cfg.json", {
+        "architecture": architecture, "d_in": D, "d_sae": M, "dtype": "float32", "device": "cpu", "model_name": "m",
+        "hook_name": "blocks.3.hook_resid_post", "hook_layer": 3, "hook_head_index": None, "context_size": 64,
+        "prepend_bos": True, "finetuning_scaling_factor": False, "activation_fn_str": "relu", "activation_fn_kwargs": {},
+        "apply_b_dec_to_input": True, "normalize_activations": "none", "dataset_path": "", "neuronpedia_id": None,
+        "dataset_trust_remote_code": True, "sae_lens_training_version": None, **cfg})
+    return folder
+
+
+def dictionary_learning(folder, t, dict_class, **buffer):
+    write_json(folder / "config.json", {
+        "trainer": {"dict_class": dict_class, "activation_dim": D, "dict_size": M, "k": K, "layer": 3, "lm_name": "a/m"},
+        "buffer": {"ctx_len": 64, **buffer}})
+    state = {"encoder.weight": t["W_enc"], "encoder.bias": t["b_enc"], "decoder.weight": t["W_dec"].T}
+    state |= {"AutoEncoder": {"bias": t["b_dec"]},
+              "AutoEncoderTopK": {"b_dec": t["b_dec"], "k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(-1.)},
+              }.get(dict_class, {})
+    if dict_class == "JumpReluAutoEncoder":
+        state = {"W_enc": t["W_enc"].T, **{name: t[name] for name in ("W_dec", "b_enc", "b_dec", "threshold")}}
+    torch.save(state, folder / "ae.pt")
+    return folder
+
+
+# ---- Each against its formula ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_gemma_scope_is_its_formula(tmp_path, t, lower):
+    sae = load_sae(gemma_scope(tmp_path, t, lower, scaling_factor=np.ones(M)))
+    x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
+    pre = x @ W_enc.T + b_enc
+    z = pre.relu() * (pre > theta)
+    agrees(sae, t["x"], z, z @ W_dec + b_dec)
+    assert isinstance(sae, JumpReLU) and not sae.on_special and not any(p.requires_grad for p in sae.parameters())
+
+
+def test_an_npz_of_any_name_is_gemma_scope(tmp_path, t):
+    gemma_scope(tmp_path, t)
+    os.rename(tmp_path / "params.npz", tmp_path / "mine.npz")
+    assert torch.equal(load_sae(tmp_path / "mine.npz").W_enc, t["W_enc"])
+
+
+@pytest.mark.parametrize("n_out", [2.5, 4.0])
+def test_llama_scope_is_the_closed_form_of_its_authors(tmp_path, t, n_out):
+    sae = load_sae(llama_scope(tmp_path, t, n_out=n_out))
+    x, W_e, b_e, W_d, b_d, _ = f64(t).values()
+    f_in, f_out = math.sqrt(D) / 2.5, math.sqrt(D) / n_out
+    pre, c = f_in * (x @ W_e.T) + b_e, W_d.norm(dim=1) * f_in / f_out
+    pre = pre * (pre * c / f_in > 0.6)
+    agrees(sae, t["x"], pre * c / f_in, (pre @ W_d + b_d) / f_out)
+    assert not sae.on_special
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(M))
+
+
+def test_llama_scope_is_also_what_its_authors_do_to_the_weights(tmp_path, t):
+    sae = load_sae(llama_scope(tmp_path, t))
+    x, W_e, b_e, W_d, b_d, _ = f64(t).values()
+    f = math.sqrt(D) / 2.5
+    b_e, b_d = b_e / f, b_d / f                                         # the dataset's scale taken into the biases
+    n = W_d.norm(dim=1)                                                 # then the decoder's norms into the encoder
+    h = x @ (W_e * n[:, None]).T + b_e * n
+    z = torch.where(h > 0.6, h, 0)
+    agrees(sae, t["x"], z, z @ (W_d / n[:, None]) + b_d)
+
+
+def test_llama_scope_leaves_decoder_norms_where_its_training_did(tmp_path, t):
+    sae = load_sae(llama_scope(tmp_path, t, n_out=4.0, sparsity_include_decoder_norm=False))
+    x, W_e, b_e, W_d, b_d, _ = f64(t).values()
+    f_in, f_out = math.sqrt(D) / 2.5, math.sqrt(D) / 4.0
+    h = x @ W_e.T + b_e / f_in
+    z = h * (h > 0.6)
+    agrees(sae, t["x"], z, z @ W_d * f_in / f_out + b_d / f_out)
+
+
+@pytest.mark.parametrize("variant", ["sae_lens", "sae_lens_legacy"])
+def test_llama_scope_as_sae_lens_reads_it(tmp_path, t, variant):
+    sae = load_sae(llama_scope(tmp_path, t, n_out=4.0), llama_scope=variant)
+    x, W_e, b_e, W_d, b_d, _ = f64(t).values()
+    f = math.sqrt(D) / 2.5
+    pre = f * (x @ W_e.T) + b_e
+    z = pre.relu() * (pre > (0.6 * f if variant == "sae_lens" else 0.6))
+    agrees(sae, t["x"], z, (z @ W_d + b_d) / f)
+
+
+@pytest.mark.parametrize("cfg", [{}, {"num_latents": M, "expansion_factor": 99}, {"multi_topk": True},
+                                 {"activation": "topk", "skip_connection": False, "transcode": False, "new_field": 1}])
+def test_sparsify_is_its_formula(tmp_path, t, cfg):
+    sae = load_sae(sparsify(tmp_path, t, **cfg))
+    x, W_enc, b_enc, W_dec, b_dec, _ = f64(t).values()
+    z = topk64((x - b_dec) @ W_enc.T + b_enc)
+    agrees(sae, t["x"], z, z @ W_dec + b_dec)
+    assert isinstance(sae, TopK) and sae.k == K and sae.on_special
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "standard", "rescaled"])
+def test_sae_lens_is_its_formula(tmp_path, t, kind, centred):
+    rescaled = kind == "rescaled"
+    sae = load_sae(sae_lens_6(tmp_path, t, "topk" if rescaled else kind, apply_b_dec_to_input=centred,
+                              rescale_acts_by_decoder_norm=rescaled))
+    x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
+    pre, n = (x - b_dec * centred) @ W_enc.T + b_enc, W_dec.norm(dim=1) if rescaled else torch.ones(M).double()
+    z = {"topk": topk64(pre), "jumprelu": pre.relu() * (pre > theta), "standard": pre.relu(), "rescaled": topk64(pre * n)}
+    agrees(sae, t["x"], z[kind], z[kind] / n @ W_dec + b_dec)
+
+
+def test_sae_lens_5_is_its_formula(tmp_path, t):
+    x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
+    pre = (x - b_dec) @ W_enc.T + b_enc
+    agrees(load_sae(sae_lens_5(tmp_path / "r", t, "standard")), t["x"], pre.relu(), pre.relu() @ W_dec + b_dec)
+    z = pre.relu() * (pre > theta)
+    agrees(load_sae(sae_lens_5(tmp_path / "j", t, "jumprelu")), t["x"], z, z @ W_dec + b_dec)
+    topk = sae_lens_5(tmp_path / "k", t, "standard", activation_fn_str="topk", activation_fn_kwargs={"k": K})
+    agrees(load_sae(topk), t["x"], topk64(pre), topk64(pre) @ W_dec + b_dec)
+
+
+@pytest.mark.parametrize("dict_class", ["AutoEncoder", "AutoEncoderTopK", "JumpReluAutoEncoder"])
+def test_dictionary_learning_is_its_formula(tmp_path, t, dict_class):
+    sae = load_sae(dictionary_learning(tmp_path, t, dict_class))
+    x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
+    pre = (x - b_dec * (dict_class != "JumpReluAutoEncoder")) @ W_enc.T + b_enc
+    z = {"AutoEncoder": pre.relu(), "AutoEncoderTopK": topk64(pre), "JumpReluAutoEncoder": pre.relu() * (pre > theta)}
+    agrees(sae, t["x"], z[dict_class], z[dict_class] @ W_dec + b_dec)
+    assert sae.on_special and not load_sae(dictionary_learning(tmp_path, t, dict_class, remove_bos=True)).on_special
+
+
+def test_negative_thresholds_act_as_relu(tmp_path, t):
+    t["threshold"] -= 3
+    sae = load_sae(gemma_scope(tmp_path, t))
+    x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
+    pre = x @ W_enc.T + b_enc
+    z = pre.relu() * (pre > theta)
+    agrees(sae, t["x"], z, z @ W_dec + b_dec)
+
+
+def test_special_tokens_follow_the_file_else_the_family(tmp_path, t):
+    for kind, metadata, expected in (("topk", {}, True), ("jumprelu", {}, False), ("topk", {"exclude_special_tokens": [1]}, False),
+                                     ("jumprelu", {"exclude_special_tokens": False}, True)):
+        assert load_sae(sae_lens_6(tmp_path, t, kind, metadata)).on_special is expected
+
+
+# ---- Precision and memory -------------------------------------------------------------------------------------------
+
+class LargestFloat32(TorchDispatchMode):
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in (out if isinstance(out, (list, tuple)) else [out]):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.device.type == "cpu":
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("write", [llama_scope, lambda folder, t: sae_lens_6(folder, t, "jumprelu"), sparsify])
+def test_a_bfloat16_sae_never_exists_in_float32(tmp_path, t, monkeypatch, write):
+    monkeypatch.setattr(sae_formats, "ROWS", 8)
+    write(tmp_path, {name: tensor.bfloat16() for name, tensor in t.items()})
+    with LargestFloat32() as largest:
+        sae = load_sae(tmp_path, dtype=torch.bfloat16)
+    assert 0 < largest.bytes <= max(8 * D, M) * 4                       # a slice of a matrix, or a vector
+    assert all(p.dtype == (torch.float32 if name == "threshold" else torch.bfloat16) for name, p in sae.named_parameters())
+
+
+def test_bfloat16_rounds_weights_once_and_thresholds_not_at_all(tmp_path, t):
+    gemma_scope(tmp_path, t)
+    sae = load_sae(tmp_path, dtype="bfloat16")
+    assert torch.equal(sae.W_enc, t["W_enc"].bfloat16()) and torch.equal(sae.W_dec, t["W_dec"].bfloat16())
+    assert torch.equal(sae.threshold, t["threshold"])
+    llama_scope(tmp_path / "l", t)
+    exact, rounded = (load_sae(tmp_path / "l", dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert torch.equal(exact.W_enc.bfloat16(), rounded.W_enc) and torch.equal(exact.threshold, rounded.threshold)
+
+
+# ---- Writing --------------------------------------------------------------------------------------------------------
+
+def ours(t, kind, on_special=True):
+    sae = TopK(D, M, K, on_special=on_special) if kind == "topk" else JumpReLU(D, M, on_special=on_special)
+    sae.load_state_dict({name: t[name] for name in sae.state_dict()})
+    return sae.requires_grad_(False)
+
+
+@pytest.mark.parametrize("on_special", [True, False])
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path, t, kind, on_special):
+    sae = ours(t, kind, on_special)
+    save_sae(sae, tmp_path / "run" / "sae", **WHAT, dataset_path="pile")
+    back = load_sae(tmp_path / "run", layer=3)
+    assert type(back) is type(sae) and back.on_special is on_special
+    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in sae.state_dict().items())
+    with pytest.raises(InputError, match="trained on block 3, not 4"):
+        load_sae(tmp_path / "run", layer=4)
+    if kind == "topk":
+        save_sparsify(sae, tmp_path / "s")
+        assert all(torch.equal(tensor, load_sae(tmp_path / "s").state_dict()[name]) for name, tensor in sae.state_dict().items())
+    else:
+        with pytest.raises(InputError, match="TopK SAEs only"):
+            save_sparsify(sae, tmp_path / "s")
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path, t, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match="No space left"):
+        save_sae(ours(t, "topk"), tmp_path / "sae", **WHAT)
+    assert list((tmp_path / "sae").iterdir()) == []
+
+
+# ---- Against the packages themselves --------------------------------------------------------------------------------
+
+def equal(ours, theirs, x):
+    """theirs: (latents, reconstruction) as that package computes them."""
+    for got, expected in zip((ours.encode(x), ours(x)), theirs):
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert 0 < (theirs[0] != 0).float().mean() < 0.7
+
+
+@pytest.fixture(scope="module")
+def sae_lens():
+    return pytest.importorskip("sae_lens", reason="the oracle sae-lens is not installed")
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_sae_lens_loads_what_we_save(tmp_path, t, sae_lens, kind):
+    sae = ours(t, kind, on_special=False)
+    save_sae(sae, tmp_path, **WHAT)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    assert theirs.cfg.architecture() == kind and theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
+    assert theirs.cfg.metadata.context_size == 64 and theirs.cfg.metadata.exclude_special_tokens is True
+    with torch.no_grad():
+        equal(sae, (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+
+
+@pytest.mark.parametrize("cfg", [{}, {"apply_b_dec_to_input": False}, {"rescale_acts_by_decoder_norm": True}])
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "standard"])
+def test_we_load_what_sae_lens_saves(tmp_path, t, sae_lens, kind, cfg):
+    cfg = {key: value for key, value in cfg.items() if kind == "topk" or key != "rescale_acts_by_decoder_norm"}
+    theirs = sae_lens.SAE.load_from_disk(sae_lens_6(tmp_path / "a", t, kind, **cfg))
+    theirs.save_model(tmp_path / "b")
+    with torch.no_grad():
+        equal(load_sae(tmp_path / "b"), (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+
+
+@pytest.mark.parametrize("cfg", [{}, {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}])
+def test_we_read_version_5_as_sae_lens_does(tmp_path, t, sae_lens, cfg):
+    sae_lens_5(tmp_path, t, "standard", **cfg)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    with torch.no_grad():
+        equal(load_sae(tmp_path), (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+
+
+@pytest.fixture
+def their_hub(sae_lens, tmp_path, monkeypatch):
+    """SAELens' readers of files on the Hub, pointed at tmp_path."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    monkeypatch.setattr(loaders, "hf_hub_download", lambda repo_id, filename, subfolder=None, **_: str(
+        tmp_path / (subfolder or "") / filename))
+
+    def load(reader, repo, folder, **overrides):
+        return sae_lens.SAE.load_from_disk(tmp_path, converter=lambda path, device, cfg_overrides: getattr(loaders, reader)(
+            repo, folder, device, False, {"dtype": "float32", **overrides})[:2])
+    return load
+
+
+def test_gemma_scope_as_sae_lens_reads_it(tmp_path, t, their_hub):
+    folder = "layer_3/width_16k/average_l0_82"
+    gemma_scope(tmp_path / folder, t)
+    theirs = their_hub("gemma_2_sae_huggingface_loader", "google/gemma-scope-2b-pt-res", folder, d_in=D, d_sae=M)
+    with torch.no_grad():
+        equal(load_sae(tmp_path, layer=3), (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+
+
+def test_llama_scope_as_sae_lens_itself_reads_it(tmp_path, t, their_hub):
+    folder = "Llama3_1-8B-Base-L3R-32x"
+    llama_scope(tmp_path / folder, t)
+    theirs = their_hub("llama_scope_sae_huggingface_loader", "fnlp/Llama3_1-8B-Base-LXR-32x", folder)
+    theirs.fold_activation_norm_scaling_factor(math.sqrt(D) / 2.5)
+    with torch.no_grad():
+        equal(load_sae(tmp_path, layer=3, llama_scope="sae_lens"), (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+
+
+@pytest.mark.parametrize("dict_class", ["AutoEncoder", "AutoEncoderTopK", "JumpReluAutoEncoder"])
+def test_dictionary_learning_as_sae_lens_reads_it(tmp_path, t, their_hub, dict_class):
+    dictionary_learning(tmp_path / "a", t, dict_class)
+    theirs = their_hub("dictionary_learning_sae_huggingface_loader_1", "a/b", "a")
+    with torch.no_grad():
+        equal(load_sae(tmp_path / "a"), (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+
+
+def test_sparsify_loads_what_we_save_and_we_what_it_saves(tmp_path, t):
+    theirs_is = pytest.importorskip("sparsify", reason="the oracle eai-sparsify is not installed").SparseCoder
+    save_sparsify(ours(t, "topk"), tmp_path / "a")
+    theirs = theirs_is.load_from_disk(tmp_path / "a")
+    theirs.save_to_disk(tmp_path / "b")
+    with torch.no_grad():
+        x = t["x"].flatten(0, 1)
+        out = theirs(x)
+        z = torch.zeros(len(x), M).scatter(1, out.latent_indices.long(), out.latent_acts)
+        equal(load_sae(tmp_path / "b"), (z, out.sae_out), x)
+
+
+# ---- Bad input: one line each, nothing executed ---------------------------------------------------------------------
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (Bomb.target,)
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    Bomb.target = str(tmp_path / "executed")
+    yield Bomb()
+    assert not os.path.exists(Bomb.target)
+
+
+def test_pickles_are_refused_and_not_executed(tmp_path, t, bomb):
+    gemma_scope(tmp_path / "a", t, extra=np.array([1]))
+    np.savez(tmp_path / "a" / "params.npz", **{name: t[name].numpy() for name in ("W_enc", "W_dec", "b_dec", "threshold")},
+             b_enc=np.array([bomb], dtype=object))
+    with pytest.raises(InputError, match="params.npz: cannot read b_enc: Object arrays cannot be loaded"):
+        load_sae(tmp_path / "a")
+    (tmp_path / "a" / "params.npz").write_bytes(pickle.dumps(bomb))
+    with pytest.raises(InputError, match="params.npz is not a whole .npz"):
+        load_sae(tmp_path / "a")
+    dictionary_learning(tmp_path / "b", t, "AutoEncoder")
+    torch.save({"encoder.weight": bomb}, tmp_path / "b" / "ae.pt")
+    with pytest.raises(InputError, match="ae.pt is refused"):
+        load_sae(tmp_path / "b")
+
+
+@pytest.mark.parametrize("write, name", [
+    (gemma_scope, "params.npz"), (llama_scope, "checkpoints/final.safetensors"), (sparsify, "sae.safetensors"),
+    (lambda folder, t: dictionary_learning(folder, t, "AutoEncoder"), "ae.pt")])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "overwritten"])
+def test_a_damaged_file_is_named(tmp_path, t, write, name, damage):
+    path = write(tmp_path, t) / name
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:len(data) // 2], "emptied": b"", "overwritten": b"<html>not found</html>" * 50}[damage])
+    with pytest.raises(InputError, match=path.name):
+        load_sae(tmp_path)
+
+
+def test_flipped_bytes_in_an_archive_are_noticed(tmp_path, t):
+    path = gemma_scope(tmp_path, t) / "params.npz"
+    data = bytearray(path.read_bytes())
+    data[2000:2004] = bytes(255 - byte for byte in data[2000:2004])
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="params.npz: cannot read .*CRC"):
+        load_sae(tmp_path)
+
+
+def put(name, value):
+    return lambda t: t | {name: value(t[name])}
+
+
+@pytest.mark.parametrize("change, message", [
+    (put("b_enc", lambda b: b[:-1]), r"b_enc is \[95\], but W_enc implies \[96\]"),
+    (put("b_dec", lambda b: b[:-1]), r"b_dec is \[23\], but W_enc implies \[24\]"),
+    (put("W_dec", lambda W: W[:-1]), r"W_dec is \[95, 24\] as \[M, D\], but W_enc implies \[96, 24\]"),
+    (put("threshold", lambda b: b[:1]), r"threshold is \[1\], but W_enc implies \[96\]"),
+    (put("W_enc", lambda W: W[0]), r"W_enc is \[24\] as \[M, D\], expected"),
+    (put("W_dec", lambda W: W / 0), "W_dec holds values that are not finite"),
+])
+@pytest.mark.filterwarnings("ignore:The use of `x.T`")
+def test_tensors_that_do_not_fit_are_named(tmp_path, t, change, message):
+    with pytest.raises(InputError, match=message):
+        load_sae(gemma_scope(tmp_path, change(t)))
+
+
+@pytest.mark.parametrize("write, message", [
+    (lambda f, t: gemma_scope(f, t, scaling_factor=np.full(M, 2.0)), "scaling_factor other than 1"),
+    (lambda f, t: sparsify(f, t, dropped=["W_dec"]), "lacks the tensor W_dec; it has b_dec, encoder.bias, encoder.weight"),
+    (lambda f, t: sparsify(f, t, num_latents=7), r"W_enc is \[96, 24\] as \[M, D\], expected \[7, 24\]"),
+    (lambda f, t: sparsify(f, t, skip_connection=True), "skip_connection True is not supported"),
+    (lambda f, t: sparsify(f, t, transcode=True), "transcode True is not supported"),
+    (lambda f, t: sparsify(f, t, activation="groupmax"), "activation 'groupmax' is not supported"),
+    (lambda f, t: sparsify(f, t, signed=True), "signed True is not supported"),
+    (lambda f, t: sparsify(f, t, k="many"), "its configuration has k 'many'"),
+    (lambda f, t: sparsify(f, t, k=M + 1), "1 <= k <= 96"),
+    (lambda f, t: sae_lens_6(f, t, "gated"), "architecture 'gated'"),
+    (lambda f, t: sae_lens_6(f, t, "topk", normalize_activations="layer_norm"), "normalize_activations 'layer_norm'"),
+    (lambda f, t: sae_lens_6(f, t, "topk", reshape_activations="hook_z"), "reshape_activations 'hook_z'"),
+    (lambda f, t: sae_lens_6(f, t, "topk", {"hook_name": "blocks.3.hook_mlp_out"}), "reads blocks.3.hook_mlp_out; only a"),
+    (lambda f, t: sae_lens_5(f, t, "standard", activation_fn_str="tanh-relu"), "activation 'tanh-relu'"),
+    (lambda f, t: sae_lens_5(f, t, "standard", normalize_activations=True), "normalize_activations True"),
+    (lambda f, t: sae_lens_5(f, t, "standard", activation_fn_str="topk", activation_fn_kwargs={"k": K, "signed": True}),
+     "signed True is not supported"),
+    (lambda f, t: llama_scope(f, t, use_decoder_bias=False), "use_decoder_bias False"),
+    (lambda f, t: llama_scope(f, t, norm_activation="token-wise"), "norm_activation 'token-wise'"),
+    (lambda f, t: llama_scope(f, t, hook_point_out="blocks.3.hook_mlp_out"), "hook_point_out 'blocks.3.hook_mlp_out'"),
+    (lambda f, t: llama_scope(f, t, jump_relu_threshold=None), "jump_relu_threshold None"),
+    (lambda f, t: dictionary_learning(f, t, "GatedAutoEncoder"), "dict_class 'GatedAutoEncoder' is not supported"),
+])
+def test_what_is_not_supported_is_refused_by_name(tmp_path, t, write, message):
+    with pytest.raises(InputError, match=message) as error:
+        load_sae(write(tmp_path, t))
+    assert "\n" not in str(error.value)
+
+
+def test_a_layer_that_the_file_contradicts_is_refused(tmp_path, t):
+    for folder in (llama_scope(tmp_path / "l", t), sae_lens_6(tmp_path / "s", t, "topk"),
+                   dictionary_learning(tmp_path / "d", t, "AutoEncoder")):
+        assert load_sae(folder, layer=3).W_enc.shape == (M, D)
+        with pytest.raises(InputError, match="was trained on block 3, not 5: pass --layer 3"):
+            load_sae(folder, layer=5)
+    before = sae_lens_6(tmp_path / "pre", t, "topk", {"hook_name": "blocks.3.hook_resid_pre"})
+    assert load_sae(before, layer=2).k == K                             # the input of block 3 is the output of block 2
+
+
+def test_other_mistakes_are_one_line(tmp_path, t):
+    with pytest.raises(InputError, match="but the model's have 32: it was trained on another model"):
+        check_fits(ours(t, "topk"), 32)
+    check_fits(ours(t, "topk"), D)
+    with pytest.raises(InputError, match="dtype 'float7'"):
+        load_sae(gemma_scope(tmp_path / "a", t), dtype="float7")
+    with pytest.raises(InputError, match="llama_scope 'own' is not one of"):
+        load_sae(llama_scope(tmp_path / "b", t), llama_scope="own")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(InputError, match="holds no SAE of a known format: expected params.npz"):
+        load_sae(tmp_path / "c")
+    (tmp_path / "b" / "hyperparams.json").write_text("[1]")
+    with pytest.raises(InputError, match="is not a JSON object"):
+        load_sae(tmp_path / "b")
+    (tmp_path / "b" / "hyperparams.json").write_text("{")
+    with pytest.raises(InputError, match="is not JSON"):
+        load_sae(tmp_path / "b")
