@@ -4,6 +4,8 @@
     python train.py --model gemma-2-2b --layer 12 --rank 64     the paper's headline run
     python train.py --model llama-3.2-1b --method topk          train an SAE (also: jumprelu, e2e)
     python train.py --resume runs/tiny-gemma-2-lora             continue a run that was interrupted
+    python train.py --merge runs/tiny-gemma-2-lora              write the adapted model as a plain Hugging Face checkpoint
+    python train.py --model gemma-2-2b --dry-run                say what would be fetched and done, and stop
 """
 import argparse
 import sys
@@ -13,25 +15,16 @@ import torch
 
 from lorasae.adapt import adapted_blocks, default_adapt, train
 from lorasae.dictionary import fill, make
+from lorasae.checkpoint import DTYPES, load_config, load_model, save_model
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.hub import PRESETS, Preset, preset, sae_choice
-from lorasae.lora import add_lora, lora_parameters, save_adapter
-from lorasae.run import Run, check_free, load_setting, peak_memory_bytes, print_table
+from lorasae.files import read_json, write_bytes
+from lorasae.hub import PRESETS, Preset, model_files, model_plan, preset, sae_choice, sae_plan
+from lorasae.lora import add_lora, load_adapter, lora_parameters, merge_lora, save_adapter
+from lorasae.model import Transformer
+from lorasae.run import Run, check_free, count, load_setting, peak_memory_bytes, print_table
 
 PAPER = Preset("any other model", layer=12, adapt="after", data="stdlib")       # its field defaults are the paper's
-
-
-def count(text):
-    """Token counts read 15M, 1.5e6, 15_000_000, 20k."""
-    units = {"k": 1e3, "m": 1e6, "b": 1e9}
-    try:
-        value = float(text[:-1]) * units[text[-1].lower()] if text[-1:].lower() in units else float(text)
-    except ValueError:
-        value = 0
-    if not 1 <= value < float("inf") or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of tokens, such as 15M, 1.5e6 or 15_000_000")
-    return int(value)
 
 
 def arguments(argv):
@@ -79,16 +72,19 @@ def arguments(argv):
     add("--out", help="folder of the run (default: runs/MODEL-METHOD, numbered where that is taken)")
     add("--resume", metavar="RUN_DIR", help="continue that run from its last checkpoint, with its own arguments")
     add("--checkpoint-every", type=int, default=250, metavar="STEPS", help="steps a killed run can lose (default: %(default)s)")
+    add("--merge", metavar="RUN_DIR", help="fold that run's adapters into its model, write RUN_DIR/merged/, and stop")
+    add("--dry-run", action="store_true", help="print files and sizes to fetch, parameters, memory and steps, and stop")
     args = parser.parse_args(argv)
-    if args.resume and [word for word in argv if word.startswith("--") and not word.startswith("--resume")]:
-        parser.error("--resume takes every other argument from the run's config.json: pass it alone")
+    for option in ("--resume", "--merge"):
+        if getattr(args, option[2:]) and [word for word in argv if word.startswith("--") and not word.startswith(option)]:
+            parser.error(f"{option} takes every other argument from the run's config.json: pass it alone")
     return args
 
 
 def configure(args):
     """Arguments -> the run's configuration: everything that is needed to repeat it, defaults filled in."""
     defaults = preset(args.model) or PAPER
-    config = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
+    config = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "merge", "dry_run")}
     if args.method != "lora":
         if args.sae is not None:
             raise InputError(f"--method {args.method} trains an SAE from scratch: leave --sae out")
@@ -144,6 +140,44 @@ def adapt(config, folder, run=None):
     report(results, run.folder)
 
 
+def dry_run(config):
+    """Prints what a run would fetch, train and hold in memory, from configuration files and listings alone."""
+    wanted = [fetch for layer in config["layer"] for source in config["sae"]
+              for fetch in sae_plan(source, layer=layer, width=config["width"], l0=config["l0"])]
+    for fetch in model_plan(config["model"]) + wanted:
+        print(f"{'here ' if fetch.cached else 'fetch'}  {fetch.bytes / 1e6:10,.1f} MB  {fetch.repo}/{fetch.path}")
+    with torch.device("meta"):
+        model = Transformer(load_config(config["model"]))
+    blocks = adapted_blocks(config["adapt"] or ["after"], dict.fromkeys(config["layer"]), len(model.layers))
+    frozen = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in lora_parameters(add_lora(model, blocks, config["rank"])))
+    c, rows = model.config, config["micro_batch"] * config["context"]
+    weights = frozen * DTYPES[config["dtype"]].itemsize
+    adapters = trainable * 16                                           # fp32: value, gradient, and AdamW's two averages
+    saes = sum(fetch.bytes for fetch in wanted if not fetch.path.endswith(".json"))
+    width = 12 * c.hidden_size + 5 * c.intermediate_size + 4 * c.num_attention_heads * c.head_dim
+    activations = len(blocks) * rows * width * DTYPES[config["dtype"]].itemsize     # what backward needs of each adapted block
+    print(f"\nadapted blocks        {blocks[0]} to {blocks[-1]} ({len(blocks)} of {len(model.layers)})")
+    print(f"trainable parameters  {trainable:,} ({trainable / frozen:.2%} of {frozen:,})")
+    print(f"training              {config['steps']:,} steps of {config['batch_size']} x {config['context']} = "
+          f"{config['steps'] * config['batch_size'] * config['context']:,} tokens of {config['data']}")
+    print(f"memory, about         {(weights + adapters + saes + activations) / 1e9:.1f} GB: model {weights / 1e9:.1f}, SAEs "
+          f"{saes / 1e9:.1f}, adapters and optimiser {adapters / 1e9:.1f}, activations {activations / 1e9:.1f}")
+
+
+def merge(folder):
+    """Writes folder/merged/: the adapted model (without SAE) as a checkpoint that transformers loads."""
+    config = read_json(folder / "config.json")
+    if not (folder / "adapter").is_dir():
+        raise InputError(f"{folder} has no adapter to merge: finish the run with python train.py --resume {folder}")
+    source, target = model_files(config["model"]), folder / "merged"
+    check_free(target)
+    model = merge_lora(load_adapter(load_model(config["model"], dtype=config["dtype"]), folder / "adapter"))
+    save_model(model, target, config=read_json(source / "config.json"))
+    write_bytes(target / "tokenizer.json", (source / "tokenizer.json").read_bytes())
+    print(f"{target}/ is the adapted model, without its SAE, as transformers.AutoModelForCausalLM loads it")
+
+
 def report(results, folder):
     rows, headings = fidelity.table(results)
     print()
@@ -172,7 +206,11 @@ def train_sae(config, folder, run=None):
 def main(argv=None):
     args = arguments(sys.argv[1:] if argv is None else argv)
     try:
-        if args.resume:
+        if args.merge:
+            merge(Path(args.merge))
+        elif args.dry_run:
+            dry_run(configure(args))
+        elif args.resume:
             run = Run.resume(args.resume)
             start = adapt if run.config["method"] == "lora" else train_sae
             start(run.config, args.resume, run)

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from lorasae.errors import InputError
 from lorasae.files import read_json, write_bytes, write_json
 from lorasae.gemma2 import Gemma2Config
-from lorasae.hub import model_files
+from lorasae.hub import config_file, model_files
 from lorasae.llama3 import Llama3Config, RopeScaling
 from lorasae.lora import adapters
 from lorasae.model import Transformer
@@ -43,8 +43,8 @@ def load_model(name_or_dir, *, device="cpu", dtype=None):
 
 def load_config(name_or_dir):
     """The configuration alone, without weights."""
-    folder = model_files(name_or_dir)
-    return parse_config(read_json(folder / "config.json"), folder)
+    path = config_file(name_or_dir)
+    return parse_config(read_json(path), path.parent)
 
 
 def parse_config(raw, where):

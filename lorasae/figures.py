@@ -8,13 +8,13 @@ import io
 from lorasae.files import write_bytes
 
 
-def save_figure(draw, numbers, path):
-    """draw(numbers, figure) -> a PNG at path; without matplotlib one line says what to do."""
+def save_figure(draw, numbers, path, again=None):
+    """draw(numbers, figure) -> a PNG at path; without matplotlib one line says what to do (again: the command, if not eval.py)."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        name = path.stem.removeprefix("eval-")
-        print(f"no picture: pip install matplotlib && python eval.py {path.parent} --suite {name} --draw")
+        again = again or f"python eval.py {path.parent} --suite {path.stem.removeprefix('eval-')} --draw"
+        print(f"no picture: pip install matplotlib && {again}")
         return
     figure, png = Figure(layout="constrained"), io.BytesIO()
     draw(numbers, figure)

@@ -131,6 +131,12 @@ def model_files(name_or_dir):
     return folder
 
 
+def config_file(name_or_dir):
+    """The path of a model's config.json alone, fetched if need be."""
+    folder, repo = _model_place(name_or_dir)
+    return (folder if repo is None else _fetch(repo, ("config.json",))) / "config.json"
+
+
 def model_plan(name_or_dir):
     """A Fetch for each file that model_files(name_or_dir) reads from the Hub; [] for a local folder."""
     _, repo = _model_place(name_or_dir)

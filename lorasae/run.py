@@ -3,6 +3,7 @@
 Every file is whole or absent. A killed run loses the steps since its last checkpoint and, resumed, ends where the
 uninterrupted one would have: parameters, optimiser, random state and position in the data are all restored.
 """
+import argparse
 import json
 import math
 import os
@@ -189,6 +190,18 @@ class Run:
     def finish(self, results):
         """Writes results.json, which marks the run as finished."""
         write_json(self.folder / "results.json", results)
+
+
+def count(text):
+    """Token counts read 15M, 1.5e6, 15_000_000, 20k."""
+    units = {"k": 1e3, "m": 1e6, "b": 1e9}
+    try:
+        value = float(text[:-1]) * units[text[-1].lower()] if text[-1:].lower() in units else float(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value < float("inf") or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of tokens, such as 15M, 1.5e6 or 15_000_000")
+    return int(value)
 
 
 def check_free(folder):

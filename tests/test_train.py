@@ -147,3 +147,37 @@ def test_evaluating_what_is_not_a_finished_run_is_one_clear_line(command, argume
     assert "unknown" in one_line(command("eval.py", "run", "--suite", "magic"))
     (tmp_path / "run" / "adapter" / "adapter_config.json").unlink()
     assert "adapter" in one_line(command("eval.py", "run"))
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(command, arguments, tmp_path):
+    before = {path for path in tmp_path.rglob("*")}
+    process = command("train.py", *arguments, "--dry-run")
+    assert process.returncode == 0 and "20 steps of 2 x 32 = 1,280 tokens" in process.stdout
+    assert {path for path in tmp_path.rglob("*")} == before
+
+
+def test_the_headline_run_has_41_million_trainable_parameters():
+    """Gemma-2-2B, blocks 13 to 25, rank 64, counted on the meta device."""
+    from lorasae.lora import add_lora, lora_parameters
+    from lorasae.model import Transformer
+    from lorasae.gemma2 import Gemma2Config
+    config = Gemma2Config(256000, 2304, 9216, 26, 8, 4, 256, 256, 4096, 50.0, 30.0, 1e-6, 10000.0, 2, 1)
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert sum(p.numel() for p in model.parameters()) == 2_614_341_888
+    assert sum(p.numel() for p in lora_parameters(add_lora(model, range(13, 26), 64))) == 41_533_440
+
+
+def test_a_merged_run_loads_in_transformers_with_the_adapted_logits(command, arguments, whole_model, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
+    from lorasae import load_adapter, load_model
+    assert command("train.py", *arguments, "--out", "run").returncode == 0
+    process = command("train.py", "--merge", "run")
+    assert process.returncode == 0, process.stderr
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", attn_implementation="eager")
+    tokens = torch.randint(3, 97, (2, 40))
+    with torch.no_grad():
+        adapted = load_adapter(load_model(whole_model), tmp_path / "run" / "adapter").eval()(tokens)
+        assert (oracle(tokens).logits - adapted).abs().max() <= 1e-4
+    assert (tmp_path / "run" / "merged" / "tokenizer.json").exists()
+    assert "already" in one_line(command("train.py", "--merge", "run"))

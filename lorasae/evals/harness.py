@@ -1,16 +1,15 @@
-"""Language-model benchmarks (paper §5.3, Table 5): our Transformer, SAEs spliced in or not, as a model of lm-eval.
+"""Language-model benchmarks (paper §5.3, Table 5): our Transformer, SAEs spliced in or not, as a model of the lm-eval package.
 
     python eval.py RUN_DIR --suite lm                                       the paper's four tasks, fetched from the Hub
-    python eval.py RUN_DIR --suite lm --tasks my_task.yaml --limit 100      a local task in lm-eval's own YAML format
+    python eval.py RUN_DIR --suite lm --tasks my_task.yaml --limit 100      a task of one's own, in lm-eval's format
 
-lm-eval makes the prompts and computes the scores (accuracy, BLEU, ROUGE); this file answers its three kinds of request. The
-answers are those of lm-eval's own Hugging Face model at fp32 with add_bos_token=True. BOS comes first for both families: both
-were trained with it. (lm-eval 0.4.7, which the paper probably ran, gave it to Gemma only.)
-
-Shapes: B batch, T tokens, D d_model, V vocabulary, N scored tokens.
+lm-eval makes the prompts and computes the scores (accuracy, BLEU, ROUGE); SplicedLM answers its three kinds of request, just as
+lm-eval's own Hugging Face model would at fp32 with add_bos_token=True. Both families get their BOS, with which both were
+trained (the lm-eval of the paper's time gave Llama none). Shapes: B batch, T tokens, D d_model, V vocabulary, N positions.
 """
 from collections import defaultdict
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    if not (error.name or "").startswith("lm_eval"):            # something that lm-eval itself lacks
+    if not (error.name or "").startswith("lm_eval"):    # something that lm-eval itself lacks
         raise
     raise InputError('the language-model benchmarks need the lm-eval package: pip install "lm-eval>=0.4.12"') from None
 
@@ -41,11 +40,13 @@ SETTINGS = {                                            # the columns of Table 5
     "sae": ("SAE", True, False), "adapted": ("SAE + LoRA", True, True),
     "base": ("original", False, False), "lora": ("LoRA", False, True),
 }
-TABLE_5 = {                                             # its rows; of each task lm-eval computes more than the paper shows
+TABLE_5 = {                                             # its rows; lm-eval computes more of each task than the paper shows
     ("mmlu", "acc"): "MMLU", ("hellaswag", "acc"): "HellaSwag", ("truthfulqa_gen", "bleu_acc"): "BLEU",
-    ("truthfulqa_gen", "rouge1_acc"): "ROUGE-1", ("truthfulqa_gen", "rouge2_acc"): "ROUGE-2", ("truthfulqa_mc1", "acc"): "MC1",
+    ("truthfulqa_gen", "rouge1_acc"): "ROUGE-1", ("truthfulqa_gen", "rouge2_acc"): "ROUGE-2",
+    ("truthfulqa_mc1", "acc"): "MC1",
 }
 TASKS = "mmlu,hellaswag,truthfulqa_mc1,truthfulqa_gen"
+SEED = 1234                                             # lm-eval's own, of the examples that few-shot tasks draw
 
 
 class Job(NamedTuple):
@@ -62,9 +63,9 @@ class Job(NamedTuple):
 class SplicedLM(TemplateLM):
     """log p(continuation | context) and greedy text, with {layer: SAE} spliced in and the adapters on (lora) or off.
 
-    keep_special: BOS and EOS keep their activation. sae_on_generated=False gives generated tokens no SAE, as the published
-    code did by accident: its hook spared position 0 of each tensor it saw, and with a key-value cache a new token is just
-    that. batch_tokens bounds B x T. Contexts too long for the model lose their beginning, BOS included, as in lm-eval.
+    keep_special: BOS and EOS keep their activation. sae_on_generated=False lets generated tokens pass without SAE, as the
+    published code did by accident: its hook spared the first position of whatever it saw, and with a key-value cache a new
+    token is just that. batch_tokens bounds B x T. Too long a context loses its beginning, BOS included, as in lm-eval.
     """
 
     def __init__(self, model, tokenizer, saes, *, lora, keep_special, sae_on_generated=True, batch_tokens=8192):
@@ -79,7 +80,7 @@ class SplicedLM(TemplateLM):
 
     @property
     def prefix_token_id(self):
-        """What stands before an empty context."""
+        """What stands for an empty context."""
         return self.model.config.bos_token_id
 
     def tok_encode(self, string, add_special_tokens=None):
@@ -89,16 +90,12 @@ class SplicedLM(TemplateLM):
 
     # ---- The model ---------------------------------------------------------------------------------------------------
 
-    def run(self, tokens, keep, cache=None):
-        """tokens [B, T] -> the residual stream after the last block [B, T, D]."""
+    def run(self, tokens, unspliced=False, cache=None):
+        """tokens [B, T] -> the residual stream after the last block [B, T, D]. unspliced [B, T]: where to spare the SAEs."""
+        config = self.model.config
+        keep = special_mask(tokens, config.bos_token_id, config.eos_token_id) & self.keep_special | unspliced
         with nullcontext() if self.lora else base(self.model):
             return self.model.run(self.model.embed(tokens), 0, len(self.model.layers), self.saes, keep, cache)
-
-    def keep(self, tokens):
-        """[B, T], True where no SAE applies."""
-        config = self.model.config
-        special = special_mask(tokens, config.bos_token_id, config.eos_token_id)
-        return special if self.keep_special else torch.zeros_like(special)
 
     def logits(self, x):
         """The residual stream [N, D] -> logits [N, V], fp32 also for bf16 weights: rounded there, choices would tie."""
@@ -106,16 +103,29 @@ class SplicedLM(TemplateLM):
 
     def score(self, x, labels):
         """x [N, D], labels [N] -> log p(label) and whether it is the likeliest token, [N] each, a few rows of V at a time."""
-        log_p, greedy, rows = [], [], chunk_rows(self.model.head)
+        log_p, top, rows = [], [], chunk_rows(self.model.head)
         for part, wanted in zip(x.split(rows), labels.split(rows)):
             logits = self.logits(part)
             log_p.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
-            greedy.append(logits.argmax(-1) == wanted)
-        return torch.cat(log_p).cpu(), torch.cat(greedy).cpu()
+            top.append(logits.argmax(-1) == wanted)
+        return torch.cat(log_p).cpu(), torch.cat(top).cpu()
 
     def pad(self, rows):
-        """Lists of ids -> [B, T], filled up on the right: causal attention never sees it, so it needs no mask."""
+        """Lists of ids -> [B, T], filled up on the right: causal attention never looks there, so no mask is needed."""
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.model.device)
+
+    def batches(self, items, size, label):
+        """The items, the largest first, in lists of at most batch_tokens tokens when padded."""
+        items, out = sorted(items, key=size, reverse=True), []
+        while items:
+            count = max(1, self.batch_tokens // size(items[0]))
+            out.append(items[:count])
+            items = items[count:]
+        return progress(out, label)
+
+    def warn_of_cuts(self, count):
+        if count:
+            say(f"warning: {count} requests are longer than the model's {self.max_length} tokens and lose their beginning")
 
     # ---- What lm-eval asks -------------------------------------------------------------------------------------------
 
@@ -128,70 +138,67 @@ class SplicedLM(TemplateLM):
         answers, sharing = [None] * len(requests), defaultdict(list)
         for i, (strings, context, continuation) in enumerate(requests):
             if not 1 <= len(continuation) <= self.max_length:
-                raise InputError(f"cannot score {strings}: its continuation has {len(continuation)} tokens, but the model "
-                                 f"can score 1 to {self.max_length}")
+                raise InputError(f"cannot score {strings}: the continuation has {len(continuation)} tokens, but it must have "
+                                 f"1 to {self.max_length}")
             sharing[tuple(context + continuation)[-self.max_length - 1:-1]].append((i, continuation))
-        self.warn_of_truncation(sum(len(context + continuation) > self.max_length + 1 for _, context, continuation in requests))
-        for batch in progress(self.batches(sharing, len), "scoring"):
-            tokens = self.pad(batch)
-            x = self.run(tokens, self.keep(tokens))
-            spans = [(i, row, len(ids), continuation) for row, ids in enumerate(batch) for i, continuation in sharing[ids]]
-            where = [(row, end - len(ids) + j, label) for _, row, end, ids in spans for j, label in enumerate(ids)]
+        self.warn_of_cuts(sum(len(context + continuation) > self.max_length + 1 for _, context, continuation in requests))
+        for batch in self.batches(sharing, len, "scoring"):
+            x = self.run(self.pad(batch))
+            asked = [(row, len(ids), *request) for row, ids in enumerate(batch) for request in sharing[ids]]
+            where = [(row, end - len(continuation) + j, token)
+                     for row, end, _, continuation in asked for j, token in enumerate(continuation)]
             rows, positions, labels = torch.tensor(where, device=x.device).T
-            log_p, greedy = self.score(x[rows, positions], labels)
-            lengths = [len(continuation) for *_, continuation in spans]
-            for (i, *_), p, top in zip(spans, log_p.split(lengths), greedy.split(lengths)):
-                answers[i] = p.sum().item(), top.all().item()
+            log_p, top = self.score(x[rows, positions], labels)
+            lengths = [len(continuation) for *_, continuation in asked]
+            for (_, _, i, _), p, likeliest in zip(asked, log_p.split(lengths), top.split(lengths)):
+                answers[i] = p.sum().item(), likeliest.all().item()
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """Σ log p of every token of a text, BOS before it, in windows of max_length; each token is predicted once."""
-        windows, owners, totals = [], [], [0.0] * len(requests)
+        windows, totals = [], [0.0] * len(requests)
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
-                windows.append((request.args[0][:60], *make_disjoint_window(window)))
-                owners.append(i)
-        for i, (log_p, _) in zip(owners, self._loglikelihood_tokens(windows)):
+            windows += [(i, *make_disjoint_window(window)) for window in
+                        get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)]
+        for (i, *_), (log_p, _) in zip(windows, self._loglikelihood_tokens(windows)):
             totals[i] += log_p
         return totals
 
     @torch.no_grad()
     def generate_until(self, requests, disable_tqdm=False):
         """Greedy continuations, up to the first stop string, EOS, or max_gen_toks (256) new tokens."""
-        jobs, texts, cut = [], [None] * len(requests), 0
+        jobs, texts, cuts = [], [None] * len(requests), 0
         for i, request in enumerate(requests):
-            context, how = request.args
-            how = normalize_gen_kwargs(how, 256)
-            if how["do_sample"]:
-                raise InputError(f"the task {request.task_name} samples its answers, but here they are greedy: set "
-                                 "do_sample: false in its generation_kwargs")
+            context, how = request.args[0], normalize_gen_kwargs(request.args[1], 256)
             room = self.max_length - how["max_gen_toks"]
+            if how["do_sample"]:
+                raise InputError(f"{request.task_name} samples its answers, but here they are greedy: set do_sample: false in "
+                                 "its generation_kwargs")
             if room < 1:
-                raise InputError(f"the task {request.task_name} asks for {how['max_gen_toks']} new tokens, but the model holds "
+                raise InputError(f"{request.task_name} asks for {how['max_gen_toks']} new tokens, but the model holds only "
                                  f"{self.max_length}: set a smaller max_gen_toks in its generation_kwargs")
             prompt = self.tok_encode(context)
-            cut += len(prompt) > room
+            cuts += len(prompt) > room
             jobs.append(Job(i, prompt[-room:], [stop for stop in how["until"] if stop], how["max_gen_toks"]))
-        self.warn_of_truncation(cut)
-        for batch in progress(self.batches(jobs, Job.size), "generating"):
+        self.warn_of_cuts(cuts)
+        for batch in self.batches(jobs, Job.size, "generating"):
             for job, text in zip(batch, self.generate(batch)):
                 texts[job.index] = text
         return texts
 
     def generate(self, jobs):
-        """The text of each Job, one token of all of them at a time. Where a prompt is longer than the shortest, its own
+        """The text of each Job, all of them a token at a time. Where a prompt is longer than the shortest one, its own
         tokens are read in place of the predicted ones, so no row needs padding on its left."""
         lengths = torch.tensor([len(job.prompt) for job in jobs], device=self.model.device)
         tokens = self.pad([job.prompt + [0] * job.budget for job in jobs])
+        generated = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
         cache, written, texts = Cache(), [[] for _ in jobs], [None] * len(jobs)
         for position in range(int(lengths.min()), tokens.shape[1]):
-            new = slice(cache.length, position)                         # first the shared prefix, then a token at a time
-            keep = self.keep(tokens[:, new])
-            if not self.sae_on_generated:
-                keep |= torch.arange(position, device=keep.device)[new] >= lengths[:, None]
-            best = self.logits(self.run(tokens[:, new], keep, cache)[:, -1]).argmax(-1)
-            tokens[:, position] = torch.where(position < lengths, tokens[:, position], best)
+            new = slice(cache.length, position)         # what every prompt has, at first; then one token
+            x = self.run(tokens[:, new], False if self.sae_on_generated else generated[:, new], cache)
+            best = self.logits(x[:, -1]).argmax(-1)
+            tokens[:, position] = torch.where(generated[:, position], best, tokens[:, position])
             for row, (job, token) in enumerate(zip(jobs, best.tolist())):
                 if texts[row] is None and position >= len(job.prompt):
                     written[row].append(token)
@@ -210,81 +217,68 @@ class SplicedLM(TemplateLM):
             text = text.split(stop)[0]
         return text
 
-    def batches(self, items, size):
-        """The items, the largest first, in lists of at most batch_tokens tokens when padded."""
-        items, out = sorted(items, key=size, reverse=True), []
-        while items:
-            count = max(1, self.batch_tokens // size(items[0]))
-            out.append(items[:count])
-            items = items[count:]
-        return out
 
-    def warn_of_truncation(self, count):
-        if count:
-            say(f"warning: {count} requests are longer than the model's {self.max_length} tokens and lose their beginning")
-
+# ---- Table 5 ---------------------------------------------------------------------------------------------------------
 
 def load_tasks(names):
     """lm-eval's tasks, with their data: names, or YAML files and folders of them (what has a / or ends in .yaml)."""
     paths = {name: Path(name).resolve() for name in names if "/" in name or name.endswith(".yaml")}
-    folders = [path for path in paths.values() if path.is_dir()]
-    manager = TaskManager(include_path=folders, include_defaults=len(paths) < len(names))
-    inside = {folder: [task for task in manager.all_subtasks if folder in manager.task_index[task].yaml_path.parents]
-              for folder in folders}
+    manager = TaskManager(include_path=[path for path in paths.values() if path.is_dir()],
+                          include_defaults=len(paths) < len(names))     # lm-eval's own files take seconds to read
+    specs = []
     for name in names:
-        if name in paths and not paths[name].is_file() and not inside.get(paths[name]):
-            raise InputError(f"--tasks {name}: expected a YAML file of lm-eval's format, or a folder that holds some")
-        if name not in paths and name not in manager.all_tasks:
-            raise InputError(f"--tasks {name}: lm-eval has no task of that name; `lm-eval ls tasks` lists them, and a file's "
-                             "name ends in .yaml")
+        inside = [task for task in manager.all_subtasks if paths.get(name) in manager.task_index[task].yaml_path.parents]
+        specs += inside or [name]
     try:
-        loaded = manager.load([spec for name in names for spec in inside.get(paths.get(name), [name])])
+        return manager.load(specs)
     except ConnectionError as error:
         raise InputError(f"the data of --tasks {','.join(names)} come from the Hub, which is out of reach ({error}): run once "
                          "with a network, or pass a YAML file with local data") from error
-    except Exception as error:                          # others' code on the user's file: the file is what has to be mended
+    except Exception as error:                          # others' code on the user's words: it is these that must be mended
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"lm-eval cannot load --tasks {','.join(names)}: {type(error).__name__}: {reason}") from error
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config("num_fewshot", 0)           # as the paper: no examples, but those that a prompt contains
-        task.set_fewshot_seed(1234)
-    return loaded
+        raise InputError(f"lm-eval cannot load --tasks {','.join(names)}: {type(error).__name__}: {reason} (`lm-eval ls tasks` "
+                         "lists its tasks; a YAML file's name ends in .yaml)") from error
 
 
 def evaluate(model, saes, tokenizer, tasks, keep_special, settings=SETTINGS, limit=None, **how):
-    """{setting: {task: {metric: value, metric_stderr: its standard error, or None}}}, plus "samples": {task: documents} and
-    "parts": {group of tasks: its members}.
+    """{setting: {task: {metric: [value, standard error or None]}}}; "tasks": those asked for; "samples": {task: questions}.
 
-    tasks: what load_tasks returns; limit: only so many documents of each; how: more arguments of SplicedLM.
+    tasks: what load_tasks returns; limit: only so many questions of each; how: more arguments of SplicedLM.
     """
-    numbers = {"limit": limit}
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit}: expected at least 1 question")
+    parts = {part for members in tasks["group_map"].values() for part in members}
+    numbers = {"tasks": [task for task in (*tasks["groups"], *tasks["tasks"]) if task not in parts], "limit": limit,
+               "lm_eval": version("lm_eval")}
     with evaluating(model):
         for setting in settings:
             label, spliced, lora = SETTINGS[setting]
             say(f"{label}:")
+            for task in tasks["tasks"].values():
+                task.set_fewshot_seed(SEED)             # else every setting would draw other examples
             lm = SplicedLM(model, tokenizer, saes if spliced else {}, lora=lora, keep_special=keep_special, **how)
             results = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=1000, log_samples=False)
             numbers["samples"] = {task: count["effective"] for task, count in results["n-samples"].items()}
-            numbers["parts"] = {group: parts for group, parts in results["group_subtasks"].items() if parts}
-            numbers[setting] = {task: {key.removesuffix(",none"): value if isinstance(value, float | int) else None
-                                       for key, value in metrics.items() if "," in key}
-                                for task, metrics in results["results"].items()}
+            numbers[setting] = {task: measured(metrics) for task, metrics in results["results"].items()}
     return numbers
 
 
+def measured(metrics):
+    """lm-eval's {"acc,none": value, "acc_stderr,none": standard error or "N/A"} -> {"acc": [value, standard error or None]}."""
+    out = {}
+    for key, value in metrics.items():
+        if "," in key and "_stderr," not in key:
+            stderr = metrics.get(key.replace(",", "_stderr,", 1))
+            out[key.removesuffix(",none")] = [value, stderr if isinstance(stderr, float) else None]
+    return out
+
+
 def show(numbers):
-    """Table 5: the paper's metrics of its tasks, every metric of the others; members of a group are left to the file."""
+    """Table 5: of the paper's tasks the metrics it shows, of others all."""
     settings = [name for name in SETTINGS if name in numbers]
-    found = numbers[settings[0]]
-    hidden = {part for parts in numbers["parts"].values() for part in parts} | {task for task, _ in TABLE_5}
-    keys = [(task, metric) for task, metric in TABLE_5 if metric in found.get(task, ())]
-    keys += [(task, metric) for task in found if task not in hidden for metric in found[task] if "_stderr" not in metric]
-    rows = []
-    for task, metric in keys:
-        name, _, kind = metric.partition(",")                   # exact_match,strict: a filter's name follows the metric's
-        stderr = f"{name}_stderr" + (f",{kind}" if kind else "")
-        cells = (f"{numbers[s][task][metric]:.4f} {plus_minus(numbers[s][task][stderr])}" for s in settings)
-        rows.append([TABLE_5.get((task, metric), f"{task} {metric}"), *cells])
-    print_table(rows, ["", *(SETTINGS[name][0] for name in settings)])
-    print("\nin lm-eval's units (the paper's Table 5 has them times 100), ± one standard error")
+    found, known = numbers[settings[0]], {task for task, _ in TABLE_5}
+    rows = [(label, *key) for key, label in TABLE_5.items() if key[1] in found.get(key[0], ())]
+    rows += [(f"{task} {metric}", task, metric) for task in numbers["tasks"] if task not in known for metric in found[task]]
+    print_table([[label, *(f"{value:.4f} {plus_minus(stderr)}" for value, stderr in (numbers[s][task][metric] for s in settings))]
+                 for label, task, metric in rows], ["", *(SETTINGS[name][0] for name in settings)])
+    print("\nin lm-eval's units (Table 5 prints percentages), ± one standard error")

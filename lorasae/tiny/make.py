@@ -245,9 +245,10 @@ def main():
     args = parser.parse_args()
     made = make_model(args.model, args.out / args.model, args.seed,
                       **({"tokens": args.tokens} if args.tokens else {"minutes": args.minutes}))
-    print(made["sample"], "\n")
-    for key in ("unigram_loss", "bigram_loss", "model_loss", "trained_tokens", "tokens_per_second", "parameters"):
-        print(f"{key.replace('_', ' '):<20} {made[key]:>12,.3f}" if "loss" in key else f"{key.replace('_', ' '):<20} {made[key]:>12,}")
+    print(f"{made['sample']}\n\nheld-out loss, nats a token ({made['held_out_tokens']:,} tokens)")
+    for name in ("unigram", "bigram", "model"):
+        print(f"    {name:<8} {made[name + '_loss']:8.3f}")
+    print(f"{made['trained_tokens']:,} tokens at {made['tokens_per_second']:,} a second; in {args.out / args.model}")
 
 
 if __name__ == "__main__":
