@@ -32,17 +32,17 @@ def arguments(argv):
     add("--device", help="cuda or cpu (default: the run's)")
     add("--draw", action="store_true", help="only draw the pictures, from the eval-NAME.json files that are there")
     add = parser.add_argument_group("steering").add_argument
-    add("--latents", type=int, nargs="+", metavar="ID", help="latents of the first SAE (default: four that fire rarely and "
-        "hard in the held-out text)")
-    add("--examples", type=int, default=100, metavar="N", help="texts a latent with its feature, and without, half of each to "
-        "tune alpha on (default: %(default)s; paper: 500)")
-    add("--positives", metavar="WHERE", help="a file of texts with the feature, a folder of latent_ID.json, or the http(s) address "
-        "of an OpenAI-compatible endpoint (…/v1) that writes them (default: held-out text where the latent fires most)")
-    add("--negatives", nargs="+", metavar="FILE", help="files of texts without it, the first for tuning alpha (default: "
-        "held-out text where the latent is silent)")
+    add("--latents", type=int, nargs="+", metavar="ID", help="latents of the first SAE (default: four that fire in few "
+        "of the held-out texts, but hard)")
+    add("--examples", type=int, default=100, metavar="N", help="texts with a latent's feature, and as many without, half "
+        "of them to tune alpha on (default: %(default)s; paper: 500)")
+    add("--positives", metavar="WHERE", help="texts with the feature: a file, a folder of latent_ID.json, or the http(s) "
+        "address of an OpenAI-compatible endpoint (…/v1) to write them (default: held-out text where it fires most)")
+    add("--negatives", nargs="+", metavar="FILE", help="texts without it: two files or more, the first to tune alpha on "
+        "(default: held-out text where the latent is silent)")
     add("--chat-model", default="gpt-4o-mini", help="model to ask at that endpoint (default: the paper's, %(default)s)")
     add = parser.add_argument_group("lm").add_argument
-    add("--tasks", help="tasks of lm-eval, or YAML files of one's own, comma-separated (default: those of the paper's Table 5)")
+    add("--tasks", help="tasks of lm-eval, or YAML files of one's own, comma-separated (default: the paper's Table 5)")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task (default: all)")
     return parser.parse_args(argv)
 
@@ -59,9 +59,10 @@ def open_run(folder, device=None):
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}: pass one that train.py wrote")
     config = read_json(folder / "config.json")
-    missing = {"model", "method", "layer", "sae", "data", "device", "micro_batch"} - set(config)
-    if missing:
-        raise InputError(f"{folder}/config.json has no {sorted(missing)[0]!r}: it was not written by train.py")
+    needed = {"model", "method", "layer", "sae", "data", "device", "micro_batch"}
+    if not isinstance(config, dict) or not needed <= config.keys():
+        raise InputError(f"{folder}/config.json was not written by train.py, or not by this version: it lacks one of "
+                         f"{', '.join(sorted(needed))}")
     config["device"] = device or config["device"]
     product = folder / ("adapter/adapter_config.json" if config["method"] == "lora" else "sae")
     if not product.exists():
@@ -84,8 +85,8 @@ def evaluate(suite, config, setting, args):
         results = fidelity.evaluate(model, saes, held_out, settings, keep_special)
         return {**fidelity.summary(results), "eval_tokens": corpus.validation.numel()}
     if config["method"] != "lora":
-        raise InputError(f"{args.run} trained an SAE and has no adapter, without which --suite {suite} has nothing to compare: "
-                         "use --suite fidelity")
+        raise InputError(f"{args.run} trained an SAE and has no adapter, without which --suite {suite} has nothing to "
+                         "compare: use --suite fidelity")
     if suite == "tokens":
         return tokens.evaluate(model, saes, held_out, keep_special)
     if suite == "distances":
@@ -98,8 +99,8 @@ def evaluate(suite, config, setting, args):
         return harness.evaluate(model, saes, corpus.tokenizer, tasks, keep_special, limit=args.limit)
     if suite == "steering":
         asked = (args.positives or "").startswith(("http://", "https://"))
-        return steering.evaluate(setting, args.run, args.latents, args.examples, None if asked else args.positives, args.negatives,
-                                 partial(chat, args.positives, args.chat_model) if asked else None)
+        source = {"ask": partial(chat, args.positives, args.chat_model)} if asked else {"positives": args.positives}
+        return steering.evaluate(setting, args.run, args.latents, args.examples, negatives=args.negatives, **source)
 
 
 def main(argv=None):

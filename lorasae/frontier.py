@@ -63,9 +63,9 @@ def measure(config, lora, folder):
         adapting = read_json(run / "results.json")["seconds"]
         points["topk_lora"].append({"percent": percent, "seconds": seconds + adapting, "lora_seconds": adapting,
                                     "ce": loss(student, setting.saes, "adapted")})
-    step = config["context"] * config["batch_size"]
+    tokens = [part["steps"] * part["batch_size"] * config["context"] for part in (config, lora)]
     return {"model": config["model"], "layer": layer, "width": config["width"] or 8 * model.config.hidden_size, "k": config["k"],
-            "sae_tokens": config["steps"] * step, "lora_tokens": lora["steps"] * step, "rank": lora["rank"],
+            "sae_tokens": tokens[0], "lora_tokens": tokens[1], "rank": lora["rank"],
             "eval_tokens": corpus.validation.numel(), "ce_base": loss(model, {}, "base"), **points, "levels": levels(points)}
 
 

@@ -263,7 +263,7 @@ def _explain(error, repo):
         instead = f"; or take the same weights from an ungated copy: --model {mirror}" if mirror else ""
         return InputError(f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and log in with "
                           f"`hf auth login`, with a token that may read gated repositories{instead}")
-    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+    if isinstance(error, (RepositoryNotFoundError, HFValidationError)) or status == 401:
         return InputError(f"there is no local folder {repo}, and no repository of that name on the Hub that you may "
                           "read (a private one needs `hf auth login`)")
     if isinstance(error, LocalEntryNotFoundError):

@@ -112,6 +112,8 @@ class Run:
             except (RuntimeError, EOFError, OSError, ValueError) as error:
                 print(f"{path} is damaged ({str(error).splitlines()[0]}): trying the checkpoint before it", file=sys.stderr)
                 continue
+            if [p.shape for p in parameters] != [saved.shape for saved in state["parameters"]]:
+                raise InputError(f"{path} belongs to another run: its tensors have other shapes than this one's")
             with torch.no_grad():
                 for parameter, saved in zip(parameters, state["parameters"], strict=True):
                     parameter.copy_(saved)

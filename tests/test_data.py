@@ -100,7 +100,7 @@ def test_how_the_text_is_batched_for_the_tokenizer_changes_nothing(monkeypatch):
 def test_a_tokenizer_file_that_truncates_and_pads_is_used_whole(tmp_path):
     tokenizer = Tokenizer.from_str(NUMBERED.to_str())
     tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=4)
+    tokenizer.enable_padding(length=50)
     path = write_documents(tmp_path / "a.jsonl", [numbered(i, 40) for i in range(20)])
     settings = dict(context=16, eval_tokens=64, seed=0)
     assert torch.equal(Corpus(path, tokenizer, BOS, EOS, **settings).validation, corpus_of(path).validation)
@@ -204,14 +204,17 @@ def test_text_that_suffices_says_nothing(tmp_path, capsys):
 
 def test_a_stream_gives_every_document_once_in_a_seeded_order(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "IN_MEMORY", 0)
-    monkeypatch.setattr(data, "BUFFER", 25)
     monkeypatch.setattr(data, "MIXED", 3)
     for part in range(5):
         write_documents(tmp_path / f"{part}.jsonl", [f"{part} {i}" for i in range(40)])
     sources = data.files(str(tmp_path))
-    orders = [list(data.shuffled(sources, np.random.default_rng(seed))) for seed in (0, 0, 1)]
-    assert orders[0] == orders[1] != orders[2]
-    assert sorted(orders[0]) == sorted(f"{part} {i}" for part in range(5) for i in range(40))
+    for buffer in (25, 1000):                                               # the second holds the whole stream
+        monkeypatch.setattr(data, "BUFFER", buffer)
+        orders = [list(data.shuffled(sources, np.random.default_rng(seed))) for seed in (0, 0, 1)]
+        assert orders[0] == orders[1] != orders[2]
+        assert sorted(orders[0]) == sorted(f"{part} {i}" for part in range(5) for i in range(40))
+        places = [orders[0].index(f"3 {i}") for i in range(40)]
+        assert places != sorted(places)                                     # a file's own order is gone
 
 
 def test_any_stretch_of_a_stream_has_its_files_in_proportion(tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ from lorasae.lora import add_lora, adapters, load_adapter, save_adapter
 from lorasae.sae import JumpReLU, TopK
 
 pytest.importorskip("lm_eval", reason="the benchmarks are lm-eval's")
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
-from lm_eval import evaluator
 
 from lorasae.evals import harness
 from lorasae.evals.harness import SETTINGS, Job, SplicedLM
@@ -240,19 +240,23 @@ def task_folder(tmp_path_factory):
 def test_scores_of_whole_tasks_are_those_of_lm_evals_own_model_in_all_four_settings(bench, task_folder, capsys):
     tasks = harness.load_tasks([f"{task_folder}/"])
     numbers = harness.evaluate(bench.model, bench.saes, bench.tokenizer, tasks, bench.keep_special, limit=10)
-    answers = set()
+    answers, plain = set(), harness.TaskManager(include_defaults=False)
     for setting in SETTINGS:
-        expected = evaluator.evaluate(bench.theirs(setting), harness.load_tasks([f"{task_folder}/"]), limit=10, bootstrap_iters=1000)
+        expected = simple_evaluate(bench.theirs(setting), limit=10, bootstrap_iters=1000, task_manager=plain,
+                                   tasks=[str(task_folder / "choice.yaml"), str(task_folder / "generate.yaml")])
         for task, metrics in (("tiny_choice", ["acc", "acc_norm"]), ("tiny_generate", ["exact_match", "bleu"])):
             for metric in metrics:
-                for key in (metric, f"{metric}_stderr"):
-                    assert numbers[setting][task][key] == expected["results"][task][f"{key},none"], (setting, task, key)
+                wanted = [expected["results"][task][f"{key},none"] for key in (metric, f"{metric}_stderr")]
+                assert numbers[setting][task][metric] == wanted, (setting, task, metric)
         answers.add(tuple(sample["resps"][0][0] for sample in expected["samples"]["tiny_generate"]))
     assert len(answers) == 4 and numbers["samples"] == {"tiny_choice": 10, "tiny_generate": 10}
     capsys.readouterr()
     harness.show(numbers)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split("  ")[-1].strip() == "LoRA" and lines[1].startswith("tiny_choice acc") and "±" in lines[1]
+    assert lines[0].split() == "SAE SAE + LoRA original LoRA".split()
+    assert [line.split()[:2] for line in lines[1:5]] == [["tiny_choice", "acc"], ["tiny_choice", "acc_norm"],
+                                                        ["tiny_generate", "exact_match"], ["tiny_generate", "bleu"]]
+    assert all(f"{numbers[setting]['tiny_choice']['acc'][0]:.4f} ± " in lines[1] for setting in SETTINGS)
 
 
 def test_evaluating_leaves_the_models_mode_as_it_was(bench, task_folder):
@@ -263,14 +267,49 @@ def test_evaluating_leaves_the_models_mode_as_it_was(bench, task_folder):
     bench.model.eval()
 
 
+def test_a_groups_score_is_over_all_its_questions_and_stands_for_its_members(bench, task_folder, tmp_path, capsys):
+    choice = (task_folder / "choice.yaml").read_text()
+    (tmp_path / "choice.yaml").write_text(choice)
+    (tmp_path / "five.jsonl").write_text("".join(open(task_folder / "data.jsonl").readlines()[:5]))
+    choice = choice.replace(str(task_folder / "data.jsonl"), str(tmp_path / "five.jsonl"))
+    (tmp_path / "second.yaml").write_text(choice.replace("tiny_choice", "tiny_second"))
+    (tmp_path / "group.yaml").write_text("group: tiny\ntask: [tiny_choice, tiny_second]\n"
+                                         "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n")
+    tasks = harness.TaskManager(include_path=tmp_path, include_defaults=False).load(["tiny"])
+    numbers = harness.evaluate(bench.model, bench.saes, bench.tokenizer, tasks, bench.keep_special, settings=("adapted",))
+    found = numbers["adapted"]
+    assert numbers["tasks"] == ["tiny"] and (numbers["samples"]["tiny_choice"], numbers["samples"]["tiny_second"]) == (12, 5)
+    whole = (12 * found["tiny_choice"]["acc"][0] + 5 * found["tiny_second"]["acc"][0]) / 17
+    assert found["tiny"]["acc"][0] == pytest.approx(whole) and found["tiny_choice"]["acc"] != found["tiny_second"]["acc"]
+    capsys.readouterr()
+    harness.show(numbers)
+    assert [line.split()[:1] for line in capsys.readouterr().out.splitlines()[1:3]] == [["tiny"], []]
+
+
 def test_table_5_shows_the_papers_metrics_of_its_tasks(capsys):
-    metrics = {"acc": 0.5, "acc_stderr": 0.01, "acc_norm": 0.7, "acc_norm_stderr": 0.02}
+    metrics = {"acc": [0.5, 0.01], "acc_norm": [0.7, 0.02]}
     found = {"mmlu": metrics, "mmlu_anatomy": metrics, "hellaswag": metrics,
-             "truthfulqa_gen": {"bleu_acc": 0.3, "bleu_acc_stderr": None, "bleu_max": 20.0, "bleu_max_stderr": 1.0}}
-    harness.show({"parts": {"mmlu": ["mmlu_anatomy"]}, "sae": found, "adapted": found})
+             "truthfulqa_gen": {"bleu_acc": [0.3, None], "bleu_max": [20.0, 1.0]}}
+    harness.show({"tasks": ["mmlu", "hellaswag", "truthfulqa_gen"], "sae": found, "adapted": found})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["MMLU", "HellaSwag", "BLEU"] and lines[4] == ""
     assert lines[1].split()[1:4] == ["0.5000", "±", "0.0100"] and "0.7" not in lines[2]
+
+
+def test_the_command_writes_table_5_of_a_run(bench, task_folder, text_folder, tmp_path, monkeypatch, capsys):
+    import eval
+    import train
+    from lorasae.sae_formats import save_sae
+    monkeypatch.chdir(tmp_path)
+    save_sae(bench.saes[LAYER], tmp_path / "sae", model_name="test", layer=LAYER, context=32)
+    train.main(["--model", str(bench.folder / "model"), "--sae", "sae", "--layer", "1", "--data", str(text_folder), "--context", "32",
+                "--tokens", "64", "--eval-tokens", "64", "--rank", "2", "--dtype", "float32", "--device", "cpu", "--out", "run"])
+    eval.main(["run", "--suite", "lm", "--tasks", f"{task_folder}/choice.yaml,{task_folder}/generate.yaml", "--limit", "3"])
+    assert "tiny_choice acc" in capsys.readouterr().out
+    numbers = json.loads((tmp_path / "run" / "eval-lm.json").read_text())
+    assert set(SETTINGS) < set(numbers) and numbers["samples"] == {"tiny_choice": 3, "tiny_generate": 3} and numbers["limit"] == 3
+    with pytest.raises(SystemExit, match="error: lm-eval cannot load --tasks ./none.yaml"):
+        eval.main(["run", "--suite", "lm", "--tasks", "./none.yaml"])
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
@@ -279,10 +318,10 @@ def test_mistakes_in_tasks_are_one_line(task_folder, tmp_path, monkeypatch):
     (tmp_path / "broken.yaml").write_text("task: [")
     (tmp_path / "lost.yaml").write_text((task_folder / "choice.yaml").read_text().replace("data.jsonl", "nowhere.jsonl"))
     (tmp_path / "empty").mkdir()
-    for name, reason in ((str(tmp_path / "no.yaml"), "expected a YAML file"), (str(tmp_path / "empty"), "expected a YAML file"),
-                         (str(tmp_path / "broken.yaml"), "cannot load"), (str(tmp_path / "lost.yaml"), "nowhere.jsonl")):
+    for name, reason in (("no.yaml", "no.yaml"), ("empty", "valid YAML path"), ("broken.yaml", "cannot load"),
+                         ("lost.yaml", "nowhere.jsonl")):
         with pytest.raises(InputError, match=reason) as error:
-            harness.load_tasks([name])
+            harness.load_tasks([str(tmp_path / name)])
         assert "\n" not in str(error.value)
 
     def offline(*_):
@@ -292,14 +331,10 @@ def test_mistakes_in_tasks_are_one_line(task_folder, tmp_path, monkeypatch):
         harness.load_tasks([str(task_folder / "choice.yaml")])
 
 
-def test_a_name_that_lm_eval_does_not_know_is_one_line(monkeypatch):
-    monkeypatch.setattr(harness, "TaskManager", lambda **how: type("Manager", (), {"all_tasks": ["mmlu"], "all_subtasks": []}))
-    with pytest.raises(InputError, match="no task of that name"):
-        harness.load_tasks(["mmul"])
-
-
 def test_requests_that_cannot_be_answered_are_refused(bench):
     ours = bench.ours()
+    with pytest.raises(InputError, match="at least 1"):
+        harness.evaluate(bench.model, {}, bench.tokenizer, {}, False, limit=0)
     for how, reason in (({"do_sample": True, "temperature": 0.7}, "greedy"), ({}, "asks for 256 new tokens.*holds 96")):
         with pytest.raises(InputError, match=reason):
             ours.generate_until(requests("generate_until", ("Q", how)))

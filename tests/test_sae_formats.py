@@ -67,8 +67,8 @@ def gemma_scope(folder, t, lower=False, **more):
 
 def llama_scope(folder, t, theta=0.6, n_in=2.5, n_out=2.5, **more):
     write_json(folder / "hyperparams.json", {
-        "hook_point_in": "blocks.3.hook_resid_post", "hook_point_out": "blocks.3.hook_resid_post", "d_model": D, "d_sae": M,
-        "act_fn": "jumprelu", "jump_relu_threshold": theta, "norm_activation": "dataset-wise", "use_decoder_bias": True,
+        "d_model": D, "d_sae": M, "hook_point_in": "blocks.3.hook_resid_post",
+        "hook_point_out": "blocks.3.hook_resid_post", "act_fn": "jumprelu", "jump_relu_threshold": theta, "norm_activation": "dataset-wise", "use_decoder_bias": True,
         "dataset_average_activation_norm": {"in": n_in, "out": n_out}, "apply_decoder_bias_to_pre_encoder": False,
         "sparsity_include_decoder_norm": True, "use_glu_encoder": False, "top_k": 50, **more})
     write_tensors(folder / "checkpoints" / "final.safetensors", {
@@ -103,7 +103,8 @@ def sae_lens_5(folder, t, architecture, **cfg):
     write_json(folder / "cfg.json", {
         "architecture": architecture, "d_in": D, "d_sae": M, "dtype": "float32", "device": "cpu", "model_name": "m",
         "hook_name": "blocks.3.hook_resid_post", "hook_layer": 3, "hook_head_index": None, "context_size": 64,
-        "prepend_bos": True, "activation_fn_str": "relu", "activation_fn_kwargs": {}, "finetuning_scaling_factor": False,
+        "prepend_bos": True, "activation_fn_str": "relu", "activation_fn_kwargs": {},
+        "finetuning_scaling_factor": False,
         "apply_b_dec_to_input": True, "normalize_activations": "none", "dataset_path": "", "neuronpedia_id": None,
         "dataset_trust_remote_code": True, "sae_lens_training_version": None, **cfg})
     return folder
@@ -523,7 +524,7 @@ def test_other_mistakes_are_one_line(tmp_path, t):
     with pytest.raises(InputError, match="llama_scope 'own' is not one of"):
         load_sae(llama_scope(tmp_path / "b", t), llama_scope="own")
     gemma_scope(sparsify(tmp_path / "d", t), t)
-    with pytest.raises(InputError, match=r"several formats \(gemma_scope, sparsify\): keep each in a folder of its own"):
+    with pytest.raises(InputError, match=r"several formats \(gemma_scope, sparsify\): keep each"):
         load_sae(tmp_path / "d")
     (tmp_path / "c").mkdir()
     with pytest.raises(InputError, match="holds no SAE of a known format: expected params.npz"):

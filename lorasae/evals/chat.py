@@ -1,6 +1,6 @@
-"""A language model behind an OpenAI-compatible endpoint (…/v1): the one thing some evaluations ask of the outside.
+"""A language model behind an OpenAI-compatible endpoint: all that any evaluation asks of the outside.
 
-    ask = partial(chat, "http://localhost:8000/v1", "my-model")     # the key, if any, is in OPENAI_API_KEY
+    ask = partial(chat, "http://localhost:8000/v1", "my-model")     # OPENAI_API_KEY holds the key, if it takes one
     answer = ask([{"role": "user", "content": "..."}], max_tokens=100)
 """
 import http.client
@@ -16,7 +16,7 @@ WAITS = (2, 4, 8, 16, 32)                               # seconds before a busy 
 
 
 def chat(url, model, messages, max_tokens, temperature=0.8):
-    """The answer to `messages` (role and content each) as text. Raises InputError where the endpoint gives none."""
+    """The answer to messages ({role, content} each) as text. Raises InputError where the endpoint gives none."""
     body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
     headers = {"Content-Type": "application/json"}
     if os.environ.get("OPENAI_API_KEY"):
@@ -34,5 +34,5 @@ def chat(url, model, messages, max_tokens, temperature=0.8):
             problem, again = "its answer is not a chat completion", False
         if not again or wait is None:
             raise InputError(f"{request.full_url} ({model}): {problem}; is this an OpenAI-compatible endpoint, and is "
-                             "OPENAI_API_KEY set if it wants a key?")
+                             "OPENAI_API_KEY set where it wants a key?")
         time.sleep(wait)

@@ -44,6 +44,10 @@ def plus_minus(half, form=".4f"):
     return "" if half is None else f"± {half:{form}}"
 
 
+def percent(part):
+    return "" if part is None else f"{part:.1%}"
+
+
 def progress(items, label):
     """Iterates over items behind a progress bar with the time left; on a terminal only."""
     return tqdm(items, desc=label, disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False)

@@ -2,10 +2,10 @@
 
     python eval.py RUN_DIR --suite distances
 
-For the output of every block from the first SAE's on, a in the original model without SAE and b with the SAEs spliced in,
-without and with adapters: cos(a, b) and ‖a - b‖₂, means over the positions of a sequence. The change that adapting makes
-is paired by sequence, its interval 90 % over sequences. At position 0 the residual stream can be hundreds of times longer
-than elsewhere, and swamp the mean distance: so everything is given with all positions (as in the paper) and without it.
+For the output of every block from the first SAE's on, a in the original model without SAE and b with the SAEs spliced
+in, without and with adapters: cos(a, b) and ‖a - b‖₂, means over the positions of a sequence. The change that adapting
+makes is paired by sequence, its interval 90 %. At position 0 the residual stream can be hundreds of times longer than
+elsewhere and swamp the mean distance: so all is given over all positions, as in the paper, and without position 0.
 """
 import torch
 import torch.nn.functional as F
@@ -15,25 +15,26 @@ from lorasae.evals.common import evaluating, interval, plus_minus, progress
 from lorasae.lora import base
 from lorasae.run import print_table
 
-MEASURES = {"cosine": "cosine similarity", "l2": "L2 distance"}
+MEASURES = {"cosine": "cosine similarity", "l2": "L2 distance (units of the residual stream)"}
 POSITIONS = {"all": "all positions", "without_0": "without position 0"}
 
 
 @torch.no_grad()
 def evaluate(model, saes, batches, keep_special=False):
-    """Over batches of tokens [B, T]: {"layers": [..], "all" and "without_0": {"cosine" and "l2": {"sae", "adapted",
-    "change", "ci90": a value a layer}}}."""
-    found = {"sae": [], "adapted": []}
+    """Over batches of tokens [B, T]: {"layers": [..], and for "all" and "without_0": {"cosine" and "l2": {"sae",
+    "adapted", "change", "ci90": a value a layer}}}."""
+    first, found = min(saes), {"sae": [], "adapted": []}
     with evaluating(model):
         for tokens in progress(batches, "distances"):
             tokens = tokens.to(model.device)
-            keep = special_mask(tokens, model.config.bos_token_id, model.config.eos_token_id) if keep_special else None
+            special = special_mask(tokens, model.config.bos_token_id, model.config.eos_token_id)
+            keep = special if keep_special else None
             with base(model):
-                original = list(outputs(model, tokens, min(saes)))
-                found["sae"].append(compare(original, outputs(model, tokens, min(saes), saes, keep)))
-            found["adapted"].append(compare(original, outputs(model, tokens, min(saes), saes, keep)))
-    sae, adapted = (torch.cat(found[name]) for name in found)           # [n sequences, layers, positions, measures]
-    numbers = {"layers": list(range(min(saes), len(model.layers))), "sequences": len(sae)}
+                original = list(outputs(model, tokens, first))
+                found["sae"].append(compare(original, outputs(model, tokens, first, saes, keep)))
+            found["adapted"].append(compare(original, outputs(model, tokens, first, saes, keep)))
+    sae, adapted = (torch.cat(found[name]) for name in found)               # [n sequences, layers, positions, measures]
+    numbers = {"layers": list(range(first, len(model.layers))), "sequences": len(sae)}
     for i, positions in enumerate(POSITIONS):
         numbers[positions] = {}
         for j, measure in enumerate(MEASURES):
@@ -44,29 +45,31 @@ def evaluate(model, saes, batches, keep_special=False):
     return numbers
 
 
-def outputs(model, tokens, start, saes={}, keep=None):
-    """Yields the output [B, T, D] of each block from `start` on, after its SAE."""
-    x = model.run(model.embed(tokens), 0, start)
-    for layer in range(start, len(model.layers)):
+def outputs(model, tokens, first, saes={}, keep=None):
+    """Yields the output [B, T, D] of each block from `first` on, after its SAE."""
+    x = model.run(model.embed(tokens), 0, first)
+    for layer in range(first, len(model.layers)):
         x = model.run(x, layer, layer + 1, saes, keep)
         yield x
 
 
 def compare(original, changed):
-    """-> [B, layers, 2, 2] fp64: the mean cosine and distance over all positions, and over those after 0."""
+    """-> [B, layers, 2, 2] fp64: the mean cosine and distance, over all positions and over those after 0."""
     pairs = [(a.float(), b.float()) for a, b in zip(original, changed)]
-    by_token = torch.stack([torch.stack([F.cosine_similarity(a, b, -1), (a - b).norm(dim=-1)], -1) for a, b in pairs], 1).double()
+    both = [torch.stack([F.cosine_similarity(a, b, -1), (a - b).norm(dim=-1)], -1) for a, b in pairs]   # [B, T, 2] each
+    by_token = torch.stack(both, 1).double()
     return torch.stack([by_token.mean(2), by_token[:, :, 1:].mean(2)], 2).cpu()
 
 
 def show(numbers):
     for positions, title in POSITIONS.items():
-        print(("\n" if positions != "all" else "") + f"distance to the original activations, {title}")
-        cells = [numbers[positions][measure] for measure in MEASURES]
-        rows = [[f"block {layer}"] + [cell for m in cells for cell in (m["sae"][i], m["adapted"][i], f"{m['change'][i]:+.4f}",
-                                                                       plus_minus(m["ci90"][i]))]
-                for i, layer in enumerate(numbers["layers"])]
-        print_table(rows, ["", "cosine, SAE", "SAE + LoRA", "change", "90 % CI", "L2, SAE", "SAE + LoRA", "change", "90 % CI"])
+        print(f"distance to the original activations, {title}")
+        rows = [[f"block {layer}"] for layer in numbers["layers"]]
+        for i, row in enumerate(rows):
+            for side in (numbers[positions][measure] for measure in MEASURES):
+                row += [side["sae"][i], side["adapted"][i], f"{side['change'][i]:+.4f}", plus_minus(side["ci90"][i])]
+        headings = ["SAE + LoRA", "change", "90 % CI"]
+        print_table(rows, ["", "cosine, SAE", *headings, "L2, SAE", *headings])
 
 
 def draw(numbers, figure):
@@ -80,8 +83,8 @@ def draw(numbers, figure):
             axes.plot(after, values, marker="o", label=name)
             axes.fill_between(after, values - half, values + half, alpha=0.25)
         axes.axhline(0, color="grey", linewidth=1)
-        better = "higher is better" if measure == "cosine" else "residual stream's units, lower is better"
-        axes.set(xlabel="blocks after the SAE", ylabel=f"change in {label}\n({better})")
+        axes.set(xlabel="blocks after the SAE", ylabel=f"change in {label}")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    figure.suptitle("Change in distance to the original activations, 90 % intervals (the paper's Figure 11)", fontsize=10)
+        axes.legend()
+    figure.suptitle("Distance to the original activations, SAE + LoRA minus SAE, 90 % intervals (the paper's Figure 11)",
+                    fontsize=10)

@@ -1,14 +1,14 @@
 """Fidelity (paper §4): what splicing the SAEs in costs, and how much of that the adapters win back.
 
-    base     the untouched model                      zero   the SAEs' layers set to zero: the worst a reconstruction can do
-    sae      the SAEs spliced in                      lora   adapted, without SAEs: what adapting did to the model itself
+    base     the untouched model                zero   the SAEs' layers set to zero: the worst a reconstruction can do
+    sae      the SAEs spliced in                lora   adapted, without SAEs: what adapting did to the model itself
     adapted  SAEs spliced in and adapters on
 
     gap closed = (CE_sae - CE_adapted) / (CE_sae - CE_base),   loss recovered = (CE_zero - CE_·) / (CE_zero - CE_base)
 
-CE is the next-token cross-entropy and KL is KL(base ‖ ·), both in nats a token, over the T - 1 predictions of each sequence
-(BOS is a predictor, as in the paper). All SAEs are spliced in at once (§4.3's compound loss); BOS and EOS keep their
-activation where the SAEs were trained without them. Intervals are 90 %, over sequences; differences are paired.
+CE is the next-token cross-entropy and KL is KL(base ‖ ·), both in nats a token, over the T - 1 predictions of each
+sequence (BOS is a predictor, as in the paper). All SAEs are spliced in at once (§4.3's compound loss); BOS and EOS keep
+their activation where the SAEs were trained without them. Intervals are 90 %, over sequences; differences are paired.
 
 Exercised by `python eval.py RUN_DIR --suite fidelity`. Shapes: B batch, T tokens, D d_model, n sequences.
 """
@@ -18,7 +18,7 @@ import torch
 
 from lorasae.adapt import first_differing
 from lorasae.data import special_mask
-from lorasae.evals.common import evaluating, interval, plus_minus, progress, ratio
+from lorasae.evals.common import evaluating, interval, percent, plus_minus, progress, ratio
 from lorasae.lora import base
 from lorasae.objectives import token_losses
 from lorasae.run import print_table
@@ -31,24 +31,22 @@ SETTINGS = {"base": "base model", "sae": "with SAE", "adapted": "with SAE + LoRA
 def evaluate(model, saes, batches, settings=("base", "sae", "adapted"), keep_special=False):
     """Runs each setting over the batches of tokens [B, T]; returns {setting: {"ce": [n], "kl": [n], "l0", "ev"}}.
 
-    ce and kl are sequence means, fp64; l0 (active latents) and ev (explained variance, 1 - Σ‖x - x̂‖² / Σ‖x - mean x‖²) are
-    {layer: value} over the positions that are not BOS or EOS, for the settings `sae` and `adapted`.
+    ce and kl are sequence means, fp64; l0 (active latents) and ev (explained variance, 1 - Σ‖x - x̂‖² / Σ‖x - mean x‖²)
+    are {layer: value} over the positions that are not BOS or EOS, for the settings `sae` and `adapted`.
     """
-    found = {name: {"ce": [], "kl": [], "seen": {layer: [] for layer in saes}} for name in settings}
+    found = {name: {"ce": [], "kl": []} for name in settings}
+    seen = {name: {layer: [] for layer in saes} for name in settings}
     with evaluating(model):
         for tokens in progress(batches, "fidelity"):
-            seen = {name: found[name]["seen"] for name in found}
             for name, losses in losses_by_setting(model, saes, tokens, settings, keep_special, seen).items():
                 found[name]["ce"].append(losses.ce.double().mean(1).cpu())
                 found[name]["kl"].append(losses.kl.double().mean(1).cpu())
-    out = {}
-    for name, values in found.items():
-        out[name] = {"ce": torch.cat(values["ce"]), "kl": torch.cat(values["kl"])}
-        if name in ("sae", "adapted"):
-            sums = {layer: [sum(column) for column in zip(*rows)] for layer, rows in values["seen"].items()}
-            out[name]["l0"] = {layer: (active / n).item() for layer, (n, active, *_) in sums.items()}
-            out[name]["ev"] = {layer: (1 - error / (square - total.square().sum() / n)).item()
-                               for layer, (n, _, error, square, total) in sums.items()}
+    out = {name: {loss: torch.cat(parts) for loss, parts in values.items()} for name, values in found.items()}
+    for name in {"sae", "adapted"} & out.keys():
+        sums = {layer: [sum(column) for column in zip(*rows)] for layer, rows in seen[name].items()}
+        out[name]["l0"] = {layer: (active / n).item() for layer, (n, active, *_) in sums.items()}
+        out[name]["ev"] = {layer: (1 - error / (square - total.square().sum() / n)).item()
+                           for layer, (n, _, error, square, total) in sums.items()}
     return out
 
 
@@ -72,7 +70,7 @@ def losses_by_setting(model, saes, tokens, settings, keep_special=False, seen=No
             elif name == "zero":
                 hidden = model.norm(walk(model, x, first, {layer: torch.zeros_like for layer in saes}))
             else:
-                hidden = model.norm(walk(model, x, first, saes, keep, special, seen[name] if seen else None))
+                hidden = model.norm(walk(model, x, first, saes, keep, special, seen and seen[name]))
         out[name] = token_losses(hidden[:, :-1], tokens[:, 1:], model.head, model.softcap, target[:, :-1])
     return out
 
@@ -80,8 +78,8 @@ def losses_by_setting(model, saes, tokens, settings, keep_special=False, seen=No
 def walk(model, x, start, saes, keep=None, special=None, seen=None):
     """model.run(x, start, depth, saes, keep), also where an SAE of block start - 1 has yet to be applied to x.
 
-    seen[layer] gets, for what the SAE reads at positions that are not special: their number, Σ active latents, Σ‖x - x̂‖²,
-    Σ‖x‖² and Σx, in fp64.
+    seen[layer] gets, for what the SAE reads at positions that are not special: their number, Σ active latents,
+    Σ‖x - x̂‖², Σ‖x‖² and Σx, in fp64.
     """
     for layer in sorted(saes):
         if layer >= start:
@@ -89,37 +87,33 @@ def walk(model, x, start, saes, keep=None, special=None, seen=None):
             start = layer + 1
         x_hat = saes[layer](x)
         if seen is not None:
-            read, error = x[~special], (x - x_hat)[~special]
+            read, error = x[~special].float(), (x - x_hat)[~special].float()
             active = sum((saes[layer].encode(part) > 0).sum() for part in read.split(256))     # [256, M] at a time
-            sums = (len(read), active, square(error), square(read), read.sum(0, dtype=torch.float64))
+            sums = (len(read), active, *(y.square().sum(dtype=torch.float64) for y in (error, read)),
+                    read.sum(0, dtype=torch.float64))
             seen[layer].append([torch.as_tensor(value, dtype=torch.float64).cpu() for value in sums])
         x = splice(x, lambda _: x_hat, keep)
     return model.run(x, start, len(model.layers))
 
 
-def square(x):
-    return x.float().square().sum(dtype=torch.float64)
-
-
 def summary(results):
     """The plain numbers of results.json: token means, the part of the gap closed, L0 a layer, and under "ci90" the half
     widths of their confidence intervals (None for a single sequence)."""
-    out, widths = {}, {}
+    out, widths, ce = {}, {}, {name: values["ce"] for name, values in results.items()}
 
-    def note(name, value, half):
-        out[name], widths[name] = value, half
+    def note(name, value_and_half):
+        out[name], widths[name] = value_and_half
 
-    ce = {name: values["ce"] for name, values in results.items()}
     for name in results:
-        note(f"ce_{name}", *interval(ce[name]))
+        note(f"ce_{name}", interval(ce[name]))
         if name != "base":
-            note(f"kl_{name}", *interval(results[name]["kl"]))
-            if "base" in ce:
-                note(f"excess_{name}", *interval(ce[name] - ce["base"]))        # what the setting costs, in nats a token
+            note(f"kl_{name}", interval(results[name]["kl"]))
+        if name != "base" and "base" in ce:
+            note(f"excess_{name}", interval(ce[name] - ce["base"]))             # what the setting costs, in nats a token
         if name not in ("base", "zero") and {"base", "zero"} <= ce.keys():
-            note(f"loss_recovered_{name}", *ratio(ce["zero"] - ce[name], ce["zero"] - ce["base"]))
+            note(f"loss_recovered_{name}", ratio(ce["zero"] - ce[name], ce["zero"] - ce["base"]))
     if {"base", "sae", "adapted"} <= ce.keys():
-        note("gap_closed", *ratio(ce["sae"] - ce["adapted"], ce["sae"] - ce["base"]))
+        note("gap_closed", ratio(ce["sae"] - ce["adapted"], ce["sae"] - ce["base"]))
     for name, suffix in (("sae", "_sae"), ("adapted", "")):
         if name in results:
             out["l0" + suffix], out["explained_variance" + suffix] = results[name]["l0"], results[name]["ev"]
@@ -128,30 +122,30 @@ def summary(results):
 
 def table(numbers):
     """Rows and headings for run.print_table: one row a setting."""
-    rows, ci = [], numbers["ci90"]
+    rows, half = [], {name: plus_minus(width) for name, width in numbers["ci90"].items()}
     for name, label in SETTINGS.items():
         if f"ce_{name}" in numbers:
-            excess, kl = numbers.get(f"excess_{name}", 0.0), numbers.get(f"kl_{name}", 0.0)
-            row = [label, numbers[f"ce_{name}"], excess, plus_minus(ci.get(f"excess_{name}")), kl,
-                   plus_minus(ci.get(f"kl_{name}"))]
+            excess, kl = f"excess_{name}", f"kl_{name}"
+            rows.append([label, numbers[f"ce_{name}"], numbers.get(excess, 0.0), half.get(excess, ""),
+                         numbers.get(kl, 0.0), half.get(kl, "")])
             if "ce_zero" in numbers:
-                row.append(f"{numbers.get(f'loss_recovered_{name}', float(name == 'base')):.2%}")
-            rows.append(row)
-    return rows, ["", "CE (nats)", "above base", "90 % CI", "KL (nats)", "90 % CI"] + ["recovered"] * ("ce_zero" in numbers)
+                rows[-1].append(percent(numbers.get(f"loss_recovered_{name}")))
+    more = ["loss recovered"] if "ce_zero" in numbers else []
+    return rows, ["", "CE (nats)", "above base", "90 % CI", "KL (nats)", "90 % CI", *more]
 
 
 def show(numbers):
     print_table(*table(numbers))
+    sides = [side for side in ("_sae", "") if "l0" + side in numbers]
+    rows = [[f"SAE at layer {layer}"] for layer in numbers["l0_sae"]]
+    for row, layer in zip(rows, numbers["l0_sae"]):
+        for side in sides:
+            row += [f"{numbers['l0' + side][layer]:.2f}", percent(numbers["explained_variance" + side][layer])]
     print()
-    sides = [(suffix, label) for suffix, label in (("_sae", "SAE"), ("", "SAE + LoRA")) if "l0" + suffix in numbers]
-    print_table([[f"SAE at layer {layer}"] + [cell for suffix, _ in sides for cell in (
-                      f"{numbers['l0' + suffix][layer]:.2f}", f"{numbers['explained_variance' + suffix][layer]:.1%}")]
-                 for layer in numbers["l0_sae"]],
-                [""] + [f"{what}, {label}" for _, label in sides for what in ("L0", "variance explained")])
+    print_table(rows, ["", "L0", "explained variance", "L0, adapted", "explained variance"][:1 + 2 * len(sides)])
     if "gap_closed" in numbers:
-        closed = numbers["gap_closed"]
-        print("\nthe SAE costs nothing" if closed is None else
-              f"\ngap closed {closed:.1%} {plus_minus(numbers['ci90']['gap_closed'], '.1%')}")
+        closed, half = numbers["gap_closed"], numbers["ci90"]["gap_closed"]
+        print("\nthe SAE costs nothing" if closed is None else f"\ngap closed {closed:.1%} {plus_minus(half, '.1%')}")
 
 
 def draw(numbers, figure):
@@ -159,10 +153,10 @@ def draw(numbers, figure):
     figure.set_size_inches(8, 2.6)
     names = [name for name in ("lora", "adapted", "sae") if f"kl_{name}" in numbers]
     for axes, key, label in zip(figure.subplots(1, 2, sharey=True), ("excess", "kl"),
-                                ("cross-entropy above the base model (nats/token)", "KL from the base model (nats/token)")):
+                                ("cross-entropy above the base model's", "KL from the base model")):
         values, halves = zip(*((numbers[f"{key}_{name}"], numbers["ci90"][f"{key}_{name}"] or 0) for name in names))
-        axes.errorbar(values, [SETTINGS[name] for name in names], xerr=halves, fmt="o", capsize=4, color="C0")
+        axes.errorbar(values, [SETTINGS[name] for name in names], xerr=halves, fmt="o", capsize=4)
         axes.axvline(0, color="grey", linewidth=1)
-        axes.set_xlabel(label)
+        axes.set_xlabel(f"{label} (nats/token)")
         axes.margins(y=0.3)
     figure.suptitle("Fidelity, 90 % intervals over sequences (a point of the paper's Figures 3, 4 and 6)", fontsize=10)

@@ -1,11 +1,13 @@
-"""Language-model benchmarks (paper §5.3, Table 5): our Transformer, SAEs spliced in or not, as a model of the lm-eval package.
+"""Language-model benchmarks (paper §5.3, Table 5): our Transformer, with SAEs or without, as a model of lm-eval.
 
     python eval.py RUN_DIR --suite lm                                       the paper's four tasks, fetched from the Hub
     python eval.py RUN_DIR --suite lm --tasks my_task.yaml --limit 100      a task of one's own, in lm-eval's format
 
-lm-eval makes the prompts and computes the scores (accuracy, BLEU, ROUGE); SplicedLM answers its three kinds of request, just as
-lm-eval's own Hugging Face model would at fp32 with add_bos_token=True. Both families get their BOS, with which both were
-trained (the lm-eval of the paper's time gave Llama none). Shapes: B batch, T tokens, D d_model, V vocabulary, N positions.
+The lm-eval package makes the prompts and computes the scores (accuracy, BLEU, ROUGE). SplicedLM answers its three kinds
+of request, just as lm-eval's own Hugging Face model would at fp32 with add_bos_token=True: both families get the BOS they
+were trained with (the lm-eval of the paper's time gave Llama none).
+
+Shapes: B batch, T tokens, D d_model, V vocabulary, N positions.
 """
 from collections import defaultdict
 from contextlib import nullcontext
@@ -40,7 +42,7 @@ SETTINGS = {                                            # the columns of Table 5
     "sae": ("SAE", True, False), "adapted": ("SAE + LoRA", True, True),
     "base": ("original", False, False), "lora": ("LoRA", False, True),
 }
-TABLE_5 = {                                             # its rows; lm-eval computes more of each task than the paper shows
+TABLE_5 = {                                             # its rows; lm-eval computes more than the paper shows
     ("mmlu", "acc"): "MMLU", ("hellaswag", "acc"): "HellaSwag", ("truthfulqa_gen", "bleu_acc"): "BLEU",
     ("truthfulqa_gen", "rouge1_acc"): "ROUGE-1", ("truthfulqa_gen", "rouge2_acc"): "ROUGE-2",
     ("truthfulqa_mc1", "acc"): "MC1",
@@ -63,14 +65,14 @@ class Job(NamedTuple):
 class SplicedLM(TemplateLM):
     """log p(continuation | context) and greedy text, with {layer: SAE} spliced in and the adapters on (lora) or off.
 
-    keep_special: BOS and EOS keep their activation. sae_on_generated=False lets generated tokens pass without SAE, as the
-    published code did by accident: its hook spared the first position of whatever it saw, and with a key-value cache a new
-    token is just that. batch_tokens bounds B x T. Too long a context loses its beginning, BOS included, as in lm-eval.
+    keep_special: BOS and EOS keep their activation. sae_on_generated=False spares generated tokens the SAE, as the
+    published code did by accident: its hook spared the first position of what it was given, and with a key-value cache a
+    new token is just that. batch_tokens bounds B x T. Too long a context loses its beginning, BOS included, as in lm-eval.
     """
 
     def __init__(self, model, tokenizer, saes, *, lora, keep_special, sae_on_generated=True, batch_tokens=8192):
         super().__init__()
-        self.model, self.tokenizer, self.saes, self.lora = model.eval(), tokenizer, saes, lora      # eval: no dropout
+        self.model, self.tokenizer, self.saes, self.lora = model.eval(), tokenizer, saes, lora          # no dropout
         self.keep_special, self.sae_on_generated, self.batch_tokens = keep_special, sae_on_generated, batch_tokens
         self.max_length = model.config.max_position_embeddings
 
@@ -91,7 +93,7 @@ class SplicedLM(TemplateLM):
     # ---- The model ---------------------------------------------------------------------------------------------------
 
     def run(self, tokens, unspliced=False, cache=None):
-        """tokens [B, T] -> the residual stream after the last block [B, T, D]. unspliced [B, T]: where to spare the SAEs."""
+        """tokens [B, T] -> the residual stream after the last block [B, T, D]; no SAE where unspliced [B, T] is True."""
         config = self.model.config
         keep = special_mask(tokens, config.bos_token_id, config.eos_token_id) & self.keep_special | unspliced
         with nullcontext() if self.lora else base(self.model):
@@ -102,7 +104,7 @@ class SplicedLM(TemplateLM):
         return capped(matmul_fp32(self.model.norm(x), self.model.head.T), self.model.softcap)
 
     def score(self, x, labels):
-        """x [N, D], labels [N] -> log p(label) and whether it is the likeliest token, [N] each, a few rows of V at a time."""
+        """x [N, D], labels [N] -> log p(label), label is the likeliest token; [N] each. No [N, V] is ever whole."""
         log_p, top, rows = [], [], chunk_rows(self.model.head)
         for part, wanted in zip(x.split(rows), labels.split(rows)):
             logits = self.logits(part)
@@ -111,7 +113,7 @@ class SplicedLM(TemplateLM):
         return torch.cat(log_p).cpu(), torch.cat(top).cpu()
 
     def pad(self, rows):
-        """Lists of ids -> [B, T], filled up on the right: causal attention never looks there, so no mask is needed."""
+        """Lists of ids -> [B, T], filled up on the right, where causal attention never looks: no mask is needed."""
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.model.device)
 
     def batches(self, items, size, label):
@@ -125,23 +127,23 @@ class SplicedLM(TemplateLM):
 
     def warn_of_cuts(self, count):
         if count:
-            say(f"warning: {count} requests are longer than the model's {self.max_length} tokens and lose their beginning")
+            say(f"warning: {count} requests exceed the model's {self.max_length} tokens and lose their beginning")
 
     # ---- What lm-eval asks -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False):
-        """[(strings, context ids, continuation ids)] -> [(Σ log p over the continuation, every token was the likeliest)].
+        """[(strings, context ids, continuation ids)] -> [(Σ log p of the continuation, all of it was the likeliest)].
 
         The last token is only predicted, never read: choices of a single token, as MMLU's, share one row.
         """
         answers, sharing = [None] * len(requests), defaultdict(list)
         for i, (strings, context, continuation) in enumerate(requests):
             if not 1 <= len(continuation) <= self.max_length:
-                raise InputError(f"cannot score {strings}: the continuation has {len(continuation)} tokens, but it must have "
-                                 f"1 to {self.max_length}")
+                raise InputError(f"cannot score {strings}: the continuation has {len(continuation)} tokens, but it must "
+                                 f"have 1 to {self.max_length}")
             sharing[tuple(context + continuation)[-self.max_length - 1:-1]].append((i, continuation))
-        self.warn_of_cuts(sum(len(context + continuation) > self.max_length + 1 for _, context, continuation in requests))
+        self.warn_of_cuts(sum(len(context) + len(ids) > self.max_length + 1 for _, context, ids in requests))
         for batch in self.batches(sharing, len, "scoring"):
             x = self.run(self.pad(batch))
             asked = [(row, len(ids), *request) for row, ids in enumerate(batch) for request in sharing[ids]]
@@ -173,10 +175,10 @@ class SplicedLM(TemplateLM):
             context, how = request.args[0], normalize_gen_kwargs(request.args[1], 256)
             room = self.max_length - how["max_gen_toks"]
             if how["do_sample"]:
-                raise InputError(f"{request.task_name} samples its answers, but here they are greedy: set do_sample: false in "
-                                 "its generation_kwargs")
+                raise InputError(f"{request.task_name} samples its answers, but here they are greedy: set do_sample: "
+                                 "false in its generation_kwargs")
             if room < 1:
-                raise InputError(f"{request.task_name} asks for {how['max_gen_toks']} new tokens, but the model holds only "
+                raise InputError(f"{request.task_name} asks for {how['max_gen_toks']} new tokens, but the model holds "
                                  f"{self.max_length}: set a smaller max_gen_toks in its generation_kwargs")
             prompt = self.tok_encode(context)
             cuts += len(prompt) > room
@@ -208,7 +210,7 @@ class SplicedLM(TemplateLM):
         return texts
 
     def finished(self, ids, job):
-        """The answer that these new tokens make, or None while it goes on. A stop string may be a special token's name."""
+        """The answer these new tokens make, or None while it goes on. A stop string may be the name of a special token."""
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         if ids[-1] != self.eot_token_id and len(ids) < job.budget and not any(stop in text for stop in job.stops):
             return None
@@ -227,29 +229,28 @@ def load_tasks(names):
                           include_defaults=len(paths) < len(names))     # lm-eval's own files take seconds to read
     specs = []
     for name in names:
-        inside = [task for task in manager.all_subtasks if paths.get(name) in manager.task_index[task].yaml_path.parents]
-        specs += inside or [name]
+        index = manager.task_index
+        specs += [task for task in manager.all_subtasks if paths.get(name) in index[task].yaml_path.parents] or [name]
     try:
         return manager.load(specs)
     except ConnectionError as error:
-        raise InputError(f"the data of --tasks {','.join(names)} come from the Hub, which is out of reach ({error}): run once "
-                         "with a network, or pass a YAML file with local data") from error
-    except Exception as error:                          # others' code on the user's words: it is these that must be mended
+        raise InputError(f"the data of --tasks {','.join(names)} come from the Hub, which is out of reach ({error}): run "
+                         "once with a network, or pass a YAML file with local data") from error
+    except Exception as error:                          # others' code on the user's words: these are what to mend
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"lm-eval cannot load --tasks {','.join(names)}: {type(error).__name__}: {reason} (`lm-eval ls tasks` "
-                         "lists its tasks; a YAML file's name ends in .yaml)") from error
+        raise InputError(f"lm-eval cannot load --tasks {','.join(names)}: {type(error).__name__}: {reason} (`lm-eval ls "
+                         "tasks` lists its tasks; the name of a YAML file ends in .yaml)") from error
 
 
 def evaluate(model, saes, tokenizer, tasks, keep_special, settings=SETTINGS, limit=None, **how):
-    """{setting: {task: {metric: [value, standard error or None]}}}; "tasks": those asked for; "samples": {task: questions}.
+    """{setting: {task: {metric: [value, standard error or None]}}}; also "samples": {task: number of questions} and
+    "tasks": those that are not part of another's score.
 
     tasks: what load_tasks returns; limit: only so many questions of each; how: more arguments of SplicedLM.
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: expected at least 1 question")
-    parts = {part for members in tasks["group_map"].values() for part in members}
-    numbers = {"tasks": [task for task in (*tasks["groups"], *tasks["tasks"]) if task not in parts], "limit": limit,
-               "lm_eval": version("lm_eval")}
+    numbers = {"lm_eval": version("lm_eval"), "limit": limit}
     with evaluating(model):
         for setting in settings:
             label, spliced, lora = SETTINGS[setting]
@@ -259,12 +260,14 @@ def evaluate(model, saes, tokenizer, tasks, keep_special, settings=SETTINGS, lim
             lm = SplicedLM(model, tokenizer, saes if spliced else {}, lora=lora, keep_special=keep_special, **how)
             results = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=1000, log_samples=False)
             numbers["samples"] = {task: count["effective"] for task, count in results["n-samples"].items()}
-            numbers[setting] = {task: measured(metrics) for task, metrics in results["results"].items()}
+            found = numbers[setting] = {task: measured(metrics) for task, metrics in results["results"].items()}
+            parts = {part for group, members in tasks["group_map"].items() if found.get(group) for part in members}
+            numbers["tasks"] = [task for task in found if found[task] and task not in parts]
     return numbers
 
 
 def measured(metrics):
-    """lm-eval's {"acc,none": value, "acc_stderr,none": standard error or "N/A"} -> {"acc": [value, standard error or None]}."""
+    """lm-eval's {"acc,none": value, "acc_stderr,none": error or "N/A"} -> {"acc": [value, error or None]}."""
     out = {}
     for key, value in metrics.items():
         if "," in key and "_stderr," not in key:
@@ -277,8 +280,11 @@ def show(numbers):
     """Table 5: of the paper's tasks the metrics it shows, of others all."""
     settings = [name for name in SETTINGS if name in numbers]
     found, known = numbers[settings[0]], {task for task, _ in TABLE_5}
-    rows = [(label, *key) for key, label in TABLE_5.items() if key[1] in found.get(key[0], ())]
-    rows += [(f"{task} {metric}", task, metric) for task in numbers["tasks"] if task not in known for metric in found[task]]
-    print_table([[label, *(f"{value:.4f} {plus_minus(stderr)}" for value, stderr in (numbers[s][task][metric] for s in settings))]
-                 for label, task, metric in rows], ["", *(SETTINGS[name][0] for name in settings)])
+    keys = [key for key in TABLE_5 if key[1] in found.get(key[0], ())]
+    keys += [(task, metric) for task in numbers["tasks"] if task not in known for metric in found[task]]
+    rows = []
+    for task, metric in keys:
+        cells = (f"{value:.4f} {plus_minus(error)}" for value, error in (numbers[s][task][metric] for s in settings))
+        rows.append([TABLE_5.get((task, metric), f"{task} {metric}"), *cells])
+    print_table(rows, ["", *(SETTINGS[name][0] for name in settings)])
     print("\nin lm-eval's units (Table 5 prints percentages), ± one standard error")

@@ -1,22 +1,23 @@
-"""Steering with a latent (paper §5.2, Table 4, Figures 7 and 10): does x ← x + α (x·v) v work better in the adapted model?
+"""Steering with a latent (paper §5.2, Table 4, Figures 7 and 10): does x ← x + α (x·v) v work better once adapted?
 
-    python eval.py RUN_DIR --suite steering                                 latents and examples found in held-out text
-    python eval.py RUN_DIR --suite steering --latents 8421 2195 --positives FOLDER --negatives facts.json law.json ...
+    python eval.py RUN_DIR --suite steering                         latents and examples found in held-out text
+    python eval.py RUN_DIR --suite steering --latents 8421 2195 --positives FOLDER --negatives facts.json law.json
     python eval.py RUN_DIR --suite steering --positives http://localhost:8000/v1 --chat-model NAME
 
 v is the latent's decoder row at unit length, x the output of the SAE's block at every position; no SAE is spliced in. A
-text's likelihood is the mean over its tokens of log p(token | those before), BOS in front. For each model and set of texts
-it is scaled so that the unsteered texts span 0 to 100; d is its change by steering (§5.2 after Pres et al. 2024). α is
-chosen for each model on its own half of the examples, to raise d on positives and not on negatives. The table shows
-d_LoRA - d_base, paired by text, on the other half: positive should be > 0, negative about 0.
+text's likelihood is the mean over its tokens of log p(token | those before), BOS in front. For each model and set of
+texts it is scaled so that the unsteered texts span 0 to 100; d is its change by steering. α is chosen for each model on
+its own half of the examples, to raise d on positives and not on negatives. The table shows d_LoRA - d_base, paired by
+text, on the other half: positive should be > 0, negative about 0.
 
-Texts are lists of token ids that begin with BOS. Shapes: B texts, T tokens, D d_model, M latents, L chosen latents.
+Texts are lists of token ids, BOS first. Shapes: N texts, B of them at a time, T tokens, D d_model, M latents.
 """
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from lorasae.errors import InputError
@@ -27,38 +28,38 @@ from lorasae.objectives import token_losses
 from lorasae.run import print_table
 
 ALPHAS = (0, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 12, 20)     # 0: where no α helps, not to steer is best
-WINDOW = 24                                             # tokens of an example cut from text; the paper's have about 12 words
-LEAST = 8                                               # examples without which there is no interval worth printing
-COMMON = 0.1                                            # a latent that fires in more texts than this stands for no topic
-PROMPT = """Each of the following texts has one feature in common: the same latent of a sparse autoencoder fires strongly in it.
+WINDOW = 24                                             # tokens of a text cut from a corpus (the paper's: twelve words)
+LEAST = 8                                               # positives and negatives without which there is no verdict
+COMMON = 0.1                                            # a latent that fires in more of the texts stands for no topic
+PROMPT = """The same latent of a sparse autoencoder fires strongly in each of these texts:
 
 {examples}
 
-Write {n} new texts with this feature, one a line, nothing else. Each has about twelve words; vary the content, and do not
-begin with what they have in common."""
+Write {n} new texts that share this feature, one a line and nothing else. Each has about twelve words; vary the content,
+and do not begin with what they share."""
 
 
 class Examples(NamedTuple):
     """The texts for one latent."""
-    tune_positive: list
-    tune_negative: list
+    tuning_positive: list
+    tuning_negative: list
     positive: list
     negative: list
 
 
 def steer(x, v, alpha):
-    """x [.., D] + α (x·v) v (Eq. 8), v [D] of unit length: α times more of what is there along v."""
+    """x + α (x·v) v (Eq. 8) for x [.., D] and v [D] of unit length: α times more of what is there along v."""
     return x + alpha * (x @ v)[..., None] * v
 
 
 def naive_log_likelihood(log_probs, tokens):
-    """Mean log p(token | those before): log_probs [T, V] of a text's tokens [T]. Row t predicts token t + 1."""
+    """Mean log p(token | those before) of a text: row t of log_probs [T, V] predicts tokens[t + 1]; tokens [T]."""
     return log_probs[:-1].gather(-1, tokens[1:, None]).mean()
 
 
 @torch.no_grad()
 def log_likelihoods(model, texts, layer, v, alphas, batch=32):
-    """naive_log_likelihood of every text at every α, fp64 [len(alphas), len(texts)].
+    """naive_log_likelihood of every text at every α, fp64 [len(alphas), N].
 
     The blocks up to `layer` run once for all α. Padding is on the right, where a causal model cannot see it.
     """
@@ -77,38 +78,35 @@ def log_likelihoods(model, texts, layer, v, alphas, batch=32):
 
 
 def change(steered, unsteered):
-    """d: steered - unsteered likelihoods [.., n], in units of which the unsteered texts span 100."""
+    """d: steered - unsteered likelihoods [.., N], in units of which the unsteered ones, lowest to highest, span 100."""
     return 100 * (steered - unsteered) / (unsteered.max() - unsteered.min())
 
 
 def tune(positive, negative, alphas=ALPHAS):
-    """The best α for one model: the highest mean d of the positives, less that of the negatives where it is a rise.
+    """The best α of one model: the highest mean d of positives, less that of negatives where they rise.
 
-    positive, negative [len(alphas), n]: likelihoods, the first row unsteered.
+    positive, negative [len(alphas), N]: likelihoods, the first row unsteered.
     """
     d_positive, d_negative = change(positive, positive[0]).mean(1), change(negative, negative[0]).mean(1)
     return alphas[(d_positive - d_negative.clamp(min=0)).argmax()]
 
 
 def compare(model, layer, v, examples):
-    """Steers the base and the adapted model along v; -> α and d of each, and the paired differences of Table 4."""
-    out, d = {}, {}
+    """Steers the base and the adapted model along v -> α and d of each, and the paired differences of Table 4."""
+    out, d = {"positive": {}, "negative": {}}, {}
     for name in ("base", "lora"):
         with base(model) if name == "base" else nullcontext():
-            alpha = tune(*(log_likelihoods(model, texts, layer, v, ALPHAS) for texts in examples[:2]))
-            found = [log_likelihoods(model, texts, layer, v, (0, alpha)) for texts in examples[2:]]
-        d[name] = [change(steered, unsteered) for unsteered, steered in found]
-        out[f"alpha_{name}"] = alpha
-        out[f"nats_{name}"] = {side: (steered - unsteered).mean().item()
-                               for side, (unsteered, steered) in zip(("positive", "negative"), found)}
-    for i, side in enumerate(("positive", "negative")):
-        mean, half = interval(d["lora"][i] - d["base"][i])
-        out[side] = {"texts": len(d["base"][i]), "delta": mean, "ci90": half, "base": d["base"][i].tolist(),
-                     "lora": d["lora"][i].tolist()}
+            out[f"alpha_{name}"] = tune(*(log_likelihoods(model, texts, layer, v, ALPHAS) for texts in examples[:2]))
+            for side, texts in zip(("positive", "negative"), examples[2:]):
+                unsteered, steered = log_likelihoods(model, texts, layer, v, (0, out[f"alpha_{name}"]))
+                d[side, name] = change(steered, unsteered)
+                out[side][name] = {"d": d[side, name].tolist(), "nats": (steered - unsteered).mean().item()}
+    for side in ("positive", "negative"):
+        out[side]["delta"], out[side]["ci90"] = interval(d[side, "lora"] - d[side, "base"])
     return out
 
 
-# ---- Where the latents and the examples come from ------------------------------------------------------------------------
+# ---- Where latents and examples come from --------------------------------------------------------------------
 
 def windows(chunks, bos, eos, length=WINDOW):
     """Packed chunks [n, T] -> texts [N, 1 + length], each BOS and `length` tokens of one document, no two alike."""
@@ -119,41 +117,39 @@ def windows(chunks, bos, eos, length=WINDOW):
 
 
 @torch.no_grad()
-def firing(model, sae, layer, texts, batch=32):
-    """Yields the highest activation of every latent in each of `batch` texts [N, T] (BOS aside), in the base model: [B, M]."""
+def peaks(model, sae, layer, texts, batch=32):
+    """Yields [B, M]: the highest activation of every latent in each of B texts, BOS aside, in the base model."""
     with base(model):
         for tokens in progress(texts.to(model.device).split(batch), "latents"):
             yield sae.encode(model.run(model.embed(tokens), 0, layer + 1)[:, 1:]).amax(1)
 
 
 def choose_latents(model, sae, layer, texts, count=4, least=4 * LEAST):
-    """The `count` latents that fire hardest among those that fire in `least` texts or more, but in few (COMMON) of all."""
+    """The `count` latents that fire hardest, of those that fire in `least` texts [N, T] or more, but in few (COMMON)."""
     fired, total = 0, 0
-    for peak in firing(model, sae, layer, texts):
+    for peak in peaks(model, sae, layer, texts):
         fired, total = fired + (peak > 0).sum(0), total + peak.double().sum(0)
     strength = torch.where((fired >= least) & (fired <= COMMON * len(texts)), total / fired.clamp(min=1), 0)
     best = strength.topk(min(count, len(strength)))
-    latents = best.indices[best.values > 0].tolist()
-    if not latents:
-        raise InputError(f"no latent fires in {least} to {COMMON * len(texts):.0f} of the {len(texts):,} texts of {WINDOW} held-out "
-                         "tokens: name some with --latents, or evaluate a run with more --eval-tokens")
-    return latents
+    if not best.values[0] > 0:
+        raise InputError(f"of {len(texts):,} texts of {WINDOW} held-out tokens, no latent fires in {least} or more and at "
+                         f"most {COMMON:.0%}: name some with --latents, or evaluate a run with more --eval-tokens")
+    return best.indices[best.values > 0].tolist()
 
 
 def text_examples(model, sae, layer, latents, texts, count):
-    """{latent: (positives, negatives)}, each at most `count` of texts [N, T]: where it fires most, and where not at all."""
-    peaks = torch.cat([peak[:, latents].cpu() for peak in firing(model, sae, layer, texts)])        # [N, L]
-    out = {}
-    for latent, peak in zip(latents, peaks.T):
+    """{latent: (positives, negatives)}, at most `count` each of texts [N, T]: where it fires most, where not at all."""
+    out, found = {}, torch.cat([peak[:, latents].cpu() for peak in peaks(model, sae, layer, texts)])
+    for latent, peak in zip(latents, found.T):
         order = peak.argsort(descending=True, stable=True)
-        fires, silent = order[:int((peak > 0).sum())], order[int((peak > 0).sum()):]
+        fires, silent = order[peak[order] > 0], order[peak[order] <= 0]
         silent = silent[::max(1, len(silent) // count)]                 # from everywhere
         out[latent] = texts[fires[:count]].tolist(), texts[silent[:count]].tolist()
     return out
 
 
-def read_texts(path, tokenizer, bos):
-    """Texts from a .json (a list of strings, or {"examples": list}) or from the lines of any other file."""
+def read_texts(path):
+    """The strings in a .json file (a list, or {"examples": a list}), or the lines of any other."""
     path = Path(path)
     try:
         found = read_json(path) if path.suffix == ".json" else path.read_text(encoding="utf-8").splitlines()
@@ -162,94 +158,98 @@ def read_texts(path, tokenizer, bos):
     found = found.get("examples") if isinstance(found, dict) else found
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise InputError(f'{path} should be a JSON list of texts, or {{"examples": [...]}}')
-    return encode(found, tokenizer, bos)
-
-
-def encode(texts, tokenizer, bos):
-    ids = (encoding.ids for encoding in tokenizer.encode_batch([text for text in texts if text.strip()], add_special_tokens=False))
-    return [[bos, *text] for text in ids if text]
+    return found
 
 
 def generate(ask, seeds, count):
-    """Texts like the seeds from a chat model (chat.py), 25 at a time, no two alike; fewer than `count` if it repeats itself."""
-    texts = {}
+    """Texts like the seeds from a chat model, asked for 25 at a time; fewer than `count` where it repeats itself."""
+    texts, message = {}, {"role": "user", "content": PROMPT.format(examples="\n".join(seeds), n=25)}
     for _ in range(2 * -(-count // 25)):
-        lines = ask([{"role": "user", "content": PROMPT.format(examples="\n".join(seeds), n=25)}], max_tokens=2000).splitlines()
-        texts |= dict.fromkeys(line.strip(" \t0123456789.-*\"'") for line in lines)         # numbering, bullets, quotes
+        for line in ask([message], max_tokens=2000).splitlines():
+            texts[line.strip().lstrip("0123456789.)-* ").strip("\"'")] = True       # without numbering and quotes
         texts.pop("", None)
         if len(texts) >= count:
             break
     return list(texts)[:count]
 
 
-# ---- The evaluation ------------------------------------------------------------------------------------------------------
+# ---- The evaluation ------------------------------------------------------------------------------------------
 
 def evaluate(setting, folder, latents=None, count=100, positives=None, negatives=None, ask=None):
-    """Table 4 for the first SAE of a setting, `count` positives and negatives a latent, half of them for tuning.
+    """Table 4 for the first SAE of a setting: `count` positives and negatives a latent, half of them for tuning.
 
-    latents: None chooses four. positives: None (text where the latent fires most), one file, or a folder of
-    latent_ID.json; or else ask, a chat model. negatives: None (text where it is silent), or files, the first for tuning.
+    latents: None chooses four. positives: None (text where the latent fires most), a file, or a folder with a
+    latent_ID.json each; or `ask`, a chat model, whose answers are kept in `folder`. negatives: None (text where the
+    latent is silent), or files, the first for tuning.
     """
     model, saes, corpus, _ = setting
     layer, sae = next(iter(saes.items()))
+    if positives and not latents:
+        raise InputError("--positives from files needs --latents, to say what they are positive for")
+    if negatives and len(negatives) < 2:
+        raise InputError("--negatives takes two files or more: the first to tune α on, the others to test on")
+
+    def encode(texts):
+        distinct = list(dict.fromkeys(text for text in texts if text.strip()))
+        ids = corpus.tokenizer.encode_batch(distinct, add_special_tokens=False)
+        return [[corpus.bos, *encoding.ids] for encoding in ids]
+
+    files = [encode(read_texts(path)) for path in negatives or []]
     texts = windows(corpus.validation, corpus.bos, corpus.eos)
     latents = latents or choose_latents(model, sae, layer, texts)
     for latent in latents:
         if not 0 <= latent < len(sae.W_dec):
             raise InputError(f"--latents {latent}: the SAE at layer {layer} has latents 0 to {len(sae.W_dec) - 1}")
-    found = text_examples(model, sae, layer, latents, texts, count)
-    files = [read_texts(path, corpus.tokenizer, corpus.bos) for path in negatives or []]
-    if len(files) == 1:
-        raise InputError("--negatives takes two files or more: the first to tune α on, the others to test on")
-    rows = []
+    found, rows = text_examples(model, sae, layer, latents, texts, count), []
     with evaluating(model):
         for latent in progress(latents, "steering"):
             positive, silent = found[latent]
             if positives:
                 path = Path(positives)
-                positive = read_texts(path / f"latent_{latent}.json" if path.is_dir() else path, corpus.tokenizer, corpus.bos)
+                positive = encode(read_texts(path / f"latent_{latent}.json" if path.is_dir() else path))
             elif ask:
                 written = generate(ask, [corpus.tokenizer.decode(text[1:]) for text in positive[:10]], count)
-                write_json(Path(folder) / "steering" / f"latent_{latent}.json", {"examples": written})  # for --positives
-                positive = encode(written, corpus.tokenizer, corpus.bos)
+                write_json(Path(folder) / "steering" / f"latent_{latent}.json", {"examples": written})
+                positive = encode(written)
             tuning, testing = (files[0], sum(files[1:], [])) if files else (silent[::2], silent[1::2])
-            examples = Examples(positive[::2], tuning, positive[1::2], testing)
-            if min(map(len, examples)) < LEAST // 2:
-                raise InputError(f"latent {latent} has {len(positive)} positive and {len(tuning) + len(testing)} negative examples, "
-                                 f"{LEAST} each needed: choose another, give files, or evaluate a run with more --eval-tokens")
-            v = torch.nn.functional.normalize(sae.W_dec[latent].float(), dim=0).to(model.head.dtype)
-            rows.append({"latent": latent, **compare(model, layer, v, examples),
-                         "examples": [corpus.tokenizer.decode(text[1:]) for text in positive[:3]]})
+            if min(len(positive), 2 * len(tuning), 2 * len(testing)) < LEAST:
+                raise InputError(f"latent {latent} has {len(positive)} positive and {len(tuning)} + {len(testing)} "
+                                 f"negative examples, fewer than {LEAST}: choose another latent, give files, or evaluate "
+                                 "a run with more --eval-tokens")
+            v = F.normalize(sae.W_dec[latent].float(), dim=0).to(model.head.dtype)
+            rows.append({"latent": latent, "examples": [corpus.tokenizer.decode(text[1:]) for text in positive[:3]],
+                         **compare(model, layer, v, Examples(positive[::2], tuning, positive[1::2], testing))})
     return {"layer": layer, "rows": rows}
 
 
 def show(numbers):
-    print_table([[f"latent {row['latent']}", *(cell for side in ("positive", "negative") for cell in (
-                      f"{row[side]['delta']:+.2f}", plus_minus(row[side]["ci90"], ".2f"))),
-                  f"{row['alpha_base']:g}", f"{row['alpha_lora']:g}",
-                  *(f"{sum(row['positive'][name]) / row['positive']['texts']:+.2f}" for name in ("base", "lora"))]
-                 for row in numbers["rows"]],
-                [f"layer {numbers['layer']}", "Δ positive", "90 % CI", "Δ negative", "90 % CI", "α base", "α LoRA",
-                 "d positive, base", "d positive, LoRA"])
-    print("\nd: change by steering, in units where the unsteered texts span 100; Δ: d of LoRA - d of base")
+    table = []
+    for row in numbers["rows"]:
+        cells = [f"latent {row['latent']}", f"{row['alpha_base']:g}", f"{row['alpha_lora']:g}"]
+        for side in (row["positive"], row["negative"]):
+            means = [sum(side[name]["d"]) / len(side[name]["d"]) for name in ("base", "lora")]
+            cells += [*(f"{mean:+.2f}" for mean in means), f"{side['delta']:+.2f}", plus_minus(side["ci90"], ".2f")]
+        table.append(cells)
+    print_table(table, [f"layer {numbers['layer']}", "α base", "α LoRA", "positive d base", "LoRA", "Δ", "90 % CI",
+                        "negative d base", "LoRA", "Δ", "90 % CI"])
+    print("d: change by steering, in units where the unsteered texts span 100; α 0: no α of the grid helped\n")
     for row in numbers["rows"]:
         print(f"latent {row['latent']}: {row['examples'][0]!r}")
 
 
 def draw(numbers, figure):
-    """Figures 7 and 10: the distribution of d over texts, a row of panels a latent."""
+    """Figures 7 and 10: the distribution of d over the test texts, a row of panels a latent."""
     rows = numbers["rows"]
     figure.set_size_inches(8, 0.8 + 1.8 * len(rows))
     for panels, row in zip(figure.subplots(len(rows), 2, squeeze=False), rows):
         for axes, side in zip(panels, ("positive", "negative")):
-            values = [row[side]["base"], row[side]["lora"]]
+            values = [row[side][name]["d"] for name in ("base", "lora")]
             low, high = min(map(min, values)), max(map(max, values))
-            bins = torch.linspace(low, max(high, low + 1e-6), 26).tolist()
-            for name, d in zip(("base model", "LoRA model"), values):
-                axes.hist(d, bins, alpha=0.5, label=name)
+            for d, label in zip(values, ("base model", "LoRA model")):
+                axes.hist(d, 25, (low, max(high, low + 1)), alpha=0.5, label=label)
             axes.set_title(f"latent {row['latent']}, {side} examples", fontsize=9)
             axes.set_ylabel("texts")
     for axes in panels:
-        axes.set_xlabel("change by steering (unsteered likelihoods span 100)")
+        axes.set_xlabel("d, the unsteered texts spanning 100")
     panels[0].legend()
-    figure.suptitle("Change in normalised log-likelihood after steering (the paper's Figures 7 and 10)", fontsize=10)
+    figure.suptitle("Change in normalised log-likelihood by steering (the paper's Figures 7 and 10)", fontsize=10)

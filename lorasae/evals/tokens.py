@@ -1,4 +1,4 @@
-"""Which tokens the adapters help (paper §6.1, Figure 8): the change of loss of every token, CE_sae - CE_adapted, in nats.
+"""Which tokens the adapters help (paper §6.1, Figure 8): the improvement of every token, CE_sae - CE_adapted, in nats.
 
     python eval.py RUN_DIR --suite tokens
 
@@ -6,19 +6,21 @@ Both losses are with the SAEs spliced in (Figure 8's "base" is the model with SA
 predictions of each sequence. The paper: 37 % of the tokens become worse, and most of the improvement comes from changes
 of 0.01 to 1 nats.
 """
+import math
+
 import numpy as np
 import torch
 
-from lorasae.evals.common import evaluating, interval, plus_minus, progress
+from lorasae.evals.common import evaluating, interval, percent, plus_minus, progress
 from lorasae.evals.fidelity import losses_by_setting
 from lorasae.run import print_table
 
 EDGES = np.logspace(-5, 1, 50)                          # nats; the paper's bins
-DECADES = [0, 1e-4, 1e-3, 1e-2, 1e-1, 1, np.inf]
+SIZES = (0, 1e-4, 1e-3, 1e-2, 1e-1, 1, math.inf)        # the table's
 
 
 def evaluate(model, saes, batches, keep_special=False):
-    """Improvements over batches of tokens [B, T] -> shares, histograms of their sizes, and what each size contributes."""
+    """Runs both settings over batches of tokens [B, T] -> statistics()."""
     changes = []
     with evaluating(model):
         for tokens in progress(batches, "tokens"):
@@ -28,46 +30,45 @@ def evaluate(model, saes, batches, keep_special=False):
 
 
 def statistics(change):
-    """change [n, T - 1]: the improvement of each token in nats, worse tokens negative. Intervals are over the n sequences."""
-    mean, mean_half = interval(change.double().mean(1))
-    worse, worse_half = interval((change < 0).double().mean(1))
+    """change [n, T - 1]: improvements in nats, below 0 where a token becomes worse -> what Figure 8 shows.
+
+    gained and lost are sums over the tokens that become better and worse, divided by the number of all tokens, so their
+    difference is the mean improvement. Intervals are over the n sequences.
+    """
+    (mean, mean_half), (worse, worse_half) = interval(change.double().mean(1)), interval((change < 0).double().mean(1))
     flat = change.double().flatten().numpy()
     gains, losses = flat[flat > 0], -flat[flat < 0]
-    sizes = []
-    for low, high in zip(DECADES, DECADES[1:]):
-        gained, lost = (x[(x >= low) & (x < high)] for x in (gains, losses))
-        sizes.append({"from": low, "to": high if high < np.inf else None, "share_better": len(gained) / len(flat),
-                      "share_worse": len(lost) / len(flat), "gained": gained.sum() / len(flat), "lost": lost.sum() / len(flat)})
-    return {"tokens": len(flat), "improvement": mean, "share_worse": worse, "share_better": (flat > 0).mean().item(),
-            "gained": gains.sum() / len(flat), "lost": losses.sum() / len(flat), "by_size": sizes,
+
+    def between(low, high):
+        better, worse = (x[(x >= low) & (x < high)] for x in (gains, losses))
+        return {"share_better": len(better) / len(flat), "share_worse": len(worse) / len(flat),
+                "gained": float(better.sum() / len(flat)), "lost": float(worse.sum() / len(flat))}
+
+    return {"tokens": len(flat), "improvement": mean, **between(0, math.inf),
             "ci90": {"improvement": mean_half, "share_worse": worse_half},
+            "by_size": [{"from": low, **between(low, high)} for low, high in zip(SIZES, SIZES[1:])],
             "histogram": {"edges": EDGES.tolist(), "better": np.histogram(gains, EDGES)[0].tolist(),
                           "worse": np.histogram(losses, EDGES)[0].tolist()}}
 
 
 def show(numbers):
-    total = numbers["improvement"] or np.nan
-    rows = []
-    for part in numbers["by_size"]:
-        name = f"{part['from']:g} to {part['to']:g}" if part["to"] else f"above {part['from']:g}"
-        rows.append([name, f"{part['share_better']:.1%}", f"{part['share_worse']:.1%}", f"{part['gained']:.4f}",
-                     f"{part['lost']:.4f}", f"{(part['gained'] - part['lost']) / total:.1%}"])
-    rows.append(["all", f"{numbers['share_better']:.1%}", f"{numbers['share_worse']:.1%}", f"{numbers['gained']:.4f}",
-                 f"{numbers['lost']:.4f}", "100.0%"])
-    print_table(rows, ["change (nats)", "better", "worse", "gained", "lost", "of the improvement"])
-    ci = numbers["ci90"]
-    print(f"\n{numbers['share_worse']:.1%} {plus_minus(ci['share_worse'], '.1%')} of {numbers['tokens']:,} tokens become worse; "
-          f"mean improvement {numbers['improvement']:.4f} {plus_minus(ci['improvement'])} nats a token")
+    mean, half = numbers["improvement"], numbers["ci90"]
+    names = [f"{low:g} to {high:g}" for low, high in zip(SIZES, SIZES[1:-1])] + ["1 and more", "all"]
+    print_table([[name, percent(row["share_better"]), percent(row["share_worse"]), row["gained"], row["lost"],
+                  percent((row["gained"] - row["lost"]) / mean if mean else None)]
+                 for name, row in zip(names, numbers["by_size"] + [numbers])],
+                ["change (nats)", "tokens better", "tokens worse", "nats gained", "nats lost", "of the improvement"])
+    print(f"\n{percent(numbers['share_worse'])} {plus_minus(half['share_worse'], '.1%')} of {numbers['tokens']:,} tokens "
+          f"become worse; mean improvement {mean:.4f} {plus_minus(half['improvement'])} nats a token")
 
 
 def draw(numbers, figure):
     """Figure 8: histograms of the size of improvements and of degradations."""
     figure.set_size_inches(6, 3.6)
     axes, histogram = figure.subplots(), numbers["histogram"]
-    for side, label, color in (("better", "loss improves", "C0"), ("worse", "loss degrades", "C1")):
-        axes.stairs(histogram[side], histogram["edges"], fill=True, alpha=0.5, color=color,
+    for side, label in (("better", "loss improves"), ("worse", "loss degrades")):
+        axes.stairs(histogram[side], histogram["edges"], fill=True, alpha=0.5,
                     label=f"{label}: {numbers[f'share_{side}']:.0%} of tokens")
-    axes.set_xscale("log")
-    axes.set(xlabel="size of the change, |CE with SAE − CE with SAE + LoRA| (nats)", ylabel="held-out tokens",
-             title="Change of loss a token (the paper's Figure 8)")
+    axes.set(xscale="log", xlabel="size of the change, |CE with SAE − CE with SAE + LoRA| (nats)",
+             ylabel="held-out tokens", title="Change of loss a token (the paper's Figure 8)")
     axes.legend()

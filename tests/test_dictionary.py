@@ -1,0 +1,343 @@
+"""Training SAEs: every gradient against its formula, what each step keeps true, checkpoints, resuming, and mistakes."""
+import json
+from itertools import count
+
+import pytest
+import torch
+
+import train as script
+from lorasae import dictionary
+from lorasae.checkpoint import load_model, parse_config
+from lorasae.dictionary import evaluate, fit_biases, frozen, geometric_median, new_sae, schedule, train
+from lorasae.errors import InputError
+from lorasae.files import read_json
+from lorasae.model import Transformer
+from lorasae.objectives import aux_loss, fvu, jump, l0_penalty, naive_kl
+from lorasae.run import Run
+from lorasae.sae import TopK
+from lorasae.sae_formats import load_sae
+
+LAYER, B, T, M, K = 1, 2, 16, 128, 4
+
+
+@pytest.fixture
+def batches():
+    """batches(skip) of random tokens with a BOS in front, as Corpus.batches gives them; batches.seen counts them."""
+    def batches(skip):
+        for i in count(skip):
+            batches.seen = i + 1
+            tokens = torch.randint(3, 97, (B, T), generator=torch.Generator().manual_seed(i))
+            tokens[:, 0] = batches.bos
+            yield tokens
+    batches.bos = 2
+    return batches
+
+
+def new_run(folder, **config):
+    return Run.create(folder, {"model": "test", "batch_size": B, "context": T, "checkpoint_every": 7, **config})
+
+
+def fresh(method, model, seed=0):
+    torch.manual_seed(seed)
+    return new_sae(method, model.config.hidden_size, M, K)
+
+
+def fit(model, sae, method, batches, run, **how):
+    how = {"steps": 20, "lr": 3e-3, "clip": 1.0, "batch_size": B, "at_once": B, "end_to_end": method == "e2e", "l0": float(K), **how}
+    train(model, sae, LAYER, batches, run, **how)
+
+
+# ---- Losses ----------------------------------------------------------------------------------------------------------
+
+def test_the_jump_has_the_straight_through_gradients_of_its_formula():
+    torch.manual_seed(0)
+    pre, theta = torch.rand(50, 7, dtype=torch.float64) - 0.2, torch.rand(7, dtype=torch.float64) * 0.5
+    d_z, d_gates, eps = torch.randn(50, 7, dtype=torch.float64), torch.randn(50, 7, dtype=torch.float64), 0.3
+    pre.requires_grad_(), theta.requires_grad_()
+    z, gates = jump(pre, theta, eps)
+    found = torch.autograd.grad((z * d_z + gates * d_gates).sum(), (pre, theta))
+
+    expected_pre, expected_theta = torch.zeros(50, 7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
+    for n in range(50):
+        for i in range(7):
+            p, t = pre[n, i].item(), theta[i].item()
+            inside = -0.5 < (p - t) / eps < 0.5
+            assert z[n, i].item() == (p if p > t else 0) and gates[n, i].item() == (p > t)
+            expected_pre[n, i] = d_z[n, i] if p > t else 0
+            expected_theta[i] += -(t / eps) * inside * d_z[n, i] - (1 / eps) * inside * d_gates[n, i]
+    torch.testing.assert_close(found[0], expected_pre)
+    torch.testing.assert_close(found[1], expected_theta)
+    assert (expected_theta != 0).all()
+
+
+def test_fvu_is_one_for_the_mean_and_zero_for_a_perfect_reconstruction():
+    x = torch.randn(30, 5) + 3
+    assert fvu(x, x) == 0 and fvu(x.mean(0).expand(30, 5), x).item() == pytest.approx(1)
+    assert fvu(0.9 * x, x).item() == pytest.approx(((0.1 * x) ** 2).sum().item() / (x.var(0, correction=0).sum().item() * 30), rel=1e-4)
+
+
+def test_aux_loss_sends_its_gradient_to_the_dead_latents_part_alone():
+    x, x_hat, e_hat = (torch.randn(9, 4, requires_grad=True) for _ in range(3))
+    aux_loss(e_hat, x_hat, x).backward()
+    assert x.grad is None and x_hat.grad is None and (e_hat.grad != 0).all()
+    with torch.no_grad():
+        assert aux_loss(torch.zeros(9, 4), x_hat, x).item() == pytest.approx(1) and aux_loss(x - x_hat, x_hat, x) == 0
+        assert aux_loss(torch.zeros(9, 4), x, x) == 0
+
+
+def test_the_geometric_median_balances_directions_and_ignores_an_outlier():
+    torch.manual_seed(0)
+    x = torch.randn(200, 6, dtype=torch.float64)
+    x[0] = 1e4
+    median = geometric_median(x, steps=1000, tolerance=1e-12)
+    towards = torch.nn.functional.normalize(x - median, dim=1).sum(0)       # the gradient of the total distance
+    assert towards.norm() < 1e-6 and median.norm() < 0.5 < x.mean(0).norm()
+
+
+# ---- A step ----------------------------------------------------------------------------------------------------------
+
+def first_step(model, sae, method, batches, folder, monkeypatch, **how):
+    """{parameter: gradient} of the first step, before anything is updated."""
+    found = {}
+    monkeypatch.setattr(dictionary, "update", lambda sae, _: found.update({n: p.grad.clone() for n, p in sae.named_parameters()}))
+    fit(model, sae, method, batches, new_run(folder), steps=1, clip=1e9, **how)
+    return found
+
+
+def same_gradients(found, expected):
+    for name, gradient in found.items():
+        assert gradient.norm() > 0 or expected[name].norm() == 0
+        assert (gradient - expected[name]).norm() <= 1e-3 * expected[name].norm() + 1e-6, name
+
+
+def gradients(sae, loss):
+    return dict(zip(dict(sae.named_parameters()), torch.autograd.grad(loss, list(sae.parameters()))))
+
+
+def test_the_end_to_end_gradient_is_that_of_two_whole_forward_passes(model, batches, tmp_path, monkeypatch):
+    sae, batches.bos = fresh("e2e", model), model.config.bos_token_id
+    found = first_step(model, sae, "e2e", batches, tmp_path, monkeypatch)
+    tokens, depth = next(batches(0)), len(model.layers)
+
+    def spliced(x):                                     # a TopK SAE in plain dense autograd
+        pre = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+        kth = pre.topk(K).values[..., -1:]
+        return (pre * (pre >= kth)) @ sae.W_dec + sae.b_dec
+
+    target = model.norm(model.run(model.embed(tokens), 0, depth))
+    hidden = model.norm(model.run(spliced(model.run(model.embed(tokens), 0, LAYER + 1)), LAYER + 1, depth))
+    same_gradients(found, gradients(sae, naive_kl(target, hidden, model.head, model.softcap) / B))
+
+
+def test_the_topk_gradient_is_that_of_the_dense_fvu(model, batches, tmp_path, monkeypatch):
+    sae = fresh("topk", model)
+    found = first_step(model, sae, "topk", batches, tmp_path, monkeypatch)
+    x = model.run(model.embed(next(batches(0))), 0, LAYER + 1).flatten(0, 1)
+    same_gradients(found, gradients(sae, fvu(sae.decode(sae.encode(x)), x)))
+
+
+def test_the_jumprelu_gradient_is_that_of_fvu_and_l0_penalty_on_ordinary_positions(model, batches, tmp_path, monkeypatch):
+    sae, batches.bos = fresh("jumprelu", model), model.config.bos_token_id
+    found = first_step(model, sae, "jumprelu", batches, tmp_path, monkeypatch)
+    x = model.run(model.embed(next(batches(0))), 0, LAYER + 1)[:, 1:].flatten(0, 1)     # BOS is left out
+    unit = fit_biases(sae, x)
+    z, gates = jump(x @ sae.W_enc.T + sae.b_enc, sae.threshold, dictionary.BANDWIDTH * unit)
+    loss = fvu(z @ sae.W_dec + sae.b_dec, x) + dictionary.L0_WEIGHT * l0_penalty(gates.sum(1).mean(), K)
+    same_gradients(found, gradients(sae, loss))
+
+
+@pytest.mark.parametrize("method", ["topk", "jumprelu", "e2e"])
+def test_decoder_rows_have_norm_one_after_every_step(model, batches, tmp_path, method):
+    sae, norms = fresh(method, model), []
+
+    def watched(skip):
+        for tokens in batches(skip):
+            norms.append(sae.W_dec.detach().norm(dim=1))
+            yield tokens
+
+    before = sae.W_dec.detach().clone()
+    fit(model, sae, method, watched, new_run(tmp_path))
+    torch.testing.assert_close(torch.stack(norms), torch.ones(20, M), rtol=1e-5, atol=1e-5)
+    assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5 and not torch.equal(before, sae.W_dec)
+
+
+def test_the_part_of_a_gradient_along_its_decoder_row_is_removed(model):
+    sae, taken = fresh("topk", model), []
+    across = torch.randn_like(sae.W_dec)
+    across -= (across * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
+    for p in sae.parameters():
+        p.grad = torch.zeros_like(p)
+    sae.W_dec.grad = across + 5 * sae.W_dec.detach()
+    optimizer = torch.optim.SGD(sae.parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: taken.append(sae.W_dec.grad.clone()))
+    dictionary.update(sae, optimizer)
+    torch.testing.assert_close(taken[0], across.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_reconstruction_never_runs_the_blocks_after_the_sae(model, batches, tmp_path):
+    for block in model.layers[LAYER + 1:]:
+        block.forward = None
+    model.model["norm"].forward = None
+    fit(model, fresh("topk", model), "topk", batches, new_run(tmp_path))
+
+
+def test_the_frozen_model_takes_several_steps_together_and_no_batch_is_lost(model, batches):
+    for skip in (0, 3):
+        stream = frozen(model, LAYER, batches, skip, B, 2 * B, True)
+        for i in range(skip, skip + 5):
+            tokens, x, target = next(stream)
+            expected = next(batches(i))
+            assert torch.equal(tokens, expected)
+            torch.testing.assert_close(x, model.run(model.embed(expected), 0, LAYER + 1), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(target, model.norm(model.run(x, LAYER + 1, 4)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_rate_rises_for_a_tenth_of_a_short_run_and_ends_at_zero():
+    rates = [schedule(step, 100) for step in range(101)]
+    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and rates[100] == 0
+    assert all(a > b for a, b in zip(rates[9:], rates[10:])) and rates[99] == pytest.approx(1 / 91)
+    assert schedule(999, 10 ** 6) == 1 and schedule(499, 10 ** 6) == 0.5
+
+
+# ---- Dead latents ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("auxk", [False, True])
+def test_auxk_and_nothing_else_trains_dead_latents_encoder_and_decoder(model, batches, tmp_path, auxk):
+    sae = fresh("topk", model)
+    dead = torch.arange(M) < 40
+    with torch.no_grad():
+        sae.W_enc[dead] *= 1e-3                         # positive now and then, but never among the k largest
+    before = {name: p[dead].detach().clone() for name, p in sae.named_parameters() if name in ("W_enc", "b_enc", "W_dec")}
+    fit(model, sae, "topk", batches, new_run(tmp_path), steps=300, lr=1e-2, auxk=auxk, dead_after=100)
+    for name, rows in before.items():
+        moved = (getattr(sae, name)[dead].detach() - rows).abs().max()
+        assert moved > 1e-2 if auxk else moved < 1e-6, name
+    x = model.run(model.embed(next(batches(0))), 0, LAYER + 1)
+    fired = (sae.encode(x)[..., dead] > 0).flatten(0, 1).any(0).float().mean()
+    assert fired > 0.3 if auxk else fired == 0
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert auxk or last["dead"] >= 40 / M - 1e-6
+
+
+def test_the_evaluation_counts_the_latents_that_no_token_fires(model, tokens):
+    sae = fresh("topk", model)
+    fit_biases(sae, model.run(model.embed(tokens), 0, LAYER + 1).flatten(0, 1))
+    with torch.no_grad():
+        sae.b_enc[:32] = -1e6
+    numbers = evaluate(model, sae, LAYER, tokens.split(1))
+    x = model.run(model.embed(tokens), 0, LAYER + 1)
+    fired = (sae.encode(x) > 0).flatten(0, 1)
+    assert numbers["dead_latents"] == pytest.approx(1 - fired.any(0).float().mean().item()) and numbers["dead_latents"] >= 0.25
+    assert numbers["l0"] == pytest.approx(fired.float().sum(1).mean().item())
+    assert numbers["fvu"] == pytest.approx(fvu(sae(x).flatten(0, 1), x.flatten(0, 1)).item(), rel=1e-3)
+    assert numbers["ce_sae"] != numbers["ce_base"] and numbers["kl_sae"] > 0
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method, auxk", [("topk", True), ("jumprelu", False), ("e2e", False)])
+def test_an_interrupted_run_resumes_to_the_very_same_sae(model, batches, tmp_path, method, auxk):
+    class Killed(Exception):
+        pass
+
+    def killed(skip):
+        for tokens in batches(skip):
+            if batches.seen > 14:
+                raise Killed
+            yield tokens
+
+    how = {"at_once": 3 * B, "auxk": auxk, "dead_after": 50}
+    whole = fresh(method, model)
+    fit(model, whole, method, batches, new_run(tmp_path / "whole"), **how)
+    with pytest.raises(Killed):
+        fit(model, fresh(method, model), method, killed, new_run(tmp_path / "killed"), **how)
+    resumed = fresh(method, model, seed=1)              # what it starts from does not matter
+    fit(model, resumed, method, batches, Run.resume(tmp_path / "killed"), **how)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name)), name
+    steps = [[json.loads(line)["step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "killed")]
+    assert steps[1][-1] == steps[0][-1] == 20
+
+
+@pytest.mark.parametrize("steps", [20, 37])
+def test_each_tenth_is_kept_under_its_true_percentage(model, batches, tmp_path, steps):
+    sae, snapshots = fresh("topk", model), {}
+
+    def watched(skip):
+        for step, tokens in enumerate(batches(skip)):
+            snapshots[step] = sae.W_enc.detach().clone()
+            yield tokens
+
+    fit(model, sae, "topk", watched, new_run(tmp_path), steps=steps)
+    kept = sorted(path.name for path in tmp_path.glob("sae*"))
+    assert kept == [f"sae-{percent}pct" for percent in range(10, 100, 10)]
+    seconds = 0
+    for percent in range(10, 100, 10):
+        folder = tmp_path / f"sae-{percent}pct"
+        about = read_json(folder / "training.json")
+        assert about["percent"] == percent and about["tokens"] == about["step"] * B * T
+        assert about["step"] - 1 < steps * percent / 100 <= about["step"]
+        assert about["seconds"] > seconds
+        seconds = about["seconds"]
+        assert torch.equal(load_sae(folder).W_enc, snapshots[about["step"]])
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def words(whole_model, text_folder, tmp_path):
+    def words(method, *more):
+        return [str(word) for word in (
+            "--method", method, "--model", whole_model, "--layer", 1, "--data", text_folder, "--context", 32, "--tokens", 2560,
+            "--eval-tokens", 256, "--batch-size", 2, "--width", 96, "--dtype", "float32", "--device", "cpu", *more)]
+    return words
+
+
+def test_a_run_reports_and_keeps_an_sae_that_a_model_is_then_adapted_around(words, whole_model, tmp_path, capsys):
+    run = tmp_path / "run"
+    script.main([*words("topk", "--k", 4, "--lr", 3e-3), "--out", str(run)])
+    printed = capsys.readouterr().out
+    results, config = read_json(run / "results.json"), read_json(run / "config.json")
+    for text in ("with SAE", "FVU", "dead latents", "tokens/s"):
+        assert text in printed
+    assert {"ce_base", "ce_sae", "kl_sae", "fvu", "l0", "dead_latents", "seconds", "train_tokens"} <= results.keys()
+    assert 0 < results["fvu"] < 1 and 0 < results["l0"] <= 4 and config["width"] == 96 and config["steps"] == 40
+    assert read_json(run / "sae" / "training.json")["percent"] == 100 and (run / "sae-90pct").is_dir()
+    sae = load_sae(run, layer=1)
+    assert isinstance(sae, TopK) and sae.k == 4 and len(sae.W_enc) == 96 and sae.on_special
+    script.main([*words("lora", "--rank", 2), "--sae", str(run), "--out", str(tmp_path / "adapted")])
+    assert read_json(tmp_path / "adapted" / "results.json")["ce_sae"] == pytest.approx(results["ce_sae"], rel=1e-5)
+
+
+def test_the_paper_s_rate_and_width_are_the_defaults(words, whole_model, raw_config, tmp_path):
+    script.main([word for word in words("topk", "--k", 4, "--out", tmp_path / "run") if word not in ("--width", "96")])
+    config, width = read_json(tmp_path / "run" / "config.json"), 8 * raw_config["hidden_size"]
+    assert config["width"] == width and config["lr"] == pytest.approx(2e-4 / (width / 2 ** 14) ** 0.5)
+
+
+@pytest.mark.parametrize("method, change, message", [
+    ("topk", ["--k", 97], "1 <= k <= 96"),
+    ("topk", ["--k", 0], "1 <= k <= 96"),
+    ("e2e", ["--k", -3], "1 <= k <= 96"),
+    ("topk", ["--layer", 4], "0 to 3"),
+    ("topk", ["--layer", -1], "0 to 3"),
+    ("topk", ["--layer", 1, 2], "one layer"),
+    ("jumprelu", ["--l0", 0], "--l0 0 cannot be reached"),
+    ("jumprelu", ["--l0", 96], "--l0 96 cannot be reached"),
+    ("jumprelu", ["--l0", 8, "--auxk"], "--auxk"),
+    ("topk", ["--width", "16k"], "number of latents"),
+    ("topk", ["--width", 0], "number of latents"),
+    ("topk", ["--sae", "somewhere"], "from scratch"),
+    ("topk", ["--lr", -1], "lr"),
+])
+def test_mistakes_are_answered_with_one_line_and_nothing_is_written(words, tmp_path, capsys, method, change, message):
+    with pytest.raises(SystemExit) as stop:
+        script.main([*words(method, *change), "--out", str(tmp_path / "run")])
+    assert message in str(stop.value) and str(stop.value).startswith("error: ") and "\n" not in str(stop.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_width_is_refused(model, batches, tmp_path):
+    fit(model, fresh("topk", model), "topk", batches, new_run(tmp_path))
+    with pytest.raises(InputError, match="another"):
+        fit(model, new_sae("topk", model.config.hidden_size, 64, K), "topk", batches, Run.resume(tmp_path))
