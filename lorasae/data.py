@@ -147,10 +147,11 @@ class Corpus:
         return self._held_out[0]
 
     def batches(self, batch_size, skip=0):
-        """An endless iterator of training tokens [batch_size, context] int64, from batch `skip` on (it tokenises those before).
+        """An endless iterator of training tokens [batch_size, context] int64, from batch `skip` on.
 
-        It reads and tokenises ahead in a background thread, until it is dropped or closed by close(). Where the text
-        ends it starts again in a new order, and says so. The first batch is made at once: too short a text fails here.
+        It reads and tokenises ahead in a background thread, until it is dropped or closed by close(); what it skips it
+        tokenises too. Where the text ends it starts again in a new order, and says so. The first batch is made at once:
+        too short a text fails here.
         """
         def stack(chunks):
             while True:

@@ -85,15 +85,20 @@ def new_sae(method, d_model, width, k):
 
 
 @torch.no_grad()
-def fit_biases(sae, x):
-    """Fits a fresh SAE to activations x [N, D]. Returns the unit of its biases and thresholds, see `train`."""
+def fit_biases(sae, x, l0=None):
+    """Fits a fresh SAE to activations x [N, D]. Returns the unit of its biases and thresholds, see `train`.
+
+    A JumpReLU starts with its target L0, every latent firing equally often: a threshold below which all fire has far to
+    go, and one for all leaves latents dead on the way.
+    """
     sae.b_dec.copy_(geometric_median(x))
     if isinstance(sae, TopK):
         return 1.0
-    unit = (x - sae.b_dec).square().sum(1).mean().sqrt().item()
     sae.b_enc.copy_(-sae.W_enc @ sae.b_dec)             # a TopK encoder reads x - b_dec, a JumpReLU reads x
-    sae.threshold.fill_(THRESHOLD * unit)
-    return unit
+    firing = max(1, round(len(x) * l0 / len(sae.W_enc)))
+    pre = x @ sae.W_enc.T + sae.b_enc
+    sae.threshold.copy_(pre.topk(min(firing + 1, len(x)), dim=0).values[-1].clamp(min=0))
+    return (x - sae.b_dec).square().sum(1).mean().sqrt().item()
 
 
 def geometric_median(x, steps=100, tolerance=1e-6):
@@ -166,7 +171,7 @@ def train(model, sae, layer, batches, run, *, steps, lr, clip, batch_size, at_on
         if not sae.on_special:
             rows = rows[~special_mask(tokens, model.config.bos_token_id, model.config.eos_token_id).flatten()]
         if step == 0:
-            optimizer.param_groups[1]["unit"] = fit_biases(sae, rows)
+            optimizer.param_groups[1]["unit"] = fit_biases(sae, rows, l0)
         x_hat, fired, now = reconstruct(sae, rows, BANDWIDTH * optimizer.param_groups[1]["unit"])
         if end_to_end:
             loss = learn(model, {}, x_hat.view_as(x).to(x.dtype), target, None, layer + 1) / len(x)

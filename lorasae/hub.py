@@ -213,7 +213,7 @@ def _choose(folders, source, **wanted):
     """The one folder whose path agrees with wanted {layer, width, l0}. What no path states is not checked."""
     for fact, pattern in FACTS.items():
         said = {folder: found[-1] for folder in folders if (found := pattern.findall(folder))}
-        have = sorted(set(said.values()), key=lambda value: (len(value), value))
+        have = sorted(set(said.values()), key=lambda value: (value.endswith("m"), len(value), value))
         if not have:
             continue
         value, offer = wanted[fact], f"{source} offers {fact} {', '.join(have)}"
@@ -258,6 +258,8 @@ def _plan(repo, sizes):
 def _explain(error, repo):
     """What huggingface_hub raised -> an InputError of one line that says what to do."""
     mirror = next((p.mirror for p in PRESETS.values() if p.repo == repo), None)
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__                                     # the Hub was reached and refused
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError) or status == 403 or (status == 401 and mirror):
         instead = f"; or take the same weights from an ungated copy: --model {mirror}" if mirror else ""

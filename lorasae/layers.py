@@ -4,6 +4,8 @@ Shapes: B batch, T query positions, S key positions (S >= T; the queries are the
 C head_dim.
 """
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -62,35 +64,80 @@ def naive_attention(q, k, v, scale, softcap=None, window=None):
     return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-def attention(q, k, v, scale, softcap=None, window=None):
-    """naive_attention by the fastest exact kernel at hand: PyTorch's fused one, FlexAttention on CUDA, else the formula.
+def blockwise_attention(q, k, v, scale, softcap=None, window=None, rows=64):
+    """naive_attention for `rows` queries at a time: half the work under a causal mask, in pieces that stay in a CPU's cache.
 
-    The fused kernel knows no soft-cap and FlexAttention has no backward on the CPU, so Gemma-2 on a CPU runs the formula.
+    Keys that no query of a piece may see, behind its last one or out of its first one's window, are never touched.
+    """
+    heads, T, S = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    k, v = k.repeat_interleave(heads, dim=1).transpose(-1, -2), v.repeat_interleave(heads, dim=1)
+    parts = []
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        seen = slice(0 if window is None else max(0, S - T + start + 1 - window), S - T + stop)
+        scores = (q[:, :, start:stop] @ k[..., seen]).float() * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        mask = causal_mask(*scores.shape[-2:], window, q.device)
+        weights = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1).to(q.dtype)
+        parts.append(weights @ v[:, :, seen])
+    return torch.cat(parts, dim=2)
+
+
+def attention(q, k, v, scale, softcap=None, window=None, masks={}):
+    """naive_attention by the fastest exact kernel at hand: PyTorch's fused one, FlexAttention on CUDA, else blockwise.
+
+    The fused kernel knows no soft-cap, and FlexAttention has no backward on the CPU. masks: those of Places.
     """
     T, S = q.shape[2], k.shape[2]
     if window is not None and S <= window:
         window = None                                               # the window cannot bind
     if softcap is None and window is None and (T == S or T == 1):
         return F.scaled_dot_product_attention(q, k, v, is_causal=T == S and T > 1, scale=scale, enable_gqa=True)
-    if q.is_cuda and T == S:
-        return _flex_attention(q, k, v, scale, softcap, window)
-    return naive_attention(q, k, v, scale, softcap, window)
+    if window in masks and T == S:
+        return flex(q, k, v, scale, softcap, masks[window])
+    return blockwise_attention(q, k, v, scale, softcap, window)
 
 
-def _flex_attention(q, k, v, scale, softcap, window):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def flex(q, k, v, scale, softcap, mask):
+    """naive_attention by FlexAttention, which compiles the soft-cap into one kernel with the products and skips masked blocks."""
+    from torch.nn.attention.flex_attention import flex_attention        # here, for it takes a while to import
 
-    def cap(score, b, h, q_index, k_index):
-        return softcap * torch.tanh(score / softcap) if softcap is not None else score
+    def cap(score, batch, head, query, key):
+        return softcap * torch.tanh(score / softcap)
 
-    def seen(b, h, q_index, k_index):
-        inside = k_index <= q_index
-        return inside if window is None else inside & (k_index > q_index - window)
-
-    mask = create_block_mask(seen, None, None, q.shape[2], k.shape[2], device=q.device)
-    if not torch.compiler.is_compiling():                           # eager FlexAttention would hold every score
+    if not torch.compiler.is_compiling():                               # uncompiled, it would hold every score
         flex_attention = torch.compile(flex_attention)
-    return flex_attention(q, k, v, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
+    return flex_attention(q, k, v, score_mod=None if softcap is None else cap, block_mask=mask, scale=scale, enable_gqa=True)
+
+
+@lru_cache(maxsize=4)
+def flex_mask(T, window, device):
+    """causal_mask for FlexAttention, which also wants to know what blocks of 128 x 128 are empty. Some 30 kernels to make."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(batch, head, query, key):
+        inside = key <= query
+        return inside if window is None else inside & (key > query - window)
+
+    return create_block_mask(seen, None, None, T, T, device=device)
+
+
+class Places(NamedTuple):
+    """What a block has to know of the positions of its input."""
+    rotary: tuple                                       # cos and sin, [T, C] each
+    masks: dict                                         # {window: FlexAttention's mask}; empty where that is not used
+
+
+def places(config, start, x):
+    """The Places start .. start + T - 1 of x [B, T, D]."""
+    T = x.shape[1]
+    frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, x.device)
+    rotary = rotary_table(torch.arange(start, start + T, device=x.device), frequencies, x.dtype)
+    masks = {}
+    if x.is_cuda and config.attn_logit_softcapping is not None:
+        masks = {window: flex_mask(T, window, x.device) for window in {None, config.sliding_window} if window is None or window < T}
+    return Places(rotary, masks)
 
 
 class Attention(nn.Module):
@@ -106,14 +153,14 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, C
         self.scale, self.softcap, self.window = scale, softcap, window
 
-    def forward(self, x, rotary, cache=None):
+    def forward(self, x, places, cache=None):
         B, T, _ = x.shape
         q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # [B, heads, T, C]
                    for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = rotate(q, places.rotary), rotate(k, places.rotary)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = attention(q, k, v, self.scale, self.softcap, self.window)
+        y = attention(q, k, v, self.scale, self.softcap, self.window, places.masks)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

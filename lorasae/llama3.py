@@ -38,7 +38,7 @@ class Llama3Config:
     max_position_embeddings: int = 131072
     model_type: str = "llama"
 
-    final_logit_softcapping = None
+    attn_logit_softcapping = final_logit_softcapping = sliding_window = None
 
     def embed_scale(self, dtype):
         return 1
@@ -66,6 +66,6 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config, F.silu)
 
-    def forward(self, x, rotary, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+    def forward(self, x, places, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), places, cache)
         return x + self.mlp(self.post_attention_layernorm(x))

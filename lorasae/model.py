@@ -12,7 +12,7 @@ from torch import nn
 import torch.nn.functional as F
 
 from lorasae import gemma2, llama3
-from lorasae.layers import rotary_frequencies, rotary_table
+from lorasae.layers import places
 from lorasae.sae import splice
 
 
@@ -67,13 +67,9 @@ class Transformer(nn.Module):
         saes: {layer: SAE}; the reconstruction of an SAE replaces the output of its block, at all positions but those
         where keep [B, T] is True. cache: a layers.Cache to extend; x then continues the positions it holds.
         """
-        past = cache.length if cache is not None else 0
-        positions = torch.arange(past, past + x.shape[1], device=x.device)
-        config = self.config
-        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, x.device)
-        rotary = rotary_table(positions, frequencies, x.dtype)
+        where = places(self.config, cache.length if cache is not None else 0, x)
         for layer in range(start, stop):
-            x = self.layers[layer](x, rotary, cache)
+            x = self.layers[layer](x, where, cache)
             if layer in saes:
                 x = splice(x, saes[layer], keep)                # Eq. 5: the reconstruction replaces the activation
         return x

@@ -15,6 +15,7 @@ import re
 import zipfile
 import zlib
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -66,8 +67,8 @@ def read_gemma_scope(path, layer=None):
 
     Trained without BOS. `path` is a folder with params.npz or an .npz file, which does not say the layer.
     """
-    file = Tensors.npz(path if path.is_file() else path / "params.npz")
-    file.refuse_scaling("scaling_factor")
+    file = Tensors(path if path.is_file() else path / "params.npz")
+    refuse_scaling(file, "scaling_factor")
     W_enc, W_dec = ("W_enc", "W_dec") if "W_enc" in file else ("w_enc", "w_dec")
     return {"W_enc": lambda: file[W_enc].T, "W_dec": lambda: file[W_dec], "b_enc": file["b_enc"],
             "b_dec": file["b_dec"], "threshold": file["threshold"].clamp(min=0), "centred": False, "on_special": False}
@@ -89,7 +90,7 @@ def read_llama_scope(folder, layer=None, variant="openmoss"):
     D, norms = need(cfg, "d_model", folder), need(cfg, "dataset_average_activation_norm", folder, dict)
     f_in, f_out = (math.sqrt(D) / need(norms, side, folder) for side in ("in", "out"))
     theta = need(cfg, "jump_relu_threshold", folder)
-    file = Tensors.safetensors(folder / "checkpoints" / "final.safetensors")
+    file = Tensors(folder / "checkpoints" / "final.safetensors")
     W_dec, b_enc, b_dec = file["decoder.weight"].T, file["encoder.bias"].float(), file["decoder.bias"].float()
     if variant == "openmoss":
         include = cfg.get("sparsity_include_decoder_norm", True)
@@ -113,11 +114,11 @@ def read_sparsify(folder, layer=None):
     only(folder, cfg, activation="topk", skip_connection=False, transcode=False, signed=False)
     D = need(cfg, "d_in", folder)
     M = cfg.get("num_latents") or D * need(cfg, "expansion_factor", folder)
-    file = Tensors.safetensors(folder / "sae.safetensors")
+    file = Tensors(folder / "sae.safetensors")
     if "W_skip" in file:
         raise InputError(f"{folder} has a skip connection (W_skip), which is not supported")
     return {"W_enc": lambda: file["encoder.weight"], "W_dec": lambda: file["W_dec"], "b_enc": file["encoder.bias"],
-            "b_dec": file["b_dec"], "k": need(cfg, "k", folder), "centred": True, "on_special": True, "shape": (M, D)}
+            "b_dec": file["b_dec"], "k": need(cfg, "k", folder, int), "centred": True, "on_special": True, "shape": (M, D)}
 
 
 def read_sae_lens(folder, layer=None):
@@ -141,8 +142,8 @@ def read_sae_lens(folder, layer=None):
     only(folder, {key: value or "none" for key, value in cfg.items()}, normalize_activations="none",
          reshape_activations="none", hook_head_index="none")
     check_layer(about.get("hook_name") or about.get("hook_point"), layer, folder)
-    file = Tensors.safetensors(folder / "sae_weights.safetensors")
-    file.refuse_scaling("scaling_factor", "finetuning_scaling_factor")
+    file = Tensors(folder / "sae_weights.safetensors")
+    refuse_scaling(file, "scaling_factor", "finetuning_scaling_factor")
     parts = {"W_enc": lambda: file["W_enc"].T, "W_dec": lambda: file["W_dec"], "b_enc": file["b_enc"].float(),
              "b_dec": file["b_dec"], "centred": bool(cfg.get("apply_b_dec_to_input", True)),
              "on_special": kind == "topk" if excluded is None else not excluded,
@@ -151,7 +152,7 @@ def read_sae_lens(folder, layer=None):
         n = row_norms(file["W_dec"])
         parts |= {"enc": n, "dec": 1 / n, "b_enc": parts["b_enc"] * n}
     if kind == "topk":
-        return parts | {"k": need({"k": k}, "k", folder)}
+        return parts | {"k": need({"k": k}, "k", folder, int)}
     theta = file["threshold"].clamp(min=0) if kind == "jumprelu" else torch.zeros_like(parts["b_enc"])
     return parts | {"threshold": theta}
 
@@ -165,7 +166,7 @@ def read_dictionary_learning(folder, layer=None):
     trainer, buffer = need(cfg, "trainer", folder, dict), cfg.get("buffer") or {}
     kind, at = need(trainer, "dict_class", folder, str), trainer.get("layer")
     check_layer(None if at is None else f"blocks.{at}.hook_resid_post", layer, folder)
-    file = Tensors.torch(folder / "ae.pt")
+    file = Tensors(folder / "ae.pt")
     parts = {"on_special": not buffer.get("remove_bos", False), "centred": kind != "JumpReluAutoEncoder",
              "shape": (need(trainer, "dict_size", folder), need(trainer, "activation_dim", folder))}
     if kind == "JumpReluAutoEncoder":
@@ -176,7 +177,7 @@ def read_dictionary_learning(folder, layer=None):
     if kind == "AutoEncoder":
         return parts | {"b_dec": file["bias"], "threshold": torch.zeros_like(parts["b_enc"])}
     if kind == "AutoEncoderTopK":
-        return parts | {"b_dec": file["b_dec"], "k": int(file["k"]) if "k" in file else need(trainer, "k", folder)}
+        return parts | {"b_dec": file["b_dec"], "k": int(file["k"]) if "k" in file else need(trainer, "k", folder, int)}
     raise InputError(f"{folder}: dict_class {kind!r} is not supported, only AutoEncoder, AutoEncoderTopK and "
                      "JumpReluAutoEncoder")
 
@@ -254,6 +255,12 @@ def only(where, cfg, **supported):
             raise InputError(f"{where}: {key} {cfg[key]!r} is not supported, only {value!r}")
 
 
+def refuse_scaling(file, *names):
+    for name in file.names.intersection(names):
+        if not bool((file[name] == 1).all()):
+            raise InputError(f"{file.path}: a {name} other than 1 is not supported")
+
+
 def check_layer(hook, layer, where):
     """InputError unless hook, as TransformerLens or transformers name it, is a block's output, `layer`'s if given."""
     if hook is None:
@@ -266,36 +273,25 @@ def check_layer(hook, layer, where):
         raise InputError(f"{where} was trained on block {at}, not {layer}: pass --layer {at}, or another SAE")
 
 
-def reason(error):
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 class Tensors:
-    """The named tensors of a file, read when asked for; InputError for a missing or damaged one. Executes nothing."""
+    """The named tensors of an .npz, .pt or .safetensors file, read when asked for. Nothing in the file is executed."""
 
-    def __init__(self, path, names, read):
-        self.path, self.names, self.read = path, set(names), read
-
-    @classmethod
-    def safetensors(cls, path):
-        file = open_weights(path)
-        return cls(path, file.keys(), file.get_tensor)
-
-    @classmethod
-    def npz(cls, path):
+    def __init__(self, path):
+        self.path = path
+        if path.suffix == ".safetensors":
+            file = open_weights(path)
+            self.names, self.read = set(file.keys()), file.get_tensor
+            return
         try:
-            file = np.load(path, allow_pickle=False)
-            return cls(path, file.files, lambda name: torch.from_numpy(file[name]))
-        except (*DAMAGED, AttributeError) as error:                     # AttributeError: a lone array has no .files
-            raise InputError(f"{path} is not a whole .npz archive of arrays: {reason(error)}") from error
-
-    @classmethod
-    def torch(cls, path):
-        try:
-            file = torch.load(path, map_location="cpu", weights_only=True)
-            return cls(path, file.keys(), file.__getitem__)
-        except (*DAMAGED, AttributeError) as error:
-            raise InputError(f"{path} is refused: not a whole file of nothing but tensors ({reason(error)})") from error
+            if path.suffix == ".npz":
+                file = np.load(path, allow_pickle=False)
+                self.names, self.read = set(file.files), lambda name: torch.from_numpy(file[name])
+            else:
+                file = torch.load(path, map_location="cpu", weights_only=True)
+                self.names, self.read = set(file.keys()), file.__getitem__
+        except (*DAMAGED, AttributeError) as error:                     # AttributeError: a lone array or tensor
+            raise InputError(f"{path} is refused: not a whole file of named tensors and nothing else "
+                             f"({first_line(error)})") from error
 
     def __contains__(self, name):
         return name in self.names
@@ -306,12 +302,11 @@ class Tensors:
         try:
             return self.read(name)
         except DAMAGED as error:
-            raise InputError(f"{self.path}: cannot read {name}: {reason(error)}") from error
+            raise InputError(f"{self.path}: cannot read {name} ({first_line(error)})") from error
 
-    def refuse_scaling(self, *names):
-        for name in self.names.intersection(names):
-            if not bool((self[name] == 1).all()):
-                raise InputError(f"{self.path}: a {name} other than 1 is not supported")
+
+def first_line(error):
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
@@ -326,7 +321,7 @@ def save_sae(sae, folder, *, model_name, layer, context, **metadata):
     tensors |= {} if topk else {"threshold": sae.threshold}
     write_tensors(folder, "sae_weights.safetensors", tensors)
     M, D = sae.W_enc.shape
-    write_json(folder / "cfg.json", {
+    write_json(Path(folder) / "cfg.json", {
         "architecture": "topk" if topk else "jumprelu", "d_in": D, "d_sae": M,
         "dtype": "float32",                                     # what SAELens casts to; thresholds need it
         "device": "cpu", "apply_b_dec_to_input": topk, "normalize_activations": "none", "reshape_activations": "none",
@@ -344,10 +339,10 @@ def save_sparsify(sae, folder):
     write_tensors(folder, "sae.safetensors", {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc,
                                               "W_dec": sae.W_dec, "b_dec": sae.b_dec})
     M, D = sae.W_enc.shape
-    write_json(folder / "cfg.json", {
+    write_json(Path(folder) / "cfg.json", {
         "activation": "topk", "d_in": D, "num_latents": M, "expansion_factor": max(1, M // D), "k": sae.k,
         "normalize_decoder": True, "multi_topk": False, "skip_connection": False, "transcode": False})
 
 
 def write_tensors(folder, name, tensors):
-    write_bytes(folder / name, save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}))
+    write_bytes(Path(folder) / name, save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}))

@@ -194,19 +194,19 @@ def hub_files(url):
     path = "/".join(parts)
     filesystem = HfFileSystem(skip_instance_cache=True)
     try:
-        listing = (filesystem.glob if any(c in path for c in "*?[") else filesystem.find)(path, detail=True)
+        names = (filesystem.glob if any(c in path for c in "*?[") else filesystem.find)(path)
+        known = sorted(name for name in names if name.lower().endswith(KNOWN))
+        sizes = [filesystem.info(name)["size"] for name in known]           # the listing above already fetched them
     except _hub_errors() as error:
         found = [] if isinstance(error, FileNotFoundError) else _cached(parts)
         if not found:
             raise _refusal(error, path) from error
         say(f"note: cannot reach {url} ({_first_line(error)}); reading its {len(found):,} files in the Hub's cache")
         return found
-    sizes = {name: info["size"] for name, info in listing.items() if info["type"] == "file"}
-    known = sorted(name for name in sizes if name.lower().endswith(KNOWN))
     if not known:
-        kinds = ", ".join(sorted({Path(name).suffix for name in sizes})) or "no files"
+        kinds = ", ".join(sorted({Path(name).suffix for name in names} - {""})) or "no files"
         raise InputError(f"{url}: found {kinds}; expected files that end in {EXPECTED}")
-    return [File(name, sizes[name], partial(HubFile, filesystem, name, sizes[name])) for name in known]
+    return [File(name, size, partial(HubFile, filesystem, name, size)) for name, size in zip(known, sizes)]
 
 
 def _cached(parts):

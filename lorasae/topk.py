@@ -37,7 +37,7 @@ def topk(x, k):
     rest = M % block                                                    # is in no group: always a candidate
     blocks = x[..., :M - rest].unflatten(-1, (-1, size, LANES))         # a group is one lane of one block
     maxima, groups = topk(blocks.amax(-2).flatten(-2), k)
-    first = groups + groups // LANES * (block - LANES)
+    first = groups + (groups & -LANES) * (size - 1)                     # LANES is a power of two
     candidates = (first.unsqueeze(-2) + torch.arange(0, block, LANES, device=x.device)[:, None]).flatten(-2)
     if rest:
         last = torch.arange(M - rest, M, device=x.device).expand(*x.shape[:-1], rest)

@@ -215,6 +215,10 @@ def test_a_stream_gives_every_document_once_in_a_seeded_order(tmp_path, monkeypa
         assert sorted(orders[0]) == sorted(f"{part} {i}" for part in range(5) for i in range(40))
         places = [orders[0].index(f"3 {i}") for i in range(40)]
         assert places != sorted(places)                                     # a file's own order is gone
+    monkeypatch.setattr(data, "BUFFER", 1)
+    monkeypatch.setattr(data, "MIXED", 1)
+    parts = [int(text.split()[0]) for text in data.shuffled(sources, np.random.default_rng(0))]
+    assert parts[::40] == np.random.default_rng(0).permutation(5).tolist()     # nor are the files in the order of names
 
 
 def test_any_stretch_of_a_stream_has_its_files_in_proportion(tmp_path, monkeypatch):

@@ -206,6 +206,7 @@ def test_shares_of_tokens_and_of_improvement_on_planted_changes():
     numbers = token_suite.statistics(change)
     assert numbers["tokens"] == 8 and numbers["share_worse"] == 0.25 and numbers["share_better"] == 5 / 8
     assert numbers["improvement"] == pytest.approx(21.975 / 8)
+    assert numbers["ci90"]["share_worse"] == 0          # a quarter of the tokens in both sequences; the third is unchanged
     assert numbers["gained"] - numbers["lost"] == pytest.approx(numbers["improvement"])
     for part, total in (("gained", 22.525), ("lost", 0.55)):
         assert sum(row[part] for row in numbers["by_size"]) == pytest.approx(numbers[part]) == pytest.approx(total / 8)
@@ -318,7 +319,7 @@ def test_single_block_adapters_are_trained_as_the_run_was_and_only_once(place, c
 def test_the_sweeps_adapters_are_the_ones_that_train_py_would_have_made(place, tmp_path):
     config, setting = importlib.import_module("eval").open_run(place / "run")
     blocks = sorted({int(name.split(".")[2]) for name in adapters(setting.model)})
-    again = layers.train_on(blocks, config, setting, tmp_path / "again")
+    again = layers.adapted(config, setting, blocks, tmp_path / "again")
     for a, b in zip(adapters(again).values(), adapters(setting.model).values(), strict=True):
         assert torch.equal(a.lora_B.weight, b.lora_B.weight) and a.weight.data_ptr() == b.weight.data_ptr()
 
@@ -367,7 +368,7 @@ def test_folders_that_cannot_be_evaluated_are_answered_in_one_line(place, tmp_pa
     assert "no adapter yet" in refusal(half) and f"--resume {half}" in refusal(half)
     shutil.rmtree(shutil.copytree(place / "sae-run", tmp_path / "young") / "sae")
     assert "no sae yet" in refusal(tmp_path / "young")
-    assert "eval-tokens.json" in refusal(half, "--suite", "tokens", "--draw")
+    assert "eval-tokens.json" in refusal(tmp_path / "young", "--suite", "tokens", "--draw")
 
 
 def test_the_adapter_of_another_model_is_refused_even_where_it_would_fit(place, tmp_path):

@@ -1,5 +1,6 @@
 """Presets, and fetching over HTTP from a server in this process that speaks the Hub's protocol."""
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -20,16 +21,16 @@ from lorasae.hub import PRESETS, model_files, model_plan, preset, sae_choice, sa
 from lorasae.sae_formats import load_sae
 
 COMMIT = "a" * 40
-L0S = (22, 41, 82, 176, 445)
+L0S = (22, 41, 62, 114, 445)
 MODEL = {"config.json": b"{}", "tokenizer.json": b"{ }", "model.safetensors.index.json": b"[]", "README.md": b"read me",
          "model-00001-of-00002.safetensors": b"1" * 5000, "model-00002-of-00002.safetensors": b"2" * 3000,
-         "pytorch_model.bin": b"pickle", "original/consolidated.00.pth": b"pickle", "consolidated.safetensors": b"3" * 9000}
+         "pytorch_model.bin": b"pickle", "original/consolidated.00.pth": b"pickle", "consolidated.safetensors": b"3"}
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """.repos {repo: {path: bytes}}, .gated and .private sets of repos, .requests that came in; the cache is tmp_path."""
-    state = types.SimpleNamespace(repos={}, gated=set(), private=set(), requests=[], cache=tmp_path / "hub")
+    """.repos {repo: {path: bytes}}, .refused {repo: (status, code)} to a reader, .requests so far, .cache, .stop()."""
+    state = types.SimpleNamespace(repos={}, refused={}, requests=[], cache=tmp_path / "hub")
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self, status, body=b"", **headers):
@@ -46,15 +47,17 @@ def server(tmp_path, monkeypatch):
             parts = path.removeprefix("api/models/").split("/", 4)
             repo = "/".join(parts[:2])
             files = state.repos.get(repo)
-            if files is None or repo in state.private:
-                self.answer(401, X_Error_Code="RepoNotFound") if files is None else self.answer(401)
+            if files is None:
+                self.answer(401, X_Error_Code="RepoNotFound")
             elif path.startswith("api/models/") and parts[2:3] == ["tree"]:
-                self.answer(200, json.dumps([{"type": "directory", "path": "a-folder", "oid": "0", "size": 0}] + [
-                    {"type": "file", "path": name, "oid": "0", "size": len(data)} for name, data in files.items()]).encode())
+                tree = [{"type": "directory", "path": "folder", "oid": "0"}] + [
+                    {"type": "file", "path": name, "oid": "0", "size": len(data)} for name, data in files.items()]
+                self.answer(200, json.dumps(tree).encode())
             elif path.startswith("api/models/"):
                 self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode())
-            elif repo in state.gated:
-                self.answer(403 if "Authorization" in self.headers else 401, X_Error_Code="GatedRepo", X_Repo_Commit=COMMIT)
+            elif repo in state.refused:
+                status, code = state.refused[repo]
+                self.answer(status, X_Error_Code=code, X_Repo_Commit=COMMIT)
             else:
                 name = "/".join(parts[2:]).removeprefix(f"resolve/{COMMIT}/").removeprefix("resolve/main/")
                 if name in files:
@@ -80,7 +83,8 @@ def server(tmp_path, monkeypatch):
     state.stop = stop
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", state.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", state.url + "/{repo_id}/resolve/{revision}/{filename}")
+    url = state.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(state.cache))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -97,8 +101,7 @@ def fetched(server):
                   if line.startswith("GET") and "/resolve/" in line)
 
 
-def gemma_scope(layers=(11, 12), widths=("16k", "65k"), M=16, D=6):
-    import io
+def gemma_scope(layers=(11, 12), widths=("16k", "1m"), M=16, D=6):
     rng, files = np.random.default_rng(0), {"README.md": b"Gemma Scope"}
     for layer in layers:
         for width in widths:
@@ -129,7 +132,7 @@ def test_the_cache_serves_without_a_network(server, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     server.requests.clear()
     assert model_files("some/model") == folder and server.requests == []
-    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set and other/model is not wholly in the cache .*hub: fetch it"):
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set and other/model is not wholly in the cache .*hub: "):
         model_files("other/model")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     server.stop()
@@ -147,12 +150,10 @@ def test_an_interrupted_download_is_not_taken_for_a_whole_one(server, monkeypatc
         model_files("some/model")
 
 
-@pytest.mark.parametrize("token", [None, "hf_of_somebody_without_access"])
-def test_a_gated_preset_names_the_licence_the_login_and_the_ungated_copy(server, tmp_path, token):
+@pytest.mark.parametrize("refusal", [(401, "GatedRepo"), (403, "GatedRepo"), (403, ""), (401, "")])
+def test_a_gated_preset_names_the_licence_the_login_and_the_ungated_copy(server, refusal):
     server.repos["google/gemma-2-2b"] = server.repos["unsloth/gemma-2-2b"] = MODEL
-    server.gated.add("google/gemma-2-2b")
-    if token:
-        (tmp_path / "token").write_text(token)
+    server.refused["google/gemma-2-2b"] = refusal
     with pytest.raises(InputError) as error:
         model_files("gemma-2-2b")
     line = str(error.value)
@@ -163,20 +164,22 @@ def test_a_gated_preset_names_the_licence_the_login_and_the_ungated_copy(server,
 
 def test_a_gated_repository_of_others_names_the_licence_and_the_login(server):
     server.repos["some/gated"] = MODEL
-    server.gated.add("some/gated")
+    server.refused["some/gated"] = (403, "GatedRepo")
     with pytest.raises(InputError, match="some/gated is gated: accept .*huggingface.co/some/gated and log in") as error:
         model_files("some/gated")
     assert "ungated" not in str(error.value)
 
 
 def test_a_repository_that_is_not_there_or_private_is_one_line(server):
-    server.repos["some/private"] = MODEL
-    server.private.add("some/private")
-    for name in ("some/nothing", "some/private", "some/bad--name"):
+    for name in ("some/nothing", "some/bad--name"):
         for find in (model_files, model_plan, sae_files):
-            with pytest.raises(InputError, match=f"there is no local folder {name}, and no repository of that name") as error:
+            with pytest.raises(InputError, match=f"there is no local folder {name}, and no repository of th") as error:
                 find(name)
             assert "\n" not in str(error.value)
+    server.repos["some/private"] = MODEL
+    server.refused["some/private"] = (401, "")
+    with pytest.raises(InputError, match="there is no local folder some/private, and .* needs `hf auth login`"):
+        model_files("some/private")
 
 
 @pytest.mark.parametrize("name", ["gemma-3", "a/b/c", "/no/where", "./x/y"])
@@ -188,7 +191,7 @@ def test_a_name_that_can_be_no_model_lists_the_presets(server, name):
 
 def test_a_repository_without_the_files_of_a_model_says_which(server):
     server.repos["some/pickles"] = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
-    with pytest.raises(InputError, match="some/pickles on the Hub has no model.safetensors, and pickled weights are not"):
+    with pytest.raises(InputError, match="some/pickles on the Hub has no model.safetensors, and pickled"):
         model_files("some/pickles")
     server.repos["some/data"] = {"README.md": b""}
     with pytest.raises(InputError, match="some/data on the Hub has no config.json"):
@@ -214,14 +217,14 @@ def test_a_local_folder_is_taken_as_it_is_and_a_preset_may_be_one(tmp_path):
 def test_the_plan_lists_sizes_and_what_the_cache_holds(server):
     server.repos["some/model"] = MODEL
     plan = model_plan("some/model")
-    assert {fetch.path: fetch.bytes for fetch in plan} == {
-        name: len(MODEL[name]) for name in MODEL if name in ("config.json", "tokenizer.json") or name.startswith("model")}
+    wanted = {"config.json", "tokenizer.json"} | {name for name in MODEL if name.startswith("model")}
+    assert {fetch.path: fetch.bytes for fetch in plan} == {name: len(MODEL[name]) for name in wanted}
     assert not any(fetch.cached for fetch in plan) and fetched(server) == []
     model_files("some/model")
     assert all(fetch.cached for fetch in model_plan("some/model"))
     server.repos["google/scope"] = gemma_scope()
-    (fetch,) = sae_plan("google/scope", layer=12, width="16k", l0=82)
-    path = "layer_12/width_16k/average_l0_82/params.npz"
+    (fetch,) = sae_plan("google/scope", layer=12, width="16k", l0=62)
+    path = "layer_12/width_16k/average_l0_62/params.npz"
     assert fetch == ("google/scope", path, len(server.repos["google/scope"][path]), False)
 
 
@@ -229,12 +232,12 @@ def test_the_plan_lists_sizes_and_what_the_cache_holds(server):
 
 def test_one_sae_is_fetched_of_a_repository_of_many(server):
     server.repos["google/scope"] = gemma_scope()
-    sae = load_sae("google/scope", layer=12, width="16k", l0=176)
-    assert fetched(server) == ["layer_12/width_16k/average_l0_176/params.npz"]
-    assert (sae.b_enc == 176).all() and (sae.threshold == 12).all()
-    same = load_sae("google/scope/layer_12/width_16k/average_l0_176")
+    sae = load_sae("google/scope", layer=12, width="16k", l0=114)
+    assert fetched(server) == ["layer_12/width_16k/average_l0_114/params.npz"]
+    assert (sae.b_enc == 114).all() and (sae.threshold == 12).all()
+    same = load_sae("google/scope/layer_12/width_16k/average_l0_114")
     assert torch.equal(same.W_enc, sae.W_enc)
-    assert sae_files("google/scope/layer_12/width_16k/average_l0_176/params.npz/").name == "average_l0_176"
+    assert sae_files("google/scope/layer_12/width_16k/average_l0_114/params.npz/").name == "average_l0_114"
 
 
 @pytest.mark.parametrize("source", ["hub", "folder"])
@@ -244,16 +247,16 @@ def test_the_l0_nearest_to_the_papers_is_taken_and_said(server, tmp_path, capsys
         (tmp_path / "scope" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "scope" / path).write_bytes(data)
     name = str(tmp_path / "scope") if source == "folder" else "google/scope"
-    assert sae_files(name, layer=12, width=65536).match("layer_12/width_65k/average_l0_82")
-    assert f"{name} offers l0 22, 41, 82, 176, 445: taking 82, the nearest to 70\n" in capsys.readouterr().err
-    assert sae_files(name, layer=11, width="16k", l0=22).match("layer_11/width_16k/average_l0_22")
+    assert sae_files(name, layer=12, width=2 ** 20).match("layer_12/width_1m/average_l0_62")
+    assert f"{name} offers l0 22, 41, 62, 114, 445: taking 62, the nearest to 70\n" in capsys.readouterr().err
+    assert sae_files(name, layer=11, width="16384", l0=22).match("layer_11/width_16k/average_l0_22")
     assert "nearest" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how, message", [
-    ({"layer": 12, "width": "16k", "l0": 70}, r"offers l0 22, 41, 82, 176, 445, but not 70 \(in layer_12/width_16k\)"),
-    ({"layer": 12, "width": "32k"}, "offers width 16k, 65k, but not 32k"),
-    ({"layer": 12}, "offers width 16k, 65k: choose with --width"),
+    ({"layer": 12, "width": "16k", "l0": 70}, r"offers l0 22, 41, 62, 114, 445, but not 70 \(in layer_12/width_16k\)"),
+    ({"layer": 12, "width": "32k"}, "offers width 16k, 1m, but not 32k"),
+    ({"layer": 12}, "offers width 16k, 1m: choose with --width"),
     ({"layer": 26, "width": "16k"}, "offers layer 11, 12, but not 26"),
     ({"width": "16k"}, "offers layer 11, 12: choose with --layer"),
 ])
@@ -278,20 +281,21 @@ def test_other_layouts_are_found_by_layer(server):
     assert sae_files("some/sparsify/layers.12", layer=12).name == "layers.12"
     with pytest.raises(InputError, match="some/sparsify/nothing holds no SAE of a known format: expected params.npz"):
         sae_files("some/sparsify/nothing", layer=12)
-    server.repos["some/half"] = {"layers.2/cfg.json": b"x"}
-    with pytest.raises(InputError, match="some/half holds no SAE of a known format"):
-        sae_files("some/half")
+    for half in ("cfg.json", "sae.safetensors"):
+        server.repos["some/half"] = {f"layers.2/{half}": b"x"}
+        with pytest.raises(InputError, match="some/half holds no SAE of a known format"):
+            sae_files("some/half")
 
 
 def test_without_a_network_the_saes_in_the_cache_are_offered(server, monkeypatch, capsys):
     server.repos["google/scope"] = gemma_scope()
-    folder = sae_files("google/scope", layer=12, width="16k", l0=176)
+    folder = sae_files("google/scope", layer=12, width="16k", l0=114)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     capsys.readouterr()
-    assert sae_files("google/scope", layer=12, width="16k", l0=176) == folder
+    assert sae_files("google/scope", layer=12, width="16k", l0=114) == folder
     assert "choosing among the files of google/scope in the cache" in capsys.readouterr().err
-    with pytest.raises(InputError, match="offers l0 176, but not 82"):
-        sae_files("google/scope", layer=12, width="16k", l0=82)
+    with pytest.raises(InputError, match="offers l0 114, but not 62"):
+        sae_files("google/scope", layer=12, width="16k", l0=62)
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set and google/other is not wholly in the cache"):
         sae_files("google/other", layer=12)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -339,7 +343,7 @@ def test_what_is_given_goes_before_the_preset():
 
 
 def test_a_model_without_an_sae_says_how_to_get_one():
-    with pytest.raises(InputError, match="python train.py --model llama-3.2-1b --method topk --out RUN_DIR`, then pass --sae"):
+    with pytest.raises(InputError, match="train.py --model llama-3.2-1b --method topk --out RUN_DIR`, then pass --sae"):
         sae_choice("llama-3.2-1b")
     assert sae_choice("llama-3.2-1b", "run")[0] == "run"
     with pytest.raises(InputError, match="some/model is not a preset, .* pass one with --sae"):
@@ -350,7 +354,7 @@ def test_the_environment_alone_points_the_program_at_a_server(server, tmp_path):
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE as a user sets them, in a fresh process."""
     server.repos["some/model"], server.repos["google/scope"] = MODEL, gemma_scope()
     code = ("from lorasae.hub import model_files, sae_files\n"
-            "print(model_files('some/model'))\nprint(sae_files('google/scope', layer=12, width='16k', l0=82))")
+            "print(model_files('some/model'))\nprint(sae_files('google/scope', layer=12, width='16k', l0=62))")
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
     environment.pop("HF_HUB_CACHE", None)
     for offline in ("0", "1"):

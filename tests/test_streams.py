@@ -312,6 +312,14 @@ def test_a_stream_goes_on_at_the_same_byte_after(hub, capfd, fault):
     assert len(hub.ranges) == len(blocks) + 4                              # each fault costs one more request, no more
 
 
+def test_a_longer_outage_is_waited_out(hub, capfd):
+    """More refusals in a row than huggingface_hub itself puts up with for one request."""
+    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY)}
+    hub.faults = [None] * 5 + ["busy"] * 14
+    assert documents("hf://datasets/owner/name/a.jsonl") == MANY
+    assert "note: datasets/owner/name/a.jsonl, byte 5,000: " in capfd.readouterr().err
+
+
 def test_every_fault_at_once_and_at_random_changes_no_document(hub):
     hub.repositories["owner/name"] = {"a.jsonl.gz": gzip.compress(lines(MANY))}
     hub.faults = ["cut", "drop", "busy", None, "whole", "drop", None, None, "cut", "cut", None, "drop"] * 3
@@ -326,7 +334,7 @@ def test_only_what_is_used_is_fetched(hub):
         reader = read(raw, file.name)
         assert [next(reader) for _ in range(10)] == MANY[:10]
     assert file.size > 1_000_000 and hub.ranges == [0, 1000] and hub.sent - listed == 2000
-    assert len(hub.paths) <= 3 + 2 * 2                                     # some to list, and two a block: the redirect
+    assert len(hub.paths) <= 4 + 2 * 2                                     # some to list, and two a block: the redirect
 
 
 def test_a_server_that_stays_away_ends_the_stream_with_one_line(hub, capsys):

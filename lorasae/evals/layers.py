@@ -36,8 +36,8 @@ def evaluate(config, setting, folder):
 
     (without, spliced), gains = ce(model, "base", "sae"), {}
     for blocks in wanted:
-        adapted = model if blocks == own else train_on(blocks, config, setting, places[label(blocks)])
-        gains[label(blocks)] = spliced - ce(adapted, "adapted")[0]
+        student = model if blocks == own else adapted(config, setting, blocks, places[label(blocks)])
+        gains[label(blocks)] = spliced - ce(student, "adapted")[0]
     rows = []
     for name, gain in gains.items():
         improvement, half = interval(gain)
@@ -55,7 +55,7 @@ def label(blocks):
     return f"blocks {blocks[0]} to {blocks[-1]}" if whole else "blocks " + " ".join(map(str, blocks))
 
 
-def train_on(blocks, config, setting, folder):
+def adapted(config, setting, blocks, folder):
     """The run's model with adapters on `blocks` alone: loaded from `folder`, or trained into it."""
     model, saes, corpus, keep_special = setting
     fresh = bare(model)

@@ -12,6 +12,7 @@ text, on the other half: positive should be > 0, negative about 0.
 
 Texts are lists of token ids, BOS first. Shapes: N texts, B of them at a time, T tokens, D d_model, M latents.
 """
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -166,7 +167,7 @@ def generate(ask, seeds, count):
     texts, message = {}, {"role": "user", "content": PROMPT.format(examples="\n".join(seeds), n=25)}
     for _ in range(2 * -(-count // 25)):
         for line in ask([message], max_tokens=2000).splitlines():
-            texts[line.strip().lstrip("0123456789.)-* ").strip("\"'")] = True       # without numbering and quotes
+            texts[re.sub(r"^\s*(\d+[.)]|[-*])\s", "", line).strip(" \t\"'")] = True      # without numbering and quotes
         texts.pop("", None)
         if len(texts) >= count:
             break

@@ -35,7 +35,7 @@ def statistics(change):
     gained and lost are sums over the tokens that become better and worse, divided by the number of all tokens, so their
     difference is the mean improvement. Intervals are over the n sequences.
     """
-    (mean, mean_half), (worse, worse_half) = interval(change.double().mean(1)), interval((change < 0).double().mean(1))
+    (mean, mean_half), (_, worse_half) = interval(change.double().mean(1)), interval((change < 0).double().mean(1))
     flat = change.double().flatten().numpy()
     gains, losses = flat[flat > 0], -flat[flat < 0]
 
