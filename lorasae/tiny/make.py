@@ -37,6 +37,7 @@ from lorasae.streams import held_out, standard_library
 HERE = Path(__file__).parent
 PAD, EOS, BOS = range(3)                                # as Gemma numbers them
 CONTEXT, BATCH, EVAL_TOKENS = 256, 16, 50_000           # tokens a sequence, sequences a step, held-out tokens
+PROMPT = "import os\n\n\nclass"
 TESTS = {"test", "tests", "idle_test"}                  # folders
 MATRIX_LR, EMBEDDING_LR, WARM_UP, FLAT = 0.01, 0.004, 0.02, 0.25     # the last two: fractions of the training
 
@@ -229,7 +230,7 @@ def make_model(name, folder, seed, *, minutes=None, tokens=None):
         "trained_tokens": steps * BATCH * CONTEXT, "steps": steps, "seconds": round(seconds),
         "tokens_per_second": round(steps * BATCH * CONTEXT / seconds), "threads": torch.get_num_threads(),
         "held_out_tokens": held.numel(), "unigram_loss": unigram, "bigram_loss": bigram,
-        "model_loss": model_loss(model, held), "sample": sample(model, tokenizer, "def ", 200, seed),
+        "model_loss": model_loss(model, held), "sample": sample(model, tokenizer, PROMPT, 200, seed),
         "python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__}
     write_json(folder / "MADE.json", made)
     return made
