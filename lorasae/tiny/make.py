@@ -1,12 +1,12 @@
 """Makes the embedded default: a tokenizer and two small language models, in exactly the format of the real ones.
 
-    python -m lorasae.tiny.make --model gemma-2         (or llama-3; 45 minutes on one core)
+    python -m lorasae.tiny.make --model gemma-2         (or llama-3; OMP_NUM_THREADS=1 runs both at once)
 
-Text: the .py files of Python's standard library. The tokenizer learns from its training files alone; the models read the
-library's tests too, three times as much text. Held out are the files that `streams.held_out` names by their path, tests
-included, so no file is on both sides. The losses are measured on the first 50,000 held-out tokens, the ones train.py
-evaluates on. A learning rate that falls to zero ends each run, and the last weights are the ones kept: held-out text
-chooses nothing.
+Text: the .py files of Python's standard library. The tokenizer learns from its training files alone; the models read
+the library's tests too, three times as much text. Held out are the files that `streams.held_out` names by their path,
+tests included, so no file is on both sides. The losses are measured on the first 50,000 held-out tokens, the ones
+train.py evaluates on. A learning rate that falls to zero ends each run, and the last weights are the ones kept:
+held-out text chooses nothing.
 
 Into the folder of each model go config.json, model.safetensors (bf16), tokenizer.json, and MADE.json: how it was made.
 """
@@ -112,11 +112,12 @@ def batches(stream, generator):
 def ngram_losses(stream, tokens, vocabulary):
     """(unigram, bigram) cross-entropy of tokens [n, CONTEXT], BOS excepted, fitted on stream.
 
-    Unigram: add-one. Bigram: absolute discounting, P(b|a) = max(c(ab) - d, 0) / c(a) + d · |{b: c(ab) > 0}| / c(a) · P(b)
-    with Ney's d = n₁ / (n₁ + 2 n₂). After a BOS, which says nothing, the unigram stands in for the bigram.
+    Unigram: add-one. Bigram: absolute discounting, max(c(ab) - d, 0) / c(a) + d · |{b: c(ab) > 0}| / c(a) · P(b) with
+    Ney's d = n₁ / (n₁ + 2 n₂). After a BOS, which says nothing, the unigram stands in for the bigram.
     """
     unigram = (torch.bincount(stream, minlength=vocabulary) + 1.0) / (len(stream) + vocabulary)
-    pairs = torch.bincount(stream[:-1] * vocabulary + stream[1:], minlength=vocabulary ** 2).view(vocabulary, -1).double()
+    pairs = torch.bincount(stream[:-1] * vocabulary + stream[1:], minlength=vocabulary ** 2)
+    pairs = pairs.view(vocabulary, vocabulary).double()
     once, twice = (pairs == 1).sum(), (pairs == 2).sum()
     discount = (once / (once + 2 * twice)).item()
     total, followers = pairs.sum(1).clamp(min=1), (pairs > 0).sum(1)
@@ -139,7 +140,7 @@ def loss(model, tokens):
 # ---- The model -------------------------------------------------------------------------------------------------------
 
 def new_model(raw):
-    """Normal initialisation. Residual branches of Llama start at zero; Gemma-2 normalises theirs, which zero would break."""
+    """Normal initialisation. Llama's residual branches start at zero; Gemma-2 normalises its own, which forbids it."""
     model = Transformer(parse_config(raw, "the tiny model"))
     for name, weight in model.named_parameters():
         if "embed_tokens" in name:
@@ -152,10 +153,10 @@ def new_model(raw):
 
 
 def train(model, stream, seed, save, *, minutes=None, tokens=None):
-    """Trains in place for so many minutes or tokens, whichever is given; returns (steps, seconds). Calls save() at times.
+    """Trains in place for so many minutes or tokens, whichever is given; returns (steps, seconds). save()s at times.
 
-    Muon for the matrices of the blocks, AdamW for embedding and norms; bf16 autocast, compiled. PyTorch's CPU kernel for
-    attention is slower here than the formula that the compiler fuses (SDPBackend.MATH).
+    Muon for the matrices of the blocks, AdamW for embedding and norms; bf16 autocast, compiled. SDPBackend.MATH lets
+    the compiler fuse the formula of attention instead of calling PyTorch's CPU kernel.
     """
     @torch.compile
     def step_loss(chunk):
@@ -188,8 +189,8 @@ def train(model, stream, seed, save, *, minutes=None, tokens=None):
             smooth = value.item() if smooth is None else 0.98 * smooth + 0.02 * value.item()
             if not math.isfinite(smooth):
                 raise InputError(f"the loss is not finite at step {steps}: lower the learning rates")
-            bar.set_postfix_str(f"loss {smooth:.3f}, {steps * BATCH * CONTEXT / (time.monotonic() - start):,.0f} tokens/s",
-                                refresh=False)
+            speed = steps * BATCH * CONTEXT / (time.monotonic() - start)
+            bar.set_postfix_str(f"loss {smooth:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update(100 * done - bar.n)
             if done - saved > 0.2:
                 save()
