@@ -54,6 +54,11 @@ def suite_module(name):
     return {"fidelity": fidelity, "tokens": tokens, "distances": distances, "layers": layers, "steering": steering}[name]
 
 
+def by_rank(folder):
+    """The runs in a folder: one of each rank where several were trained in one pass, else the folder itself."""
+    return sorted(folder.glob("rank-*"), key=lambda path: int(path.name.removeprefix("rank-"))) or [folder]
+
+
 def open_run(folder, device=None):
     """(configuration, Setting) of a run, its adapter attached, or its own SAE spliced in where it trained one."""
     if not folder.is_dir():
@@ -110,18 +115,19 @@ def main(argv=None):
         unknown = [name for name in suites if name not in SUITES]
         if unknown:
             raise InputError(f"--suite {unknown[0]!r} is unknown: choose from {', '.join(SUITES)}")
-        if not args.draw:
-            config, setting = open_run(args.run, args.device)
-        for name, module in [(name, suite_module(name)) for name in suites]:
-            path = args.run / f"eval-{name}.json"
+        for args.run in by_rank(args.run):
             if not args.draw:
-                numbers = evaluate(name, config, setting, args)
-                write_json(path, numbers)
-                print(f"---- {name} ----")
-                module.show(numbers)
-                print(path, flush=True)
-            if name != "lm":                            # Table 5 has no figure
-                save_figure(module.draw, read_json(path), path.with_suffix(".png"))
+                config, setting = open_run(args.run, args.device)
+            for name, module in [(name, suite_module(name)) for name in suites]:
+                path = args.run / f"eval-{name}.json"
+                if not args.draw:
+                    numbers = evaluate(name, config, setting, args)
+                    write_json(path, numbers)
+                    print(f"---- {name} ----")
+                    module.show(numbers)
+                    print(path, flush=True)
+                if name != "lm":                        # Table 5 has no figure
+                    save_figure(module.draw, read_json(path), path.with_suffix(".png"))
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

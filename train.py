@@ -18,11 +18,11 @@ from lorasae.dictionary import fill, make
 from lorasae.checkpoint import DTYPES, load_config, load_model, save_model
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.files import read_json, write_bytes
+from lorasae.files import read_json, write_bytes, write_json
 from lorasae.hub import PRESETS, Preset, model_files, model_plan, preset, sae_choice, sae_plan
-from lorasae.lora import add_lora, load_adapter, lora_parameters, merge_lora, save_adapter
+from lorasae.lora import add_lora, attach_lora, detach_lora, load_adapter, lora_parameters, merge_lora, save_adapter
 from lorasae.model import Transformer
-from lorasae.run import Run, check_free, count, load_setting, peak_memory_bytes, print_table
+from lorasae.run import Run, check_free, count, load_setting, peak_memory_bytes, print_table, versions
 
 PAPER = Preset("any other model", layer=12, adapt="after", data="stdlib")       # its field defaults are the paper's
 
@@ -39,13 +39,16 @@ def arguments(argv):
     add("--sae", nargs="+", help="file, folder, Hub path or run folder; one for all layers or one a layer (default: the preset's)")
     add("--width", help="latents of the SAE to choose, such as 16k; of the SAE to train, such as 16384 (default: the preset's; "
         "paper: 8 d_model)")
+    add("--llama-scope", choices=["openmoss", "sae_lens", "sae_lens_legacy"], default="openmoss", help="how to read Llama Scope "
+        "files: their authors' arithmetic, or SAELens's; legacy is what the paper ran, with L0 far too high (default: %(default)s)")
     add("--l0", type=float, help="average active latents of the SAE to choose, or that jumprelu is to reach (default: the preset's)")
     add = parser.add_argument_group("training an SAE").add_argument
     add("--k", type=int, help="active latents of topk and e2e (default: the preset's; paper: 64)")
     add("--auxk", action="store_true", help="topk and e2e: revive dead latents by AuxK (the paper does without)")
     add("--dead-after", type=count, default="10M", help="tokens after which a latent that never fired is dead (default: %(default)s)")
     add = parser.add_argument_group("adapters").add_argument
-    add("--rank", type=int, help="rank of every adapter (default: the preset's; paper: 64)")
+    add("--rank", type=int, nargs="+", help="rank of every adapter; several, as in 1 4 16 64 256, train side by side in one pass and "
+        "end as runs of their own would (default: the preset's; paper: 64)")
     add("--alpha", type=float, default=32, help="the adapters are scaled by alpha / rank (default: %(default)s at every rank)")
     add("--dropout", type=float, default=0.1, help="dropout probability on the adapters' input (default: %(default)s)")
     add("--adapt", nargs="+", metavar="BLOCKS", help="after (the SAE), all, next, or block numbers "
@@ -69,6 +72,9 @@ def arguments(argv):
     add("--dtype", choices=["float32", "bfloat16"], help="of the frozen model; adapters are float32 (default: the preset's)")
     add("--sae-dtype", choices=["float32", "bfloat16"], help="of the SAE's matrices (default: the preset's; paper: float32)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: %(default)s)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="put blocks and loss through torch.compile (default: on a GPU)")
+    add("--ahead", type=int, metavar="SEQUENCES", help="sequences whose frozen part, the prefix and the teacher, runs at once, "
+        "before their steps (default: 8 on a GPU, else 1)")
     add("--out", help="folder of the run (default: runs/MODEL-METHOD, numbered where that is taken)")
     add("--resume", metavar="RUN_DIR", help="continue that run from its last checkpoint, with its own arguments")
     add("--checkpoint-every", type=int, default=250, metavar="STEPS", help="steps a killed run can lose (default: %(default)s)")
@@ -100,9 +106,16 @@ def configure(args):
             config["l0"] = chosen[0][1]["l0"] if len(chosen) == 1 else args.l0
             config["adapt"] = config["adapt"] or [defaults.adapt]
     config["micro_batch"] = config["micro_batch"] or config["batch_size"]
-    for key in ("rank", "batch_size", "micro_batch", "context", "checkpoint_every", "lr", "clip", "alpha"):
-        if config[key] is not None and config[key] <= 0:
-            raise InputError(f"--{key.replace('_', '-')} is {config[key]}, but it must be positive")
+    config["compile"] = config["device"] == "cuda" if config["compile"] is None else config["compile"]
+    config["ahead"] = config["ahead"] or (8 if config["device"] == "cuda" else 1)
+    for key in ("rank", "batch_size", "micro_batch", "context", "checkpoint_every", "lr", "clip", "alpha", "ahead"):
+        values = config[key] if isinstance(config[key], list) else [config[key]]
+        if any(value is not None and value <= 0 for value in values):
+            raise InputError(f"--{key.replace('_', '-')} is {min(values)}, but it must be positive")
+    if isinstance(config["rank"], list):
+        if len(set(config["rank"])) < len(config["rank"]):
+            raise InputError(f"--rank {' '.join(map(str, config['rank']))} names a rank twice")
+        config["rank"] = config["rank"] if len(config["rank"]) > 1 else config["rank"][0]
     config["steps"] = -(-config["tokens"] // (config["batch_size"] * config["context"]))
     return config
 
@@ -116,28 +129,38 @@ def default_folder(config):
 
 def adapt(config, folder, run=None):
     """--method lora: evaluates, trains the adapters, saves them, evaluates again. run: the one to resume."""
-    torch.manual_seed(config["seed"])
     model, saes, corpus, keep_special = load_setting(config)
     blocks = adapted_blocks(config["adapt"] or default_adapt(saes), saes, len(model.layers))
-    add_lora(model, blocks, config["rank"], config["alpha"], config["dropout"])
-    trainable = sum(p.numel() for p in lora_parameters(model))
+    ranks, students = config["rank"] if isinstance(config["rank"], list) else [config["rank"]], []
+    for rank in ranks:
+        torch.manual_seed(config["seed"])
+        students.append(detach_lora(add_lora(model, blocks, rank, config["alpha"], config["dropout"])))
+    attach_lora(model, *students)
     print(f"adapting blocks {', '.join(map(str, blocks))} of {config['model']} around the SAE at layer "
-          f"{', '.join(map(str, saes))}: {trainable:,} trainable parameters, {config['steps']:,} steps of "
-          f"{config['batch_size']} x {config['context']} tokens", flush=True)
+          f"{', '.join(map(str, saes))}: {sum(p.numel() for p in lora_parameters(model)):,} trainable parameters, "
+          f"{config['steps']:,} steps of {config['batch_size']} x {config['context']} tokens", flush=True)
     held_out = corpus.validation.split(config["micro_batch"])
     before = fidelity.evaluate(model, saes, held_out, ("base", "sae"), keep_special)
     run = run or Run.create(folder, config)             # nothing is written before everything has been read
     train(model, saes, lambda skip: corpus.batches(config["batch_size"], skip), run, steps=config["steps"], lr=config["lr"],
-          weight_decay=config["weight_decay"], clip=config["clip"], micro_batch=config["micro_batch"], keep_special=keep_special)
-    save_adapter(model, run.folder / "adapter", base_model=config["model"])
-    after = fidelity.evaluate(model, saes, held_out, ("adapted",), keep_special)
-    numbers = fidelity.summary({**before, **after})
+          weight_decay=config["weight_decay"], clip=config["clip"], micro_batch=config["micro_batch"], keep_special=keep_special,
+          students=students, ahead=config["ahead"], compiled=config["compile"])
+    places = [run.folder / f"rank-{rank}" if len(ranks) > 1 else run.folder for rank in ranks]
+    for place, student in zip(places, students):
+        save_adapter(attach_lora(model, student), place / "adapter", base_model=config["model"])
     train_tokens = config["steps"] * config["batch_size"] * config["context"]
-    results = {**numbers, "eval_tokens": corpus.validation.numel(), "train_tokens": train_tokens,
-               "trainable_parameters": trainable, "tokens_per_second": train_tokens / run.seconds, "seconds": run.seconds,
-               "peak_memory_bytes": peak_memory_bytes(config["device"])}
-    run.finish(results)
-    report(results, run.folder)
+    shared = {"eval_tokens": corpus.validation.numel(), "train_tokens": train_tokens,
+              "tokens_per_second": train_tokens / run.seconds, "seconds": run.seconds}
+    results = {}
+    for rank, place, student in zip(ranks, places, students):
+        after = fidelity.evaluate(attach_lora(model, student), saes, held_out, ("adapted",), keep_special)
+        results[rank] = {**fidelity.summary({**before, **after}), **shared, "trainable_parameters":
+                         sum(p.numel() for p in lora_parameters(student)), "peak_memory_bytes": peak_memory_bytes(config["device"])}
+        report(results[rank], place)
+        if len(ranks) > 1:                              # a folder that eval.py and --merge take for a run of this rank
+            write_json(place / "config.json", {**config, "rank": rank, "versions": versions()})
+            write_json(place / "results.json", results[rank])
+    run.finish(results[rank] if len(ranks) == 1 else {"ranks": results, **shared})
 
 
 def dry_run(config):
@@ -150,13 +173,14 @@ def dry_run(config):
         model = Transformer(load_config(config["model"]))
     blocks = adapted_blocks(config["adapt"] or ["after"], dict.fromkeys(config["layer"]), len(model.layers))
     frozen = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in lora_parameters(add_lora(model, blocks, config["rank"])))
+    ranks = config["rank"] if isinstance(config["rank"], list) else [config["rank"]]
+    trainable = sum(p.numel() for rank in ranks for p in lora_parameters(detach_lora(add_lora(model, blocks, rank))))
     c, rows = model.config, config["micro_batch"] * config["context"]
     weights = frozen * DTYPES[config["dtype"]].itemsize
     adapters = trainable * 16                                           # fp32: value, gradient, and AdamW's two averages
     saes = sum(fetch.bytes for fetch in wanted if not fetch.path.endswith(".json"))
     width = 12 * c.hidden_size + 5 * c.intermediate_size + 4 * c.num_attention_heads * c.head_dim
-    activations = len(blocks) * rows * width * DTYPES[config["dtype"]].itemsize     # what backward needs of each adapted block
+    activations = len(ranks) * len(blocks) * rows * width * DTYPES[config["dtype"]].itemsize     # what backward needs of each adapted block
     print(f"\nadapted blocks        {blocks[0]} to {blocks[-1]} ({len(blocks)} of {len(model.layers)})")
     print(f"trainable parameters  {trainable:,} ({trainable / frozen:.2%} of {frozen:,})")
     print(f"training              {config['steps']:,} steps of {config['batch_size']} x {config['context']} = "

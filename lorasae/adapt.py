@@ -6,8 +6,13 @@
 
 Exercised by `python train.py`. Shapes: B batch, T tokens, D d_model.
 """
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+
+import numpy as np
 import torch
 
+from lorasae import distributed
 from lorasae.data import special_mask
 from lorasae.errors import InputError
 from lorasae.lora import adapters, base, lora_parameters
@@ -54,37 +59,92 @@ def teach(model, saes, tokens, keep, first):
     return x, target
 
 
-def learn(model, saes, x, target, keep, first):
-    """The student's loss: Σ_tokens KL(base ‖ adapted) in nats (Eq. 7), differentiable in the adapters."""
+def learn(model, saes, x, target, keep, first, students=1, compiled=False):
+    """The student's loss: Σ_tokens KL(base ‖ adapted) in nats (Eq. 7), differentiable in the adapters.
+
+    students: how many sets of adapters stand side by side (lora.Students); of several, the losses [students].
+    """
+    x, keep = x.repeat(students, 1, 1), keep if keep is None else keep.repeat(students, 1)
     hidden = model.norm(model.run(x, first, len(model.layers), saes, keep))
-    return linear_kl(target, hidden, model.head, model.softcap)
+    return linear_kl(target, hidden.unflatten(0, (students, -1)), model.head, model.softcap, compiled=compiled)
 
 
-def train(model, saes, batches, run, *, steps, lr, weight_decay, clip, micro_batch, keep_special):
+def train(model, saes, batches, run, *, steps, lr, weight_decay, clip, micro_batch, keep_special, students=None, ahead=1,
+          compiled=False):
     """Trains the adapters for `steps` batches of tokens [B, T]; resumes where the run's last checkpoint stands.
 
     The loss is the KL summed over a sequence and averaged over the B sequences, and that sum is what `clip` bounds: with the
     paper's B = 1 the clip binds at almost every step, so a mean over tokens would be another algorithm. Sequences pass
     `micro_batch` at a time with their gradients added, which changes memory and not the step. batches(skip) yields batches
     from the skip-th on.
+
+    students: sets of adapters that were attached side by side and train independently. ahead: sequences whose frozen part
+    runs at once, before their steps. compiled: blocks and loss go through torch.compile. None of these changes a step.
     """
-    parameters = lora_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=model.device.type == "cuda")
-    first = first_differing(model, saes)
+    students = students or [adapters(model)]
+    own = [lora_parameters(student) for student in students]
+    parameters = sum(own, [])
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    names = [f"_r{next(iter(student.values())).lora_A.out_features}" for student in students] if len(students) > 1 else [""]
+    config, first = run.config, first_differing(model, saes)
+
+    def frozen(tokens):
+        tokens = (tokens.pin_memory() if model.device.type == "cuda" else tokens).to(model.device, non_blocking=True)
+        keep = special_mask(tokens, model.config.bos_token_id, model.config.eos_token_id) & keep_special
+        return *teach(model, saes, tokens, keep, first), keep
+
     start = run.restore(parameters, optimizer)
+    lessons = in_advance(batches, start, config["batch_size"], max(ahead, micro_batch), frozen)
     model.train()
-    for step, tokens in zip(run.progress(start, steps), batches(start)):
-        total = 0.0
-        for part in tokens.to(model.device, non_blocking=True).split(micro_batch):
-            keep = special_mask(part, model.config.bos_token_id, model.config.eos_token_id) if keep_special else None
-            x, target = teach(model, saes, part, keep, first)
-            loss = learn(model, saes, x, target, keep, first) / len(tokens)
-            loss.backward()
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(step + 1, kl=total / tokens.shape[1], grad_norm=norm)   # kl in nats a token
-        if run.checkpoint_due(step + 1):
-            run.save(step + 1, parameters, optimizer)
+    with compiled_blocks(model) if compiled else nullcontext():
+        for step, lesson in zip(run.progress(start, steps), lessons):
+            torch.manual_seed(step_seed(config["seed"], step))          # dropout: a resumed step draws what the first one drew
+            total = torch.zeros(len(students), device=model.device)
+            for x, target, keep in zip(*(tensor.split(micro_batch) for tensor in lesson)):
+                losses = learn(model, saes, x, target, keep, first, len(students), compiled) / config["batch_size"]
+                losses.sum().backward()
+                total += losses.detach()
+            distributed.all_reduce([total, *(parameter.grad for parameter in parameters)])
+            norms = [torch.nn.utils.clip_grad_norm_(parameters, clip) for parameters in own]
+            optimizer.step()
+            optimizer.zero_grad()
+            kl = {f"kl{name}": value for name, value in zip(names, total / config["context"])}          # in nats a token
+            run.log(step + 1, **kl, **{f"grad_norm{name}": norm for name, norm in zip(names, norms)})
+            if run.checkpoint_due(step + 1):
+                run.save(step + 1, parameters, optimizer)
     model.eval()
+
+
+@torch.no_grad()
+def in_advance(batches, start, batch_size, at_once, work):
+    """Yields work(tokens) for every batch of tokens [B, T] from the start-th on, but calls it for `at_once` sequences together.
+
+    work returns tensors [B, ...] that depend on nothing that is trained. The groups begin at the same batches in a resumed run,
+    which so repeats the uninterrupted one to the bit. Of several processes each sees its share of a batch.
+    """
+    batch_size = len(distributed.share(range(batch_size)))
+    group = max(1, at_once // batch_size)
+    late = start % group
+    source = map(distributed.share, batches(start - late))
+    while tokens := list(islice(source, group)):
+        parts = [work(part) for part in torch.cat(tokens).split(at_once)]
+        yield from islice(zip(*(torch.cat(tensors).split(batch_size) for tensors in zip(*parts))), late, None)
+        late = 0
+
+
+@contextmanager
+def compiled_blocks(model):
+    """Runs the blocks through torch.compile inside the `with`. What cannot be compiled whole fails, rather than run slowly."""
+    with torch._dynamo.config.patch(recompile_limit=64):                # a graph a kind of block, shape, and role
+        for block in model.layers:
+            block.compile(fullgraph=True, dynamic=False)
+        try:
+            yield
+        finally:
+            for block in model.layers:
+                block._compiled_call_impl = None
+
+
+def step_seed(seed, step):
+    """Of the random numbers of a step, in this process."""
+    return int(np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(1, np.uint64)[0])

@@ -30,7 +30,7 @@ from lorasae.files import write_json
 def race(what, build, differ, rounds, device, memory=True):
     """Rows, one a contender: their answers compared, then their times, then their memory.
 
-    build(device) -> {name: function of no argument}, the last one ours; picklable: memory is measured in another process.
+    build(device) -> {name: function of no argument}, the last one ours; picklable, as another process measures memory.
     differ(answer, reference) -> what is wrong with an answer, or None; the reference is the first contender's.
     """
     print(what, "...", file=sys.stderr, flush=True)
@@ -102,7 +102,7 @@ def resident(field):
     return 1024 * int(line.split()[1])
 
 
-# ------------------------------------------------------------------------------------------------ top-k, encoder, SAE
+# --------------------------------------------------------------------------------------------- top-k, encoder, SAE step
 
 def bench_topk(device, quick):
     """Top-k alone, the encoder, the whole TopK SAE step: k 64, D 2304 (Gemma-2-2B), M from 8 to 57 times D."""
@@ -172,7 +172,7 @@ def differing_tensors(answer, reference, tolerance=1e-5):
 
 
 def sparsify_step(x, W_enc, b_enc, W_dec, b_dec, k):
-    """The usual sparse way (EleutherAI/sparsify): dense pre-activations, torch.topk, embedding_bag with its own backward,
+    """The usual sparse way (EleutherAI/sparsify): dense pre-activations, torch.topk, embedding_bag with its backward,
     and an encoder gradient that adds up the rows of an [N, k, D] tensor."""
     values, indices = SparsifyEncoder.apply(x - b_dec, W_enc, b_enc, k)
     return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec, values, indices

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorasae import topk
-from lorasae.adapt import learn, teach
+from lorasae.adapt import in_advance, learn, teach
 from lorasae.data import special_mask
+from lorasae.distributed import all_reduce, everywhere, rank
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
 from lorasae.files import write_json
@@ -67,8 +68,9 @@ def fill(config, defaults):
 
 WARMUP = 1000                                   # steps from 0 to the full rate; at most a tenth of the run
 AUX_WEIGHT = 1 / 32                             # of AuxK beside the FVU (Gao et al. 2024)
+BANDWIDTH = 0.05                                # ε of the straight-through gradients, of the activations' rms norm
 L0_WEIGHT = 1.0                                 # of (L0 / target - 1)² beside the FVU
-BANDWIDTH, THRESHOLD = 0.03, 0.001              # ε and the first θ, as parts of the activations' rms norm
+START_L0, RAMP = 4, 0.2                         # the target falls from 4 l0 to l0 over a fifth of the run, see `fit_biases`
 
 
 # ---- The start -------------------------------------------------------------------------------------------------------
@@ -88,14 +90,14 @@ def new_sae(method, d_model, width, k):
 def fit_biases(sae, x, l0=None):
     """Fits a fresh SAE to activations x [N, D]. Returns the unit of its biases and thresholds, see `train`.
 
-    A JumpReLU starts with its target L0, every latent firing equally often: a threshold below which all fire has far to
-    go, and one for all leaves latents dead on the way.
+    Every latent of a JumpReLU starts out firing equally often, for an L0 of 4 l0. Where l0 is asked for at once, a third of the
+    latents are below their thresholds for good before they have learned anything.
     """
     sae.b_dec.copy_(geometric_median(x))
     if isinstance(sae, TopK):
         return 1.0
     sae.b_enc.copy_(-sae.W_enc @ sae.b_dec)             # a TopK encoder reads x - b_dec, a JumpReLU reads x
-    firing = max(1, round(len(x) * l0 / len(sae.W_enc)))
+    firing = round(len(x) * START_L0 * l0 / len(sae.W_enc))
     pre = x @ sae.W_enc.T + sae.b_enc
     sae.threshold.copy_(pre.topk(min(firing + 1, len(x)), dim=0).values[-1].clamp(min=0))
     return (x - sae.b_dec).square().sum(1).mean().sqrt().item()
@@ -117,81 +119,72 @@ def geometric_median(x, steps=100, tolerance=1e-6):
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def frozen(model, layer, batches, skip, batch_size, at_once, with_teacher):
-    """Yields for each batch: tokens [B, T], the output of block `layer` [B, T, D], and the teacher's final hidden state or None.
-
-    None of this depends on the SAE, so `at_once` sequences pass together, however few a step takes. The groups begin at the
-    same batches in a resumed run, which makes it repeat the uninterrupted one to the bit.
-    """
-    ahead = max(1, at_once // batch_size)
-    source, skip = batches(skip - skip % ahead), skip % ahead
-    while True:
-        tokens = torch.cat([next(source) for _ in range(ahead)]).to(model.device, non_blocking=True)
-        xs, targets = [], []
-        for part in tokens.split(at_once):
-            if with_teacher:
-                x, target = teach(model, {}, part, None, layer + 1)
-                targets.append(target)
-            else:
-                x = model.run(model.embed(part), 0, layer + 1)          # and no further
-            xs.append(x)
-        groups = [torch.cat(tensors).split(batch_size) if tensors else [None] * ahead for tensors in ([tokens], xs, targets)]
-        yield from list(zip(*groups))[skip:]
-        skip = 0
-
-
 def reconstruct(sae, x, bandwidth):
-    """x [N, D] -> x̂ [N, D]; how many tokens fired each latent [M]; L0, their sum / N (with a JumpReLU's gradient)."""
+    """x [N, D] -> x̂ [N, D]; how many tokens fired each latent [M]; the sum of those (with a JumpReLU's gradient)."""
     if isinstance(sae, TopK):
         x_hat, values, latents = topk.sae_step(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
         fired = values.new_zeros(len(sae.W_enc)).index_add_(0, latents.flatten(), (values > 0).flatten().to(values))
-        return x_hat, fired, fired.sum() / len(x)
+        return x_hat, fired, fired.sum()
     z, gates = jump(x @ sae.W_enc.T + sae.b_enc, sae.threshold, bandwidth)
-    return sae.decode(z), gates.detach().sum(0), gates.sum() / len(x)
+    return sae.decode(z), gates.detach().sum(0), gates.sum()
 
 
 def train(model, sae, layer, batches, run, *, steps, lr, clip, batch_size, at_once, end_to_end=False, l0=None, auxk=False,
           dead_after=10_000_000):
     """Trains `sae` on the output of block `layer` for `steps` batches; resumes where the run's last checkpoint stands.
 
-    Loss: the FVU; or end to end, KL(base ‖ with SAE) summed over a sequence (§3.2). A JumpReLU adds (L0 / l0 - 1)², auxk adds
-    AuxK on the latents that no token fired for `dead_after` tokens. Rates: linear from 0 to lr in WARMUP steps, then to 0.
-    JumpReLU papers give rates for activations of rms norm 1. Adam ignores the scale of a gradient, so raw activations need
-    no more than rates for biases and thresholds that are multiplied by that norm: their group's `unit`.
+    Loss: the FVU; or end to end, KL(base ‖ with SAE) summed over a sequence (§3.2). A JumpReLU adds (L0 / target - 1)², auxk
+    adds AuxK on the latents that no token fired for `dead_after` tokens. batches(skip) yields batches from the skip-th on, of
+    which the frozen model takes `at_once` sequences together: nothing of it depends on the SAE.
+
+    JumpReLU's rates are meant for activations of rms norm 1. Adam ignores the scale of a gradient, so on raw activations it is
+    enough to multiply the rates of biases and thresholds by that norm, which is their group's `unit`.
     """
     matrices, vectors = [sae.W_enc, sae.W_dec], [p for p in sae.parameters() if p.dim() == 1]
     optimizer = torch.optim.Adam([{"params": matrices, "unit": 1.0}, {"params": vectors, "unit": 1.0}], lr=lr, fused=True)
     idle = torch.zeros(len(sae.W_enc), dtype=torch.int64, device=sae.W_enc.device)      # tokens since each latent fired
+
+    @torch.no_grad()
+    def frozen(tokens):
+        tokens = tokens.to(model.device, non_blocking=True)
+        seen = ~special_mask(tokens, model.config.bos_token_id, model.config.eos_token_id) | sae.on_special
+        if end_to_end:
+            return seen, *teach(model, {}, tokens, None, layer + 1)
+        return seen, model.run(model.embed(tokens), 0, layer + 1)                       # and no further
+
     state = [*matrices, *vectors, idle]
     first = run.restore(state, optimizer)
-    stream = frozen(model, layer, batches, first, batch_size, at_once, end_to_end)
-    for step, (tokens, x, target) in zip(run.progress(first, steps), stream):
-        rows = x.flatten(0, 1).float()
-        if not sae.on_special:
-            rows = rows[~special_mask(tokens, model.config.bos_token_id, model.config.eos_token_id).flatten()]
-        if step == 0:
-            optimizer.param_groups[1]["unit"] = fit_biases(sae, rows, l0)
-        x_hat, fired, now = reconstruct(sae, rows, BANDWIDTH * optimizer.param_groups[1]["unit"])
+    if first == 0:
+        seen, x, *_ = frozen(next(batches(0)))
+        optimizer.param_groups[1]["unit"] = fit_biases(sae, x[seen].float(), l0)
+    bandwidth = BANDWIDTH * optimizer.param_groups[1]["unit"]
+    lessons = in_advance(batches, first, batch_size, at_once, frozen)
+    for step, (seen, x, *target) in zip(run.progress(first, steps), lessons):
+        rows = (x.flatten(0, 1) if sae.on_special else x[seen]).float()
+        x_hat, fired, active = reconstruct(sae, rows, bandwidth)
+        tokens, fired, active = everywhere(rows.new_tensor(len(rows))), everywhere(fired), everywhere(active)
         if end_to_end:
-            loss = learn(model, {}, x_hat.view_as(x).to(x.dtype), target, None, layer + 1) / len(x)
+            loss = everywhere(learn(model, {}, x_hat.view_as(x).to(x.dtype), *target, None, layer + 1)) / batch_size
             values = {"kl": loss.detach() / x.shape[1]}                                 # nats a token
         else:
             loss = fvu(x_hat, rows)
             values = {"fvu": loss.detach()}
         if isinstance(sae, JumpReLU):
-            loss = loss + L0_WEIGHT * l0_penalty(now, l0)
+            target_l0 = l0 * START_L0 ** max(0, 1 - (step + 1) / (RAMP * steps))
+            loss = loss + L0_WEIGHT * l0_penalty(active / tokens, target_l0)
         dead = idle >= dead_after
         if auxk:
-            e_hat = topk.aux_decode(rows - sae.b_dec.detach(), sae.W_enc, sae.b_enc, sae.W_dec, dead, rows.shape[1] // 2)
+            encoded = rows - sae.b_dec.detach() if isinstance(sae, TopK) else rows
+            e_hat = topk.aux_decode(encoded, sae.W_enc, sae.b_enc, sae.W_dec, dead, rows.shape[1] // 2)
             loss = loss + AUX_WEIGHT * aux_loss(e_hat, x_hat, rows)
         loss.backward()
+        all_reduce([p.grad for p in (*matrices, *vectors)])
         norm = nn.utils.clip_grad_norm_([*matrices, *vectors], clip)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["unit"] * schedule(step, steps)
         update(sae, optimizer)
-        idle.add_(len(rows)).masked_fill_(fired > 0, 0)
-        run.log(step + 1, **values, l0=now.detach(), dead=dead.float().mean(), grad_norm=norm)
+        idle.add_(tokens.long()).masked_fill_(fired > 0, 0)
+        run.log(step + 1, **values, l0=active.detach() / tokens, dead=dead.float().mean(), grad_norm=norm)
         if 10 * (step + 1) // steps > 10 * step // steps and step + 1 < steps:
             keep(run, sae, layer, step + 1, steps)
         if run.checkpoint_due(step + 1):
@@ -219,6 +212,8 @@ def update(sae, optimizer):
 def keep(run, sae, layer, step, steps):
     """Saves the SAE under the tenth of the training it has had, and what that took."""
     run.flush()                                         # a loss that is not finite stops here, before it is saved
+    if rank() > 0:
+        return
     percent = 10 * (10 * step // steps)
     folder = run.folder / ("sae" if step == steps else f"sae-{percent}pct")
     save_sae(sae, folder, model_name=run.config["model"], layer=layer, context=run.config["context"])
@@ -241,8 +236,6 @@ def make(config, folder, run=None):
     width = config["width"] or 8 * D
     if method == "jumprelu" and not 0 < config["l0"] < width:
         raise InputError(f"--l0 {config['l0']:g} cannot be reached: of {width:,} latents more than 0 and fewer than all must be active")
-    if method == "jumprelu" and config["auxk"]:
-        raise InputError("--auxk revives the latents of TopK SAEs: leave it out for --method jumprelu")
     config = {**config, "width": width, "lr": config["lr"] or 2e-4 / (width / 2 ** 14) ** 0.5}
     sae = new_sae(method, D, width, config["k"]).to(model.device)
     active = f"L0 {config['l0']:g}" if method == "jumprelu" else f"k {sae.k}"

@@ -2,19 +2,21 @@
 import json
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from lorasae.errors import InputError
 
 
-def write_bytes(path, data):
-    """Writes data to a temporary file beside `path`, then renames: a reader sees the old file or the new, never a part."""
+@contextmanager
+def whole(path):
+    """Opens a temporary file beside `path` for binary writing and renames it: a reader sees the old file or the new, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -25,6 +27,12 @@ def write_bytes(path, data):
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_bytes(path, data):
+    """Writes data to `path`, whole or not at all."""
+    with whole(path) as file:
+        file.write(data)
 
 
 def write_json(path, value):

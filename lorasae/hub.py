@@ -219,7 +219,8 @@ def _choose(folders, source, **wanted):
         value, offer = wanted[fact], f"{source} offers {fact} {', '.join(have)}"
         if value is None and fact == "l0":
             value = min(have, key=lambda number: (abs(int(number) - PAPER_L0), int(number)))
-            print(f"{offer}: taking {value}, the nearest to {PAPER_L0}", file=sys.stderr)
+            if len(have) > 1:
+                print(f"{offer}: taking {value}, the nearest to {PAPER_L0}", file=sys.stderr)
         elif value is None and len(have) > 1:
             raise InputError(f"{offer}: choose with --{fact}")
         elif value is not None and str(value) not in have:
@@ -233,7 +234,9 @@ def _choose(folders, source, **wanted):
 def _listing(repo):
     """{path: bytes} of a Hub repository; without a network, of what the cache holds of it (said on stderr)."""
     try:
-        return {file.path: file.size for file in HfApi().list_repo_tree(repo, recursive=True) if hasattr(file, "size")}
+        commit = HfApi().model_info(repo).sha                       # at once, also without a network; the tree retries
+        tree = HfApi().list_repo_tree(repo, recursive=True, revision=commit)
+        return {file.path: file.size for file in tree if hasattr(file, "size")}
     except (HfHubHTTPError, HFValidationError) as error:
         raise _explain(error, repo) from error
     except (HTTPError, OfflineModeIsEnabled):

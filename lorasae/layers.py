@@ -71,16 +71,15 @@ def blockwise_attention(q, k, v, scale, softcap=None, window=None, rows=64):
     """
     heads, T, S = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     k, v = k.repeat_interleave(heads, dim=1).transpose(-1, -2), v.repeat_interleave(heads, dim=1)
-    parts = []
+    q, parts = q * (scale / (softcap or 1)), []
     for start in range(0, T, rows):
         stop = min(start + rows, T)
         seen = slice(0 if window is None else max(0, S - T + start + 1 - window), S - T + stop)
-        scores = (q[:, :, start:stop] @ k[..., seen]).float() * scale
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        mask = causal_mask(*scores.shape[-2:], window, q.device)
-        weights = scores.masked_fill_(~mask, -torch.inf).softmax(dim=-1).to(q.dtype)
-        parts.append(weights @ v[:, :, seen])
+        scores = (q[:, :, start:stop] @ k[..., seen]).float()
+        scores = scores if softcap is None else scores.tanh()
+        hidden = ~causal_mask(*scores.shape[-2:], window, q.device)
+        scores = torch.add(torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, -torch.inf), scores, alpha=softcap or 1)
+        parts.append(scores.softmax(dim=-1).to(q.dtype) @ v[:, :, seen])
     return torch.cat(parts, dim=2)
 
 

@@ -43,11 +43,32 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         y = F.linear(x, self.weight)
+        return y + self.low_rank(F.dropout(x, self.dropout, self.training)) if self.enabled else y
+
+    def low_rank(self, x):
+        """(alpha / R) · B A x"""
+        low = F.linear(x, self.lora_A.weight.to(x.dtype))
+        return F.linear(low * self.scale, self.lora_B.weight.to(x.dtype))
+
+
+class Students(nn.Module):
+    """y_s = W x_s + (alpha / R_s) · B_s A_s dropout(x_s) for S independent adapters of one frozen layer, s = 1 .. S.
+
+    x [S·B, T, in] holds the input of the first student, then that of the second, ...: W x is one product for all. They share
+    dropout's mask, as S runs of their own with the same seed would.
+    """
+
+    def __init__(self, students):
+        super().__init__()
+        self.weight, self.students, self.enabled = students[0].weight, nn.ModuleList(students), True
+
+    def forward(self, x):
+        y = F.linear(x, self.weight)
         if not self.enabled:
             return y
-        x = F.dropout(x, self.dropout, self.training)
-        low = F.linear(x, self.lora_A.weight.to(x.dtype))
-        return y + F.linear(low * self.scale, self.lora_B.weight.to(x.dtype))
+        x = x.unflatten(0, (len(self.students), -1))
+        x = x * F.dropout(torch.ones_like(x[0]), self.students[0].dropout, self.training)
+        return y + torch.cat([student.low_rank(part) for student, part in zip(self.students, x)])
 
 
 def adapters(model):
@@ -56,8 +77,9 @@ def adapters(model):
 
 
 def lora_parameters(model):
-    """The trainable tensors: A and B of every adapter."""
-    return [p for module in adapters(model).values() for p in (module.lora_A.weight, module.lora_B.weight)]
+    """The trainable tensors: A and B of every adapter. model: one, or the adapters that detach_lora returned."""
+    modules = model if isinstance(model, dict) else adapters(model)
+    return [p for module in modules.values() for p in (module.lora_A.weight, module.lora_B.weight)]
 
 
 def add_lora(model, layers, rank, alpha=32, dropout=0.1):
@@ -87,7 +109,7 @@ def add_lora(model, layers, rank, alpha=32, dropout=0.1):
 @contextmanager
 def base(model):
     """Switches the adapters off inside the `with`: the model as it was before adapting."""
-    modules = list(adapters(model).values())
+    modules = [module for module in model.modules() if isinstance(module, (LoRALinear, Students))]
     before = [module.enabled for module in modules]
     try:
         for module in modules:
@@ -98,17 +120,36 @@ def base(model):
             module.enabled = enabled
 
 
+def detach_lora(model):
+    """Takes the adapters off, leaving plain linears; returns them, {module name: LoRALinear}, for attach_lora."""
+    modules = adapters(model)
+    for name, module in modules.items():
+        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        plain.weight = module.weight
+        _replace(model, name, plain)
+    return modules
+
+
+def attach_lora(model, *students):
+    """Puts adapters of detach_lora in their places: one set alone, or several side by side (Students); returns the model."""
+    for name in students[0]:
+        modules = [student[name] for student in students]
+        _replace(model, name, modules[0] if len(modules) == 1 else Students(modules))
+    return model
+
+
 @torch.no_grad()
 def merge_lora(model):
     """Folds each adapter into its weight, W ← W + (alpha / R) B A, leaving plain linears; returns the model."""
-    for name, module in adapters(model).items():
+    for module in detach_lora(model).values():
         delta = module.scale * (module.lora_B.weight @ module.lora_A.weight)
         module.weight.copy_(module.weight.float() + delta)
-        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        plain.weight = module.weight
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain)
     return model
+
+
+def _replace(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def adapter_state(model):
@@ -180,6 +221,5 @@ def load_adapter(model, folder):
                 raise InputError(f"{folder}: {key} should be {tuple(target.shape)} but the file has {found}: "
                                  "it belongs to another model or rank")
             target.data.copy_(tensors[key])
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, fresh)
+        _replace(model, name, fresh)
     return model

@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-CHUNK_ELEMENTS = {"cpu": 2 ** 23, "cuda": 2 ** 28}      # logits held at once: 32 MB on a CPU (cache), 1 GB on a GPU (GEMM size)
+from lorasae.distributed import everywhere
+
+CHUNK_ELEMENTS = {"cpu": 2 ** 21, "cuda": 2 ** 27}      # logits of a model held at once: 8 MB on a CPU, 0.5 GB on a GPU
+CACHED_ELEMENTS = 2 ** 18                               # of these, worked on at once by a CPU: 1 MB stays in its cache
 
 
 def naive_kl(target, hidden, weight, softcap=None):
@@ -33,7 +36,8 @@ def linear_kl(target, hidden, weight, softcap=None, chunk=None, compiled=False):
     """
     target = target.detach().reshape(-1, target.shape[-1])
     students = hidden.reshape(-1, *target.shape)
-    losses = LinearKL.apply(students, target, weight.detach(), softcap, chunk or chunk_rows(weight), compiled)
+    chunk = chunk or 2 * chunk_rows(weight) // (1 + len(students))
+    losses = LinearKL.apply(students, target, weight.detach(), softcap, chunk, compiled)
     return losses if len(students) > 1 else losses[0]
 
 
@@ -53,10 +57,10 @@ class LinearKL(torch.autograd.Function):
             rows = slice(start, start + chunk)
             states = torch.cat([target[None, rows], hidden[:, rows]])                     # W is read once for all
             logits = matmul_fp32(states.flatten(0, 1), weight.T).unflatten(0, states.shape[:2])
-            losses, d_logits = pair(logits[0], logits[1:], softcap)
-            totals += losses
+            for piece in logits.split(chunk if hidden.is_cuda else cached_rows(weight), dim=1):
+                totals += pair(piece[0], piece[1:], softcap)
             if gradient is not None:
-                gradient[:, rows] = matmul_fp32(d_logits.to(weight.dtype).flatten(0, 1), weight).view_as(states[1:])
+                gradient[:, rows] = matmul_fp32(logits[1:].to(weight.dtype).flatten(0, 1), weight).view_as(states[1:])
         ctx.save_for_backward(gradient)
         return totals
 
@@ -67,18 +71,19 @@ class LinearKL(torch.autograd.Function):
 
 
 def kl_and_gradient(teacher, students, softcap):
-    """Uncapped fp32 logits, [n, V] of the base and [S, n, V] -> Σ KL [S] and ∂KL/∂students [S, n, V].
+    """Uncapped fp32 logits, [n, V] of the base and [S, n, V] -> Σ KL [S]. In place of the students' logits it leaves ∂KL/∂logits.
 
     c tanh(u / c) = 2c σ(2u / c) - c: no softmax sees the last term, and σ is ten times as fast as tanh on a CPU.
     """
-    slope = 1
+    logits, slope = students, 1
     if softcap is not None:
-        teacher, students = (torch.sigmoid(logits * (2 / softcap)) for logits in (teacher, students))
+        teacher, students = (torch.sigmoid(u * (2 / softcap)) for u in (teacher, students))
         slope = 4 * students * (1 - students)                           # d(c tanh(u / c))/du = 1 - tanh²
         teacher, students = 2 * softcap * teacher, 2 * softcap * students
     log_p, log_q = teacher.log_softmax(-1), students.log_softmax(-1)
     p = log_p.exp()
-    return (p * (log_p - log_q)).sum((-2, -1)), (log_q.exp() - p) * slope
+    logits.copy_((log_q.exp() - p) * slope)
+    return (p * (log_p - log_q)).sum((-2, -1))
 
 
 @cache
@@ -119,7 +124,12 @@ def capped(logits, softcap):
 
 def chunk_rows(weight):
     """How many tokens' logits to hold at once."""
-    return max(16, CHUNK_ELEMENTS[weight.device.type if weight.is_cuda else "cpu"] // len(weight))
+    return max(32, CHUNK_ELEMENTS["cuda" if weight.is_cuda else "cpu"] // len(weight))
+
+
+def cached_rows(weight):
+    """How many tokens' logits a CPU keeps in its cache."""
+    return max(1, CACHED_ELEMENTS // len(weight))
 
 
 def matmul_fp32(a, b):
@@ -140,8 +150,12 @@ def matmul_fp32(a, b):
 # ---- Training an SAE (§3.1, §3.3; dictionary.py) -----------------------------------------------------------------------------
 
 def fvu(x_hat, x):
-    """Fraction of variance unexplained, Σ‖x - x̂‖² / Σ‖x - x̄‖², over the tokens of a step; both [N, D], x̄ their mean."""
-    return (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    """Fraction of variance unexplained, Σ‖x - x̂‖² / Σ‖x - x̄‖², over the tokens of a step; both [N, D], x̄ their mean.
+
+    Of several processes each holds a part of the tokens; the sums are over all.
+    """
+    mean = everywhere(x.sum(0)) / everywhere(x.new_tensor(len(x)))
+    return everywhere((x - x_hat).square().sum()) / everywhere((x - mean).square().sum())
 
 
 def aux_loss(e_hat, x_hat, x):
@@ -150,7 +164,7 @@ def aux_loss(e_hat, x_hat, x):
     The part of the residual that they leave, so 1 where they do nothing. b_dec is in x̂ already and stays out of ê.
     """
     e = (x - x_hat).detach()
-    return (e - e_hat).square().sum() / e.square().sum().clamp(min=torch.finfo(e.dtype).tiny)
+    return everywhere((e - e_hat).square().sum()) / everywhere(e.square().sum()).clamp(min=torch.finfo(e.dtype).tiny)
 
 
 def jump(pre, threshold, bandwidth):

@@ -1,17 +1,18 @@
 """A run's folder: what was asked (config.json), what happened (metrics.jsonl, checkpoint/), what came out (results.json).
 
 Every file is whole or absent. A killed run loses the steps since its last checkpoint and, resumed, ends where the
-uninterrupted one would have: parameters, optimiser, random state and position in the data are all restored.
+uninterrupted one would have: parameters and optimiser come from the checkpoint, and the position in the data and the random
+numbers of a step follow from its number. Of several processes (distributed.py) the first does all the writing.
 """
 import argparse
 import json
 import math
-import os
 import platform
 import resource
 import sys
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy
@@ -19,10 +20,11 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from lorasae import distributed
 from lorasae.checkpoint import load_model
 from lorasae.data import Corpus
 from lorasae.errors import InputError
-from lorasae.files import read_json, write_bytes, write_json
+from lorasae.files import read_json, whole, write_bytes, write_json
 from lorasae.hub import model_files
 from lorasae.lora import load_adapter
 from lorasae.model import Transformer
@@ -66,7 +68,7 @@ def load_saes(config, model):
         if not 0 <= layer < depth:
             raise InputError(f"--layer {layer} is out of range: {config['model']} has blocks 0 to {depth - 1}")
         saes[layer] = load_sae(source, layer=layer, width=config["width"], l0=config["l0"],
-                               dtype=config["sae_dtype"], device=model.device).requires_grad_(False)
+                               dtype=config["sae_dtype"], device=model.device, llama_scope=config.get("llama_scope", "openmoss"))
         check_fits(saes[layer], model.config.hidden_size)
     return saes
 
@@ -93,8 +95,9 @@ class Run:
     @classmethod
     def create(cls, folder, config):
         """A fresh folder with its config.json; refuses one that holds anything."""
-        check_free(folder)
-        write_json(Path(folder) / "config.json", {**config, "versions": versions()})
+        if distributed.rank() == 0:
+            check_free(folder)
+            write_json(Path(folder) / "config.json", {**config, "versions": versions()})
         return cls(folder, config)
 
     @classmethod
@@ -106,11 +109,15 @@ class Run:
 
     def restore(self, parameters, optimizer):
         """Loads the newest whole checkpoint into parameters and optimiser; returns the steps done (0 without one)."""
+        if distributed.rank() == 0:
+            for unfinished in self.folder.rglob("*.part"):              # what a killed process was writing
+                unfinished.unlink()
         for path in sorted((self.folder / "checkpoint").glob("step-*.pt"), reverse=True):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, OSError, ValueError) as error:
-                print(f"{path} is damaged ({str(error).splitlines()[0]}): trying the checkpoint before it", file=sys.stderr)
+            except (RuntimeError, EOFError, OSError, ValueError, UnpicklingError) as error:
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                print(f"{path} is damaged ({reason}): trying the one before it, else from the start", file=sys.stderr)
                 continue
             if [p.shape for p in parameters] != [saved.shape for saved in state["parameters"]]:
                 raise InputError(f"{path} belongs to another run: its tensors have other shapes than this one's")
@@ -118,9 +125,6 @@ class Run:
                 for parameter, saved in zip(parameters, state["parameters"], strict=True):
                     parameter.copy_(saved)
             optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            if state["cuda_rng"] is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(state["cuda_rng"])
             self.seconds = state["seconds"]
             self._forget_metrics_after(state["step"])
             return state["step"]
@@ -130,14 +134,13 @@ class Run:
     def save(self, step, parameters, optimizer):
         """Writes checkpoint/step-N.pt, keeping the one before it. Only ever called with finite losses behind it."""
         self.flush()
+        if distributed.rank() > 0:
+            return
         state = {"step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(),
-                 "rng": torch.get_rng_state(), "seconds": self.seconds,
-                 "cuda_rng": torch.cuda.get_rng_state() if parameters[0].is_cuda else None}
+                 "seconds": self.seconds}
         folder = self.folder / "checkpoint"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step-{step:08d}.pt"
-        torch.save(state, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        with whole(folder / f"step-{step:08d}.pt") as file:
+            torch.save(state, file)
         for old in sorted(folder.glob("step-*.pt"))[:-2]:
             old.unlink()
 
@@ -146,7 +149,8 @@ class Run:
 
     def progress(self, start, steps):
         """Counts the steps start .. steps-1 behind a progress bar (on a terminal only), timing what happens between."""
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        quiet = distributed.rank() > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=quiet, dynamic_ncols=True)
         self.started = time.perf_counter() - self.seconds
         for step in range(start, steps):
             yield step
@@ -178,20 +182,22 @@ class Run:
         rate = step * self.config["batch_size"] * self.config["context"] / self.seconds
         line = {"step": step, "tokens": step * self.config["batch_size"] * self.config["context"], **means,
                 "tokens_per_second": rate, "seconds": self.seconds}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if distributed.rank() == 0:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
         name, value = next(iter(means.items()))
         self.bar.set_postfix_str(f"{name} {value:.4f}, {rate:,.0f} tok/s")
 
     def _forget_metrics_after(self, step):
         path = self.folder / "metrics.jsonl"
-        if path.exists():
+        if distributed.rank() == 0 and path.exists():
             lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
             write_bytes(path, "".join(line + "\n" for line in lines).encode())
 
     def finish(self, results):
         """Writes results.json, which marks the run as finished."""
-        write_json(self.folder / "results.json", results)
+        if distributed.rank() == 0:
+            write_json(self.folder / "results.json", results)
 
 
 def count(text):

@@ -118,7 +118,8 @@ def read_sparsify(folder, layer=None):
     if "W_skip" in file:
         raise InputError(f"{folder} has a skip connection (W_skip), which is not supported")
     return {"W_enc": lambda: file["encoder.weight"], "W_dec": lambda: file["W_dec"], "b_enc": file["encoder.bias"],
-            "b_dec": file["b_dec"], "k": need(cfg, "k", folder, int), "centred": True, "on_special": True, "shape": (M, D)}
+            "b_dec": file["b_dec"], "k": need(cfg, "k", folder, int), "centred": True, "on_special": True,
+            "shape": (M, D)}
 
 
 def read_sae_lens(folder, layer=None):
@@ -203,12 +204,12 @@ def build(where, *, W_enc, b_enc, W_dec, b_dec, centred, on_special, dtype, devi
             raise InputError(f"{where}: {name} is {list(tensor.shape)}, but W_enc implies {expected}")
     if centred != (k is not None):
         b_enc = b_enc + (-1 if centred else 1) * torch.cat([rows.float() @ b_dec for rows in weight.split(ROWS)]) * enc
-    tensors = {"W_enc": scaled(weight, enc, dtype), "b_enc": b_enc.to(dtype), "b_dec": b_dec.to(dtype)}
-    del weight
+    tensors = {"W_enc": scaled(weight, enc, dtype, device), "b_enc": b_enc.to(dtype), "b_dec": b_dec.to(dtype)}
+    del weight                                                          # before the next one is read
     weight = W_dec()
     if list(weight.shape) != [M, D]:
         raise InputError(f"{where}: W_dec is {list(weight.shape)} as [M, D], but W_enc implies {[M, D]}")
-    tensors["W_dec"] = scaled(weight, dec, dtype)
+    tensors["W_dec"] = scaled(weight, dec, dtype, device)
     if k is None:
         tensors["threshold"] = threshold.float()
     for name, tensor in tensors.items():
@@ -218,13 +219,13 @@ def build(where, *, W_enc, b_enc, W_dec, b_dec, centred, on_special, dtype, devi
     return sae
 
 
-def scaled(weight, factor, dtype):
-    """diag(factor) weight as a new, contiguous tensor of `dtype`, computed in float32 a few thousand rows at a time."""
-    factor = torch.as_tensor(factor).expand(len(weight))
-    out = torch.empty(weight.shape, dtype=dtype)
+def scaled(weight, factor, dtype, device):
+    """diag(factor) weight, contiguous, in `dtype` on `device`; computed there in float32, ROWS at a time."""
+    factor = torch.as_tensor(factor, device=device).expand(len(weight))
+    out = torch.empty(weight.shape, dtype=dtype, device=device)
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
-        out[rows] = weight[rows].float() * factor[rows, None]
+        out[rows] = weight[rows].to(device).float() * factor[rows, None]
     return out
 
 

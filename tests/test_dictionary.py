@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import train as script
+from conftest import random_weights
 from lorasae import dictionary
 from lorasae.checkpoint import load_model, parse_config
-from lorasae.dictionary import evaluate, fit_biases, frozen, geometric_median, new_sae, schedule, train
+from lorasae.dictionary import evaluate, fit_biases, geometric_median, new_sae, schedule, train
 from lorasae.errors import InputError
 from lorasae.files import read_json
 from lorasae.model import Transformer
@@ -20,17 +21,20 @@ from lorasae.sae_formats import load_sae
 LAYER, B, T, M, K = 1, 2, 16, 128, 4
 
 
-@pytest.fixture
-def batches():
+def text(bos):
     """batches(skip) of random tokens with a BOS in front, as Corpus.batches gives them; batches.seen counts them."""
     def batches(skip):
         for i in count(skip):
             batches.seen = i + 1
             tokens = torch.randint(3, 97, (B, T), generator=torch.Generator().manual_seed(i))
-            tokens[:, 0] = batches.bos
+            tokens[:, 0] = bos
             yield tokens
-    batches.bos = 2
     return batches
+
+
+@pytest.fixture
+def batches(model):
+    return text(model.config.bos_token_id)
 
 
 def new_run(folder, **config):
@@ -115,7 +119,7 @@ def gradients(sae, loss):
 
 
 def test_the_end_to_end_gradient_is_that_of_two_whole_forward_passes(model, batches, tmp_path, monkeypatch):
-    sae, batches.bos = fresh("e2e", model), model.config.bos_token_id
+    sae = fresh("e2e", model)
     found = first_step(model, sae, "e2e", batches, tmp_path, monkeypatch)
     tokens, depth = next(batches(0)), len(model.layers)
 
@@ -137,10 +141,10 @@ def test_the_topk_gradient_is_that_of_the_dense_fvu(model, batches, tmp_path, mo
 
 
 def test_the_jumprelu_gradient_is_that_of_fvu_and_l0_penalty_on_ordinary_positions(model, batches, tmp_path, monkeypatch):
-    sae, batches.bos = fresh("jumprelu", model), model.config.bos_token_id
+    sae = fresh("jumprelu", model)
     found = first_step(model, sae, "jumprelu", batches, tmp_path, monkeypatch)
     x = model.run(model.embed(next(batches(0))), 0, LAYER + 1)[:, 1:].flatten(0, 1)     # BOS is left out
-    unit = fit_biases(sae, x)
+    unit = (x - geometric_median(x)).square().sum(1).mean().sqrt()
     z, gates = jump(x @ sae.W_enc.T + sae.b_enc, sae.threshold, dictionary.BANDWIDTH * unit)
     loss = fvu(z @ sae.W_dec + sae.b_dec, x) + dictionary.L0_WEIGHT * l0_penalty(gates.sum(1).mean(), K)
     same_gradients(found, gradients(sae, loss))
@@ -152,12 +156,12 @@ def test_decoder_rows_have_norm_one_after_every_step(model, batches, tmp_path, m
 
     def watched(skip):
         for tokens in batches(skip):
-            norms.append(sae.W_dec.detach().norm(dim=1))
+            norms.append(sae.W_dec.detach().norm(dim=1))    # once more for the first batch, to which the biases are fitted
             yield tokens
 
     before = sae.W_dec.detach().clone()
     fit(model, sae, method, watched, new_run(tmp_path))
-    torch.testing.assert_close(torch.stack(norms), torch.ones(20, M), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.stack(norms), torch.ones(21, M), rtol=1e-5, atol=1e-5)
     assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5 and not torch.equal(before, sae.W_dec)
 
 
@@ -179,17 +183,6 @@ def test_reconstruction_never_runs_the_blocks_after_the_sae(model, batches, tmp_
         block.forward = None
     model.model["norm"].forward = None
     fit(model, fresh("topk", model), "topk", batches, new_run(tmp_path))
-
-
-def test_the_frozen_model_takes_several_steps_together_and_no_batch_is_lost(model, batches):
-    for skip in (0, 3):
-        stream = frozen(model, LAYER, batches, skip, B, 2 * B, True)
-        for i in range(skip, skip + 5):
-            tokens, x, target = next(stream)
-            expected = next(batches(i))
-            assert torch.equal(tokens, expected)
-            torch.testing.assert_close(x, model.run(model.embed(expected), 0, LAYER + 1), rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(target, model.norm(model.run(x, LAYER + 1, 4)), rtol=1e-4, atol=1e-4)
 
 
 def test_the_rate_rises_for_a_tenth_of_a_short_run_and_ends_at_zero():
@@ -235,7 +228,7 @@ def test_the_evaluation_counts_the_latents_that_no_token_fires(model, tokens):
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method, auxk", [("topk", True), ("jumprelu", False), ("e2e", False)])
+@pytest.mark.parametrize("method, auxk", [("topk", True), ("jumprelu", True), ("e2e", False)])
 def test_an_interrupted_run_resumes_to_the_very_same_sae(model, batches, tmp_path, method, auxk):
     class Killed(Exception):
         pass
@@ -324,7 +317,6 @@ def test_the_paper_s_rate_and_width_are_the_defaults(words, whole_model, raw_con
     ("topk", ["--layer", 1, 2], "one layer"),
     ("jumprelu", ["--l0", 0], "--l0 0 cannot be reached"),
     ("jumprelu", ["--l0", 96], "--l0 96 cannot be reached"),
-    ("jumprelu", ["--l0", 8, "--auxk"], "--auxk"),
     ("topk", ["--width", "16k"], "number of latents"),
     ("topk", ["--width", 0], "number of latents"),
     ("topk", ["--sae", "somewhere"], "from scratch"),
@@ -341,3 +333,38 @@ def test_a_checkpoint_of_another_width_is_refused(model, batches, tmp_path):
     fit(model, fresh("topk", model), "topk", batches, new_run(tmp_path))
     with pytest.raises(InputError, match="another"):
         fit(model, new_sae("topk", model.config.hidden_size, 64, K), "topk", batches, Run.resume(tmp_path))
+
+
+# ---- Several processes -----------------------------------------------------------------------------------------------
+
+def process(rank, folder, method, raw):
+    """One of two processes that train an SAE together."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = Transformer(parse_config(raw, "the test"))
+    model.load_state_dict(random_weights(raw, scale=0.15))
+    model.requires_grad_(False)
+    sae = fresh(method, model)
+    fit(model, sae, method, text(model.config.bos_token_id), new_run(folder / "run"), **TOGETHER)
+    torch.save(dict(sae.named_parameters()), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+TOGETHER = {"steps": 10, "auxk": True, "dead_after": 50}
+
+
+@pytest.mark.parametrize("method", ["jumprelu", "e2e"])
+@pytest.mark.parametrize("raw_config", ["llama"], indirect=True)
+def test_two_processes_take_the_steps_of_one(model, raw_config, tmp_path, method):
+    torch.multiprocessing.spawn(process, (tmp_path, method, raw_config), nprocs=2)
+    alone = fresh(method, model)
+    fit(model, alone, method, text(model.config.bos_token_id), new_run(tmp_path / "alone"), **TOGETHER)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    before = fresh(method, model)
+    for name, parameter in alone.named_parameters():
+        assert torch.equal(first[name], second[name]), name
+        moved = (parameter - before.get_parameter(name)).norm()
+        assert moved > 0 and (first[name] - parameter).norm() < 1e-2 * moved, name
+    lines = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("run", "alone")]
+    for key in ("l0", "dead", "fvu" if method == "jumprelu" else "kl"):
+        assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-3), key

@@ -135,13 +135,14 @@ def watch(lm):
 
 
 def test_neither_batches_nor_padding_move_a_log_likelihood(bench):
-    found = []
+    found, batches = [], []
     for batch_tokens in (1, 300, 10**6):
         ours = bench.ours(batch_tokens=batch_tokens)
         shapes = watch(ours)
         found.append([p for p, _ in ours.loglikelihood(requests("loglikelihood", *PAIRS))])
-        assert len(shapes) == {1: sum(rows for rows, _ in shapes), 300: len(shapes), 10**6: 1}[batch_tokens]
-        assert batch_tokens == 1 or max(rows * length for rows, length in shapes) <= batch_tokens
+        assert all(rows == 1 or rows * length <= batch_tokens for rows, length in shapes)
+        batches.append(len(shapes))
+    assert batches[0] > batches[1] > batches[2] == 1
     assert found[0] == pytest.approx(found[2], abs=1e-4) and found[1] == pytest.approx(found[2], abs=1e-4)
 
 
@@ -249,7 +250,8 @@ def task_folder(tmp_path_factory):
     return folder
 
 
-def test_scores_of_whole_tasks_are_those_of_lm_evals_own_model_in_all_four_settings(bench, task_folder, capsys):
+def test_scores_of_whole_tasks_are_those_of_lm_evals_own_model_in_all_four_settings(bench, task_folder, monkeypatch, capsys):
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)         # slow: it asks the machine for everything
     tasks = harness.load_tasks([f"{task_folder}/"])
     numbers = harness.evaluate(bench.model, bench.saes, bench.tokenizer, tasks, bench.keep_special, limit=10)
     answers, plain = set(), harness.TaskManager(include_defaults=False)

@@ -126,6 +126,11 @@ def test_a_repository_is_fetched_once_and_only_what_is_read(server):
     assert model_files("some/model") == folder and fetched(server) == []
 
 
+def test_the_configuration_can_be_had_without_the_weights(server):
+    server.repos["some/model"] = MODEL
+    assert hub.config_file("some/model").read_bytes() == b"{}" and fetched(server) == ["config.json"]
+
+
 def test_the_cache_serves_without_a_network(server, monkeypatch):
     server.repos["some/model"] = MODEL
     folder = model_files("some/model")

@@ -68,7 +68,8 @@ def gemma_scope(folder, t, lower=False, **more):
 def llama_scope(folder, t, theta=0.6, n_in=2.5, n_out=2.5, **more):
     write_json(folder / "hyperparams.json", {
         "d_model": D, "d_sae": M, "hook_point_in": "blocks.3.hook_resid_post",
-        "hook_point_out": "blocks.3.hook_resid_post", "act_fn": "jumprelu", "jump_relu_threshold": theta, "norm_activation": "dataset-wise", "use_decoder_bias": True,
+        "hook_point_out": "blocks.3.hook_resid_post", "act_fn": "jumprelu", "jump_relu_threshold": theta,
+        "norm_activation": "dataset-wise", "use_decoder_bias": True,
         "dataset_average_activation_norm": {"in": n_in, "out": n_out}, "apply_decoder_bias_to_pre_encoder": False,
         "sparsity_include_decoder_norm": True, "use_glu_encoder": False, "top_k": 50, **more})
     write_tensors(folder / "checkpoints" / "final.safetensors", {

@@ -14,7 +14,7 @@ from lorasae.streams import held_out
 from lorasae.tiny import make
 
 FOLDERS = {name: make.HERE / name for name in make.CONFIGS}
-LOSS_BOUND = 3.0                                        # nats a token; room for the library of another Python version
+LOSS_BOUND = 3.25                                       # nats a token; room for the library of another Python version
 SAMPLE = "class Ünïcode(dict):\n\n    def __len__(self):\t# 日本語 🐍\r\n        return 3  \n"
 
 both = pytest.mark.parametrize("name", make.CONFIGS)
@@ -53,7 +53,8 @@ def test_the_tokenizer_puts_bos_first_and_gives_the_text_back(name):
     tokenizer, raw = tokenizer_of(name), make.CONFIGS[name]
     encoding = tokenizer.encode(SAMPLE)
     assert encoding.ids[0] == raw["bos_token_id"] == tokenizer.token_to_id("<bos>")
-    assert tokenizer.token_to_id("<eos>") == raw["eos_token_id"] and tokenizer.token_to_id("<pad>") == raw["pad_token_id"]
+    assert tokenizer.token_to_id("<eos>") == raw["eos_token_id"]
+    assert tokenizer.token_to_id("<pad>") == raw["pad_token_id"]
     assert tokenizer.get_vocab_size() == raw["vocab_size"]
     assert tokenizer.decode(encoding.ids) == SAMPLE
     assert tokenizer.encode(SAMPLE, add_special_tokens=False).ids == encoding.ids[1:]
@@ -95,7 +96,8 @@ def test_batches_are_pieces_of_the_stream_after_a_bos():
 
 
 def test_ngram_losses_are_those_of_normalised_distributions_counted_by_hand():
-    stream, vocabulary = torch.randint(0, 7, (60,), generator=torch.Generator().manual_seed(0)), 9     # 7, 8: never seen
+    stream = torch.randint(0, 7, (60,), generator=torch.Generator().manual_seed(0))
+    vocabulary = 9                                      # 7 and 8 are never seen
     words, pairs = Counter(stream.tolist()), Counter(zip(stream[:-1].tolist(), stream[1:].tolist()))
     discount = (ones := list(pairs.values()).count(1)) / (ones + 2 * list(pairs.values()).count(2))
 

@@ -139,6 +139,15 @@ def test_step_equals_dense_autograd_where_the_groups_work():
             close(a, b, 1e-12)
 
 
+def test_step_without_onednn(monkeypatch):
+    tensors = problem()
+    results = [gradients(topk.sae_step, tensors, 8)]
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    results.append(gradients(topk.sae_step, tensors, 8))
+    for a, b in zip(*[[recon, *grads] for recon, _, grads in results]):
+        close(a, b)
+
+
 @pytest.mark.parametrize("bias, k", CASES)
 def test_encode_then_decode_equals_dense_autograd(bias, k):
     tensors = problem(bias=bias)

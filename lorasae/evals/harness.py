@@ -227,9 +227,8 @@ def load_tasks(names):
     paths = {name: Path(name).resolve() for name in names if "/" in name or name.endswith(".yaml")}
     manager = TaskManager(include_path=[path for path in paths.values() if path.is_dir()],
                           include_defaults=len(paths) < len(names))     # lm-eval's own files take seconds to read
-    specs = []
+    index, specs = manager.task_index, []
     for name in names:
-        index = manager.task_index
         specs += [task for task in manager.all_subtasks if paths.get(name) in index[task].yaml_path.parents] or [name]
     try:
         return manager.load(specs)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from lorasae.dictionary import RECIPES, evaluate, fill, frozen, make
+from lorasae.dictionary import evaluate, fill, make
 from lorasae.files import write_bytes, write_json
 from lorasae.hub import PRESETS
 from lorasae.run import load_setting
@@ -91,7 +91,8 @@ def save_llama_scope(sae, folder, layer, norm, k):
 def sample(config):
     """Activations of some training text without BOS and EOS [N, D]."""
     model, _, corpus, _ = load_setting({**config, "layer": []})
-    tokens, x, _ = next(frozen(model, config["layer"][0], lambda skip: corpus.batches(SAMPLE, skip), 0, SAMPLE, 8, False))
+    tokens = next(corpus.batches(SAMPLE))
+    x = model.run(model.embed(tokens), 0, config["layer"][0] + 1)
     return x[(tokens != corpus.bos) & (tokens != corpus.eos)].float()
 
 
