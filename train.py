@@ -50,7 +50,7 @@ def arguments(argv):
     add("--rank", type=int, nargs="+", help="rank of every adapter; several, as in 1 4 16 64 256, train side by side in one pass and "
         "end as runs of their own would (default: the preset's; paper: 64)")
     add("--alpha", type=float, default=32, help="the adapters are scaled by alpha / rank (default: %(default)s at every rank)")
-    add("--dropout", type=float, default=0.1, help="dropout probability on the adapters' input (default: %(default)s)")
+    add("--dropout", type=float, help="dropout probability on the adapters' input (default: the preset's; paper: 0.1)")
     add("--adapt", nargs="+", metavar="BLOCKS", help="after (the SAE), all, next, or block numbers "
         "(default: after for JumpReLU SAEs, whose L0 would move otherwise, all for TopK)")
     add = parser.add_argument_group("text").add_argument
@@ -64,6 +64,8 @@ def arguments(argv):
     add("--micro-batch", type=int, help="sequences that pass through the model at once; less memory, same step "
         "(default: the whole batch)")
     add("--lr", type=float, help="AdamW's constant learning rate (default: the preset's; paper: 5e-5)")
+    add("--lr-decay", action=argparse.BooleanOptionalAction, help="let it fall linearly to 0: better where steps are few "
+        "(default: the preset's; paper: --no-lr-decay)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's weight decay (default: %(default)s)")
     add("--clip", type=float, default=1.0, help="bound on the gradient norm of the KL summed over a sequence "
         "(default: %(default)s)")
@@ -96,7 +98,7 @@ def configure(args):
             raise InputError(f"--method {args.method} trains an SAE from scratch: leave --sae out")
         config = fill(config, defaults)
     else:
-        for key in ("rank", "data", "tokens", "eval_tokens", "context", "batch_size", "lr", "dtype", "sae_dtype"):
+        for key in ("rank", "dropout", "data", "tokens", "eval_tokens", "context", "batch_size", "lr", "lr_decay", "dtype", "sae_dtype"):
             if config[key] is None:
                 config[key] = getattr(defaults, key)
         config["layer"] = config["layer"] or [defaults.layer]
@@ -144,7 +146,7 @@ def adapt(config, folder, run=None):
     run = run or Run.create(folder, config)             # nothing is written before everything has been read
     train(model, saes, lambda skip: corpus.batches(config["batch_size"], skip), run, steps=config["steps"], lr=config["lr"],
           weight_decay=config["weight_decay"], clip=config["clip"], micro_batch=config["micro_batch"], keep_special=keep_special,
-          students=students, ahead=config["ahead"], compiled=config["compile"])
+          decay=config["lr_decay"], students=students, ahead=config["ahead"], compiled=config["compile"])
     places = [run.folder / f"rank-{rank}" if len(ranks) > 1 else run.folder for rank in ranks]
     for place, student in zip(places, students):
         save_adapter(attach_lora(model, student), place / "adapter", base_model=config["model"])

@@ -69,8 +69,8 @@ def learn(model, saes, x, target, keep, first, students=1, compiled=False):
     return linear_kl(target, hidden.unflatten(0, (students, -1)), model.head, model.softcap, compiled=compiled)
 
 
-def train(model, saes, batches, run, *, steps, lr, weight_decay, clip, micro_batch, keep_special, students=None, ahead=1,
-          compiled=False):
+def train(model, saes, batches, run, *, steps, lr, weight_decay, clip, micro_batch, keep_special, decay=False, students=None,
+          ahead=1, compiled=False):
     """Trains the adapters for `steps` batches of tokens [B, T]; resumes where the run's last checkpoint stands.
 
     The loss is the KL summed over a sequence and averaged over the B sequences, and that sum is what `clip` bounds: with the
@@ -78,6 +78,7 @@ def train(model, saes, batches, run, *, steps, lr, weight_decay, clip, micro_bat
     `micro_batch` at a time with their gradients added, which changes memory and not the step. batches(skip) yields batches
     from the skip-th on.
 
+    decay: lr falls linearly to 0 instead of staying, for runs too short to average out the noise of their steps.
     students: sets of adapters that were attached side by side and train independently. ahead: sequences whose frozen part
     runs at once, before their steps. compiled: blocks and loss go through torch.compile. None of these changes a step.
     """
@@ -106,6 +107,7 @@ def train(model, saes, batches, run, *, steps, lr, weight_decay, clip, micro_bat
                 total += losses.detach()
             distributed.all_reduce([total, *(parameter.grad for parameter in parameters)])
             norms = [torch.nn.utils.clip_grad_norm_(parameters, clip) for parameters in own]
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) if decay else lr
             optimizer.step()
             optimizer.zero_grad()
             kl = {f"kl{name}": value for name, value in zip(names, total / config["context"])}          # in nats a token

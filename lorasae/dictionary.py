@@ -51,6 +51,7 @@ RECIPES = {
     "tiny-llama-3": Recipe(width=1024, k=16, l0=16, lr=2e-3, batch_size=8, tokens=2_000_000),
 }
 
+
 def fill(config, defaults):
     """A configuration (train.py's arguments) with its Nones filled in, from the Recipe and the Preset `defaults` of the model."""
     recipe = RECIPES.get(next((name for name, known in PRESETS.items() if known is defaults), None), Recipe())

@@ -147,7 +147,8 @@ def main(argv=None):
         config = {key: getattr(args, key) for key in ("model", "layer", "width", "k", "tokens", "data", "eval_tokens", "device", "seed")}
         config |= dict.fromkeys(("method", "sae", "l0", "lr", "batch_size", "micro_batch", "context", "field", "dtype", "sae_dtype"))
         config = fill({**config, "clip": 1.0, "auxk": False, "dead_after": 10 ** 7, "checkpoint_every": 1000}, known)
-        lora = {"method": "lora", "adapt": ["all"], "rank": args.rank or known.rank, "alpha": 32, "dropout": 0.1, "lr": known.lr,
+        lora = {"method": "lora", "adapt": ["all"], "rank": args.rank or known.rank, "alpha": 32, "dropout": known.dropout,
+                "lr": known.lr, "lr_decay": known.lr_decay,
                 "weight_decay": 0.01, "tokens": args.lora_tokens or known.tokens, "batch_size": known.batch_size,
                 "micro_batch": known.batch_size, "width": None, "l0": None}
         for part in (config, lora):

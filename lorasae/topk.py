@@ -222,7 +222,8 @@ def _preactivations(x, W, b):
         if x.is_cuda:
             return torch.mm(x, W.T, out_dtype=torch.float32).add_(b)
         x, W, b = x.float(), W.float(), b.float()                       # out_dtype is CUDA's alone
-    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if (x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+            and not torch.compiler.is_compiling()):                     # Inductor takes constant weights only there
         # oneDNN, which torch.addmm does not use for fp32: measured twice as fast on an AMD Zen 5.
         return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
     return torch.addmm(b, x, W.T)

@@ -337,34 +337,34 @@ def test_a_checkpoint_of_another_width_is_refused(model, batches, tmp_path):
 
 # ---- Several processes -----------------------------------------------------------------------------------------------
 
-def process(rank, folder, method, raw):
+def together(model, method, folder):
+    """The SAE and the last line of the metrics of a short run with everything in it."""
+    sae = fresh(method, model)
+    fit(model, sae, method, text(model.config.bos_token_id), new_run(folder), steps=10, auxk=True, dead_after=50)
+    return dict(sae.named_parameters())
+
+
+def process(number, folder, raw):
     """One of two processes that train an SAE together."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
     model = Transformer(parse_config(raw, "the test"))
     model.load_state_dict(random_weights(raw, scale=0.15))
     model.requires_grad_(False)
-    sae = fresh(method, model)
-    fit(model, sae, method, text(model.config.bos_token_id), new_run(folder / "run"), **TOGETHER)
-    torch.save(dict(sae.named_parameters()), folder / f"{rank}.pt")
+    torch.save({method: together(model, method, folder / method) for method in ("jumprelu", "e2e")}, folder / f"{number}.pt")
     torch.distributed.destroy_process_group()
 
 
-TOGETHER = {"steps": 10, "auxk": True, "dead_after": 50}
-
-
-@pytest.mark.parametrize("method", ["jumprelu", "e2e"])
 @pytest.mark.parametrize("raw_config", ["llama"], indirect=True)
-def test_two_processes_take_the_steps_of_one(model, raw_config, tmp_path, method):
-    torch.multiprocessing.spawn(process, (tmp_path, method, raw_config), nprocs=2)
-    alone = fresh(method, model)
-    fit(model, alone, method, text(model.config.bos_token_id), new_run(tmp_path / "alone"), **TOGETHER)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    before = fresh(method, model)
-    for name, parameter in alone.named_parameters():
-        assert torch.equal(first[name], second[name]), name
-        moved = (parameter - before.get_parameter(name)).norm()
-        assert moved > 0 and (first[name] - parameter).norm() < 1e-2 * moved, name
-    lines = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("run", "alone")]
-    for key in ("l0", "dead", "fvu" if method == "jumprelu" else "kl"):
-        assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-3), key
+def test_two_processes_take_the_steps_of_one(model, raw_config, tmp_path):
+    torch.multiprocessing.spawn(process, (tmp_path, raw_config), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{number}.pt") for number in (0, 1))
+    for method, loss in (("jumprelu", "fvu"), ("e2e", "kl")):
+        before, alone = dict(fresh(method, model).named_parameters()), together(model, method, tmp_path / f"{method}-alone")
+        for name, parameter in alone.items():
+            assert torch.equal(first[method][name], second[method][name]), name
+            moved = (parameter - before[name]).norm()
+            assert moved > 0 and (first[method][name] - parameter).norm() < 1e-2 * moved, name
+        lines = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in (method, f"{method}-alone")]
+        for key in ("l0", "dead", loss):
+            assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-3), key

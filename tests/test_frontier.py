@@ -26,6 +26,7 @@ def test_the_table_of_times_goes_from_the_first_loss_of_lora_to_the_best_of_all(
     assert [row["speedup"] for row in rows[:4]] == pytest.approx([70 / 12, 90 / 22, 5, 130 / 22]) and rows[4]["speedup"] is None
 
 
+@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 def test_the_command_trains_evaluates_and_draws_the_frontier_and_continues_where_it_was(whole_model, text_folder, tmp_path,
                                                                                         monkeypatch, capsys):
     monkeypatch.setitem(hub.PRESETS, "toy", hub.Preset(str(whole_model), layer=1, adapt="all", data=str(text_folder), dtype="float32",
