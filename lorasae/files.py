@@ -11,10 +11,10 @@ from lorasae.errors import InputError
 @contextmanager
 def whole(path):
     """Opens a temporary file beside `path` for binary writing and renames it: a reader sees the old file or the new, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    path, temporary = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -22,11 +22,10 @@ def whole(path):
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        os.unlink(temporary)
         raise InputError(f"cannot write {path}: {error.strerror}") from error
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 def write_bytes(path, data):
