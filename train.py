@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lorasae import distributed
 from lorasae.adapt import adapted_blocks, default_adapt, train
 from lorasae.dictionary import fill, make
 from lorasae.checkpoint import DTYPES, load_config, load_model, save_model
@@ -77,6 +78,7 @@ def arguments(argv):
     add("--compile", action=argparse.BooleanOptionalAction, help="put blocks and loss through torch.compile (default: on a GPU)")
     add("--ahead", type=int, metavar="SEQUENCES", help="sequences whose frozen part, the prefix and the teacher, runs at once, "
         "before their steps (default: 8 on a GPU, else 1)")
+    add("--shard", action="store_true", help="with torchrun: spread the frozen blocks over the processes, for models that do not fit")
     add("--out", help="folder of the run (default: runs/MODEL-METHOD, numbered where that is taken)")
     add("--resume", metavar="RUN_DIR", help="continue that run from its last checkpoint, with its own arguments")
     add("--checkpoint-every", type=int, default=250, metavar="STEPS", help="steps a killed run can lose (default: %(default)s)")
@@ -108,6 +110,8 @@ def configure(args):
             config["l0"] = chosen[0][1]["l0"] if len(chosen) == 1 else args.l0
             config["adapt"] = config["adapt"] or [defaults.adapt]
     config["micro_batch"] = config["micro_batch"] or config["batch_size"]
+    if config["shard"] and (config["method"] != "lora" or isinstance(config["rank"], list) and len(config["rank"]) > 1):
+        raise InputError("--shard is for adapters of one rank: leave it out")
     config["compile"] = config["device"] == "cuda" if config["compile"] is None else config["compile"]
     config["ahead"] = config["ahead"] or (8 if config["device"] == "cuda" else 1)
     for key in ("rank", "batch_size", "micro_batch", "context", "checkpoint_every", "lr", "clip", "alpha", "ahead"):
@@ -131,13 +135,15 @@ def default_folder(config):
 
 def adapt(config, folder, run=None):
     """--method lora: evaluates, trains the adapters, saves them, evaluates again. run: the one to resume."""
-    model, saes, corpus, keep_special = load_setting(config)
+    model, saes, corpus, keep_special = load_setting(config, shard=config["shard"])
     blocks = adapted_blocks(config["adapt"] or default_adapt(saes), saes, len(model.layers))
     ranks, students = config["rank"] if isinstance(config["rank"], list) else [config["rank"]], []
     for rank in ranks:
         torch.manual_seed(config["seed"])
         students.append(detach_lora(add_lora(model, blocks, rank, config["alpha"], config["dropout"])))
     attach_lora(model, *students)
+    if config["shard"]:
+        distributed.shard(model, distributed.local(config["device"]))
     print(f"adapting blocks {', '.join(map(str, blocks))} of {config['model']} around the SAE at layer "
           f"{', '.join(map(str, saes))}: {sum(p.numel() for p in lora_parameters(model)):,} trainable parameters, "
           f"{config['steps']:,} steps of {config['batch_size']} x {config['context']} tokens", flush=True)
@@ -149,7 +155,9 @@ def adapt(config, folder, run=None):
           decay=config["lr_decay"], students=students, ahead=config["ahead"], compiled=config["compile"])
     places = [run.folder / f"rank-{rank}" if len(ranks) > 1 else run.folder for rank in ranks]
     for place, student in zip(places, students):
-        save_adapter(attach_lora(model, student), place / "adapter", base_model=config["model"])
+        attach_lora(model, student)
+        if distributed.rank() == 0:
+            save_adapter(model, place / "adapter", base_model=config["model"])
     train_tokens = config["steps"] * config["batch_size"] * config["context"]
     shared = {"eval_tokens": corpus.validation.numel(), "train_tokens": train_tokens,
               "tokens_per_second": train_tokens / run.seconds, "seconds": run.seconds}
@@ -159,7 +167,7 @@ def adapt(config, folder, run=None):
         results[rank] = {**fidelity.summary({**before, **after}), **shared, "trainable_parameters":
                          sum(p.numel() for p in lora_parameters(student)), "peak_memory_bytes": peak_memory_bytes(config["device"])}
         report(results[rank], place)
-        if len(ranks) > 1:                              # a folder that eval.py and --merge take for a run of this rank
+        if len(ranks) > 1 and distributed.rank() == 0:  # a folder that eval.py and --merge take for a run of this rank
             write_json(place / "config.json", {**config, "rank": rank, "versions": versions()})
             write_json(place / "results.json", results[rank])
     run.finish(results[rank] if len(ranks) == 1 else {"ranks": results, **shared})
@@ -236,16 +244,16 @@ def main(argv=None):
             merge(Path(args.merge))
         elif args.dry_run:
             dry_run(configure(args))
-        elif args.resume:
-            run = Run.resume(args.resume)
-            start = adapt if run.config["method"] == "lora" else train_sae
-            start(run.config, args.resume, run)
         else:
-            config = configure(args)
-            folder = Path(args.out) if args.out else default_folder(config)
-            check_free(folder)
+            run = Run.resume(args.resume) if args.resume else None
+            config = run.config if run else configure(args)
+            distributed.start(config["device"])
+            folder = distributed.agree(args.resume or args.out or default_folder(config))
+            if run is None and distributed.rank() == 0:
+                check_free(folder)
             start = adapt if config["method"] == "lora" else train_sae
-            start(config, folder)
+            start(config, Path(folder), run)
+            distributed.stop()
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -118,33 +118,36 @@ def train(model, saes, batches, run, *, steps, lr, weight_decay, clip, micro_bat
 
 
 @torch.no_grad()
-def in_advance(batches, start, batch_size, at_once, work):
+def in_advance(batches, start, batch_size, at_once, work, gather=False):
     """Yields work(tokens) for every batch of tokens [B, T] from the start-th on, but calls it for `at_once` sequences together.
 
     work returns tensors [B, ...] that depend on nothing that is trained. The groups begin at the same batches in a resumed run,
-    which so repeats the uninterrupted one to the bit. Of several processes each sees its share of a batch.
+    which so repeats the uninterrupted one to the bit. Of several processes each sees its share of every batch; or, with
+    `gather`, each does its share of the work and all see whole batches.
     """
-    batch_size = len(distributed.share(range(batch_size)))
-    group = max(1, at_once // batch_size)
+    batch_size = batch_size if gather else len(distributed.share(range(batch_size)))
+    group = max(1, at_once // batch_size) * (distributed.world() if gather else 1)
     late = start % group
-    source = map(distributed.share, batches(start - late))
+    source = batches(start - late) if gather else map(distributed.share, batches(start - late))
     while tokens := list(islice(source, group)):
-        parts = [work(part) for part in torch.cat(tokens).split(at_once)]
-        yield from islice(zip(*(torch.cat(tensors).split(batch_size) for tensors in zip(*parts))), late, None)
+        tokens = distributed.share(torch.cat(tokens)) if gather else torch.cat(tokens)
+        done = [torch.cat(parts) for parts in zip(*map(work, tokens.split(at_once)))]
+        done = [distributed.gather(tensor) for tensor in done] if gather else done
+        yield from islice(zip(*(tensor.split(batch_size) for tensor in done)), late, None)
         late = 0
 
 
 @contextmanager
-def compiled_blocks(model):
+def compiled_blocks(model, backend="inductor"):
     """Runs the blocks through torch.compile inside the `with`. What cannot be compiled whole fails, rather than run slowly."""
     with torch._dynamo.config.patch(recompile_limit=64):                # a graph a kind of block, shape, and role
         for block in model.layers:
-            block.compile(fullgraph=True, dynamic=False)
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
         try:
             yield
         finally:
             for block in model.layers:
-                block._compiled_call_impl = None
+                del block.forward                                       # the class's own is back
 
 
 def step_seed(seed, step):

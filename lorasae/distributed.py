@@ -1,15 +1,16 @@
 """Several processes, one run, on PyTorch's own engine.
 
-    torchrun --nproc-per-node 8 train.py ...                data parallel: each process takes its share of every batch
-    torchrun --nproc-per-node 8 train.py --shard ...        the frozen blocks are spread over the processes, too (FSDP2)
+    torchrun --nproc-per-node 8 train.py --batch-size 8 ...             each process takes its share of every batch
+    torchrun --nproc-per-node 8 train.py --batch-size 8 --shard ...     and holds its share of the frozen blocks (FSDP2)
 
-The gradients of the shares are summed, so N processes take the very steps of one with the same batch. Only the adapters (or
-the SAE) train: their gradients travel as one buffer a step, and every process keeps its own copy of them and of the optimiser.
-Process 0 writes every file and speaks. Without torchrun there is one process, and all of this does nothing.
+Only the adapters (or the SAE) train, and every process keeps all of them and of their optimiser: the gradients of the shares
+are summed, in one message a step, so N processes take the very steps of one. Process 0 writes every file and does the talking.
+Without torchrun there is one process, and all of this does nothing.
 """
 import os
 import signal
 import sys
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -19,18 +20,34 @@ from lorasae.errors import InputError
 LOST = "error: another process of this run ended, so this one stops: --resume RUN_DIR continues from the last checkpoint"
 
 
-def join(device):
-    """Joins the processes that torchrun started, if it did; returns the device of this one."""
+def local(device):
+    """The torch.device of this process: of several GPUs its own."""
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no CUDA device; pass --device cpu")
+    if device.type == "cuda" and dist.is_initialized():
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def start(device):
+    """Joins the processes that torchrun started, if it did."""
+    device = local(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        return device
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(LOST))            # what torchrun sends when one of them dies
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(LOST))            # torchrun sends it when one of them dies
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
-    return device
+
+
+def stop():
+    """Leaves the others, when all is done."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def rank():
@@ -44,18 +61,19 @@ def world():
 
 
 def share(batch):
-    """This process's rows of a batch [B, ...]: every world()-th."""
-    if len(batch) < world():
-        raise InputError(f"--batch-size {len(batch)} is less than the {world()} processes: each needs a sequence of every batch")
-    return batch[rank()::world()]
+    """This process's part of a batch [B, ...], B / world() rows in a row."""
+    if len(batch) % world():
+        raise InputError(f"--batch-size {len(batch)} cannot be shared by {world()} processes: make it a multiple of {world()}")
+    size = len(batch) // world()
+    return batch[rank() * size:(rank() + 1) * size]
 
 
-def agree(value):
-    """Process 0's value, on all of them."""
-    box = [value]
-    if world() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+@contextmanager
+def stop_if_lost():
+    try:
+        yield
+    except RuntimeError as error:                                       # what PyTorch raises when a connection breaks
+        sys.exit(f"{LOST} ({str(error).splitlines()[0]})")
 
 
 @torch.no_grad()
@@ -63,20 +81,66 @@ def all_reduce(tensors):
     """Sums each tensor over the processes, in place, all of them in one message."""
     if world() == 1:
         return
-    tensors = list(tensors)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    try:
+    with stop_if_lost():
         dist.all_reduce(flat)
-    except RuntimeError as error:
-        sys.exit(f"{LOST} ({str(error).splitlines()[0]})")
     for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
         tensor.copy_(total.view_as(tensor))
 
 
-def everywhere(value):
-    """The sum of a tensor over the processes; its gradient is that of this process's part, for all_reduce to complete."""
+def gather(tensor):
+    """The tensors [b, ...] of all processes, one after the other: what `share` took apart."""
     if world() == 1:
-        return value
-    total = value.detach().clone()
-    all_reduce([total])
-    return value + (total - value).detach()
+        return tensor
+    whole = tensor.new_empty(world() * len(tensor), *tensor.shape[1:])
+    with stop_if_lost():
+        dist.all_gather_into_tensor(whole, tensor.contiguous())
+    return whole
+
+
+def merge(nest):
+    """A dict of dicts ... of lists, each list followed by its namesakes of the other processes."""
+    if world() == 1:
+        return nest
+    nests = [None] * world()
+    with stop_if_lost():
+        dist.all_gather_object(nests, nest)
+
+    def join(parts):
+        return {key: join([part[key] for part in parts]) for key in parts[0]} if isinstance(parts[0], dict) else sum(parts, [])
+    return join(nests)
+
+
+def agree(value):
+    """Process 0's value."""
+    box = [value]
+    if world() > 1:
+        with stop_if_lost():
+            dist.broadcast_object_list(box)
+    return box[0]
+
+
+def shard(model, device):
+    """Spreads a model's frozen blocks over the processes and moves the rest of it to `device`; returns the model.
+
+    A block's weights are put together while it computes, forward and backward, and forgotten again. Adapters, embedding and
+    head are whole everywhere. Modules must not be exchanged afterwards: FSDP2 knows a weight by the module that owns it.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    if world() == 1:
+        raise InputError("--shard spreads a model over several processes: start them with torchrun --nproc-per-node N train.py ...")
+    mesh = init_device_mesh(device.type, (world(),))
+    for block in model.layers:
+        trained = {parameter for parameter in block.parameters() if parameter.requires_grad}
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    whole = [parameter for parameter in model.parameters() if not isinstance(parameter, torch.distributed.tensor.DTensor)]
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    return model
+
+
+def sharded(model):
+    """Whether `shard` has spread this model: its processes must then compute the same blocks at the same time."""
+    from torch.distributed.fsdp import FSDPModule
+    return isinstance(model.layers[0], FSDPModule)

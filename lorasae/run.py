@@ -41,13 +41,14 @@ class Setting(NamedTuple):
     keep_special: bool                                  # BOS and EOS keep their activation: the SAEs never saw them
 
 
-def load_setting(config, adapter=None):
-    """The model (with the adapter folder's adapters, if given), SAEs and text of a configuration, as Setting."""
-    device = torch.device(config["device"])
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA device; pass --device cpu")
-    model = load_model(config["model"], device=device, dtype=config["dtype"])
-    saes = load_saes(config, model)
+def load_setting(config, adapter=None, shard=False):
+    """The model (with the adapter folder's adapters, if given), SAEs and text of a configuration, as Setting.
+
+    shard: leave the model on the CPU, for distributed.shard to spread.
+    """
+    device = distributed.local(config["device"])
+    model = load_model(config["model"], device="cpu" if shard else device, dtype=config["dtype"])
+    saes = load_saes(config, model, device)
     if adapter is not None:
         load_adapter(model, adapter)
     special = {sae.on_special for sae in saes.values()}
@@ -56,7 +57,7 @@ def load_setting(config, adapter=None):
     return Setting(model, saes, load_corpus(config, model.config), special == {False})
 
 
-def load_saes(config, model):
+def load_saes(config, model, device):
     """{layer: SAE}: one source for all layers, or one a layer."""
     layers, sources = config["layer"], config["sae"] or []
     if len(sources) not in (1, len(layers)) and layers:
@@ -68,7 +69,7 @@ def load_saes(config, model):
         if not 0 <= layer < depth:
             raise InputError(f"--layer {layer} is out of range: {config['model']} has blocks 0 to {depth - 1}")
         saes[layer] = load_sae(source, layer=layer, width=config["width"], l0=config["l0"],
-                               dtype=config["sae_dtype"], device=model.device, llama_scope=config.get("llama_scope", "openmoss"))
+                               dtype=config["sae_dtype"], device=device, llama_scope=config.get("llama_scope", "openmoss"))
         check_fits(saes[layer], model.config.hidden_size)
     return saes
 

@@ -71,7 +71,10 @@ def losses_by_setting(model, saes, tokens, settings, keep_special=False, seen=No
                 hidden = model.norm(walk(model, x, first, {layer: torch.zeros_like for layer in saes}))
             else:
                 hidden = model.norm(walk(model, x, first, saes, keep, special, seen and seen[name]))
-        out[name] = token_losses(hidden[:, :-1], tokens[:, 1:], model.head, model.softcap, target[:, :-1])
+        other = None if name == "base" else target[:, :-1]
+        out[name] = token_losses(hidden[:, :-1], tokens[:, 1:], model.head, model.softcap, other)
+    if "base" in out:
+        out["base"] = out["base"]._replace(kl=torch.zeros_like(out["base"].ce))
     return out
 
 
