@@ -118,21 +118,18 @@ def train(model, saes, batches, run, *, steps, lr, weight_decay, clip, micro_bat
 
 
 @torch.no_grad()
-def in_advance(batches, start, batch_size, at_once, work, gather=False):
+def in_advance(batches, start, batch_size, at_once, work):
     """Yields work(tokens) for every batch of tokens [B, T] from the start-th on, but calls it for `at_once` sequences together.
 
     work returns tensors [B, ...] that depend on nothing that is trained. The groups begin at the same batches in a resumed run,
-    which so repeats the uninterrupted one to the bit. Of several processes each sees its share of every batch; or, with
-    `gather`, each does its share of the work and all see whole batches.
+    which so repeats the uninterrupted one to the bit. Of several processes each sees its share of every batch.
     """
-    batch_size = batch_size if gather else len(distributed.share(range(batch_size)))
-    group = max(1, at_once // batch_size) * (distributed.world() if gather else 1)
+    batch_size = len(distributed.share(range(batch_size)))
+    group = max(1, at_once // batch_size)
     late = start % group
-    source = batches(start - late) if gather else map(distributed.share, batches(start - late))
+    source = map(distributed.share, batches(start - late))
     while tokens := list(islice(source, group)):
-        tokens = distributed.share(torch.cat(tokens)) if gather else torch.cat(tokens)
-        done = [torch.cat(parts) for parts in zip(*map(work, tokens.split(at_once)))]
-        done = [distributed.gather(tensor) for tensor in done] if gather else done
+        done = [torch.cat(parts) for parts in zip(*map(work, torch.cat(tokens).split(at_once)))]
         yield from islice(zip(*(tensor.split(batch_size) for tensor in done)), late, None)
         late = 0
 

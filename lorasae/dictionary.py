@@ -1,14 +1,14 @@
-"""Training an SAE: by reconstruction (TopK, paper §3.1; JumpReLU, §3.3) or end to end, on the model's own loss (§3.2).
+"""Training an SAE: by reconstruction (TopK, paper §3.1; JumpReLU, §3.3) or end to end, on the model's loss (§3.2).
 
-    python train.py --method topk --k 16            python train.py --method jumprelu --l0 16
-    python train.py --method e2e --k 16             python train.py --sae RUN_DIR       adapts the model around the result
+    python train.py --method topk --k 16        python train.py --method jumprelu --l0 16
+    python train.py --method e2e --k 16         python train.py --sae RUN_DIR       adapts the model around the result
 
     train     the loop: frozen model -> activations -> one Adam step a batch, decoder rows kept at norm 1
     make      a whole run: from its configuration to RUN_DIR/sae and results.json
 
-TopK and e2e follow the published code; JumpReLU follows Rajamanoharan et al. (2024), in units of the activations' rms norm.
-A run keeps its SAE after every tenth of its steps: RUN_DIR/sae-10pct ... sae-90pct, and RUN_DIR/sae at the end, each in
-SAELens's format and with a training.json: percent, step, tokens, and the seconds of training so far, evaluation excluded.
+TopK and e2e follow the published code, JumpReLU Rajamanoharan et al. (2024). A run keeps its SAE after every tenth of
+its steps: RUN_DIR/sae-10pct ... sae-90pct, and RUN_DIR/sae at the end, each in SAELens's format and with a training.json:
+percent, step, tokens, and the seconds of training so far, evaluation excluded.
 
 Shapes: B batch, T tokens, D d_model, M latents, K active latents, N = B*T.
 """
@@ -53,7 +53,7 @@ RECIPES = {
 
 
 def fill(config, defaults):
-    """A configuration (train.py's arguments) with its Nones filled in, from the Recipe and the Preset `defaults` of the model."""
+    """A configuration (train.py's arguments) without its Nones, from the Recipe and the Preset `defaults` of the model."""
     recipe = RECIPES.get(next((name for name, known in PRESETS.items() if known is defaults), None), Recipe())
     own = {**vars(recipe), "data": recipe.data or defaults.data, "layer": [defaults.layer], "context": defaults.context,
            "eval_tokens": defaults.eval_tokens, "dtype": defaults.dtype}
@@ -62,8 +62,6 @@ def fill(config, defaults):
         if not str(config["width"]).isdecimal() or int(config["width"]) < 1:
             raise InputError(f"--width {config['width']}: training an SAE needs its number of latents, such as 16384")
         config["width"] = int(config["width"])
-    if config["micro_batch"] is None:                   # a GPU takes the sequences of several steps together
-        config["micro_batch"] = max(config["batch_size"], 1 if config["device"] == "cpu" else 8192 // config["context"])
     return config
 
 
@@ -91,8 +89,8 @@ def new_sae(method, d_model, width, k):
 def fit_biases(sae, x, l0=None):
     """Fits a fresh SAE to activations x [N, D]. Returns the unit of its biases and thresholds, see `train`.
 
-    Every latent of a JumpReLU starts out firing equally often, for an L0 of 4 l0. Where l0 is asked for at once, a third of the
-    latents are below their thresholds for good before they have learned anything.
+    Every latent of a JumpReLU starts out firing equally often, for an L0 of 4 l0. Where l0 is asked for at once, a third
+    of the latents are below their thresholds for good before they have learned anything.
     """
     sae.b_dec.copy_(geometric_median(x))
     if isinstance(sae, TopK):
@@ -124,26 +122,28 @@ def reconstruct(sae, x, bandwidth):
     """x [N, D] -> x̂ [N, D]; how many tokens fired each latent [M]; the sum of those (with a JumpReLU's gradient)."""
     if isinstance(sae, TopK):
         x_hat, values, latents = topk.sae_step(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
-        fired = values.new_zeros(len(sae.W_enc)).index_add_(0, latents.flatten(), (values > 0).flatten().to(values))
-        return x_hat, fired, fired.sum()
+        firing = (values > 0).flatten().to(values)
+        fired = firing.new_zeros(len(sae.W_enc)).index_add_(0, latents.flatten(), firing)
+        return x_hat, fired, firing.sum()
     z, gates = jump(x @ sae.W_enc.T + sae.b_enc, sae.threshold, bandwidth)
     return sae.decode(z), gates.detach().sum(0), gates.sum()
 
 
-def train(model, sae, layer, batches, run, *, steps, lr, clip, batch_size, at_once, end_to_end=False, l0=None, auxk=False,
-          dead_after=10_000_000):
+def train(model, sae, layer, batches, run, *, steps, lr, clip, batch_size, at_once, end_to_end=False, l0=None,
+          auxk=False, dead_after=10_000_000):
     """Trains `sae` on the output of block `layer` for `steps` batches; resumes where the run's last checkpoint stands.
 
-    Loss: the FVU; or end to end, KL(base ‖ with SAE) summed over a sequence (§3.2). A JumpReLU adds (L0 / target - 1)², auxk
-    adds AuxK on the latents that no token fired for `dead_after` tokens. batches(skip) yields batches from the skip-th on, of
-    which the frozen model takes `at_once` sequences together: nothing of it depends on the SAE.
+    Loss: the FVU; or end to end, KL(base ‖ with SAE) summed over a sequence (§3.2). A JumpReLU adds (L0 / target - 1)²,
+    auxk adds AuxK on the latents that no token fired for `dead_after` tokens. batches(skip) yields batches from the
+    skip-th on, of which the frozen model takes `at_once` sequences together: nothing of it depends on the SAE.
 
-    JumpReLU's rates are meant for activations of rms norm 1. Adam ignores the scale of a gradient, so on raw activations it is
-    enough to multiply the rates of biases and thresholds by that norm, which is their group's `unit`.
+    JumpReLU's rates are meant for activations of rms norm 1. Adam ignores the scale of a gradient, so on raw activations
+    it is enough to multiply the rates of biases and thresholds by that norm, which is their group's `unit`.
     """
     matrices, vectors = [sae.W_enc, sae.W_dec], [p for p in sae.parameters() if p.dim() == 1]
-    optimizer = torch.optim.Adam([{"params": matrices, "unit": 1.0}, {"params": vectors, "unit": 1.0}], lr=lr, fused=True)
-    idle = torch.zeros(len(sae.W_enc), dtype=torch.int64, device=sae.W_enc.device)      # tokens since each latent fired
+    parameters = matrices + vectors
+    optimizer = torch.optim.Adam([{"params": group, "unit": 1.0} for group in (matrices, vectors)], lr=lr, fused=True)
+    idle = torch.zeros(len(sae.W_enc), dtype=torch.int64, device=model.device)          # tokens since each latent fired
 
     @torch.no_grad()
     def frozen(tokens):
@@ -153,7 +153,7 @@ def train(model, sae, layer, batches, run, *, steps, lr, clip, batch_size, at_on
             return seen, *teach(model, {}, tokens, None, layer + 1)
         return seen, model.run(model.embed(tokens), 0, layer + 1)                       # and no further
 
-    state = [*matrices, *vectors, idle]
+    state = [*parameters, idle]
     first = run.restore(state, optimizer)
     if first == 0:
         seen, x, *_ = frozen(next(batches(0)))
@@ -165,7 +165,8 @@ def train(model, sae, layer, batches, run, *, steps, lr, clip, batch_size, at_on
         x_hat, fired, active = reconstruct(sae, rows, bandwidth)
         tokens, fired, active = everywhere(rows.new_tensor(len(rows))), everywhere(fired), everywhere(active)
         if end_to_end:
-            loss = everywhere(learn(model, {}, x_hat.view_as(x).to(x.dtype), *target, None, layer + 1)) / batch_size
+            x_hat = x_hat.view_as(x).to(x.dtype)
+            loss = everywhere(learn(model, {}, x_hat, *target, None, layer + 1)) / batch_size
             values = {"kl": loss.detach() / x.shape[1]}                                 # nats a token
         else:
             loss = fvu(x_hat, rows)
@@ -177,10 +178,10 @@ def train(model, sae, layer, batches, run, *, steps, lr, clip, batch_size, at_on
         if auxk:
             encoded = rows - sae.b_dec.detach() if isinstance(sae, TopK) else rows
             e_hat = topk.aux_decode(encoded, sae.W_enc, sae.b_enc, sae.W_dec, dead, rows.shape[1] // 2)
-            loss = loss + AUX_WEIGHT * aux_loss(e_hat, x_hat, rows)
+            loss = loss + AUX_WEIGHT * aux_loss(e_hat, x_hat.view_as(rows), rows)
         loss.backward()
-        all_reduce([p.grad for p in (*matrices, *vectors)])
-        norm = nn.utils.clip_grad_norm_([*matrices, *vectors], clip)
+        all_reduce([parameter.grad for parameter in parameters])
+        norm = nn.utils.clip_grad_norm_(parameters, clip)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["unit"] * schedule(step, steps)
         update(sae, optimizer)
@@ -225,7 +226,7 @@ def keep(run, sae, layer, step, steps):
 # ---- A run -----------------------------------------------------------------------------------------------------------
 
 def make(config, folder, run=None):
-    """A whole run from its configuration (train.py's) -> its results; sae/ is saved before it is evaluated. run: to resume."""
+    """A whole run, from its configuration (train.py's) to its results. run: the one to resume."""
     torch.manual_seed(config["seed"])
     model, _, corpus, _ = load_setting({**config, "sae": None, "layer": []})
     depth, D = len(model.layers), model.config.hidden_size
@@ -236,21 +237,22 @@ def make(config, folder, run=None):
         raise InputError(f"--layer {layer} is out of range: {config['model']} has blocks 0 to {depth - 1}")
     width = config["width"] or 8 * D
     if method == "jumprelu" and not 0 < config["l0"] < width:
-        raise InputError(f"--l0 {config['l0']:g} cannot be reached: of {width:,} latents more than 0 and fewer than all must be active")
-    config = {**config, "width": width, "lr": config["lr"] or 2e-4 / (width / 2 ** 14) ** 0.5}
+        raise InputError(f"--l0 {config['l0']:g} cannot be reached: it must lie between 0 and the {width:,} latents")
+    config = {"ahead": 1, **config, "width": width, "lr": config["lr"] or 2e-4 / (width / 2 ** 14) ** 0.5}
     sae = new_sae(method, D, width, config["k"]).to(model.device)
     active = f"L0 {config['l0']:g}" if method == "jumprelu" else f"k {sae.k}"
-    print(f"training an SAE ({method}, {active}) of {width:,} latents on block {layer} of {config['model']}: {config['steps']:,} "
-          f"steps of {config['batch_size']} x {config['context']} tokens", flush=True)
+    print(f"training an SAE ({method}, {active}) of {width:,} latents on block {layer} of {config['model']}: "
+          f"{config['steps']:,} steps of {config['batch_size']} x {config['context']} tokens", flush=True)
     held_out = corpus.validation.split(config["micro_batch"])
     run = run or Run.create(folder, config)             # nothing is written before everything has been read
     train(model, sae, layer, lambda skip: corpus.batches(config["batch_size"], skip), run, steps=config["steps"],
-          lr=config["lr"], clip=config["clip"], batch_size=config["batch_size"], at_once=config["micro_batch"],
-          end_to_end=method == "e2e", l0=config["l0"], auxk=config["auxk"], dead_after=config["dead_after"])
+          lr=config["lr"], clip=config["clip"], batch_size=config["batch_size"],
+          at_once=max(config["ahead"], config["micro_batch"]), end_to_end=method == "e2e", l0=config["l0"],
+          auxk=config["auxk"], dead_after=config["dead_after"])
     keep(run, sae, layer, config["steps"], config["steps"])
     tokens = config["steps"] * config["batch_size"] * config["context"]
-    results = {**evaluate(model, sae, layer, held_out), "eval_tokens": corpus.validation.numel(), "train_tokens": tokens,
-               "tokens_per_second": tokens / run.seconds, "seconds": run.seconds,
+    results = {**evaluate(model, sae, layer, held_out), "eval_tokens": corpus.validation.numel(),
+               "train_tokens": tokens, "tokens_per_second": tokens / run.seconds, "seconds": run.seconds,
                "peak_memory_bytes": peak_memory_bytes(config["device"])}
     run.finish(results)
     return results

@@ -88,19 +88,23 @@ def all_reduce(tensors):
         tensor.copy_(total.view_as(tensor))
 
 
-def gather(tensor):
-    """The tensors [b, ...] of all processes, one after the other: what `share` took apart."""
+def everywhere(value):
+    """The sum of a tensor over the processes; its gradient is that of this process's part, for all_reduce to complete."""
     if world() == 1:
-        return tensor
-    whole = tensor.new_empty(world() * len(tensor), *tensor.shape[1:])
-    with stop_if_lost():
-        dist.all_gather_into_tensor(whole, tensor.contiguous())
-    return whole
+        return value
+    total = value.detach().clone()
+    all_reduce([total])
+    return value + (total - value).detach()
 
 
-def merge(nest):
-    """A dict of dicts ... of lists, each list followed by its namesakes of the other processes."""
-    if world() == 1:
+def portion(batches, model):
+    """This process's part of what is to be evaluated; all of it where the model is sharded, for then all compute together."""
+    return batches if sharded(model) else batches[rank()::world()]
+
+
+def merge(nest, model):
+    """What was found in the portions: a dict of dicts ... of lists, each list followed by its namesakes of other processes."""
+    if world() == 1 or sharded(model):
         return nest
     nests = [None] * world()
     with stop_if_lost():
@@ -128,19 +132,22 @@ def shard(model, device):
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
     if world() == 1:
         raise InputError("--shard spreads a model over several processes: start them with torchrun --nproc-per-node N train.py ...")
     mesh = init_device_mesh(device.type, (world(),))
     for block in model.layers:
         trained = {parameter for parameter in block.parameters() if parameter.requires_grad}
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
-    whole = [parameter for parameter in model.parameters() if not isinstance(parameter, torch.distributed.tensor.DTensor)]
-    for parameter in whole:
-        parameter.data = parameter.data.to(device)
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device)
     return model
 
 
 def sharded(model):
-    """Whether `shard` has spread this model: its processes must then compute the same blocks at the same time."""
-    from torch.distributed.fsdp import FSDPModule
-    return isinstance(model.layers[0], FSDPModule)
+    """Whether `shard` has spread this model: all processes must then compute the same blocks at the same time."""
+    if world() == 1:
+        return False
+    from torch.distributed.tensor import DTensor                        # here, for it takes a second to import
+    return any(isinstance(parameter, DTensor) for parameter in model.layers.parameters())

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 
 import torch
 
+from lorasae import distributed
 from lorasae.adapt import first_differing
 from lorasae.data import special_mask
 from lorasae.evals.common import evaluating, interval, percent, plus_minus, progress, ratio
@@ -37,10 +38,11 @@ def evaluate(model, saes, batches, settings=("base", "sae", "adapted"), keep_spe
     found = {name: {"ce": [], "kl": []} for name in settings}
     seen = {name: {layer: [] for layer in saes} for name in settings}
     with evaluating(model):
-        for tokens in progress(batches, "fidelity"):
+        for tokens in progress(distributed.portion(batches, model), "fidelity"):
             for name, losses in losses_by_setting(model, saes, tokens, settings, keep_special, seen).items():
                 found[name]["ce"].append(losses.ce.double().mean(1).cpu())
                 found[name]["kl"].append(losses.kl.double().mean(1).cpu())
+    found, seen = distributed.merge(found, model), distributed.merge(seen, model)
     out = {name: {loss: torch.cat(parts) for loss, parts in values.items()} for name, values in found.items()}
     for name in {"sae", "adapted"} & out.keys():
         sums = {layer: [sum(column) for column in zip(*rows)] for layer, rows in seen[name].items()}
