@@ -1,6 +1,6 @@
 """Adapt a language model to its sparse autoencoders, or train the autoencoder itself.
 
-    python train.py                                             the embedded tiny Gemma-2: no network, two minutes on a CPU
+    python train.py                                             the embedded tiny Gemma-2: no network, minutes on a CPU
     python train.py --model gemma-2-2b --layer 12 --rank 64     the paper's headline run
     python train.py --model llama-3.2-1b --method topk          train an SAE (also: jumprelu, e2e)
     python train.py --resume runs/tiny-gemma-2-lora             continue a run that was interrupted

@@ -62,6 +62,7 @@ def fill(config, defaults):
         if not str(config["width"]).isdecimal() or int(config["width"]) < 1:
             raise InputError(f"--width {config['width']}: training an SAE needs its number of latents, such as 16384")
         config["width"] = int(config["width"])
+    config["micro_batch"] = config["micro_batch"] or config["batch_size"]
     return config
 
 
