@@ -78,9 +78,9 @@ def train(model, saes, batches, run, *, steps, lr, weight_decay, clip, micro_bat
     `micro_batch` at a time with their gradients added, which changes memory and not the step. batches(skip) yields batches
     from the skip-th on.
 
-    decay: lr falls linearly to 0 instead of staying, for runs too short to average out the noise of their steps.
-    students: sets of adapters that were attached side by side and train independently. ahead: sequences whose frozen part
-    runs at once, before their steps. compiled: blocks and loss go through torch.compile. None of these changes a step.
+    decay: lr falls linearly to 0 instead of staying, for runs too short to average out the noise of their steps. The others
+    change no step. students: sets of adapters that were attached side by side and train independently. ahead: sequences whose
+    frozen part runs at once, before their steps. compiled: blocks and loss go through torch.compile.
     """
     students = students or [adapters(model)]
     own = [lora_parameters(student) for student in students]
@@ -100,21 +100,31 @@ def train(model, saes, batches, run, *, steps, lr, weight_decay, clip, micro_bat
     with compiled_blocks(model) if compiled else nullcontext():
         for step, lesson in zip(run.progress(start, steps), lessons):
             torch.manual_seed(step_seed(config["seed"], step))          # dropout: a resumed step draws what the first one drew
-            total = torch.zeros(len(students), device=model.device)
-            for x, target, keep in zip(*(tensor.split(micro_batch) for tensor in lesson)):
-                losses = learn(model, saes, x, target, keep, first, len(students), compiled) / config["batch_size"]
-                losses.sum().backward()
-                total += losses.detach()
-            distributed.all_reduce([total, *(parameter.grad for parameter in parameters)])
-            norms = [torch.nn.utils.clip_grad_norm_(parameters, clip) for parameters in own]
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) if decay else lr
-            optimizer.step()
-            optimizer.zero_grad()
-            kl = {f"kl{name}": value for name, value in zip(names, total / config["context"])}          # in nats a token
+            losses, norms = take_step(model, saes, lesson, first, optimizer, own, batch_size=config["batch_size"],
+                                      micro_batch=micro_batch, clip=clip, compiled=compiled)
+            kl = {f"kl{name}": loss for name, loss in zip(names, losses / config["context"])}       # in nats a token
             run.log(step + 1, **kl, **{f"grad_norm{name}": norm for name, norm in zip(names, norms)})
             if run.checkpoint_due(step + 1):
                 run.save(step + 1, parameters, optimizer)
     model.eval()
+
+
+def take_step(model, saes, lesson, first, optimizer, own, *, batch_size, micro_batch, clip, compiled=False):
+    """One step on the lesson (x, target, keep) of a batch, or of this process's share of it. own: each student's parameters.
+
+    Returns the students' losses [S] and the norms of their gradients before clipping.
+    """
+    total = torch.zeros(len(own), device=model.device)
+    for x, target, keep in zip(*(tensor.split(micro_batch) for tensor in lesson)):
+        losses = learn(model, saes, x, target, keep, first, len(own), compiled) / batch_size
+        losses.sum().backward()
+        total += losses.detach()
+    distributed.all_reduce([total, *(parameter.grad for parameters in own for parameter in parameters)])
+    norms = [torch.nn.utils.clip_grad_norm_(parameters, clip) for parameters in own]
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, norms
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 @pytest.fixture
 def arguments(whole_model, sae_folder, text_folder):
     return [str(word) for word in (
-        "--model", whole_model, "--sae", sae_folder, "--layer", 1, "--data", text_folder, "--context", 32, "--tokens", 1280,
+        "--model", whole_model, "--sae", sae_folder, "--layer", 1, "--data", text_folder, "--context", 32, "--tokens", 2560,
         "--eval-tokens", 256, "--batch-size", 4, "--lr", 1e-3, "--dropout", 0, "--rank", 4, "--dtype", "float32", "--device", "cpu")]
 
 
