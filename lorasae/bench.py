@@ -1,9 +1,6 @@
 """Speed and memory beside the alternatives, every ratio from one run on one machine.
 
-    python -m lorasae.bench kl                      the KL without its logits (objectives.py)
     python -m lorasae.bench topk                    top-k, the encoder and the whole SAE step (topk.py)
-    python -m lorasae.bench flops                   what a LoRA step computes, at the shapes of the paper's models
-    python -m lorasae.bench step                    what it takes, beside the published recipe and a tuned one (peers.py)
     python -m lorasae.bench all --json bench.json   every section, and the rows as JSON
 
 The contenders of a race take turns, so that a busy machine slows them all; times are medians with minimum and maximum.
@@ -23,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lorasae import objectives, peers, topk
+from lorasae import topk
 from lorasae.errors import InputError
 from lorasae.files import write_json
 
@@ -103,82 +100,6 @@ def resident(field):
     """VmRSS (now) or VmHWM (at most) of this process, in bytes."""
     line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
     return 1024 * int(line.split()[1])
-
-
-# ------------------------------------------------------------------------------------------------------ the KL objective
-
-def bench_kl(device, quick):
-    """Loss and gradient of the KL at Gemma-2's vocabulary of 256,000 and D 576, against the formula with all its logits."""
-    N, D, V = (64, 32, 512) if quick else (1024, 576, 256000)
-    return race(f"KL, N {N} D {D} V {V}", partial(kl_contenders, N, D, V), differing_tensors, 3, device, not quick)
-
-
-def kl_contenders(N, D, V, device):
-    g = torch.Generator(device).manual_seed(0)
-    target = torch.randn(N, D, device=device, generator=g)
-    hidden = (target + 0.1 * torch.randn(N, D, device=device, generator=g)).requires_grad_()
-    weight = torch.randn(V, D, device=device, generator=g) * D ** -0.5
-
-    def run(kl):
-        loss = kl(target, hidden, weight, softcap=30.0)
-        return {"loss": loss.detach(), "gradient": torch.autograd.grad(loss, hidden)[0]}
-
-    contenders = {"all logits": partial(run, objectives.naive_kl), "lorasae": partial(run, objectives.linear_kl)}
-    if device == "cuda":
-        contenders["lorasae, compiled"] = partial(run, partial(objectives.linear_kl, compiled=True))
-    return contenders
-
-
-# ----------------------------------------------------------------------------------------------------------- a LoRA step
-
-def bench_flops(device, quick):
-    """MFLOP a token of a step's matrix products."""
-    rows = []
-    for name in ["tiny"] if quick else ["gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "llama-3.2-1b", "llama-3.1-8b"]:
-        experiment, how = peers.EXPERIMENTS[name], (1, "meta", torch.float32)
-        official = peers.flops(peers.peer(experiment, *how, tuned=False)) / experiment.context / 1e6
-        ours = peers.flops(peers.ours(experiment, *how, dropout=0.0, compiled=False)) / experiment.context / 1e6
-        rows.append({"what": name, "sae_at": experiment.layer, "adapt": experiment.adapt, "official": official, "lorasae": ours,
-                     "part": ours / official})
-    return rows
-
-
-GPU_STEPS = ["gemma-2-2b", "llama-3.2-1b", "gemma-2-9b"]
-CPU_STEPS = ["12 blocks, D 256", "10 blocks, D 512"]
-
-
-def bench_step(device, quick):
-    """A LoRA step beside both peers. On a GPU a call is 8 steps, whose frozen part we compute at once; MFU is of this machine's
-    own matrix products."""
-    cuda, rows = device == "cuda", []
-    dtype, steps = (torch.bfloat16, 8) if cuda else (torch.float32, 1)
-    for name in ["tiny"] if quick else GPU_STEPS if cuda else CPU_STEPS:
-        experiment = peers.EXPERIMENTS[name]
-        tokens, what = steps * experiment.context, f"{name}, {'bf16' if cuda else 'fp32'}"
-        differ = partial(differing_tensors, tolerance=0.05 if cuda else 1e-3)
-        raced = race(what, partial(lora_contenders, name, steps, dtype), differ, 10 if cuda else 5, device, not quick)
-        flops = steps * peers.flops(peers.ours(experiment, 1, "meta", torch.float32, dropout=0.0, compiled=False))
-        peak = matmul_rate(device, dtype)
-        for row in raced:
-            rate = tokens / row["ms"] * 1e3
-            rows.append({**row, "tokens_per_second": rate, "hours_for_15M_tokens": 15e6 / rate / 3600,
-                         "utilisation": flops / row["ms"] * 1e3 / peak if row["contender"].startswith("lorasae") else None})
-    return rows
-
-
-def lora_contenders(name, steps, dtype, device):
-    experiment, compiled = peers.EXPERIMENTS[name], device == "cuda"
-    return {"official": peers.peer(experiment, steps, device, dtype, tuned=False),
-            "tuned": peers.peer(experiment, steps, device, dtype, tuned=True),
-            "lorasae, dropout 0.1": peers.ours(experiment, steps, device, dtype, 0.1, compiled),
-            "lorasae": peers.ours(experiment, steps, device, dtype, 0.0, compiled)}
-
-
-def matmul_rate(device, dtype):
-    """FLOP/s of a large square matrix product: what this machine can do at best."""
-    n = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n ** 3 / min(timed(lambda: a @ b, device) for _ in range(10))
 
 
 # --------------------------------------------------------------------------------------------- top-k, encoder, SAE step
@@ -278,7 +199,7 @@ class SparsifyEncoder(torch.autograd.Function):
 
 # ---------------------------------------------------------------------------------------------------------- the command
 
-SECTIONS = {"kl": bench_kl, "topk": bench_topk, "flops": bench_flops, "step": bench_step}
+SECTIONS = {"topk": bench_topk}
 
 
 def table(rows):
