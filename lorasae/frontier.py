@@ -1,7 +1,7 @@
 """Cross-entropy against training time (paper §4.2; Figures 1 and 5, Tables 1 and 2): TopK, e2e, and TopK + LoRA.
 
-    python -m lorasae.frontier                                          in miniature, on the embedded Gemma-2
-    python -m lorasae.frontier --model llama-3.2-1b --lora-tokens 100M  the paper's own experiment
+    python -m lorasae.frontier                              in miniature, on the embedded Gemma-2
+    python -m lorasae.frontier --model llama-3.2-1b         the paper's own experiment
 
 trains a TopK and an e2e SAE with the same latents, k and tokens, adapts all blocks of the model to the TopK SAE as it was
 after each tenth of its training, and evaluates all of them on the same held-out text. OUT/ gets a run's folder for each
@@ -30,14 +30,26 @@ from lorasae.sae_formats import load_sae
 TENTHS = range(10, 101, 10)
 CURVES = {"topk": "TopK", "e2e": "e2e", "topk_lora": "TopK + LoRA"}
 LEVELS = 5                                              # rows of the table of times
+MINIATURE = {"tokens": 4_000_000, "lora_tokens": 200_000}       # of the embedded models; the paper: 130 or 40 to 1
 
 
 def trained(config, folder):
     """Makes the SAE of a configuration, or what is missing of it, and returns [(percent, seconds, its folder)] by tenths."""
+    check_same(config, folder)
     if not (folder / "results.json").exists():
         make(config, folder, Run.resume(folder) if (folder / "config.json").exists() else None)
     places = [folder / ("sae" if percent == 100 else f"sae-{percent}pct") for percent in TENTHS]
     return [(percent, read_json(place / "training.json")["seconds"], place) for percent, place in zip(TENTHS, places)]
+
+
+def check_same(config, folder):
+    """Refuses to continue in a folder whose training was another than the one that is asked for."""
+    if (folder / "config.json").exists():
+        before = read_json(folder / "config.json")
+        other = [key for key, value in config.items() if value is not None and before.get(key) != value]
+        if other:
+            raise InputError(f"{folder} was trained with {other[0]} {before.get(other[0])}, not {config[other[0]]}: pass another "
+                             "--out, or the same arguments to continue")
 
 
 def measure(config, lora, folder):
@@ -59,7 +71,9 @@ def measure(config, lora, folder):
         setting = Setting(model, {layer: load_sae(place, device=model.device)}, corpus, False)
         run = folder / f"lora-{percent}pct"
         print(f"adapting the model to the TopK SAE at {percent} %", flush=True)
-        student = adapted({**config, **lora, "sae": [str(place)]}, setting, list(range(len(model.layers))), run)
+        wanted = {**config, **lora, "sae": [str(place)]}
+        check_same({key: wanted[key] for key in lora if key != "adapt"}, run)
+        student = adapted(wanted, setting, list(range(len(model.layers))), run)
         adapting = read_json(run / "results.json")["seconds"]
         points["topk_lora"].append({"percent": percent, "seconds": seconds + adapting, "lora_seconds": adapting,
                                     "ce": loss(student, setting.saes, "adapted")})
@@ -132,9 +146,10 @@ def main(argv=None):
     add("--layer", type=int, nargs=1, help="block whose output the SAEs replace, from 0 (default: the preset's; paper: 12)")
     add("--width", help="latents of the SAEs (default: the preset's; paper: 8 d_model)")
     add("--k", type=int, help="active latents (default: the preset's; paper: 64)")
-    add("--tokens", type=count, help="training tokens of each SAE (default: the preset's; paper: 2B on Gemma-2, 4B on Llama-3.2)")
-    add("--lora-tokens", type=count, help="training tokens of the adapters at each checkpoint (default: the preset's; paper: 15M on "
-        "Gemma-2, 100M on Llama-3.2)")
+    add("--tokens", type=count, help="training tokens of each SAE (default: of the embedded models "
+        f"{MINIATURE['tokens']:,}, else the preset's; paper: 2B on Gemma-2-2B, 4B on Llama-3.2-1B)")
+    add("--lora-tokens", type=count, help="training tokens of the adapters at each checkpoint (default: of the embedded "
+        f"models {MINIATURE['lora_tokens']:,}, else the preset's; paper: 15M on Gemma-2-2B, 100M on Llama-3.2-1B)")
     add("--rank", type=int, help="rank of the adapters (default: the preset's; paper: 64)")
     add("--data", help="text of all trainings (default: the preset's)")
     add("--eval-tokens", type=count, help="held-out tokens (default: the preset's; paper: 1M)")
@@ -144,13 +159,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     known, folder = preset(args.model), args.out or Path("runs") / f"{args.model}-frontier"
     try:
-        config = {key: getattr(args, key) for key in ("model", "layer", "width", "k", "tokens", "data", "eval_tokens", "device", "seed")}
+        small = MINIATURE if args.model.startswith("tiny-") else {}
+        config = {key: getattr(args, key) for key in ("model", "layer", "width", "k", "data", "eval_tokens", "device", "seed")}
         config |= dict.fromkeys(("method", "sae", "l0", "lr", "batch_size", "micro_batch", "context", "field", "dtype", "sae_dtype"))
+        config |= {"tokens": args.tokens or small.get("tokens"), "ahead": 8 if args.device == "cuda" else 1}
         config = fill({**config, "clip": 1.0, "auxk": False, "dead_after": 10 ** 7, "checkpoint_every": 1000}, known)
         lora = {"method": "lora", "adapt": ["all"], "rank": args.rank or known.rank, "alpha": 32, "dropout": known.dropout,
-                "lr": known.lr, "lr_decay": known.lr_decay,
-                "weight_decay": 0.01, "tokens": args.lora_tokens or known.tokens, "batch_size": known.batch_size,
-                "micro_batch": known.batch_size, "width": None, "l0": None}
+                "lr": known.lr, "lr_decay": known.lr_decay, "weight_decay": 0.01, "width": None, "l0": None,
+                "batch_size": known.batch_size, "micro_batch": known.batch_size,
+                "tokens": args.lora_tokens or small.get("lora_tokens", known.tokens)}
         for part in (config, lora):
             part["steps"] = -(-part["tokens"] // (part["batch_size"] * config["context"]))
         numbers = measure(config, lora, folder)

@@ -55,6 +55,11 @@ def test_the_command_trains_evaluates_and_draws_the_frontier_and_continues_where
     assert again["topk"] == numbers["topk"] and again["e2e"] == numbers["e2e"]
     assert [p["seconds"] for p in again["topk_lora"][5:]] == [p["seconds"] for p in numbers["topk_lora"][5:]]
 
+    for option, value in ("--tokens", "1280"), ("--k", "8"), ("--rank", "3"):
+        with pytest.raises(SystemExit, match="pass another --out"):
+            frontier.main(words + [option, value])
+    assert read_json(tmp_path / "out" / "frontier.json") == again
+
 
 def test_the_picture_is_drawn_where_matplotlib_is(tmp_path):
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
