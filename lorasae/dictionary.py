@@ -26,6 +26,7 @@ from lorasae.errors import InputError
 from lorasae.evals import fidelity
 from lorasae.files import write_json
 from lorasae.hub import PRESETS
+from lorasae.linear import linear
 from lorasae.objectives import aux_loss, fvu, jump, l0_penalty
 from lorasae.run import Run, load_setting, peak_memory_bytes
 from lorasae.sae import JumpReLU, TopK
@@ -126,7 +127,7 @@ def reconstruct(sae, x, bandwidth):
         firing = (values > 0).flatten().to(values)
         fired = firing.new_zeros(len(sae.W_enc)).index_add_(0, latents.flatten(), firing)
         return x_hat, fired, firing.sum()
-    z, gates = jump(x @ sae.W_enc.T + sae.b_enc, sae.threshold, bandwidth)
+    z, gates = jump(linear(x, sae.W_enc, sae.b_enc), sae.threshold, bandwidth)
     return sae.decode(z), gates.detach().sum(0), gates.sum()
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from lorasae.linear import Linear
+
 
 def rotary_frequencies(head_dim, theta, scaling=None, device=None):
     """Inverse wavelengths θ^(-2i/C), [C/2], always fp32: in bf16 they would rotate late positions to the wrong angle.
@@ -78,7 +80,8 @@ def blockwise_attention(q, k, v, scale, softcap=None, window=None, rows=64):
         scores = (q[:, :, start:stop] @ k[..., seen]).float()
         scores = scores if softcap is None else scores.tanh()
         hidden = ~causal_mask(*scores.shape[-2:], window, q.device)
-        scores = torch.add(torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, -torch.inf), scores, alpha=softcap or 1)
+        mask = torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, -torch.inf)
+        scores = torch.add(mask, scores, alpha=softcap or 1)
         parts.append(scores.softmax(dim=-1).to(q.dtype) @ v[:, :, seen])
     return torch.cat(parts, dim=2)
 
@@ -145,10 +148,10 @@ class Attention(nn.Module):
     def __init__(self, config, layer, scale, softcap=None, window=None):
         super().__init__()
         D, C = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(D, config.num_attention_heads * C, bias=False)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * C, bias=False)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * C, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * C, D, bias=False)
+        self.q_proj = Linear(D, config.num_attention_heads * C, bias=False)
+        self.k_proj = Linear(D, config.num_key_value_heads * C, bias=False)
+        self.v_proj = Linear(D, config.num_key_value_heads * C, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * C, D, bias=False)
         self.layer, self.head_dim = layer, C
         self.scale, self.softcap, self.window = scale, softcap, window
 
@@ -168,9 +171,9 @@ class MLP(nn.Module):
 
     def __init__(self, config, activation):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.activation = activation
 
     def forward(self, x):

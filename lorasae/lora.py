@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save
 
 from lorasae.errors import InputError
 from lorasae.files import read_json, write_bytes, write_json
+from lorasae.linear import Linear, linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."                                        # how PEFT names a wrapped model's modules
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """y = W x + (alpha / R) · B A dropout(x)  (Eq. 1): W frozen in its own dtype, A [R, in] and B [out, R] fp32 masters.
 
     A starts uniform in ±1/√in and B at zero, so that a fresh adapter is the identity. The low-rank product is computed in
@@ -42,13 +43,13 @@ class LoRALinear(nn.Linear):
         self.scale, self.dropout, self.enabled = alpha / rank, dropout, True
 
     def forward(self, x):
-        y = F.linear(x, self.weight)
+        y = linear(x, self.weight)
         return y + self.low_rank(F.dropout(x, self.dropout, self.training)) if self.enabled else y
 
     def low_rank(self, x):
         """(alpha / R) · B A x"""
-        low = F.linear(x, self.lora_A.weight.to(x.dtype))
-        return F.linear(low * self.scale, self.lora_B.weight.to(x.dtype))
+        low = linear(x, self.lora_A.weight.to(x.dtype))
+        return linear(low * self.scale, self.lora_B.weight.to(x.dtype))
 
 
 class Students(nn.Module):
@@ -63,7 +64,7 @@ class Students(nn.Module):
         self.weight, self.students, self.enabled = students[0].weight, nn.ModuleList(students), True
 
     def forward(self, x):
-        y = F.linear(x, self.weight)
+        y = linear(x, self.weight)
         if not self.enabled:
             return y
         x = x.unflatten(0, (len(self.students), -1))
@@ -124,7 +125,7 @@ def detach_lora(model):
     """Takes the adapters off, leaving plain linears; returns them, {module name: LoRALinear}, for attach_lora."""
     modules = adapters(model)
     for name, module in modules.items():
-        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        plain = Linear(module.in_features, module.out_features, bias=False, device="meta")
         plain.weight = module.weight
         _replace(model, name, plain)
     return modules

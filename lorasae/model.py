@@ -9,10 +9,10 @@ Shapes: B batch, T tokens, D d_model, V vocabulary.
 """
 import torch
 from torch import nn
-import torch.nn.functional as F
 
 from lorasae import gemma2, llama3
 from lorasae.layers import places
+from lorasae.linear import Linear, linear
 from lorasae.sae import splice
 
 
@@ -33,7 +33,7 @@ class Transformer(nn.Module):
             "norm": family.RMSNorm(config),
         })
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def layers(self):
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
 
     def logits(self, x):
         """Residual stream after the last block [B, T, D] -> logits [B, T, V], soft-capped where the model is."""
-        logits = F.linear(self.norm(x), self.head)
+        logits = linear(self.norm(x), self.head)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def forward(self, tokens, saes={}, keep=None, cache=None):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lorasae.distributed import everywhere
+from lorasae.linear import linear
 
 CHUNK_ELEMENTS = {"cpu": 2 ** 21, "cuda": 2 ** 27}      # logits of a model held at once: 8 MB on a CPU, 0.5 GB on a GPU
 CACHED_ELEMENTS = 2 ** 18                               # of these, worked on at once by a CPU: 1 MB stays in its cache
@@ -57,7 +58,7 @@ class LinearKL(torch.autograd.Function):
             rows = slice(start, start + chunk)
             states = torch.cat([target[None, rows], hidden[:, rows]])                     # W is read once for all
             logits = matmul_fp32(states.flatten(0, 1), weight.T).unflatten(0, states.shape[:2])
-            for piece in logits.split(chunk if hidden.is_cuda else cached_rows(weight), dim=1):
+            for piece in logits.split(cached_rows(weight) if hidden.device.type == "cpu" else chunk, dim=1):
                 totals += pair(piece[0], piece[1:], softcap)
             if gradient is not None:
                 gradient[:, rows] = matmul_fp32(logits[1:].to(weight.dtype).flatten(0, 1), weight).view_as(states[1:])
@@ -135,7 +136,7 @@ def cached_rows(weight):
 def matmul_fp32(a, b):
     """a [n, k] @ b [k, m] in fp32, also from bf16: CUDA accumulates and returns fp32, a CPU widens a slice of b at a time."""
     if a.dtype == torch.float32:
-        return a @ b
+        return linear(a, b.T)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     a = a.float()

@@ -8,10 +8,10 @@ Shapes: B batch, T tokens, D d_model, M latents, K active latents; N = B*T.
 """
 import torch
 from torch import nn
-import torch.nn.functional as F
 
 from lorasae import topk
 from lorasae.errors import InputError
+from lorasae.linear import linear
 
 
 class SAE(nn.Module):
@@ -31,7 +31,7 @@ class SAE(nn.Module):
 
     def decode(self, latents):
         """latents [..., M] -> reconstruction [..., D] (Eq. 5)."""
-        return latents @ self.W_dec + self.b_dec
+        return linear(latents, self.W_dec.T, self.b_dec)
 
     def forward(self, x):
         """x [..., D] -> reconstruction [..., D], in the SAE's own dtype."""
@@ -53,7 +53,7 @@ class TopK(SAE):
 
     def encode(self, x):
         """x [..., D] -> latents [..., M], at most k of them positive in each row."""
-        pre = F.linear(x.to(self.W_enc.dtype) - self.b_dec, self.W_enc, self.b_enc).relu()
+        pre = linear(x.to(self.W_enc.dtype) - self.b_dec, self.W_enc, self.b_enc).relu()
         values, indices = pre.topk(self.k, dim=-1)
         return torch.zeros_like(pre).scatter(-1, indices, values)
 
@@ -76,7 +76,7 @@ class JumpReLU(SAE):
 
     def encode(self, x):
         """x [..., D] -> latents [..., M]; exactly zero where the pre-activation does not exceed its threshold."""
-        pre = F.linear(x.to(self.W_enc.dtype), self.W_enc, self.b_enc)
+        pre = linear(x.to(self.W_enc.dtype), self.W_enc, self.b_enc)
         return pre * (pre > self.threshold)
 
 

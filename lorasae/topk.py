@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from lorasae.errors import InputError
+from lorasae.linear import linear
 
 CHUNK = 16384       # latents encoded at once: a GEMM at full speed, and an eighth of the memory at M = 131,072
 LANES = 32          # neighbours in memory go to different groups, so that maxima are taken lane by lane
@@ -222,11 +223,7 @@ def _preactivations(x, W, b):
         if x.is_cuda:
             return torch.mm(x, W.T, out_dtype=torch.float32).add_(b)
         x, W, b = x.float(), W.float(), b.float()                       # out_dtype is CUDA's alone
-    if (x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
-            and not torch.compiler.is_compiling()):                     # Inductor takes constant weights only there
-        # oneDNN, which torch.addmm does not use for fp32: measured twice as fast on an AMD Zen 5.
-        return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
-    return torch.addmm(b, x, W.T)
+    return linear(x, W, b)
 
 
 def _check(k, M):

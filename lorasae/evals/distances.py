@@ -15,7 +15,7 @@ from lorasae.evals.common import evaluating, interval, plus_minus, progress
 from lorasae.lora import base
 from lorasae.run import print_table
 
-MEASURES = {"cosine": "cosine similarity", "l2": "L2 distance (units of the residual stream)"}
+MEASURES = {"cosine": "cosine similarity", "l2": "L2 distance"}
 POSITIONS = {"all": "all positions", "without_0": "without position 0"}
 
 
