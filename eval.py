@@ -19,7 +19,7 @@ from lorasae.evals.chat import chat
 from lorasae.figures import save_figure
 from lorasae.files import read_json, write_json
 from lorasae.hub import preset
-from lorasae.run import load_setting
+from lorasae.run import load_setting, training_curve
 
 SUITES = ("fidelity", "tokens", "distances", "layers", "steering", "lm")
 
@@ -88,7 +88,7 @@ def evaluate(suite, config, setting, args):
     if suite == "fidelity":
         settings = ("base", "sae", "adapted", "lora", "zero") if config["method"] == "lora" else ("base", "sae", "zero")
         results = fidelity.evaluate(model, saes, held_out, settings, keep_special)
-        return {**fidelity.summary(results), "eval_tokens": corpus.validation.numel()}
+        return {**fidelity.summary(results), "eval_tokens": corpus.validation.numel(), "training": training_curve(args.run)}
     if config["method"] != "lora":
         raise InputError(f"{args.run} trained an SAE and has no adapter, without which --suite {suite} has nothing to "
                          "compare: use --suite fidelity")

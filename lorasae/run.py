@@ -201,6 +201,16 @@ class Run:
             write_json(self.folder / "results.json", results)
 
 
+def training_curve(folder):
+    """The loss that metrics.jsonl holds, for a picture: {"name", "tokens": [..], "loss": [..]}; None without the file."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return None
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    key, label = ("fvu", "FVU") if "fvu" in lines[0] else ("kl", "KL in training (nats/token)")
+    return {"name": label, "tokens": [line["tokens"] for line in lines], "loss": [line[key] for line in lines]}
+
+
 def count(text):
     """Token counts read 15M, 1.5e6, 15_000_000, 20k."""
     units = {"k": 1e3, "m": 1e6, "b": 1e9}

@@ -154,14 +154,19 @@ def show(numbers):
 
 
 def draw(numbers, figure):
-    """CE above the base model's and KL of each setting: one point of Figures 3, 4 and 6."""
-    figure.set_size_inches(8, 2.6)
+    """CE above the base model's and KL of each setting: one point of Figures 3, 4 and 6; and the loss during training."""
+    training = numbers.get("training")
+    figure.set_size_inches(12 if training else 8, 2.6)
+    first, second, *rest = figure.subplots(1, 3 if training else 2)
     names = [name for name in ("lora", "adapted", "sae") if f"kl_{name}" in numbers]
-    for axes, key, label in zip(figure.subplots(1, 2, sharey=True), ("excess", "kl"),
-                                ("cross-entropy above the base model's", "KL from the base model")):
+    for axes, key, label in ((first, "excess", "cross-entropy above the base model's"), (second, "kl", "KL from the base model")):
         values, halves = zip(*((numbers[f"{key}_{name}"], numbers["ci90"][f"{key}_{name}"] or 0) for name in names))
         axes.errorbar(values, [SETTINGS[name] for name in names], xerr=halves, fmt="o", capsize=4)
         axes.axvline(0, color="grey", linewidth=1)
         axes.set_xlabel(f"{label} (nats/token)")
         axes.margins(y=0.3)
+    second.tick_params(labelleft=False)
+    for axes in rest:
+        axes.plot(training["tokens"], training["loss"], linewidth=1)
+        axes.set(xlabel="training tokens", ylabel=training["name"])
     figure.suptitle("Fidelity, 90 % intervals over sequences (a point of the paper's Figures 3, 4 and 6)", fontsize=10)
