@@ -25,9 +25,9 @@ class Linear(nn.Linear):
 
 
 def by_onednn(x, weight):
-    return (x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-            and x.numel() > 0 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-            and not torch.compiler.is_compiling())              # Inductor has its own, for constant weights alone
+    return (not torch.compiler.is_compiling()                   # Inductor has its own, for constant weights alone
+            and x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+            and x.numel() > 0 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
 
 
 class OneDNNLinear(torch.autograd.Function):

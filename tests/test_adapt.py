@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from lorasae.adapt import adapted_blocks, default_adapt, first_differing, learn, teach
+from lorasae.adapt import adapted_blocks, compiled_blocks, default_adapt, first_differing, learn, teach
 from lorasae.data import special_mask
 from lorasae.errors import InputError
 from lorasae.lora import add_lora, adapters, base, lora_parameters
@@ -53,6 +53,24 @@ def test_a_step_is_the_naive_kl_of_two_whole_forward_passes(model, tokens, kind,
         assert (a is None) == (b is None)
         if a is not None:
             assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize("kind, blocks", [("jumprelu", [2, 3]), ("topk", [0, 1, 2, 3])])
+def test_compiled_blocks_take_the_same_step(model, tokens, kind, blocks):
+    """Every block is one graph, in each of its roles: prefix, teacher, student. aot_eager is all of torch.compile but its code."""
+    saes, parameters = {1: random_sae(kind, model)}, lora_parameters(adapted(model, blocks))
+    first = first_differing(model, saes)
+
+    def step():
+        loss = learn(model.train(), saes, *teach(model, saes, tokens, None, first), None, first)
+        return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+    expected, plain = step(), model.layers[0].forward
+    with compiled_blocks(model, backend="aot_eager"):
+        assert model.layers[0].forward != plain
+        for found, right in zip(step(), expected):
+            assert (found - right).norm() <= 1e-4 * right.norm() + 1e-6
+    assert model.layers[0].forward == plain
 
 
 def test_parts_of_a_batch_add_up_to_its_gradient(model, tokens):

@@ -1,4 +1,7 @@
 """The chunked objectives against their naive twins in float64: values and gradients, soft-cap, precision, memory."""
+import os
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +35,17 @@ def test_linear_kl_and_its_gradient_match_float64_autograd(softcap, chunk):
     true_loss, true_gradient = float64_truth(target, hidden, weight, softcap)
     assert loss.item() == pytest.approx(true_loss, rel=1e-5)
     assert (hidden.grad - true_gradient).norm() <= 1e-5 * true_gradient.norm()
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_the_loss_and_its_gradient_are_the_same():
+    target, hidden, weight = problem()
+    losses, gradients = [], []
+    for compiled in (False, True):
+        losses.append(linear_kl(target, hidden, weight, 30.0, 16, compiled=compiled))
+        gradients += torch.autograd.grad(losses[-1], hidden)
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_naive_kl_is_the_same_function_with_its_logits_written_out():
