@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import nn
 import torch.nn.functional as F
 
@@ -156,14 +157,13 @@ class Attention(nn.Module):
         self.scale, self.softcap, self.window = scale, softcap, window
 
     def forward(self, x, places, cache=None):
-        B, T, _ = x.shape
-        q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # [B, heads, T, C]
+        q, k, v = (rearrange(project(x), "b t (h c) -> b h t c", c=self.head_dim)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, places.rotary), rotate(k, places.rotary)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = attention(q, k, v, self.scale, self.softcap, self.window, places.masks)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(rearrange(y, "b h t c -> b t (h c)"))
 
 
 class MLP(nn.Module):
