@@ -1,105 +1,69 @@
 """Speed and memory beside the alternatives, every ratio from one run on one machine.
 
+    python -m lorasae.bench kl                      the loss against its naive formula (objectives.py)
     python -m lorasae.bench topk                    top-k, the encoder and the whole SAE step (topk.py)
+    python -m lorasae.bench step                    the LoRA step (adapt.py) beside two peers (peers.py), five ranks in
+                                                    one pass beside five runs, FLOPs beside the published recipe's
+    python -m lorasae.bench sae                     SAE training (dictionary.py)
+    python -m lorasae.bench data                    text to packed tokens (data.py)
     python -m lorasae.bench all --json bench.json   every section, and the rows as JSON
 
 The contenders of a race take turns, so that a busy machine slows them all; times are medians with minimum and maximum.
 Answers are compared before anything is timed: a wrong one ends the benchmark. Peak memory is what one call adds to its
 inputs: on a CPU the resident memory of a fresh process (scratch space of the libraries included; Linux only), on a GPU
-the allocator's. ours_faster is the contender's median time over ours, ours_memory our peak over the contender's.
+the allocator's. ours_faster is the contender's median time over ours, ours_memory and ours_flops ours over theirs.
+s_15M is what the paper's 15M tokens would take; utilisation is FLOPs counted over those of a matrix product timed here.
+
+Models and SAEs are random, as speed hardly depends on values: of real shapes on a GPU, of small ones on a CPU.
 """
 import argparse
-import gc
-import multiprocessing
+import itertools
+import math
+import platform
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 
-from lorasae import topk
+from lorasae import dictionary, hub, objectives, topk
+from lorasae.data import Corpus, mixed, pack, special_mask
 from lorasae.errors import InputError
 from lorasae.files import write_json
+from lorasae.linear import linear
+from lorasae.lora import adapter_state, attach_lora
+from lorasae.race import differing_tensors, race, synchronise, timed
+from lorasae.streams import standard_library
+from lorasae.workloads import REAL, SMALL, TINY, InTurn, Ours, flops_per_token, random_adapter, random_setting
 
 
-# ---------------------------------------------------------------------------------------------------------------- races
+# ------------------------------------------------------------------------------------------------------------- the loss
 
-def race(what, build, differ, rounds, device, memory=True):
-    """Rows, one a contender: their answers compared, then their times, then their memory.
-
-    build(device) -> {name: function of no argument}, the last one ours; picklable, as another process measures memory.
-    differ(answer, reference) -> what is wrong with an answer, or None; the reference is the first contender's.
-    """
-    print(what, "...", file=sys.stderr, flush=True)
-    contenders = build(device)
-    names = list(contenders)
-    reference = contenders[names[0]]()
-    for name in names[1:]:
-        complaint = differ(contenders[name](), reference)
-        if complaint:
-            raise RuntimeError(f"{what}: {name} disagrees with {names[0]}: {complaint}")
-    del reference
-    seconds = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in names:
-            seconds[name].append(timed(contenders[name], device))
-    del contenders
-    gc.collect()
-    peaks = {name: peak_memory(build, name, device) if memory else None for name in names}
-    ours = names[-1]
-    return [{"what": what, "contender": name, "ms": 1e3 * statistics.median(times), "ms_min": 1e3 * min(times),
-             "ms_max": 1e3 * max(times), "ours_faster": statistics.median(times) / statistics.median(seconds[ours]),
-             "peak_mb": peaks[name] and peaks[name] / 1e6, "ours_memory": peaks[name] and peaks[ours] / peaks[name]}
-            for name, times in seconds.items()]
+def bench_kl(device, quick):
+    """KL(base ‖ adapted) and its gradient: the vocabulary of Gemma-2, a quarter of its width, one sequence."""
+    N, D, V = (64, 32, 4096) if quick else (1024, 576, 256_000)
+    return race(f"KL, N {N} D {D} V {V}", partial(kl_contenders, N, D, V), differing_tensors, 3, device, not quick)
 
 
-def timed(function, device):
-    """Seconds of one call."""
-    synchronise(device)
-    start = time.perf_counter()
-    function()
-    synchronise(device)
-    return time.perf_counter() - start
+def kl_contenders(N, D, V, device):
+    g = torch.Generator(device).manual_seed(0)
+    target = torch.randn(N, D, device=device, generator=g)
+    hidden = (target + 0.5 * torch.randn(N, D, device=device, generator=g)).requires_grad_()
+    head = torch.randn(V, D, device=device, generator=g) * 2 / D ** 0.5
 
+    def run(loss):
+        value = loss(target, hidden, head, softcap=30.0)
+        return {"loss": value.detach(), "gradient": torch.autograd.grad(value, hidden)[0]}
 
-def synchronise(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_memory(build, name, device):
-    """Bytes that one call of a contender adds at its peak; None where this cannot be known."""
-    if device == "cuda":
-        function = build(device)[name]
-        function()                                                      # cuBLAS's workspace is no contender's own
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    if not sys.platform.startswith("linux"):
-        return None
-    with multiprocessing.get_context("spawn").Pool(1) as pool:      # a fresh process: nothing was freed there before
-        return pool.apply(added_resident, (build, name, torch.get_num_threads()))
-
-
-def added_resident(build, name, threads):
-    torch.set_num_threads(threads)
-    function = build("cpu")[name]
-    small = torch.randn(64, 64)
-    small @ small                                                       # loads the BLAS
-    Path("/proc/self/clear_refs").write_text("5")                       # the high-water mark starts from here
-    before = resident("VmRSS")
-    function()
-    return resident("VmHWM") - before
-
-
-def resident(field):
-    """VmRSS (now) or VmHWM (at most) of this process, in bytes."""
-    line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return 1024 * int(line.split()[1])
+    return {"naive": lambda: run(objectives.naive_kl),
+            "lorasae": lambda: run(partial(objectives.linear_kl, compiled=device == "cuda"))}
 
 
 # --------------------------------------------------------------------------------------------- top-k, encoder, SAE step
@@ -164,13 +128,6 @@ def step_contenders(N, D, M, k, device):
             "lorasae": partial(run, topk.sae_step)}
 
 
-def differing_tensors(answer, reference, tolerance=1e-5):
-    """None where each tensor is the reference's to a relative error of `tolerance` (in norm)."""
-    errors = {name: ((answer[name] - expected).norm() / expected.norm()).item() for name, expected in reference.items()}
-    worst = max(errors, key=errors.get)
-    return None if errors[worst] <= tolerance else f"{worst} is off by {errors[worst]:.1e}"
-
-
 def sparsify_step(x, W_enc, b_enc, W_dec, b_dec, k):
     """The usual sparse way (EleutherAI/sparsify): dense pre-activations, torch.topk, embedding_bag with its backward,
     and an encoder gradient that adds up the rows of an [N, k, D] tensor."""
@@ -197,22 +154,227 @@ class SparsifyEncoder(torch.autograd.Function):
         return grad_x, grad_W, grad_b, None
 
 
+# -------------------------------------------------------------------------------------------------------- the LoRA step
+
+PAPER_TOKENS = 15_000_000
+
+
+def bench_step(device, quick):
+    """The step beside its peers, five ranks in one pass beside five runs, and FLOPs at the real models' shapes."""
+    real = {name: REAL[name] for name in ("gemma-2-2b", "llama-3.2-1b", "gemma-2-9b")}
+    cases = TINY if quick else SMALL if device == "cpu" else real
+    ranks = (1, 2, 3, 4, 5) if quick else (1, 2, 4, 8, 32) if device == "cpu" else (1, 4, 16, 64, 256)
+    if cases is real:
+        cases["gemma-2-2b, 8 sequences a step"] = replace(REAL["gemma-2-2b"], batch=8)
+    peers, rounds, rows = load_peers(), 3 if quick else 7, []
+    measure = partial(race, rounds=rounds, device=device, memory=not quick, answer=lambda each: each.answer(), warm=2)
+    for name, case in cases.items():
+        peak = matmul_peak(device, case.dtype, 256 if quick else 1024 if device == "cpu" else 8192)
+        build = partial(lora_contenders, case, peers)
+        found = measure(f"LoRA step, {name}", build, partial(differing_steps, case))
+        rows += [with_rates(row, case, peak) for row in found]
+    name, case = next(iter(cases.items()))
+    rows += measure(f"ranks {' '.join(map(str, ranks))}, {name}", partial(sweep_contenders, case, ranks),
+                    partial(differing_steps, case))
+    return rows + flops_rows(TINY if quick else REAL)
+
+
+def with_rates(row, case, peak):
+    """A race's row with tokens a second, seconds for the paper's 15M tokens, and its part of the `peak` FLOP/s."""
+    flops = flops_per_token(case, recipe=not row["contender"].startswith("lorasae"))
+    rate = case.ahead * case.context / (row["ms"] / 1e3)
+    return {**row, "tokens_per_s": rate, "s_15M": PAPER_TOKENS / rate, "gflop_per_token": flops / 1e9,
+            "utilisation": flops * rate / peak}
+
+
+def flops_rows(cases):
+    """A step's FLOPs a token by the published recipe and here. ours_flops: ours over the contender's."""
+    rows = []
+    for name, case in cases.items():
+        flops = {"published recipe": flops_per_token(case, recipe=True), "lorasae": flops_per_token(case, recipe=False)}
+        rows += [{"what": f"FLOPs, {name}", "contender": who, "gflop_per_token": count / 1e9,
+                  "ours_flops": flops["lorasae"] / count} for who, count in flops.items()]
+    return rows
+
+
+def load_peers():
+    """Whether the peers can run; says so where they cannot."""
+    try:
+        from lorasae import peers                           # noqa: F401 - asks whether it can be imported
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("peft", "transformers"):
+            raise
+        print(f"without the peers, as {missing.name} is not installed: pip install transformers peft", file=sys.stderr)
+        return False
+    return True
+
+
+def lora_contenders(case, peers, device):
+    """The same model, SAE, adapter and tokens for all. peers: whether transformers and peft are there."""
+    model, sae, tokens = random_setting(case, device)
+    weights = model.state_dict()                            # before there are adapters in it
+    student = random_adapter(model, case.blocks, case.rank)
+    contenders = {}
+    if peers:
+        from lorasae.peers import Peer, attention_name
+        adapter = adapter_state(attach_lora(model, student))
+        keep = None if sae.on_special else special_mask(tokens, case.config.bos_token_id, case.config.eos_token_id)
+        peer = partial(Peer, case, weights, adapter, sae, tokens, keep)
+        contenders["official"] = peer(tuned=False)
+        contenders[f"tuned, {attention_name(case.config, tokens.is_cuda)}"] = peer(tuned=True)
+    contenders["lorasae, dropout 0.1"] = Ours(case, model, sae, tokens, [student], dropout=0.1)
+    contenders["lorasae"] = Ours(case, model, sae, tokens, [student])
+    return contenders
+
+
+def sweep_contenders(case, ranks, device):
+    model, sae, tokens = random_setting(case, device)
+    students = [random_adapter(model, case.blocks, rank) for rank in ranks]
+    return {f"{len(ranks)} runs": InTurn([Ours(case, model, sae, tokens, [student]) for student in students]),
+            "lorasae": Ours(case, model, sae, tokens, students)}
+
+
+def differing_steps(case, answer, reference):
+    """In fp32 the loss and every gradient; in bf16 the loss alone, as bf16 logits give the peers other gradients."""
+    if case.dtype == torch.float32:
+        return differing_tensors(answer, reference, 1e-3)
+    return differing_tensors(answer, {"loss": reference["loss"]}, 0.05)
+
+
+def matmul_peak(device, dtype, size):
+    """FLOP/s of a square matrix product, the best of ten."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    linear(a, b)
+    return 2 * size ** 3 / min(timed(lambda: linear(a, b), device) for _ in range(10))
+
+
+# --------------------------------------------------------------------------------------------------------- SAE training
+
+class Watch:
+    """Stands in for a run.Run: times a training loop in groups of `ahead` sequences, writes nothing, and ends it."""
+
+    def __init__(self, case, groups, device):
+        self.group, self.groups, self.device = case.ahead // case.batch, groups, device
+        self.config, self.seconds, self.values = {"batch_size": case.batch}, [], {}
+
+    def restore(self, parameters, optimizer):
+        return 0
+
+    def progress(self, start, steps):
+        for group in range(1 + self.groups):                # the first is not counted
+            synchronise(self.device)
+            begun = time.perf_counter()
+            yield from range(group * self.group, (group + 1) * self.group)
+            synchronise(self.device)
+            self.seconds.append(time.perf_counter() - begun)
+
+    def log(self, step, **values):
+        self.values = values
+
+    def checkpoint_due(self, step):
+        return False
+
+
+def bench_sae(device, quick):
+    """dictionary.train itself, frozen model included: a TopK, a JumpReLU and an end-to-end SAE."""
+    real = replace(REAL["gemma-2-2b"], width=8 * 2304)
+    case = TINY["tiny gemma"] if quick else real if device == "cuda" else SMALL["small gemma"]
+    model, _, tokens = random_setting(case, device)
+    D, rows = case.config.hidden_size, []
+    for method in ("topk", "jumprelu", "e2e"):
+        sae = dictionary.new_sae(method, D, case.width, k=64).to(device)
+        watch = Watch(case, 3 if quick else 7, device)
+        dictionary.train(model, sae, case.layer, lambda skip: turns(tokens, case.batch), watch, steps=10 ** 6, lr=1e-4,
+                         clip=1.0, batch_size=case.batch, at_once=case.ahead, end_to_end=method == "e2e", l0=64)
+        for name, value in watch.values.items():
+            if not math.isfinite(value):
+                raise RuntimeError(f"SAE training, {method}: {name} is {float(value)}")
+        rows.append(speed(f"SAE training, {method}, D {D} M {case.width}", watch.seconds[1:], tokens.numel()))
+    return rows
+
+
+def turns(tokens, batch):
+    """The batches of tokens, again and again."""
+    while True:
+        yield from tokens.split(batch)
+
+
+def speed(what, seconds, tokens):
+    """A row for something that has no contender: `tokens` in each of the measured `seconds`."""
+    return {"what": what, "contender": "lorasae", "ms": 1e3 * statistics.median(seconds), "ms_min": 1e3 * min(seconds),
+            "ms_max": 1e3 * max(seconds), "tokens_per_s": tokens / statistics.median(seconds)}
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+TOKENIZER, BOS, EOS = hub.TINY / "gemma-2" / "tokenizer.json", 2, 1
+
+
+def bench_data(device, quick):
+    """The standard library's sources through the embedded tokenizer (4,096 tokens): packing, and a run's batches."""
+    context, batch, count, some = (32, 2, 100, 5) if quick else (1024, 8, 100, 400)
+    documents = list(itertools.islice(mixed(standard_library(), None, at_once=1), some))
+    build = partial(pack_contenders, documents, context)
+    tokens = context * len(build(device)["lorasae"]())
+    rows = race(f"packing, {some} documents", build, differing_chunks, 3, device, memory=False)
+    corpus = Corpus("stdlib", Tokenizer.from_file(str(TOKENIZER)), BOS, EOS, context=context, eval_tokens=50 * context)
+    batches = corpus.batches(batch)
+    seconds = [timed(lambda: [next(batches) for _ in range(count)], device) for _ in range(3)]
+    batches.close()
+    return [{**row, "tokens_per_s": tokens / (row["ms"] / 1e3)} for row in rows] + [
+        speed(f"batches of {batch} x {context}, read, shuffled, packed", seconds, count * batch * context)]
+
+
+def pack_contenders(documents, context, device):
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+
+    def one_by_one():
+        encodings = (tokenizer.encode(text, add_special_tokens=False) for text in documents)
+        stream = [token for encoding in encodings for token in (EOS, *encoding.ids)]
+        pieces = [stream[i:i + context - 1] for i in range(0, len(stream), context - 1)]
+        return [[BOS, *piece] for piece in pieces[:-1]]
+
+    return {"one document at a time": one_by_one,
+            "lorasae": lambda: [chunk for chunk, _ in pack(documents, tokenizer, BOS, EOS, context)]}
+
+
+def differing_chunks(answer, reference):
+    return None if np.array_equal(answer, reference) else "other chunks"
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
-SECTIONS = {"topk": bench_topk}
+SECTIONS = {"kl": bench_kl, "topk": bench_topk, "step": bench_step, "sae": bench_sae, "data": bench_data}
 
 
 def table(rows):
-    """Rows of the same keys as aligned text."""
+    """Rows as aligned text, with a column for every key that one of them has."""
     def cell(value):
         if isinstance(value, float):
             return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
         return "-" if value is None else str(value)
 
-    lines = [list(rows[0])] + [[cell(value) for value in row.values()] for row in rows]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names] + [[cell(row.get(name)) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     aligned = [[f"{text:{'<' if i < 2 else '>'}{widths[i]}}" for i, text in enumerate(line)] for line in lines]
     return "\n".join("  ".join(line) for line in aligned)
+
+
+def about(device):
+    """What a figure depends on beside the code."""
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    else:
+        models = [line.partition(": ")[2] for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
+        hardware = f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+    installed = {found.metadata["Name"].lower(): found.version for found in metadata.distributions()}
+    return {"device": device, "hardware": hardware, "torch": torch.__version__,
+            **{name: installed.get(name) for name in ("transformers", "peft")}}
+
+
+def read_lines(path):
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def main(argv=None):
@@ -225,15 +387,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no CUDA device; pass --device cpu")
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {args.device}, {name}", flush=True)
+    setting = about(args.device)
+    print(", ".join(f"{name} {value}" for name, value in setting.items() if value), flush=True)
     results = {}
     for section in SECTIONS if args.section == "all" else [args.section]:
         results[section] = SECTIONS[section](args.device, args.quick)
         print("\n" + table(results[section]), flush=True)
     if args.json:
-        about = {"torch": torch.__version__, "device": args.device, "hardware": name}
-        write_json(args.json, {**about, "sections": results})
+        write_json(args.json, {**setting, "sections": results})
 
 
 if __name__ == "__main__":

@@ -1,24 +1,98 @@
-"""The benchmark runs, refuses wrong answers, and its memory column is what a call really adds."""
+"""The benchmark runs, refuses wrong answers, and counts the FLOPs of the closed formula and the memory a call adds."""
+import builtins
+import math
 import sys
 
 import pytest
 import torch
 
-from lorasae import bench, topk
+from lorasae import adapt, bench, objectives, race, topk, workloads
 from lorasae.files import read_json
+from lorasae.lora import LoRALinear
+from lorasae.race import differing_tensors, peak_memory
+from lorasae.workloads import REAL, TINY
+
+PEERS_REASON = "the peers are built over it"
 
 
-def test_topk_section_runs_and_writes_its_rows(tmp_path, capsys):
-    bench.main(["topk", "--quick", "--device", "cpu", "--json", str(tmp_path / "bench.json")])
-    rows = read_json(tmp_path / "bench.json")["sections"]["topk"]
+@pytest.fixture
+def section(tmp_path, capsys):
+    """Runs `python -m lorasae.bench NAME --quick`: its rows, as the JSON file holds them and the table shows them."""
+    def run(name):
+        path = tmp_path / "bench.json"
+        bench.main([name, "--quick", "--device", "cpu", "--json", str(path)])
+        written, printed = read_json(path), capsys.readouterr().out
+        assert list(written["sections"]) == [name]
+        assert written["torch"] == torch.__version__ and "threads" in written["hardware"]
+        rows = written["sections"][name]
+        for row in rows:
+            assert row["what"] in printed and row["contender"] in printed
+            if "ms" in row:
+                assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
+            if row["contender"] == "lorasae":
+                assert row.get("ours_faster", 1) == 1
+        return rows
+    return run
+
+
+def test_kl_section(section):
+    assert [row["contender"] for row in section("kl")] == ["naive", "lorasae"]
+
+
+def test_topk_section(section):
+    rows = section("topk")
     assert {row["what"].split(",")[0] for row in rows} == {"top-k", "encoder", "SAE step"}
     assert [row["contender"] for row in rows][-3:] == ["dense autograd", "sparsify-style", "lorasae"]
-    for row in rows:
-        assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"] and row["ours_faster"] > 0
-        assert row["contender"] != "lorasae" or row["ours_faster"] == 1
-    printed = capsys.readouterr().out
-    assert all(row["what"] in printed and row["contender"] in printed for row in rows)
 
+
+def test_step_section_beside_the_peers(section):
+    pytest.importorskip("transformers", reason=PEERS_REASON)
+    pytest.importorskip("peft", reason=PEERS_REASON)
+    rows = section("step")
+    for name, attention in (("tiny gemma", "eager"), ("tiny llama", "sdpa")):
+        contenders = {row["contender"]: row for row in rows if row["what"] == f"LoRA step, {name}"}
+        assert list(contenders) == ["official", f"tuned, {attention}", "lorasae, dropout 0.1", "lorasae"]
+        for row in contenders.values():
+            assert row["s_15M"] * row["tokens_per_s"] == pytest.approx(15e6)
+            assert row["tokens_per_s"] * row["ms"] / 1e3 == pytest.approx(2 * 16)
+            assert 0 < row["utilisation"] < 1
+        ours, recipe = (row for row in reversed(rows) if row["what"] == f"FLOPs, {name}")
+        assert ours["contender"] == "lorasae" and recipe["ours_flops"] < 1
+        assert ours["gflop_per_token"] == contenders["lorasae"]["gflop_per_token"]
+        assert recipe["gflop_per_token"] == contenders["official"]["gflop_per_token"]
+    assert [row["contender"] for row in rows if row["what"].startswith("ranks 1 2 3 4 5")] == ["5 runs", "lorasae"]
+
+
+def test_without_the_peers_ours_is_still_timed(monkeypatch, capsys):
+    find = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name == "peft":
+            raise ModuleNotFoundError("No module named 'peft'", name="peft")
+        return find(name, *args, **kwargs)
+    monkeypatch.delitem(sys.modules, "lorasae.peers", raising=False)
+    monkeypatch.delattr("lorasae.peers", raising=False)
+    monkeypatch.setattr(builtins, "__import__", missing)
+    assert not bench.load_peers()
+    assert "pip install transformers peft" in capsys.readouterr().err
+    contenders = bench.lora_contenders(TINY["tiny llama"], False, "cpu")
+    assert list(contenders) == ["lorasae, dropout 0.1", "lorasae"]
+    contenders["lorasae"]()
+
+
+def test_sae_section(section):
+    rows = section("sae")
+    assert [row["what"].split(", ")[1] for row in rows] == ["topk", "jumprelu", "e2e"]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+
+
+def test_data_section(section):
+    rows = section("data")
+    assert [row["contender"] for row in rows] == ["one document at a time", "lorasae", "lorasae"]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+
+
+# ---- Wrong answers ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("spoil", [lambda v, i: (v, i.flip(-1)), lambda v, i: (v + 1e-6, i),
                                    lambda v, i: (v[:, :1].expand_as(v), i[:, :1].expand_as(i))])
@@ -38,6 +112,80 @@ def test_a_wrong_gradient_ends_the_benchmark(monkeypatch):
         bench.bench_topk("cpu", quick=True)
 
 
+def test_a_wrong_kl_ends_the_benchmark(monkeypatch):
+    exact = objectives.linear_kl
+    monkeypatch.setattr(objectives, "linear_kl", lambda target, hidden, head, softcap, **how:
+                        exact(hidden, target, head, softcap) + 0 * hidden.sum())            # KL(adapted ‖ base)
+    with pytest.raises(RuntimeError, match="lorasae disagrees with naive"):
+        bench.bench_kl("cpu", quick=True)
+
+
+def weaker_adapters(monkeypatch):
+    exact = LoRALinear.low_rank
+    monkeypatch.setattr(LoRALinear, "low_rank", lambda self, x: 0.99 * exact(self, x))
+
+
+def without_splice(monkeypatch):
+    monkeypatch.setattr(adapt, "splice", lambda x, sae, keep: x)
+
+
+def another_teacher(monkeypatch):
+    exact = adapt.linear_kl
+    monkeypatch.setattr(adapt, "linear_kl", lambda target, *rest, **how: exact(target * 1.01, *rest, **how))
+
+
+@pytest.mark.parametrize("spoil", [weaker_adapters, without_splice, another_teacher])
+def test_a_wrong_step_ends_the_benchmark_before_anything_is_timed(monkeypatch, spoil):
+    pytest.importorskip("transformers", reason=PEERS_REASON)
+    pytest.importorskip("peft", reason=PEERS_REASON)
+    spoil(monkeypatch)
+    monkeypatch.setattr(race, "timed", None)
+    monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1.0)
+    with pytest.raises(RuntimeError, match="LoRA step, tiny gemma: lorasae.* disagrees with official"):
+        bench.bench_step("cpu", quick=True)
+
+
+def test_a_student_of_another_rank_is_not_taken_for_its_own_run(monkeypatch):
+    exact = workloads.learn
+    monkeypatch.setattr(workloads, "learn", lambda *args: exact(*args).flip(0) if args[-1] > 1 else exact(*args))
+    contenders = bench.sweep_contenders(TINY["tiny gemma"], (1, 2), "cpu")
+    alone, together = (contender.answer() for contender in contenders.values())
+    assert bench.differing_steps(TINY["tiny gemma"], together, alone)
+
+
+# ---- FLOPs and memory ------------------------------------------------------------------------------------------------
+
+def closed_form(case, recipe):
+    """FLOPs a token of the step with adapters after the SAE: its layers, head, adapters, SAE and attention.
+
+    One product of [.., n] and [n, m] costs 2nm a token; a backward pass to the inputs costs it once more, and to an
+    adapter's weights again. Nothing trained is before the first adapted block: its q, k, v pass no gradient on.
+    """
+    c, after = case.config, len(case.blocks)
+    D, before = c.hidden_size, c.num_hidden_layers - after
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes = [(D, q), (D, kv), (D, kv), (q, D), *[(D, c.intermediate_size)] * 2, (c.intermediate_size, D)]
+    layer, adapter = (2 * sum(map(cost, shapes)) for cost in (math.prod, lambda shape: case.rank * sum(shape)))
+    head, sae, scores = 2 * D * c.vocab_size, 4 * D * case.width, 4 * case.context * q
+    runs = 2 * before + 3 * after if recipe else before + 3 * after         # teacher, student, gradient to the inputs
+    scores *= 2 * before + 4 * after if recipe else (before + 4 * after) * (1 + 64 / case.context) / 2  # causal: half
+    return runs * layer - 2 * D * (q + 2 * kv) + 3 * head + 3 * after * adapter + sae + scores
+
+
+def test_flops_of_gemma_2_2b_are_the_closed_forms_and_0_85_of_the_published_recipes():
+    case = REAL["gemma-2-2b"]
+    ours, recipe = (workloads.flops_per_token(case, recipe=recipe) for recipe in (False, True))
+    assert ours == pytest.approx(closed_form(case, recipe=False), rel=2e-3)
+    assert recipe == pytest.approx(closed_form(case, recipe=True), rel=2e-3)
+    assert ours / recipe <= 0.85
+
+
+def test_relative_error_is_of_the_worst_tensor():
+    right = {"a": torch.ones(4), "b": torch.ones(4)}
+    assert differing_tensors({"a": torch.ones(4), "b": torch.full((4,), 1.01)}, right) == "b is off by 1.0e-02"
+    assert differing_tensors(right, right) is None
+
+
 def allocating(device):
     kept = torch.ones(30_000_000)                                       # an input: not counted
     return {"120 MB": lambda: (kept[:10_000_000] + kept[:10_000_000]) * torch.ones(10_000_000) + 1}
@@ -45,4 +193,4 @@ def allocating(device):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_what_the_call_adds():
-    assert 0.95 * 120e6 < bench.peak_memory(allocating, "120 MB", "cpu") < 1.1 * 120e6
+    assert 0.95 * 120e6 < peak_memory(allocating, "120 MB", "cpu") < 1.1 * 120e6

@@ -1,0 +1,97 @@
+"""Races: contenders that must give the same answer, timed in turns, and the memory that one call of each adds.
+
+Exercised by `python -m lorasae.bench`.
+"""
+import gc
+import multiprocessing
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def race(what, build, differ, rounds, device, memory=True, answer=lambda contender: contender(), warm=0):
+    """Rows, one a contender: their answers compared, then their times, then their memory.
+
+    build(device) -> {name: function of no argument}, the last one ours; picklable, as another process measures memory.
+    differ(answer, reference) -> what is wrong with an answer, or None; the reference is the first contender's.
+    answer(contender): what to compare, if not what it returns. warm: calls of each that are not timed.
+    """
+    print(what, "...", file=sys.stderr, flush=True)
+    contenders = build(device)
+    names = list(contenders)
+    reference = answer(contenders[names[0]])
+    for name in names[1:]:
+        complaint = differ(answer(contenders[name]), reference)
+        if complaint:
+            raise RuntimeError(f"{what}: {name} disagrees with {names[0]}: {complaint}")
+    del reference
+    for name in names * warm:
+        contenders[name]()
+    seconds = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            seconds[name].append(timed(contenders[name], device))
+    del contenders
+    gc.collect()
+    peaks = {name: peak_memory(build, name, device) if memory else None for name in names}
+    ours = names[-1]
+    return [{"what": what, "contender": name, "ms": 1e3 * statistics.median(times), "ms_min": 1e3 * min(times),
+             "ms_max": 1e3 * max(times), "ours_faster": statistics.median(times) / statistics.median(seconds[ours]),
+             "peak_mb": peaks[name] and peaks[name] / 1e6, "ours_memory": peaks[name] and peaks[ours] / peaks[name]}
+            for name, times in seconds.items()]
+
+
+def timed(function, device):
+    """Seconds of one call."""
+    synchronise(device)
+    start = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def synchronise(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(build, name, device):
+    """Bytes that one call of a contender adds at its peak; None where this cannot be known."""
+    if device == "cuda":
+        function = build(device)[name]
+        function()                                                      # cuBLAS's workspace is no contender's own
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    if not sys.platform.startswith("linux"):
+        return None
+    with multiprocessing.get_context("spawn").Pool(1) as pool:      # a fresh process: nothing was freed there before
+        return pool.apply(added_resident, (build, name, torch.get_num_threads()))
+
+
+def added_resident(build, name, threads):
+    torch.set_num_threads(threads)
+    function = build("cpu")[name]
+    small = torch.randn(64, 64)
+    small @ small                                                       # loads the BLAS
+    Path("/proc/self/clear_refs").write_text("5")                       # the high-water mark starts from here
+    before = resident("VmRSS")
+    function()
+    return resident("VmHWM") - before
+
+
+def resident(field):
+    """VmRSS (now) or VmHWM (at most) of this process, in bytes."""
+    line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return 1024 * int(line.split()[1])
+
+
+def differing_tensors(answer, reference, tolerance=1e-5):
+    """None where each tensor is the reference's to a relative error of `tolerance` (in norm)."""
+    errors = {name: ((answer[name] - expected).norm() / expected.norm()).item() for name, expected in reference.items()}
+    worst = max(errors, key=errors.get)
+    return None if errors[worst] <= tolerance else f"{worst} is off by {errors[worst]:.1e}"
