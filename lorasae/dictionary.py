@@ -48,8 +48,8 @@ class Recipe:
 RECIPES = {
     "gemma-2-2b": Recipe(data="redpajama-v2"),
     "llama-3.2-1b": Recipe(tokens=4_000_000_000),
-    "tiny-gemma-2": Recipe(width=1024, k=16, l0=16, lr=4e-3, batch_size=8, tokens=2_000_000),
-    "tiny-llama-3": Recipe(width=1024, k=16, l0=16, lr=4e-3, batch_size=8, tokens=2_000_000),
+    "tiny-gemma-2": Recipe(width=1024, k=8, l0=8, lr=4e-3, batch_size=8, tokens=2_000_000),
+    "tiny-llama-3": Recipe(width=1024, k=8, l0=8, lr=4e-3, batch_size=8, tokens=2_000_000),
 }
 
 

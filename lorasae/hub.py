@@ -46,7 +46,7 @@ class Preset:
 PRESETS = {
     "tiny-gemma-2": Preset(
         str(TINY / "gemma-2"), layer=2, adapt="after", data="stdlib", sae=str(TINY / "gemma-2-sae" / "jumprelu"),
-        dtype="float32", context=256, tokens=1_000_000, eval_tokens=50_000, batch_size=4, lr=7e-3, lr_decay=True, dropout=0.0),
+        dtype="float32", context=256, tokens=900_000, eval_tokens=50_000, batch_size=4, lr=7e-3, lr_decay=True, dropout=0.0),
     "tiny-llama-3": Preset(
         str(TINY / "llama-3"), layer=2, adapt="all", data="stdlib", sae=str(TINY / "llama-3-sae" / "topk"),
         dtype="float32", context=256, tokens=600_000, eval_tokens=50_000, batch_size=4, lr=4e-3, lr_decay=True, dropout=0.0),

@@ -14,7 +14,7 @@ from lorasae.streams import held_out
 from lorasae.tiny import make
 
 FOLDERS = {name: make.HERE / name for name in make.CONFIGS}
-LOSS_BOUND = 3.25                                       # nats a token; room for the library of another Python version
+LOSS_BOUND = 3.0                                        # nats a token; room for the library of another Python version
 SAMPLE = "class Ünïcode(dict):\n\n    def __len__(self):\t# 日本語 🐍\r\n        return 3  \n"
 
 both = pytest.mark.parametrize("name", make.CONFIGS)

@@ -39,7 +39,7 @@ PAD, EOS, BOS = range(3)                                # as Gemma numbers them
 CONTEXT, BATCH, EVAL_TOKENS = 256, 16, 50_000           # tokens a sequence, sequences a step, held-out tokens
 PROMPT = "import os\n\n\nclass"
 TESTS = {"test", "tests", "idle_test"}                  # folders
-MATRIX_LR, EMBEDDING_LR, WARM_UP, FLAT = 0.01, 0.004, 0.02, 0.25     # the last two: fractions of the training
+MATRIX_LR, EMBEDDING_LR, WARM_UP, FLAT = 0.005, 0.004, 0.02, 0.25     # the last two: fractions of the training
 
 SHARED = {
     "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
