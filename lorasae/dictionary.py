@@ -41,6 +41,8 @@ class Recipe:
     l0: float = 64                              # of JumpReLU
     lr: float | None = None                     # None: 2e-4 / √(latents / 2^14)
     batch_size: int = 1                         # sequences a step
+    e2e_lr: float | None = None                 # None: lr
+    e2e_batch_size: int | None = None           # None: batch_size
     tokens: int = 2_000_000_000
     data: str | None = None                     # None: the model's preset
 
@@ -48,8 +50,8 @@ class Recipe:
 RECIPES = {
     "gemma-2-2b": Recipe(data="redpajama-v2"),
     "llama-3.2-1b": Recipe(tokens=4_000_000_000),
-    "tiny-gemma-2": Recipe(width=1024, k=8, l0=8, lr=4e-3, batch_size=8, tokens=2_000_000),
-    "tiny-llama-3": Recipe(width=1024, k=8, l0=8, lr=4e-3, batch_size=8, tokens=2_000_000),
+    **dict.fromkeys(("tiny-gemma-2", "tiny-llama-3"), Recipe(
+        width=1024, k=8, l0=8, lr=4e-3, batch_size=8, e2e_lr=3e-3, e2e_batch_size=2, tokens=2_000_000)),
 }
 
 
@@ -58,6 +60,8 @@ def fill(config, defaults):
     recipe = RECIPES.get(next((name for name, known in PRESETS.items() if known is defaults), None), Recipe())
     own = {**vars(recipe), "data": recipe.data or defaults.data, "layer": [defaults.layer], "context": defaults.context,
            "eval_tokens": defaults.eval_tokens, "dtype": defaults.dtype}
+    if config["method"] == "e2e":
+        own |= {"lr": recipe.e2e_lr or recipe.lr, "batch_size": recipe.e2e_batch_size or recipe.batch_size}
     config = {key: own.get(key) if value is None else value for key, value in config.items()}
     if config["width"] is not None:
         if not str(config["width"]).isdecimal() or int(config["width"]) < 1:

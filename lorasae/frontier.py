@@ -30,7 +30,7 @@ from lorasae.sae_formats import load_sae
 TENTHS = range(10, 101, 10)
 CURVES = {"topk": "TopK", "e2e": "e2e", "topk_lora": "TopK + LoRA"}
 LEVELS = 5                                              # rows of the table of times
-MINIATURE = {"tokens": 4_000_000, "lora_tokens": 200_000}       # of the embedded models; the paper: 130 or 40 to 1
+MINIATURE = 200_000                                     # tokens of the embedded models' adapters: a tenth of their SAEs'
 
 
 def trained(config, folder):
@@ -52,9 +52,10 @@ def check_same(config, folder):
                              "--out, or the same arguments to continue")
 
 
-def measure(config, lora, folder):
-    """config: of the SAEs (dictionary.fill); lora: of the adapters, on top of it -> the numbers of frontier.json."""
-    places = {method: trained({**config, "method": method}, folder / method) for method in ("topk", "e2e")}
+def measure(configs, lora, folder):
+    """configs: {method: of its SAE (dictionary.fill)}; lora: of the adapters, on top of TopK's -> what frontier.json holds."""
+    places = {method: trained(config, folder / method) for method, config in configs.items()}
+    config = configs["topk"]
     layer = config["layer"][0]
     model, _, corpus, _ = load_setting({**config, "sae": None, "layer": []})
     held_out = corpus.validation.split(config["micro_batch"])
@@ -63,7 +64,7 @@ def measure(config, lora, folder):
         return fidelity.evaluate(model, saes, held_out, (setting,))[setting]["ce"].mean().item()
 
     points = {name: [] for name in CURVES}
-    for method in ("topk", "e2e"):
+    for method in places:
         for percent, seconds, place in places[method]:
             ce = loss(model, {layer: load_sae(place, device=model.device)}, "sae")
             points[method].append({"percent": percent, "seconds": seconds, "ce": ce})
@@ -146,10 +147,10 @@ def main(argv=None):
     add("--layer", type=int, nargs=1, help="block whose output the SAEs replace, from 0 (default: the preset's; paper: 12)")
     add("--width", help="latents of the SAEs (default: the preset's; paper: 8 d_model)")
     add("--k", type=int, help="active latents (default: the preset's; paper: 64)")
-    add("--tokens", type=count, help="training tokens of each SAE (default: of the embedded models "
-        f"{MINIATURE['tokens']:,}, else the preset's; paper: 2B on Gemma-2-2B, 4B on Llama-3.2-1B)")
+    add("--tokens", type=count, help="training tokens of each SAE (default: the preset's; paper: 2B on Gemma-2-2B, 4B on "
+        "Llama-3.2-1B)")
     add("--lora-tokens", type=count, help="training tokens of the adapters at each checkpoint (default: of the embedded "
-        f"models {MINIATURE['lora_tokens']:,}, else the preset's; paper: 15M on Gemma-2-2B, 100M on Llama-3.2-1B)")
+        f"models {MINIATURE:,}, else the preset's; paper: 15M on Gemma-2-2B, 100M on Llama-3.2-1B)")
     add("--rank", type=int, help="rank of the adapters (default: the preset's; paper: 64)")
     add("--data", help="text of all trainings (default: the preset's)")
     add("--eval-tokens", type=count, help="held-out tokens (default: the preset's; paper: 1M)")
@@ -159,18 +160,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
     known, folder = preset(args.model), args.out or Path("runs") / f"{args.model}-frontier"
     try:
-        small = MINIATURE if args.model.startswith("tiny-") else {}
         config = {key: getattr(args, key) for key in ("model", "layer", "width", "k", "data", "eval_tokens", "device", "seed")}
-        config |= dict.fromkeys(("method", "sae", "l0", "lr", "batch_size", "micro_batch", "context", "field", "dtype", "sae_dtype"))
-        config |= {"tokens": args.tokens or small.get("tokens"), "ahead": 8 if args.device == "cuda" else 1}
-        config = fill({**config, "clip": 1.0, "auxk": False, "dead_after": 10 ** 7, "checkpoint_every": 1000}, known)
+        config |= dict.fromkeys(("sae", "l0", "lr", "batch_size", "micro_batch", "context", "field", "dtype", "sae_dtype"))
+        config |= {"tokens": args.tokens, "ahead": 8 if args.device == "cuda" else 1, "clip": 1.0,
+                   "auxk": False, "dead_after": 10 ** 7, "checkpoint_every": 1000}
+        configs = {method: fill({**config, "method": method}, known) for method in ("topk", "e2e")}
         lora = {"method": "lora", "adapt": ["all"], "rank": args.rank or known.rank, "alpha": 32, "dropout": known.dropout,
                 "lr": known.lr, "lr_decay": known.lr_decay, "weight_decay": 0.01, "width": None, "l0": None,
                 "batch_size": known.batch_size, "micro_batch": known.batch_size,
-                "tokens": args.lora_tokens or small.get("lora_tokens", known.tokens)}
-        for part in (config, lora):
-            part["steps"] = -(-part["tokens"] // (part["batch_size"] * config["context"]))
-        numbers = measure(config, lora, folder)
+                "tokens": args.lora_tokens or (MINIATURE if args.model.startswith("tiny-") else known.tokens)}
+        for part in (*configs.values(), lora):
+            part["steps"] = -(-part["tokens"] // (part["batch_size"] * configs["topk"]["context"]))
+        numbers = measure(configs, lora, folder)
         show(numbers)
         write_json(folder / "frontier.json", numbers)
         save_figure(draw, numbers, folder / "frontier.png", f"python -m lorasae.frontier --model {args.model} --out {folder}")
