@@ -29,7 +29,7 @@ def arguments(argv):
     add = parser.add_argument
     add("run", metavar="RUN_DIR", type=Path, help="folder that train.py wrote")
     add("--suite", default="fidelity", help=f"comma-separated, of {', '.join(SUITES)} (default: %(default)s)")
-    add("--device", help="cuda or cpu (default: the run's)")
+    add("--device", choices=["cuda", "cpu"], help="(default: the run's)")
     add("--draw", action="store_true", help="only draw the pictures, from the eval-NAME.json files that are there")
     add = parser.add_argument_group("steering").add_argument
     add("--latents", type=int, nargs="+", metavar="ID", help="latents of the first SAE (default: four that fire in few "
@@ -56,7 +56,8 @@ def suite_module(name):
 
 def by_rank(folder):
     """The runs in a folder: one of each rank where several were trained in one pass, else the folder itself."""
-    return sorted(folder.glob("rank-*"), key=lambda path: int(path.name.removeprefix("rank-"))) or [folder]
+    ranks = {path.name.removeprefix("rank-"): path for path in folder.glob("rank-*")}
+    return [ranks[rank] for rank in sorted(filter(str.isdecimal, ranks), key=int)] or [folder]
 
 
 def open_run(folder, device=None):
@@ -69,6 +70,7 @@ def open_run(folder, device=None):
         raise InputError(f"{folder}/config.json was not written by train.py, or not by this version: it lacks one of "
                          f"{', '.join(sorted(needed))}")
     config["device"] = device or config["device"]
+    config["compile"] = config.get("compile", False) and config["device"] == "cuda"
     product = folder / ("adapter/adapter_config.json" if config["method"] == "lora" else "sae")
     if not product.exists():
         raise InputError(f"{folder} has no {product.relative_to(folder).parts[0]} yet: finish the run with "

@@ -23,7 +23,7 @@ from lorasae.files import read_json, write_bytes, write_json
 from lorasae.hub import PRESETS, Preset, model_files, model_plan, preset, sae_choice, sae_plan
 from lorasae.lora import add_lora, attach_lora, detach_lora, load_adapter, lora_parameters, merge_lora, save_adapter
 from lorasae.model import Transformer
-from lorasae.run import Run, check_free, count, load_setting, peak_memory_bytes, print_table, versions
+from lorasae.run import Run, check_free, count, load_saes, load_setting, peak_memory_bytes, print_table, versions
 
 PAPER = Preset("any other model", layer=12, adapt="after", data="stdlib")       # its field defaults are the paper's
 
@@ -74,7 +74,7 @@ def arguments(argv):
     add = parser.add_argument_group("machine").add_argument
     add("--dtype", choices=["float32", "bfloat16"], help="of the frozen model; adapters are float32 (default: the preset's)")
     add("--sae-dtype", choices=["float32", "bfloat16"], help="of the SAE's matrices (default: the preset's; paper: float32)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"], help="(default: %(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, help="put blocks and loss through torch.compile (default: on a GPU)")
     add("--ahead", type=int, metavar="SEQUENCES", help="sequences whose frozen part, the prefix and the teacher, runs at once, "
         "before their steps (default: 8 on a GPU, else 1)")
@@ -95,12 +95,16 @@ def configure(args):
     """Arguments -> the run's configuration: everything that is needed to repeat it, defaults filled in."""
     defaults = preset(args.model) or PAPER
     config = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "merge", "dry_run")}
+    for key in ("k",) if args.method == "lora" else ("rank", "dropout", "adapt", "lr_decay"):
+        if config[key] is not None:
+            raise InputError(f"--{key.replace('_', '-')} has no effect with --method {args.method}: leave it out")
     if args.method != "lora":
         if args.sae is not None:
             raise InputError(f"--method {args.method} trains an SAE from scratch: leave --sae out")
         config = fill(config, defaults)
     else:
-        for key in ("rank", "dropout", "data", "tokens", "eval_tokens", "context", "batch_size", "lr", "lr_decay", "dtype", "sae_dtype"):
+        for key in ("rank", "dropout", "data", "tokens", "eval_tokens", "context", "batch_size", "lr", "lr_decay", "dtype",
+                    "sae_dtype"):
             if config[key] is None:
                 config[key] = getattr(defaults, key)
         config["layer"] = config["layer"] or [defaults.layer]
@@ -109,15 +113,18 @@ def configure(args):
             config["sae"], config["width"] = [chosen[0][0]], chosen[0][1]["width"]
             config["l0"] = chosen[0][1]["l0"] if len(chosen) == 1 else args.l0
             config["adapt"] = config["adapt"] or [defaults.adapt]
-    config["micro_batch"] = config["micro_batch"] or config["batch_size"]
+    config["micro_batch"] = config["batch_size"] if config["micro_batch"] is None else config["micro_batch"]
     if config["shard"] and (config["method"] != "lora" or isinstance(config["rank"], list) and len(config["rank"]) > 1):
         raise InputError("--shard is for adapters of one rank: leave it out")
     config["compile"] = config["device"] == "cuda" if config["compile"] is None else config["compile"]
-    config["ahead"] = config["ahead"] or (8 if config["device"] == "cuda" else 1)
+    config["ahead"] = (8 if config["device"] == "cuda" else 1) if config["ahead"] is None else config["ahead"]
     for key in ("rank", "batch_size", "micro_batch", "context", "checkpoint_every", "lr", "clip", "alpha", "ahead"):
         values = config[key] if isinstance(config[key], list) else [config[key]]
         if any(value is not None and value <= 0 for value in values):
             raise InputError(f"--{key.replace('_', '-')} is {min(values)}, but it must be positive")
+    for key in ("weight_decay", "seed"):
+        if config[key] < 0:
+            raise InputError(f"--{key.replace('_', '-')} is {config[key]}, but it must not be negative")
     if isinstance(config["rank"], list):
         if len(set(config["rank"])) < len(config["rank"]):
             raise InputError(f"--rank {' '.join(map(str, config['rank']))} names a rank twice")
@@ -137,6 +144,8 @@ def adapt(config, folder, run=None):
     """--method lora: evaluates, trains the adapters, saves them, evaluates again. run: the one to resume."""
     model, saes, corpus, keep_special = load_setting(config, shard=config["shard"])
     blocks = adapted_blocks(config["adapt"] or default_adapt(saes), saes, len(model.layers))
+    if not blocks:
+        raise InputError(f"no block comes after the SAE at layer {max(saes)}: pass --adapt all, or another --layer")
     ranks, students = config["rank"] if isinstance(config["rank"], list) else [config["rank"]], []
     for rank in ranks:
         torch.manual_seed(config["seed"])
@@ -164,8 +173,9 @@ def adapt(config, folder, run=None):
     results = {}
     for rank, place, student in zip(ranks, places, students):
         after = fidelity.evaluate(attach_lora(model, student), saes, held_out, ("adapted",), keep_special)
-        results[rank] = {**fidelity.summary({**before, **after}), **shared, "trainable_parameters":
-                         sum(p.numel() for p in lora_parameters(student)), "peak_memory_bytes": peak_memory_bytes(config["device"])}
+        results[rank] = {**fidelity.summary({**before, **after}), **shared,
+                         "trainable_parameters": sum(p.numel() for p in lora_parameters(student)),
+                         "peak_memory_bytes": peak_memory_bytes(config["device"])}
         report(results[rank], place)
         if len(ranks) > 1 and distributed.rank() == 0:  # a folder that eval.py and --merge take for a run of this rank
             write_json(place / "config.json", {**config, "rank": rank, "versions": versions()})
@@ -175,33 +185,46 @@ def adapt(config, folder, run=None):
 
 def dry_run(config):
     """Prints what a run would fetch, train and hold in memory, from configuration files and listings alone."""
-    wanted = [fetch for layer in config["layer"] for source in config["sae"]
+    layers, sources = config["layer"], config["sae"] or []
+    pairs = zip(layers, sources * len(layers) if len(sources) == 1 else sources)
+    wanted = [fetch for layer, source in pairs
               for fetch in sae_plan(source, layer=layer, width=config["width"], l0=config["l0"])]
     for fetch in model_plan(config["model"]) + wanted:
         print(f"{'here ' if fetch.cached else 'fetch'}  {fetch.bytes / 1e6:10,.1f} MB  {fetch.repo}/{fetch.path}")
     with torch.device("meta"):
         model = Transformer(load_config(config["model"]))
-    blocks = adapted_blocks(config["adapt"] or ["after"], dict.fromkeys(config["layer"]), len(model.layers))
     frozen = sum(p.numel() for p in model.parameters())
-    ranks = config["rank"] if isinstance(config["rank"], list) else [config["rank"]]
-    trainable = sum(p.numel() for rank in ranks for p in lora_parameters(detach_lora(add_lora(model, blocks, rank))))
-    c, rows = model.config, config["micro_batch"] * config["context"]
-    weights = frozen * DTYPES[config["dtype"]].itemsize
-    adapters = trainable * 16                                           # fp32: value, gradient, and AdamW's two averages
+    c, rows, itemsize = model.config, config["micro_batch"] * config["context"], DTYPES[config["dtype"]].itemsize
+    if config["method"] == "lora":
+        spec = config["adapt"] or (["after"] if wanted else default_adapt(load_saes(config, model, "cpu")))
+        blocks = adapted_blocks(spec, dict.fromkeys(layers), len(model.layers))
+        ranks = config["rank"] if isinstance(config["rank"], list) else [config["rank"]]
+        trainable = sum(p.numel() for rank in ranks for p in lora_parameters(detach_lora(add_lora(model, blocks, rank))))
+        width = 12 * c.hidden_size + 5 * c.intermediate_size + 4 * c.num_attention_heads * c.head_dim
+        activations = len(ranks) * len(blocks) * rows * width * itemsize    # what backward needs of each adapted block
+        print(f"\nadapted blocks        {blocks[0]} to {blocks[-1]} ({len(blocks)} of {len(model.layers)})"
+              + ("" if config["adapt"] or not wanted else "; all of them if the SAE turns out to be a TopK"))
+    else:
+        latents = config["width"] or 8 * c.hidden_size
+        trainable = latents * (2 * c.hidden_size + 1) + c.hidden_size + (latents if config["method"] == "jumprelu" else 0)
+        activations = rows * 4 * (4 * c.hidden_size + (latents if config["method"] == "jumprelu" else 0))
+        print(f"\nSAE                   {latents:,} latents at the output of block {layers[0]}")
+    weights, training = frozen * itemsize, trainable * 16           # fp32: value, gradient, and Adam's two averages
     saes = sum(fetch.bytes for fetch in wanted if not fetch.path.endswith(".json"))
-    width = 12 * c.hidden_size + 5 * c.intermediate_size + 4 * c.num_attention_heads * c.head_dim
-    activations = len(ranks) * len(blocks) * rows * width * DTYPES[config["dtype"]].itemsize     # what backward needs of each adapted block
-    print(f"\nadapted blocks        {blocks[0]} to {blocks[-1]} ({len(blocks)} of {len(model.layers)})")
     print(f"trainable parameters  {trainable:,} ({trainable / frozen:.2%} of {frozen:,})")
     print(f"training              {config['steps']:,} steps of {config['batch_size']} x {config['context']} = "
           f"{config['steps'] * config['batch_size'] * config['context']:,} tokens of {config['data']}")
-    print(f"memory, about         {(weights + adapters + saes + activations) / 1e9:.1f} GB: model {weights / 1e9:.1f}, SAEs "
-          f"{saes / 1e9:.1f}, adapters and optimiser {adapters / 1e9:.1f}, activations {activations / 1e9:.1f}")
+    print(f"memory, about         {(weights + training + saes + activations) / 1e9:.1f} GB: model {weights / 1e9:.1f}, SAEs "
+          f"to fetch {saes / 1e9:.1f}, training {training / 1e9:.1f}, activations {activations / 1e9:.1f}")
 
 
 def merge(folder):
     """Writes folder/merged/: the adapted model (without SAE) as a checkpoint that transformers loads."""
     config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("method") != "lora":
+        raise InputError(f"{folder} is no run that trained adapters: there is nothing to merge")
+    if isinstance(config["rank"], list):
+        raise InputError(f"{folder} holds a run of each rank: merge one of them, such as {folder}/rank-{config['rank'][0]}")
     if not (folder / "adapter").is_dir():
         raise InputError(f"{folder} has no adapter to merge: finish the run with python train.py --resume {folder}")
     source, target = model_files(config["model"]), folder / "merged"

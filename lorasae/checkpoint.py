@@ -167,4 +167,5 @@ def save_model(model, folder, *, config, shard_bytes=5_000_000_000):
         total = sum(t.nbytes for shard in shards for t in shard.values())
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config = {key: value for key, value in config.items() if key != "dtype"}       # the new spelling of torch_dtype
     write_json(folder / "config.json", {**config, "torch_dtype": dtype})

@@ -12,6 +12,7 @@ percent, step, tokens, and the seconds of training so far, evaluation excluded.
 
 Shapes: B batch, T tokens, D d_model, M latents, K active latents, N = B*T.
 """
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorasae import topk
-from lorasae.adapt import in_advance, learn, teach
+from lorasae.adapt import compiled_blocks, in_advance, learn, teach
 from lorasae.data import special_mask
 from lorasae.distributed import all_reduce, everywhere, rank
 from lorasae.errors import InputError
@@ -67,7 +68,7 @@ def fill(config, defaults):
         if not str(config["width"]).isdecimal() or int(config["width"]) < 1:
             raise InputError(f"--width {config['width']}: training an SAE needs its number of latents, such as 16384")
         config["width"] = int(config["width"])
-    config["micro_batch"] = config["micro_batch"] or config["batch_size"]
+    config["micro_batch"] = config["batch_size"] if config["micro_batch"] is None else config["micro_batch"]
     return config
 
 
@@ -136,7 +137,7 @@ def reconstruct(sae, x, bandwidth):
 
 
 def train(model, sae, layer, batches, run, *, steps, lr, clip, batch_size, at_once, end_to_end=False, l0=None,
-          auxk=False, dead_after=10_000_000):
+          auxk=False, dead_after=10_000_000, compiled=False):
     """Trains `sae` on the output of block `layer` for `steps` batches; resumes where the run's last checkpoint stands.
 
     Loss: the FVU; or end to end, KL(base ‖ with SAE) summed over a sequence (§3.2). A JumpReLU adds (L0 / target - 1)²,
@@ -172,7 +173,7 @@ def train(model, sae, layer, batches, run, *, steps, lr, clip, batch_size, at_on
         tokens, fired, active = everywhere(rows.new_tensor(len(rows))), everywhere(fired), everywhere(active)
         if end_to_end:
             x_hat = x_hat.view_as(x).to(x.dtype)
-            loss = everywhere(learn(model, {}, x_hat, *target, None, layer + 1)) / batch_size
+            loss = everywhere(learn(model, {}, x_hat, *target, None, layer + 1, compiled=compiled)) / batch_size
             values = {"kl": loss.detach() / x.shape[1]}                                 # nats a token
         else:
             loss = fvu(x_hat, rows)
@@ -244,17 +245,18 @@ def make(config, folder, run=None):
     width = config["width"] or 8 * D
     if method == "jumprelu" and not 0 < config["l0"] < width:
         raise InputError(f"--l0 {config['l0']:g} cannot be reached: it must lie between 0 and the {width:,} latents")
-    config = {"ahead": 1, **config, "width": width, "lr": config["lr"] or 2e-4 / (width / 2 ** 14) ** 0.5}
+    config = {"ahead": 1, "compile": False, **config, "width": width, "lr": config["lr"] or 2e-4 / (width / 2 ** 14) ** 0.5}
     sae = new_sae(method, D, width, config["k"]).to(model.device)
     active = f"L0 {config['l0']:g}" if method == "jumprelu" else f"k {sae.k}"
     print(f"training an SAE ({method}, {active}) of {width:,} latents on block {layer} of {config['model']}: "
           f"{config['steps']:,} steps of {config['batch_size']} x {config['context']} tokens", flush=True)
     held_out = corpus.validation.split(config["micro_batch"])
     run = run or Run.create(folder, config)             # nothing is written before everything has been read
-    train(model, sae, layer, lambda skip: corpus.batches(config["batch_size"], skip), run, steps=config["steps"],
-          lr=config["lr"], clip=config["clip"], batch_size=config["batch_size"],
-          at_once=max(config["ahead"], config["micro_batch"]), end_to_end=method == "e2e", l0=config["l0"],
-          auxk=config["auxk"], dead_after=config["dead_after"])
+    with compiled_blocks(model) if config["compile"] else nullcontext():
+        train(model, sae, layer, lambda skip: corpus.batches(config["batch_size"], skip), run, steps=config["steps"],
+              lr=config["lr"], clip=config["clip"], batch_size=config["batch_size"],
+              at_once=max(config["ahead"], config["micro_batch"]), end_to_end=method == "e2e", l0=config["l0"],
+              auxk=config["auxk"], dead_after=config["dead_after"], compiled=config["compile"])
     keep(run, sae, layer, config["steps"], config["steps"])
     tokens = config["steps"] * config["batch_size"] * config["context"]
     results = {**evaluate(model, sae, layer, held_out), "eval_tokens": corpus.validation.numel(),

@@ -72,6 +72,8 @@ def share(batch):
 def stop_if_lost():
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:                                       # what PyTorch raises when a connection breaks
         sys.exit(f"{LOST} ({str(error).splitlines()[0]})")
 

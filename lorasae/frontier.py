@@ -3,13 +3,13 @@
     python -m lorasae.frontier                              in miniature, on the embedded Gemma-2
     python -m lorasae.frontier --model llama-3.2-1b         the paper's own experiment
 
-trains a TopK and an e2e SAE with the same latents, k and tokens, adapts all blocks of the model to the TopK SAE as it was
-after each tenth of its training, and evaluates all of them on the same held-out text. OUT/ gets a run's folder for each
-training, frontier.json and, with matplotlib, frontier.png. Interrupted, the same command continues.
+trains a TopK and an e2e SAE with the same latents, k and tokens, adapts all blocks of the model to the TopK SAE as it
+was after each tenth of its training, and evaluates all of them on the same held-out text. OUT/ gets a run's folder for
+each training, frontier.json and, with matplotlib, frontier.png. Interrupted, the same command continues.
 
-Times are of training alone, on one machine: no loading and no evaluation. Each method does the work that it needs and no more: TopK
-stops the model at the SAE's block, e2e shares the frozen prefix with its teacher. The time of a TopK + LoRA point is that of
-its SAE so far plus that of its adapters.
+Times are of training alone, on one machine: no loading and no evaluation. Each method does the work that it needs and
+no more: TopK stops the model at the SAE's block, e2e shares the frozen prefix with its teacher. The time of a TopK +
+LoRA point is that of its SAE so far plus that of its adapters.
 """
 import argparse
 import sys
@@ -154,7 +154,7 @@ def main(argv=None):
     add("--rank", type=int, help="rank of the adapters (default: the preset's; paper: 64)")
     add("--data", help="text of all trainings (default: the preset's)")
     add("--eval-tokens", type=count, help="held-out tokens (default: the preset's; paper: 1M)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"], help="(default: %(default)s)")
     add("--seed", type=int, default=42, help="(default: %(default)s)")
     add("--out", type=Path, help="folder (default: runs/MODEL-frontier)")
     args = parser.parse_args(argv)
@@ -162,15 +162,21 @@ def main(argv=None):
     try:
         config = {key: getattr(args, key) for key in ("model", "layer", "width", "k", "data", "eval_tokens", "device", "seed")}
         config |= dict.fromkeys(("sae", "l0", "lr", "batch_size", "micro_batch", "context", "field", "dtype", "sae_dtype"))
-        config |= {"tokens": args.tokens, "ahead": 8 if args.device == "cuda" else 1, "clip": 1.0,
-                   "auxk": False, "dead_after": 10 ** 7, "checkpoint_every": 1000}
+        config |= {"tokens": args.tokens, "ahead": 8 if args.device == "cuda" else 1,
+                   "compile": args.device == "cuda", "clip": 1.0, "auxk": False, "dead_after": 10 ** 7, "checkpoint_every": 1000}
         configs = {method: fill({**config, "method": method}, known) for method in ("topk", "e2e")}
-        lora = {"method": "lora", "adapt": ["all"], "rank": args.rank or known.rank, "alpha": 32, "dropout": known.dropout,
+        lora = {"method": "lora", "adapt": ["all"], "rank": known.rank if args.rank is None else args.rank, "alpha": 32, "dropout": known.dropout,
                 "lr": known.lr, "lr_decay": known.lr_decay, "weight_decay": 0.01, "width": None, "l0": None,
                 "batch_size": known.batch_size, "micro_batch": known.batch_size,
                 "tokens": args.lora_tokens or (MINIATURE if args.model.startswith("tiny-") else known.tokens)}
         for part in (*configs.values(), lora):
             part["steps"] = -(-part["tokens"] // (part["batch_size"] * configs["topk"]["context"]))
+        if lora["rank"] < 1:
+            raise InputError(f"--rank is {lora['rank']}, but it must be positive")
+        if args.seed < 0:
+            raise InputError(f"--seed is {args.seed}, but it must not be negative")
+        if min(part["steps"] for part in configs.values()) < len(TENTHS):
+            raise InputError("--tokens gives fewer than ten steps, and an SAE is kept after each tenth of them: pass more")
         numbers = measure(configs, lora, folder)
         show(numbers)
         write_json(folder / "frontier.json", numbers)

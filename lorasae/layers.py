@@ -139,7 +139,8 @@ def places(config, start, x):
     rotary = rotary_table(torch.arange(start, start + T, device=x.device), frequencies, x.dtype)
     masks = {}
     if x.is_cuda and config.attn_logit_softcapping is not None:
-        masks = {window: flex_mask(T, window, x.device) for window in {None, config.sliding_window} if window is None or window < T}
+        windows = [None] + [config.sliding_window] * (config.sliding_window < T)
+        masks = {window: flex_mask(T, window, x.device) for window in windows}
     return Places(rotary, masks)
 
 

@@ -6,7 +6,6 @@
 
 Shapes: R rank.
 """
-import json
 import math
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,6 +183,8 @@ def load_adapter(model, folder):
 
     Refuses by name what Eq. 1 has no place for: other PEFT methods, DoRA, rank or alpha patterns, biases, saved modules.
     """
+    if adapters(model):
+        raise InputError("the model already has adapters: merge them, or load a fresh model")
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
@@ -194,7 +195,9 @@ def load_adapter(model, folder):
             raise InputError(f"{folder} uses PEFT's {option}, which is not supported: retrain the adapter without it")
     if config.get("bias", "none") != "none":
         raise InputError(f"{folder} trains biases (bias={config['bias']!r}), but only bias='none' is supported")
-    rank, alpha = config["r"], config["lora_alpha"]
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise InputError(f"{folder}/adapter_config.json states no r and lora_alpha, but r {rank} and lora_alpha {alpha}")
     if config.get("use_rslora"):
         alpha = alpha * math.sqrt(rank)                             # rank-stabilised: alpha / √R instead of alpha / R
     path = folder / "adapter_model.safetensors"

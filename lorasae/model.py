@@ -13,6 +13,7 @@ from torch import nn
 from lorasae import gemma2, llama3
 from lorasae.layers import places
 from lorasae.linear import Linear, linear
+from lorasae.objectives import capped
 from lorasae.sae import splice
 
 
@@ -76,8 +77,7 @@ class Transformer(nn.Module):
 
     def logits(self, x):
         """Residual stream after the last block [B, T, D] -> logits [B, T, V], soft-capped where the model is."""
-        logits = linear(self.norm(x), self.head)
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        return capped(linear(self.norm(x), self.head), self.softcap)
 
     def forward(self, tokens, saes={}, keep=None, cache=None):
         """tokens [B, T] -> logits [B, T, V], with every SAE of {layer: SAE} spliced in."""

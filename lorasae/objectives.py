@@ -10,7 +10,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from lorasae.distributed import everywhere
 from lorasae.linear import linear

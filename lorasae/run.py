@@ -106,7 +106,10 @@ class Run:
         """The run that `folder` holds, to be continued."""
         if (Path(folder) / "results.json").exists():
             raise InputError(f"{folder} is a finished run: there is nothing to resume (python eval.py {folder} evaluates it)")
-        return cls(folder, read_json(Path(folder) / "config.json"))
+        config = read_json(Path(folder) / "config.json")
+        if not isinstance(config, dict) or not {"batch_size", "context", "checkpoint_every"} <= config.keys():
+            raise InputError(f"{folder}/config.json was not written by train.py: pass the folder of a run")
+        return cls(folder, config)
 
     def restore(self, parameters, optimizer):
         """Loads the newest whole checkpoint into parameters and optimiser; returns the steps done (0 without one)."""
@@ -245,7 +248,8 @@ def peak_memory_bytes(device):
 
 def print_table(rows, headings=None):
     """Prints rows (sequences of cells) as aligned columns, the first to the left and the rest to the right."""
-    rows = [[cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row] for row in ([headings] if headings else []) + list(rows)]
+    rows = ([headings] if headings else []) + list(rows)
+    rows = [[cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]).rstrip())

@@ -137,7 +137,9 @@ class Ours:
     def answer(self):
         self.ready(False)
         batch = self.case.batch
-        losses = learn(self.model, self.saes, *self.lesson(self.tokens[:batch]), self.first, len(self.own)) / batch
+        with compiled_blocks(self.model) if self.compiled else nullcontext():
+            losses = learn(self.model, self.saes, *self.lesson(self.tokens[:batch]), self.first, len(self.own), self.compiled)
+        losses = losses / batch
         gradients = torch.autograd.grad(losses.sum(), sum(self.own, []))
         return {"loss": losses.detach(), **dict(zip(gradient_names(self.students), gradients))}
 

@@ -1,6 +1,9 @@
 """Tiny random models in the exact format of the real ones, written by the tests themselves: nothing is downloaded."""
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch is imported: on tiny tensors threads only cost
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
 """The method: one step against the naive formula with every logit and no sharing, and what the paper's settings promise."""
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -71,6 +73,21 @@ def test_compiled_blocks_take_the_same_step(model, tokens, kind, blocks):
         for found, right in zip(step(), expected):
             assert (found - right).norm() <= 1e-4 * right.norm() + 1e-6
     assert model.layers[0].forward == plain
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_compiled_step_of_a_gpu_is_the_plain_one(model, tokens):
+    """Inductor, FlexAttention where there is a soft-cap, and the compiled loss, as train.py uses them there."""
+    model, tokens, saes = model.cuda(), tokens.cuda(), {1: random_sae("jumprelu", model).cuda()}
+    parameters = lora_parameters(adapted(model, [2, 3]))
+    first, steps = first_differing(model, saes), []
+    for compiled in (False, True):
+        with compiled_blocks(model) if compiled else nullcontext():
+            loss = learn(model.train(), saes, *teach(model, saes, tokens, None, first), None, first, compiled=compiled)
+            steps.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
+    for plain, fast in zip(*steps):
+        assert (plain - fast).norm() <= 1e-2 * plain.norm() + 1e-5
 
 
 def test_parts_of_a_batch_add_up_to_its_gradient(model, tokens):

@@ -270,8 +270,8 @@ def place(request, tmp_path_factory):
     sae = make_sae("jumprelu" if request.param == "gemma2" else "topk", raw["hidden_size"])
     save_sae(sae, folder / "sae", model_name="test", layer=1, context=32)
     words = ["--model", folder / "model", "--layer", 1, "--data", folder / "text", "--context", 32, "--tokens", 640,
-             "--eval-tokens", 2048, "--batch-size", 2, "--rank", 2, "--lr", 1e-2, "--dtype", "float32", "--device", "cpu"]
-    train(*words, "--sae", folder / "sae", "--out", folder / "run")
+             "--eval-tokens", 2048, "--batch-size", 2, "--lr", 1e-2, "--dtype", "float32", "--device", "cpu"]
+    train(*words, "--sae", folder / "sae", "--rank", 2, "--out", folder / "run")
     train(*words, "--method", "topk", "--width", 64, "--k", 4, "--out", folder / "sae-run")
     return folder
 
@@ -368,6 +368,8 @@ def test_folders_that_cannot_be_evaluated_are_answered_in_one_line(place, tmp_pa
     assert "no adapter yet" in refusal(half) and f"--resume {half}" in refusal(half)
     shutil.rmtree(shutil.copytree(place / "sae-run", tmp_path / "young") / "sae")
     assert "no sae yet" in refusal(tmp_path / "young")
+    (place / "run" / "rank-4.bak").mkdir(exist_ok=True)
+    evaluate(place / "run", "--suite", "tokens")                                # is no run of a rank
     assert "eval-tokens.json" in refusal(tmp_path / "young", "--suite", "tokens", "--draw")
 
 

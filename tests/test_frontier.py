@@ -73,3 +73,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         frontier.main(["--model", "tiny-gemma-2", "--width", "many", "--out", str(tmp_path / "out")])
     assert "number of latents" in str(stop.value) and not (tmp_path / "out").exists()
+    for option, value, message in ("--rank", "0", "positive"), ("--seed", "-1", "negative"), ("--tokens", "2048", "ten steps"):
+        with pytest.raises(SystemExit, match=message):
+            frontier.main(["--model", "tiny-gemma-2", option, value, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

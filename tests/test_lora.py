@@ -8,6 +8,7 @@ from conftest import GEMMA, write_model
 from lorasae.checkpoint import load_model, save_model
 from lorasae.errors import InputError
 from lorasae.files import write_json
+from lorasae.linear import linear
 from lorasae.lora import add_lora, adapters, base, load_adapter, lora_parameters, merge_lora, save_adapter
 
 
@@ -43,7 +44,7 @@ def test_dropout_acts_on_the_adapters_input_in_training_only(model):
     module.train()
     assert not torch.equal(module(x), module(x))
     with base(model):
-        assert torch.equal(module(x), x @ module.weight.T)
+        assert torch.equal(module(x), linear(x, module.weight))
 
 
 def test_base_switches_the_adapters_off_and_back_on_even_after_an_error(model, tokens):
@@ -108,7 +109,7 @@ def test_transformers_loads_the_merged_checkpoint(model_folder, raw_config, toke
     transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
     model = trained(load_model(model_folder))
     adapted = model(tokens).detach()
-    save_model(merge_lora(model), tmp_path / "merged", config=raw_config)
+    save_model(merge_lora(model), tmp_path / "merged", config={**raw_config, "dtype": "bfloat16"})      # a stale one
     oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     with torch.no_grad():
         assert (oracle(tokens).logits - adapted).abs().max() <= 1e-4
@@ -121,15 +122,18 @@ def test_impossible_adapters_are_refused(model, layers, rank, dropout, message):
         add_lora(model, layers, rank, dropout=dropout)
 
 
-def test_a_second_set_of_adapters_is_refused(model):
-    add_lora(model, [1], 2)
+def test_a_second_set_of_adapters_is_refused(model, tmp_path):
+    save_adapter(add_lora(model, [1], 2), tmp_path / "adapter")
     with pytest.raises(InputError, match="already"):
         add_lora(model, [2], 2)
+    with pytest.raises(InputError, match="already"):
+        load_adapter(model, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("change, message", [
     ({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"), ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-    ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"), ({"bias": "all"}, "bias"), ({"r": 9}, "another model or rank")])
+    ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"), ({"bias": "all"}, "bias"), ({"r": 9}, "another model or rank"),
+    ({"r": None}, "states no r"), ({"lora_alpha": "much"}, "states no r")])
 def test_adapters_outside_equation_1_are_refused_by_name(model_folder, tmp_path, change, message):
     save_adapter(trained(load_model(model_folder)), tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"

@@ -2,6 +2,8 @@
 import json
 import math
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from conftest import GEMMA, LLAMA, random_weights, write_model
 from lorasae.checkpoint import load_model, parse_config, save_model
 from lorasae.errors import InputError
 from lorasae.files import read_json, write_json
-from lorasae.layers import Cache, attention, causal_mask, naive_attention, rotary_frequencies
+from lorasae.layers import Cache, attention, causal_mask, flex_mask, naive_attention, rotary_frequencies
 from lorasae.llama3 import RopeScaling
 from lorasae.sae import JumpReLU, TopK
 
@@ -112,8 +114,8 @@ def test_fast_attention_is_the_naive_formula(T, S, softcap, window):
 def test_flex_attention_is_the_naive_formula_on_cuda(softcap, window):
     q = torch.randn(2, 4, 256, 64, device="cuda", requires_grad=True)
     k, v = (torch.randn(2, 2, 256, 64, device="cuda", requires_grad=True) for _ in range(2))
-    results = []
-    for function in (attention, naive_attention):
+    masks, results = {window: flex_mask(256, window, q.device)}, []
+    for function in (partial(attention, masks=masks), naive_attention):
         y = function(q, k, v, 0.125, softcap, window)
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
     for fast, naive in zip(*results):

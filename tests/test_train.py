@@ -105,6 +105,12 @@ def test_micro_batches_change_memory_and_not_the_result(command, arguments, tmp_
     (["--layer", 1, 1], "twice"),
     (["--rank", 0], "rank"),
     (["--lr", -1], "lr"),
+    (["--weight-decay", -1], "weight-decay"),
+    (["--seed", -1], "seed"),
+    (["--micro-batch", 0], "micro-batch"),
+    (["--ahead", 0], "ahead"),
+    (["--device", "gpu"], "cuda"),
+    (["--k", 8], "no effect"),
     (["--tokens", "many"], "15M"),
     (["--adapt", "before"], "after, all, next"),
     (["--adapt", 7], "0 to 3"),
@@ -133,6 +139,14 @@ def test_an_sae_of_another_width_is_refused(command, arguments, tmp_path):
     assert "40" in one_line(command("train.py", *arguments, "--sae", tmp_path / "narrow", "--out", "run"))
 
 
+def test_around_the_last_block_there_is_nothing_after_to_adapt(command, arguments, raw_config, tmp_path):
+    from lorasae.sae import TopK
+    from lorasae.sae_formats import save_sae
+    save_sae(TopK(raw_config["hidden_size"], 64, 4), tmp_path / "last", model_name="test", layer=3, context=32)
+    words = [*arguments, "--layer", 3, "--sae", tmp_path / "last", "--adapt", "after", "--out", "run"]
+    assert "no block comes after" in one_line(command("train.py", *words)) and not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_turns_nan_stops_the_run_and_says_at_which_step(command, arguments, tmp_path):
     process = command("train.py", *arguments, "--lr", 1e30, "--clip", 1e30, "--checkpoint-every", 1, "--out", "run")
     line = one_line(process)
@@ -154,6 +168,24 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(command, arguments,
     process = command("train.py", *arguments, "--dry-run")
     assert process.returncode == 0 and "20 steps of 2 x 32 = 1,280 tokens" in process.stdout
     assert {path for path in tmp_path.rglob("*")} == before
+
+
+def test_a_dry_run_names_the_blocks_that_the_run_adapts(command, arguments):
+    stdout = command("train.py", *arguments, "--dry-run").stdout
+    assert "0 to 3 (4 of 4)" in stdout                  # around a TopK
+    assert "2 to 3 (2 of 4)" in command("train.py", *arguments, "--adapt", "after", "--dry-run").stdout
+
+
+def test_a_dry_run_of_an_sae_counts_its_parameters(command):
+    process = command("train.py", "--method", "topk", "--width", 100, "--dry-run")
+    assert process.returncode == 0 and f"{100 * (2 * 192 + 1) + 192:,} (" in process.stdout
+
+
+def test_what_cannot_be_resumed_or_merged_is_one_clear_line(command, arguments, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gemma2"}')
+    assert "not written by train.py" in one_line(command("train.py", "--resume", "other"))
+    assert "nothing to merge" in one_line(command("train.py", "--merge", "other"))
 
 
 def test_the_headline_run_has_41_million_trainable_parameters():

@@ -4,7 +4,6 @@ import sys
 from contextlib import contextmanager
 from functools import cache
 
-import torch
 from tqdm import tqdm
 
 

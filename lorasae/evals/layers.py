@@ -67,7 +67,7 @@ def adapted(config, setting, blocks, folder):
     run = Run.resume(folder) if (folder / "config.json").exists() else Run.create(folder, config)
     train(fresh, saes, lambda skip: corpus.batches(config["batch_size"], skip), run, steps=config["steps"],
           lr=config["lr"], weight_decay=config["weight_decay"], clip=config["clip"], micro_batch=config["micro_batch"],
-          keep_special=keep_special, decay=config["lr_decay"])
+          keep_special=keep_special, decay=config["lr_decay"], ahead=config["ahead"], compiled=config["compile"])
     save_adapter(fresh, folder / "adapter", base_model=config["model"])
     run.finish({"seconds": run.seconds})
     return fresh

@@ -110,7 +110,8 @@ def make_saes(name, folder, seed=0):
         save_sparsify(sae, folder / "topk" / f"layers.{layer}")
         other, more = trained({**topk, "seed": seed + 1})
         x = sample(topk)
-        save_llama_scope(one_threshold(other, x), folder / "jumprelu" / f"tiny-L{layer}R", layer, x.norm(dim=1).mean().item(), topk["k"])
+        save_llama_scope(one_threshold(other, x), folder / "jumprelu" / f"tiny-L{layer}R", layer,
+                         x.norm(dim=1).mean().item(), topk["k"])
     for kind, config, took in (("topk", topk, seconds), ("jumprelu", jumprelu, more)):
         made[kind] = {"latents": config["width"], "tokens": config["tokens"], "lr": config["lr"], "seconds": round(took),
                       **measure(config, load_sae(folder / kind, layer=layer))}
