@@ -47,16 +47,17 @@ def _topk(x, k):
     rest = M % block                                                    # is in no group: always a candidate
     blocks = x[:, :M - rest].unflatten(1, (-1, size, LANES))            # a group is one lane of one block
     maxima, groups = _topk(blocks.amax(2).flatten(1), k)
-    first = groups + (groups & -LANES) * (size - 1)                     # LANES is a power of two
+    first = torch.add(groups, groups & -LANES, alpha=size - 1)          # LANES is a power of two
     candidates = (first[:, None] + torch.arange(0, block, LANES, device=x.device)[:, None]).flatten(1)
     if rest:
         last = torch.arange(M - rest, M, device=x.device).expand(len(x), rest)
         candidates = torch.cat([candidates, last], 1)
-    values = x.gather(1, candidates)
     # Candidates below the k-th maximum cannot win. Made equal, they halve the time of the CPU's selection: its branches
     # become predictable. (A NaN maximum says nothing about the other maxima: it counts as infinite.)
-    floor = maxima.detach().nan_to_num(torch.inf, torch.inf, -torch.inf).amin(1, keepdim=True)
-    values = values.maximum(floor.nextafter(torch.full_like(floor, -torch.inf)))
+    values = x.gather(1, candidates)
+    with torch.no_grad():                                               # changes no winner
+        floor = maxima.nan_to_num(torch.inf, torch.inf, -torch.inf).amin(1, keepdim=True)
+        torch.maximum(values, floor.nextafter(floor.new_tensor(-torch.inf)), out=values)
     values, winners = torch.topk(values, k, sorted=False)
     return values, candidates.gather(1, winners)
 
