@@ -11,6 +11,7 @@ from lorasae.adapt import train
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
 from lorasae.evals.common import interval, percent, plus_minus, ratio
+from lorasae.files import read_json
 from lorasae.lora import add_lora, adapters, load_adapter, save_adapter
 from lorasae.model import Transformer
 from lorasae.run import Run, print_table
@@ -28,7 +29,8 @@ def evaluate(config, setting, folder):
     places = {name: folder / "layers" / name.replace(" ", "-") for name in map(label, wanted) if name != label(own)}
     missing = [name for name, place in places.items() if not (place / "results.json").exists()]
     if missing:
-        print(f"training adapters on {'; '.join(missing)}: each takes about as long as the run itself", flush=True)
+        minutes = len(missing) * read_json(folder / "results.json")["seconds"] / 60
+        print(f"training adapters on {'; '.join(missing)}: about {minutes:.0f} minutes, by the run's own time", flush=True)
 
     def ce(model, *settings):
         batches = corpus.validation.split(config["micro_batch"])

@@ -28,7 +28,7 @@ from lorasae.lora import base
 from lorasae.objectives import token_losses
 from lorasae.run import print_table
 
-ALPHAS = (0, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 12, 20)     # 0: where no α helps, not to steer is best
+ALPHAS = (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 12, 20)     # 0: where no α helps, not to steer is best
 WINDOW = 24                                             # tokens of a text cut from a corpus (the paper's: twelve words)
 LEAST = 8                                               # positives and negatives without which there is no verdict
 COMMON = 0.1                                            # a latent that fires in more of the texts stands for no topic
