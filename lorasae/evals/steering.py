@@ -248,7 +248,7 @@ def draw(numbers, figure):
             low, high = min(map(min, values)), max(map(max, values))
             for d, label in zip(values, ("base model", "LoRA model")):
                 axes.hist(d, 25, (low, max(high, low + 1)), alpha=0.5, label=label)
-            axes.set_title(f"latent {row['latent']}, {side} examples", fontsize=9)
+            axes.set_title(f"latent {row['latent']}, {side} examples; α {row['alpha_base']:g} and {row['alpha_lora']:g}", fontsize=9)
             axes.set_ylabel("texts")
     for axes in panels:
         axes.set_xlabel("d, the unsteered texts spanning 100")
