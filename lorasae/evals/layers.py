@@ -100,9 +100,10 @@ def draw(numbers, figure):
     gains, halves = zip(*((row["improvement"], row["ci90"]["improvement"] or 0) for row in single))
     axes.errorbar(distance, gains, halves, capsize=4, marker="o", label="one block")
     for x, y, row in zip(distance, gains, single):
-        axes.annotate(percent(row["share_of_all_after"]), (x, y), (0, -16), textcoords="offset points", ha="center")
+        axes.annotate(percent(row["share_of_all_after"]), (x, y), (8, 5), textcoords="offset points")
     axes.axhline(whole["improvement"], color="C1", linestyle="--", label=f"all after the SAE ({whole['blocks']})")
-    axes.set(xlabel="blocks after the SAE", ylabel="CE improvement (nats/token)", ylim=(1.2 * min(0, *gains), None),
-             title="Adapters on one block, in % of all after the SAE (the paper's Figure 9)")
+    axes.set(xlabel="blocks after the SAE", ylabel="CE improvement (nats/token)", ylim=(1.2 * min(0, *gains), None))
+    axes.set_title("Adapters on one block, in % of all after the SAE (the paper's Figure 9)", fontsize=10)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
+    axes.margins(x=0.15)
+    axes.legend(loc="lower left")
