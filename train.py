@@ -109,6 +109,8 @@ def configure(args):
                 config[key] = getattr(defaults, key)
         config["layer"] = config["layer"] or [defaults.layer]
         if config["sae"] is None:                       # the preset's own SAEs, with their width, L0 and adapted blocks
+            if defaults is PAPER:
+                load_config(args.model)                 # that there is no such model is said first
             chosen = [sae_choice(args.model, layer=layer, width=args.width, l0=args.l0) for layer in config["layer"]]
             config["sae"], config["width"] = [chosen[0][0]], chosen[0][1]["width"]
             config["l0"] = chosen[0][1]["l0"] if len(chosen) == 1 else args.l0

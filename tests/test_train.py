@@ -181,6 +181,13 @@ def test_a_dry_run_of_an_sae_counts_its_parameters(command):
     assert process.returncode == 0 and f"{100 * (2 * 192 + 1) + 192:,} (" in process.stdout
 
 
+def test_a_model_that_does_not_exist_is_said_before_its_missing_sae(command, whole_model, tmp_path):
+    (tmp_path / "bare").mkdir()
+    assert "no-such-model" in (line := one_line(command("train.py", "--model", "no-such-model"))) and "--sae" not in line
+    assert "config.json" in one_line(command("train.py", "--model", tmp_path / "bare"))
+    assert "pass one with --sae" in one_line(command("train.py", "--model", whole_model))
+
+
 def test_what_cannot_be_resumed_or_merged_is_one_clear_line(command, arguments, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "gemma2"}')
