@@ -23,7 +23,7 @@ from lorasae.files import read_json, write_bytes, write_json
 from lorasae.hub import PRESETS, Preset, model_files, model_plan, preset, sae_choice, sae_plan
 from lorasae.lora import add_lora, attach_lora, detach_lora, load_adapter, lora_parameters, merge_lora, save_adapter
 from lorasae.model import Transformer
-from lorasae.run import Run, check_free, count, load_saes, load_setting, peak_memory_bytes, print_table, versions
+from lorasae.run import Run, check_free, count, load_saes, load_setting, peak_memory_bytes, print_table, sae_sources, versions
 
 PAPER = Preset("any other model", layer=12, adapt="after", data="stdlib")       # its field defaults are the paper's
 
@@ -187,9 +187,8 @@ def adapt(config, folder, run=None):
 
 def dry_run(config):
     """Prints what a run would fetch, train and hold in memory, from configuration files and listings alone."""
-    layers, sources = config["layer"], config["sae"] or []
-    pairs = zip(layers, sources * len(layers) if len(sources) == 1 else sources)
-    wanted = [fetch for layer, source in pairs
+    layers = config["layer"]
+    wanted = [fetch for layer, source in (sae_sources(config) if config["method"] == "lora" else [])
               for fetch in sae_plan(source, layer=layer, width=config["width"], l0=config["l0"])]
     for fetch in model_plan(config["model"]) + wanted:
         print(f"{'here ' if fetch.cached else 'fetch'}  {fetch.bytes / 1e6:10,.1f} MB  {fetch.repo}/{fetch.path}")
@@ -208,8 +207,9 @@ def dry_run(config):
               + ("" if config["adapt"] or not wanted else "; all of them if the SAE turns out to be a TopK"))
     else:
         latents = config["width"] or 8 * c.hidden_size
-        trainable = latents * (2 * c.hidden_size + 1) + c.hidden_size + (latents if config["method"] == "jumprelu" else 0)
-        activations = rows * 4 * (4 * c.hidden_size + (latents if config["method"] == "jumprelu" else 0))
+        thresholds = latents if config["method"] == "jumprelu" else 0
+        trainable = latents * (2 * c.hidden_size + 1) + c.hidden_size + thresholds
+        activations = rows * 4 * (4 * c.hidden_size + thresholds)       # a JumpReLU keeps every pre-activation
         print(f"\nSAE                   {latents:,} latents at the output of block {layers[0]}")
     weights, training = frozen * itemsize, trainable * 16           # fp32: value, gradient, and Adam's two averages
     saes = sum(fetch.bytes for fetch in wanted if not fetch.path.endswith(".json"))

@@ -245,7 +245,7 @@ def make(config, folder, run=None):
     width = config["width"] or 8 * D
     if method == "jumprelu" and not 0 < config["l0"] < width:
         raise InputError(f"--l0 {config['l0']:g} cannot be reached: it must lie between 0 and the {width:,} latents")
-    config = {"ahead": 1, "compile": False, **config, "width": width, "lr": config["lr"] or 2e-4 / (width / 2 ** 14) ** 0.5}
+    config = {**config, "width": width, "lr": config["lr"] or 2e-4 / (width / 2 ** 14) ** 0.5}
     sae = new_sae(method, D, width, config["k"]).to(model.device)
     active = f"L0 {config['l0']:g}" if method == "jumprelu" else f"k {sae.k}"
     print(f"training an SAE ({method}, {active}) of {width:,} latents on block {layer} of {config['model']}: "

@@ -165,8 +165,8 @@ def main(argv=None):
         config |= {"tokens": args.tokens, "ahead": 8 if args.device == "cuda" else 1,
                    "compile": args.device == "cuda", "clip": 1.0, "auxk": False, "dead_after": 10 ** 7, "checkpoint_every": 1000}
         configs = {method: fill({**config, "method": method}, known) for method in ("topk", "e2e")}
-        lora = {"method": "lora", "adapt": ["all"], "rank": known.rank if args.rank is None else args.rank, "alpha": 32, "dropout": known.dropout,
-                "lr": known.lr, "lr_decay": known.lr_decay, "weight_decay": 0.01, "width": None, "l0": None,
+        lora = {"method": "lora", "adapt": ["all"], "rank": known.rank if args.rank is None else args.rank, "alpha": 32,
+                "dropout": known.dropout, "lr": known.lr, "lr_decay": known.lr_decay, "weight_decay": 0.01, "width": None, "l0": None,
                 "batch_size": known.batch_size, "micro_batch": known.batch_size,
                 "tokens": args.lora_tokens or (MINIATURE if args.model.startswith("tiny-") else known.tokens)}
         for part in (*configs.values(), lora):

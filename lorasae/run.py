@@ -57,15 +57,21 @@ def load_setting(config, adapter=None, shard=False):
     return Setting(model, saes, load_corpus(config, model.config), special == {False})
 
 
-def load_saes(config, model, device):
-    """{layer: SAE}: one source for all layers, or one a layer."""
+def sae_sources(config):
+    """[(layer, source)] of a configuration: one source for all layers, or one a layer."""
     layers, sources = config["layer"], config["sae"] or []
     if len(sources) not in (1, len(layers)) and layers:
         raise InputError(f"--sae names {len(sources)} SAEs for {len(layers)} layers: pass one source for all, or one a layer")
+    return list(zip(layers, sources * len(layers) if len(sources) == 1 else sources))
+
+
+def load_saes(config, model, device):
+    """{layer: SAE}, frozen."""
+    layers = config["layer"]
     if len(set(layers)) < len(layers):
         raise InputError(f"--layer {' '.join(map(str, layers))} names a layer twice")
     depth, saes = len(model.layers), {}
-    for layer, source in zip(layers, sources * len(layers) if len(sources) == 1 else sources):
+    for layer, source in sae_sources(config):
         if not 0 <= layer < depth:
             raise InputError(f"--layer {layer} is out of range: {config['model']} has blocks 0 to {depth - 1}")
         saes[layer] = load_sae(source, layer=layer, width=config["width"], l0=config["l0"],

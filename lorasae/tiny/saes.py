@@ -36,7 +36,7 @@ def settings(name, method, seed, **given):
     config = dict.fromkeys(("layer", "width", "k", "l0", "lr", "batch_size", "tokens", "data", "context", "eval_tokens", "dtype",
                             "micro_batch", "sae", "field", "sae_dtype"))
     config |= {"model": f"tiny-{name}", "method": method, "seed": seed, "device": "cpu", "clip": 1.0, "auxk": False,
-               "dead_after": 10 ** 7, "checkpoint_every": 10 ** 9, **given}
+               "ahead": 1, "compile": False, "dead_after": 10 ** 7, "checkpoint_every": 10 ** 9, **given}
     config = fill(config, PRESETS[config["model"]])
     return {**config, "steps": -(-config["tokens"] // (config["batch_size"] * config["context"]))}
 
