@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 
 from lorasae.errors import InputError
-from lorasae.evals import distances, fidelity, layers, steering, tokens
+from lorasae.evals import distances, fidelity, steering, tokens
+from lorasae.paper import one_block as layers
 from lorasae.evals.chat import chat
-from lorasae.figures import save_figure
-from lorasae.files import read_json, write_json
-from lorasae.hub import preset
-from lorasae.run import load_setting, training_curve
+from lorasae.evals.figures import save_figure
+from lorasae.io.disk import read_json, write_json
+from lorasae.io.presets import preset
+from lorasae.runs.folder import load_setting, training_curve
 
 SUITES = ("fidelity", "tokens", "distances", "layers", "steering", "lm")
 
@@ -49,7 +50,7 @@ def arguments(argv):
 
 def suite_module(name):
     if name == "lm":
-        from lorasae.evals import harness               # only here: it needs the optional lm-eval
+        from lorasae.evals import benchmarks as harness               # only here: it needs the optional lm-eval
         return harness
     return {"fidelity": fidelity, "tokens": tokens, "distances": distances, "layers": layers, "steering": steering}[name]
 

@@ -13,17 +13,19 @@ from pathlib import Path
 
 import torch
 
-from lorasae import distributed
+from lorasae.runs import distributed
 from lorasae.adapt import adapted_blocks, default_adapt, train
 from lorasae.dictionary import fill, make
-from lorasae.checkpoint import DTYPES, load_config, load_model, save_model
+from lorasae.io.checkpoint import DTYPES, load_config, load_model, save_model
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.files import read_json, write_bytes, write_json
-from lorasae.hub import PRESETS, Preset, model_files, model_plan, preset, sae_choice, sae_plan
-from lorasae.lora import add_lora, attach_lora, detach_lora, load_adapter, lora_parameters, merge_lora, save_adapter
+from lorasae.io.disk import read_json, write_bytes, write_json
+from lorasae.io.hub import model_files, model_plan, sae_choice, sae_plan
+from lorasae.io.presets import PRESETS, Preset, preset
+from lorasae.io.adapters import load_adapter, save_adapter
+from lorasae.lora import add_lora, attach_lora, detach_lora, lora_parameters, merge_lora
 from lorasae.model import Transformer
-from lorasae.run import Run, check_free, count, load_saes, load_setting, peak_memory_bytes, print_table, sae_sources, versions
+from lorasae.runs.folder import Run, check_free, count, load_saes, load_setting, peak_memory_bytes, print_table, sae_sources, versions
 
 PAPER = Preset("any other model", layer=12, adapt="after", data="stdlib")       # its field defaults are the paper's
 

@@ -6,10 +6,11 @@
 
 adapt.py is the method; the README says in which order to read the rest.
 """
-from lorasae.checkpoint import load_model, save_model
+from lorasae.io.checkpoint import load_model, save_model
 from lorasae.errors import InputError
-from lorasae.lora import add_lora, base, load_adapter, merge_lora, save_adapter
-from lorasae.sae_formats import load_sae, save_sae
+from lorasae.io.adapters import load_adapter, save_adapter
+from lorasae.lora import add_lora, base, merge_lora
+from lorasae.io.sae_formats import load_sae, save_sae
 from lorasae import objectives, topk
 
 __all__ = ["InputError", "add_lora", "base", "load_adapter", "load_model", "load_sae", "merge_lora", "objectives",

@@ -12,8 +12,8 @@ from itertools import islice
 import numpy as np
 import torch
 
-from lorasae import distributed
-from lorasae.data import special_mask
+from lorasae.runs import distributed
+from lorasae.io.corpus import special_mask
 from lorasae.errors import InputError
 from lorasae.lora import adapters, base, lora_parameters
 from lorasae.objectives import linear_kl

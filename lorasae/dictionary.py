@@ -21,17 +21,17 @@ from torch import nn
 
 from lorasae import topk
 from lorasae.adapt import compiled_blocks, in_advance, learn, teach
-from lorasae.data import special_mask
-from lorasae.distributed import all_reduce, everywhere, rank
+from lorasae.io.corpus import special_mask
+from lorasae.runs.distributed import all_reduce, everywhere, rank
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.files import write_json
-from lorasae.hub import PRESETS
+from lorasae.io.disk import write_json
+from lorasae.io.presets import PRESETS
 from lorasae.linear import linear
 from lorasae.objectives import aux_loss, fvu, jump, l0_penalty
-from lorasae.run import Run, load_setting, peak_memory_bytes
+from lorasae.runs.folder import Run, load_setting, peak_memory_bytes
 from lorasae.sae import JumpReLU, TopK
-from lorasae.sae_formats import save_sae
+from lorasae.io.sae_formats import save_sae
 
 
 @dataclass(frozen=True)

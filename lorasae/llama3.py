@@ -9,7 +9,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from lorasae.layers import MLP, Attention
+from lorasae.attention import MLP, Attention
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorasae import gemma2, llama3
-from lorasae.layers import places
+from lorasae.attention import places
 from lorasae.linear import Linear, linear
 from lorasae.objectives import capped
 from lorasae.sae import splice

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorasae.distributed import everywhere
+from lorasae.runs.distributed import everywhere
 from lorasae.linear import linear
 
 CHUNK_ELEMENTS = {"cpu": 2 ** 21, "cuda": 2 ** 27}      # logits of a model held at once: 8 MB on a CPU, 0.5 GB on a GPU

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lorasae.adapt import adapted_blocks, compiled_blocks, default_adapt, first_differing, learn, teach
-from lorasae.data import special_mask
+from lorasae.io.corpus import special_mask
 from lorasae.errors import InputError
 from lorasae.lora import add_lora, adapters, base, lora_parameters
 from lorasae.objectives import naive_kl

@@ -6,11 +6,14 @@ import sys
 import pytest
 import torch
 
-from lorasae import adapt, bench, objectives, race, topk, workloads
-from lorasae.files import read_json
+from lorasae import adapt, objectives, topk
+from lorasae.bench import __main__ as bench
+from lorasae.bench import race
+from lorasae.bench import workloads
+from lorasae.io.disk import read_json
 from lorasae.lora import LoRALinear
-from lorasae.race import differing_tensors, peak_memory
-from lorasae.workloads import REAL, TINY
+from lorasae.bench.race import differing_tensors, peak_memory
+from lorasae.bench.workloads import REAL, TINY
 
 PEERS_REASON = "the peers are built over it"
 
@@ -70,8 +73,8 @@ def test_without_the_peers_ours_is_still_timed(monkeypatch, capsys):
         if name == "peft":
             raise ModuleNotFoundError("No module named 'peft'", name="peft")
         return find(name, *args, **kwargs)
-    monkeypatch.delitem(sys.modules, "lorasae.peers", raising=False)
-    monkeypatch.delattr("lorasae.peers", raising=False)
+    monkeypatch.delitem(sys.modules, "lorasae.bench.peers", raising=False)
+    monkeypatch.delattr("lorasae.bench.peers", raising=False)
     monkeypatch.setattr(builtins, "__import__", missing)
     assert not bench.load_peers()
     assert "pip install transformers peft" in capsys.readouterr().err

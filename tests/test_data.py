@@ -9,8 +9,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from lorasae import data
-from lorasae.data import Corpus, Prefetch, pack, special_mask
+from lorasae.io import corpus as data
+from lorasae.io.corpus import Corpus, Prefetch, pack, special_mask
 from lorasae.errors import InputError
 
 BOS, EOS = 0, 1
@@ -162,7 +162,7 @@ def test_both_parts_are_the_same_for_the_same_arguments_alone(tmp_path):
 
 
 def test_the_standard_library_is_split_by_file_name():
-    from lorasae.streams import files, held_out
+    from lorasae.io.streams import files, held_out
     corpus = Corpus("stdlib", NUMBERED, BOS, EOS, context=16, eval_tokens=160)
     names = {file.name for file in files("stdlib")}
     assert {file.name for file in corpus.validation_files} == {name for name in names if held_out(name)}

@@ -8,15 +8,15 @@ import torch
 import train as script
 from conftest import random_weights
 from lorasae import dictionary
-from lorasae.checkpoint import load_model, parse_config
+from lorasae.io.checkpoint import load_model, parse_config
 from lorasae.dictionary import evaluate, fit_biases, geometric_median, new_sae, schedule, train
 from lorasae.errors import InputError
-from lorasae.files import read_json
+from lorasae.io.disk import read_json
 from lorasae.model import Transformer
 from lorasae.objectives import aux_loss, fvu, jump, l0_penalty, naive_kl
-from lorasae.run import Run
+from lorasae.runs.folder import Run
 from lorasae.sae import TopK
-from lorasae.sae_formats import load_sae
+from lorasae.io.sae_formats import load_sae
 
 LAYER, B, T, M, K = 1, 2, 16, 128, 4
 

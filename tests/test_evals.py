@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from conftest import GEMMA, LLAMA, TEXT, write_model, write_tokenizer
-from lorasae.data import special_mask
+from lorasae.io.corpus import special_mask
 from lorasae.errors import InputError
-from lorasae.evals import distances, fidelity, layers, tokens as token_suite
+from lorasae.evals import distances, fidelity, tokens as token_suite
+from lorasae.paper import one_block as layers
 from lorasae.evals.common import evaluating, interval, ratio, t_quantile
 from lorasae.lora import add_lora, adapters, base
 from lorasae.sae import JumpReLU, TopK
-from lorasae.sae_formats import save_sae
+from lorasae.io.sae_formats import save_sae
 
 ALL = tuple(fidelity.SETTINGS)
 

@@ -1,9 +1,10 @@
 """The frontier of §4.2: the arithmetic of its tables, and the whole command on a toy."""
 import pytest
 
-from lorasae import frontier, hub
-from lorasae.files import read_json
-from lorasae.frontier import levels, reached
+from lorasae.paper import frontier
+from lorasae.io import presets
+from lorasae.io.disk import read_json
+from lorasae.paper.frontier import levels, reached
 
 
 def curve(*points):
@@ -29,7 +30,7 @@ def test_the_table_of_times_goes_from_the_first_loss_of_lora_to_the_best_of_all(
 @pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 def test_the_command_trains_evaluates_and_draws_the_frontier_and_continues_where_it_was(whole_model, text_folder, tmp_path,
                                                                                         monkeypatch, capsys):
-    monkeypatch.setitem(hub.PRESETS, "toy", hub.Preset(str(whole_model), layer=1, adapt="all", data=str(text_folder), dtype="float32",
+    monkeypatch.setitem(presets.PRESETS, "toy", presets.Preset(str(whole_model), layer=1, adapt="all", data=str(text_folder), dtype="float32",
                                                        context=32, tokens=640, eval_tokens=256, batch_size=2, rank=2, lr=1e-2))
     words = ["--model", "toy", "--width", "96", "--k", "4", "--tokens", "640", "--device", "cpu", "--out", str(tmp_path / "out")]
     frontier.main(words)

@@ -7,19 +7,20 @@ import pytest
 import torch
 
 from conftest import GEMMA, LLAMA, TEXT, write_model, write_tokenizer
-from lorasae.checkpoint import load_model
-from lorasae.data import special_mask
+from lorasae.io.checkpoint import load_model
+from lorasae.io.corpus import special_mask
 from lorasae.errors import InputError
-from lorasae.files import write_json
-from lorasae.lora import add_lora, adapters, load_adapter, save_adapter
+from lorasae.io.disk import write_json
+from lorasae.io.adapters import load_adapter, save_adapter
+from lorasae.lora import add_lora, adapters
 from lorasae.sae import JumpReLU, TopK
 
 pytest.importorskip("lm_eval", reason="the benchmarks are lm-eval's")
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 
-from lorasae.evals import harness
-from lorasae.evals.harness import SETTINGS, Job, SplicedLM
+from lorasae.evals import benchmarks as harness
+from lorasae.evals.benchmarks import SETTINGS, Job, SplicedLM
 
 LAYER, LENGTH, CORPUS = 1, 96, "".join(f"x{i * 37} = {i}\n{TEXT}Q: What is {i}?\nA: It is blue, red or green.\n\n" for i in range(20))
 SHORT = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
@@ -313,7 +314,7 @@ def test_table_5_shows_the_papers_metrics_of_its_tasks(capsys):
 def test_the_command_writes_table_5_of_a_run(bench, task_folder, text_folder, tmp_path, monkeypatch, capsys):
     import eval
     import train
-    from lorasae.sae_formats import save_sae
+    from lorasae.io.sae_formats import save_sae
     monkeypatch.chdir(tmp_path)
     save_sae(bench.saes[LAYER], tmp_path / "sae", model_name="test", layer=LAYER, context=32)
     train.main(["--model", str(bench.folder / "model"), "--sae", "sae", "--layer", "1", "--data", str(text_folder), "--context", "32",
@@ -358,7 +359,7 @@ def test_requests_that_cannot_be_answered_are_refused(bench):
 
 
 def test_without_lm_eval_one_line_names_the_command(monkeypatch):
-    monkeypatch.delitem(sys.modules, "lorasae.evals.harness")
+    monkeypatch.delitem(sys.modules, "lorasae.evals.benchmarks")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r'pip install "lm-eval'):
-        importlib.import_module("lorasae.evals.harness")
+        importlib.import_module("lorasae.evals.benchmarks")

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from lorasae import hub
+from lorasae.io import hub
 from lorasae.errors import InputError
-from lorasae.hub import PRESETS, model_files, model_plan, preset, sae_choice, sae_files, sae_plan
-from lorasae.sae_formats import load_sae
+from lorasae.io.hub import model_files, model_plan, sae_choice, sae_files, sae_plan
+from lorasae.io.presets import PRESETS, TINY, preset
+from lorasae.io.sae_formats import load_sae
 
 COMMIT = "a" * 40
 L0S = (22, 41, 62, 114, 445)
@@ -216,7 +217,7 @@ def test_a_local_folder_is_taken_as_it_is_and_a_preset_may_be_one(tmp_path):
     assert model_files(tmp_path) == model_files(str(tmp_path)) == tmp_path
     assert model_plan(tmp_path) == []
     for name in ("tiny-gemma-2", "tiny-llama-3"):
-        assert hub.TINY in hub.Path(PRESETS[name].repo).parents and hub.TINY in hub.Path(PRESETS[name].sae).parents
+        assert TINY in hub.Path(PRESETS[name].repo).parents and TINY in hub.Path(PRESETS[name].sae).parents
 
 
 def test_the_plan_lists_sizes_and_what_the_cache_holds(server):
@@ -358,13 +359,13 @@ def test_a_model_without_an_sae_says_how_to_get_one():
 def test_the_environment_alone_points_the_program_at_a_server(server, tmp_path):
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE as a user sets them, in a fresh process."""
     server.repos["some/model"], server.repos["google/scope"] = MODEL, gemma_scope()
-    code = ("from lorasae.hub import model_files, sae_files\n"
+    code = ("from lorasae.io.hub import model_files, sae_files\n"
             "print(model_files('some/model'))\nprint(sae_files('google/scope', layer=12, width='16k', l0=62))")
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
     environment.pop("HF_HUB_CACHE", None)
     for offline in ("0", "1"):
         done = subprocess.run([sys.executable, "-c", code], env={**environment, "HF_HUB_OFFLINE": offline}, text=True,
-                              capture_output=True, cwd=hub.TINY.parents[1])
+                              capture_output=True, cwd=TINY.parents[1])
         assert done.returncode == 0, done.stderr
         folders = done.stdout.split()
         assert all(folder.startswith(str(tmp_path / "home")) for folder in folders) and len(folders) == 2

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from conftest import GEMMA, write_model
-from lorasae.checkpoint import load_model, save_model
+from lorasae.io.checkpoint import load_model, save_model
 from lorasae.errors import InputError
-from lorasae.files import write_json
+from lorasae.io.disk import write_json
 from lorasae.linear import linear
-from lorasae.lora import add_lora, adapters, base, load_adapter, lora_parameters, merge_lora, save_adapter
+from lorasae.io.adapters import load_adapter, save_adapter
+from lorasae.lora import add_lora, adapters, base, lora_parameters, merge_lora
 
 
 def trained(model, layers=(1, 3), rank=3, **how):

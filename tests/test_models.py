@@ -10,10 +10,10 @@ from torch import nn
 from safetensors.torch import save_file
 
 from conftest import GEMMA, LLAMA, random_weights, write_model
-from lorasae.checkpoint import load_model, parse_config, save_model
+from lorasae.io.checkpoint import load_model, parse_config, save_model
 from lorasae.errors import InputError
-from lorasae.files import read_json, write_json
-from lorasae.layers import Cache, attention, causal_mask, flex_mask, naive_attention, rotary_frequencies
+from lorasae.io.disk import read_json, write_json
+from lorasae.attention import Cache, attention, causal_mask, flex_mask, naive_attention, rotary_frequencies
 from lorasae.llama3 import RopeScaling
 from lorasae.sae import JumpReLU, TopK
 
@@ -47,7 +47,7 @@ def test_logits_equal_transformers(raw, dtype, tmp_path, monkeypatch):
     fp32 goes through the fused attention kernel. In bf16 every rounding counts, so both sides run the written-out formula.
     """
     if dtype == torch.bfloat16:
-        monkeypatch.setattr("lorasae.layers.attention", lambda *qkv_to_window_masks: naive_attention(*qkv_to_window_masks[:6]))
+        monkeypatch.setattr("lorasae.attention.attention", lambda *qkv_to_window_masks: naive_attention(*qkv_to_window_masks[:6]))
     transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
     folder = write_model(tmp_path / "model", raw)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")

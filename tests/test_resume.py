@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from lorasae.run import Run
+from lorasae.runs.folder import Run
 
 STEPS, EVERY = 60, 3
 pytestmark = pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorasae import sae_formats
+from lorasae.io import sae_formats
 from lorasae.errors import InputError
 from lorasae.sae import JumpReLU, TopK
-from lorasae.sae_formats import check_fits, load_sae, save_sae, save_sparsify
+from lorasae.io.sae_formats import check_fits, load_sae, save_sae, save_sparsify
 
 D, M, K = 24, 96, 7
 WHAT = {"model_name": "m", "layer": 3, "context": 64}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import TEXT, write_tokenizer
-from lorasae.data import Corpus
+from lorasae.io.corpus import Corpus
 from lorasae.errors import InputError
 from lorasae.evals import chat as chat_module, steering
 from lorasae.evals.chat import chat
@@ -272,7 +272,7 @@ def setting(model, raw_config, tmp_path, planted):
 
 
 def as_setting(namespace):
-    from lorasae.run import Setting
+    from lorasae.runs.folder import Setting
     return Setting(namespace.model, namespace.saes, namespace.corpus, False)
 
 
@@ -309,7 +309,7 @@ def test_what_cannot_be_steered_is_one_clear_line(setting, tmp_path, how, messag
 
 def test_the_picture_and_the_table_show_every_latent(setting, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="draws the pictures")
-    from lorasae.figures import save_figure
+    from lorasae.evals.figures import save_figure
     latents = steering.choose_latents(setting.model, setting.saes[1], 1, steering.windows(
         setting.corpus.validation, setting.corpus.bos, setting.corpus.eos), 2, least=16)
     numbers = steering.evaluate(as_setting(setting), tmp_path, latents, count=16)

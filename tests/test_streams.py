@@ -16,10 +16,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from lorasae import streams
-from lorasae.data import Corpus
+from lorasae.io import streams
+from lorasae.io.corpus import Corpus
 from lorasae.errors import InputError
-from lorasae.streams import DOCUMENT, files, held_out, read
+from lorasae.io.streams import DOCUMENT, files, held_out, read
 from test_data import NUMBERED, numbered, sources_of, take
 
 TEXTS = ["first document\nwith two lines", "zweites, größeres 文書 🙂", "", "last \\u0041 \ttab"]
@@ -408,7 +408,7 @@ def test_without_a_network_the_cache_is_read_and_an_empty_cache_is_told(hub, tmp
 
 def test_the_endpoint_of_the_environment_is_used(hub, tmp_path):
     hub.repositories["owner/name"] = {"a.jsonl": lines(MANY)}
-    program = ("from lorasae.streams import files, read\nfile, = files('hf://datasets/owner/name')\n"
+    program = ("from lorasae.io.streams import files, read\nfile, = files('hf://datasets/owner/name')\n"
                "with file.open() as raw: print(sum(map(len, read(raw, file.name))))")
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     result = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, env=environment,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from lorasae.checkpoint import load_model
-from lorasae.data import Corpus
-from lorasae.files import read_json
-from lorasae.streams import held_out
+from lorasae.io.checkpoint import load_model
+from lorasae.io.corpus import Corpus
+from lorasae.io.disk import read_json
+from lorasae.io.streams import held_out
 from lorasae.tiny import make
 
 FOLDERS = {name: make.HERE / name for name in make.CONFIGS}

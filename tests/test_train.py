@@ -134,14 +134,14 @@ def test_mistakes_are_answered_in_one_line_and_leave_nothing(command, arguments,
 
 def test_an_sae_of_another_width_is_refused(command, arguments, tmp_path):
     from lorasae.sae import TopK
-    from lorasae.sae_formats import save_sae
+    from lorasae.io.sae_formats import save_sae
     save_sae(TopK(40, 64, 4), tmp_path / "narrow", model_name="other", layer=1, context=32)
     assert "40" in one_line(command("train.py", *arguments, "--sae", tmp_path / "narrow", "--out", "run"))
 
 
 def test_around_the_last_block_there_is_nothing_after_to_adapt(command, arguments, raw_config, tmp_path):
     from lorasae.sae import TopK
-    from lorasae.sae_formats import save_sae
+    from lorasae.io.sae_formats import save_sae
     save_sae(TopK(raw_config["hidden_size"], 64, 4), tmp_path / "last", model_name="test", layer=3, context=32)
     words = [*arguments, "--layer", 3, "--sae", tmp_path / "last", "--adapt", "after", "--out", "run"]
     assert "no block comes after" in one_line(command("train.py", *words)) and not (tmp_path / "run").exists()

@@ -10,10 +10,10 @@ elsewhere and swamp the mean distance: so all is given over all positions, as in
 import torch
 import torch.nn.functional as F
 
-from lorasae.data import special_mask
+from lorasae.io.corpus import special_mask
 from lorasae.evals.common import evaluating, interval, plus_minus, progress
 from lorasae.lora import base
-from lorasae.run import print_table
+from lorasae.runs.folder import print_table
 
 MEASURES = {"cosine": "cosine similarity", "l2": "L2 distance"}
 POSITIONS = {"all": "all positions", "without_0": "without position 0"}

@@ -16,13 +16,13 @@ from contextlib import nullcontext
 
 import torch
 
-from lorasae import distributed
+from lorasae.runs import distributed
 from lorasae.adapt import first_differing
-from lorasae.data import special_mask
+from lorasae.io.corpus import special_mask
 from lorasae.evals.common import evaluating, interval, percent, plus_minus, progress, ratio
 from lorasae.lora import base
 from lorasae.objectives import token_losses
-from lorasae.run import print_table
+from lorasae.runs.folder import print_table
 from lorasae.sae import splice
 
 SETTINGS = {"base": "base model", "sae": "with SAE", "adapted": "with SAE + LoRA", "lora": "LoRA, no SAE",

@@ -23,10 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lorasae.errors import InputError
 from lorasae.evals.common import evaluating, interval, plus_minus, progress
-from lorasae.files import read_json, write_json
+from lorasae.io.disk import read_json, write_json
 from lorasae.lora import base
 from lorasae.objectives import token_losses
-from lorasae.run import print_table
+from lorasae.runs.folder import print_table
 
 ALPHAS = (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 12, 20)     # 0: where no α helps, not to steer is best
 WINDOW = 24                                             # tokens of a text cut from a corpus (the paper's: twelve words)

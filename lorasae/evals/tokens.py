@@ -13,7 +13,7 @@ import torch
 
 from lorasae.evals.common import evaluating, interval, percent, plus_minus, progress
 from lorasae.evals.fidelity import losses_by_setting
-from lorasae.run import print_table
+from lorasae.runs.folder import print_table
 
 EDGES = np.logspace(-5, 1, 50)                          # nats; the paper's bins
 SIZES = (0, 1e-4, 1e-3, 1e-2, 1e-1, 1, math.inf)        # the table's

@@ -27,12 +27,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lorasae.checkpoint import load_model, parse_config, save_model
-from lorasae.data import Corpus
+from lorasae.io.checkpoint import load_model, parse_config, save_model
+from lorasae.io.corpus import Corpus
 from lorasae.errors import InputError
-from lorasae.files import write_bytes, write_json
+from lorasae.io.disk import write_bytes, write_json
 from lorasae.model import Transformer
-from lorasae.streams import held_out, standard_library
+from lorasae.io.streams import held_out, standard_library
 
 HERE = Path(__file__).parent
 PAD, EOS, BOS = range(3)                                # as Gemma numbers them

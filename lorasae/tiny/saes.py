@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import save
 
 from lorasae.dictionary import evaluate, fill, make
-from lorasae.files import write_bytes, write_json
-from lorasae.hub import PRESETS
-from lorasae.run import load_setting
+from lorasae.io.disk import write_bytes, write_json
+from lorasae.io.presets import PRESETS
+from lorasae.runs.folder import load_setting
 from lorasae.sae import JumpReLU
-from lorasae.sae_formats import load_sae, save_sae, save_sparsify
+from lorasae.io.sae_formats import load_sae, save_sae, save_sparsify
 
 HERE = Path(__file__).parent
 SAMPLE = 64                                             # training sequences for a threshold and a mean norm

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lorasae.errors import InputError
-from lorasae.streams import files, held_out, read, say
+from lorasae.io.streams import files, held_out, read, say
 
 GROUP = 2048                                            # documents packed together, as in the published code
 IN_MEMORY = 2 ** 28                                     # bytes of files; above, a source is read as a stream

@@ -18,14 +18,14 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from lorasae.data import special_mask
+from lorasae.io.corpus import special_mask
 from lorasae.errors import InputError
 from lorasae.evals.common import evaluating, plus_minus, progress
-from lorasae.layers import Cache
+from lorasae.attention import Cache
 from lorasae.lora import base
 from lorasae.objectives import capped, chunk_rows, matmul_fp32
-from lorasae.run import print_table
-from lorasae.streams import say
+from lorasae.runs.folder import print_table
+from lorasae.io.streams import say
 
 try:
     from lm_eval import evaluator

@@ -11,10 +11,11 @@ from lorasae.adapt import train
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
 from lorasae.evals.common import interval, percent, plus_minus, ratio
-from lorasae.files import read_json
-from lorasae.lora import add_lora, adapters, load_adapter, save_adapter
+from lorasae.io.disk import read_json
+from lorasae.io.adapters import load_adapter, save_adapter
+from lorasae.lora import add_lora, adapters
 from lorasae.model import Transformer
-from lorasae.run import Run, print_table
+from lorasae.runs.folder import Run, print_table
 
 
 def evaluate(config, setting, folder):

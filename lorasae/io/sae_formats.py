@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from lorasae.checkpoint import DTYPES, open_weights
+from lorasae.io.checkpoint import DTYPES, open_weights
 from lorasae.errors import InputError
-from lorasae.files import read_json, write_bytes, write_json
-from lorasae.hub import SAE_FILES, sae_files
+from lorasae.io.disk import read_json, write_bytes, write_json
+from lorasae.io.hub import SAE_FILES, sae_files
 from lorasae.sae import JumpReLU, TopK
 
 ROWS = 8192                                                     # latents converted at a time

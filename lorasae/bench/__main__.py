@@ -33,15 +33,17 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from lorasae import dictionary, hub, objectives, topk
-from lorasae.data import Corpus, mixed, pack, special_mask
+from lorasae import dictionary, objectives, topk
+from lorasae.io.presets import TINY as EMBEDDED
+from lorasae.io.corpus import Corpus, mixed, pack, special_mask
 from lorasae.errors import InputError
-from lorasae.files import write_json
+from lorasae.io.disk import write_json
 from lorasae.linear import linear
-from lorasae.lora import adapter_state, attach_lora
-from lorasae.race import differing_tensors, race, synchronise, timed
-from lorasae.streams import standard_library
-from lorasae.workloads import REAL, SMALL, TINY, InTurn, Ours, flops_per_token, random_adapter, random_setting
+from lorasae.io.adapters import adapter_state
+from lorasae.lora import attach_lora
+from lorasae.bench.race import differing_tensors, race, synchronise, timed
+from lorasae.io.streams import standard_library
+from lorasae.bench.workloads import REAL, SMALL, TINY, InTurn, Ours, flops_per_token, random_adapter, random_setting
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -200,7 +202,7 @@ def flops_rows(cases):
 def load_peers():
     """Whether the peers can run; says so where they cannot."""
     try:
-        from lorasae import peers                           # noqa: F401 - asks whether it can be imported
+        from lorasae.bench import peers                           # noqa: F401 - asks whether it can be imported
     except ModuleNotFoundError as missing:
         if missing.name not in ("peft", "transformers"):
             raise
@@ -216,7 +218,7 @@ def lora_contenders(case, peers, device):
     student = random_adapter(model, case.blocks, case.rank)
     contenders = {}
     if peers:
-        from lorasae.peers import Peer, attention_name
+        from lorasae.bench.peers import Peer, attention_name
         adapter = adapter_state(attach_lora(model, student))
         keep = None if sae.on_special else special_mask(tokens, case.config.bos_token_id, case.config.eos_token_id)
         peer = partial(Peer, case, weights, adapter, sae, tokens, keep)
@@ -307,7 +309,7 @@ def speed(what, seconds, tokens):
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
-TOKENIZER, BOS, EOS = hub.TINY / "gemma-2" / "tokenizer.json", 2, 1
+TOKENIZER, BOS, EOS = EMBEDDED / "gemma-2" / "tokenizer.json", 2, 1
 
 
 def bench_data(device, quick):

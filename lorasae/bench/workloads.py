@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorasae import dictionary, layers
+from lorasae import dictionary
+from lorasae import attention as layers
 from lorasae.adapt import adapted_blocks, compiled_blocks, first_differing, learn, take_step, teach
-from lorasae.data import special_mask
+from lorasae.io.corpus import special_mask
 from lorasae.gemma2 import Gemma2Config
 from lorasae.llama3 import Llama3Config, RopeScaling
-from lorasae.lora import PREFIX, add_lora, attach_lora, base, detach_lora, lora_parameters
+from lorasae.io.adapters import PREFIX
+from lorasae.lora import add_lora, attach_lora, base, detach_lora, lora_parameters
 from lorasae.model import Transformer
 
 

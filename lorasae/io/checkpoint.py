@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lorasae.errors import InputError
-from lorasae.files import read_json, write_bytes, write_json
+from lorasae.io.disk import read_json, write_bytes, write_json
 from lorasae.gemma2 import Gemma2Config
-from lorasae.hub import config_file, model_files
+from lorasae.io.hub import config_file, model_files
 from lorasae.llama3 import Llama3Config, RopeScaling
 from lorasae.lora import adapters
 from lorasae.model import Transformer

@@ -1,7 +1,7 @@
 """Cross-entropy against training time (paper §4.2; Figures 1 and 5, Tables 1 and 2): TopK, e2e, and TopK + LoRA.
 
-    python -m lorasae.frontier                              in miniature, on the embedded Gemma-2
-    python -m lorasae.frontier --model llama-3.2-1b         the paper's own experiment
+    python -m lorasae.paper.frontier                              in miniature, on the embedded Gemma-2
+    python -m lorasae.paper.frontier --model llama-3.2-1b         the paper's own experiment
 
 trains a TopK and an e2e SAE with the same latents, k and tokens, adapts all blocks of the model to the TopK SAE as it
 was after each tenth of its training, and evaluates all of them on the same held-out text. OUT/ gets a run's folder for
@@ -20,12 +20,12 @@ import torch
 from lorasae.dictionary import fill, make
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.evals.layers import adapted
-from lorasae.figures import save_figure
-from lorasae.files import read_json, write_json
-from lorasae.hub import PRESETS, preset
-from lorasae.run import Run, Setting, count, load_setting, print_table
-from lorasae.sae_formats import load_sae
+from lorasae.paper.one_block import adapted
+from lorasae.evals.figures import save_figure
+from lorasae.io.disk import read_json, write_json
+from lorasae.io.presets import PRESETS, preset
+from lorasae.runs.folder import Run, Setting, count, load_setting, print_table
+from lorasae.io.sae_formats import load_sae
 
 TENTHS = range(10, 101, 10)
 CURVES = {"topk": "TopK", "e2e": "e2e", "topk_lora": "TopK + LoRA"}
@@ -180,7 +180,7 @@ def main(argv=None):
         numbers = measure(configs, lora, folder)
         show(numbers)
         write_json(folder / "frontier.json", numbers)
-        save_figure(draw, numbers, folder / "frontier.png", f"python -m lorasae.frontier --model {args.model} --out {folder}")
+        save_figure(draw, numbers, folder / "frontier.png", f"python -m lorasae.paper.frontier --model {args.model} --out {folder}")
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@
 """
 import io
 
-from lorasae.files import write_bytes
+from lorasae.io.disk import write_bytes
 
 
 def save_figure(draw, numbers, path, again=None):

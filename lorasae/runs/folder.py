@@ -20,15 +20,15 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from lorasae import distributed
-from lorasae.checkpoint import load_model
-from lorasae.data import Corpus
+from lorasae.runs import distributed
+from lorasae.io.checkpoint import load_model
+from lorasae.io.corpus import Corpus
 from lorasae.errors import InputError
-from lorasae.files import read_json, whole, write_bytes, write_json
-from lorasae.hub import model_files
-from lorasae.lora import load_adapter
+from lorasae.io.disk import read_json, whole, write_bytes, write_json
+from lorasae.io.hub import model_files
+from lorasae.io.adapters import load_adapter
 from lorasae.model import Transformer
-from lorasae.sae_formats import check_fits, load_sae
+from lorasae.io.sae_formats import check_fits, load_sae
 
 LOG_EVERY = 10                                          # steps a metrics line covers; also how often the GPU is waited for
 
