@@ -4,7 +4,7 @@
     with base(model): ...                                 the untouched model
     merge_lora(model)                                     fold them into the weights
 
-Files, in PEFT's format, are io/adapters.py. Shapes: R rank.
+Their files, in PEFT's format, are io/adapters.py. Shapes: R rank.
 """
 from contextlib import contextmanager
 
@@ -25,19 +25,26 @@ class LoRALinear(Linear):
     the dtype of x; gradients and optimiser states stay fp32.
     """
 
-    def __init__(self, linear, rank, alpha, dropout):
+    def __init__(self, frozen, rank, alpha, dropout):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
-        self.weight = linear.weight
-        make = dict(bias=False, device=linear.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Linear(self.in_features, rank, **make)     # nn.Linear's own initialisation is ±1/√in
-        self.lora_B = nn.Linear(rank, self.out_features, **make)
+        self.in_features, self.out_features = frozen.in_features, frozen.out_features
+        self.weight, self.bias = frozen.weight, None
+
+        masters = dict(bias=False, device=frozen.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Linear(self.in_features, rank, **masters)      # nn.Linear's own initialisation is ±1/√in
+        self.lora_B = nn.Linear(rank, self.out_features, **masters)
         nn.init.zeros_(self.lora_B.weight)
-        self.scale, self.dropout, self.enabled = alpha / rank, dropout, True
+
+        self.scale = alpha / rank
+        self.dropout = dropout
+        self.enabled = True
 
     def forward(self, x):
         y = linear(x, self.weight)
-        return y + self.low_rank(F.dropout(x, self.dropout, self.training)) if self.enabled else y
+        if not self.enabled:
+            return y
+        x = F.dropout(x, self.dropout, self.training)
+        return y + self.low_rank(x)
 
     def low_rank(self, x):
         """(alpha / R) · B A x"""
@@ -45,41 +52,13 @@ class LoRALinear(Linear):
         return linear(low * self.scale, self.lora_B.weight.to(x.dtype))
 
 
-class Students(nn.Module):
-    """y_s = W x_s + (alpha / R_s) · B_s A_s dropout(x_s) for S independent adapters of one frozen layer, s = 1 .. S.
-
-    x [S·B, T, in] holds the input of the first student, then that of the second, ...: W x is one product for all. They share
-    dropout's mask, as S runs of their own with the same seed would.
-    """
-
-    def __init__(self, students):
-        super().__init__()
-        self.weight, self.students, self.enabled = students[0].weight, nn.ModuleList(students), True
-
-    def forward(self, x):
-        y = linear(x, self.weight)
-        if not self.enabled:
-            return y
-        x = x.unflatten(0, (len(self.students), -1))
-        x = x * F.dropout(torch.ones_like(x[0]), self.students[0].dropout, self.training)
-        return y + torch.cat([student.low_rank(part) for student, part in zip(self.students, x)])
-
-
-def adapters(model):
-    """{module name: LoRALinear} of every adapted projection, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def lora_parameters(model):
-    """The trainable tensors: A and B of every adapter. model: one, or the adapters that detach_lora returned."""
-    modules = model if isinstance(model, dict) else adapters(model)
-    return [p for module in modules.values() for p in (module.lora_A.weight, module.lora_B.weight)]
-
+# ---- Attaching ---------------------------------------------------------------------------------------------------------
 
 def add_lora(model, layers, rank, alpha=32, dropout=0.1):
     """Freezes the model and attaches adapters to the seven projections of each block in `layers`; returns the model.
 
-    alpha is 32 at every rank in the paper, so the scale alpha / R falls as the rank grows.
+    alpha is 32 at every rank in the paper, so the scale alpha / R falls as the rank grows. Raises InputError for blocks
+    that the model does not have, a rank below 1, a dropout outside [0, 1), or where there are adapters already.
     """
     layers = sorted(layers)
     depth = len(model.layers)
@@ -91,19 +70,43 @@ def add_lora(model, layers, rank, alpha=32, dropout=0.1):
         raise InputError(f"dropout is {dropout}, but it must be at least 0 and less than 1")
     if adapters(model):
         raise InputError("the model already has adapters: merge them, or load a fresh model")
+
     model.requires_grad_(False)
     for layer in layers:
         for part in (model.layers[layer].self_attn, model.layers[layer].mlp):
-            for name, linear in list(part.named_children()):
+            for name, frozen in list(part.named_children()):
                 if name in TARGETS:
-                    setattr(part, name, LoRALinear(linear, rank, alpha, dropout))
+                    adapter = LoRALinear(frozen, rank, alpha, dropout)
+                    setattr(part, name, adapter.train(part.training))
     return model
 
+
+def adapters(model):
+    """{module name: LoRALinear} of every adapted projection, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def adapted_layers(model):
+    """The numbers of the blocks that have adapters, sorted."""
+    blocks = enumerate(model.layers)
+    return [layer for layer, block in blocks if adapters(block)]
+
+
+def lora_parameters(model):
+    """The trainable tensors: A and B of every adapter. model: one, or the adapters that detach_lora returned."""
+    modules = model if isinstance(model, dict) else adapters(model)
+    parameters = []
+    for module in modules.values():
+        parameters += [module.lora_A.weight, module.lora_B.weight]
+    return parameters
+
+
+# ---- Switching off, taking off, merging --------------------------------------------------------------------------------
 
 @contextmanager
 def base(model):
     """Switches the adapters off inside the `with`: the model as it was before adapting."""
-    modules = [module for module in model.modules() if isinstance(module, (LoRALinear, Students))]
+    modules = adapters(model).values()
     before = [module.enabled for module in modules]
     try:
         for module in modules:
@@ -124,11 +127,10 @@ def detach_lora(model):
     return modules
 
 
-def attach_lora(model, *students):
-    """Puts adapters of detach_lora in their places: one set alone, or several side by side (Students); returns the model."""
-    for name in students[0]:
-        modules = [student[name] for student in students]
-        replace_module(model, name, modules[0] if len(modules) == 1 else Students(modules))
+def attach_lora(model, modules):
+    """Puts the adapters of detach_lora in their places, or in those of other adapters; returns the model."""
+    for name, module in modules.items():
+        replace_module(model, name, module)
     return model
 
 
@@ -142,5 +144,7 @@ def merge_lora(model):
 
 
 def replace_module(model, name, module):
+    """Puts `module` where `name` is. It takes the mode of its surroundings: in an eval model, dropout is off."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    parent = model.get_submodule(parent)
+    setattr(parent, child, module.train(parent.training))

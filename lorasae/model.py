@@ -62,23 +62,36 @@ class Transformer(nn.Module):
         """The final norm: what objectives.py multiplies by `head`."""
         return self.model["norm"](x)
 
-    def run(self, x, start, stop, saes={}, keep=None, cache=None):
+    def special(self, tokens):
+        """tokens [B, T] -> bool [B, T]: BOS and EOS positions, which SAEs trained without them leave alone."""
+        return special_positions(tokens, self.config.bos_token_id, self.config.eos_token_id)
+
+    def run(self, x, start, stop, saes={}, special=None, cache=None):
         """Blocks start .. stop-1. x [B, T, D] -> [B, T, D].
 
-        saes: {layer: SAE}; the reconstruction of an SAE replaces the output of its block, at all positions but those
-        where keep [B, T] is True. cache: a layers.Cache to extend; x then continues the positions it holds.
+        saes: {layer: SAE}; the reconstruction of an SAE replaces the output of its block. special [B, T]: where BOS and
+        EOS are, `model.special(tokens)`, which SAEs trained without them need to know. cache: an attention.Cache to
+        extend; x then continues the positions it holds.
         """
-        where = places(self.config, cache.length if cache is not None else 0, x)
+        begun = cache.length if cache is not None else 0
+        where = places(self.config, begun, x)
         for layer in range(start, stop):
             x = self.layers[layer](x, where, cache)
             if layer in saes:
-                x = splice(x, saes[layer], keep)                # Eq. 5: the reconstruction replaces the activation
+                x = splice(x, saes[layer], special)             # Eq. 5: the reconstruction replaces the activation
         return x
 
     def logits(self, x):
         """Residual stream after the last block [B, T, D] -> logits [B, T, V], soft-capped where the model is."""
         return capped(linear(self.norm(x), self.head), self.softcap)
 
-    def forward(self, tokens, saes={}, keep=None, cache=None):
+    def forward(self, tokens, saes={}, cache=None):
         """tokens [B, T] -> logits [B, T, V], with every SAE of {layer: SAE} spliced in."""
-        return self.logits(self.run(self.embed(tokens), 0, len(self.layers), saes, keep, cache))
+        x = self.embed(tokens)
+        x = self.run(x, 0, len(self.layers), saes, self.special(tokens), cache)
+        return self.logits(x)
+
+
+def special_positions(tokens, bos, eos):
+    """tokens [B, T] -> bool [B, T]: where a token is BOS or EOS."""
+    return (tokens == bos) | (tokens == eos)

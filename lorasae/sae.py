@@ -80,7 +80,14 @@ class JumpReLU(SAE):
         return pre * (pre > self.threshold)
 
 
-def splice(x, sae, keep=None):
-    """Replaces the residual stream x [B, T, D] by its reconstruction (Eq. 5), except where keep [B, T] is True."""
+def splice(x, sae, special=None):
+    """Replaces the residual stream x [B, T, D] by its reconstruction (Eq. 5).
+
+    An SAE that was trained without BOS and EOS (`on_special` False) leaves those positions, special [B, T], as they are.
+    """
     x_hat = sae(x).to(x.dtype)
-    return x_hat if keep is None else torch.where(keep[..., None], x, x_hat)
+    if getattr(sae, "on_special", True):                        # any function may stand in for an SAE
+        return x_hat
+    if special is None:
+        raise InputError("this SAE was trained without BOS and EOS and must leave them alone: pass special=model.special(tokens)")
+    return torch.where(special[..., None], x, x_hat)

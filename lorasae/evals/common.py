@@ -1,4 +1,4 @@
-"""What the evaluations share: 90 % confidence intervals, a progress bar with the time left, dropout switched off."""
+"""What the evaluations share: 90 % confidence intervals, tables, a progress bar with the time left, dropout switched off."""
 import math
 import sys
 from contextlib import contextmanager
@@ -61,3 +61,14 @@ def evaluating(model):
         yield
     finally:
         model.train(training)
+
+
+def print_table(rows, headings=None):
+    """Prints rows (sequences of cells) as aligned columns, the first to the left and the rest to the right."""
+    rows = ([headings] if headings else []) + list(rows)
+    cells = [[cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for first, *others in cells:
+        line = [first.ljust(widths[0])]
+        line += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        print("  ".join(line).rstrip())

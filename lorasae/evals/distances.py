@@ -10,30 +10,33 @@ elsewhere and swamp the mean distance: so all is given over all positions, as in
 import torch
 import torch.nn.functional as F
 
-from lorasae.io.corpus import special_mask
-from lorasae.evals.common import evaluating, interval, plus_minus, progress
+from lorasae.evals.common import evaluating, interval, plus_minus, print_table, progress
 from lorasae.lora import base
-from lorasae.runs.folder import print_table
 
 MEASURES = {"cosine": "cosine similarity", "l2": "L2 distance"}
 POSITIONS = {"all": "all positions", "without_0": "without position 0"}
 
 
+def evaluate(setting, options):
+    batches = setting.corpus.validation.split(setting.config.micro_batch)
+    return measure(setting.model, setting.saes, batches)
+
+
 @torch.no_grad()
-def evaluate(model, saes, batches, keep_special=False):
+def measure(model, saes, batches):
     """Over batches of tokens [B, T]: {"layers": [..], and for "all" and "without_0": {"cosine" and "l2": {"sae",
     "adapted", "change", "ci90": a value a layer}}}."""
-    first, found = min(saes), {"sae": [], "adapted": []}
+    first = min(saes)
+    found = {"sae": [], "adapted": []}
     with evaluating(model):
         for tokens in progress(batches, "distances"):
             tokens = tokens.to(model.device)
-            special = special_mask(tokens, model.config.bos_token_id, model.config.eos_token_id)
-            keep = special if keep_special else None
             with base(model):
                 original = list(outputs(model, tokens, first))
-                found["sae"].append(compare(original, outputs(model, tokens, first, saes, keep)))
-            found["adapted"].append(compare(original, outputs(model, tokens, first, saes, keep)))
-    sae, adapted = (torch.cat(found[name]) for name in found)               # [n sequences, layers, positions, measures]
+                found["sae"].append(compare(original, outputs(model, tokens, first, saes)))
+            found["adapted"].append(compare(original, outputs(model, tokens, first, saes)))
+    sae, adapted = torch.cat(found["sae"]), torch.cat(found["adapted"])     # [n sequences, layers, positions, measures]
+
     numbers = {"layers": list(range(first, len(model.layers))), "sequences": len(sae)}
     for i, positions in enumerate(POSITIONS):
         numbers[positions] = {}
@@ -45,20 +48,27 @@ def evaluate(model, saes, batches, keep_special=False):
     return numbers
 
 
-def outputs(model, tokens, first, saes={}, keep=None):
+def outputs(model, tokens, first, saes={}):
     """Yields the output [B, T, D] of each block from `first` on, after its SAE."""
+    special = model.special(tokens)
     x = model.run(model.embed(tokens), 0, first)
     for layer in range(first, len(model.layers)):
-        x = model.run(x, layer, layer + 1, saes, keep)
+        x = model.run(x, layer, layer + 1, saes, special)
         yield x
 
 
 def compare(original, changed):
     """-> [B, layers, 2, 2] fp64: the mean cosine and distance, over all positions and over those after 0."""
-    pairs = [(a.float(), b.float()) for a, b in zip(original, changed)]
-    both = [torch.stack([F.cosine_similarity(a, b, -1), (a - b).norm(dim=-1)], -1) for a, b in pairs]   # [B, T, 2] each
-    by_token = torch.stack(both, 1).double()
-    return torch.stack([by_token.mean(2), by_token[:, :, 1:].mean(2)], 2).cpu()
+    layers = []
+    for a, b in zip(original, changed):
+        a, b = a.float(), b.float()
+        cosine = F.cosine_similarity(a, b, -1)
+        distance = (a - b).norm(dim=-1)
+        layers.append(torch.stack([cosine, distance], -1))                  # [B, T, 2]
+    by_token = torch.stack(layers, 1).double()
+    everywhere = by_token.mean(2)
+    after_0 = by_token[:, :, 1:].mean(2)
+    return torch.stack([everywhere, after_0], 2).cpu()
 
 
 def show(numbers):

@@ -14,6 +14,7 @@ Texts are lists of token ids, BOS first. Shapes: N texts, B of them at a time, T
 """
 import re
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +23,11 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from lorasae.errors import InputError
-from lorasae.evals.common import evaluating, interval, plus_minus, progress
+from lorasae.evals.chat import chat
+from lorasae.evals.common import evaluating, interval, plus_minus, print_table, progress
 from lorasae.io.disk import read_json, write_json
 from lorasae.lora import base
 from lorasae.objectives import token_losses
-from lorasae.runs.folder import print_table
 
 ALPHAS = (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 12, 20)     # 0: where no α helps, not to steer is best
 WINDOW = 24                                             # tokens of a text cut from a corpus (the paper's: twelve words)
@@ -176,14 +177,35 @@ def generate(ask, seeds, count):
 
 # ---- The evaluation ------------------------------------------------------------------------------------------
 
-def evaluate(setting, folder, latents=None, count=100, positives=None, negatives=None, ask=None):
+def add_options(add):
+    add("--latents", type=int, nargs="+", metavar="ID", help="latents of the first SAE (default: four that fire in few "
+        "of the held-out texts, but hard)")
+    add("--examples", type=int, default=100, metavar="N", help="texts with a latent's feature, and as many without, half "
+        "of them to tune alpha on (default: %(default)s; paper: 500)")
+    add("--positives", metavar="WHERE", help="texts with the feature: a file, a folder of latent_ID.json, or the http(s) "
+        "address of an OpenAI-compatible endpoint (…/v1) to write them (default: held-out text where it fires most)")
+    add("--negatives", nargs="+", metavar="FILE", help="texts without it: two files or more, the first to tune alpha on "
+        "(default: held-out text where the latent is silent)")
+    add("--chat-model", default="gpt-4o-mini", help="model to ask at that endpoint (default: the paper's, %(default)s)")
+
+
+def evaluate(setting, options):
+    positives = options.positives or ""
+    if positives.startswith(("http://", "https://")):
+        source = {"ask": partial(chat, positives, options.chat_model)}
+    else:
+        source = {"positives": options.positives}
+    return measure(setting, setting.folder, options.latents, options.examples, negatives=options.negatives, **source)
+
+
+def measure(setting, folder, latents=None, count=100, positives=None, negatives=None, ask=None):
     """Table 4 for the first SAE of a setting: `count` positives and negatives a latent, half of them for tuning.
 
     latents: None chooses four. positives: None (text where the latent fires most), a file, or a folder with a
     latent_ID.json each; or `ask`, a chat model, whose answers are kept in `folder`. negatives: None (text where the
     latent is silent), or files, the first for tuning.
     """
-    model, saes, corpus, _ = setting
+    model, saes, corpus = setting.model, setting.saes, setting.corpus
     layer, sae = next(iter(saes.items()))
     if positives and not latents:
         raise InputError("--positives from files needs --latents, to say what they are positive for")

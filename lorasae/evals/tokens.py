@@ -11,22 +11,27 @@ import math
 import numpy as np
 import torch
 
-from lorasae.evals.common import evaluating, interval, percent, plus_minus, progress
+from lorasae.evals.common import evaluating, interval, percent, plus_minus, print_table, progress
 from lorasae.evals.fidelity import losses_by_setting
-from lorasae.runs.folder import print_table
 
 EDGES = np.logspace(-5, 1, 50)                          # nats; the paper's bins
 SIZES = (0, 1e-4, 1e-3, 1e-2, 1e-1, 1, math.inf)        # the table's
 
 
-def evaluate(model, saes, batches, keep_special=False):
-    """Runs both settings over batches of tokens [B, T] -> statistics()."""
-    changes = []
+def evaluate(setting, options):
+    """Both losses of every held-out token -> statistics()."""
+    batches = setting.corpus.validation.split(setting.config.micro_batch)
+    return statistics(changes(setting.model, setting.saes, batches))
+
+
+def changes(model, saes, batches):
+    """CE_sae - CE_adapted of every prediction of batches of tokens [B, T] -> [n, T - 1], in nats."""
+    found = []
     with evaluating(model):
         for tokens in progress(batches, "tokens"):
-            losses = losses_by_setting(model, saes, tokens, ("sae", "adapted"), keep_special)
-            changes.append((losses["sae"].ce - losses["adapted"].ce).cpu())
-    return statistics(torch.cat(changes))
+            losses = losses_by_setting(model, saes, tokens, ("sae", "adapted"))
+            found.append((losses["sae"].ce - losses["adapted"].ce).cpu())
+    return torch.cat(found)
 
 
 def statistics(change):
@@ -35,12 +40,15 @@ def statistics(change):
     gained and lost are sums over the tokens that become better and worse, divided by the number of all tokens, so their
     difference is the mean improvement. Intervals are over the n sequences.
     """
-    (mean, mean_half), (_, worse_half) = interval(change.double().mean(1)), interval((change < 0).double().mean(1))
+    mean, mean_half = interval(change.double().mean(1))
+    _, worse_half = interval((change < 0).double().mean(1))
     flat = change.double().flatten().numpy()
-    gains, losses = flat[flat > 0], -flat[flat < 0]
+    gains = flat[flat > 0]
+    losses = -flat[flat < 0]
 
     def between(low, high):
-        better, worse = (x[(x >= low) & (x < high)] for x in (gains, losses))
+        better = gains[(gains >= low) & (gains < high)]
+        worse = losses[(losses >= low) & (losses < high)]
         return {"share_better": len(better) / len(flat), "share_worse": len(worse) / len(flat),
                 "gained": float(better.sum() / len(flat)), "lost": float(worse.sum() / len(flat))}
 
@@ -54,10 +62,11 @@ def statistics(change):
 def show(numbers):
     mean, half = numbers["improvement"], numbers["ci90"]
     names = [f"{low:g} to {high:g}" for low, high in zip(SIZES, SIZES[1:-1])] + ["1 and more", "all"]
-    print_table([[name, percent(row["share_better"]), percent(row["share_worse"]), row["gained"], row["lost"],
-                  percent((row["gained"] - row["lost"]) / mean if mean else None)]
-                 for name, row in zip(names, numbers["by_size"] + [numbers])],
-                ["change (nats)", "tokens better", "tokens worse", "nats gained", "nats lost", "of the improvement"])
+    rows = []
+    for name, row in zip(names, numbers["by_size"] + [numbers]):
+        share = (row["gained"] - row["lost"]) / mean if mean else None
+        rows.append([name, percent(row["share_better"]), percent(row["share_worse"]), row["gained"], row["lost"], percent(share)])
+    print_table(rows, ["change (nats)", "tokens better", "tokens worse", "nats gained", "nats lost", "of the improvement"])
     print(f"\n{percent(numbers['share_worse'])} {plus_minus(half['share_worse'], '.1%')} of {numbers['tokens']:,} tokens "
           f"become worse; mean improvement {mean:.4f} {plus_minus(half['improvement'])} nats a token")
 

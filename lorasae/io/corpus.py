@@ -30,11 +30,6 @@ BUFFER = 10_000                                         # documents of a stream 
 BATCH = 2 ** 20                                         # characters given to the tokenizer at a time
 
 
-def special_mask(tokens, bos, eos):
-    """tokens [B, T] -> bool [B, T]: the BOS and EOS positions, which an SAE trained without them must leave alone."""
-    return (tokens == bos) | (tokens == eos)
-
-
 # ---- Packing ---------------------------------------------------------------------------------------------------------
 
 def pack(documents, tokenizer, bos, eos, context):
@@ -146,19 +141,15 @@ class Corpus:
         """[ceil(eval_tokens / context), context] int64: the held-out chunks."""
         return self._held_out[0]
 
-    def batches(self, batch_size, skip=0):
-        """An endless iterator of training tokens [batch_size, context] int64, from batch `skip` on.
-
-        It reads and tokenises ahead in a background thread, until it is dropped or closed by close(); what it skips it
-        tokenises too. Where the text ends it starts again in a new order, and says so. The first batch is made at once:
-        too short a text fails here.
-        """
+    def batches(self, batch_size, position=None):
+        """INTERIM"""
+        skip = position["batches"] if position else 0
         def stack(chunks):
             while True:
                 yield torch.from_numpy(np.stack(list(itertools.islice(chunks, batch_size))))
 
         batches = stack(itertools.islice(self._training(), skip * batch_size, None))
-        return Prefetch(itertools.chain([next(batches)], batches))
+        return Positioned(Prefetch(itertools.chain([next(batches)], batches)), skip)
 
     @cached_property
     def _held_out(self):
@@ -207,6 +198,17 @@ class Corpus:
 
 def digest(text):
     return blake2b(text.encode(), digest_size=16).digest()
+
+
+class Positioned:
+    def __init__(self, source, skip):
+        self.source, self.start, self.n = source, {"batches": skip}, skip
+    def __enter__(self): return self
+    def __exit__(self, *_): self.source.close()
+    def __iter__(self): return self
+    def __next__(self):
+        batch = next(self.source); self.n += 1
+        return batch, {"batches": self.n}
 
 
 class Prefetch:

@@ -11,21 +11,24 @@ Times are of training alone, on one machine: no loading and no evaluation. Each 
 no more: TopK stops the model at the SAE's block, e2e shares the frozen prefix with its teacher. The time of a TopK +
 LoRA point is that of its SAE so far plus that of its adapters.
 """
-import argparse
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from lorasae.dictionary import fill, make
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.paper.one_block import adapted
+from lorasae.evals.common import print_table
 from lorasae.evals.figures import save_figure
+from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import read_json, write_json
-from lorasae.io.presets import PRESETS, preset
-from lorasae.runs.folder import Run, Setting, count, load_setting, print_table
+from lorasae.io.presets import PRESETS
 from lorasae.io.sae_formats import load_sae
+from lorasae.paper.one_block import adapted
+from lorasae.runs.config import configure, read_config
+from lorasae.runs.folder import Run
+from lorasae.runs.sae_training import train_sae
+from lorasae.runs.setting import load_setting
 
 TENTHS = range(10, 101, 10)
 CURVES = {"topk": "TopK", "e2e": "e2e", "topk_lora": "TopK + LoRA"}
@@ -37,51 +40,63 @@ def trained(config, folder):
     """Makes the SAE of a configuration, or what is missing of it, and returns [(percent, seconds, its folder)] by tenths."""
     check_same(config, folder)
     if not (folder / "results.json").exists():
-        make(config, folder, Run.resume(folder) if (folder / "config.json").exists() else None)
-    places = [folder / ("sae" if percent == 100 else f"sae-{percent}pct") for percent in TENTHS]
-    return [(percent, read_json(place / "training.json")["seconds"], place) for percent, place in zip(TENTHS, places)]
+        run = Run.resume(folder) if (folder / "config.json").exists() else Run.create(folder, config)
+        train_sae(load_setting(replace(config, sae=())), run)
+        run.close()
+    points = []
+    for percent in TENTHS:
+        place = folder / ("sae" if percent == 100 else f"sae-{percent}pct")
+        points.append((percent, read_json(place / "training.json")["seconds"], place))
+    return points
 
 
-def check_same(config, folder):
+def check_same(config, folder, names=None):
     """Refuses to continue in a folder whose training was another than the one that is asked for."""
-    if (folder / "config.json").exists():
-        before = read_json(folder / "config.json")
-        other = [key for key, value in config.items() if value is not None and before.get(key) != value]
-        if other:
-            raise InputError(f"{folder} was trained with {other[0]} {before.get(other[0])}, not {config[other[0]]}: pass another "
-                             "--out, or the same arguments to continue")
+    if not (folder / "config.json").exists():
+        return
+    before = read_config(folder)
+    for name in names or vars(config):
+        asked = getattr(config, name)
+        if asked is not None and getattr(before, name) != asked:
+            raise InputError(f"{folder} was trained with {name} {getattr(before, name)}, not {asked}: pass another --out, or the "
+                             "same arguments to continue")
 
 
 def measure(configs, lora, folder):
-    """configs: {method: of its SAE (dictionary.fill)}; lora: of the adapters, on top of TopK's -> what frontier.json holds."""
+    """configs: {method: of its SAE}; lora: of the adapters, on top of TopK's -> what frontier.json holds."""
     places = {method: trained(config, folder / method) for method, config in configs.items()}
     config = configs["topk"]
-    layer = config["layer"][0]
-    model, _, corpus, _ = load_setting({**config, "sae": None, "layer": []})
-    held_out = corpus.validation.split(config["micro_batch"])
+    layer = config.layer[0]
+    setting = load_setting(config)
+    model, held_out = setting.model, setting.corpus.validation
 
-    def loss(model, saes, setting):
-        return fidelity.evaluate(model, saes, held_out, (setting,))[setting]["ce"].mean().item()
+    def loss(model, saes, name):
+        results = fidelity.measure(model, saes, held_out.split(config.micro_batch), (name,))
+        return results[name]["ce"].mean().item()
 
     points = {name: [] for name in CURVES}
     for method in places:
         for percent, seconds, place in places[method]:
             ce = loss(model, {layer: load_sae(place, device=model.device)}, "sae")
             points[method].append({"percent": percent, "seconds": seconds, "ce": ce})
+
     for percent, seconds, place in places["topk"]:
-        setting = Setting(model, {layer: load_sae(place, device=model.device)}, corpus, False)
-        run = folder / f"lora-{percent}pct"
         print(f"adapting the model to the TopK SAE at {percent} %", flush=True)
-        wanted = {**config, **lora, "sae": [str(place)]}
-        check_same({key: wanted[key] for key in lora if key != "adapt"}, run)
-        student = adapted(wanted, setting, list(range(len(model.layers))), run)
+        saes = {layer: load_sae(place, device=model.device)}
+        wanted = replace(lora, sae=(str(place),))
+        run = folder / f"lora-{percent}pct"
+        check_same(wanted, run, ADAPTING)
+        student = adapted(setting._replace(saes=saes, config=wanted), list(range(len(model.layers))), run)
         adapting = read_json(run / "results.json")["seconds"]
         points["topk_lora"].append({"percent": percent, "seconds": seconds + adapting, "lora_seconds": adapting,
-                                    "ce": loss(student, setting.saes, "adapted")})
-    tokens = [part["steps"] * part["batch_size"] * config["context"] for part in (config, lora)]
-    return {"model": config["model"], "layer": layer, "width": config["width"] or 8 * model.config.hidden_size, "k": config["k"],
-            "sae_tokens": tokens[0], "lora_tokens": tokens[1], "rank": lora["rank"],
-            "eval_tokens": corpus.validation.numel(), "ce_base": loss(model, {}, "base"), **points, "levels": levels(points)}
+                                    "ce": loss(student, saes, "adapted")})
+
+    return {"model": config.model, "layer": layer, "width": config.width or 8 * model.config.hidden_size, "k": config.k,
+            "sae_tokens": config.trained_tokens, "lora_tokens": lora.trained_tokens, "rank": lora.rank[0],
+            "eval_tokens": held_out.numel(), "ce_base": loss(model, {}, "base"), **points, "levels": levels(points)}
+
+
+ADAPTING = ("rank", "alpha", "dropout", "lr", "lr_decay", "weight_decay", "batch_size", "micro_batch", "tokens")
 
 
 def reached(points, ce, between=True):
@@ -140,8 +155,8 @@ def draw(numbers, figure):
     axes.legend()
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(argv):
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", default="tiny-gemma-2", choices=PRESETS, help="(default: %(default)s)")
     add("--layer", type=int, nargs=1, help="block whose output the SAEs replace, from 0 (default: the preset's; paper: 12)")
@@ -154,37 +169,38 @@ def main(argv=None):
     add("--rank", type=int, help="rank of the adapters (default: the preset's; paper: 64)")
     add("--data", help="text of all trainings (default: the preset's)")
     add("--eval-tokens", type=count, help="held-out tokens (default: the preset's; paper: 1M)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"], help="(default: %(default)s)")
-    add("--seed", type=int, default=42, help="(default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    add("--seed", type=int, help="(default: 42)")
     add("--out", type=Path, help="folder (default: runs/MODEL-frontier)")
-    args = parser.parse_args(argv)
-    known, folder = preset(args.model), args.out or Path("runs") / f"{args.model}-frontier"
-    try:
-        config = {key: getattr(args, key) for key in ("model", "layer", "width", "k", "data", "eval_tokens", "device", "seed")}
-        config |= dict.fromkeys(("sae", "l0", "lr", "batch_size", "micro_batch", "context", "field", "dtype", "sae_dtype"))
-        config |= {"tokens": args.tokens, "ahead": 8 if args.device == "cuda" else 1,
-                   "compile": args.device == "cuda", "clip": 1.0, "auxk": False, "dead_after": 10 ** 7, "checkpoint_every": 1000}
-        configs = {method: fill({**config, "method": method}, known) for method in ("topk", "e2e")}
-        lora = {"method": "lora", "adapt": ["all"], "rank": known.rank if args.rank is None else args.rank, "alpha": 32,
-                "dropout": known.dropout, "lr": known.lr, "lr_decay": known.lr_decay, "weight_decay": 0.01, "width": None, "l0": None,
-                "batch_size": known.batch_size, "micro_batch": known.batch_size,
-                "tokens": args.lora_tokens or (MINIATURE if args.model.startswith("tiny-") else known.tokens)}
-        for part in (*configs.values(), lora):
-            part["steps"] = -(-part["tokens"] // (part["batch_size"] * configs["topk"]["context"]))
-        if lora["rank"] < 1:
-            raise InputError(f"--rank is {lora['rank']}, but it must be positive")
-        if args.seed < 0:
-            raise InputError(f"--seed is {args.seed}, but it must not be negative")
-        if min(part["steps"] for part in configs.values()) < len(TENTHS):
-            raise InputError("--tokens gives fewer than ten steps, and an SAE is kept after each tenth of them: pass more")
+    return parser.parse_args(argv)
+
+
+def configurations(args):
+    """({method: Config of its SAE}, Config of the adapters)"""
+    shared = {name: getattr(args, name) for name in ("model", "data", "eval_tokens", "device", "seed")}
+    shared["layer"] = args.layer and tuple(args.layer)
+    of_sae = {"width": args.width, "k": args.k, "tokens": args.tokens, "checkpoint_every": 1000}
+    configs = {method: configure({**shared, **of_sae, "method": method}) for method in ("topk", "e2e")}
+
+    tokens = args.lora_tokens or (MINIATURE if args.model.startswith("tiny-") else None)
+    rank = None if args.rank is None else (args.rank,)
+    topk = configs["topk"]
+    lora = configure({**shared, "rank": rank, "tokens": tokens, "sae": ("the TopK SAE",), "adapt": ("all",), "data": topk.data,
+                      "checkpoint_every": 1000})
+    if min(config.steps for config in configs.values()) < len(TENTHS):
+        raise InputError("--tokens gives fewer than ten steps, and an SAE is kept after each tenth of them: pass more")
+    return configs, lora
+
+
+def main(argv=None):
+    args = arguments(argv)
+    folder = args.out or Path("runs") / f"{args.model}-frontier"
+    with answering("interrupted: the same command continues"):
+        configs, lora = configurations(args)
         numbers = measure(configs, lora, folder)
-        show(numbers)
         write_json(folder / "frontier.json", numbers)
+        show(numbers)
         save_figure(draw, numbers, folder / "frontier.png", f"python -m lorasae.paper.frontier --model {args.model} --out {folder}")
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command continues")
 
 
 if __name__ == "__main__":

@@ -5,42 +5,39 @@
 trains them, each with the run's own configuration, into RUN_DIR/layers/block-N (run folders, which eval.py opens too).
 Interrupted, the same command continues. The paper: block 13 alone does 88 % of what blocks 13 to 25 do.
 """
+from dataclasses import replace
+
 import torch
 
-from lorasae.adapt import train
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.evals.common import interval, percent, plus_minus, ratio
+from lorasae.evals.common import interval, percent, plus_minus, print_table, ratio
+from lorasae.io.adapters import load_adapter
 from lorasae.io.disk import read_json
-from lorasae.io.adapters import load_adapter, save_adapter
-from lorasae.lora import add_lora, adapters
+from lorasae.lora import adapted_layers
 from lorasae.model import Transformer
-from lorasae.runs.folder import Run, print_table
+from lorasae.runs import adaptation
+from lorasae.runs.folder import Run
 
 
-def evaluate(config, setting, folder):
-    """config and setting of the run in `folder` -> the improvement CE_sae - CE_adapted (nats) of every set of blocks."""
-    model, saes, corpus, keep_special = setting
+def evaluate(setting, options):
+    """The improvement CE_sae - CE_adapted (nats) of every set of blocks."""
+    model, saes, config, folder = setting.model, setting.saes, setting.config, setting.folder
     after = list(range(min(saes) + 1, len(model.layers)))
     if not after:
         raise InputError(f"the SAE at layer {min(saes)} has no block after it whose adapters --suite layers could compare")
-    own = sorted({int(name.split(".")[2]) for name in adapters(model)})
-    wanted = [after, *([block] for block in after if len(after) > 1)]
-    wanted += [own] if own not in wanted else []
-    places = {name: folder / "layers" / name.replace(" ", "-") for name in map(label, wanted) if name != label(own)}
-    missing = [name for name, place in places.items() if not (place / "results.json").exists()]
-    if missing:
-        minutes = len(missing) * read_json(folder / "results.json")["seconds"] / 60
-        print(f"training adapters on {'; '.join(missing)}: about {minutes:.0f} minutes, by the run's own time", flush=True)
+    own = adapted_layers(model)
+    single = [[block] for block in after] if len(after) > 1 else []
+    wanted = [after, *single] + [own] * (own not in [after, *single])
+    places = {label(blocks): folder / "layers" / label(blocks).replace(" ", "-") for blocks in wanted if blocks != own}
+    announce(folder, places)
 
-    def ce(model, *settings):
-        batches = corpus.validation.split(config["micro_batch"])
-        return [values["ce"] for values in fidelity.evaluate(model, saes, batches, settings, keep_special).values()]
-
-    (without, spliced), gains = ce(model, "base", "sae"), {}
+    without, spliced = losses(setting, model, "base", "sae")
+    gains = {}
     for blocks in wanted:
-        student = model if blocks == own else adapted(config, setting, blocks, places[label(blocks)])
-        gains[label(blocks)] = spliced - ce(student, "adapted")[0]
+        student = model if blocks == own else adapted(setting, blocks, places[label(blocks)])
+        gains[label(blocks)] = spliced - losses(setting, student, "adapted")[0]
+
     rows = []
     for name, gain in gains.items():
         improvement, half = interval(gain)
@@ -48,7 +45,22 @@ def evaluate(config, setting, folder):
         rows.append({"blocks": name, "improvement": improvement, "share_of_all_after": share,
                      "gap_closed": ratio(gain, spliced - without)[0],
                      "ci90": {"improvement": half, "share_of_all_after": share_half}})
-    return {"sae_layer": min(saes), "rows": rows, "train_tokens": config["tokens"]}
+    return {"sae_layer": min(saes), "rows": rows, "train_tokens": config.tokens}
+
+
+def announce(folder, places):
+    """Says what is still to be trained, and how long that takes."""
+    missing = [name for name, place in places.items() if not (place / "results.json").exists()]
+    if missing:
+        minutes = len(missing) * read_json(folder / "results.json")["seconds"] / 60
+        print(f"training adapters on {'; '.join(missing)}: about {minutes:.0f} minutes, by the run's own time", flush=True)
+
+
+def losses(setting, model, *settings):
+    """The cross-entropies [n] of the settings, over the held-out sequences."""
+    batches = setting.corpus.validation.split(setting.config.micro_batch)
+    results = fidelity.measure(model, setting.saes, batches, settings)
+    return [results[name]["ce"] for name in settings]
 
 
 def label(blocks):
@@ -58,22 +70,20 @@ def label(blocks):
     return f"blocks {blocks[0]} to {blocks[-1]}" if whole else "blocks " + " ".join(map(str, blocks))
 
 
-def adapted(config, setting, blocks, folder):
-    """The run's model with adapters on `blocks` alone: loaded from `folder`, or trained into it."""
-    model, saes, corpus, keep_special = setting
-    fresh = bare(model)
+def adapted(setting, blocks, folder):
+    """The model with adapters on `blocks` alone: loaded from `folder`, or trained into it, or what is missing of that."""
+    model = bare(setting.model)
     if (folder / "results.json").exists():
-        return load_adapter(fresh, folder / "adapter")
-    torch.manual_seed(config["seed"])
-    add_lora(fresh, blocks, config["rank"], config["alpha"], config["dropout"])
-    config = {**config, "adapt": [str(block) for block in blocks]}
+        return load_adapter(model, folder / "adapter")
+    config = replace(setting.config, adapt=tuple(map(str, blocks)), shard=False)
     run = Run.resume(folder) if (folder / "config.json").exists() else Run.create(folder, config)
-    train(fresh, saes, lambda skip: corpus.batches(config["batch_size"], skip), run, steps=config["steps"],
-          lr=config["lr"], weight_decay=config["weight_decay"], clip=config["clip"], micro_batch=config["micro_batch"],
-          keep_special=keep_special, decay=config["lr_decay"], ahead=config["ahead"], compiled=config["compile"])
-    save_adapter(fresh, folder / "adapter", base_model=config["model"])
+    run.begin()
+    students = adaptation.new_students(model, blocks, config)
+    adaptation.train(setting._replace(model=model, config=config), run, students)
+    adaptation.save(model, run, students)
     run.finish({"seconds": run.seconds})
-    return fresh
+    run.close()
+    return model
 
 
 def bare(model):
@@ -86,10 +96,12 @@ def bare(model):
 
 
 def show(numbers):
-    print_table([[row["blocks"], row["improvement"], plus_minus(row["ci90"]["improvement"]),
-                  percent(row["share_of_all_after"]), plus_minus(row["ci90"]["share_of_all_after"], ".1%"),
-                  percent(row["gap_closed"])] for row in numbers["rows"]],
-                ["adapters on", "improvement (nats)", "90 % CI", "of all after", "90 % CI", "gap closed"])
+    rows = []
+    for row in numbers["rows"]:
+        half = row["ci90"]
+        rows.append([row["blocks"], row["improvement"], plus_minus(half["improvement"]), percent(row["share_of_all_after"]),
+                     plus_minus(half["share_of_all_after"], ".1%"), percent(row["gap_closed"])])
+    print_table(rows, ["adapters on", "improvement (nats)", "90 % CI", "of all after", "90 % CI", "gap closed"])
 
 
 def draw(numbers, figure):

@@ -21,13 +21,22 @@ LOST = "error: another process of this run ended, so this one stops: --resume RU
 
 
 def local(device):
-    """The torch.device of this process: of several GPUs its own."""
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA device; pass --device cpu")
-    if device.type == "cuda" and dist.is_initialized():
+    """The torch.device of a name such as cpu, cuda, cuda:1, mps; of several processes each has its own GPU."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device} is no device that PyTorch knows: pass cpu, cuda, cuda:1 or mps") from None
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {device} is not supported: pass cpu, cuda, cuda:1 or mps")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: PyTorch sees no CUDA device; pass --device cpu")
+    if found.type == "cuda" and found.index is not None and found.index >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: PyTorch sees no Apple GPU; pass --device cpu")
+    if found.type == "cuda" and dist.is_initialized():
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
+    return found
 
 
 def start(device):

@@ -1,172 +1,166 @@
 """A run's folder: what was asked (config.json), what happened (metrics.jsonl, checkpoint/), what came out (results.json).
 
-Every file is whole or absent. A killed run loses the steps since its last checkpoint and, resumed, ends where the
-uninterrupted one would have: parameters and optimiser come from the checkpoint, and the position in the data and the random
-numbers of a step follow from its number. Of several processes (distributed.py) the first does all the writing.
+Every file is whole or absent, and one process at a time writes. A killed run loses the steps since its last checkpoint
+and, resumed, ends where the uninterrupted one would have: parameters, optimiser and the position in the text come from the
+checkpoint, and the random numbers of a step follow from its number. Of several processes (distributed.py) the first
+does all the writing.
 """
-import argparse
 import json
 import math
+import os
 import platform
-import resource
+import socket
 import sys
 import time
+from hashlib import blake2b
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple
 
 import numpy
 import torch
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from lorasae.runs import distributed
-from lorasae.io.checkpoint import load_model
-from lorasae.io.corpus import Corpus
 from lorasae.errors import InputError
-from lorasae.io.disk import read_json, whole, write_bytes, write_json
-from lorasae.io.hub import model_files
-from lorasae.io.adapters import load_adapter
-from lorasae.model import Transformer
-from lorasae.io.sae_formats import check_fits, load_sae
+from lorasae.io.console import say
+from lorasae.io.disk import whole, write_bytes, write_json
+from lorasae.runs import distributed
+from lorasae.runs.config import read_config
+
+try:
+    import fcntl
+except ImportError:                                     # Windows has no such locks: there, nobody watches
+    fcntl = None
 
 LOG_EVERY = 10                                          # steps a metrics line covers; also how often the GPU is waited for
-
-
-class Setting(NamedTuple):
-    """What a configuration names, loaded."""
-    model: Transformer
-    saes: dict                                          # {layer: SAE}, frozen
-    corpus: Corpus
-    keep_special: bool                                  # BOS and EOS keep their activation: the SAEs never saw them
-
-
-def load_setting(config, adapter=None, shard=False):
-    """The model (with the adapter folder's adapters, if given), SAEs and text of a configuration, as Setting.
-
-    shard: leave the model on the CPU, for distributed.shard to spread.
-    """
-    device = distributed.local(config["device"])
-    model = load_model(config["model"], device="cpu" if shard else device, dtype=config["dtype"])
-    saes = load_saes(config, model, device)
-    if adapter is not None:
-        load_adapter(model, adapter)
-    special = {sae.on_special for sae in saes.values()}
-    if len(special) > 1:
-        raise InputError("some of the SAEs were trained on BOS and EOS and some were not: splice only one kind at a time")
-    return Setting(model, saes, load_corpus(config, model.config), special == {False})
-
-
-def sae_sources(config):
-    """[(layer, source)] of a configuration: one source for all layers, or one a layer."""
-    layers, sources = config["layer"], config["sae"] or []
-    if len(sources) not in (1, len(layers)) and layers:
-        raise InputError(f"--sae names {len(sources)} SAEs for {len(layers)} layers: pass one source for all, or one a layer")
-    return list(zip(layers, sources * len(layers) if len(sources) == 1 else sources))
-
-
-def load_saes(config, model, device):
-    """{layer: SAE}, frozen."""
-    layers = config["layer"]
-    if len(set(layers)) < len(layers):
-        raise InputError(f"--layer {' '.join(map(str, layers))} names a layer twice")
-    depth, saes = len(model.layers), {}
-    for layer, source in sae_sources(config):
-        if not 0 <= layer < depth:
-            raise InputError(f"--layer {layer} is out of range: {config['model']} has blocks 0 to {depth - 1}")
-        saes[layer] = load_sae(source, layer=layer, width=config["width"], l0=config["l0"],
-                               dtype=config["sae_dtype"], device=device, llama_scope=config.get("llama_scope", "openmoss"))
-        check_fits(saes[layer], model.config.hidden_size)
-    return saes
-
-
-def load_corpus(config, model_config):
-    path = model_files(config["model"]) / "tokenizer.json"
-    if not path.exists():
-        raise InputError(f"{path.parent} has no tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_buffer(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not a tokenizer of the tokenizers library ({error})") from None
-    return Corpus(config["data"], tokenizer, model_config.bos_token_id, model_config.eos_token_id,
-                  context=config["context"], eval_tokens=config["eval_tokens"], seed=config["seed"], field=config["field"])
+LOCK = ".lock"
 
 
 class Run:
     """One training run in `folder`. Build it with Run.create or Run.resume."""
 
-    def __init__(self, folder, config):
-        self.folder, self.config = Path(folder), config
+    def __init__(self, folder, config, lock=None):
+        self.folder, self.config, self.lock = Path(folder), config, lock
         self.pending, self.seconds, self.bar = [], 0.0, None
+        self.latest = ""                                # what the progress bar says
+
+    # ---- Beginning and end ---------------------------------------------------------------------------------------------
 
     @classmethod
     def create(cls, folder, config):
-        """A fresh folder with its config.json; refuses one that holds anything."""
+        """Claims a fresh folder; refuses one that holds anything. `begin` writes the first file."""
+        folder, lock = Path(folder), None
         if distributed.rank() == 0:
             check_free(folder)
-            write_json(Path(folder) / "config.json", {**config, "versions": versions()})
-        return cls(folder, config)
+            lock = claim(folder)
+        return cls(folder, config, lock)
 
     @classmethod
     def resume(cls, folder):
         """The run that `folder` holds, to be continued."""
-        if (Path(folder) / "results.json").exists():
+        folder = Path(folder)
+        config, lock = read_config(folder), None
+        if distributed.rank() == 0:
+            lock = claim(folder)
+        if (folder / "results.json").exists():
+            release(lock, folder)
             raise InputError(f"{folder} is a finished run: there is nothing to resume (python eval.py {folder} evaluates it)")
-        config = read_json(Path(folder) / "config.json")
-        if not isinstance(config, dict) or not {"batch_size", "context", "checkpoint_every"} <= config.keys():
-            raise InputError(f"{folder}/config.json was not written by train.py: pass the folder of a run")
-        return cls(folder, config)
+        return cls(folder, config, lock)
 
-    def restore(self, parameters, optimizer):
-        """Loads the newest whole checkpoint into parameters and optimiser; returns the steps done (0 without one)."""
+    def begin(self):
+        """Writes config.json: called when everything that the run reads has been read."""
+        if distributed.rank() == 0 and not (self.folder / "config.json").exists():
+            write_json(self.folder / "config.json", {**self.config.to_json(), "versions": versions()})
+
+    def finish(self, results):
+        """Writes results.json, which marks the run as finished."""
+        if distributed.rank() == 0:
+            write_json(self.folder / "results.json", results)
+
+    def close(self):
+        """Lets go of the folder, and leaves nothing of one in which nothing was begun."""
+        release(self.lock, self.folder)
+        self.lock = None
+
+    # ---- Checkpoints ---------------------------------------------------------------------------------------------------
+
+    def restore(self, tensors, optimizer):
+        """Loads the newest whole checkpoint into tensors and optimiser -> (steps done, position in the text); (0, None)."""
         if distributed.rank() == 0:
             for unfinished in self.folder.rglob("*.part"):              # what a killed process was writing
                 unfinished.unlink()
-        for path in sorted((self.folder / "checkpoint").glob("step-*.pt"), reverse=True):
+        for path in reversed(self.checkpoints()):
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, OSError, ValueError, UnpicklingError) as error:
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                print(f"{path} is damaged ({reason}): trying the one before it, else from the start", file=sys.stderr)
+                state = read_checkpoint(path)
+            except InputError:
+                raise
+            except ValueError as damage:
+                say(f"{path} is damaged ({damage}): trying the one before it, else from the start")
+                if distributed.rank() == 0:
+                    path.rename(path.with_suffix(".damaged"))           # it must not crowd out the ones to come
                 continue
-            if [p.shape for p in parameters] != [saved.shape for saved in state["parameters"]]:
-                raise InputError(f"{path} belongs to another run: its tensors have other shapes than this one's")
-            with torch.no_grad():
-                for parameter, saved in zip(parameters, state["parameters"], strict=True):
-                    parameter.copy_(saved)
-            optimizer.load_state_dict(state["optimizer"])
-            self.seconds = state["seconds"]
-            self._forget_metrics_after(state["step"])
-            return state["step"]
-        self._forget_metrics_after(0)
-        return 0
+            self.take_up(state, tensors, optimizer, path)
+            return state["step"], state["position"]
+        self.forget_metrics_after(0)
+        return 0, None
 
-    def save(self, step, parameters, optimizer):
+    def take_up(self, state, tensors, optimizer, path):
+        """Puts a checkpoint's state in place."""
+        if [tensor.shape for tensor in tensors] != [saved.shape for saved in state["parameters"]]:
+            raise InputError(f"{path} belongs to another run: its tensors have other shapes than this one's")
+        with torch.no_grad():
+            for tensor, saved in zip(tensors, state["parameters"], strict=True):
+                tensor.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        self.seconds = state["seconds"]
+        self.forget_metrics_after(state["step"])
+
+    def save(self, step, tensors, optimizer, position):
         """Writes checkpoint/step-N.pt, keeping the one before it. Only ever called with finite losses behind it."""
         self.flush()
         if distributed.rank() > 0:
             return
-        state = {"step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(),
-                 "seconds": self.seconds}
-        folder = self.folder / "checkpoint"
-        with whole(folder / f"step-{step:08d}.pt") as file:
-            torch.save(state, file)
-        for old in sorted(folder.glob("step-*.pt"))[:-2]:
+        state = {"step": step, "parameters": [tensor.detach() for tensor in tensors], "optimizer": optimizer.state_dict(),
+                 "seconds": self.seconds, "position": position}
+        with whole(self.folder / "checkpoint" / f"step-{step:08d}.pt") as file:
+            torch.save({**state, "checksum": checksum(state)}, file)
+        for old in self.checkpoints()[:-2]:
             old.unlink()
 
-    def checkpoint_due(self, step):
-        return step % self.config["checkpoint_every"] == 0
+    def checkpoints(self):
+        """Their files, oldest first."""
+        return sorted((self.folder / "checkpoint").glob("step-*.pt"))
 
-    def progress(self, start, steps):
-        """Counts the steps start .. steps-1 behind a progress bar (on a terminal only), timing what happens between."""
-        quiet = distributed.rank() > 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=quiet, dynamic_ncols=True)
+    def save_if_due(self, step, tensors, optimizer, position):
+        """Every `checkpoint_every` steps, and after the last one."""
+        if step % self.config.checkpoint_every == 0 or step == self.config.steps:
+            self.save(step, tensors, optimizer, position)
+
+    # ---- Progress ------------------------------------------------------------------------------------------------------
+
+    def watch(self, updates, start):
+        """Yields the updates of a training from step `start` on, timing it, behind a progress bar.
+
+        Where there is no terminal, a line tells of every tenth of the way instead.
+        """
+        speaks = distributed.rank() == 0
+        terminal = sys.stderr.isatty()
+        steps = self.config.steps
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (speaks and terminal), dynamic_ncols=True)
         self.started = time.perf_counter() - self.seconds
-        for step in range(start, steps):
-            yield step
+        for done, update in enumerate(updates, start + 1):
+            yield update
             self.bar.update()
+            if speaks and not terminal and 10 * done // steps > 10 * (done - 1) // steps:
+                self.tell(done)
         self.flush()
         self.bar.close()
+
+    def tell(self, step):
+        """A line on how far the run is."""
+        steps = self.config.steps
+        seconds = time.perf_counter() - self.started
+        remaining = (steps - step) * seconds / step
+        print(f"{step / steps:4.0%}  step {step:,} of {steps:,}  {self.latest}  {remaining:,.0f} s left", flush=True)
 
     def log(self, step, **values):
         """Notes a step's values (floats or 0-dim tensors); every LOG_EVERY steps they are read and written as a line."""
@@ -184,78 +178,162 @@ class Run:
         for step, values in rows:
             for name, value in values.items():
                 if not math.isfinite(value):
-                    kept = sorted((self.folder / "checkpoint").glob("step-*.pt"))
-                    raise InputError(f"{name} became {value} at step {step}: lower --lr or use --dtype float32; the last good "
-                                     f"checkpoint is {kept[-1] if kept else 'none yet'}")
+                    self.diverged(name, value, step)
+
         step = rows[-1][0]
-        means = {name: sum(values[name] for _, values in rows) / len(rows) for name in rows[0][1]}
-        rate = step * self.config["batch_size"] * self.config["context"] / self.seconds
-        line = {"step": step, "tokens": step * self.config["batch_size"] * self.config["context"], **means,
-                "tokens_per_second": rate, "seconds": self.seconds}
-        if distributed.rank() == 0:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+        means = {}
+        for name in rows[0][1]:
+            means[name] = sum(values[name] for _, values in rows) / len(rows)
+        tokens = step * self.config.tokens_per_step
+        rate = tokens / self.seconds
+        self.append({"step": step, "tokens": tokens, **means, "tokens_per_second": rate, "seconds": self.seconds})
+
         name, value = next(iter(means.items()))
-        self.bar.set_postfix_str(f"{name} {value:.4f}, {rate:,.0f} tok/s")
+        self.latest = f"{name} {value:.4f}, {rate:,.0f} tok/s"
+        self.bar.set_postfix_str(self.latest)
 
-    def _forget_metrics_after(self, step):
+    def diverged(self, name, value, step):
+        kept = self.checkpoints()
+        raise InputError(f"{name} became {value} at step {step}: start again with a lower --lr or --dtype float32; the last "
+                         f"good checkpoint is {kept[-1] if kept else 'none yet'}")
+
+    # ---- metrics.jsonl -------------------------------------------------------------------------------------------------
+
+    def append(self, line):
+        if distributed.rank() > 0:
+            return
         path = self.folder / "metrics.jsonl"
-        if distributed.rank() == 0 and path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_bytes(path, "".join(line + "\n" for line in lines).encode())
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
 
-    def finish(self, results):
-        """Writes results.json, which marks the run as finished."""
-        if distributed.rank() == 0:
-            write_json(self.folder / "results.json", results)
-
-
-def training_curve(folder):
-    """The loss that metrics.jsonl holds, for a picture: {"name", "tokens": [..], "loss": [..]}; None without the file."""
-    path = Path(folder) / "metrics.jsonl"
-    if not path.exists():
-        return None
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    key, label = ("fvu", "FVU") if "fvu" in lines[0] else ("kl", "KL in training (nats/token)")
-    return {"name": label, "tokens": [line["tokens"] for line in lines], "loss": [line[key] for line in lines]}
+    def forget_metrics_after(self, step):
+        """Drops the lines of steps that will be taken again, and a half-written one."""
+        path = self.folder / "metrics.jsonl"
+        if distributed.rank() > 0 or not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.endswith("}") and json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        write_bytes(path, "".join(kept).encode())
 
 
-def count(text):
-    """Token counts read 15M, 1.5e6, 15_000_000, 20k."""
-    units = {"k": 1e3, "m": 1e6, "b": 1e9}
-    try:
-        value = float(text[:-1]) * units[text[-1].lower()] if text[-1:].lower() in units else float(text)
-    except ValueError:
-        value = 0
-    if not 1 <= value < float("inf") or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of tokens, such as 15M, 1.5e6 or 15_000_000")
-    return int(value)
-
+# ---- One writer a folder -----------------------------------------------------------------------------------------------
 
 def check_free(folder):
     """Refuses an output folder that holds anything: asked before the long work starts."""
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} already holds files: pass another --out, or --resume {folder} to continue that run")
+    try:
+        held = folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
+    except OSError as error:
+        raise InputError(f"cannot use {folder} as --out: {error.strerror}") from error
+    if not held:
+        return
+    if folder.is_dir() and (folder / "config.json").exists() and not (folder / "results.json").exists():
+        raise InputError(f"{folder} already holds a run: pass another --out, or --resume {folder} alone to continue that run")
+    raise InputError(f"{folder} already holds files: pass another --out")
+
+
+def claim(folder):
+    """Makes this process the only one that writes to `folder`; the system lets go when the process ends, however it does.
+
+    Raises InputError that says who has it. Returns the open lock file.
+    """
+    path = Path(folder) / LOCK
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path.parent}: {error.strerror}") from error
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise InputError(f"{path.parent} is being written by {holder}: wait for it to end, or pass another --out") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
+def release(lock, folder):
+    """Undoes `claim`, and removes a folder in which nothing was written."""
+    if lock is None:
+        return
+    held = {path.name for path in Path(folder).iterdir()}
+    (Path(folder) / LOCK).unlink(missing_ok=True)
+    if held <= {LOCK}:
+        Path(folder).rmdir()
+    lock.close()
+
+
+def claim_default(model, method):
+    """Claims runs/MODEL-METHOD, or the first of -2, -3, ... that is free -> its path. Two runs started together get two."""
+    name, number = f"{Path(model).name}-{method}", 1
+    while True:
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise InputError(f"cannot write {folder}: {error.strerror}; pass another --out") from error
+
+
+# ---- Files -------------------------------------------------------------------------------------------------------------
+
+DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, UnpicklingError)
+
+
+def read_checkpoint(path):
+    """The state in a checkpoint. Raises ValueError, with a reason, for a file whose bytes are not those that were written.
+
+    InputError (which is a ValueError, but no damage) for one of an earlier version.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        written = state.pop("checksum", None)
+        found = checksum(state)
+    except DAMAGED as error:
+        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None
+    if written is None:
+        raise InputError(f"{path} was written by an earlier version and cannot be continued: start again with another --out")
+    if found != written:
+        raise ValueError("its contents do not fit its checksum")
+    return state
+
+
+def checksum(state):
+    """A digest of every number in a nest of dicts, lists and tensors."""
+    digest = blake2b(digest_size=16)
+
+    def feed(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{list(value.shape)}".encode())
+            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(raw.numpy().data)
+        elif isinstance(value, dict):
+            for key in value:
+                digest.update(repr(key).encode())
+                feed(value[key])
+        elif isinstance(value, (list, tuple)):
+            digest.update(b"[")
+            for item in value:
+                feed(item)
+        else:
+            digest.update(repr(value).encode())
+
+    feed(state)
+    return digest.hexdigest()
 
 
 def versions():
     """What a repetition needs to know about the machine's software."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
-
-
-def peak_memory_bytes(device):
-    """The most memory the run has held: of the GPU where it ran on one, else of the whole process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def print_table(rows, headings=None):
-    """Prints rows (sequences of cells) as aligned columns, the first to the left and the rest to the right."""
-    rows = ([headings] if headings else []) + list(rows)
-    rows = [[cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]).rstrip())

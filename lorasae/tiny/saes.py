@@ -14,18 +14,21 @@ import argparse
 import io
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save
 
-from lorasae.dictionary import evaluate, fill, make
 from lorasae.io.disk import write_bytes, write_json
-from lorasae.io.presets import PRESETS
-from lorasae.runs.folder import load_setting
-from lorasae.sae import JumpReLU
 from lorasae.io.sae_formats import load_sae, save_sae, save_sparsify
+from lorasae.runs import sae_training
+from lorasae.runs.config import configure
+from lorasae.runs.folder import Run
+from lorasae.runs.sae_training import train_sae
+from lorasae.runs.setting import load_setting
+from lorasae.sae import JumpReLU
 
 HERE = Path(__file__).parent
 SAMPLE = 64                                             # training sequences for a threshold and a mean norm
@@ -33,19 +36,15 @@ SAMPLE = 64                                             # training sequences for
 
 def settings(name, method, seed, **given):
     """The configuration of `python train.py --model tiny-NAME --method METHOD`."""
-    config = dict.fromkeys(("layer", "width", "k", "l0", "lr", "batch_size", "tokens", "data", "context", "eval_tokens", "dtype",
-                            "micro_batch", "sae", "field", "sae_dtype"))
-    config |= {"model": f"tiny-{name}", "method": method, "seed": seed, "device": "cpu", "clip": 1.0, "auxk": False,
-               "ahead": 1, "compile": False, "dead_after": 10 ** 7, "checkpoint_every": 10 ** 9, **given}
-    config = fill(config, PRESETS[config["model"]])
-    return {**config, "steps": -(-config["tokens"] // (config["batch_size"] * config["context"]))}
+    return configure({"model": f"tiny-{name}", "method": method, "seed": seed, "checkpoint_every": 10 ** 9, **given})
 
 
 def trained(config):
     """The SAE of a run made in a folder that is then forgotten, and the run's seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        results = make(config, Path(folder) / "run")
-        return load_sae(Path(folder) / "run"), results["seconds"]
+        run = Run.create(Path(folder) / "run", config)
+        results = train_sae(load_setting(config), run)
+        return load_sae(run.folder), results["seconds"]
 
 
 def save_gemma_scope(sae, folder, l0):
@@ -90,39 +89,41 @@ def save_llama_scope(sae, folder, layer, norm, k):
 @torch.no_grad()
 def sample(config):
     """Activations of some training text without BOS and EOS [N, D]."""
-    model, _, corpus, _ = load_setting({**config, "layer": []})
-    tokens = next(corpus.batches(SAMPLE))
-    x = model.run(model.embed(tokens), 0, config["layer"][0] + 1)
-    return x[(tokens != corpus.bos) & (tokens != corpus.eos)].float()
+    setting = load_setting(config)
+    model = setting.model
+    with setting.corpus.batches(SAMPLE) as batches:
+        tokens, _ = next(iter(batches))
+    x = model.run(model.embed(tokens), 0, config.layer[0] + 1)
+    return x[~model.special(tokens)].float()
 
 
 def make_saes(name, folder, seed=0):
     """Trains, saves and measures both SAEs of tiny-`name`, whose model is in place, into `folder`/NAME-sae."""
     folder = folder / f"{name}-sae"
     topk, jumprelu = settings(name, "topk", seed), settings(name, "jumprelu", seed)
-    layer, made = topk["layer"][0], {}
+    layer, made = topk.layer[0], {}
     sae, seconds = trained(topk)
     if name == "gemma-2":
-        save_sae(sae, folder / "topk", model_name=topk["model"], layer=layer, context=topk["context"])
+        save_sae(sae, folder / "topk", model_name=topk.model, layer=layer, context=topk.context)
         other, more = trained(jumprelu)
         save_gemma_scope(other, folder / "jumprelu" / f"layer_{layer}" / "width_1k", measure(jumprelu, other)["l0"])
     else:
         save_sparsify(sae, folder / "topk" / f"layers.{layer}")
-        other, more = trained({**topk, "seed": seed + 1})
+        other, more = trained(replace(topk, seed=seed + 1))
         x = sample(topk)
         save_llama_scope(one_threshold(other, x), folder / "jumprelu" / f"tiny-L{layer}R", layer,
-                         x.norm(dim=1).mean().item(), topk["k"])
+                         x.norm(dim=1).mean().item(), topk.k)
     for kind, config, took in (("topk", topk, seconds), ("jumprelu", jumprelu, more)):
-        made[kind] = {"latents": config["width"], "tokens": config["tokens"], "lr": config["lr"], "seconds": round(took),
+        made[kind] = {"latents": config.width, "tokens": config.tokens, "lr": config.lr, "seconds": round(took),
                       **measure(config, load_sae(folder / kind, layer=layer))}
     write_json(folder / "MADE.json", made)
     return made
 
 
 def measure(config, sae):
-    """What the SAE costs on held-out text (dictionary.evaluate)."""
-    model, _, corpus, _ = load_setting({**config, "layer": []})
-    return evaluate(model, sae, config["layer"][0], corpus.validation.split(8))
+    """What the SAE costs on held-out text."""
+    setting = load_setting(config)
+    return sae_training.measure(setting.model, sae, config.layer[0], setting.corpus.validation.split(8))
 
 
 def main():

@@ -1,0 +1,314 @@
+"""The configuration of a run: one frozen dataclass, checked once, with the paper's defaults.
+
+    config = configure({"model": "gemma-2-2b", "layer": (12,), "rank": (64,)})      presets and defaults filled in
+    config = read_config(RUN_DIR)                                                   what that run was asked for
+
+A value comes from the first of these that has one: what is given; the run that made the SAE (`--sae RUN_DIR`); the
+model's preset (io/presets.py); the paper's, which are the defaults of Config's fields.
+"""
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from lorasae.errors import InputError
+from lorasae.io.checkpoint import load_config
+from lorasae.io.disk import read_json
+from lorasae.io.hub import sae_choice
+from lorasae.io.presets import preset
+from lorasae.io.streams import say
+
+METHODS = ("lora", "topk", "jumprelu", "e2e")
+LLAMA_SCOPE = ("openmoss", "sae_lens", "sae_lens_legacy")
+DTYPES = ("float32", "bfloat16")
+SAE_TOKENS = 2_000_000_000                              # the paper's training of an SAE (§3.1)
+DEAD_AFTER = 10_000_000                                 # Gao et al. (2024); at most a tenth of the run, so that short runs have dead latents
+UNKNOWN = {"data": "stdlib"}                            # for models without a preset: what every user has
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that is needed to repeat a run. The defaults are the paper's (§4 and its released code)."""
+
+    # what
+    model: str = "tiny-gemma-2"                 # a preset, a Hub repository OWNER/NAME, or a local folder
+    method: str = "lora"                        # one of METHODS
+    layer: tuple = (12,)                        # blocks whose output an SAE replaces, from 0
+    sae: tuple = ()                             # where the SAEs are: one source for all layers, or one a layer
+    width: int | str | None = None              # latents: of the SAE to choose, such as "16k"; to train, 8 d_model if None
+    llama_scope: str = "openmoss"               # how to read Llama Scope's files, one of LLAMA_SCOPE
+    l0: float | None = None                     # active latents: of the SAE to choose; that a jumprelu is to reach
+
+    # training an SAE
+    k: int = 64                                 # active latents of topk and e2e
+    auxk: bool = False                          # revive dead latents by AuxK; the paper does without
+    dead_after: int | None = None               # tokens after which a latent that never fired is dead; None: see DEAD_AFTER
+
+    # adapters
+    rank: tuple = (64,)                         # several train side by side in one pass
+    alpha: float = 32                           # at every rank
+    dropout: float = 0.1
+    adapt: tuple = ()                           # words of --adapt; (): decided by the kind of the SAEs
+
+    # text
+    data: str = "pile"                          # a source of io/streams.py
+    field: str | None = None                    # JSON field with the text
+    tokens: int = 15_000_000                    # to train on
+    eval_tokens: int = 1_000_000                # held out
+    context: int = 1024                         # tokens a sequence, BOS included
+
+    # optimisation
+    batch_size: int = 1                         # sequences a step
+    micro_batch: int | None = None              # sequences that pass through the model at once; None: the batch
+    lr: float | None = 5e-5                     # None, for an SAE: 2e-4 / √(latents / 2^14)
+    lr_decay: bool = False                      # falling linearly to 0
+    weight_decay: float = 0.01
+    clip: float = 1.0                           # bound on the gradient norm of the KL summed over a sequence
+    seed: int = 42                              # of adapters, dropout and the order of the text
+
+    # machine
+    dtype: str = "bfloat16"                     # of the frozen model; what trains is float32
+    sae_dtype: str = "float32"                  # of a frozen SAE's matrices
+    device: str = "cpu"
+    compile: bool | None = None                 # None: on a GPU
+    ahead: int | None = None                    # sequences whose frozen part runs at once; None: 8 on a GPU, else 1
+    shard: bool = False                         # the frozen blocks over the processes of torchrun
+    checkpoint_every: int = 250                 # steps
+
+    def __post_init__(self):
+        on_gpu = str(self.device).startswith("cuda")
+        derived = {"micro_batch": self.batch_size, "compile": on_gpu, "ahead": 8 if on_gpu else 1}
+        if is_whole(self.tokens):
+            derived["dead_after"] = min(DEAD_AFTER, max(1, self.tokens // 10))
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)           # a frozen dataclass is set this way
+        check(self)
+
+    @property
+    def tokens_per_step(self):
+        return self.batch_size * self.context
+
+    @property
+    def steps(self):
+        """Steps that train on at least `tokens` tokens."""
+        return math.ceil(self.tokens / self.tokens_per_step)
+
+    @property
+    def trained_tokens(self):
+        """The tokens of those steps."""
+        return self.steps * self.tokens_per_step
+
+    def to_json(self):
+        """The object that config.json holds."""
+        return {**asdict(self), "steps": self.steps}
+
+
+# ---- Checks ------------------------------------------------------------------------------------------------------------
+
+TEXTS = ("model", "data", "device")
+WHOLE = ("k", "dead_after", "tokens", "eval_tokens", "context", "batch_size", "micro_batch", "ahead", "checkpoint_every")
+POSITIVE = ("alpha", "lr", "clip", "l0")
+NOT_NEGATIVE = ("dropout", "weight_decay", "seed")
+SWITCHES = ("auxk", "lr_decay", "compile", "shard")
+CHOICES = {"method": METHODS, "llama_scope": LLAMA_SCOPE, "dtype": DTYPES, "sae_dtype": DTYPES}
+LARGEST_SEED = 2 ** 63 - 1
+
+
+def check(config):
+    """Raises InputError for the first field that no run could use."""
+    def refuse(name, expected):
+        value = getattr(config, name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        raise InputError(f"{option(name)} is {shown!r}, but it must be {expected}")
+
+    for name in TEXTS:
+        if not isinstance(getattr(config, name), str) or not getattr(config, name).strip():
+            refuse(name, "a text that is not empty")
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            refuse(name, f"one of {', '.join(choices)}")
+    for name in SWITCHES:
+        if not isinstance(getattr(config, name), bool):
+            refuse(name, "true or false")
+
+    for name in WHOLE:
+        if not is_whole(getattr(config, name)) or getattr(config, name) < 1:
+            refuse(name, "a positive whole number")
+    for name in POSITIVE:
+        value = getattr(config, name)
+        if value is not None and (not is_number(value) or value <= 0):
+            refuse(name, "a positive number")
+    for name in NOT_NEGATIVE:
+        value = getattr(config, name)
+        if not is_number(value) or value < 0:
+            refuse(name, "a number that is not negative")
+
+    if config.dropout >= 1:
+        refuse("dropout", "less than 1")
+    if not is_whole(config.seed) or config.seed > LARGEST_SEED:
+        refuse("seed", f"a whole number of at most {LARGEST_SEED}")
+    if config.context < 2:
+        refuse("context", "at least 2 tokens: BOS and one more")
+    check_lists(config, refuse)
+
+    if config.shard and (config.method != "lora" or len(config.rank) > 1):
+        raise InputError("--shard is for adapters of one rank: leave it out")
+
+
+def check_lists(config, refuse):
+    """The fields that hold several values."""
+    for name, least in (("layer", 0), ("rank", 1)):
+        values = getattr(config, name)
+        if not isinstance(values, tuple) or not all(is_whole(value) and value >= least for value in values):
+            refuse(name, f"whole numbers of at least {least}" if least == 0 else "positive whole numbers")
+        if len(set(values)) < len(values):
+            raise InputError(f"{option(name)} {' '.join(map(str, values))} names a {name} twice")
+    for name in ("sae", "adapt"):
+        values = getattr(config, name)
+        if not isinstance(values, tuple) or not all(isinstance(value, str) and value for value in values):
+            refuse(name, "a list of texts")
+    if not config.rank:
+        refuse("rank", "at least one rank")
+
+
+def is_whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def option(name):
+    """The command's spelling of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+# ---- Filling in --------------------------------------------------------------------------------------------------------
+
+WITHOUT_EFFECT = {                                      # options that change nothing of what a method does
+    "lora": ("k", "auxk", "dead_after"),
+    "topk": ("rank", "alpha", "dropout", "adapt", "lr_decay", "weight_decay", "sae_dtype", "llama_scope", "l0"),
+    "jumprelu": ("rank", "alpha", "dropout", "adapt", "lr_decay", "weight_decay", "sae_dtype", "llama_scope", "k"),
+    "e2e": ("rank", "alpha", "dropout", "adapt", "lr_decay", "weight_decay", "sae_dtype", "llama_scope", "l0"),
+}
+
+
+def configure(given):
+    """Config of what is given, {field: value}; None is not given. Raises InputError for what has no effect or no sense."""
+    given = {name: value for name, value in given.items() if value is not None}
+    method = given.get("method", Config.method)
+    for name in WITHOUT_EFFECT.get(method, ()):
+        if name in given and given[name] is not False:
+            raise InputError(f"{option(name)} has no effect with --method {method}: leave it out")
+    values = adapting(given) if method == "lora" else sae_training(given, method)
+    return Config(**values)
+
+
+def adapting(given):
+    """The fields of a run that adapts the model."""
+    model = given.get("model", Config.model)
+    known = preset(model)
+    if known is None:
+        load_config(model)                              # that there is no such model is said first
+        defaults = UNKNOWN
+    else:
+        defaults = {"layer": (known.layer,), **known.common, **known.lora}
+
+    if "sae" in given:
+        own = {name: value for name, value in defaults.items() if name != "adapt"}      # it depends on the SAE's kind
+        made = made_by(given["sae"], with_tokens=known is None)
+        return fitted({**own, **made, **given}, given, known)
+
+    layers = given.get("layer", (known.layer,) if known else Config.layer)
+    choices = [sae_choice(model, layer=layer, width=given.get("width"), l0=given.get("l0")) for layer in layers]
+    source, chosen = choices[0]
+    values = {**defaults, **given, "sae": (source,), "width": chosen["width"]}
+    if len(choices) == 1:
+        values["l0"] = chosen["l0"]
+    return fitted(values, given, known)
+
+
+def made_by(sources, with_tokens):
+    """What an SAE of one's own says of the text it was made on: fields of the run in a source folder, {} of any other."""
+    made = [read_config(source) for source in sources if (Path(source) / "config.json").exists() and (Path(source) / "sae").exists()]
+    if not made:
+        return {}
+    names = ["data", "field", "context", "dtype", "eval_tokens"] + ["tokens"] * with_tokens
+    values = {name: getattr(made[0], name) for name in names if getattr(made[0], name) is not None}
+    values["layer"] = tuple(run.layer[0] for run in made)
+    say(f"note: {', '.join(names)} and layer as in the run that made the SAE, {sources[0]}, where no option says otherwise")
+    return values
+
+
+def fitted(values, given, known):
+    """The values for a model without a preset, its context at most what it holds; says what was chosen, and why."""
+    if known is not None:
+        return values
+    model = values["model"]
+    context, holds = values.get("context", Config.context), load_config(model).max_position_embeddings
+    if "context" not in given and context > holds:
+        values["context"] = holds
+        say(f"note: --context {holds}, as {model} holds no more")
+    chosen = {name: values.get(name, getattr(Config, name)) for name in ("data", "tokens", "eval_tokens") if name not in given}
+    if chosen:
+        shown = " ".join(f"{option(name)} {value}" for name, value in chosen.items())
+        say(f"note: {model} is no preset, so {shown}: text that every machine has, and the paper's numbers of tokens, "
+            "unless an SAE's own run says otherwise")
+    return values
+
+
+def sae_training(given, method):
+    """The fields of a run that trains an SAE."""
+    if "sae" in given:
+        raise InputError(f"--method {method} trains an SAE from scratch: leave --sae out")
+    known = preset(given.get("model", Config.model))
+    values = {"tokens": SAE_TOKENS, "lr": None, "l0": 64}
+    if known is None:
+        values |= UNKNOWN
+    else:
+        values |= {"layer": (known.layer,), **known.common, **known.sae_training}
+        values |= known.e2e if method == "e2e" else {}
+    values |= given
+    if method != "jumprelu":
+        values["l0"] = None
+    if values.get("width") is not None:
+        values["width"] = latents(values["width"])
+    return fitted(values, given, known)
+
+
+def latents(width):
+    """The number of latents to train, from 16384, "16384" or "16k" (which is 2^14, as Gemma Scope counts)."""
+    text = str(width).lower()
+    unit = {"k": 2 ** 10, "m": 2 ** 20}.get(text[-1:], 1)
+    digits = text if unit == 1 else text[:-1]
+    if not (digits.isascii() and digits.isdecimal()) or int(digits) < 1:
+        raise InputError(f"--width {width}: training an SAE needs its number of latents, such as 16384 or 16k")
+    return int(digits) * unit
+
+
+# ---- Files -------------------------------------------------------------------------------------------------------------
+
+def read_config(folder):
+    """The Config in a run's folder. Raises InputError where it has none, or one that train.py did not write."""
+    path = Path(folder) / "config.json"
+    found = read_json(path)
+    names = {known.name for known in fields(Config)}
+    if not isinstance(found, dict) or not {"model", "method", "layer", "data"} <= found.keys():
+        raise InputError(f"{path} was not written by train.py: pass the folder of a run")
+    unknown = found.keys() - names - {"steps", "versions"}
+    if unknown:
+        raise InputError(f"{path} has {min(unknown)}, which this version does not know: it was written by another one")
+
+    values = {name: value for name, value in found.items() if name in names and value is not None}
+    if isinstance(values.get("rank"), int):             # written by an earlier version
+        values["rank"] = [values["rank"]]
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    if found.get("lr") is None:
+        values["lr"] = None
+    try:
+        return Config(**values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

@@ -1,0 +1,80 @@
+"""What a configuration names, loaded: the model, its SAEs, the text."""
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from lorasae.errors import InputError
+from lorasae.io.adapters import load_adapter
+from lorasae.io.checkpoint import load_model
+from lorasae.io.corpus import Corpus
+from lorasae.io.hub import model_files
+from lorasae.io.sae_formats import check_fits, load_sae
+from lorasae.model import Transformer
+from lorasae.runs import distributed
+from lorasae.runs.config import Config
+
+
+class Setting(NamedTuple):
+    """All that a run trains or evaluates with."""
+    model: Transformer
+    saes: dict                                          # {layer: SAE}, frozen
+    corpus: Corpus
+    config: Config
+    folder: Path | None = None                          # of the run
+
+
+def load_setting(config, adapter=None, folder=None):
+    """The Setting of a configuration, with the adapter folder's adapters, if given.
+
+    With `shard` the model is left on the CPU, for distributed.shard to spread.
+    """
+    device = distributed.local(config.device)
+    model = load_model(config.model, device="cpu" if config.shard else device, dtype=config.dtype)
+    holds = model.config.max_position_embeddings
+    if config.context > holds:
+        raise InputError(f"--context {config.context} is more than {config.model} holds: pass at most {holds}")
+    saes = load_saes(config, model, device)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return Setting(model, saes, load_corpus(config, model.config), config, folder)
+
+
+def sae_sources(config):
+    """[(layer, source)] of a configuration: one source for all layers, or one a layer."""
+    layers, sources = config.layer, config.sae
+    if len(sources) == 1:
+        sources = sources * len(layers)
+    if len(sources) not in (0, len(layers)):
+        raise InputError(f"--sae names {len(sources)} SAEs for {len(layers)} layers: pass one source for all, or one a layer")
+    return list(zip(layers, sources))
+
+
+def load_saes(config, model, device):
+    """{layer: SAE}, frozen."""
+    saes = {}
+    for layer, source in sae_sources(config):
+        check_layer(config.model, layer, len(model.layers))
+        sae = load_sae(source, layer=layer, width=config.width, l0=config.l0, dtype=config.sae_dtype, device=device,
+                       llama_scope=config.llama_scope)
+        check_fits(sae, model.config.hidden_size)
+        saes[layer] = sae
+    return saes
+
+
+def check_layer(model, layer, depth):
+    """Raises InputError unless the model has that block."""
+    if not 0 <= layer < depth:
+        raise InputError(f"--layer {layer} is out of range: {model} has blocks 0 to {depth - 1}")
+
+
+def load_corpus(config, model_config):
+    path = model_files(config.model) / "tokenizer.json"
+    if not path.exists():
+        raise InputError(f"{path.parent} has no tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is not a tokenizer of the tokenizers library ({error})") from None
+    return Corpus(config.data, tokenizer, model_config.bos_token_id, model_config.eos_token_id, context=config.context,
+                  eval_tokens=config.eval_tokens, seed=config.seed, field=config.field)
