@@ -8,6 +8,7 @@ model's preset (io/presets.py); the paper's, which are the defaults of Config's 
 """
 import math
 from dataclasses import asdict, dataclass, fields
+from os.path import isdir, isfile, join
 from pathlib import Path
 
 from lorasae.errors import InputError
@@ -231,7 +232,8 @@ def adapting(given):
 
 def made_by(sources, with_tokens):
     """What an SAE of one's own says of the text it was made on: fields of the run in a source folder, {} of any other."""
-    made = [read_config(source) for source in sources if (Path(source) / "config.json").exists() and (Path(source) / "sae").exists()]
+    runs = [source for source in sources if isfile(join(source, "config.json")) and isdir(join(source, "sae"))]
+    made = [read_config(run) for run in runs]
     if not made:
         return {}
     names = ["data", "field", "context", "dtype", "eval_tokens"] + ["tokens"] * with_tokens

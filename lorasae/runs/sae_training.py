@@ -92,7 +92,10 @@ def ends_a_tenth(step, steps):
 
 
 def keep(run, sae, step):
-    """Saves the SAE under the tenth of the training it has had, and what that took."""
+    """Saves the SAE under the tenth of the training it has had, and what that took.
+
+    The published code names a twentieth's multiple by half of what it is: its "50pct" is the end (trainer.py:460).
+    """
     run.flush()                                         # a loss that is not finite stops here, before it is saved
     if distributed.rank() > 0:
         return
