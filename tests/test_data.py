@@ -1,8 +1,5 @@
 """Packing, the held-out split, the order of the text, resuming and the background thread: lorasae/data.py."""
-import gc
 import json
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -10,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from lorasae.io import corpus as data
-from lorasae.io.corpus import Corpus, Prefetch, pack, special_mask
+from lorasae.io.corpus import Corpus, pack, special_mask
 from lorasae.errors import InputError
 
 BOS, EOS = 0, 1
@@ -266,54 +263,6 @@ def test_a_tokenizer_without_the_models_special_tokens_is_refused(tmp_path, bos,
 
 
 # ---- The background thread -------------------------------------------------------------------------------------------
-
-def prefetch_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
-def wait_until(condition, seconds=5):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
-
-
-def test_prefetch_gives_the_items_in_order_and_their_exception_in_turn():
-    def items():
-        yield from range(100)
-        raise InputError("line 101 is bad")
-
-    prefetch, given = Prefetch(items(), depth=3), []
-    with pytest.raises(InputError, match="line 101 is bad"):
-        for item in prefetch:
-            given.append(item)
-    assert given == list(range(100)) and list(prefetch) == []
-    assert list(Prefetch(iter(range(5)))) == list(range(5))
-
-
-def test_prefetch_works_ahead_but_no_further_than_its_depth():
-    made = []
-    prefetch = Prefetch((made.append(i) or i for i in range(1000)), depth=4)
-    assert wait_until(lambda: len(made) >= 5)                               # four in the queue, one in hand
-    time.sleep(0.2)
-    assert len(made) == 5
-    prefetch.close()
-
-
-@pytest.mark.parametrize("end", ["close", "drop", "abandon after an item"])
-def test_the_thread_ends_with_the_iterator(end):
-    assert wait_until(lambda: not prefetch_threads())
-    prefetch = Prefetch(iter(int, 1), depth=2)
-    assert len(prefetch_threads()) == 1
-    if end == "close":
-        prefetch.close()
-        assert list(prefetch) == []
-    elif end == "abandon after an item":
-        next(prefetch)
-    del prefetch
-    gc.collect()
-    assert wait_until(lambda: not prefetch_threads())
-
 
 def test_an_unreadable_line_deep_in_the_text_reaches_the_training_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "IN_MEMORY", 0)                               # a stream: the line is met while training

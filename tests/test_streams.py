@@ -278,11 +278,13 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", partial(huggingface_hub.HfFileSystem, endpoint=server.url))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)               # no waiting before another try
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)               # huggingface_hub waits too
+    monkeypatch.setattr(streams, "pause", lambda seconds: None)             # no waiting before another try
     monkeypatch.setattr(streams, "BLOCK", 1000)
     yield server
     for thread in threading.enumerate():                # one that still reads would disturb the next test's connections
         if thread.name == "prefetch":
+            thread.stopped.set()
             thread.join(10)
     server.shutdown()
     server.server_close()

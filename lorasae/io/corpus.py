@@ -10,9 +10,6 @@ Split: the first documents of this order, as many as give `eval_tokens`, are for
 less any with the very text of one of those. (The standard library is split by file name instead.)
 """
 import itertools
-import queue
-import threading
-import weakref
 from contextlib import ExitStack
 from functools import cached_property, partial
 from hashlib import blake2b
@@ -21,6 +18,7 @@ import numpy as np
 import torch
 
 from lorasae.errors import InputError
+from lorasae.io.prefetch import Prefetch, check
 from lorasae.io.streams import files, held_out, read, say
 
 GROUP = 2048                                            # documents packed together, as in the published code
@@ -108,6 +106,7 @@ def mixed(sources, field, at_once):
                 reading.append((file, raw, read(raw, file.name, field)))
             while reading:
                 chosen = min(reading, key=lambda entry: entry[1].tell() / max(entry[0].size, 1))
+                check()
                 text = next(chosen[2], None)
                 if text is None:
                     reading.remove(chosen)
@@ -207,43 +206,3 @@ class Corpus:
 
 def digest(text):
     return blake2b(text.encode(), digest_size=16).digest()
-
-
-class Prefetch:
-    """Iterates over `items`, taken by a background thread at most `depth` ahead; what they raise is raised here."""
-
-    def __init__(self, items, depth=64):
-        self.ready, self.stopped = queue.Queue(depth), threading.Event()
-        self.close = weakref.finalize(self, self.stopped.set)        # called by hand, or when the iterator is dropped
-        threading.Thread(target=_fill, args=(items, self.ready, self.stopped), daemon=True, name="prefetch").start()
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.stopped.is_set():
-            raise StopIteration
-        item, error = self.ready.get()
-        if error is not None:
-            self.close()
-            raise error
-        return item
-
-
-def _fill(items, ready, stopped):
-    """The thread's work. It holds no reference to the Prefetch, whose end is what stops it."""
-    def put(item, error=None):
-        while not stopped.is_set():
-            try:
-                return ready.put((item, error), timeout=0.1)
-            except queue.Full:
-                pass
-
-    try:
-        for item in items:
-            put(item)
-            if stopped.is_set():
-                return
-        put(None, StopIteration())
-    except BaseException as error:                      # whatever it is, it belongs to the consumer
-        put(None, error)

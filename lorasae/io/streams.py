@@ -14,7 +14,6 @@ import io
 import json
 import sys
 import sysconfig
-import time
 import zlib
 from functools import partial
 from hashlib import sha256
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from lorasae.errors import InputError
+from lorasae.io.prefetch import check, pause
 
 NAMED = {
     "pile": "hf://datasets/monology/pile-uncopyrighted/train/*.jsonl.zst",
@@ -277,6 +277,7 @@ class HubFile(io.RawIOBase):
     def _fetch(self, length):
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
         for wait in (*WAITS, None):
+            check()
             try:
                 with self.filesystem.open(self.name, "rb", block_size=BLOCK, cache_type="none") as remote:
                     remote.seek(self.position)
@@ -292,4 +293,4 @@ class HubFile(io.RawIOBase):
                 raise InputError(f"{self.name}: nothing after byte {self.position:,} of {self.size:,} ({problem}): "
                                  "check the network and run again, with --resume to continue")
             say(f"note: {self.name}, byte {self.position:,}: {problem}; asking again in {wait} s")
-            time.sleep(wait)
+            pause(wait)
