@@ -47,13 +47,13 @@ def encodings(documents, tokenizer):
 
 
 def batches_of_text(documents):
-    """Lists of documents of about BATCH characters, enough to occupy the tokenizer's threads."""
-    batch, size = [], 0
+    """Lists of documents: small ones at first, so that a run begins soon, then of BATCH characters for all of the cores."""
+    batch, size, enough = [], 0, BATCH // 16
     for text in documents:
         batch.append(text)
         size += len(text)
-        if size >= BATCH:
+        if size >= enough:
             yield batch
-            batch, size = [], 0
+            batch, size, enough = [], 0, min(2 * enough, BATCH)
     if batch:
         yield batch
