@@ -67,12 +67,12 @@ def open_run(folder, device=None):
         raise InputError(f"{folder} has no {product.relative_to(folder).parts[0]} yet: finish the run with "
                          f"python train.py --resume {folder}")
     if config.method != "lora":
-        return load_setting(replace(config, sae=(str(folder),), width=None, l0=None), folder=folder)
+        return load_setting(replace(config, sae=(str(folder),), width=None, l0=None), folder)
 
     made_for = read_json(product).get("base_model_name_or_path")
     if made_for and (preset(made_for) or made_for) != (preset(config.model) or config.model):
         raise InputError(f"{product.parent} is an adapter of {made_for}, but {folder} is a run of {config.model}")
-    return load_setting(config, product.parent, folder)
+    return load_setting(config, folder, adapter=product.parent)
 
 
 def evaluate(name, setting, args):

@@ -199,7 +199,7 @@ def main(argv=None):
         run = open_run(args)
         try:
             print(f"{run.folder}/ is where this run writes", flush=True)
-            setting = load_setting(run.config)
+            setting = load_setting(run.config, run.folder)
             if run.config.method == "lora":
                 for folder, results in adapt_model(setting, run).items():
                     report(results, folder)
