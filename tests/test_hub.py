@@ -320,6 +320,9 @@ def test_local_saes_are_found_from_a_file_a_folder_or_a_run(tmp_path):
     for source in ("run", "run/sae", "run/sae/cfg.json"):
         assert sae_files(tmp_path / source) == tmp_path / "run" / "sae"
     assert sae_files(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "50pct"
+    (tmp_path / "run" / "notes.txt").write_text("not an SAE")
+    with pytest.raises(InputError, match="notes.txt is no file of an SAE: expected an .npz file, ae.pt, cfg.json"):
+        sae_files(tmp_path / "run" / "notes.txt")
     (tmp_path / "l" / "checkpoints").mkdir(parents=True)
     for name in ("hyperparams.json", "checkpoints/final.safetensors"):
         (tmp_path / "l" / name).write_bytes(b"x")

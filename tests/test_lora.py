@@ -77,7 +77,7 @@ def test_masters_stay_fp32_over_a_bf16_base(model_folder, tokens):
 def test_adapters_survive_saving_and_loading(model_folder, tokens, tmp_path):
     model = trained(load_model(model_folder), rank=5, alpha=7)
     save_adapter(model, tmp_path / "adapter", "some/model")
-    assert torch.equal(load_adapter(load_model(model_folder), tmp_path / "adapter").eval()(tokens), model(tokens))
+    assert torch.equal(load_adapter(load_model(model_folder), tmp_path / "adapter")(tokens), model(tokens))
 
 
 def test_peft_loads_our_adapter(model_folder, tokens, tmp_path):
@@ -100,7 +100,7 @@ def test_we_load_pefts_adapter(model_folder, tokens, tmp_path, options):
     oracle = peft.get_peft_model(oracle, peft.LoraConfig(r=4, lora_alpha=8, target_modules=names,
                                                          init_lora_weights=False, **options)).eval()
     oracle.save_pretrained(tmp_path / "adapter")
-    model = load_adapter(load_model(model_folder), tmp_path / "adapter").eval()
+    model = load_adapter(load_model(model_folder), tmp_path / "adapter")
     assert sorted(adapters(model)) == sorted(names)
     with torch.no_grad():
         assert (oracle(tokens).logits - model(tokens)).abs().max() <= 1e-5 * max(1, model(tokens).abs().max())
@@ -134,7 +134,8 @@ def test_a_second_set_of_adapters_is_refused(model, tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"), ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
     ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"), ({"bias": "all"}, "bias"), ({"r": 9}, "another model or rank"),
-    ({"r": None}, "states no r"), ({"lora_alpha": "much"}, "states no r")])
+    ({"r": None}, "r is None, but should be a whole number, at least 1"),
+    ({"lora_alpha": "much"}, "lora_alpha is 'much', but should be a number, above 0")])
 def test_adapters_outside_equation_1_are_refused_by_name(model_folder, tmp_path, change, message):
     save_adapter(trained(load_model(model_folder)), tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorasae.io import sae_formats
+from lorasae.io import sae_formats, sae_readers
 from lorasae.errors import InputError
 from lorasae.sae import JumpReLU, TopK
 from lorasae.io.sae_formats import check_fits, load_sae, save_sae, save_sparsify
@@ -261,6 +261,7 @@ class LargestFloat32(TorchDispatchMode):
 @pytest.mark.parametrize("write", [llama_scope, lambda folder, t: sae_lens_6(folder, t, "jumprelu"), sparsify])
 def test_a_bfloat16_sae_never_exists_in_float32(tmp_path, t, monkeypatch, write):
     monkeypatch.setattr(sae_formats, "ROWS", 8)
+    monkeypatch.setattr(sae_readers, "ROWS", 8)
     write(tmp_path, {name: tensor.bfloat16() for name, tensor in t.items()})
     with LargestFloat32() as largest:
         sae = load_sae(tmp_path, dtype=torch.bfloat16)
@@ -467,7 +468,7 @@ def put(name, value):
     (put("b_dec", lambda b: b[:-1]), r"b_dec is \[23\], but W_enc implies \[24\]"),
     (put("W_dec", lambda W: W[:-1]), r"W_dec is \[95, 24\] as \[M, D\], but W_enc implies \[96, 24\]"),
     (put("threshold", lambda b: b[:1]), r"threshold is \[1\], but W_enc implies \[96\]"),
-    (put("W_enc", lambda W: W[0]), r"W_enc is \[24\] as \[M, D\], expected"),
+    (put("W_enc", lambda W: W[0]), "W_enc is \\[24\\], but should be a matrix"),
     (put("W_dec", lambda W: W / 0), "W_dec holds values that are not finite"),
 ])
 @pytest.mark.filterwarnings("ignore:The use of `x.T`")
@@ -479,17 +480,17 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, t, change, message):
 @pytest.mark.parametrize("write, message", [
     (lambda f, t: gemma_scope(f, t, scaling_factor=np.full(M, 2.0)), "scaling_factor other than 1"),
     (lambda f, t: sparsify(f, t, dropped=["W_dec"]), "lacks the tensor W_dec; it has b_dec, encoder.bias, encoder.w"),
-    (lambda f, t: sparsify(f, t, num_latents=7), r"W_enc is \[96, 24\] as \[M, D\], expected \[7, 24\]"),
+    (lambda f, t: sparsify(f, t, num_latents=7), r"W_enc is \[96, 24\] as \[M, D\], but should be \[7, 24\]"),
     (lambda f, t: sparsify(f, t, skip_connection=True), "skip_connection True is not supported"),
     (lambda f, t: sparsify(f, t, transcode=True), "transcode True is not supported"),
     (lambda f, t: sparsify(f, t, activation="groupmax"), "activation 'groupmax' is not supported"),
     (lambda f, t: sparsify(f, t, signed=True), "signed True is not supported"),
-    (lambda f, t: sparsify(f, t, k="many"), "its configuration has k 'many'"),
+    (lambda f, t: sparsify(f, t, k="many"), "cfg.json: k is 'many', but should be a whole number, at least 1"),
     (lambda f, t: sparsify(f, t, k=M + 1), "1 <= k <= 96"),
     (lambda f, t: sae_lens_6(f, t, "gated"), "architecture 'gated'"),
     (lambda f, t: sae_lens_6(f, t, "topk", normalize_activations="layer_norm"), "normalize_activations 'layer_norm'"),
     (lambda f, t: sae_lens_6(f, t, "topk", reshape_activations="hook_z"), "reshape_activations 'hook_z'"),
-    (lambda f, t: sae_lens_6(f, t, "topk", {"hook_name": "blocks.3.hook_mlp_out"}), "reads blocks.3.hook_mlp_out; on"),
+    (lambda f, t: sae_lens_6(f, t, "topk", {"hook_name": "blocks.3.hook_mlp_out"}), "reads 'blocks.3.hook_mlp_out'; on"),
     (lambda f, t: sae_lens_5(f, t, "standard", activation_fn_str="tanh-relu"), "activation 'tanh-relu'"),
     (lambda f, t: sae_lens_5(f, t, "standard", normalize_activations=True), "normalize_activations True"),
     (lambda f, t: sae_lens_5(f, t, "standard", activation_fn_str="topk", activation_fn_kwargs={"k": K, "signed": True}),
@@ -497,7 +498,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, t, change, message):
     (lambda f, t: llama_scope(f, t, use_decoder_bias=False), "use_decoder_bias False"),
     (lambda f, t: llama_scope(f, t, norm_activation="token-wise"), "norm_activation 'token-wise'"),
     (lambda f, t: llama_scope(f, t, hook_point_out="blocks.3.hook_mlp_out"), "hook_point_out 'blocks.3.hook_mlp_out'"),
-    (lambda f, t: llama_scope(f, t, jump_relu_threshold=None), "jump_relu_threshold None"),
+    (lambda f, t: llama_scope(f, t, jump_relu_threshold=None), "jump_relu_threshold is None, but should be a number, at least 0"),
     (lambda f, t: dictionary_learning(f, t, "GatedAutoEncoder"), "dict_class 'GatedAutoEncoder' is not supported"),
 ])
 def test_what_is_not_supported_is_refused_by_name(tmp_path, t, write, message):
