@@ -70,9 +70,12 @@ def load_adapter(model, folder):
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear) or name.rpartition(".")[2] not in TARGETS:
             raise InputError(f"{folder} adapts {shown(name)}, which this model does not have: it belongs to another model")
+        A = _weight(tensors, _key(name, "A"), (rank, linear.in_features))
+        B = _weight(tensors, _key(name, "B"), (linear.out_features, rank))
+
         fresh[name] = LoRALinear(linear, rank, alpha, dropout).train(model.training)
-        _fill(fresh[name].lora_A.weight, tensors, _key(name, "A"))
-        _fill(fresh[name].lora_B.weight, tensors, _key(name, "B"))
+        fresh[name].lora_A.weight.data.copy_(A)
+        fresh[name].lora_B.weight.data.copy_(B)
 
     model.requires_grad_(False)
     for name, module in fresh.items():
@@ -116,14 +119,15 @@ def _adapted_modules(tensors):
     return sorted(names)
 
 
-def _fill(target, tensors, key):
+def _weight(tensors, key, shape):
+    """The tensor of that key, which must be finite and of this shape."""
     found = tensors.shape(key) if key in tensors else "nothing"
-    if found != tuple(target.shape):
-        raise InputError(f"{tensors.path}: {key} should be {tuple(target.shape)} but the file has {found}: it belongs to another "
-                         "model or rank")
-    target.data.copy_(tensors[key])
-    if not is_finite(target):
+    if found != shape:
+        raise InputError(f"{tensors.path}: {key} should be {shape} but the file has {found}: it belongs to another model or rank")
+    weight = tensors[key]
+    if not is_finite(weight):
         raise InputError(f"{tensors.path}: {key} holds values that are not finite: the adapter diverged, or the file is damaged")
+    return weight
 
 
 def _key(name, side):

@@ -21,6 +21,7 @@ from lorasae.model import Transformer
 
 ARCHITECTURES = {"gemma2": "Gemma2ForCausalLM", "llama": "LlamaForCausalLM"}
 INDEX = "model.safetensors.index.json"
+MANY = 10**9                                            # positions: no model has as many
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -34,10 +35,7 @@ def load_model(name_or_dir, *, device="cpu", dtype=None):
     fields = read_object(folder / "config.json")
     config = parse_config(fields, folder)
 
-    if dtype is None:
-        old_spelling = fields.take("torch_dtype", str, None)
-        dtype = fields.take("dtype", str, None) or old_spelling or "float32"
-    dtype = as_dtype(dtype)
+    dtype = as_dtype(dtype or _stated_dtype(fields))
 
     with torch.device("meta"):
         model = Transformer(config)
@@ -62,6 +60,17 @@ def parse_config(raw, where):
     fields = Fields(raw, f"{where}/config.json")
     family = _family(fields, where)
     return {"gemma2": _gemma2_config, "llama": _llama3_config}[family](fields)
+
+
+def _stated_dtype(fields):
+    """The dtype that the weights are meant to be used in, by its new key or its old one; float32 without either."""
+    for key in ("dtype", "torch_dtype"):
+        name = fields.take(key, str, None)
+        if name is not None:
+            if name not in DTYPES:
+                raise InputError(f"{fields.where}: {key} is {shown(name)}, which is not one of {', '.join(DTYPES)}")
+            return name
+    return "float32"
 
 
 def _family(fields, where):
@@ -96,13 +105,13 @@ def _gemma2_config(fields):
         **_heads(fields, key_value_heads=4, head_dim=256),
         **_special_tokens(fields, bos=2, eos=1),
         query_pre_attn_scalar=fields.take("query_pre_attn_scalar", float, 256.0, above=0),
-        sliding_window=fields.take("sliding_window", int, 4096, at_least=1),
+        sliding_window=fields.take("sliding_window", int, 4096, at_least=1, at_most=MANY),
         attn_logit_softcapping=fields.take("attn_logit_softcapping", float, 50.0, nullable=True, above=0),
         final_logit_softcapping=fields.take("final_logit_softcapping", float, 30.0, nullable=True, above=0),
         rms_norm_eps=fields.take("rms_norm_eps", float, 1e-6, at_least=0),
         rope_theta=theta,
         tie_word_embeddings=fields.take("tie_word_embeddings", bool, True),
-        max_position_embeddings=fields.take("max_position_embeddings", int, 8192, at_least=1))
+        max_position_embeddings=fields.take("max_position_embeddings", int, 8192, at_least=1, at_most=MANY))
 
 
 def _llama3_config(fields):
@@ -164,7 +173,7 @@ def _special_tokens(fields, **defaults):
 
 
 def _context(fields):
-    return fields.take("max_position_embeddings", int, 2048, at_least=1)
+    return fields.take("max_position_embeddings", int, 2048, at_least=1, at_most=MANY)
 
 
 def _rotary(fields):
@@ -182,7 +191,11 @@ def _rotary(fields):
         if place.take("partial_rotary_factor", float, 1.0) != 1:
             raise InputError(f"{place.where}: partial_rotary_factor {place['partial_rotary_factor']} is not supported, only 1")
 
-    kind = rope.take("rope_type", str, None) or rope.take("type", str, "default")
+    kind = rope.take("rope_type", str, None) or rope.take("type", str, None)
+    if kind is None:
+        if rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+            raise InputError(f"{rope.where} lacks rope_type: what else it says has no meaning without")
+        kind = "default"
     if kind == "default":
         return theta, None
     if kind != "llama3":
@@ -193,7 +206,8 @@ def _rotary(fields):
         factor=rope.take("factor", float, above=0),
         low_freq_factor=low,
         high_freq_factor=rope.take("high_freq_factor", float, above=low),
-        original_max_position_embeddings=rope.take("original_max_position_embeddings", int, _context(fields), at_least=1))
+        original_max_position_embeddings=rope.take(
+            "original_max_position_embeddings", int, _context(fields), at_least=1, at_most=MANY))
 
 
 def _check_layer_types(fields, depth):

@@ -77,7 +77,7 @@ def read_llama_scope(folder, layer=None, variant="openmoss"):
     check_layer(hook, layer, folder)
     cfg.stated(act_fn="jumprelu", norm_activation="dataset-wise", hook_point_out=hook, use_decoder_bias=True)
     cfg.only(use_glu_encoder=False, apply_decoder_bias_to_pre_encoder=False)
-    M, D = cfg.take("d_sae", int, at_least=1), cfg.take("d_model", int, at_least=1)
+    M, D = cfg.take("d_sae", int, at_least=1), cfg.take("d_model", int, at_least=1, at_most=10**9)
     theta = cfg.take("jump_relu_threshold", float, at_least=0)
     norms = cfg.take("dataset_average_activation_norm", dict)
     f_in = math.sqrt(D) / norms.take("in", float, above=0)
@@ -176,7 +176,7 @@ def read_sae_lens(folder, layer=None):
 
 def _sae_lens_kind(cfg, folder):
     """-> architecture, k of a TopK. Version 5 spells a TopK as a standard SAE with another activation."""
-    kind = cfg.take("architecture", str, "standard")
+    kind = cfg.take("architecture", str) if "metadata" in cfg else cfg.take("architecture", str, "standard")
     activation = cfg.take("activation_fn_str", str, None) or cfg.take("activation_fn", str, None) or "relu"
     if kind not in ("topk", "jumprelu", "standard", *BATCH_TOPK) or activation not in ("relu", "topk"):
         raise InputError(f"{folder}: architecture {shown(kind)} with activation {shown(activation)} is not supported, only topk, "
