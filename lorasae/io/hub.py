@@ -209,7 +209,7 @@ def _l0_name(l0):
         number = float(l0)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not number.is_integer() or number < 0:
+    if isinstance(l0, bool) or not number.is_integer() or number < 0:
         raise InputError(f"--l0 {shown(l0)} chooses no SAE: their L0s are given in whole numbers, such as 82")
     return str(int(number))
 
