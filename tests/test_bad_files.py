@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import GEMMA, LLAMA, random_weights, write_model                          # noqa: E402
 from lorasae.errors import InputError                                                   # noqa: E402
 from lorasae.io.adapters import load_adapter, save_adapter                              # noqa: E402
-from lorasae.io.checkpoint import load_model                                            # noqa: E402
+from lorasae.io.checkpoint import load_model, parse_config                              # noqa: E402
 from lorasae.io.sae_formats import load_sae                                             # noqa: E402
 from lorasae.lora import add_lora, adapters                                             # noqa: E402
+from lorasae.model import Transformer                                                   # noqa: E402
 
 D, M, K = 8, 12, 3
 MISSING = object()
@@ -134,18 +135,17 @@ def write_dictionary_learning(dict_class):
 
 def write_adapter(folder):
     torch.manual_seed(1)
-    model = add_lora(load_llama(), [1], rank=2)
+    model = add_lora(small_llama(), [1], rank=2)
     for module in adapters(model).values():
         torch.nn.init.normal_(module.lora_B.weight)
     save_adapter(model, folder)
 
 
-def load_llama():
+def small_llama():
     """The model that the adapters belong to."""
-    base = Path(tempfile.gettempdir()) / f"lorasae-campaign-{os.getpid()}"
-    if not base.exists():
-        write_model(base, LLAMA_SMALL)
-    return load_model(base)
+    model = Transformer(parse_config(LLAMA_SMALL, "the test"))
+    model.load_state_dict(random_weights(LLAMA_SMALL))
+    return model.requires_grad_(False).eval()
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def run_sae(folder):
 
 @torch.no_grad()
 def run_adapter(folder):
-    return load_adapter(load_llama(), folder)(TOKENS)
+    return load_adapter(small_llama(), folder)(TOKENS)
 
 
 KINDS = {
@@ -452,7 +452,7 @@ def test_an_index_names_files_of_its_folder_or_is_refused(case, tmp_path):
 ODD_NAMES = {"long": "x" * 300, "long path": "/".join(["y" * 200] * 30), "NUL": "a\0b", "loop": None, "empty": ""}
 
 
-@pytest.mark.parametrize("load", [load_model, load_sae, lambda name: load_adapter(load_llama(), name)],
+@pytest.mark.parametrize("load", [load_model, load_sae, lambda name: load_adapter(small_llama(), name)],
                          ids=["model", "sae", "adapter"])
 @pytest.mark.parametrize("case", ODD_NAMES)
 def test_odd_names_are_one_line(case, load, tmp_path, monkeypatch):

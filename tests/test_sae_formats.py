@@ -612,7 +612,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, t, write, message):
     (put("threshold", lambda b: b.long()), "threshold is int64, but only"),
     (put("threshold", lambda b: b - torch.inf), "threshold holds values that are not finite"),
     (lambda t: t | {"W_enc": t["W_enc"][:0], "W_dec": t["W_dec"][:0], "b_enc": t["b_enc"][:0], "threshold": t["b_enc"][:0]},
-     r"W_enc is \[0, 24\] as \[M, D\], but should be .*, neither of them 0"),
+     r"W_enc is \[0, 24\] as \[M, D\], but should be .*, neither one 0"),
 ])
 def test_codes_and_empty_saes_are_refused_and_not_cast(tmp_path, t, change, message):
     with pytest.raises(InputError, match=message):

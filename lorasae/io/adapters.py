@@ -1,6 +1,7 @@
 """Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-    save_adapter(model, folder); load_adapter(model, folder)      peft.PeftModel.from_pretrained reads and writes the same
+    save_adapter(model, folder)
+    load_adapter(model, folder)         peft.PeftModel reads and writes the same
 """
 import math
 import re
@@ -17,10 +18,11 @@ PREFIX = "base_model.model."                                        # how PEFT n
 KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
 
 # Options of PEFT that Eq. 1 has no place for: they change the function, or which modules compute it.
-UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias", "use_qalora",
-               "use_bdlora", "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
-               "arrow_config", "kasa_config")
-MOVES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")    # initialisations that leave other base weights behind
+UNSUPPORTED = (
+    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias", "use_qalora",
+    "use_bdlora", "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config",
+    "kasa_config")
+MOVES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")    # initialisations that change the base weights too
 
 
 def adapter_state(model):
@@ -33,7 +35,7 @@ def adapter_state(model):
 
 
 def save_adapter(model, folder, base_model=None):
-    """Writes adapter_config.json and adapter_model.safetensors, which peft.PeftModel.from_pretrained loads as they are."""
+    """Writes adapter_config.json and adapter_model.safetensors, which peft.PeftModel.from_pretrained loads."""
     modules = adapters(model)
     if not modules:
         raise InputError("the model has no adapters to save")
@@ -52,10 +54,10 @@ def save_adapter(model, folder, base_model=None):
 
 
 def load_adapter(model, folder):
-    """Attaches the adapter that save_adapter, or PEFT itself, wrote to `folder`; returns the model, in the mode it was in.
+    """Attaches the adapter that save_adapter, or PEFT itself, wrote to `folder`; returns the model, in the mode it has.
 
-    Refuses by name what Eq. 1 has no place for: other PEFT methods, DoRA, rank or alpha patterns, biases, saved modules.
-    Where the files are refused the model is as it was.
+    Refuses by name what Eq. 1 has no place for: other PEFT methods, DoRA, rank or alpha patterns, biases, saved
+    modules. Where the files are refused the model is as it was.
     """
     if adapters(model):
         raise InputError("the model already has adapters: merge them, or load a fresh model")
@@ -69,7 +71,7 @@ def load_adapter(model, folder):
     for name in names:
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear) or name.rpartition(".")[2] not in TARGETS:
-            raise InputError(f"{folder} adapts {shown(name)}, which this model does not have: it belongs to another model")
+            raise InputError(f"{folder} adapts {shown(name)}, which this model does not have: it is another model's")
         A = _weight(tensors, _key(name, "A"), (rank, linear.in_features))
         B = _weight(tensors, _key(name, "B"), (linear.out_features, rank))
 
@@ -96,8 +98,8 @@ def _read_config(path):
 
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(MOVES_THE_BASE):
-        raise InputError(f"{path}: init_lora_weights {shown(start)} changed the base model too: save the adapter with PEFT's "
-                         "path_initial_model_for_weight_conversion")
+        raise InputError(f"{path}: init_lora_weights {shown(start)} changed the base model too: save the adapter with "
+                         "PEFT's path_initial_model_for_weight_conversion")
 
     rank = config.take("r", int, at_least=1)
     alpha = config.take("lora_alpha", float, above=0)
@@ -123,10 +125,12 @@ def _weight(tensors, key, shape):
     """The tensor of that key, which must be finite and of this shape."""
     found = tensors.shape(key) if key in tensors else "nothing"
     if found != shape:
-        raise InputError(f"{tensors.path}: {key} should be {shape} but the file has {found}: it belongs to another model or rank")
+        raise InputError(f"{tensors.path}: {key} should be {shape} but the file has {found}: it belongs to another "
+                         "model or rank")
     weight = tensors[key]
     if not is_finite(weight):
-        raise InputError(f"{tensors.path}: {key} holds values that are not finite: the adapter diverged, or the file is damaged")
+        raise InputError(f"{tensors.path}: {key} holds values that are not finite: the adapter diverged, or the file "
+                         "is damaged")
     return weight
 
 

@@ -1,7 +1,8 @@
 """Hugging Face model folders <-> Transformer: config.json, one safetensors file or an index with shards, the tokenizer.
 
-Weights load strictly: every tensor the architecture names must be in the files with the shape the configuration implies, and
-nothing else may be. The model is built on the meta device and filled tensor by tensor, so it never exists twice.
+Weights load strictly: every tensor the architecture names must be in the files with the shape the configuration
+implies, and nothing else may be. The model is built on the meta device and filled tensor by tensor, so it never exists
+twice.
 """
 import os
 import re
@@ -54,8 +55,8 @@ def load_config(name_or_dir):
 def parse_config(raw, where):
     """Hugging Face's config.json -> Gemma2Config or Llama3Config. Reads the old spellings and the new ones.
 
-    The sizes must be there. What else is absent takes the value that transformers gives it, family by family (Gemma-2 ties its
-    embeddings without saying so). What would change the model's arithmetic and is not implemented is refused by name.
+    The sizes must be there. What else is absent takes the value that transformers gives it, family by family (Gemma-2
+    ties its embeddings without saying so). What would change the model's arithmetic and is not implemented is refused.
     """
     fields = Fields(raw, f"{where}/config.json")
     family = _family(fields, where)
@@ -82,14 +83,17 @@ def _family(fields, where):
     for family, architecture in ARCHITECTURES.items():
         if name == architecture:
             if model_type not in (family, None):
-                raise InputError(f"{fields.where}: model_type is {shown(model_type)}, but architectures says {architecture}")
+                raise InputError(f"{fields.where}: model_type is {shown(model_type)}, but architectures says "
+                                 f"{architecture}")
             return family
-    raise InputError(f"{where} is a {shown(name)}, but only {' and '.join(ARCHITECTURES.values())} are supported")
+
+    found = "names no architecture" if name is None else f"is a {shown(name)}"
+    raise InputError(f"{where} {found}, but only {' and '.join(ARCHITECTURES.values())} are supported")
 
 
 def _gemma2_config(fields):
     """The defaults are those of transformers' Gemma2Config."""
-    # transformers reads hidden_activation and files hold both: one that contradicts the other is refused, not guessed at
+    # transformers reads hidden_activation, and files hold both: where the other contradicts it neither is guessed at
     fields.only(hidden_activation="gelu_pytorch_tanh", hidden_act="gelu_pytorch_tanh", attention_bias=False)
     if fields.take("use_bidirectional_attention", bool, None):
         raise InputError(f"{fields.where}: use_bidirectional_attention true is not supported: attention must be causal")
@@ -141,18 +145,19 @@ def _sizes(fields):
 
 
 def _heads(fields, key_value_heads, head_dim):
-    """key_value_heads, head_dim: the family's defaults. None: as many as query heads, and heads that share out the width."""
+    """key_value_heads, head_dim: the family's defaults; None for as many as query heads, which share out the width."""
     queries = fields.take("num_attention_heads", int, at_least=1, at_most=10**4)
     pairs = fields.take("num_key_value_heads", int, key_value_heads, at_least=1) or queries
     if queries % pairs:
-        raise InputError(f"{fields.where}: num_attention_heads {queries} is not a multiple of num_key_value_heads {pairs}")
+        raise InputError(f"{fields.where}: num_attention_heads {queries} is not a multiple of num_key_value_heads "
+                         f"{pairs}")
 
     width = fields.take("head_dim", int, head_dim, at_least=1, at_most=10**5)
     if width is None:
         width, rest = divmod(fields["hidden_size"], queries)
         if rest:
-            raise InputError(f"{fields.where}: hidden_size {fields['hidden_size']} is not a multiple of num_attention_heads "
-                             f"{queries}, and no head_dim is given")
+            raise InputError(f"{fields.where}: hidden_size {fields['hidden_size']} is not a multiple of "
+                             f"num_attention_heads {queries}, and no head_dim is given")
     if width % 2 or not width:
         raise InputError(f"{fields.where}: head_dim is {width}, but rotary embeddings need an even one")
 
@@ -178,7 +183,9 @@ def _context(fields):
 
 def _rotary(fields):
     """-> theta, RopeScaling or None. Older files have rope_theta and rope_scaling apart, newer ones rope_parameters."""
-    rope = fields.take("rope_scaling", dict, None) or fields.take("rope_parameters", dict, None) or Fields({}, fields.where)
+    older = fields.take("rope_scaling", dict, None)
+    newer = fields.take("rope_parameters", dict, None)
+    rope = older or newer or Fields({}, fields.where)               # where both are, transformers reads the older
     for key, value in rope.items():
         if isinstance(value, dict):
             raise InputError(f"{rope.where}: rotary embeddings that differ by layer ({shown(key)}) are not supported")
@@ -188,8 +195,9 @@ def _rotary(fields):
         theta = fields.take("rope_theta", float, 10000.0, above=0)
 
     for place in (fields, rope):
-        if place.take("partial_rotary_factor", float, 1.0) != 1:
-            raise InputError(f"{place.where}: partial_rotary_factor {place['partial_rotary_factor']} is not supported, only 1")
+        part = place.take("partial_rotary_factor", float, 1.0)
+        if part != 1:
+            raise InputError(f"{place.where}: partial_rotary_factor {part} is not supported, only 1")
 
     kind = rope.take("rope_type", str, None) or rope.take("type", str, None)
     if kind is None:
@@ -232,10 +240,9 @@ def weight_files(folder):
         return {name: single for name in Tensors(single).names}
 
     weight_map = read_object(index).take("weight_map", dict)
-    for tensor in weight_map:
-        name = weight_map.take(tensor, str)
-        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
-            raise InputError(f"{index} points outside its folder, to {shown(name)}, which is no safetensors file there: refused")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
+            raise InputError(f"{index} points outside its folder, to {shown(name)}, which is no safetensors file there")
         if not os.path.exists(folder / name):
             raise InputError(f"{folder} lacks the shard {name}, which its index names: download it again")
     return {tensor: folder / name for tensor, name in weight_map.items()}
@@ -262,8 +269,8 @@ def fill(model, files, device, dtype):
 
             tensor = tensors[stored[name]].to(device=device, dtype=dtype, copy=True)
             if not is_finite(tensor):
-                raise InputError(f"{path}: {stored[name]} holds values that are not finite as {dtype}: the file is damaged, or "
-                                 "needs another --dtype")
+                raise InputError(f"{path}: {stored[name]} holds values that are not finite as {dtype}: the file is "
+                                 "damaged, or needs another --dtype")
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
 
@@ -276,15 +283,15 @@ def _stored_names(files, tied):
         if EMBEDDING not in files:
             stored[EMBEDDING] = HEAD
         elif not torch.equal(Tensors(files[EMBEDDING])[EMBEDDING], Tensors(files[HEAD])[HEAD]):
-            raise InputError(f"{files[HEAD].parent}: {HEAD} and {EMBEDDING} differ, but config.json ties them: if the head is one "
-                             'of its own, set "tie_word_embeddings": false there')
+            raise InputError(f"{files[HEAD].parent}: {HEAD} and {EMBEDDING} differ, but config.json ties them: if the "
+                             'head is one of its own, set "tie_word_embeddings": false there')
     return stored
 
 
 def save_model(model, folder, *, config, shard_bytes=5_000_000_000):
     """Writes a plain Hugging Face checkpoint (config.json = `config`, weights in shards of at most shard_bytes).
 
-    Adapters must be merged before: the format has no place for them. transformers.AutoModelForCausalLM loads the folder.
+    Adapters must be merged before: the format has no place for them. transformers.AutoModelForCausalLM loads it.
     """
     if adapters(model):
         raise InputError("merge the adapters before writing a plain checkpoint")
@@ -336,12 +343,12 @@ def check_tokenizer(tokenizer, config, path):
     """InputError where the tokenizer knows ids that the model has no embedding for."""
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= config.vocab_size:
-        raise InputError(f"{path} makes tokens up to {largest}, but the model's vocab_size is {config.vocab_size}: the tokenizer "
-                         "belongs to another model")
+        raise InputError(f"{path} makes tokens up to {largest}, but the model's vocab_size is {config.vocab_size}: the "
+                         "tokenizer belongs to another model")
 
 
 def copy_beside_weights(name_or_dir, folder):
-    """Copies what a model's folder carries beside its weights, as far as it does: the tokenizer's and generation's files."""
+    """Copies what a model carries beside its weights, as far as it does: the tokenizer's and generation's files."""
     source = model_files(name_or_dir)
     for name in BESIDE_WEIGHTS:
         if os.path.lexists(source / name):

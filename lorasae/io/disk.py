@@ -25,7 +25,10 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 @contextmanager
 def whole(path):
-    """Opens a temporary file beside `path` for binary writing and renames it: a reader sees the old file or the new, never a part."""
+    """Opens a temporary file beside `path` for binary writing and renames it.
+
+    A reader sees the old file or the new, never a part.
+    """
     path, temporary = Path(path), None
     check_name(path)
 
@@ -108,12 +111,13 @@ class Fields(dict):
         super().__init__(values)
         self.where = where
 
-    def take(self, key, kind, default=REQUIRED, *, nullable=False, at_least=None, above=None, at_most=None, below=None):
+    def take(self, key, kind, default=REQUIRED, *, nullable=False,
+             at_least=None, above=None, at_most=None, below=None):
         """The value of `key`, of this kind and within these bounds; `default` where the key is absent.
 
-        kind: int, float (a whole number will do and becomes one), bool, str, dict (comes back as Fields), or a list of one
-        of these: [int] is a list of whole numbers, each within the bounds. null counts as None where that is the default or
-        where it is `nullable`, and is an error elsewhere.
+        kind: int, float (a whole number will do and becomes one), bool, str, dict (comes back as Fields), or a list
+        of one of these: [int] is a list of whole numbers, each within the bounds. null counts as None where that is
+        the default or where it is `nullable`, and is an error elsewhere.
         """
         if key not in self:
             if default is REQUIRED:
@@ -166,7 +170,7 @@ def check_name(path):
 
 
 def _checked(value, kind, bounds):
-    """The value as that kind, or None where it is not of it or out of bounds. true is no number here, though it is Python's 1."""
+    """The value as that kind, or None where it is of another or out of bounds. true is no number, though Python's 1."""
     if kind is float and type(value) in (int, float):
         try:
             value = float(value)
@@ -178,11 +182,14 @@ def _checked(value, kind, bounds):
     if type(value) is not kind and not (kind is dict and isinstance(value, dict)):
         return None
 
-    outside = {"at least": lambda bound: value < bound, "above": lambda bound: value <= bound,
-               "at most": lambda bound: value > bound, "below": lambda bound: value >= bound}
-    for word, bound in bounds.items():
-        if bound is not None and outside[word](bound):
-            return None
+    if bounds["at least"] is not None and value < bounds["at least"]:
+        return None
+    if bounds["above"] is not None and value <= bounds["above"]:
+        return None
+    if bounds["at most"] is not None and value > bounds["at most"]:
+        return None
+    if bounds["below"] is not None and value >= bounds["below"]:
+        return None
     return value
 
 

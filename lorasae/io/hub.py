@@ -181,7 +181,7 @@ def _sizes(place):
 
 
 def _saes_among(sizes, inside):
-    """{folder: {its files: bytes}} of the SAEs that are whole, in any format, below the folder `inside` ("" for all)."""
+    """{folder: {its files: bytes}} of the whole SAEs, of any format, below the folder `inside` ("" for all)."""
     found = {}
     for path in sizes:
         if inside and not f"{path}/".startswith(f"{inside}/"):

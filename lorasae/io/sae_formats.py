@@ -3,9 +3,9 @@
     python train.py --model gemma-2-2b --sae SOURCE         a file, a folder, or OWNER/NAME[/FOLDER] on the Hub
     sae = load_sae("google/gemma-scope-2b-pt-res", layer=12, width="16k", l0=82)
 
-The files in a folder decide its format. A reader (sae_readers.py, with that project's formula) finds the tensors; `build`
-writes them in the terms of sae.py, where TopK reads x - b_dec and JumpReLU reads x. Weights are read and converted one
-tensor and a few thousand latents at a time: an SAE in bfloat16 never exists in float32.
+The files in a folder decide its format. A reader (sae_readers.py, with that project's formula) finds the tensors;
+`build` writes them in the terms of sae.py, where TopK reads x - b_dec and JumpReLU reads x. Weights are read and
+converted one tensor and a few thousand latents at a time: an SAE in bfloat16 never exists in float32.
 
 Shapes: D d_model, M latents. W_enc and W_dec are [M, D] below, a row a latent, whichever way round the file has them.
 """
@@ -57,32 +57,37 @@ def check_fits(sae, d_model, name="the SAE"):
 
 def build(where, parts, *, dtype, device):
     """The TopK or JumpReLU of these Parts, frozen; `where` they come from, for messages."""
-    W_enc = parts.W_enc()
-    if W_enc.dim() != 2 or 0 in W_enc.shape or parts.shape not in (None, tuple(W_enc.shape)):
+    W_enc = parts.W_enc.read()
+    if 0 in W_enc.shape or parts.shape not in (None, tuple(W_enc.shape)):
         expected = list(parts.shape or ("M", "D"))
-        raise InputError(f"{where}: W_enc is {list(W_enc.shape)} as [M, D], but should be {expected}, neither of them 0")
+        raise InputError(f"{where}: W_enc is {list(W_enc.shape)} as [M, D], but should be {expected}, neither one 0")
     M, D = W_enc.shape
 
     check_length(where, "b_enc", parts.b_enc, M)
     check_length(where, "b_dec", parts.b_dec, D)
     b_enc, b_dec = parts.b_enc.float(), parts.b_dec.float()
 
+    # the empty SAE
     topk = parts.k is not None
     if topk and not 1 <= parts.k <= M:
         raise InputError(f"{where}: k is {parts.k}, but a TopK SAE of {M} latents needs 1 <= k <= {M}")
     with torch.device("meta"):
-        sae = TopK(D, M, parts.k, on_special=parts.on_special) if topk else JumpReLU(D, M, on_special=parts.on_special)
+        if topk:
+            sae = TopK(D, M, parts.k, on_special=parts.on_special)
+        else:
+            sae = JumpReLU(D, M, on_special=parts.on_special)
 
-    # sae.py's TopK reads x - b_dec and its JumpReLU reads x: where the file does the other, b_enc takes up the difference
+    # TopK reads x - b_dec, JumpReLU reads x: where the file has it the other way, b_enc takes up the difference
     if topk and not parts.centred:
         b_enc = b_enc + encoded(b_dec, W_enc) * parts.enc           # W x + b = W (x - b_dec) + (b + W b_dec)
     if not topk and parts.centred:
         b_enc = b_enc - encoded(b_dec, W_enc) * parts.enc           # W (x - b_dec) + b = W x + (b - W b_dec)
 
-    # one matrix at a time
-    tensors = {"b_enc": b_enc.to(dtype), "b_dec": b_dec.to(dtype), "W_enc": scaled(W_enc, parts.enc, dtype, device)}
+    # its tensors, one matrix at a time
+    tensors = {"b_enc": b_enc.to(dtype), "b_dec": b_dec.to(dtype)}
+    tensors["W_enc"] = scaled(W_enc, parts.enc, dtype, device)
     del W_enc
-    W_dec = parts.W_dec()
+    W_dec = parts.W_dec.read()
     if list(W_dec.shape) != [M, D]:
         raise InputError(f"{where}: W_dec is {list(W_dec.shape)} as [M, D], but W_enc implies {[M, D]}")
     tensors["W_dec"] = scaled(W_dec, parts.dec, dtype, device)
@@ -92,8 +97,8 @@ def build(where, parts, *, dtype, device):
 
     for name, tensor in tensors.items():
         if not is_finite(tensor):
-            raise InputError(f"{where}: {name} holds values that are not finite as {dtype_name(tensor)}: the file is damaged, or "
-                             "needs another --sae-dtype")
+            raise InputError(f"{where}: {name} holds values that are not finite as {dtype_name(tensor)}: the file is "
+                             "damaged, or needs another --sae-dtype")
         if name == "threshold":
             tensor = tensor.clamp(min=0)                            # ReLU(pre) · H(pre - θ) with θ < 0 is ReLU(pre)
         setattr(sae, name, nn.Parameter(tensor.to(device), requires_grad=False))

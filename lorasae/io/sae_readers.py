@@ -1,22 +1,23 @@
 """What an SAE computes, project by project, and where its files keep the tensors.
 
-Each reader's docstring is that project's formula. It returns Parts, the same in one vocabulary, of which sae_formats.build
-makes a TopK or a JumpReLU.
+Each reader's docstring is that project's formula. It returns Parts, the same in one vocabulary, of which
+sae_formats.build makes a TopK or a JumpReLU.
 
-    Gemma Scope, Llama Scope, sparsify                      the paper's
-    SAELens                                                 TopK, JumpReLU, ReLU; BatchTopK and Matryoshka, also in training
-    dictionary_learning                                     the same kinds
+    Gemma Scope, Llama Scope, sparsify      what the paper uses
+    SAELens                                 TopK, JumpReLU, ReLU, BatchTopK and Matryoshka
+    dictionary_learning                     the same kinds
 
-A BatchTopK SAE keeps k latents a token on average over a training batch. Outside training there is no such batch, and one
-threshold θ learnt on the way takes its place: z = ReLU(pre) · H(pre - θ), a JumpReLU whose latents share θ. Matryoshka SAEs
-are BatchTopK SAEs whose *training* also reconstructs from the first latents alone; they compute nothing else afterwards.
+A BatchTopK SAE (Bussmann et al. 2024) keeps k latents a token on average over a training batch. Outside training there
+is no such batch, and one threshold θ learnt on the way takes its place: z = ReLU(pre) · H(pre - θ), a JumpReLU whose
+latents share θ. Matryoshka SAEs (Bussmann et al. 2025) are BatchTopK SAEs whose training also reconstructs from the
+first latents alone: they compute nothing else afterwards.
 
-Shapes: D d_model, M latents. W_enc and W_dec are [M, D] in Parts, a row a latent, whichever way round the file has them.
+Shapes: D d_model, M latents. W_enc and W_dec are [M, D], a row a latent, whichever way round the file has them.
 """
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -29,11 +30,25 @@ BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")      # SAELens's names
 DICTIONARIES = ("AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")
 
 
+class Matrix(NamedTuple):
+    """A matrix that is read when it is wanted: an SAE's two never lie in memory beside their converted copies."""
+    file: Tensors
+    name: str
+    flipped: bool = False                               # whether the file has it as [D, M]
+
+    def read(self):
+        """-> [M, D], in the dtype of the file."""
+        weight = self.file[self.name]
+        if weight.dim() != 2:
+            raise InputError(f"{self.file.path}: {self.name} is {list(weight.shape)}, but should be a matrix")
+        return weight.T if self.flipped else weight
+
+
 @dataclass
 class Parts:
     """An SAE as its file has it. `threshold` is given for a JumpReLU (0 for an ordinary ReLU), `k` for a TopK."""
-    W_enc: Callable                                     # () -> [M, D]: matrices are read when they are wanted
-    W_dec: Callable                                     # () -> [M, D]
+    W_enc: Matrix
+    W_dec: Matrix
     b_enc: torch.Tensor                                 # [M]
     b_dec: torch.Tensor                                 # [D]
     centred: bool                                       # whether the encoder reads x - b_dec, or x
@@ -54,10 +69,16 @@ def read_gemma_scope(path, layer=None):
     """
     file = Tensors(path if path.is_file() else path / "params.npz")
     refuse_scaling(file, "scaling_factor")
-    W_enc, W_dec = ("W_enc", "W_dec") if "W_enc" in file else ("w_enc", "w_dec")
+    W = "W" if "W_enc" in file else "w"                 # both spellings are about
 
-    return Parts(W_enc=lambda: transposed(file, W_enc), W_dec=lambda: file[W_dec], b_enc=file["b_enc"], b_dec=file["b_dec"],
-                 threshold=file["threshold"], centred=False, on_special=False)
+    return Parts(
+        W_enc=Matrix(file, f"{W}_enc", flipped=True),
+        W_dec=Matrix(file, f"{W}_dec"),
+        b_enc=file["b_enc"],
+        b_dec=file["b_dec"],
+        threshold=file["threshold"],
+        centred=False,
+        on_special=False)
 
 
 def read_llama_scope(folder, layer=None, variant="openmoss"):
@@ -77,7 +98,7 @@ def read_llama_scope(folder, layer=None, variant="openmoss"):
     check_layer(hook, layer, folder)
     cfg.stated(act_fn="jumprelu", norm_activation="dataset-wise", hook_point_out=hook, use_decoder_bias=True)
     cfg.only(use_glu_encoder=False, apply_decoder_bias_to_pre_encoder=False)
-    M, D = cfg.take("d_sae", int, at_least=1), cfg.take("d_model", int, at_least=1, at_most=10**9)
+    D = cfg.take("d_model", int, at_least=1, at_most=10**9)
     theta = cfg.take("jump_relu_threshold", float, at_least=0)
     norms = cfg.take("dataset_average_activation_norm", dict)
     f_in = math.sqrt(D) / norms.take("in", float, above=0)
@@ -85,20 +106,35 @@ def read_llama_scope(folder, layer=None, variant="openmoss"):
 
     # the tensors
     file = Tensors(folder / "checkpoints" / "final.safetensors")
-    W_dec = transposed(file, "decoder.weight")
-    b_enc, b_dec = file["encoder.bias"].float(), file["decoder.bias"].float()
-    parts = Parts(W_enc=lambda: file["encoder.weight"], W_dec=lambda: W_dec, b_enc=b_enc, b_dec=b_dec, centred=False,
-                  on_special=False, shape=(M, D))
+    b_enc = file["encoder.bias"].float()
+    b_dec = file["decoder.bias"].float()
+    parts = Parts(
+        W_enc=Matrix(file, "encoder.weight"),
+        W_dec=Matrix(file, "decoder.weight", flipped=True),
+        b_enc=b_enc,
+        b_dec=b_dec,
+        centred=False,
+        on_special=False,
+        shape=(cfg.take("d_sae", int, at_least=1), D))
 
-    # f and c taken into them
-    if variant == "openmoss":
-        by_norm = cfg.take("sparsity_include_decoder_norm", bool, True)
-        c = row_norms(W_dec) * f_in / f_out if by_norm else torch.ones(len(W_dec))
+    # SAELens: f_in alone
+    if variant != "openmoss":
+        if variant == "sae_lens":
+            theta = theta * f_in
+        return replace(parts, threshold=torch.full_like(b_enc, theta), enc=f_in, dec=1 / f_in, b_dec=b_dec / f_in)
+
+    # the authors: f_in, f_out and c
+    c = torch.ones_like(b_enc)
+    if cfg.take("sparsity_include_decoder_norm", bool, True):
+        c = row_norms(parts.W_dec) * f_in / f_out
         check_length(folder, "b_enc", b_enc, len(c), "W_dec")
-        return replace(parts, enc=c, b_enc=b_enc * c / f_in, dec=f_in / f_out / c, b_dec=b_dec / f_out,
-                       threshold=torch.full_like(b_enc, theta))
-    theta = theta * f_in if variant == "sae_lens" else theta
-    return replace(parts, enc=f_in, dec=1 / f_in, b_dec=b_dec / f_in, threshold=torch.full_like(b_enc, theta))
+    return replace(
+        parts,
+        threshold=torch.full_like(b_enc, theta),
+        enc=c,
+        dec=f_in / f_out / c,
+        b_enc=b_enc * c / f_in,
+        b_dec=b_dec / f_out)
 
 
 # ---- sparsify --------------------------------------------------------------------------------------------------------
@@ -119,8 +155,15 @@ def read_sparsify(folder, layer=None):
     if "W_skip" in file:
         raise InputError(f"{folder} has a skip connection (W_skip), which is not supported")
 
-    return Parts(W_enc=lambda: file["encoder.weight"], W_dec=lambda: file["W_dec"], b_enc=file["encoder.bias"],
-                 b_dec=file["b_dec"], k=cfg.take("k", int, at_least=1), centred=True, on_special=True, shape=(M, D))
+    return Parts(
+        W_enc=Matrix(file, "encoder.weight"),
+        W_dec=Matrix(file, "W_dec"),
+        b_enc=file["encoder.bias"],
+        b_dec=file["b_dec"],
+        k=cfg.take("k", int, at_least=1),
+        centred=True,
+        on_special=True,
+        shape=(M, D))
 
 
 # ---- SAELens ---------------------------------------------------------------------------------------------------------
@@ -129,11 +172,11 @@ def read_sae_lens(folder, layer=None):
     """pre = (x - a b_dec) W_enc + b_enc;  x̂ = z W_dec + b_dec; W_enc [D, M] in the file, a = apply_b_dec_to_input.
 
     z is ReLU(TopK(pre)), or ReLU(pre) · H(pre - θ), or ReLU(pre) ("standard": θ = 0). If rescale_acts_by_decoder_norm,
-    with n those norms, n pre takes the place of pre and x̂ = (z/n) W_dec + b_dec. Reads version 6 and the flat version 5.
+    with n those norms, n pre takes the place of pre, and x̂ = (z/n) W_dec + b_dec. Reads version 6 and the flat 5.
 
-    BatchTopK and Matryoshka SAEs are saved for inference as jumprelu, θ a tensor [M] and n folded in. The checkpoints of their
-    training keep their own architecture, the one number topk_threshold, and n to be folded; older ones of JumpReLU keep
-    log_threshold.
+    BatchTopK and Matryoshka SAEs are saved for inference as jumprelu, θ a tensor [M] and n folded in. The checkpoints
+    of their training keep their own architecture, the one number topk_threshold, and n to be folded; older ones of
+    JumpReLU keep log_threshold.
     """
     cfg = read_object(folder / "cfg.json")
     about = cfg.take("metadata", dict, None) or cfg     # version 5 has no such part
@@ -148,27 +191,31 @@ def read_sae_lens(folder, layer=None):
     file = Tensors(folder / "sae_weights.safetensors")
     refuse_scaling(file, "scaling_factor", "finetuning_scaling_factor")
     parts = Parts(
-        W_enc=lambda: transposed(file, "W_enc"), W_dec=lambda: file["W_dec"], b_enc=file["b_enc"], b_dec=file["b_dec"],
-        centred=cfg.take("apply_b_dec_to_input", bool, True), on_special=_sae_lens_on_special(kind, about),
+        W_enc=Matrix(file, "W_enc", flipped=True),
+        W_dec=Matrix(file, "W_dec"),
+        b_enc=file["b_enc"],
+        b_dec=file["b_dec"],
+        centred=cfg.take("apply_b_dec_to_input", bool, True),
+        on_special=_sae_lens_on_special(kind, about),
         shape=(cfg.take("d_sae", int, at_least=1), cfg.take("d_in", int, at_least=1)))
 
     # which latents are active
+    zeros = torch.zeros(parts.b_enc.shape)
     if kind == "topk":
-        parts = replace(parts, k=k)
+        parts.k = k
     elif kind in BATCH_TOPK:
-        theta = file.number("topk_threshold", float)
-        parts = replace(parts, threshold=torch.full(parts.b_enc.shape, theta))
-    elif kind == "jumprelu" and "log_threshold" in file:
-        parts = replace(parts, threshold=file["log_threshold"].float().exp())
-    elif kind == "jumprelu":
-        parts = replace(parts, threshold=file["threshold"])
+        parts.threshold = zeros + file.number("topk_threshold", float)
+    elif kind == "standard":
+        parts.threshold = zeros
+    elif "log_threshold" in file:
+        parts.threshold = file["log_threshold"].float().exp()
     else:
-        parts = replace(parts, threshold=torch.zeros_like(parts.b_enc))
+        parts.threshold = file["threshold"]
 
     # the decoder's norms, where the selection goes by them
     by_norm = cfg.take("rescale_acts_by_decoder_norm", bool, kind in BATCH_TOPK)
-    if by_norm and (kind == "topk" or kind in BATCH_TOPK):
-        n = row_norms(file["W_dec"])
+    if by_norm and kind in ("topk", *BATCH_TOPK):
+        n = row_norms(parts.W_dec)
         check_length(folder, "b_enc", parts.b_enc, len(n), "W_dec")
         parts = replace(parts, enc=n, dec=1 / n, b_enc=parts.b_enc.float() * n)
     return parts
@@ -179,8 +226,8 @@ def _sae_lens_kind(cfg, folder):
     kind = cfg.take("architecture", str) if "metadata" in cfg else cfg.take("architecture", str, "standard")
     activation = cfg.take("activation_fn_str", str, None) or cfg.take("activation_fn", str, None) or "relu"
     if kind not in ("topk", "jumprelu", "standard", *BATCH_TOPK) or activation not in ("relu", "topk"):
-        raise InputError(f"{folder}: architecture {shown(kind)} with activation {shown(activation)} is not supported, only topk, "
-                         "jumprelu, standard, batchtopk and matryoshka_batchtopk")
+        raise InputError(f"{folder}: architecture {shown(kind)} with activation {shown(activation)} is not supported, "
+                         "only topk, jumprelu, standard, batchtopk and matryoshka_batchtopk")
 
     extra = cfg.take("activation_fn_kwargs", dict, None) or cfg
     extra.only(signed=False)
@@ -191,7 +238,7 @@ def _sae_lens_kind(cfg, folder):
 
 
 def _sae_lens_on_special(kind, about):
-    """What the file says, else the family's habit: JumpReLU and ReLU as Gemma Scope, without BOS; TopK and BatchTopK with it."""
+    """What the file says, else the family's habit: TopK and BatchTopK with BOS, others, as Gemma Scope, without."""
     excluded = about.get("exclude_special_tokens")
     if excluded is not None:
         several = isinstance(excluded, list)
@@ -224,52 +271,52 @@ def read_dictionary_learning(folder, layer=None):
     if "mlp" in submodule or "attn" in submodule:
         raise InputError(f"{folder} reads {shown(submodule)}; only a block's output is supported")
 
+    # some classes are made of nn.Linear, some of plain matrices
     file = Tensors(folder / "ae.pt")
+    if "W_enc" in file:
+        W_enc = Matrix(file, "W_enc", flipped=True)
+        W_dec = Matrix(file, "W_dec")
+        b_enc = file["b_enc"]
+    else:
+        W_enc = Matrix(file, "encoder.weight")
+        W_dec = Matrix(file, "decoder.weight", flipped=True)
+        b_enc = file["encoder.bias"]
     parts = Parts(
-        **_dictionary_learning_tensors(file, "bias" if kind == "AutoEncoder" else "b_dec"),
+        W_enc=W_enc,
+        W_dec=W_dec,
+        b_enc=b_enc,
+        b_dec=file["bias" if kind == "AutoEncoder" else "b_dec"],
         centred=kind != "JumpReluAutoEncoder",
         on_special=not (buffer and buffer.take("remove_bos", bool, False)),
         shape=(trainer.take("dict_size", int, at_least=1), trainer.take("activation_dim", int, at_least=1)))
 
+    # which latents are active
+    zeros = torch.zeros(parts.b_enc.shape)
     if kind == "AutoEncoder":
-        return replace(parts, threshold=torch.zeros_like(parts.b_enc))
-    if kind == "AutoEncoderTopK":
-        return replace(parts, k=file.number("k", int) if "k" in file else trainer.take("k", int, at_least=1))
-    if kind == "JumpReluAutoEncoder":
-        return replace(parts, threshold=file["threshold"])
-    return replace(parts, threshold=torch.full(parts.b_enc.shape, _learnt_threshold(file)))
-
-
-def _dictionary_learning_tensors(file, b_dec):
-    """Some classes are made of nn.Linear, W_d [D, M]; some of plain matrices, W_enc [D, M]."""
-    if "W_enc" in file:
-        return {"W_enc": lambda: transposed(file, "W_enc"), "W_dec": lambda: file["W_dec"], "b_enc": file["b_enc"],
-                "b_dec": file[b_dec]}
-    return {"W_enc": lambda: file["encoder.weight"], "W_dec": lambda: transposed(file, "decoder.weight"),
-            "b_enc": file["encoder.bias"], "b_dec": file[b_dec]}
+        parts.threshold = zeros
+    elif kind == "AutoEncoderTopK":
+        parts.k = file.number("k", int) if "k" in file else trainer.take("k", int, at_least=1)
+    elif kind == "JumpReluAutoEncoder":
+        parts.threshold = file["threshold"]
+    else:
+        parts.threshold = zeros + _learnt_threshold(file)
+    return parts
 
 
 def _learnt_threshold(file):
-    """θ of a BatchTopK. It starts at -1, where dictionary_learning would keep every positive latent: refused, as no one means it."""
+    """θ of a BatchTopK. It starts at -1, where dictionary_learning keeps every positive latent: no one means that."""
     theta = file.number("threshold", float)
     if theta < 0:
-        raise InputError(f"{file.path}: threshold is {theta:g}, so this BatchTopK SAE has not learnt one yet: take a later checkpoint")
+        raise InputError(f"{file.path}: threshold is {theta:g}, so this BatchTopK SAE has not learnt one yet: take a "
+                         "later checkpoint")
     return theta
 
 
 # ---- What the readers share ------------------------------------------------------------------------------------------
 
-def transposed(file, name):
-    """The matrix of that name the other way round."""
-    weight = file[name]
-    if weight.dim() != 2:
-        raise InputError(f"{file.path}: {name} is {list(weight.shape)}, but should be a matrix")
-    return weight.T
-
-
-def row_norms(weight):
+def row_norms(matrix):
     """‖row‖ for each row, [M] in float32; never zero, so that a dead latent can be divided by it."""
-    norms = [rows.float().norm(dim=-1) for rows in weight.split(ROWS)]
+    norms = [rows.float().norm(dim=1) for rows in matrix.read().split(ROWS)]
     return torch.cat(norms).clamp(min=torch.finfo().tiny)
 
 
@@ -297,6 +344,7 @@ def check_layer(hook, layer, where):
     if match[2] == "pre":                               # the input of a block is the output of the one before
         at -= 1
     if at < 0:
-        raise InputError(f"{where} reads {hook}, the embeddings; only a block's output, blocks.N.hook_resid_post, is supported")
+        raise InputError(f"{where} reads {hook}, the embeddings; only a block's output, blocks.N.hook_resid_post, is "
+                         "supported")
     if layer not in (None, at):
         raise InputError(f"{where} was trained on block {at}, not {layer}: pass --layer {at}, or another SAE")

@@ -20,9 +20,11 @@ from lorasae.io.disk import check_name, shown, write_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DAMAGED = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, OverflowError, AssertionError,
-           SafetensorError, zipfile.BadZipFile, zlib.error, struct.error,
-           pickle.UnpicklingError)                      # what safetensors, numpy and torch raise over a damaged file
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+
+# What safetensors, numpy and torch raise over a damaged file.
+DAMAGED = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, OverflowError,
+           AssertionError, SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError)
 
 
 class Tensors:
@@ -60,8 +62,8 @@ class Tensors:
         """A tensor of weights, on the CPU, in the dtype of the file."""
         tensor = self._tensor(name)
         if tensor.dtype not in FLOATS:
-            raise InputError(f"{self.path}: {name} is {dtype_name(tensor)}, but only float32, bfloat16, float16 and float64 "
-                             "are read: take an unquantised copy")
+            raise InputError(f"{self.path}: {name} is {dtype_name(tensor)}, but only float32, bfloat16, float16 and "
+                             "float64 are read: take an unquantised copy")
         return tensor
 
     def shape(self, name):
@@ -72,16 +74,18 @@ class Tensors:
     def number(self, name, kind):
         """The one number that a tensor holds, as int (from a tensor of integers) or float."""
         tensor = self._tensor(name)
-        integer = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex and tensor.dtype != torch.bool
-        if tensor.numel() != 1 or not (integer if kind is int else tensor.dtype in FLOATS):
-            wanted = "one whole number" if kind is int else "one number"
-            raise InputError(f"{self.path}: {name} is {list(tensor.shape)} of {dtype_name(tensor)}, but should be {wanted}")
+        dtypes, wanted = (INTEGERS, "one whole number") if kind is int else (FLOATS, "one number")
+        if tensor.numel() != 1 or tensor.dtype not in dtypes:
+            found = f"{list(tensor.shape)} of {dtype_name(tensor)}"
+            raise InputError(f"{self.path}: {name} is {found}, but should be {wanted}")
         return kind(tensor.item())
 
     def _check(self, name):
         if name not in self.names:
             has = ", ".join(sorted(map(str, self.names))) or "none"
-            raise InputError(f"{self.path} lacks the tensor {name}; it has {has if len(has) < 500 else has[:500] + ' ...'}")
+            if len(has) > 500:
+                has = f"{has[:500]} ..."
+            raise InputError(f"{self.path} lacks the tensor {name}; it has {first_line(has)}")
 
     def _tensor(self, name):
         self._check(name)
@@ -90,10 +94,9 @@ class Tensors:
         except DAMAGED as error:
             raise InputError(f"{self.path}: cannot read {name} ({first_line(error)})") from error
 
-        # torch.save keeps more than plain tensors
-        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not plain:
-            raise InputError(f"{self.path}: {name} is no plain tensor, but {shown(tensor)[:80].partition(chr(10))[0]}")
+        # torch.save keeps more than plain tensors: numbers, sparse ones, those of the meta device
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise InputError(f"{self.path}: {name} is no plain tensor, but {first_line(shown(tensor))}")
         return tensor.detach()
 
 
@@ -112,7 +115,7 @@ def as_dtype(dtype):
 
 
 def is_finite(tensor):
-    """Whether every value is: read off the smallest and the largest, NaN being both. Several times faster than isfinite()."""
+    """Whether every value is, by the smallest and the largest: NaN if one value is. Far faster than isfinite."""
     if not tensor.numel():
         return True
     smallest, largest = torch.aminmax(tensor)
