@@ -80,6 +80,7 @@ def students(model, blocks, dropout=0.0):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_adapters_side_by_side_have_the_losses_and_gradients_that_each_has_alone_to_the_bit(model, tokens, dropout):
+    tokens = tokens[:, :32]                             # whole vector registers: a last, partial one is rounded by other code
     found, saes = students(model, [2, 3], dropout), {1: random_sae("jumprelu", model)}
     first = first_differing(attach_lora(model.train(), found[0]), saes)
     lesson = teach(model, saes, tokens, first)
