@@ -81,6 +81,17 @@ def metrics(folder):
     return [{name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second")} for line in lines]
 
 
+def misuse(capsys, script, *words):
+    """The one line with which a command refuses words that it cannot read, without its `error: `; its status is 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        command(script, *words)
+    shown = capsys.readouterr()
+    line, = shown.err.splitlines()
+    assert stopped.value.code == 2 and shown.out == "" and line.startswith("error: ") and line.endswith("(--help lists the options)")
+    return line.removeprefix("error: ")
+
+
 # ---- Servers ---------------------------------------------------------------------------------------------------------
 
 class Handler(BaseHTTPRequestHandler):
