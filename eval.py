@@ -12,6 +12,7 @@ can be asked of it.
 """
 import sys
 from dataclasses import replace
+from os.path import isdir
 from pathlib import Path
 
 from lorasae.errors import InputError
@@ -49,14 +50,14 @@ def arguments(argv):
 
 def runs_in(folder):
     """The runs in a folder: one of each rank where several were trained in one pass, else the folder itself."""
-    ranks = {path.name.removeprefix("rank-"): path for path in folder.glob("rank-*")}
+    ranks = {path.name.removeprefix("rank-"): path for path in folder.glob("rank-*")} if isdir(folder) else {}
     numbers = sorted(int(rank) for rank in ranks if rank.isdecimal())
     return [ranks[str(number)] for number in numbers] or [folder]
 
 
 def open_run(folder, device=None):
     """The Setting of a run: its adapter attached, or its own SAE spliced in where it trained one."""
-    if not folder.is_dir():
+    if not isdir(folder):
         raise InputError(f"there is no folder {folder}: pass one that train.py wrote")
     config = read_config(folder)
     device = device or config.device
@@ -66,12 +67,12 @@ def open_run(folder, device=None):
         raise InputError(f"{folder} has no {product.relative_to(folder).parts[0]} yet: finish the run with "
                          f"python train.py --resume {folder}")
     if config.method != "lora":
-        return load_setting(replace(config, sae=(str(folder),), width=None, l0=None), folder=folder)
+        return load_setting(replace(config, sae=(str(folder),), width=None, l0=None), folder)
 
     made_for = read_json(product).get("base_model_name_or_path")
     if made_for and (preset(made_for) or made_for) != (preset(config.model) or config.model):
         raise InputError(f"{product.parent} is an adapter of {made_for}, but {folder} is a run of {config.model}")
-    return load_setting(config, product.parent, folder)
+    return load_setting(config, folder, adapter=product.parent)
 
 
 def evaluate(name, setting, args):

@@ -19,7 +19,8 @@ from huggingface_hub import constants
 from lorasae.io import streams
 from lorasae.io.corpus import Corpus
 from lorasae.errors import InputError
-from lorasae.io.streams import DOCUMENT, files, held_out, read
+from lorasae.io.documents import DOCUMENT, Reader, read
+from lorasae.io.streams import files, held_out
 from test_data import NUMBERED, numbered, sources_of, take
 
 TEXTS = ["first document\nwith two lines", "zweites, größeres 文書 🙂", "", "last \\u0041 \ttab"]
@@ -39,8 +40,7 @@ def lines(texts, field="text"):
 def documents(source, field=None):
     result = []
     for file in files(str(source)):
-        with file.open() as raw:
-            result += read(raw, file.name, field)
+        result += read(file, field)
     return result
 
 
@@ -250,7 +250,7 @@ class Handler(BaseHTTPRequestHandler):
             for depth in range(1, len(tail) + 1 if recursive else 2):
                 name = "/".join(([folder] if folder else []) + tail[:depth])
                 kind, size = ("file", len(repository[path])) if depth == len(tail) else ("directory", 0)
-                entries[name] = {"type": kind, "size": size, "path": name, "oid": "1" * 40}
+                entries[name] = {"type": kind, "size": size, "path": name, "oid": hashlib.sha1(repository.get(path, b"")).hexdigest()}
         self.reply_json(list(entries.values()))
 
     def file(self, data):
@@ -278,11 +278,13 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", partial(huggingface_hub.HfFileSystem, endpoint=server.url))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)               # no waiting before another try
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)               # huggingface_hub waits too
+    monkeypatch.setattr(streams, "pause", lambda seconds: None)             # no waiting before another try
     monkeypatch.setattr(streams, "BLOCK", 1000)
     yield server
     for thread in threading.enumerate():                # one that still reads would disturb the next test's connections
         if thread.name == "prefetch":
+            thread.stopped.set()
             thread.join(10)
     server.shutdown()
     server.server_close()
@@ -330,9 +332,8 @@ def test_only_what_is_used_is_fetched(hub):
     hub.repositories["owner/name"] = {"a.jsonl": lines(MANY * 50)}
     file, = files("hf://datasets/owner/name/a.jsonl")
     listed = hub.sent
-    with file.open() as raw:
-        reader = read(raw, file.name)
-        assert [next(reader) for _ in range(10)] == MANY[:10]
+    with Reader(file) as reader:
+        assert [reader.next() for _ in range(10)] == [[text] for text in MANY[:10]]
     assert file.size > 1_000_000 and hub.ranges == [0, 1000] and hub.sent - listed == 2000
     assert len(hub.paths) <= 4 + 2 * 2                                     # some to list, and two a block: the redirect
 
@@ -408,8 +409,8 @@ def test_without_a_network_the_cache_is_read_and_an_empty_cache_is_told(hub, tmp
 
 def test_the_endpoint_of_the_environment_is_used(hub, tmp_path):
     hub.repositories["owner/name"] = {"a.jsonl": lines(MANY)}
-    program = ("from lorasae.io.streams import files, read\nfile, = files('hf://datasets/owner/name')\n"
-               "with file.open() as raw: print(sum(map(len, read(raw, file.name))))")
+    program = ("from lorasae.io.documents import read\nfrom lorasae.io.streams import files\n"
+               "file, = files('hf://datasets/owner/name')\nprint(sum(map(len, read(file))))")
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     result = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, env=environment,
                             capture_output=True, text=True, timeout=100)

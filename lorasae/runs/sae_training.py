@@ -17,7 +17,7 @@ from lorasae.io.sae_formats import save_sae
 from lorasae.runs import distributed
 from lorasae.runs.ahead import in_advance
 from lorasae.runs.measure import cost, evaluate, peak_memory_bytes
-from lorasae.runs.setting import check_layer
+from lorasae.runs.setting import check_layer, keep_held_out
 
 
 def resolved(config, model):
@@ -46,6 +46,8 @@ def train_sae(setting, run):
 
     held_out = corpus.validation.split(config.micro_batch)
     run.begin()                                         # nothing is written before everything has been read
+    if distributed.rank() == 0:
+        keep_held_out(corpus, run.folder)
     train(setting, run, sae)
     keep(run, sae, config.steps)
     results = {**measure(model, sae, layer, held_out), **cost(run, corpus),
@@ -92,7 +94,10 @@ def ends_a_tenth(step, steps):
 
 
 def keep(run, sae, step):
-    """Saves the SAE under the tenth of the training it has had, and what that took."""
+    """Saves the SAE under the tenth of the training it has had, and what that took.
+
+    The published code names a twentieth's multiple by half of what it is: its "50pct" is the end (trainer.py:460).
+    """
     run.flush()                                         # a loss that is not finite stops here, before it is saved
     if distributed.rank() > 0:
         return
