@@ -7,11 +7,12 @@ from safetensors.torch import load_file, save_file
 
 from conftest import GEMMA, write_model
 from lorasae.io.checkpoint import load_model, save_model
+from helpers import moved
 from lorasae.errors import InputError
 from lorasae.io.disk import write_json
 from lorasae.linear import linear
 from lorasae.io.adapters import load_adapter, save_adapter
-from lorasae.lora import add_lora, adapters, base, lora_parameters, merge_lora
+from lorasae.lora import adapted_layers, adapters, add_lora, attach_lora, base, detach_lora, lora_parameters, merge_lora
 
 
 KEY = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
@@ -19,11 +20,7 @@ KEY = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
 
 def trained(model, layers=(1, 3), rank=3, **how):
     """A model whose adapters are not the identity."""
-    add_lora(model, layers, rank, **how)
-    torch.manual_seed(5)
-    for module in adapters(model).values():
-        torch.nn.init.normal_(module.lora_B.weight, std=0.05)
-    return model.eval()
+    return moved(add_lora(model, layers, rank, **how)).eval()
 
 
 def test_a_fresh_adapter_is_the_identity_and_only_it_trains(model, tokens):
@@ -67,6 +64,32 @@ def test_merging_leaves_plain_linears_and_the_same_function(model, tokens):
     merge_lora(model)
     assert not adapters(model) and not any("lora" in name for name, _ in model.named_parameters())
     torch.testing.assert_close(model(tokens), adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_new_modules_take_the_mode_of_their_surroundings(model, training):
+    """In an eval model dropout is off, whoever put the module there."""
+    model.train(training)
+    modes = lambda: {module.training for module in model.modules()}
+    add_lora(model, [1, 2], 3)
+    assert modes() == {training}
+    taken = detach_lora(model)
+    assert modes() == {training}
+    for module in taken.values():
+        module.train(not training)
+    attach_lora(model, taken)
+    assert modes() == {training}
+    merge_lora(model)
+    assert modes() == {training}
+
+
+def test_detached_adapters_go_back_as_they_were(model, tokens):
+    plain = model(tokens)
+    adapted = trained(model)(tokens)
+    taken = detach_lora(model)
+    assert torch.equal(model(tokens), plain) and not adapters(model) and adapted_layers(model) == []
+    assert torch.equal(attach_lora(model, taken)(tokens), adapted) and adapted_layers(model) == [1, 3]
+    assert all(a is b for a, b in zip(lora_parameters(taken), lora_parameters(model), strict=True))
 
 
 def test_masters_stay_fp32_over_a_bf16_base(model_folder, tokens):

@@ -39,11 +39,12 @@ def evaluate(setting, options):
         gains[label(blocks)] = spliced - losses(setting, student, "adapted")[0]
 
     rows = []
+    gap = fidelity.costs(*interval(spliced - without))
     for name, gain in gains.items():
         improvement, half = interval(gain)
         share, share_half = ratio(gain, gains[label(after)])
         rows.append({"blocks": name, "improvement": improvement, "share_of_all_after": share,
-                     "gap_closed": ratio(gain, spliced - without)[0],
+                     "gap_closed": ratio(gain, spliced - without)[0] if gap else None,
                      "ci90": {"improvement": half, "share_of_all_after": share_half}})
     return {"sae_layer": min(saes), "rows": rows, "train_tokens": config.tokens}
 

@@ -7,6 +7,7 @@ A value comes from the first of these that has one: what is given; the run that 
 model's preset (io/presets.py); the paper's, which are the defaults of Config's fields.
 """
 import math
+import sys
 from dataclasses import asdict, dataclass, fields
 from os.path import basename, dirname, isdir, isfile, join
 from pathlib import Path
@@ -107,7 +108,7 @@ class Config:
 # ---- Checks ------------------------------------------------------------------------------------------------------------
 
 TEXTS = ("model", "data", "device")
-WHOLE = ("k", "dead_after", "tokens", "eval_tokens", "context", "batch_size", "micro_batch", "ahead", "checkpoint_every")
+WHOLE = ("k", "tokens", "eval_tokens", "context", "batch_size", "micro_batch", "ahead", "checkpoint_every", "dead_after")
 POSITIVE = ("alpha", "lr", "clip", "l0")
 NOT_NEGATIVE = ("dropout", "weight_decay", "seed")
 SWITCHES = ("auxk", "lr_decay", "compile", "shard")
@@ -177,7 +178,7 @@ def is_whole(value):
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def option(name):
