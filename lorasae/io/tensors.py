@@ -60,7 +60,7 @@ class Tensors:
 
     def __getitem__(self, name):
         """A tensor of weights, on the CPU, in the dtype of the file."""
-        tensor = self._tensor(name)
+        tensor = self.tensor(name)
         if tensor.dtype not in FLOATS:
             raise InputError(f"{self.path}: {name} is {dtype_name(tensor)}, but only float32, bfloat16, float16 and "
                              "float64 are read: take an unquantised copy")
@@ -73,7 +73,7 @@ class Tensors:
 
     def number(self, name, kind):
         """The one number that a tensor holds, as int (from a tensor of integers) or float."""
-        tensor = self._tensor(name)
+        tensor = self.tensor(name)
         dtypes, wanted = (INTEGERS, "one whole number") if kind is int else (FLOATS, "one number")
         if tensor.numel() != 1 or tensor.dtype not in dtypes:
             found = f"{list(tensor.shape)} of {dtype_name(tensor)}"
@@ -87,7 +87,8 @@ class Tensors:
                 has = f"{has[:500]} ..."
             raise InputError(f"{self.path} lacks the tensor {name}; it has {first_line(has)}")
 
-    def _tensor(self, name):
+    def tensor(self, name):
+        """A plain tensor of whatever numbers, on the CPU."""
         self._check(name)
         try:
             tensor = self.read(name)
