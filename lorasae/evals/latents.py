@@ -9,11 +9,12 @@ been run before. What the page says of a latent i with the decoder row v = W_dec
     firing rate     share of the held-out tokens with z_i > 0, in the base and in the adapted model
     direct effect   head (g ⊙ v), g the final norm's gain: the logits that v writes when the blocks after the SAE leave it
                     alone, up to the norm's positive factor 1/rms. No adapter can change it.
-    effect          mean over its top passages of  log p(token | x̂) - log p(token | x̂ - z_i v)  after the passage's strongest
-                    token: what the next-token distribution owes to the latent, through all blocks after the SAE. x̂ is the SAE's
-                    reconstruction, spliced in; the latent is taken out at every position but BOS and EOS.
+    effect          mean over its top passages of  y(x̂) - y(x̂ - z_i v),  y the next token's logits (soft-capped where the model
+                    is) after the passage's strongest token: what they owe to the latent, through all blocks after the SAE.
+                    x̂ is the SAE's reconstruction, spliced in; the latent is taken out everywhere but at BOS and EOS.
+    use             KL(p(x̂) ‖ p(x̂ - z_i v)) there, in nats, p = softmax(y): how much the prediction depends on the latent
 
-The passages are the base model's strongest, one a row of 128 tokens; both models' effects are measured on them, so that they
+The softmax does not see a constant: effects are given less their mean over the vocabulary. The passages are the base model's strongest, one a row of 128 tokens; both models' effects are measured on them, so that they
 differ by the adapters alone. Where adapters before the SAE change what it reads, passages that are among the strongest only
 in the adapted model follow. Shapes: P passages, T tokens, D d_model, V vocabulary.
 """
@@ -41,14 +42,15 @@ NAMES = {"base": "base model", "lora": "adapted model"}
 
 @torch.no_grad()
 def direct_effect(model, v):
-    """head (g ⊙ v) for a direction v [D] in the residual stream -> [V] fp32: logits, up to the final norm's 1/rms."""
+    """head (g ⊙ v) for a direction v [D] in the residual stream -> [V] fp32, mean 0: logits, up to the final norm's 1/rms."""
     gain = model.norm(torch.ones_like(v)[None])[0]      # the norm of ones is its gain: their rms is 1
-    return linear((gain * v)[None], model.head)[0].float()
+    logits = linear((gain * v)[None], model.head)[0].float()
+    return logits - logits.mean()
 
 
 @torch.no_grad()
 def effect(model, sae, layer, latent, tokens, at):
-    """What a latent does to the next token: mean of log p(· | x̂) - log p(· | x̂ - z_i v) over passages -> [V] fp32.
+    """What a latent does to the next token, over passages -> (mean of y(x̂) - y(x̂ - z_i v) [V] fp32, mean 0; mean KL).
 
     tokens [P, T]; at [P]: the position in each after which the next token is predicted.
     """
@@ -62,9 +64,12 @@ def effect(model, sae, layer, latent, tokens, at):
 
     x = model.run(both, layer + 1, len(model.layers))
     x = x[torch.arange(len(x)), torch.cat([at, at])]
-    log_probs = model.logits(x[:, None])[:, 0].float().log_softmax(-1)
-    present, absent = log_probs.chunk(2)
-    return (present - absent).mean(0)
+    present, absent = model.logits(x[:, None])[:, 0].float().chunk(2)
+
+    change = (present - absent).mean(0)
+    log_p, log_q = present.log_softmax(-1), absent.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return change - change.mean(), kl.item()
 
 
 def extremes(values, tokenizer):
@@ -132,18 +137,18 @@ def evaluate(setting, options):
 
 
 def effects(setting, layer, sae, latent, rows, places):
-    """{"base": extremes, "lora": extremes, "agreement": the correlation of the two over the vocabulary}; None: never fires."""
+    """{"base": extremes and "use", "lora": likewise, "agreement": the two effects' correlation}; None where it never fires."""
     if not places:
         return None
     model, length = setting.model, rows.shape[1]
     tokens = rows[[place // length for place in places]].to(model.device)
     at = torch.tensor([place % length for place in places], device=model.device)
 
-    values = {}
+    values, out = {}, {}
     for name in ("base", "lora") if firing.adapted_blocks(model) else ("base",):
         with firing.as_model(model, name):
-            values[name] = effect(model, sae, layer, latent, tokens, at).cpu()
-    out = {name: extremes(value, setting.corpus.tokenizer) for name, value in values.items()}
+            values[name], use = effect(model, sae, layer, latent, tokens, at)
+        out[name] = {**extremes(values[name], setting.corpus.tokenizer), "use": use}
     if "lora" in values:
         out["agreement"] = torch.corrcoef(torch.stack([values["base"], values["lora"]]))[0, 1].nan_to_num().item()
     return out
@@ -161,8 +166,8 @@ def passages(found, places, rows, tokenizer):
         new = [place for place in places[name] if place // length not in listed]
         listed |= {place // length for place in new}
         for place in new:
-            row, at = divmod(place, length)
-            first, last = max(0, at - BEFORE), min(length, at + AFTER + 1)
+            row, at = divmod(place, length)                             # column 0 is BOS
+            first, last = max(1, at - BEFORE), min(length, at + AFTER + 1)
             here = range(row * length + first, row * length + last)
             out.append({
                 "strongest_in": name, "at": at - first,
@@ -216,17 +221,18 @@ def explanations(folder, layer):
 
 
 def show(numbers):
-    def share(rate):
-        return "" if rate is None else f"{rate:.3%}"
-
-    def gained(row, name):
-        found = (row["effect"] or {}).get(name)
-        return " ".join(html.visible(text) for text, _ in found["raised"][:4]) if found else ""
-
-    table = [[str(row["latent"]), share(row["rate"]["base"]), share(row["rate"].get("lora")),
-              gained(row, "base"), gained(row, "lora")] for row in numbers["rows"]]
-    print_table(table, [f"layer {numbers['layer']}", "fires, base", "adapted", "raises most, base", "adapted"])
+    table = []
+    for row in numbers["rows"]:
+        cells = [str(row["latent"])]
+        cells += [f"{row['rate'][name]:.3%}" if name in row["rate"] else "" for name in NAMES]
+        for name in NAMES:
+            found = (row["effect"] or {}).get(name)
+            cells += [f"{found['use']:.3f}", " ".join(html.visible(text) for text, _ in found["raised"][:3])] if found else ["", ""]
+        table.append(cells)
+    print_table(table, [f"layer {numbers['layer']}", "fires, base", "adapted", "use, base", "raises", "use, adapted", "raises"])
     print(f"\nlatents: {numbers['chosen']}")
+    print("use: KL (nats) between predictions with the latent and without it, on its strongest passages; raises: tokens whose "
+          "logits it raises most")
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------
@@ -249,22 +255,29 @@ def legend(numbers):
     lines = [
         "Direct effect: the decoder row through the final norm's gain and the head, in logits up to the norm's positive factor; "
         "adapters do not change it.",
-        "Effect: how much higher the log-probability of the next token is, in nats, with the latent than without it, through all "
-        "blocks after the SAE: the mean over the passages listed, after their outlined token. The SAE is spliced in.",
-        "Passages: tokens are shaded by activation, the strongest is outlined; ↵ ends a line. In lists of tokens ␣ is a space, ␣×8 eight."]
+        "Effect: the next token's logits with the latent less those without it, through all blocks after the SAE: the mean over "
+        "the base model's passages below, after their outlined token. The SAE is spliced in. All effects are relative to their "
+        "mean over the vocabulary.",
+        "Use: how far the next-token distribution with the latent is from that without it (KL, in nats), over the same passages.",
+        "Passages: tokens are shaded by activation, the strongest is outlined; ↵ ends a line. In lists of tokens ␣ is a space, "
+        "␣×8 eight of them."]
     if blocks and min(blocks) > numbers["layer"]:
         lines.append("All adapters come after the SAE: rates and activations are the same before and after adapting.")
     return [html.paragraph(line, quiet=True) for line in lines]
 
 
 def overview(numbers):
+    """A line for each latent, with a link to its section."""
+    explained = any(row["explanation"] for row in numbers["rows"])
+    headings = ["latent", "fires on"] + (["explanation"] if explained else []) + ["raises most"]
     rows = []
     for row in numbers["rows"]:
-        raised = (row["effect"] or {}).get("base", {"raised": []})["raised"][:5]
-        explanation = (row["explanation"] or {}).get("base", "")
-        rows.append([html.link(str(row["latent"]), f"latent-{row['latent']}"),
-                     rate_text(row), html.words(explanation), " ".join(html.token(text) for text, _ in raised)])
-    return html.table(["latent", "fires on", "explanation", "raises most (base model)"], rows, numbers=(1,))
+        cells = [html.link(str(row["latent"]), f"latent-{row['latent']}"), rate_text(row)]
+        if explained:
+            cells.append(html.words((row["explanation"] or {}).get("base", "")))
+        raised = row["effect"]["base"]["raised"][:5] if row["effect"] else []
+        rows.append([*cells, " ".join(html.token(text) for text, _ in raised)])
+    return html.table(headings, rows, numbers=(1,))
 
 
 def rate_text(row):
@@ -281,15 +294,11 @@ def latent_section(row):
         return html.section([*parts, html.paragraph("It fires nowhere in the held-out text.")])
 
     # Effects, side by side.
-    agreement = effect.get("agreement")
     columns = [effect_column("Direct effect", "logits, up to a factor", row["direct"])]
     for name in ("base", "lora"):
         if name in effect:
-            columns.append(effect_column(f"Effect, {NAMES[name]}", "nats", effect[name]))
-    parts.append(html.columns(columns))
-    if agreement is not None:
-        parts.append(html.paragraph(f"Effects in base and adapted model correlate over the vocabulary with r = {agreement:.3f}.",
-                                    quiet=True))
+            columns.append(effect_column(f"Effect, {NAMES[name]}", "logits", effect[name]))
+    parts += [html.columns(columns), html.paragraph(use_text(effect), quiet=True)]
 
     # Passages: the base model's, then those that only the adapted model ranks so high.
     passages = row["passages"]
@@ -299,6 +308,14 @@ def latent_section(row):
         if items:
             parts += [html.heading(words, 3), "\n".join(['<ol class="passages">', *items, "</ol>"])]
     return html.section(parts)
+
+
+def use_text(effect):
+    text = f"Use: {effect['base']['use']:.3f} nats"
+    if "lora" in effect:
+        text += (f" in the base, {effect['lora']['use']:.3f} in the adapted model; over the vocabulary their effects correlate "
+                 f"with r = {effect['agreement']:.3f}")
+    return text + "."
 
 
 def explanation_lines(explanation):

@@ -32,6 +32,8 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line) }
 th { font-weight: 600; color: var(--quiet) }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td code { overflow-wrap: anywhere }
+@media (max-width: 36rem) { th, td { padding-right: .5rem } td.number, th.number { white-space: normal } }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1.5rem }
 code, .passage { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: .85rem }
 .tokens { margin: 0; padding: 0; list-style: none; font-size: .85rem }
