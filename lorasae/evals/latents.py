@@ -294,10 +294,10 @@ def latent_section(row):
         return html.section([*parts, html.paragraph("It fires nowhere in the held-out text.")])
 
     # Effects, side by side.
-    columns = [effect_column("Direct effect", "logits, up to a factor", row["direct"])]
+    columns = [effect_column("Direct effect", row["direct"])]
     for name in ("base", "lora"):
         if name in effect:
-            columns.append(effect_column(f"Effect, {NAMES[name]}", "logits", effect[name]))
+            columns.append(effect_column(f"Effect, {NAMES[name]}", effect[name]))
     parts += [html.columns(columns), html.paragraph(use_text(effect), quiet=True)]
 
     # Passages: the base model's, then those that only the adapted model ranks so high.
@@ -328,9 +328,10 @@ def explanation_lines(explanation):
                                    "constant answer's.", quiet=True)]
 
 
-def effect_column(title, unit, found):
-    return "\n".join([html.heading(title, 3), html.paragraph(f"raises ({unit})", quiet=True), html.tokens(found["raised"]),
-                      html.paragraph("lowers", quiet=True), html.tokens(found["lowered"])])
+def effect_column(title, found):
+    lists = [html.paragraph(verb, quiet=True) + html.tokens(found[side])
+             for verb, side in (("raises", "raised"), ("lowers", "lowered"))]
+    return html.heading(title, 3) + html.pair(lists)
 
 
 def passage_item(passage, hottest):

@@ -34,6 +34,7 @@ th { font-weight: 600; color: var(--quiet) }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 td code { overflow-wrap: anywhere }
 @media (max-width: 36rem) { th, td { padding-right: .5rem } td.number, th.number { white-space: normal } }
+@media (max-width: 36rem) { .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.2rem } }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1.5rem }
 code, .passage { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: .85rem }
 .tokens { margin: 0; padding: 0; list-style: none; font-size: .85rem }
@@ -45,8 +46,11 @@ code, .passage { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas,
 .passage { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; tab-size: 4 }
 .newline::before { content: "↵"; color: var(--quiet) }
 mark { color: inherit; background: rgba(var(--hot), calc(var(--most) * var(--a))); border-radius: .15rem }
-mark.peak { outline: 1px solid }
+mark { padding-bottom: .15em }
+mark.peak { outline: 1px solid; outline-offset: 1px }
 @media print {
+  :root { color-scheme: light; --text: #000; --quiet: #555; --page: #fff; --card: #fff; --line: #ccc; --hot: 240, 140, 30 }
+  .columns { grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)) }
   body { max-width: none; font-size: .8rem }
   section { border: 0; border-top: 2px solid; border-radius: 0; padding: .5rem 0 }
   mark { -webkit-print-color-adjust: exact; print-color-adjust: exact }
@@ -98,6 +102,11 @@ def section(parts):
 def columns(parts):
     """Side by side where there is room, else one below the other."""
     return "\n".join(['<div class="columns">', *(f"<div>{part}</div>" for part in parts), "</div>"])
+
+
+def pair(parts):
+    """One below the other; side by side on a phone, where columns() cannot."""
+    return "\n".join(['<div class="pair">', *(f"<div>{part}</div>" for part in parts), "</div>"])
 
 
 def table(headings, rows, numbers=()):
