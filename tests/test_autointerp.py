@@ -149,16 +149,16 @@ def test_the_strongest_twelve_are_split_ten_to_two_and_the_others_are_weaker():
 
 def test_weaker_windows_are_drawn_by_the_square_of_the_activation():
     rows, found = planted(latent_places=80)
-    values = torch.full((80,), 0.01)
+    values = torch.full((80,), 0.2)
     values[:20] = 9 + torch.rand(20)                                            # enough for the strongest twelve
-    values[20:50] = 1                                                           # with ten thousand times the mass of the faint
+    values[20:50] = 1                                                           # of 25 times the mass of a faint one
     found = Firing(found.places, values)
     drawn = []
     for seed in range(30):
         shown, scored = autointerp.windows(found, rows, np.random.default_rng(seed))
         middles = [window.activations[10] for window in shown + scored if window.active]
         drawn += sorted(middles)[:7]
-    assert sum(value >= 1 for value in drawn) / len(drawn) > 0.98               # by activation alone it would be half of them or so
+    assert sum(value >= 1 for value in drawn) / len(drawn) > 0.9                # by activation alone: 0.8
 
 
 def test_a_latent_without_enough_windows_has_none():

@@ -163,8 +163,8 @@ def passages(found, places, rows, tokenizer):
 
     out, listed = [], set()
     for name in found:
-        new = [place for place in places[name] if place // length not in listed]
-        listed |= {place // length for place in new}
+        new = [place for place in places[name] if place not in listed]
+        listed |= set(new)
         for place in new:
             row, at = divmod(place, length)                             # column 0 is BOS
             first, last = max(1, at - BEFORE), min(length, at + AFTER + 1)
