@@ -1,4 +1,4 @@
-"""Autointerp: SAEBench's windows, prompts, parsing and scores; the lexical judge; endpoints that misbehave; answers asked once."""
+"""Autointerp: SAEBench's windows, prompts, parsing and scores; the lexical judge; endpoints; answers asked once."""
 import json
 import socket
 import threading
@@ -11,7 +11,7 @@ import torch
 
 from conftest import TEXT, write_tokenizer
 from lorasae.errors import InputError
-from lorasae.evals import autointerp, chat as chat_module, firing
+from lorasae.evals import autointerp, chat as chat_module, firing, judges
 from lorasae.evals.autointerp import Window
 from lorasae.evals.chat import Kept, chat
 from lorasae.evals.common import interval
@@ -35,7 +35,8 @@ def setting(model, raw_config, tmp_path):
     write_tokenizer(tmp_path, raw_config, TEXT + " ".join(WORDS) + "\n")
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     config = model.config
-    corpus = Corpus(str(tmp_path / "text"), tokenizer, config.bos_token_id, config.eos_token_id, context=64, eval_tokens=6000)
+    corpus = Corpus(str(tmp_path / "text"), tokenizer, config.bos_token_id, config.eos_token_id, context=64,
+                    eval_tokens=6000)
 
     sae = JumpReLU(config.hidden_size, 24)
     torch.manual_seed(2)
@@ -55,7 +56,7 @@ def setting(model, raw_config, tmp_path):
     return SimpleNamespace(model=model, saes={1: sae}, corpus=corpus, folder=tmp_path / "run", config=None)
 
 
-one_family = pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)       # where the model's kind can change nothing
+one_family = pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)   # where the family can change nothing
 
 
 def options(**changes):
@@ -78,7 +79,7 @@ def test_rows_are_bos_and_the_next_tokens_of_a_chunk():
     rows = firing.rows_of(SimpleNamespace(validation=chunks, bos=7))
     assert rows.shape == (4, 128) and (rows[:, 0] == 7).all()
     assert rows[0, 1:].tolist() == list(range(1, 128)) and rows[1, 1:].tolist() == list(range(128, 255))
-    assert rows[2, 1] == 301                                                    # the rest of a chunk too short for a row is left
+    assert rows[2, 1] == 301                                                    # what is too short for a row is left
     assert firing.rows_of(SimpleNamespace(validation=chunks[:, :40], bos=7)).shape == (2, 40)
 
 
@@ -103,7 +104,7 @@ def test_the_strongest_places_keep_their_distance():
     found = Firing(torch.tensor([12, 15, 40, 140, 141, 155]), torch.tensor([9.0, 8.0, 1.0, 7.0, 6.0, 5.0]))
     assert firing.strongest(found, 128, 9, apart=10) == [12, 140, 155, 40]
     assert firing.strongest(found, 128, 2, apart=10) == [12, 140]
-    assert firing.strongest(found, 128, 9, apart=10, margin=13) == [15, 141, 155, 40]       # 12 and 128 + 12 are too near the edge
+    assert firing.strongest(found, 128, 9, apart=10, margin=13) == [15, 141, 155, 40]       # 12 is too near the edge
     assert firing.strongest(found, 128, 9, apart=128) == [12, 140]                          # one a row
 
 
@@ -130,7 +131,7 @@ def test_windows_are_fifteen_to_explain_and_fourteen_to_score_of_which_four_are_
 
     text, dense = rows.view(-1).tolist(), torch.zeros(rows.numel())
     dense[found.places] = found.values
-    for window in shown + scored:                                               # each is a stretch of one row, with its activations
+    for window in shown + scored:                                               # each is a stretch of one row
         starts = [i for i in range(len(text) - 20) if tuple(text[i:i + 21]) == window.tokens]
         assert any(list(window.activations) == dense[i:i + 21].tolist() and i // 128 == (i + 20) // 128 for i in starts)
     assert all(window.activations[10] > 0 for window in shown + scored if window.active)
@@ -194,17 +195,18 @@ def test_an_oracle_scores_1_and_always_none_scores_10_of_14():
 
 
 @pytest.mark.parametrize("answer, numbers", [
-    ("1, 3 and 5.", [1, 3, 5]), ("None", []), ("None.", []), ("none", None), ("Examples 1", None), ("2", [2]), ("1,2,", [1, 2]),
+    ("1, 3 and 5.", [1, 3, 5]), ("None", []), ("None.", []), ("none", None), ("Examples 1", None), ("2", [2]),
+    ("1,2,", [1, 2]),
     ("1, 2, and 4", [1, 2, 4]), ("", None), (" \n", None), ("²", None), ("I think 3", None), ("3; 4", None)])
 def test_an_answer_is_numbers_or_none_or_of_no_use(answer, numbers):
-    assert autointerp.read_numbers(answer) == numbers
+    assert judges.read_numbers(answer) == numbers
 
 
 @pytest.mark.parametrize("answer, explanation", [
     ('This neuron activates on the word "but".', 'the word "but"'), ("numbers", "numbers"), ("", ""),
     ("It activates on what activates on dots.", "dots")])
 def test_an_explanation_is_what_follows_activates_on(answer, explanation):
-    assert autointerp.read_explanation(answer) == explanation
+    assert judges.read_explanation(answer) == explanation
 
 
 # ---- The lexical judge -----------------------------------------------------------------------------------------------
@@ -220,35 +222,38 @@ class Letters:
 
 
 def window_of(text, fires="", active=True):
-    return Window(tuple(map(ord, text)), tuple(float(c in fires) for c in text), tuple(c in fires for c in text), active)
+    firing_letters = tuple(letter in fires for letter in text)
+    return Window(tuple(map(ord, text)), tuple(map(float, firing_letters)), firing_letters, active)
 
 
 def test_the_lexical_judge_knows_a_latent_by_its_tokens():
     shown = [window_of("abxcd", "x"), window_of("efxgh", "x"), window_of("ijyka", "y")]
-    scored = [window_of("zzxzz"), window_of("aabcd", active=False), window_of("ykkkk"), window_of("zzzzz", active=False)]
-    verdict = autointerp.lexical(shown, scored, Letters())
+    quiet = [window_of("aabcd", active=False), window_of("zzzzz", active=False)]
+    scored = [window_of("zzxzz"), quiet[0], window_of("ykkkk"), quiet[1]]
+    verdict = judges.lexical(shown, scored, Letters())
     assert verdict.explanation == "'x', 'y'" and verdict.picked == [1, 3]
 
 
 def test_a_token_that_fires_in_less_than_half_of_its_places_explains_nothing():
     mixed = Window(tuple(map(ord, "aaa")), (1.0, 0.0, 0.0), (True, False, False), True)
-    verdict = autointerp.lexical([mixed, window_of("bx", "x")], [window_of("a"), window_of("x")], Letters())
+    verdict = judges.lexical([mixed, window_of("bx", "x")], [window_of("a"), window_of("x")], Letters())
     assert verdict.explanation == "'x'" and verdict.picked == [2]
 
 
 def test_the_lexical_judge_gives_at_most_ten_tokens_the_strongest_first():
     letters = "abcdefghijklmnop"
     shown = [Window((ord(c),), (float(i),), (True,), True) for i, c in enumerate(letters, 1)]
-    verdict = autointerp.lexical(shown, [window_of("p"), window_of("a")], Letters())
-    assert verdict.explanation.startswith("'p', 'o'") and len(verdict.explanation.split(", ")) == 10 and verdict.picked == [1]
+    verdict = judges.lexical(shown, [window_of("p"), window_of("a")], Letters())
+    assert verdict.explanation.startswith("'p', 'o'") and len(verdict.explanation.split(", ")) == 10
+    assert verdict.picked == [1]
 
 
 # ---- A language model as the judge -----------------------------------------------------------------------------------
 
 def test_firing_tokens_are_marked_for_explaining_and_not_for_predicting():
     window = window_of("ab\nxyc", "xy")
-    assert autointerp.written(window, Letters(), marked=True) == "ab↵<<xy>>c"
-    assert autointerp.written(window, Letters(), marked=False) == "ab↵xyc"
+    assert judges.written(window, Letters(), marked=True) == "ab↵<<xy>>c"
+    assert judges.written(window, Letters(), marked=False) == "ab↵xyc"
 
 
 def test_the_judge_predicts_from_its_explanation_alone():
@@ -258,8 +263,9 @@ def test_the_judge_predicts_from_its_explanation_alone():
         questions.append((messages, max_tokens))
         return ["This neuron activates on the letter x.", "2"][len(questions) - 1]
 
-    shown, scored = [window_of("abx", "x"), window_of("x", "x")], [window_of("q", active=False)] * 13 + [window_of("cx", "x")]
-    verdict = autointerp.language_model(shown, scored, Letters(), ask, np.random.default_rng(0))
+    shown = [window_of("abx", "x"), window_of("x", "x")]
+    scored = [window_of("q", active=False)] * 13 + [window_of("cx", "x")]
+    verdict = judges.language_model(shown, scored, Letters(), ask, np.random.default_rng(0))
     assert verdict == ("the letter x", [2])
     (explain, explain_tokens), (predict, predict_tokens) = questions
     assert (explain_tokens, predict_tokens) == (30, 33)
@@ -270,7 +276,7 @@ def test_the_judge_predicts_from_its_explanation_alone():
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """A server at .url; .answer(request body) gives text, an error's status, bytes for the reply, or None to cut the connection."""
+    """A server at .url; .answer(request body) gives text, an error's status, the reply's bytes, or None to cut it."""
     state = SimpleNamespace(requests=[], answer=None)
 
     class Handler(BaseHTTPRequestHandler):
@@ -326,7 +332,8 @@ def test_a_busy_failing_or_cut_connection_is_tried_again(endpoint, trouble):
 
 
 @pytest.mark.parametrize("trouble, asked", [
-    (429, 3), (None, 3), (401, 1), (302, 1), (b"not JSON", 1), (b"[]", 1), (b'{"choices": [{"message": {"content": [1]}}]}', 1)])
+    (429, 3), (None, 3), (401, 1), (302, 1), (b"not JSON", 1), (b"[]", 1),
+    (b'{"choices": [{"message": {"content": [1]}}]}', 1)])
 def test_an_endpoint_that_stays_wrong_is_one_clear_line(endpoint, trouble, asked):
     endpoint.answer = lambda body: trouble
     with pytest.raises(InputError, match="OpenAI-compatible") as refused:
@@ -371,15 +378,19 @@ def test_a_damaged_file_of_answers_is_one_clear_line(tmp_path):
 
 def test_the_lexical_judge_scores_both_models_paired_by_latent(setting, capsys):
     numbers = autointerp.evaluate(setting, options())
-    assert numbers["judge"] == "lexical judge, no language model" and numbers["floor"] == {"score": 10 / 14, "balanced": 0.5}
+    assert numbers["judge"] == "lexical judge, no language model"
+    assert numbers["floor"] == {"score": 10 / 14, "balanced": 0.5}
     rows = numbers["rows"]
     assert 2 <= len(rows) <= 6 and len(rows) + numbers["rare"] == numbers["chosen"]
     for measure in ("score", "balanced"):
-        means = {name: torch.tensor([sum(row[measure][name]) / 2 for row in rows], dtype=torch.float64) for name in ("base", "lora")}
-        for name, values in {**means, "delta": means["lora"] - means["base"]}.items():
-            mean, half = interval(values)
-            assert numbers[measure][name]["mean"] == pytest.approx(mean) and numbers[measure][name]["ci90"] == pytest.approx(half)
-    assert numbers["score"]["delta"]["mean"] != 0                               # adapters before the SAE change what it reads
+        means = {}
+        for name in ("base", "lora"):
+            means[name] = torch.tensor([sum(row[measure][name]) / 2 for row in rows], dtype=torch.float64)
+        means["delta"] = means["lora"] - means["base"]
+        for name, values in means.items():
+            found = numbers[measure][name]
+            assert (found["mean"], found["ci90"]) == pytest.approx(interval(values))
+    assert numbers["score"]["delta"]["mean"] != 0                               # adapters before the SAE matter
     json.dumps(numbers, allow_nan=False)
     assert autointerp.evaluate(setting, options()) == numbers
     autointerp.show(numbers)
@@ -475,12 +486,13 @@ def test_named_latents_are_judged(setting):
     some = [row["latent"] for row in all_of_them["rows"]][:3]
     numbers = autointerp.evaluate(setting, options(latents=some + some[:1]))
     assert [row["latent"] for row in numbers["rows"]] == some
-    assert numbers["rows"] == all_of_them["rows"][:3]                           # a latent's windows do not depend on the others
+    assert numbers["rows"] == all_of_them["rows"][:3]                           # whatever other latents are judged
 
 
 @one_family
 def test_too_little_text_is_one_clear_line(setting):
-    short = SimpleNamespace(validation=setting.corpus.validation[:2], bos=setting.corpus.bos, tokenizer=setting.corpus.tokenizer)
+    corpus = setting.corpus
+    short = SimpleNamespace(validation=corpus.validation[:2], bos=corpus.bos, tokenizer=corpus.tokenizer)
     setting.corpus = short
     with pytest.raises(InputError, match="--eval-tokens|too rarely"):
         autointerp.evaluate(setting, options())

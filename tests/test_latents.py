@@ -52,7 +52,8 @@ def make_setting(model, raw, folder, blocks=(0, 1, 2, 3), kind="topk"):
     (folder / "run").mkdir()
     if blocks:
         perturbed(model, blocks)
-    return SimpleNamespace(model=model, saes={1: make_sae(model, kind)}, corpus=corpus, config=None, folder=folder / "run")
+    saes = {1: make_sae(model, kind)}
+    return SimpleNamespace(model=model, saes=saes, corpus=corpus, config=None, folder=folder / "run")
 
 
 @pytest.fixture
@@ -99,9 +100,9 @@ def test_an_effect_is_that_of_running_the_model_with_and_without_the_latent(mode
     rows = torch.arange(6)
     special = model.special(tokens)
     with torch.no_grad():
-        spliced = [model.logits(model.run(latents.splice(model.run(model.embed(tokens), 0, 2), each, special), 2, 4))[rows, at]
-                   for each in (sae, Without())]
-    present, absent = spliced
+        x = model.run(model.embed(tokens), 0, 2)
+        present, absent = (model.logits(model.run(latents.splice(x, each, special), 2, 4))[rows, at]
+                           for each in (sae, Without()))
     change = (present - absent).mean(0)
     found, use = latents.effect(model, sae, layer, latent, tokens, at)
     assert change.abs().max() > 0.01                                            # it does something
@@ -146,7 +147,8 @@ def test_rates_passages_and_effects_are_those_of_both_models(setting):
             own = passage["strongest_in"]
             assert len(passage["tokens"]) == len(passage["activations"]) <= 46
             assert passage["activations"][passage["at"]] == passage["peak"][own] > 0
-        assert row["effect"]["base"]["raised"] != row["effect"]["lora"]["raised"] and -1 <= row["effect"]["agreement"] <= 1
+        assert row["effect"]["base"]["raised"] != row["effect"]["lora"]["raised"]
+        assert -1 <= row["effect"]["agreement"] <= 1
         values = [value for _, value in row["effect"]["base"]["raised"]]
         assert len(values) == 10 and values == sorted(values, reverse=True) and values[0] > 0
 
@@ -171,6 +173,23 @@ def test_a_latent_that_never_fires_is_said_to_be_silent(setting):
     latents.show(numbers)
 
 
+def test_a_latent_that_only_adapting_awakens_has_its_passages(model, raw_config, tmp_path):
+    setting = make_setting(model, raw_config, tmp_path, kind="jumprelu")
+    sae, rows = setting.saes[1], firing.rows_of(setting.corpus)
+    with torch.no_grad():
+        top = {}
+        for name in ("base", "lora"):
+            with firing.as_model(model, name):
+                top[name] = F.linear(model.run(model.embed(rows), 0, 2)[~model.special(rows)], sae.W_enc).amax(0)
+    latent = (top["lora"] - top["base"]).argmax().item()
+    assert top["lora"][latent] > top["base"][latent]
+    sae.threshold.data[latent] = (top["lora"][latent] + top["base"][latent]) / 2
+    row, = latents.evaluate(setting, options(latent))["rows"]
+    assert row["effect"] is None and row["rate"]["base"] == 0 < row["rate"]["lora"]
+    text = latents.page({**latents.evaluate(setting, options(latent))})
+    assert "only after adapting" in text and "fires nowhere" not in text
+
+
 def test_without_autointerp_the_hardest_firing_of_the_rare_are_shown(setting, monkeypatch):
     sae = setting.saes[1]
     monkeypatch.setattr(latents, "RARE", 0.2)
@@ -185,9 +204,12 @@ def test_without_autointerp_the_hardest_firing_of_the_rare_are_shown(setting, mo
 
 
 def autointerp_results(layer=1, **words):
-    return {"layer": layer, "judge": "a judge", "rows": [
-        {"latent": latent, "explanation": {"base": f"explains {latent}", "lora": words.get("lora", f"explains {latent}")},
-         "balanced": {"base": [score, score], "lora": [score, score]}} for latent, score in ((3, 0.5), (9, 1.0), (5, 0.75))]}
+    rows = []
+    for latent, score in ((3, 0.5), (9, 1.0), (5, 0.75)):
+        explanation = {"base": f"explains {latent}", "lora": words.get("lora", f"explains {latent}")}
+        balanced = {"base": [score, score], "lora": [score, score]}
+        rows.append({"latent": latent, "explanation": explanation, "balanced": balanced})
+    return {"layer": layer, "judge": "a judge", "rows": rows}
 
 
 def test_after_autointerp_the_best_explained_are_shown_with_their_explanations(setting):
@@ -267,7 +289,8 @@ def test_the_page_is_whole_and_asks_for_nothing_from_elsewhere(setting):
     text = latents.page(json.loads(json.dumps(numbers)))                        # from the file as well
     reader = Reader(text)
     assert not {"script", "link", "img", "iframe", "object", "form"} & set(reader.seen)
-    assert "default-src 'none'" in text and "width=device-width" in text and "prefers-color-scheme" in text and "@media print" in text
+    for needed in ("default-src 'none'", "width=device-width", "prefers-color-scheme", "@media print"):
+        assert needed in text
     assert not re.search(r"https?:|url\(|@import", text)
     links = [value for name, value in reader.attributes if name == "href"]
     names = [value for name, value in reader.attributes if name == "id"]
@@ -288,7 +311,8 @@ def test_tokens_that_look_like_html_are_harmless_text(setting):
     numbers["run"] = EVIL
     text = latents.page(numbers)
     reader = Reader(text)
-    assert set(reader.seen) <= set(plain.seen) | {"th"} and "<script" not in text and "<img" not in text and "<!--" not in text
+    assert set(reader.seen) == set(plain.seen)
+    assert not any(tag in text for tag in ("<script", "<img", "<!--"))
     assert {name for name, _ in reader.attributes} == {name for name, _ in plain.attributes}
     assert all(token in reader.text for token in nasty)                         # and it reads as it is
 
@@ -301,8 +325,9 @@ def test_a_search_finds_phrases_across_tokens():
 
 
 def test_shading_goes_from_the_faintest_that_fires_to_the_hottest():
-    assert 'class="a1"' in page.passage(["a", "b"], [1e-6, 9.0], 9.0, 1) and "mark" not in page.passage(["a"], [0.0], 9.0, 5)
-    assert page.passage(["", "€"], [5.0, 0.0], 5.0, 0).count("<mark") == 1      # a token without text of its own lends its shade
+    assert 'class="a1"' in page.passage(["a", "b"], [1e-6, 9.0], 9.0, 1)
+    assert "mark" not in page.passage(["a"], [0.0], 9.0, 5)
+    assert page.passage(["", "€"], [5.0, 0.0], 5.0, 0).count("<mark") == 1      # a part of a character lends its shade
 
 
 def test_whitespace_and_control_characters_are_visible_in_lists():

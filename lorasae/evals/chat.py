@@ -2,7 +2,7 @@
 
     ask = partial(chat, "http://localhost:8000/v1", "my-model")     # OPENAI_API_KEY holds the key, if it takes one
     answer = ask([{"role": "user", "content": "..."}], max_tokens=100)
-    ask = Kept(path, ask, name="my-model at ...")                   # the same; what it has answered is read from the file
+    ask = Kept(path, ask, name="my-model at ...")                  # what it has answered before is read from the file
 """
 import http.client
 import json
@@ -71,8 +71,8 @@ def text_of(completion):
 class Kept:
     """ask(messages, max_tokens), each answer of which is kept in the JSON file `path`: the same question is asked once.
 
-    name: who answers, part of what makes a question the same. An answer is on disk before it is used, so that a run that
-    is killed and started again asks only what it had not asked. One thread at a time.
+    name: who answers, part of what makes a question the same. An answer is on disk before it is used, so that a run
+    that is killed and started again asks only what it had not asked. For one thread at a time.
     """
 
     def __init__(self, path, ask, name):

@@ -1,9 +1,10 @@
-"""What the latents of an SAE do on held-out text: how often each fires, where, and how strongly. For autointerp.py, latents.py.
+"""What the latents of an SAE do on held-out text: how often each fires, where, and how strongly.
 
-The text is cut as SAEBench cuts it: rows of 128 tokens, BOS first. The SAE only reads the residual stream, and nothing is
-spliced in. BOS and EOS positions never count as firing.
+Shared by autointerp.py and latents.py. The text is cut as SAEBench cuts it: rows of 128 tokens, BOS first. The SAE only
+reads the residual stream, and nothing is spliced in. BOS and EOS positions never count as firing.
 
-Shapes: N rows, B of them at a time, T tokens a row, D d_model, M latents. A place is a position in the flattened rows: n T + t.
+Shapes: N rows, B of them at a time, T tokens a row, D d_model, M latents. A place is a position in the flattened rows:
+n T + t.
 """
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -42,7 +43,7 @@ def adapted_blocks(model):
 
 
 def reads_nothing_new(setting):
-    """Whether every adapter comes after the first SAE's block: what that SAE reads is then the base model's, to the bit."""
+    """Whether every adapter comes after the first SAE's block, which then reads what it reads in the base model."""
     layer = next(iter(setting.saes))
     return all(block > layer for block in adapted_blocks(setting.model))
 
@@ -51,8 +52,8 @@ def refuse_nothing_new(setting, suite):
     """InputError where base and adapted model are bound to score the same in a suite that only reads the SAE."""
     if reads_nothing_new(setting):
         layer = next(iter(setting.saes))
-        raise InputError(f"--suite {suite} would score base and adapted model the same: it asks only what the SAE at layer "
-                         f"{layer} reads, and this run's adapters are all after it; train one with --adapt all")
+        raise InputError(f"--suite {suite} would score base and adapted model the same: it asks only what the SAE at "
+                         f"layer {layer} reads, and this run's adapters are all after it; train one with --adapt all")
 
 
 def check_latents(latents, sae, layer):
@@ -63,7 +64,7 @@ def check_latents(latents, sae, layer):
 
 
 def rows_of(corpus):
-    """The held-out chunks [n, context] -> rows [N, T], each BOS and the next T - 1 tokens; T is 128, or a shorter context.
+    """The held-out chunks [n, context] -> rows [N, T], each BOS and the next T - 1 tokens; T is 128 or the context.
 
     SAEBench overwrites every 128th token by BOS; here BOS is put before, and no token is lost.
     """
@@ -99,7 +100,7 @@ def rates(model, sae, layer, rows, label="firing rates"):
 
 
 def firings(model, sae, layer, rows, latents, label="activations"):
-    """{latent: Firing} of the latents [list] over the rows: only where they fire is kept, a few places in a thousand."""
+    """{latent: Firing} of a list of latents over the rows: only where they fire is kept, a few places in a thousand."""
     places, which, values = [], [], []
     chosen = torch.tensor(latents, device=model.device)
     for start, z, _ in activations(model, sae, layer, rows, label):
@@ -120,7 +121,7 @@ def firings(model, sae, layer, rows, latents, label="activations"):
 def strongest(firing, length, count, apart, margin=0):
     """The `count` places where a latent fires hardest, the hardest first; fewer where it has not so many.
 
-    length: T. Two of them in one row are more than `apart` tokens from each other; none is within `margin` of a row's ends.
+    length: T. Two of them in one row are more than `apart` tokens from each other; none is within `margin` of its ends.
     """
     column = firing.places % length
     allowed = (column >= margin) & (column < length - margin)

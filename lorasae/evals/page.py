@@ -14,7 +14,8 @@ STYLE = """
 :root { color-scheme: light dark; --text: #1c1b19; --quiet: #66635c; --page: #fbfaf7; --card: #ffffff; --line: #dedbd2;
         --hot: 240, 140, 30; --most: .85 }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #eceae4; --quiet: #a3a097; --page: #161513; --card: #1f1e1b; --line: #3a3832; --hot: 214, 110, 10; --most: .8 }
+  :root { --text: #eceae4; --quiet: #a3a097; --page: #161513; --card: #1f1e1b; --line: #3a3832;
+          --hot: 214, 110, 10; --most: .8 }
 }
 * { box-sizing: border-box }
 html { scroll-padding-top: 1rem; -webkit-text-size-adjust: 100% }
@@ -49,7 +50,8 @@ mark { color: inherit; background: rgba(var(--hot), calc(var(--most) * var(--a))
 mark { padding-bottom: .15em }
 mark.peak { outline: 1px solid; outline-offset: 1px }
 @media print {
-  :root { color-scheme: light; --text: #000; --quiet: #555; --page: #fff; --card: #fff; --line: #ccc; --hot: 240, 140, 30 }
+  :root { color-scheme: light; --text: #000; --quiet: #555; --page: #fff; --card: #fff; --line: #ccc;
+          --hot: 240, 140, 30; --most: .85 }
   .columns { grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)) }
   body { max-width: none; font-size: .8rem }
   section { border: 0; border-top: 2px solid; border-radius: 0; padding: .5rem 0 }
@@ -61,12 +63,21 @@ mark.peak { outline: 1px solid; outline-offset: 1px }
 
 def document(title, parts):
     """A whole page of HTML parts. Its policy forbids scripts and anything from elsewhere, whatever the text holds."""
-    style = STYLE + shades()
-    return "\n".join([
-        "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">""",
-        f"<title>{escape(title)}</title>", f"<style>{style}</style>", "</head>", "<body>", *parts, "</body>", "</html>", ""])
+    body = "\n".join(parts)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{escape(title)}</title>
+<style>{STYLE}{shades()}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
 
 
 def shades():
@@ -96,28 +107,44 @@ def link(text, name):
 
 
 def section(parts):
-    return "\n".join(["<section>", *parts, "</section>"])
+    body = "\n".join(parts)
+    return f"<section>\n{body}\n</section>"
 
 
 def columns(parts):
     """Side by side where there is room, else one below the other."""
-    return "\n".join(['<div class="columns">', *(f"<div>{part}</div>" for part in parts), "</div>"])
+    return boxes("columns", parts)
 
 
 def pair(parts):
     """One below the other; side by side on a phone, where columns() cannot."""
-    return "\n".join(['<div class="pair">', *(f"<div>{part}</div>" for part in parts), "</div>"])
+    return boxes("pair", parts)
+
+
+def boxes(kind, parts):
+    body = "\n".join(f"<div>{part}</div>" for part in parts)
+    return f'<div class="{kind}">\n{body}\n</div>'
 
 
 def table(headings, rows, numbers=()):
-    """rows: lists of HTML cells; numbers: the columns to set to the right."""
-    def cells(row, tag):
-        return "".join(f'<{tag} class="number">{cell}</{tag}>' if i in numbers else f"<{tag}>{cell}</{tag}>"
-                       for i, cell in enumerate(row))
+    """headings: texts; rows: lists of HTML cells; numbers: the columns to set to the right."""
+    head = table_row(map(escape, headings), "th", numbers)
+    body = "\n".join(table_row(row, "td", numbers) for row in rows)
+    return f'<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
-    body = [f"<tr>{cells(row, 'td')}</tr>" for row in rows]
-    head = f"<thead><tr>{cells(map(escape, headings), 'th')}</tr></thead>"
-    return "\n".join(['<div class="wide"><table>', head, "<tbody>", *body, "</tbody></table></div>"])
+
+def table_row(cells, tag, numbers):
+    html = ""
+    for i, cell in enumerate(cells):
+        kind = ' class="number"' if i in numbers else ""
+        html += f"<{tag}{kind}>{cell}</{tag}>"
+    return f"<tr>{html}</tr>"
+
+
+def listing(kind, tag, items):
+    """A list of HTML items, such as those of passages."""
+    body = "\n".join(f"<li>{item}</li>" for item in items)
+    return f'<{tag} class="{kind}">\n{body}\n</{tag}>'
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
@@ -130,18 +157,20 @@ def token(text):
 def visible(text):
     """text with signs for whitespace and control characters: ␣ ↵ ⇥, ␣×12 for many spaces, \\x07."""
     signs = {" ": "␣", "\n": "↵", "\t": "⇥"}
-    text = "".join(signs.get(c, c) if c in signs or c.isprintable() else codepoint(c) for c in text)
+    text = "".join(signs[character] if character in signs else printable(character) for character in text)
     return re.sub("␣{4,}", lambda run: f"␣×{len(run[0])}", text)
 
 
-def codepoint(character):
+def printable(character):
+    """The character, or its code where it would show nothing or turn the line around."""
+    if character.isprintable():
+        return character
     return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
 
 
 def tokens(pairs):
     """A list of (text, number) with signs, such as tokens and what they gain."""
-    items = [f'<li>{token(text)}<span class="number">{value:+.2f}</span></li>' for text, value in pairs]
-    return "\n".join(['<ul class="tokens">', *items, "</ul>"])
+    return listing("tokens", "ul", [f'{token(text)}<span class="number">{value:+.2f}</span>' for text, value in pairs])
 
 
 def passage(texts, activations, hottest, peak):
@@ -168,6 +197,6 @@ def running(text):
     """Text of a passage: a sign before each line's end, control characters as their codes, all else as it is."""
     lines = []
     for line in text.split("\n"):
-        plain = "".join(c if c.isprintable() or c == "\t" else codepoint(c) for c in line)
+        plain = "".join("\t" if character == "\t" else printable(character) for character in line)
         lines.append(escape(plain))
     return '<span class="newline"></span>\n'.join(lines)
