@@ -55,10 +55,6 @@ class Transformer(nn.Module):
     def device(self):
         return self.head.device
 
-    def special(self, tokens):
-        """tokens [B, T] -> bool [B, T]: BOS and EOS positions."""
-        return (tokens == self.config.bos_token_id) | (tokens == self.config.eos_token_id)
-
     def embed(self, tokens):
         x = self.model["embed_tokens"](tokens)
         return x * self.config.embed_scale(x.dtype)

@@ -32,7 +32,7 @@ from lorasae.evals.latents_page import page                # eval.py writes page
 from lorasae.evals.page import visible
 from lorasae.io.disk import read_json
 from lorasae.linear import linear
-from lorasae.runs.folder import print_table
+from lorasae.evals.common import print_table
 from lorasae.sae import splice
 
 SHOWN = 20                                              # latents where none are named
