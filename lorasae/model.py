@@ -54,6 +54,10 @@ class Transformer(nn.Module):
     def device(self):
         return self.head.device
 
+    def special(self, tokens):
+        """tokens [B, T] -> bool [B, T]: the BOS and EOS positions."""
+        return (tokens == self.config.bos_token_id) | (tokens == self.config.eos_token_id)
+
     def embed(self, tokens):
         x = self.model["embed_tokens"](tokens)
         return x * self.config.embed_scale(x.dtype)

@@ -61,3 +61,12 @@ def evaluating(model):
         yield
     finally:
         model.train(training)
+
+
+def print_table(rows, headings=None):
+    """Prints rows (sequences of cells) as aligned columns, the first to the left and the rest to the right."""
+    rows = ([headings] if headings else []) + list(rows)
+    rows = [[cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]).rstrip())
