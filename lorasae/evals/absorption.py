@@ -37,9 +37,12 @@ LEAST_WORDS = 200
 MOST_LATENTS = 10                                       # that may stand for one letter
 F1_GAIN, SILENT, LEAST_COSINE, LEAST_SHARE = 0.03, 1e-8, 0.025, 0.4
 
+KNOWN = 0.6                                             # F1 of the probe below which SAEBench's later version drops a letter
+
 LABELS = {"absorption": "absorption", "saebench": "absorption, SAEBench's mean", "probe_f1": "F1 of the probe on x",
-          "one_f1": "F1 of one latent", "sparse_f1": "F1 of the letter's latents", "latents": "latents a letter",
-          "candidates": "candidates", "absorbed": "absorbed"}
+          "known": "letters with that F1 > 0.6", "one_f1": "F1 of one latent", "sparse_f1": "F1 of the letter's latents",
+          "latents": "latents a letter", "true_positives": "test words the probe sees", "candidates": "of them, missed by these",
+          "survivors": "of them, silent when asked again", "absorbed": "of them, absorbed"}
 PAPER = {"saebench": (0.210, 0.205)}
 TOLERANCE = 0.06
 
@@ -303,18 +306,25 @@ def scores(counts):
     rated = [row for row in counts.values() if row["true_positives"]]
     rates = [row["absorbed"] / row["true_positives"] for row in rated]
     surviving = [row["absorbed"] / row["true_positives"] for row in rated if row["survivors"]]
-    mean = lambda name: sum(row[name] for row in counts.values()) / len(counts)
-    return {"absorption": sum(rates) / max(len(rates), 1),
-            "saebench": sum(surviving) / max(len(surviving), 1),
-            "probe_f1": mean("probe_f1"), "one_f1": mean("one_f1"), "sparse_f1": mean("sparse_f1"),
-            "latents": sum(len(row["latents"]) for row in counts.values()) / len(counts),
-            "candidates": sum(row["candidates"] for row in counts.values()),
-            "absorbed": sum(row["absorbed"] for row in counts.values())}
+    out = {"absorption": sum(rates) / max(len(rates), 1), "saebench": sum(surviving) / max(len(surviving), 1)}
+
+    for name in ("probe_f1", "one_f1", "sparse_f1"):
+        out[name] = sum(row[name] for row in counts.values()) / len(counts)
+    for name in ("true_positives", "candidates", "survivors", "absorbed"):
+        out[name] = float(sum(row[name] for row in counts.values()))
+    out["known"] = float(sum(row["probe_f1"] > KNOWN for row in counts.values()))
+    out["latents"] = sum(len(row["latents"]) for row in counts.values()) / len(counts)
+    return out
 
 
 def show(numbers):
     print("feature absorption: share of the words whose letter the probe sees that another latent has absorbed; lower is better")
     saebench.show_rows(numbers, LABELS, PAPER, TOLERANCE)
+
+    known = numbers["rows"]["known"]
+    if min(known["base"], known["lora"]) < 13:
+        print(f"The probe knows {known['base']:.1f} letters of the base model and {known['lora']:.1f} of the adapted one: where "
+              "the residual stream does\nnot hold the first letter, nothing can absorb it, and these rates say little.")
 
 
 def draw(numbers, figure):

@@ -93,7 +93,7 @@ def train_probes(features, train, held, *, lr, batch, epochs, seed, l1=0.0, pati
     weight = torch.empty(tasks, features.shape[1]).uniform_(-bound, bound, generator=generator)
     bias = torch.empty(tasks).uniform_(-bound, bound, generator=generator)
     weight, bias = (p.to(features.device).requires_grad_() for p in (weight, bias))
-    optimizer = torch.optim.AdamW([weight, bias], lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([weight, bias], lr=lr, weight_decay=0.01, fused=True)
 
     best = Probe(weight.detach().clone(), bias.detach().clone())
     best_accuracy = torch.full((tasks,), -1.0, device=features.device)
@@ -112,10 +112,12 @@ def train_probes(features, train, held, *, lr, batch, epochs, seed, l1=0.0, pati
 
         now = Probe(weight.detach(), bias.detach())
         found = accuracy(now, features, held)
-        better = (found > best_accuracy) & (stale < patience if patience else True)
-        best = Probe(torch.where(better[:, None], now.weight, best.weight), torch.where(better, now.bias, best.bias))
-        best_accuracy = torch.where(better, found, best_accuracy)
-        stale = torch.where(better, 0, stale + 1)
+        # Of equally good epochs the last: held-out texts are few, and the first to get them right is near the random start.
+        running = stale < patience if patience else torch.ones_like(stale, dtype=torch.bool)
+        kept = running & (found >= best_accuracy)
+        best = Probe(torch.where(kept[:, None], now.weight, best.weight), torch.where(kept, now.bias, best.bias))
+        stale = torch.where(found > best_accuracy, 0, stale + 1)
+        best_accuracy = torch.maximum(best_accuracy, found)
         if patience and (stale >= patience).all():
             break
     return best

@@ -46,8 +46,10 @@ def measure(sae, train, test, cut, seed):
                 scores[f"{name}_top_{k}"] = sparse_accuracy(features, train_task, tests, test_task, k)
 
     # Every latent: AdamW, as logistic regression on tens of thousands of features would take too long.
+    # SAEBench's batch of 250 makes 16 steps an epoch of its 4,000 texts: as many here, where there are fewer.
     part, held = hold_out(train_task, seed)
-    probe = train_probes(train.latents, part, held, lr=1e-2, batch=250, epochs=100, patience=10, seed=seed)
+    batch = min(250, max(16, part.rows.shape[1] // 16))
+    probe = train_probes(train.latents, part, held, lr=1e-2, batch=batch, epochs=100, patience=10, seed=seed)
     scores["sae_all"] = accuracy(probe, test.latents, test_task).mean().item()
     scores["residual_all"] = dense_accuracy(train.residual, train_task, test.residual, test_task)
     return scores

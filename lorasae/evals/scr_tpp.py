@@ -13,16 +13,20 @@ import torch
 from lorasae.evals import saebench
 from lorasae.evals.probes import hold_out, train_probes
 
+BATCH, LEAST_STEPS = 16, 2000                           # SAEBench's 4,000 texts make 5,000 steps
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)               # how many latents are ablated
 
 
 def concept_probes(features, task, seed):
-    """Probes as SAEBench trains them: AdamW, lr 1e-3, 0.001 · ‖w‖₁, 20 epochs of batches of 16.
+    """Probes as SAEBench trains them: AdamW, lr 1e-3, 0.001 · ‖w‖₁, batches of 16, 20 epochs.
 
-    The batch decides how much of a spurious correlation a probe picks up, so it is the same on every machine.
+    The batch decides how much of a spurious correlation a probe picks up, so it is the same on every machine. Small data
+    sets get more epochs: at this learning rate a few hundred steps leave a probe close to its random start.
     """
     part, held = hold_out(task, seed)
-    return train_probes(features, part, held, lr=1e-3, batch=16, epochs=20, l1=1e-3, seed=seed)
+    steps_an_epoch = -(-part.rows.shape[1] // BATCH)
+    epochs = max(20, LEAST_STEPS // steps_an_epoch)
+    return train_probes(features, part, held, lr=1e-3, batch=BATCH, epochs=epochs, l1=1e-3, seed=seed)
 
 
 def mean_difference(latents, rows, labels):
