@@ -86,8 +86,8 @@ def words(tokenizer):
     for token in range(tokenizer.get_vocab_size()):
         text = tokenizer.decode([token], skip_special_tokens=False)
         piece = tokenizer.id_to_token(token) or ""
-        if piece.startswith("▁") and not text.startswith(" "):                  # SentencePiece's decoder drops a first space
-            text = " " + text
+        if piece.startswith("▁"):                                               # whose decoder may drop a first space
+            text = piece.replace("▁", " ")
         if re.fullmatch(" ?[A-Za-z]+", text):
             found.setdefault(text, token)
     return found
@@ -323,8 +323,8 @@ def show(numbers):
 
     known = numbers["rows"]["known"]
     if min(known["base"], known["lora"]) < 13:
-        print(f"The probe knows {known['base']:.1f} letters of the base model and {known['lora']:.1f} of the adapted one: where "
-              "the residual stream does\nnot hold the first letter, nothing can absorb it, and these rates say little.")
+        print(f"The probe knows {known['base']:.1f} letters in the base model and {known['lora']:.1f} in the adapted one. "
+              "Where the residual stream\ndoes not hold the first letter, nothing can absorb it: these rates say little.")
 
 
 def draw(numbers, figure):

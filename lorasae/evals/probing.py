@@ -13,7 +13,6 @@ import torch
 from lorasae.evals import saebench
 from lorasae.evals.probes import accuracy, hold_out, logistic, train_probes
 from lorasae.evals.saebench import one_against_rest
-from lorasae.io.labelled import class_sets
 
 KS = (1, 2, 5, 10, 20, 50)
 LABELS = {**{f"sae_top_{k}": f"latents, top {k}" for k in KS}, "sae_all": "latents, all",
@@ -27,7 +26,7 @@ add_options = saebench.add_options                      # for all suites of SAEB
 
 def evaluate(setting, options):
     """Table 6's rows on probing, for the first SAE of a setting, and all they are made of."""
-    sets = class_sets(options.labelled, "probing")
+    sets = saebench.class_sets(options.labelled, "probing")
     found = saebench.compare(setting, options, "probing", sets, measure)
     return {"layer": next(iter(setting.saes)), "seeds": options.seeds, "sets": list(found), "by_set": found,
             "rows": saebench.rows(saebench.over_sets(found))}

@@ -7,6 +7,8 @@ draws and batches, seed by seed, so differences are paired; intervals are 90 %, 
 Shapes: N texts, T tokens, D d_model, M latents.
 """
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from lorasae.errors import InputError
 from lorasae.evals.common import evaluating, interval, plus_minus, print_table, progress
 from lorasae.evals.probes import Task
+from lorasae.io import labelled_saebench, labelled_stdlib
+from lorasae.io.labelled import DataSet, file_classes, file_pair
 from lorasae.lora import adapters, base
 
 LENGTH = 128                                            # tokens of a text, BOS included
@@ -27,6 +31,24 @@ def add_options(add):
         "comma-separated), or a file of JSON lines with text, label and, for scr, attribute (default: %(default)s)")
     add("--seeds", type=int, default=5, metavar="N", help="how often each number is measured anew; the paper measured once "
         "(default: %(default)s)")
+
+
+def class_sets(source, suite):
+    """The data sets of classes that --labelled names, for "probing" or "tpp"."""
+    if source == "stdlib":
+        return labelled_stdlib.class_sets(suite)
+    if source.endswith((".jsonl", ".json")):
+        return [DataSet(Path(source).name, partial(file_classes, source))]
+    return labelled_saebench.chosen(source, suite)
+
+
+def pair_sets(source):
+    """The data sets of two classes and two attributes that --labelled names, for SCR."""
+    if source == "stdlib":
+        return labelled_stdlib.pair_sets()
+    if source.endswith((".jsonl", ".json")):
+        return [DataSet(Path(source).name, partial(file_pair, source))]
+    return labelled_saebench.chosen(source, "scr")
 
 
 # ---- What the SAE reads ---------------------------------------------------------------------------------------------

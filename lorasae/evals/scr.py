@@ -17,7 +17,6 @@ from lorasae.errors import InputError
 from lorasae.evals import saebench, scr_tpp
 from lorasae.evals.probes import Probe, Task, accuracy
 from lorasae.evals.scr_tpp import THRESHOLDS, ablate, concept_probes, mean_difference, strongest
-from lorasae.io.labelled import pair_sets
 
 ATTRIBUTE, CLASS, BIASED = range(3)                     # the three probes
 LABELS = {"max": "SCR, maximum", "average": "SCR, average", **{f"top_{n}": f"SCR @{n}" for n in THRESHOLDS},
@@ -31,7 +30,7 @@ LEAST_GAP = 0.05                                        # between clean and bias
 
 def evaluate(setting, options):
     """Table 6's rows on SCR, for the first SAE of a setting, and all they are made of."""
-    found = saebench.compare(setting, options, "scr", pair_sets(options.labelled), measure)
+    found = saebench.compare(setting, options, "scr", saebench.pair_sets(options.labelled), measure)
     return scr_tpp.summary(setting, options, found)
 
 

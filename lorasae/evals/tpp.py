@@ -16,7 +16,6 @@ from lorasae.evals import saebench, scr_tpp
 from lorasae.evals.probes import accuracy
 from lorasae.evals.saebench import one_against_rest
 from lorasae.evals.scr_tpp import THRESHOLDS, ablate, concept_probes, mean_difference, strongest
-from lorasae.io.labelled import class_sets
 
 LABELS = {"max": "TPP, maximum", "average": "TPP, average", **{f"top_{n}": f"TPP @{n}" for n in THRESHOLDS},
           "clean": "probes' accuracy"}
@@ -28,7 +27,7 @@ TOLERANCE = 0.04
 
 def evaluate(setting, options):
     """Table 6's rows on TPP, for the first SAE of a setting, and all they are made of."""
-    found = saebench.compare(setting, options, "tpp", class_sets(options.labelled, "tpp"), measure)
+    found = saebench.compare(setting, options, "tpp", saebench.class_sets(options.labelled, "tpp"), measure)
     return scr_tpp.summary(setting, options, found)
 
 
