@@ -4,6 +4,7 @@
     python eval.py RUN_DIR --suite fidelity,tokens,distances    any of the evaluations
     python eval.py RUN_DIR --suite layers                       trains: adapters on one block at a time (Figure 9)
     python eval.py RUN_DIR --suite steering --latents 17 204    examples are found in the held-out text
+    python eval.py RUN_DIR --suite probing,scr,tpp,absorption   SAEBench, base and adapted model side by side
     python eval.py RUN_DIR --suite autointerp,latents           can latents be put into words? and a page about them
     python eval.py RUN_DIR --suite lm --limit 100               MMLU, HellaSwag, TruthfulQA, by the lm-eval package
 
@@ -17,7 +18,8 @@ from os.path import isdir
 from pathlib import Path
 
 from lorasae.errors import InputError
-from lorasae.evals import autointerp, benchmarks, distances, fidelity, latents, steering, tokens
+from lorasae.evals import (absorption, autointerp, benchmarks, distances, fidelity, latents, probing, saebench, scr,
+                           steering, tokens, tpp)
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering
 from lorasae.io.disk import read_json, write_bytes, write_json
@@ -27,7 +29,8 @@ from lorasae.runs.config import read_config
 from lorasae.runs.setting import load_setting
 
 SUITES = {"fidelity": fidelity, "tokens": tokens, "distances": distances, "layers": one_block, "steering": steering,
-          "autointerp": autointerp, "latents": latents, "lm": benchmarks}
+          "probing": probing, "scr": scr, "tpp": tpp, "absorption": absorption, "autointerp": autointerp,
+          "latents": latents, "lm": benchmarks}
 
 
 def arguments(argv):
@@ -37,7 +40,7 @@ def arguments(argv):
     add("--suite", default="fidelity", help=f"comma-separated, of {', '.join(SUITES)} (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 (default: the run's)")
     add("--draw", action="store_true", help="only draw the pictures and pages, from the eval-NAME.json files that are there")
-    for name, suite in SUITES.items():
+    for name, suite in {"probing, scr, tpp, absorption": saebench, **SUITES}.items():
         if hasattr(suite, "add_options"):
             suite.add_options(parser.add_argument_group(name).add_argument)
 
