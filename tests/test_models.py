@@ -76,7 +76,7 @@ def test_new_spellings_of_the_configuration_mean_the_same():
     for key in ("rope_scaling", "rope_theta", "torch_dtype"):
         del new[key]
     assert parse_config(new, "new") == parse_config(LLAMA, "old")
-    assert parse_config({**GEMMA, "head_dim": 7}, "g").head_dim == 7
+    assert parse_config({**GEMMA, "head_dim": 6}, "g").head_dim == 6
 
 
 def test_llama3_rotary_scaling_keeps_short_waves_and_stretches_long_ones():
@@ -185,7 +185,7 @@ def broken(folder, change):
     (lambda f: write_json(f / "config.json", {**read_json(f / "config.json"), "num_hidden_layers": 5}), "lacks"),
     (lambda f: write_json(f / "config.json", {**read_json(f / "config.json"), "num_hidden_layers": 3}), "does not know"),
     (lambda f: write_json(f / "config.json", {**read_json(f / "config.json"), "architectures": ["MambaForCausalLM"]}), "MambaForCausalLM"),
-    (lambda f: write_json(f / "config.json", {k: v for k, v in read_json(f / "config.json").items() if k != "rms_norm_eps"}), "rms_norm_eps"),
+    (lambda f: write_json(f / "config.json", {k: v for k, v in read_json(f / "config.json").items() if k != "hidden_size"}), "config.json lacks hidden_size"),
 ])
 def test_a_broken_folder_is_one_clear_line(model_folder, change, message):
     with pytest.raises(InputError, match=message) as error:

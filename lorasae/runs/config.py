@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lorasae.errors import InputError
 from lorasae.io.checkpoint import load_config
-from lorasae.io.disk import read_json
+from lorasae.io.disk import read_object
 from lorasae.io.hub import sae_choice
 from lorasae.io.presets import preset
 from lorasae.io.streams import say
@@ -302,9 +302,9 @@ def latents(width):
 def read_config(folder):
     """The Config in a run's folder. Raises InputError where it has none, or one that train.py did not write."""
     path = Path(folder) / "config.json"
-    found = read_json(path)
+    found = read_object(path)
     names = {known.name for known in fields(Config)}
-    if not isinstance(found, dict) or not {"model", "method", "layer", "data"} <= found.keys():
+    if not {"model", "method", "layer", "data"} <= found.keys():
         raise InputError(f"{path} was not written by train.py: pass the folder of a run")
     unknown = found.keys() - names - {"steps", "versions"}
     if unknown:

@@ -2,16 +2,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors.torch import save
-from tokenizers import Tokenizer
-
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter
-from lorasae.io.checkpoint import load_model, open_weights
+from lorasae.io.checkpoint import load_model, load_tokenizer
 from lorasae.io.corpus import Corpus
-from lorasae.io.disk import write_bytes
-from lorasae.io.hub import model_files
 from lorasae.io.sae_formats import check_fits, load_sae
+from lorasae.io.tensors import Tensors, write_tensors
 from lorasae.model import Transformer
 from lorasae.runs import distributed
 from lorasae.runs.config import Config
@@ -72,13 +68,7 @@ def check_layer(model, layer, depth):
 
 
 def load_corpus(config, model_config, folder=None):
-    path = model_files(config.model) / "tokenizer.json"
-    if not path.exists():
-        raise InputError(f"{path.parent} has no tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_buffer(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not a tokenizer of the tokenizers library ({error})") from None
+    tokenizer = load_tokenizer(config.model, model_config)
     return Corpus(config.data, tokenizer, model_config.bos_token_id, model_config.eos_token_id, context=config.context,
                   eval_tokens=config.eval_tokens, seed=config.seed, field=config.field, saved=read_held_out(folder))
 
@@ -90,12 +80,12 @@ HELD_OUT = "held-out.safetensors"
 
 def keep_held_out(corpus, folder):
     """Writes the held-out chunks into the run's folder: what resumes or evaluates it need not read the text for them."""
-    write_bytes(Path(folder) / HELD_OUT, save(corpus.held_out))
+    write_tensors(Path(folder) / HELD_OUT, corpus.held_out)
 
 
 def read_held_out(folder):
     """What keep_held_out wrote; None where there is nothing."""
     if folder is None or not (Path(folder) / HELD_OUT).exists():
         return None
-    with open_weights(Path(folder) / HELD_OUT) as file:
-        return {name: file.get_tensor(name) for name in ("chunks", "digests")}
+    file = Tensors(Path(folder) / HELD_OUT)
+    return {name: file.tensor(name) for name in ("chunks", "digests")}
