@@ -1,5 +1,6 @@
 """What several tests need: random SAEs, adapters that are not the identity, the commands, metrics, and servers on this computer."""
 import importlib
+import io
 import json
 import sys
 import threading
@@ -7,9 +8,13 @@ from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
+from conftest import GEMMA, TEXT, random_weights, write_tokenizer
 from lorasae.lora import add_lora, adapters
 from lorasae.sae import JumpReLU, TopK
 
@@ -220,6 +225,47 @@ class HubHandler(Handler):
             self.close_connection = True
         else:
             self.reply(206, body, **headers)
+
+
+def use_hub(monkeypatch, server, folder):
+    """Points huggingface_hub, in this process, at a Hub of ours, with an empty cache in `folder` and nobody logged in."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# ---- Gemma-2-2B and its SAEs, but small ------------------------------------------------------------------------------
+
+GEMMA_2B = {**GEMMA, "num_hidden_layers": 26, "hidden_size": 32, "intermediate_size": 48, "sliding_window": 4096,
+            "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+
+
+def gemma_2b_files(folder):
+    """The files of a Gemma-2-2B repository: three shards behind an index."""
+    tensors = random_weights(GEMMA_2B, scale=0.05)
+    shards, names = [{}, {}, {}], [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    for i, name in enumerate(sorted(tensors)):
+        shards[i % 3][name] = tensors[name].bfloat16()
+    write_tokenizer(folder, GEMMA_2B, TEXT)
+    index = {"metadata": {"total_size": 1}, "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+    return {"config.json": json.dumps(GEMMA_2B).encode(), "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
+            "model.safetensors.index.json": json.dumps(index).encode(), "README.md": b"# Gemma 2",
+            **{name: save(shard, {"format": "pt"}) for name, shard in zip(names, shards)}}
+
+
+def gemma_scope_files(D, M=64):
+    """The repository's layout; the SAE of layer 12, width 16k, L0 82 is a random JumpReLU that fires."""
+    rng, files = np.random.default_rng(0), {}
+    for l0 in (22, 41, 82, 176, 445):
+        W, buffer = rng.normal(size=(M, D)).astype("f") / D ** 0.5, io.BytesIO()
+        np.savez(buffer, W_enc=W.T, W_dec=W, b_enc=np.zeros(M, "f"), b_dec=np.zeros(D, "f"), threshold=np.full(M, 0.1, "f"))
+        files[f"layer_12/width_16k/average_l0_{l0}/params.npz"] = buffer.getvalue()
+    return files
 
 
 class Endpoint(Server):

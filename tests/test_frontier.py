@@ -75,8 +75,10 @@ def test_the_picture_is_drawn_where_matplotlib_is(tmp_path):
 
 def test_a_mistake_is_one_line(tmp_path, capsys):
     for option, value, message in (("--width", "many", "number of latents"), ("--rank", 0, "positive"), ("--seed", -1, "negative"),
-                                   ("--tokens", 2048, "ten steps"), ("--data", "no-such-text", "no-such-text")):
+                                   ("--tokens", 2048, "ten steps")):
         assert message in refusal(FRONTIER, "--model", "tiny-gemma-2", option, value, "--device", "cpu", "--out", tmp_path / "out")
     for option, value in (("--tokens", "²"), ("--model", "no-such-model"), ("--k", "many")):
         assert option in misuse(capsys, FRONTIER, option, value, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    line = refusal(FRONTIER, "--model", "tiny-gemma-2", "--data", "no-such-text", "--device", "cpu", "--out", tmp_path / "out")
+    assert "no-such-text" in line and list(tmp_path.rglob("*")) in ([], [tmp_path / "out"])

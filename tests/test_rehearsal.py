@@ -4,48 +4,17 @@ The Hub of this test has google/gemma-2-2b (gated, as the real one), its ungated
 layout, and the Pile as .jsonl.zst. The model is Gemma-2-2B in every respect but size: 26 blocks, three shards, bf16 or fp32
 weights, the same file and tensor names, a tokenizer that puts BOS first.
 """
-import io
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.torch import save
 
-from conftest import GEMMA, TEXT, random_weights, write_tokenizer
-from helpers import Hub, lines, read, zstd_compress
+from conftest import TEXT
+from helpers import GEMMA_2B, Hub, gemma_2b_files, gemma_scope_files, lines, read, zstd_compress
 
 ROOT = Path(__file__).parent.parent
-GEMMA_2B = {**GEMMA, "num_hidden_layers": 26, "hidden_size": 32, "intermediate_size": 48, "sliding_window": 4096,
-            "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-
-
-def gemma_2b_files(folder):
-    """The files of a Gemma-2-2B repository: three shards behind an index."""
-    tensors = random_weights(GEMMA_2B, scale=0.05)
-    shards, names = [{}, {}, {}], [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    for i, name in enumerate(sorted(tensors)):
-        shards[i % 3][name] = tensors[name].bfloat16()
-    write_tokenizer(folder, GEMMA_2B, TEXT)
-    index = {"metadata": {"total_size": 1}, "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-    return {"config.json": json.dumps(GEMMA_2B).encode(), "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
-            "model.safetensors.index.json": json.dumps(index).encode(), "README.md": b"# Gemma 2",
-            **{name: save(shard, {"format": "pt"}) for name, shard in zip(names, shards)}}
-
-
-def gemma_scope_files(D, M=64):
-    """The repository's layout; the SAE of layer 12, width 16k, L0 82 is a random JumpReLU that fires."""
-    rng, files = np.random.default_rng(0), {}
-    for l0 in (22, 41, 82, 176, 445):
-        W, buffer = rng.normal(size=(M, D)).astype("f") / D ** 0.5, io.BytesIO()
-        np.savez(buffer, W_enc=W.T, W_dec=W, b_enc=np.zeros(M, "f"), b_dec=np.zeros(D, "f"), threshold=np.full(M, 0.1, "f"))
-        files[f"layer_12/width_16k/average_l0_{l0}/params.npz"] = buffer.getvalue()
-    return files
-
-
 @pytest.fixture
 def everything(tmp_path):
     model = gemma_2b_files(tmp_path)
