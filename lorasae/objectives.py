@@ -65,22 +65,20 @@ class LinearKL(torch.autograd.Function):
         for start in range(0, N, chunk):
             rows = slice(start, start + chunk)
             u_p = to_logits(target[rows], weight)
-            if not compiled:
-                base = base_pieces(u_p, softcap, keep_p=S > 1)          # once for all students
+            base = None if compiled else base_pieces(u_p, softcap, keep_p=S > 1)        # once for all students
 
             for s in range(S):
                 u_q = to_logits(hidden[s, rows], weight)
-
-                # The student's loss, and in place of its logits their gradient.
                 if compiled:
                     totals[s] += compiled_kl()(u_p, u_q, softcap)
                 else:
-                    for piece in base:
-                        totals[s] += kl_and_gradient(piece.log_p, piece.p, u_q[piece.rows], softcap)
-                d_logits = u_q
+                    add_kl(totals[s], base, u_q, softcap)
 
+                d_logits = u_q.to(weight.dtype)                         # in place of the logits there is now their gradient
                 if gradient is not None:
-                    gradient[s, rows] = to_hidden(d_logits.to(weight.dtype), weight)
+                    gradient[s, rows] = to_hidden(d_logits, weight)
+                del u_q, d_logits                                       # before the next ones are made
+            del u_p, base
 
         ctx.save_for_backward(gradient)
         return totals
@@ -106,6 +104,12 @@ def base_pieces(u_p, softcap, keep_p):
         log_p.copy_(log_probabilities(log_p, softcap))
         found.append(Piece(rows, log_p, log_p.exp() if keep_p else None))
     return found
+
+
+def add_kl(total, base, u_q, softcap):
+    """Adds the student's KL to the scalar `total`, a Piece of the base at a time. u_q [n, V] is OVERWRITTEN by its gradient."""
+    for rows, log_p, p in base:
+        total += kl_and_gradient(log_p, p, u_q[rows], softcap)
 
 
 def log_probabilities(u_p, softcap):
