@@ -217,11 +217,9 @@ def chunk_rows(weight):
 
 
 def pieces(logits):
-    """logits [n, V] -> slices of its rows: on a CPU as many at a time as its cache holds, elsewhere all."""
+    """logits [n, V] -> slices of its rows: on CUDA all, on a CPU as many at a time as its cache holds."""
     n, V = logits.shape
-    rows = n
-    if logits.device.type == "cpu":
-        rows = max(1, CACHED_ELEMENTS // V)
+    rows = n if logits.is_cuda else max(1, CACHED_ELEMENTS // V)
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
