@@ -32,9 +32,8 @@ import torch
 from lorasae.errors import InputError
 from lorasae.evals import firing
 from lorasae.evals.chat import Kept, chat
-from lorasae.evals.common import evaluating, interval, percent, plus_minus, progress
+from lorasae.evals.common import evaluating, interval, percent, plus_minus, print_table, progress
 from lorasae.evals.judges import LEXICAL, language_model, lexical
-from lorasae.runs.folder import print_table
 
 ALIVE = 15                                              # latents that fire on no more tokens are not asked about
 AROUND = 10                                             # a window is a token and as many on either side
