@@ -6,6 +6,8 @@ from functools import cache
 
 from tqdm import tqdm
 
+from lorasae.runs.folder import print_table
+
 
 @cache
 def t_quantile(df):

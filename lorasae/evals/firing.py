@@ -13,7 +13,7 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.evals.common import progress
-from lorasae.lora import adapters, base
+from lorasae.lora import adapted_layers, base
 
 ROW = 128                                               # tokens a row, BOS included: SAEBench's
 BATCH = 16                                              # rows at a time
@@ -37,23 +37,18 @@ def as_model(model, name):
     return base(model) if name == "base" else nullcontext()
 
 
-def adapted_blocks(model):
-    """The blocks that have adapters, in order."""
-    return sorted({int(name.split(".")[2]) for name in adapters(model)})        # model.layers.7.mlp.up_proj
-
-
 def reads_nothing_new(setting):
     """Whether every adapter comes after the first SAE's block, which then reads what it reads in the base model."""
     layer = next(iter(setting.saes))
-    return all(block > layer for block in adapted_blocks(setting.model))
+    return all(block > layer for block in adapted_layers(setting.model))
 
 
 def refuse_nothing_new(setting, suite):
     """InputError where base and adapted model are bound to score the same in a suite that only reads the SAE."""
     if reads_nothing_new(setting):
         layer = next(iter(setting.saes))
-        raise InputError(f"--suite {suite} would score base and adapted model the same: it asks only what the SAE at "
-                         f"layer {layer} reads, and this run's adapters are all after it; train one with --adapt all")
+        raise InputError(f"--suite {suite} would score base and adapted model exactly the same: it asks only what the SAE at "
+                         f"layer {layer} reads, and every adapter of this run lies after it; train one with --adapt all")
 
 
 def check_latents(latents, sae, layer):

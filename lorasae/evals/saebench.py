@@ -15,11 +15,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lorasae.errors import InputError
+from lorasae.evals import firing
 from lorasae.evals.common import evaluating, interval, plus_minus, print_table, progress
 from lorasae.evals.probes import Task
 from lorasae.io import labelled_saebench, labelled_stdlib
 from lorasae.io.labelled import DataSet, file_classes, file_pair
-from lorasae.lora import adapters, base
+from lorasae.lora import base
 
 LENGTH = 128                                            # tokens of a text, BOS included
 FIRST_SEED = 42                                         # SAEBench's only one
@@ -56,11 +57,7 @@ def pair_sets(source):
 def reading(setting, suite):
     """(layer, SAE) that a suite reads. InputError where no adapter lies before it: adapting would change nothing there."""
     layer, sae = next(iter(setting.saes.items()))
-    blocks = {int(name.split("layers.")[1].split(".")[0]) for name in adapters(setting.model)}
-    if min(blocks) > layer:
-        raise InputError(f"every adapter lies after block {layer}, whose output is all that --suite {suite} reads: its numbers "
-                         "would be exactly those of the base model. Evaluate a run with adapters on all blocks: python "
-                         f"train.py --model {setting.config.model} --layer {layer} --sae {setting.config.sae[0]} --adapt all")
+    firing.refuse_nothing_new(setting, suite)
     return layer, sae
 
 
