@@ -178,7 +178,7 @@ def setting(model, sae, corpus, tmp_path):
 
 def test_a_run_with_adapters_after_the_sae_is_refused_in_one_line_that_says_what_to_run(setting, labelled):
     adapt(setting.model, [2, 3])
-    with pytest.raises(InputError, match="after block 1.*--adapt all") as error:
+    with pytest.raises(InputError, match="after it.*--adapt all") as error:
         probing.evaluate(setting, SimpleNamespace(labelled=labelled, seeds=1))
     assert "\n" not in str(error.value)
 

@@ -6,7 +6,6 @@ from functools import cache
 
 from tqdm import tqdm
 
-from lorasae.runs.folder import print_table
 
 
 @cache
