@@ -10,13 +10,18 @@ import pytest
 import torch
 
 import train
+from conftest import GEMMA
 from helpers import command, metrics, read, refusal
 from lorasae.errors import InputError
 from lorasae.runs.config import Config
 from lorasae.runs.folder import Run, checksum, claim_default, read_checkpoint
 
 STEPS, EVERY = 60, 3
-pytestmark = pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
+
+
+@pytest.fixture
+def raw_config():
+    return GEMMA
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,6 @@ def test_mistakes_are_answered_in_one_line_and_leave_nothing(command, arguments,
     assert {path for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 @pytest.mark.parametrize("words, message", [
     (["--tokens", "many"], "'many' is not a positive number of tokens, such as 15M, 1.5e6 or 15_000_000"),
     (["--tokens", "²"], "'²' is not"), (["--tokens", "nan"], "'nan' is not"), (["--tokens", "inf"], "'inf' is not"),
