@@ -18,8 +18,8 @@ from os.path import isdir
 from pathlib import Path
 
 from lorasae.errors import InputError
-from lorasae.evals import (absorption, autointerp, benchmarks, distances, fidelity, latents, probing, saebench, scr,
-                           steering, tokens, tpp)
+from lorasae.evals import (absorption, autointerp, benchmarks, distances, fidelity, latents, probing, scr, steering,
+                           tokens, tpp)
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering
 from lorasae.io.disk import read_json, write_bytes, write_json
@@ -40,7 +40,7 @@ def arguments(argv):
     add("--suite", default="fidelity", help=f"comma-separated, of {', '.join(SUITES)} (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 (default: the run's)")
     add("--draw", action="store_true", help="only draw the pictures and pages, from the eval-NAME.json files that are there")
-    for name, suite in {"probing, scr, tpp, absorption": saebench, **SUITES}.items():
+    for name, suite in SUITES.items():
         if hasattr(suite, "add_options"):
             suite.add_options(parser.add_argument_group(name).add_argument)
 

@@ -1,6 +1,7 @@
-"""Files to documents, bad files, and datasets read from a Hub that drops, cuts and lies: lorasae/streams.py."""
+"""Files to documents, bad files, and datasets read from a Hub that drops, cuts and lies: io/streams.py, io/documents.py."""
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from lorasae.io import streams
+from lorasae.io import order, streams
 from lorasae.io.corpus import Corpus
 from lorasae.errors import InputError
 from lorasae.io.documents import DOCUMENT, Reader, read
@@ -372,6 +373,62 @@ def test_the_corpus_of_a_stream_survives_a_bad_connection(hub):
     rough = Corpus("pile", NUMBERED, 0, 1, **settings)
     assert (take(rough.batches(4), 20) == expected).all() and (rough.validation == calm.validation).all()
     assert not sources_of(expected) & sources_of(calm.validation)
+
+
+@pytest.mark.parametrize("name, pack", [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstd_compress)])
+def test_a_stream_goes_on_at_a_position_over_a_bad_connection(hub, monkeypatch, name, pack):
+    monkeypatch.setattr(order, "IN_MEMORY", 0)
+    monkeypatch.setattr(order, "SEGMENT", 3000)
+    hub.repositories["owner/name"] = {f"{part}/{name}": pack(lines([numbered(i) for i in range(part, 200, 4)])) for part in range(4)}
+    settings = dict(context=16, eval_tokens=160, seed=3)
+    first = Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, **settings)
+    with first.batches(4) as batches:
+        whole = list(itertools.islice(batches, 40))                        # about twice through
+    for done in (1, 12, 30):
+        hub.faults = ["drop", None, "cut", "whole", None, None, "busy"] * 3
+        again = Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, saved=first.held_out, **settings)
+        with again.batches(4, whole[done - 1][1]) as batches:
+            assert [tokens.tolist() for tokens, _ in itertools.islice(batches, 40 - done)] == [t.tolist() for t, _ in whole[done:]]
+
+
+def test_a_plain_file_of_the_hub_is_entered_where_a_run_stood(hub):
+    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY)}
+    file, = files("hf://datasets/owner/name/a.jsonl")
+    with Reader(file) as reader:
+        for _ in range(300):
+            reader.next()
+        place = reader.place
+    hub.ranges.clear()
+    with Reader(file, place=place) as reader:
+        assert reader.next() == [MANY[300]] and reader.place[1] == 301
+    assert hub.ranges == [place[0]]
+
+
+def test_a_dataset_that_has_changed_since_is_refused(hub):
+    hub.repositories["owner/name"] = {"a.jsonl": lines([numbered(i) for i in range(60)])}
+    settings = dict(context=16, eval_tokens=64)
+    _, position = next(Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, **settings).batches(1))
+    hub.repositories["owner/name"] = {"a.jsonl": lines([numbered(i) for i in range(60)]).replace(b"d1 ", b"d2 ")}
+    changed = Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, **settings)
+    with pytest.raises(InputError, match="has changed since .*: datasets/owner/name/a.jsonl is another file now"):
+        changed.batches(1, position)
+
+
+def test_a_run_on_the_hub_goes_on_from_the_cache(hub, tmp_path, monkeypatch, capsys):
+    data = lines([numbered(i) for i in range(60)])
+    hub.repositories["owner/name"] = {"data/a.jsonl": data}
+    settings = dict(context=16, eval_tokens=64)
+    with Corpus("hf://datasets/owner/name/data", NUMBERED, 0, 1, **settings).batches(1) as batches:
+        (_, position), (expected, _) = next(batches), next(batches)
+    cached = tmp_path / "cache" / "datasets--owner--name"
+    blob = write(cached / "blobs" / hashlib.sha1(data).hexdigest(), data)           # laid out as a download leaves it
+    write(cached / "refs" / "main", b"0" * 40)
+    link = cached / "snapshots" / ("0" * 40) / "data" / "a.jsonl"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with Corpus("hf://datasets/owner/name/data", NUMBERED, 0, 1, **settings).batches(1, position) as batches:
+        assert next(batches)[0].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("source, message", [

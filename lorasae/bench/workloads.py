@@ -2,7 +2,7 @@
 
 Exercised by `python -m lorasae.bench step`. Shapes: B batch, T tokens, M latents, N = B*T.
 """
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -33,6 +33,7 @@ class Case:
     batch: int = 1
     ahead: int = 8                                          # sequences whose frozen part runs at once (adapt.train)
     dtype: torch.dtype = torch.bfloat16
+    sae_dtype: torch.dtype = torch.float32                  # as the presets have it
 
     @property
     def gemma(self):
@@ -61,7 +62,7 @@ REAL = {
     "gemma-2-9b": Case(gemma(3584, 14336, 42, 16, 8, 256, 256), 20, 2 ** 17),
     "gemma-2-27b": Case(gemma(4608, 36864, 46, 32, 16, 128, 144), 22, 2 ** 17),
     "llama-3.2-1b": Case(llama(2048, 8192, 16, 32, 64, 32.0, True), 12, 2 ** 14),
-    "llama-3.1-8b": Case(llama(4096, 14336, 32, 32, 128, 8.0, False), 12, 2 ** 17),
+    "llama-3.1-8b": Case(llama(4096, 14336, 32, 32, 128, 8.0, False), 12, 2 ** 17, sae_dtype=torch.bfloat16),
 }
 SMALL = {name: Case(config, 4, 2048, rank=16, context=256, batch=2, ahead=2, dtype=torch.float32) for name, config in {
     "small gemma": gemma(256, 1024, 10, 8, 4, 32, 32, vocab=2 ** 15),
@@ -90,7 +91,7 @@ def random_setting(case, device):
         if case.gemma:
             sae.threshold.copy_(clear_thresholds(x @ sae.W_enc.T + sae.b_enc, l0=64))
     for name, p in sae.named_parameters():
-        p.data = p.data.to(torch.float32 if name == "threshold" else case.dtype)
+        p.data = p.data.to(torch.float32 if name == "threshold" else case.sae_dtype)
     return model, sae, tokens
 
 
@@ -110,15 +111,27 @@ def random_adapter(model, blocks, rank):
     return student
 
 
+@contextmanager
+def precision_of_train(device, tf32=True):
+    """As train.py has it: on CUDA fp32 products by TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 and device == "cuda" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Ours:
     """Calling it takes `ahead / batch` steps as adapt.train does; `answer` is the first one's loss, and its gradient.
 
     students: adapters of `model`, that train side by side.
     """
 
-    def __init__(self, case, model, sae, tokens, students, dropout=0.0):
+    def __init__(self, case, model, sae, tokens, students, dropout=0.0, tf32=True):
         self.case, self.model, self.saes, self.tokens = case, model, {case.layer: sae}, tokens
         self.students, self.dropout, self.compiled = students, dropout, tokens.is_cuda
+        self.tf32 = tf32
         self.own = [lora_parameters(student) for student in students]
         self.optimizer = torch.optim.AdamW(sum(self.own, []), lr=5e-5, weight_decay=0.01, fused=True)
         self.first = first_differing(attach_lora(model, *students), self.saes)
@@ -131,7 +144,7 @@ class Ours:
     def __call__(self):
         self.ready(True)
         batch = self.case.batch
-        with compiled_blocks(self.model) if self.compiled else nullcontext():
+        with self.as_train_py():
             for lesson in zip(*(tensor.split(batch) for tensor in self.lesson(self.tokens))):
                 take_step(self.model, self.saes, lesson, self.first, self.optimizer, self.own, batch_size=batch,
                           micro_batch=batch, clip=1.0, compiled=self.compiled)
@@ -139,11 +152,18 @@ class Ours:
     def answer(self):
         self.ready(False)
         batch = self.case.batch
-        with compiled_blocks(self.model) if self.compiled else nullcontext():
+        with self.as_train_py():
             losses = learn(self.model, self.saes, *self.lesson(self.tokens[:batch]), self.first, len(self.own), self.compiled)
         losses = losses / batch
         gradients = torch.autograd.grad(losses.sum(), sum(self.own, []))
         return {"loss": losses.detach(), **dict(zip(gradient_names(self.students), gradients))}
+
+    @contextmanager
+    def as_train_py(self):
+        """The blocks compiled, on a GPU, and fp32 products by TF32."""
+        compiled = compiled_blocks(self.model) if self.compiled else nullcontext()
+        with compiled, precision_of_train(self.tokens.device.type, self.tf32):
+            yield
 
     def ready(self, training):
         """The model is shared with other contenders: back to how this one wants it."""

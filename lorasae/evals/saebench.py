@@ -27,9 +27,9 @@ MODELS = ("base", "lora")
 
 
 def add_options(add):
-    add("--labelled", default="stdlib", metavar="WHAT", help="labelled texts: stdlib, saebench (or some of its sets by name, "
+    add("--labelled", default="stdlib", metavar="WHAT", help="texts of probing, scr and tpp: stdlib, saebench (or some of its sets by name, "
         "comma-separated), or a file of JSON lines with text, label and, for scr, attribute (default: %(default)s)")
-    add("--seeds", type=int, default=5, metavar="N", help="how often each number is measured anew; the paper measured once "
+    add("--seeds", type=int, default=5, metavar="N", help="how often each number of these and of absorption is measured anew; the paper measured once "
         "(default: %(default)s)")
 
 

@@ -159,7 +159,7 @@ def opened(file):
 def text_of(line, where, start, field):
     """The text in a line (bytes) of a JSON-lines file; `start` is the line's first byte."""
     try:
-        record = json.loads(line.decode())
+        record = json.loads(line.removeprefix(codecs.BOM_UTF8 if start == 0 else b"").decode())
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 text: byte {start + error.start:,} ({error.reason})") from None
     except json.JSONDecodeError as error:
