@@ -76,7 +76,8 @@ def test_a_run_leaves_everything_behind_and_eval_agrees_with_it(command, argumen
     assert results["kl_adapted"] < results["kl_sae"] and results["train_tokens"] == 1280 and config["steps"] == 20
     assert config["rank"] == [4] and config["layer"] == [1] and config["versions"].keys() == {"python", "torch", "numpy"}
     assert [line["step"] for line in metrics(run)] == [10, 20]
-    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "results.json", "adapter", "checkpoint"}
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "held-out.safetensors", "before.json", "metrics.jsonl", "checkpoint", "adapter", "results.json"}
     assert {path.name for path in (run / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
     process = command("eval.py", pasted)
@@ -163,7 +164,6 @@ def test_mistakes_are_answered_in_one_line_and_leave_nothing(command, arguments,
     assert {path for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 @pytest.mark.parametrize("words, message", [
     (["--tokens", "many"], "'many' is not a positive number of tokens, such as 15M, 1.5e6 or 15_000_000"),
     (["--tokens", "²"], "'²' is not"), (["--tokens", "nan"], "'nan' is not"), (["--tokens", "inf"], "'inf' is not"),
@@ -241,7 +241,11 @@ def test_what_cannot_be_resumed_or_merged_is_one_clear_line(command, arguments, 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "gemma2"}')
     assert "not written by train.py" in one_line(command("train.py", "--resume", "other"))
+    assert "not written by train.py" in one_line(command("train.py", "--merge", "other"))
+    (tmp_path / "other" / "config.json").write_text('{"model": "tiny-gemma-2", "method": "topk", "layer": [2], "data": "stdlib"}')
     assert "nothing to merge" in one_line(command("train.py", "--merge", "other"))
+    (tmp_path / "other" / "config.json").write_text('{"model": "tiny-gemma-2", "method": "lora", "layer": [2], "data": "stdlib"}')
+    assert "--resume other" in one_line(command("train.py", "--merge", "other"))
 
 
 def test_the_headline_run_has_41_million_trainable_parameters():

@@ -330,8 +330,9 @@ def checksum(state):
     def feed(value):
         if isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{list(value.shape)}".encode())
-            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(raw.numpy().data)
+            value = value.detach().cpu().contiguous()
+            flat = value.as_strided((value.numel(),), (1,))             # a single number may come with a stride of 0
+            digest.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
             for key in value:
                 digest.update(repr(key).encode())
