@@ -131,11 +131,11 @@ def test_letters_without_candidates_count_zero_and_saebenchs_mean_leaves_them_ou
 
 # ---- Planted SAEs -----------------------------------------------------------------------------------------------------
 
-D, EACH = 64, 40
+D, EACH = 64, 20
 
 
 def spelled(absorbing):
-    """x [26 · EACH, D]: each letter has a direction; so has each of ten words of S. And an SAE, which may let them absorb it.
+    """x [26 · EACH, D]: each letter has a direction; so has each of seven words of S. And an SAE, which may let them absorb it.
 
     An absorbing SAE writes the letter with such a word's own latent, and keeps the letter's latent silent there.
     """
@@ -143,13 +143,13 @@ def spelled(absorbing):
     letters = torch.arange(26).repeat_interleave(EACH)
     x = 0.05 * torch.randn(len(letters), D, generator=generator)
     x[torch.arange(len(x)), letters] += 3
-    odd = (letters == 18).nonzero().flatten()[::4]
-    own = torch.arange(40, 50)
+    odd = (letters == 18).nonzero().flatten()[::3]
+    own = torch.arange(40, 47)
     x[odd, own] += 3
 
-    sae = JumpReLU(D, 36)
+    sae = JumpReLU(D, 33)
     sae.W_enc.data[:26, :26] = torch.eye(26)
-    sae.W_enc.data[26:, own] = torch.eye(10)
+    sae.W_enc.data[26:, own] = torch.eye(7)
     sae.W_dec.data = sae.W_enc.data.clone()
     sae.b_enc.data.fill_(-1)
     if absorbing:
