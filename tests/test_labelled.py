@@ -1,4 +1,4 @@
-"""Labelled texts: what gives a class away is gone, training and test never meet, SAEBench's cuts, and errors in one line."""
+"""Labelled texts: what gives a class away is gone, training and test never meet, SAEBench's cuts, errors in one line."""
 import json
 import random
 import re
@@ -80,7 +80,7 @@ def test_a_file_is_split_into_code_and_documentation():
     assert [line for line in documentation if line] == ["Width", "times height.", "a product"]
 
 
-# ---- The user's file -------------------------------------------------------------------------------------------------
+# ---- The user's file ------------------------------------------------------------------------------------------------
 
 def write(tmp_path, rows):
     path = tmp_path / "texts.jsonl"
@@ -143,7 +143,7 @@ def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
         class_sets("imdb", "tpp")
 
 
-# ---- SAEBench's data sets -----------------------------------------------------------------------------------------------
+# ---- SAEBench's data sets -------------------------------------------------------------------------------------------
 
 def bios_split(per_quadrant, seed):
     """Rows of all professions and both genders, shuffled, as columns: what load_dataset returns, column by column."""
@@ -156,7 +156,7 @@ def bios_split(per_quadrant, seed):
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """A `datasets` package whose load_dataset answers from this dictionary, {(repository, names ..): what it returns}."""
+    """A `datasets` package whose load_dataset answers from a dictionary, {(repository, names ..): what it returns}."""
     answers, calls = {}, []
 
     def load_dataset(*names, **options):
@@ -211,7 +211,8 @@ def test_scr_takes_the_first_rows_of_each_quadrant_in_their_order(fakes):
 
 def test_languages_and_code_are_the_first_of_a_stream_shuffled_one_after_the_other(fakes):
     for language, pair in labelled_saebench.LANGUAGES.items():
-        fakes.answers["Helsinki-NLP/europarl", pair] = [{"translation": {language: f"{language}{i}"}} for i in range(3000)]
+        rows = [{"translation": {language: f"{language}{i}"}} for i in range(3000)]
+        fakes.answers["Helsinki-NLP/europarl", pair] = rows
     cut = labelled_saebench.europarl(42)
     rng = random.Random(42)
     for language in labelled_saebench.LANGUAGES:

@@ -235,6 +235,6 @@ def chosen(source, suite):
     names = list(sets) if source == "saebench" else source.split(",")
     for name in names:
         if name not in sets:
-            raise InputError(f"--labelled {name}: expected stdlib, saebench, a .jsonl file, or for --suite {suite} some "
-                             f"of {','.join(sets)}")
+            raise InputError(f"--labelled {name}: expected stdlib, saebench, a .jsonl file, or, for --suite {suite}, "
+                             f"some of {','.join(sets)}")
     return [DataSet(name, sets[name]) for name in names]
