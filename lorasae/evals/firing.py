@@ -6,6 +6,7 @@ reads the residual stream, and nothing is spliced in. BOS and EOS positions neve
 Shapes: N rows, B of them at a time, T tokens a row, D d_model, M latents. A place is a position in the flattened rows:
 n T + t.
 """
+import shlex
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -48,7 +49,19 @@ def refuse_nothing_new(setting, suite):
     if reads_nothing_new(setting):
         layer = next(iter(setting.saes))
         raise InputError(f"--suite {suite} would score base and adapted model exactly the same: it asks only what the SAE at "
-                         f"layer {layer} reads, and every adapter of this run lies after it; train one with --adapt all")
+                         f"layer {layer} reads, and every adapter of this run lies after it. Train one that has them on all "
+                         f"blocks: {adapt_all(setting.config)}")
+
+
+def adapt_all(config):
+    """The command that trains a run like this one, with adapters on all blocks."""
+    words = ["python", "train.py", "--model", config.model, "--layer", *map(str, config.layer)]
+    if config.sae:
+        words += ["--sae", *config.sae]
+    for option in ("width", "l0"):
+        if getattr(config, option, None):
+            words += [f"--{option}", str(getattr(config, option))]
+    return shlex.join([*words, "--adapt", "all"])
 
 
 def check_latents(latents, sae, layer):
