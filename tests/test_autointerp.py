@@ -53,7 +53,8 @@ def setting(model, raw_config, tmp_path):
     for module in adapters(model).values():
         torch.nn.init.normal_(module.lora_B.weight, std=0.02)
     (tmp_path / "run").mkdir()
-    return SimpleNamespace(model=model, saes={1: sae}, corpus=corpus, folder=tmp_path / "run", config=None)
+    return SimpleNamespace(model=model, saes={1: sae}, corpus=corpus, folder=tmp_path / "run",
+                           config=SimpleNamespace(model="tiny", layer=(1,), sae=("sae",)))
 
 
 one_family = pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)   # where the family can change nothing
