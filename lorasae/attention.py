@@ -178,9 +178,6 @@ def positions(config, start, x):
     return Positions(rotary, masks)
 
 
-places = positions                                      # the name that model.py imports
-
-
 class Attention(nn.Module):
     """Grouped-query attention: softmax(cap(q kᵀ scale)) v with rotary q and k, optionally soft-capped and windowed."""
 

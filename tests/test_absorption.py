@@ -42,7 +42,8 @@ def test_a_prompt_answers_ten_other_words_and_asks_for_this_one():
     text = prompt(" snake", examples, random.Random(0))
     lines = text.split("\n")
     assert len(lines) == 11 and lines[-1] == " snake has the first letter:"
-    assert set(lines[:-1]) == {"cat has the first letter: C", " dog has the first letter: D", "eel has the first letter: E"}
+    assert set(lines[:-1]) == {"cat has the first letter: C", " dog has the first letter: D",
+                               "eel has the first letter: E"}
 
 
 def test_prompts_are_read_at_the_words_own_token():
@@ -57,7 +58,7 @@ def test_prompts_are_read_at_the_words_own_token():
 
 
 def test_the_offset_is_the_tokenizers():
-    """Letter by letter, the question has 22 tokens: SAEBench's sixth token from the end would be in the middle of it."""
+    """Letter by letter the question has 22 tokens: SAEBench's sixth from the end would be in the middle of it."""
     alphabet = {character: i for i, character in enumerate(string.ascii_letters + " :\n")}
     tokenizer = Tokenizer(models.BPE(alphabet, []))
     found = words(tokenizer)
@@ -69,7 +70,7 @@ def test_the_offset_is_the_tokenizers():
 def test_a_tokenizer_that_joins_the_word_with_the_question_is_refused():
     vocabulary = {"<unk>": 0} | {f" {word}": i for i, word in enumerate(string.ascii_lowercase, 1)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")            # " a has the first letter:" is one token
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")        # " a has the first letter:" is one token
     with pytest.raises(InputError, match="joins the word with what follows"):
         ask(words(tokenizer), tokenizer, 26, seed=0)
 
@@ -82,7 +83,7 @@ def test_residuals_are_read_at_that_place(model):
         torch.testing.assert_close(row, x[0, -3], atol=1e-4, rtol=1e-4)
 
 
-# ---- The criterion ----------------------------------------------------------------------------------------------------
+# ---- The criterion --------------------------------------------------------------------------------------------------
 
 def directions(*rows):
     sae = JumpReLU(len(rows[0]), len(rows))
@@ -129,13 +130,13 @@ def test_letters_without_candidates_count_zero_and_saebenchs_mean_leaves_them_ou
     assert found["candidates"] == 6 and found["known"] == 4
 
 
-# ---- Planted SAEs -----------------------------------------------------------------------------------------------------
+# ---- Planted SAEs ---------------------------------------------------------------------------------------------------
 
-D, EACH = 64, 40
+D, EACH = 64, 20
 
 
 def spelled(absorbing):
-    """x [26 · EACH, D]: each letter has a direction; so has each of ten words of S. And an SAE, which may let them absorb it.
+    """x [26 · EACH, D]: each letter has a direction, and so has each of seven words of S; and an SAE.
 
     An absorbing SAE writes the letter with such a word's own latent, and keeps the letter's latent silent there.
     """
@@ -143,13 +144,13 @@ def spelled(absorbing):
     letters = torch.arange(26).repeat_interleave(EACH)
     x = 0.05 * torch.randn(len(letters), D, generator=generator)
     x[torch.arange(len(x)), letters] += 3
-    odd = (letters == 18).nonzero().flatten()[::4]
-    own = torch.arange(40, 50)
+    odd = (letters == 18).nonzero().flatten()[::3]
+    own = torch.arange(40, 47)
     x[odd, own] += 3
 
-    sae = JumpReLU(D, 36)
+    sae = JumpReLU(D, 33)
     sae.W_enc.data[:26, :26] = torch.eye(26)
-    sae.W_enc.data[26:, own] = torch.eye(10)
+    sae.W_enc.data[26:, own] = torch.eye(7)
     sae.W_dec.data = sae.W_enc.data.clone()
     sae.b_enc.data.fill_(-1)
     if absorbing:
@@ -164,7 +165,8 @@ def measured(absorbing):
     test = torch.zeros(len(x), dtype=torch.bool)
     test[torch.arange(len(x)) % 5 == 0] = True
     again = x[test]
-    counts = absorption.absorption(sae, (x[~test], letters[~test]), (x[test], letters[test]), lambda rows: again[rows], seed=0)
+    train, test_set = (x[~test], letters[~test]), (x[test], letters[test])
+    counts = absorption.absorption(sae, train, test_set, lambda rows: again[rows], seed=0)
     return counts, int(test[odd].sum())
 
 
@@ -192,7 +194,7 @@ def test_letter_probes_find_directions_of_letters():
     assert sparse.weight.abs().sum() < 0.8 * probe.weight.abs().sum()
 
 
-# ---- The whole suite --------------------------------------------------------------------------------------------------
+# ---- The whole suite ------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def setting(tmp_path):

@@ -411,7 +411,7 @@ def test_fresh_adapters_score_exactly_as_the_base_model(setting):
 def test_adapters_after_the_sae_have_nothing_to_be_judged(setting, model):
     after = {name: module for name, module in detach_lora(model).items() if int(name.split(".")[2]) > 1}
     attach_lora(model, after)
-    assert firing.adapted_blocks(model) == [2, 3] and firing.reads_nothing_new(setting)
+    assert firing.reads_nothing_new(setting)
     rows, sae = firing.rows_of(setting.corpus), setting.saes[1]
     adapted = firing.firings(model, sae, 1, rows, [3])[3]
     with base(model):
@@ -472,7 +472,7 @@ def test_a_latent_whose_answer_names_no_windows_is_left_out_and_counted(setting,
 
 @one_family
 @pytest.mark.parametrize("how, message", [
-    ({"latents": [24]}, "0 to 23"), ({"latents": [-1]}, "0 to 23"), ({"judge_latents": 1}, "at least"),
+    ({"latents": [24]}, "0 to 23"), ({"latents": [-1]}, "0 to 23"), ({"judge_latents": 0}, "at least"),
     ({"judge_seeds": 0}, "at least"), ({"judge": "nonsense"}, "http")])
 def test_what_cannot_be_judged_is_one_clear_line(setting, how, message):
     with pytest.raises(InputError, match=message) as refused:
@@ -486,6 +486,9 @@ def test_named_latents_are_judged(setting):
     some = [row["latent"] for row in all_of_them["rows"]][:3]
     numbers = autointerp.evaluate(setting, options(latents=some + some[:1]))
     assert [row["latent"] for row in numbers["rows"]] == some
+    alone = autointerp.evaluate(setting, options(latents=some[:1]))
+    assert alone["rows"] == numbers["rows"][:1] and alone["score"]["base"]["ci90"] is None
+    autointerp.show(alone)
     assert numbers["rows"] == all_of_them["rows"][:3]                           # whatever other latents are judged
 
 

@@ -1,4 +1,4 @@
-"""Labelled texts: what gives a class away is gone, training and test never meet, SAEBench's cuts, and errors in one line."""
+"""Labelled texts: what gives a class away is gone, training and test never meet, SAEBench's cuts, errors in one line."""
 import json
 import random
 import re
@@ -80,7 +80,7 @@ def test_a_file_is_split_into_code_and_documentation():
     assert [line for line in documentation if line] == ["Width", "times height.", "a product"]
 
 
-# ---- The user's file -------------------------------------------------------------------------------------------------
+# ---- The user's file ------------------------------------------------------------------------------------------------
 
 def write(tmp_path, rows):
     path = tmp_path / "texts.jsonl"
@@ -143,7 +143,7 @@ def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
         class_sets("imdb", "tpp")
 
 
-# ---- SAEBench's data sets -----------------------------------------------------------------------------------------------
+# ---- SAEBench's data sets -------------------------------------------------------------------------------------------
 
 def bios_split(per_quadrant, seed):
     """Rows of all professions and both genders, shuffled, as columns: what load_dataset returns, column by column."""
@@ -156,7 +156,7 @@ def bios_split(per_quadrant, seed):
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """A `datasets` package whose load_dataset answers from this dictionary, {(repository, names ..): what it returns}."""
+    """A `datasets` package whose load_dataset answers from a dictionary, {(repository, names ..): what it returns}."""
     answers, calls = {}, []
 
     def load_dataset(*names, **options):
@@ -172,7 +172,7 @@ def fakes(monkeypatch):
 def test_professions_are_sampled_as_pandas_samples_them_balanced_by_gender(fakes):
     pandas = pytest.importorskip("pandas", reason="the oracle")
     fakes.answers["LabHC/bias_in_bios",] = data = {"train": bios_split(1100, 0), "test": bios_split(260, 1)}
-    cut = labelled_saebench.SUITES["probing"]["bias_in_bios_2"](42)
+    cut = labelled_saebench.suite_sets("probing")["bias_in_bios_2"](42)
     assert list(cut.train) == ["11", "13", "14", "18", "19"]
     for side, split, count in zip(cut, ("train", "test"), (1000, 250)):
         frame = pandas.DataFrame(data[split])
@@ -190,18 +190,18 @@ def test_sentiment_and_news_are_sampled_by_class_alone(fakes):
              "category": [1] * 12_000, "rating": rng.choice([1.0, 5.0], 12_000).tolist()}
     for name in ("fancyzhx/ag_news", labelled_saebench.AMAZON):
         fakes.answers[name,] = {"train": split, "test": split}
-    news = labelled_saebench.SUITES["probing"]["ag_news"](42)
+    news = labelled_saebench.suite_sets("probing")["ag_news"](42)
     assert [(label, len(texts)) for label, texts in news.train.items()] == [(c, 2000) for c in "0123"]
     of_class = [text for text, label in zip(split["text"], split["label"]) if label == 2]
     picked = np.random.RandomState(42).choice(len(of_class), 500, replace=False)
     assert news.test["2"] == [of_class[i] for i in picked]
-    sentiment = labelled_saebench.SUITES["probing"]["amazon_sentiment"](42)
+    sentiment = labelled_saebench.suite_sets("probing")["amazon_sentiment"](42)
     assert [len(texts) for texts in sentiment.test.values()] == [500, 500] and list(sentiment.test) == ["1.0", "5.0"]
 
 
 def test_scr_takes_the_first_rows_of_each_quadrant_in_their_order(fakes):
     fakes.answers["LabHC/bias_in_bios",] = data = {"train": bios_split(1500, 0), "test": bios_split(300, 1)}
-    cut = labelled_saebench.SUITES["scr"]["professor/nurse"](42)
+    cut = labelled_saebench.suite_sets("scr")["professor/nurse"](42)
     assert list(cut.train) == [("21", "0"), ("21", "1"), ("13", "0"), ("13", "1")]
     columns = data["test"]
     first = [text for text, p, g in zip(*columns.values()) if (p, g) == (13, 1)][:250]
@@ -211,7 +211,8 @@ def test_scr_takes_the_first_rows_of_each_quadrant_in_their_order(fakes):
 
 def test_languages_and_code_are_the_first_of_a_stream_shuffled_one_after_the_other(fakes):
     for language, pair in labelled_saebench.LANGUAGES.items():
-        fakes.answers["Helsinki-NLP/europarl", pair] = [{"translation": {language: f"{language}{i}"}} for i in range(3000)]
+        rows = [{"translation": {language: f"{language}{i}"}} for i in range(3000)]
+        fakes.answers["Helsinki-NLP/europarl", pair] = rows
     cut = labelled_saebench.europarl(42)
     rng = random.Random(42)
     for language in labelled_saebench.LANGUAGES:
@@ -232,12 +233,12 @@ def test_languages_and_code_are_the_first_of_a_stream_shuffled_one_after_the_oth
 def test_what_is_missing_is_said_in_one_line(fakes, monkeypatch):
     fakes.answers["LabHC/bias_in_bios",] = ConnectionError("Couldn't reach the Hub\nand more")
     with pytest.raises(InputError, match="cannot load the data set LabHC/bias_in_bios .*--labelled stdlib") as error:
-        labelled_saebench.SUITES["tpp"]["bias_in_bios_1"](42)
+        labelled_saebench.suite_sets("tpp")["bias_in_bios_1"](42)
     assert "\n" not in str(error.value)
 
     fakes.answers["LabHC/bias_in_bios",] = {"train": bios_split(20, 0), "test": bios_split(20, 1)}
     with pytest.raises(InputError, match="has 20 texts, but SAEBench takes 1,000"):
-        labelled_saebench.SUITES["tpp"]["bias_in_bios_1"](42)
+        labelled_saebench.suite_sets("tpp")["bias_in_bios_1"](42)
 
     def broken():
         yield {"translation": {"en": "a"}}
@@ -249,11 +250,11 @@ def test_what_is_missing_is_said_in_one_line(fakes, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install datasets"):
-        labelled_saebench.SUITES["tpp"]["bias_in_bios_1"](42)
+        labelled_saebench.suite_sets("tpp")["bias_in_bios_1"](42)
 
 
 def test_every_suite_has_the_papers_data_sets():
-    assert [len(labelled_saebench.SUITES[suite]) for suite in ("probing", "tpp", "scr")] == [8, 2, 8]
+    assert [len(labelled_saebench.suite_sets(suite)) for suite in ("probing", "tpp", "scr")] == [8, 2, 8]
     assert [data.name for data in class_sets("saebench", "tpp")] == ["bias_in_bios_1", "amazon_categories"]
     assert [data.name for data in class_sets("europarl,ag_news", "probing")] == ["europarl", "ag_news"]
     assert labelled_stdlib.class_sets("tpp")[0].name == "packages"

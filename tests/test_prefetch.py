@@ -112,9 +112,28 @@ def test_a_prefetch_within_a_prefetch_ends_with_it():
     assert not prefetch_threads()
 
 
-def test_checking_outside_of_a_background_thread_does_nothing():
-    check()
-    assert issubclass(Unwanted, BaseException) and not issubclass(Unwanted, Exception)
+def test_the_end_of_the_program_is_not_taken_for_the_end_of_the_items():
+    """The thread within may see it first; the one around it must not go on as if all items had been there."""
+    program = """
+import sys, time
+from lorasae.io.prefetch import Prefetch, pause
+
+def endless():
+    yield 0
+    while True:
+        pause(0.01)
+
+def outer():
+    with Prefetch(endless(), depth=1) as inner:
+        yield from inner
+    print("the items ended", flush=True)
+
+ahead = [Prefetch(outer()) for _ in range(5)]
+for one in ahead:
+    next(one)
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 PROGRAM = """

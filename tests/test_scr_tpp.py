@@ -1,4 +1,4 @@
-"""SCR and TPP: the published toy values, ablation of means against ablation token by token, planted and shuffled concepts."""
+"""SCR and TPP: the published toy values, ablated means against ablated tokens, planted and shuffled concepts."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ def as_means(sae, x):
     return Means(x, sae.encode(x), torch.ones(len(x)))
 
 
-# ---- The formulas -----------------------------------------------------------------------------------------------------
+# ---- The formulas ---------------------------------------------------------------------------------------------------
 
 def test_scr_reports_the_direction_in_which_the_biased_probe_is_worse():
     dir1, dir2, reported = scr.shift(clean=(0.90, 0.95), biased=(0.70, 0.80), ablated=(0.78, 0.88))
@@ -51,7 +51,7 @@ def test_the_average_over_thresholds_is_the_papers():
         assert sum(column) / 7 == pytest.approx(scr.PAPER["average"][model], abs=6e-4)
 
 
-# ---- Ablation -----------------------------------------------------------------------------------------------------------
+# ---- Ablation -------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def texts():
@@ -85,7 +85,7 @@ def test_ablating_the_means_is_ablating_every_token(texts, kind):
 def test_the_published_ablation_counts_padding(texts):
     sae, (x, counted) = random_sae(), texts
     padded = torch.zeros(5, saebench.LENGTH, 16)
-    padded[:, :12] = x * counted[..., None]                                 # what SAEBench hands over: zero where masked
+    padded[:, :12] = x * counted[..., None]                                 # SAEBench's input: zero where masked
     chosen = sae.encode(torch.zeros(16)).nonzero().flatten()
     assert len(chosen)
 
@@ -93,7 +93,8 @@ def test_the_published_ablation_counts_padding(texts):
     published = (padded.sum(1) - (z[..., chosen] @ sae.W_dec[chosen]).sum(1)) / counted.sum(1, keepdim=True)
     means = means_of(sae, x, counted)
     torch.testing.assert_close(ablate(sae, means, chosen, count_padding=True), published, atol=1e-5, rtol=1e-4)
-    assert (published - ablate(sae, means, chosen)).norm(dim=1).argmax() == counted.sum(1).argmin()     # the shortest most
+    moved = (published - ablate(sae, means, chosen)).norm(dim=1)
+    assert moved.argmax() == counted.sum(1).argmin()                        # the shortest text most
 
 
 def test_ablating_nothing_changes_nothing(texts):
@@ -110,7 +111,7 @@ def test_as_many_latents_are_ablated_as_have_an_effect():
     assert sorted(strongest(effects, 50).tolist()) == [1, 3, 4]
 
 
-# ---- Planted concepts -----------------------------------------------------------------------------------------------------
+# ---- Planted concepts -----------------------------------------------------------------------------------------------
 
 CLASSES, EACH, D = 10, 90, 32
 
@@ -189,7 +190,7 @@ def test_the_three_probes_see_the_texts_that_saebench_gives_them():
 
 
 def test_a_probe_of_one_task_does_not_feel_the_others():
-    (x, cut), task = class_texts(0), one_against_rest([EACH] * CLASSES, 42)
+    (x, _), task = class_texts(0), one_against_rest([EACH] * CLASSES, 42)
     alone = concept_probes(x, task, seed=1)
     others = task._replace(labels=torch.cat([task.labels[:1], 1 - task.labels[1:]]))
     beside = concept_probes(x, others, seed=1)

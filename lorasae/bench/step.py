@@ -8,7 +8,6 @@ import torch
 from lorasae.bench.race import differing_tensors, race, timed
 from lorasae.bench.workloads import REAL, SMALL, TINY, InTurn, Ours, flops_per_token, random_adapter, random_setting
 from lorasae.io.adapters import adapter_state
-from lorasae.io.corpus import special_mask
 from lorasae.linear import linear
 from lorasae.lora import attach_lora
 
@@ -74,7 +73,7 @@ def lora_contenders(case, peers, device):
     if peers:
         from lorasae.bench.peers import Peer, attention_name
         adapter = adapter_state(attach_lora(model, student))
-        keep = None if sae.on_special else special_mask(tokens, case.config.bos_token_id, case.config.eos_token_id)
+        keep = None if sae.on_special else model.special(tokens)
         peer = partial(Peer, case, weights, adapter, sae, tokens, keep)
         contenders["official"] = peer(tuned=False)
         contenders[f"tuned, {attention_name(case.config, tokens.is_cuda)}"] = peer(tuned=True)

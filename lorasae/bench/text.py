@@ -1,12 +1,13 @@
 """Text to packed tokens (io/corpus.py): python -m lorasae.bench data"""
-import itertools
 from functools import partial
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from lorasae.bench.race import race, speed, timed
-from lorasae.io.corpus import Corpus, mixed, pack
+from lorasae.io.corpus import Corpus
+from lorasae.io.order import all_documents
+from lorasae.io.packing import pack
 from lorasae.io.presets import TINY as EMBEDDED
 from lorasae.io.streams import standard_library
 
@@ -16,7 +17,7 @@ TOKENIZER, BOS, EOS = EMBEDDED / "gemma-2" / "tokenizer.json", 2, 1
 def bench_data(device, quick):
     """The standard library's sources through the embedded tokenizer (4,096 tokens): packing, and a run's batches."""
     context, batch, count, some = (32, 2, 100, 5) if quick else (1024, 8, 100, 400)
-    documents = list(itertools.islice(mixed(standard_library(), None, at_once=1), some))
+    documents = all_documents(standard_library(), None)[:some]
     build = partial(pack_contenders, documents, context)
     tokens = context * len(build(device)["lorasae"]())
     rows = race(f"packing, {some} documents", build, differing_chunks, 3, device, memory=False)

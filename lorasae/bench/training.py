@@ -6,31 +6,7 @@ from dataclasses import replace
 from lorasae import dictionary
 from lorasae.bench.race import speed, synchronise
 from lorasae.bench.workloads import REAL, SMALL, TINY, random_setting
-
-
-class Watch:
-    """Stands in for a run.Run: times a training loop in groups of `ahead` sequences, writes nothing, and ends it."""
-
-    def __init__(self, case, groups, device):
-        self.group, self.groups, self.device = case.ahead // case.batch, groups, device
-        self.config, self.seconds, self.values = {"batch_size": case.batch}, [], {}
-
-    def restore(self, parameters, optimizer):
-        return 0
-
-    def progress(self, start, steps):
-        for group in range(1 + self.groups):                # the first is not counted
-            synchronise(self.device)
-            begun = time.perf_counter()
-            yield from range(group * self.group, (group + 1) * self.group)
-            synchronise(self.device)
-            self.seconds.append(time.perf_counter() - begun)
-
-    def log(self, step, **values):
-        self.values = values
-
-    def checkpoint_due(self, step):
-        return False
+from lorasae.runs.config import Config
 
 
 def bench_sae(device, quick):
@@ -41,17 +17,38 @@ def bench_sae(device, quick):
     D, rows = case.config.hidden_size, []
     for method in ("topk", "jumprelu", "e2e"):
         sae = dictionary.new_sae(method, D, case.width, k=64).to(device)
-        watch = Watch(case, 3 if quick else 7, device)
-        dictionary.train(model, sae, case.layer, lambda skip: turns(tokens, case.batch), watch, steps=10 ** 6, lr=1e-4,
-                         clip=1.0, batch_size=case.batch, at_once=case.ahead, end_to_end=method == "e2e", l0=64)
-        for name, value in watch.values.items():
+        seconds, values = timed_groups(model, sae, case, tokens, method, groups=3 if quick else 7)
+        for name, value in values.items():
             if not math.isfinite(value):
                 raise RuntimeError(f"SAE training, {method}: {name} is {float(value)}")
-        rows.append(speed(f"SAE training, {method}, D {D} M {case.width}", watch.seconds[1:], tokens.numel()))
+        rows.append(speed(f"SAE training, {method}, D {D} M {case.width}", seconds, tokens.numel()))
     return rows
 
 
-def turns(tokens, batch):
-    """The batches of tokens, again and again."""
+def timed_groups(model, sae, case, tokens, method, groups):
+    """(seconds of each group of `ahead` sequences, what the last step logged). A first group is not counted."""
+    end_to_end, size = method == "e2e", case.ahead // case.batch
+    config = Config(method=method, lr=1e-4, l0=64, batch_size=case.batch, context=case.context,
+                    tokens=(1 + groups) * tokens.numel(), device=tokens.device.type)
+    training = dictionary.begin(sae, config)
+    seen = dictionary.observe(model, sae, case.layer, tokens[:case.batch], end_to_end=False)
+    dictionary.fit(sae, training, seen, config.l0)
+
+    seconds, values, begun = [], {}, time.perf_counter()
+    observations = repeated(model, sae, case, tokens, end_to_end)
+    for step, values in dictionary.train(model, sae, case.layer, observations, training, config):
+        if step % size == 0:
+            synchronise(tokens.device.type)
+            now = time.perf_counter()
+            seconds.append(now - begun)
+            begun = now
+    return seconds[1:], values
+
+
+def repeated(model, sae, case, tokens, end_to_end):
+    """The Observations of the same tokens again and again, the frozen part of all of them at once."""
     while True:
-        yield from tokens.split(batch)
+        seen = dictionary.observe(model, sae, case.layer, tokens, end_to_end)
+        tensors = seen if end_to_end else seen[:2]
+        for parts in zip(*(tensor.split(case.batch) for tensor in tensors)):
+            yield dictionary.Observation(*parts)

@@ -13,13 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorasae import dictionary
 from lorasae import attention as layers
-from lorasae.adapt import adapted_blocks, compiled_blocks, first_differing, learn, take_step, teach
-from lorasae.io.corpus import special_mask
+from lorasae import adapt
+from lorasae.adapt import adapted_blocks, compiled_blocks, first_differing, teach
 from lorasae.gemma2 import Gemma2Config
-from lorasae.llama3 import Llama3Config, RopeScaling
 from lorasae.io.adapters import PREFIX
+from lorasae.llama3 import Llama3Config, RopeScaling
 from lorasae.lora import add_lora, attach_lora, base, detach_lora, lora_parameters
 from lorasae.model import Transformer
+from lorasae.runs import sweep
+from lorasae.runs.config import Config
 
 
 @dataclass(frozen=True)
@@ -130,45 +132,45 @@ class Ours:
 
     def __init__(self, case, model, sae, tokens, students, dropout=0.0, tf32=True):
         self.case, self.model, self.saes, self.tokens = case, model, {case.layer: sae}, tokens
-        self.students, self.dropout, self.compiled = students, dropout, tokens.is_cuda
-        self.tf32 = tf32
-        self.own = [lora_parameters(student) for student in students]
-        self.optimizer = torch.optim.AdamW(sum(self.own, []), lr=5e-5, weight_decay=0.01, fused=True)
-        self.first = first_differing(attach_lora(model, *students), self.saes)
-
-    def lesson(self, tokens):
-        sae, config = self.saes[self.case.layer], self.case.config
-        keep = special_mask(tokens, config.bos_token_id, config.eos_token_id) & (not sae.on_special)
-        return *teach(self.model, self.saes, tokens, keep, self.first), keep
+        self.students, self.dropout, self.tf32 = students, dropout, tf32
+        self.config = Config(batch_size=case.batch, context=case.context, device=tokens.device.type)
+        groups = [{"params": lora_parameters(student)} for student in students]
+        self.optimizer = adapt.adamw(groups, self.config)
+        self.first = first_differing(attach_lora(model, students[0]), self.saes)
 
     def __call__(self):
         self.ready(True)
-        batch = self.case.batch
+        step = (self.model, self.saes)
         with self.as_train_py():
-            for lesson in zip(*(tensor.split(batch) for tensor in self.lesson(self.tokens))):
-                take_step(self.model, self.saes, lesson, self.first, self.optimizer, self.own, batch_size=batch,
-                          micro_batch=batch, clip=1.0, compiled=self.compiled)
+            lessons = teach(*step, self.tokens, self.first)
+            for lesson in adapt.split(lessons, self.case.batch):
+                if len(self.students) == 1:
+                    adapt.take_step(*step, lesson, self.first, self.optimizer, self.config)
+                else:
+                    sweep.take_step(*step, lesson, self.first, self.optimizer, self.students, self.config)
 
     def answer(self):
         self.ready(False)
-        batch = self.case.batch
+        step = (self.model, self.saes)
         with self.as_train_py():
-            losses = learn(self.model, self.saes, *self.lesson(self.tokens[:batch]), self.first, len(self.own), self.compiled)
-        losses = losses / batch
-        gradients = torch.autograd.grad(losses.sum(), sum(self.own, []))
-        return {"loss": losses.detach(), **dict(zip(gradient_names(self.students), gradients))}
+            lesson = teach(*step, self.tokens[:self.case.batch], self.first)
+            losses = sweep.learn(*step, lesson, self.first, self.students, self.config.compile) / self.case.batch
+        parameters = [parameter for student in self.students for parameter in lora_parameters(student)]
+        gradients = torch.autograd.grad(losses.sum(), parameters)
+        return {"loss": losses.detach().squeeze(), **dict(zip(gradient_names(self.students), gradients))}
 
     @contextmanager
     def as_train_py(self):
         """The blocks compiled, on a GPU, and fp32 products by TF32."""
-        compiled = compiled_blocks(self.model) if self.compiled else nullcontext()
+        compiled = compiled_blocks(self.model) if self.config.compile else nullcontext()
         with compiled, precision_of_train(self.tokens.device.type, self.tf32):
             yield
 
     def ready(self, training):
         """The model is shared with other contenders: back to how this one wants it."""
-        attach_lora(self.model, *self.students).train(training)
+        self.model.train(training)
         for student in self.students:
+            attach_lora(self.model, student)
             for module in student.values():
                 module.dropout = self.dropout
 
@@ -204,14 +206,13 @@ def flops_per_token(case, recipe):
     model, sae, tokens = random_setting(replace(case, ahead=1), "meta")
     attach_lora(model, random_adapter(model, case.blocks, case.rank))
     saes, first = {case.layer: sae}, first_differing(model, {case.layer: sae})
-    keep = special_mask(tokens, case.config.bos_token_id, case.config.eos_token_id)
     with FlopCounterMode(display=False) as counter:
         if recipe:
             with patch.object(layers, "attention", lambda *inputs: layers.naive_attention(*inputs[:6])):
                 with torch.no_grad(), base(model):
                     p = model(tokens).softmax(-1)
-                log_q = model(tokens, {case.layer: lambda x: sae.decode(sae.encode(x))}, keep).log_softmax(-1)
+                log_q = model(tokens, {case.layer: lambda x: sae.decode(sae.encode(x))}).log_softmax(-1)
                 F.kl_div(log_q, p, reduction="batchmean").backward()
         else:
-            learn(model, saes, *teach(model, saes, tokens, keep, first), keep, first).backward()
+            adapt.learn(model, saes, teach(model, saes, tokens, first), first).backward()
     return counter.get_total_flops() / tokens.numel()

@@ -1,15 +1,15 @@
-"""Feature absorption (paper §5.1 and A.2, Tables 3 and 6; Chanin et al. 2024; SAEBench): does "starts with S" fire on "snake"?
+"""Feature absorption (paper §5.1 and A.2, Tables 3 and 6; Chanin et al. 2024): does "starts with S" fire on "snake"?
 
     python eval.py RUN_DIR --suite absorption                       2,000 words of the model's own vocabulary a seed
     python eval.py RUN_DIR --suite absorption --words 8000          more: on a GPU it is worth it
 
-The residual stream x is read at the last token of a word, in a prompt that asks for first letters. A linear probe finds the
-direction u of each letter; logistic regressions on 1, 2, .. latents find those that stand for it (more of them as long as
-each adds 0.03 to F1). Where the probe sees the letter and these latents are silent, a single other latent may carry it:
+The residual stream x is read at the last token of a word, in a prompt that asks for first letters. A linear probe finds
+the direction u of each letter; logistic regressions on 1, 2, .. latents find those that stand for it (more of them as
+long as each adds 0.03 to F1). Where the probe sees the letter and these latents are silent, a single other one may carry it:
 
-    W_dec,i · u / ‖W_dec,i‖ >= 0.025  and  z_i W_dec,i · u >= 0.4 x · u >= 0      for the i with the largest z_i W_dec,i · u
+    z_i W_dec,i · u >= 0.4 x · u >= 0   and   W_dec,i · u / ‖W_dec,i‖ >= 0.025      i: the largest z_i W_dec,i · u
 
-Then it has absorbed the letter. The rate of a letter is absorbed words / words the probe gets right; lower is better. The
+It has absorbed the letter. The rate of a letter is absorbed words / words the probe gets right; lower is better. The
 score is the mean over letters, those without a candidate counting 0. SAEBench leaves these out; its mean stands beside.
 
 Shapes: N words, D d_model, M latents, 26 letters.
@@ -37,19 +37,28 @@ LEAST_WORDS = 200
 MOST_LATENTS = 10                                       # that may stand for one letter
 F1_GAIN, SILENT, LEAST_COSINE, LEAST_SHARE = 0.03, 1e-8, 0.025, 0.4
 
-KNOWN = 0.6                                             # F1 of the probe below which SAEBench's later version drops a letter
+KNOWN = 0.6                                             # F1 of the probe; SAEBench now drops letters below
 
-LABELS = {"absorption": "absorption", "saebench": "absorption, SAEBench's mean", "probe_f1": "F1 of the probe on x",
-          "known": "letters with that F1 > 0.6", "one_f1": "F1 of one latent", "sparse_f1": "F1 of the letter's latents",
-          "latents": "latents a letter", "true_positives": "test words the probe sees", "candidates": "of them, missed by these",
-          "survivors": "of them, silent when asked again", "absorbed": "of them, absorbed"}
+LABELS = {
+    "absorption": "absorption",
+    "saebench": "absorption, SAEBench's mean",
+    "probe_f1": "F1 of the probe on x",
+    "known": "letters with that F1 > 0.6",
+    "one_f1": "F1 of one latent",
+    "sparse_f1": "F1 of the letter's latents",
+    "latents": "latents a letter",
+    "true_positives": "test words the probe sees",
+    "candidates": "of them, missed by the latents",
+    "survivors": "of them, silent when asked again",
+    "absorbed": "of them, absorbed",
+}
 PAPER = {"saebench": (0.210, 0.205)}
 TOLERANCE = 0.06
 
 
 def add_options(add):
-    add("--words", type=int, default=2000, metavar="N", help="words of the vocabulary to ask for, other ones with each seed "
-        "(default: %(default)s; SAEBench: all)")
+    add("--words", type=int, default=2000, metavar="N", help="words of the vocabulary to ask for, other ones with each "
+        "seed (default: %(default)s; SAEBench: all)")
 
 
 def evaluate(setting, options):
@@ -60,12 +69,13 @@ def evaluate(setting, options):
     model, corpus = setting.model, setting.corpus
     vocabulary = words(corpus.tokenizer)
     if len(vocabulary) < LEAST_WORDS:
-        raise InputError(f"the tokenizer has {len(vocabulary)} tokens of ASCII letters alone, too few to ask for first letters "
-                         f"(at least {LEAST_WORDS} are needed)")
+        raise InputError(f"the tokenizer has {len(vocabulary)} tokens of ASCII letters alone, too few to ask for first "
+                         f"letters (at least {LEAST_WORDS} are needed)")
 
     by_seed, letters = {name: [] for name in MODELS}, {name: [] for name in MODELS}
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     jobs = [(seed, name) for seed in seeds for name in MODELS]
+
     with evaluating(model):
         for seed, name in progress(jobs, "absorption"):
             asked = ask(vocabulary, corpus.tokenizer, options.words, seed)
@@ -110,8 +120,8 @@ class Asked(NamedTuple):
 def ask(vocabulary, tokenizer, count, seed):
     """Draws `count` words and writes their prompts. Words that do not stay one token in their prompt are left out.
 
-    SAEBench reads at the sixth token from the end. How many tokens follow the word is the tokenizer's affair, so here it is
-    looked up, and each prompt is checked to have the word's own token there.
+    SAEBench reads at the sixth token from the end. How many tokens follow the word is the tokenizer's affair: here it
+    is looked up, and each prompt is checked to have the word's own token there.
     """
     rng = random.Random(seed)
     drawn = rng.sample(sorted(vocabulary), min(count, len(vocabulary)))
@@ -120,6 +130,7 @@ def ask(vocabulary, tokenizer, count, seed):
     question = tokenizer.encode(QUESTION, add_special_tokens=False).ids
 
     def prompts(asked, examples):
+        """{word: token ids} of those that can be read."""
         texts = [prompt(word, examples, rng) for word in asked]
         found = {}
         for word, encoding in zip(asked, tokenizer.encode_batch(texts, add_special_tokens=False)):
@@ -131,10 +142,12 @@ def ask(vocabulary, tokenizer, count, seed):
     of_train, of_test, again = prompts(train, train), prompts(test, test), prompts(test, drawn)
     of_test = {word: ids for word, ids in of_test.items() if word in again}
     if len(of_train) + len(of_test) < len(drawn) / 2:
-        raise InputError(f"in most prompts the tokenizer joins the word with what follows, {QUESTION!r}: --suite absorption "
-                         "cannot find where to read")
-    return Asked(list(of_train), list(of_test), [*of_train.values(), *of_test.values()], [again[word] for word in of_test],
-                 len(question))
+        raise InputError(f"in most prompts the tokenizer joins the word with what follows, {QUESTION!r}: --suite "
+                         "absorption cannot find where to read")
+
+    first = [*of_train.values(), *of_test.values()]
+    second = [again[word] for word in of_test]
+    return Asked(list(of_train), list(of_test), first, second, len(question))
 
 
 def prompt(word, examples, rng):
@@ -168,8 +181,8 @@ def read_at_word(model, layer, prompts, offset, batch=64):
 def letter_probes(features, letters, *, batch, weight_decay, l1=0.0, seed, epochs=50):
     """26 probes, one against the rest -> Probe, weight [26, D]. features [N, D], letters [N].
 
-    Cross-entropy weighted by negatives / positives + l1 · mean_letters ‖w‖₁, by Adam; the learning rate falls from 1e-2 to
-    1e-5, epoch by epoch.
+    Cross-entropy weighted by negatives / positives + l1 · mean_letters ‖w‖₁, by Adam; the learning rate falls from 1e-2
+    to 1e-5, epoch by epoch.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = F.one_hot(letters, 26).float()
@@ -277,7 +290,7 @@ def sparse_probes(z, letters, z_test, letters_test, favourites, kept):
 
 
 def split_count(scores):
-    """How many latents stand for a letter, by the F1 of 1, 2, ..: the first, and each next one that gains more than 0.03."""
+    """How many latents stand for a letter, by the F1 of 1, 2, ..: each next one has to gain more than 0.03."""
     best = scores[0]
     for k, score in enumerate(scores[1:], 1):
         if score <= best + F1_GAIN:
@@ -290,7 +303,7 @@ def absorbs(sae, x, direction, latents):
     """x [N, D] of words with a letter -> its latents are silent [N], another one has absorbed it [N]."""
     u = F.normalize(direction, dim=0)
     rows = sae.W_dec.float()
-    along = rows @ u                                                            # [M]: SAEBench takes the cosine, equal at unit rows
+    along = rows @ u                                    # [M]: where rows have length 1, SAEBench's cosine
     z = encode(sae, x)
     silent = z[:, latents].sum(1) < SILENT
 
@@ -318,12 +331,12 @@ def scores(counts):
 
 
 def show(numbers):
-    print("feature absorption: share of the words whose letter the probe sees that another latent has absorbed; lower is better")
+    print("feature absorption: of the words whose letter the probe sees, those another latent absorbed; less is better")
     saebench.show_rows(numbers, LABELS, PAPER, TOLERANCE)
 
     known = numbers["rows"]["known"]
     if min(known["base"], known["lora"]) < 13:
-        print(f"The probe knows {known['base']:.1f} letters in the base model and {known['lora']:.1f} in the adapted one. "
+        print(f"The probe knows {known['base']:.1f} letters in the base model, {known['lora']:.1f} in the adapted one. "
               "Where the residual stream\ndoes not hold the first letter, nothing can absorb it: these rates say little.")
 
 

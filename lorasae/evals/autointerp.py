@@ -32,9 +32,8 @@ import torch
 from lorasae.errors import InputError
 from lorasae.evals import firing
 from lorasae.evals.chat import Kept, chat
-from lorasae.evals.common import evaluating, interval, percent, plus_minus, progress
+from lorasae.evals.common import evaluating, interval, percent, plus_minus, print_table, progress
 from lorasae.evals.judges import LEXICAL, language_model, lexical
-from lorasae.evals.common import print_table
 
 ALIVE = 15                                              # latents that fire on no more tokens are not asked about
 AROUND = 10                                             # a window is a token and as many on either side
@@ -125,9 +124,9 @@ def add_options(add):
 def evaluate(setting, options):
     """Judges the latents of the first SAE in the base and in the adapted model."""
     firing.refuse_nothing_new(setting, "autointerp")
-    if options.judge_latents < 2 or options.judge_seeds < 1:
+    if options.judge_latents < 1 or options.judge_seeds < 1:
         raise InputError(f"--judge-latents {options.judge_latents} and --judge-seeds {options.judge_seeds}: expected "
-                         "at least 2 and 1")
+                         "at least 1 of each")
     model, (layer, sae) = setting.model, next(iter(setting.saes.items()))
     rows = firing.rows_of(setting.corpus)
     if rows.shape[1] <= 2 * AROUND:
@@ -153,7 +152,7 @@ def evaluate(setting, options):
     results = judge_all(judged, latents, WORKERS if options.judge else 1, options)
     usable = [row for row in results if isinstance(row, dict)]
     rare, unusable = results.count("rare"), results.count("unusable")
-    if len(usable) < 2:
+    if not usable:
         raise InputError(f"of {len(latents)} latents, {rare} fire too rarely for {TOP + DRAWN} windows and {unusable} "
                          "got answers that name no windows: nothing is left to score")
     return {"layer": layer, "judge": judge_name(options), "seeds": options.judge_seeds,
@@ -169,8 +168,8 @@ def choose_latents(options, sae, layer, alive, rows):
         firing.check_latents(options.latents, sae, layer)
         return list(dict.fromkeys(options.latents))
     both = (alive["base"] & alive["lora"]).nonzero().squeeze(1).numpy()
-    if len(both) < 2:
-        raise InputError(f"only {len(both)} latents fire on more than {ALIVE} of {rows.numel():,} held-out tokens: "
+    if not len(both):
+        raise InputError(f"no latent fires on more than {ALIVE} of {rows.numel():,} held-out tokens in both models: "
                          "evaluate a run with more --eval-tokens")
     count = min(options.judge_latents, len(both))
     return sorted(np.random.default_rng(42).choice(both, count, replace=False).tolist())

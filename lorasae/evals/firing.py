@@ -6,6 +6,7 @@ reads the residual stream, and nothing is spliced in. BOS and EOS positions neve
 Shapes: N rows, B of them at a time, T tokens a row, D d_model, M latents. A place is a position in the flattened rows:
 n T + t.
 """
+import shlex
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.evals.common import progress
-from lorasae.lora import adapters, base
+from lorasae.lora import adapted_layers, base
 
 ROW = 128                                               # tokens a row, BOS included: SAEBench's
 BATCH = 16                                              # rows at a time
@@ -37,23 +38,30 @@ def as_model(model, name):
     return base(model) if name == "base" else nullcontext()
 
 
-def adapted_blocks(model):
-    """The blocks that have adapters, in order."""
-    return sorted({int(name.split(".")[2]) for name in adapters(model)})        # model.layers.7.mlp.up_proj
-
-
 def reads_nothing_new(setting):
     """Whether every adapter comes after the first SAE's block, which then reads what it reads in the base model."""
     layer = next(iter(setting.saes))
-    return all(block > layer for block in adapted_blocks(setting.model))
+    return all(block > layer for block in adapted_layers(setting.model))
 
 
 def refuse_nothing_new(setting, suite):
     """InputError where base and adapted model are bound to score the same in a suite that only reads the SAE."""
     if reads_nothing_new(setting):
         layer = next(iter(setting.saes))
-        raise InputError(f"--suite {suite} would score base and adapted model the same: it asks only what the SAE at "
-                         f"layer {layer} reads, and this run's adapters are all after it; train one with --adapt all")
+        raise InputError(f"--suite {suite} would score base and adapted model exactly the same: it asks only what the SAE at "
+                         f"layer {layer} reads, and every adapter of this run lies after it. Train one that has them on all "
+                         f"blocks: {adapt_all(setting.config)}")
+
+
+def adapt_all(config):
+    """The command that trains a run like this one, with adapters on all blocks."""
+    words = ["python", "train.py", "--model", config.model, "--layer", *map(str, config.layer)]
+    if config.sae:
+        words += ["--sae", *config.sae]
+    for option in ("width", "l0"):
+        if getattr(config, option, None):
+            words += [f"--{option}", str(getattr(config, option))]
+    return shlex.join([*words, "--adapt", "all"])
 
 
 def check_latents(latents, sae, layer):

@@ -71,7 +71,7 @@ def written(window, tokenizer, marked):
     """A window as text on one line; marked: what fires between << and >>."""
     text = ""
     for piece, fires in zip(pieces(tokenizer, list(window.tokens)), window.fires):
-        text += f"<<{piece}>>" if marked and fires else piece
+        text += f"<<{piece}>>" if marked and fires and piece else piece
     return text.replace(">><<", "").replace("\n", "↵")
 
 

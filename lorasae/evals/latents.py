@@ -27,12 +27,11 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.evals import firing
-from lorasae.evals.common import evaluating, progress
+from lorasae.evals.common import evaluating, print_table, progress
 from lorasae.evals.latents_page import page                # eval.py writes page(numbers) as eval-latents.html
 from lorasae.evals.page import visible
 from lorasae.io.disk import read_json
 from lorasae.linear import linear
-from lorasae.evals.common import print_table
 from lorasae.sae import splice
 
 SHOWN = 20                                              # latents where none are named

@@ -53,6 +53,7 @@ mark.peak { outline: 1px solid; outline-offset: 1px }
   :root { color-scheme: light; --text: #000; --quiet: #555; --page: #fff; --card: #fff; --line: #ccc;
           --hot: 240, 140, 30; --most: .85 }
   .columns { grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)) }
+  .passages { grid-template-columns: 1fr 1fr }
   body { max-width: none; font-size: .8rem }
   section { border: 0; border-top: 2px solid; border-radius: 0; padding: .5rem 0 }
   mark { -webkit-print-color-adjust: exact; print-color-adjust: exact }

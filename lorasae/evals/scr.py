@@ -1,21 +1,22 @@
-"""Spurious correlation removal (paper §5.1 and A.2, Tables 3 and 6; SAEBench): can a biased probe be cured through the SAE?
+"""Spurious correlation removal (paper §5.1 and A.2, Tables 3 and 6; SAEBench): can the SAE cure a biased probe?
 
     python eval.py RUN_DIR --suite scr                          pairs of packages, each in code and in documentation
     python eval.py RUN_DIR --suite scr --labelled saebench      professions and genders, products and ratings
 
-Texts have two concepts, the class (professor, nurse) and the attribute (male, female). A biased probe sees in training only
-male professors and female nurses. The latents of one concept are ablated, and the biased probe is asked for the other:
+Texts have two concepts, the class (professor, nurse) and the attribute (male, female). A biased probe is trained on
+male professors and female nurses alone. The latents of one concept are ablated, and the biased probe is asked for the other:
 
     S = (A_ablated - A_biased) / (A_clean - A_biased)
 
-with A_clean the accuracy of a probe trained on that concept, balanced. 1: cured, 0: no change. Reported is the direction in
-which the biased probe does worse. Mean over pairs, and then the maximum and the average over the numbers of latents.
+with A_clean the accuracy of a probe trained on that concept, balanced. 1: cured, 0: no change. Reported is the
+direction in which the biased probe does worse. Mean over pairs, and then the maximum and the average over the numbers of latents.
 """
 import torch
 
 from lorasae.errors import InputError
 from lorasae.evals import saebench, scr_tpp
-from lorasae.evals.probes import Probe, Task, accuracy
+from lorasae.evals.probes import Probe, accuracy
+from lorasae.evals.saebench import halves
 from lorasae.evals.scr_tpp import THRESHOLDS, ablate, concept_probes, mean_difference, strongest
 
 ATTRIBUTE, CLASS, BIASED = range(3)                     # the three probes
@@ -40,19 +41,25 @@ def measure(sae, train, test, cut, seed, count_padding=False):
     train_task = training_tasks(cut.train, device)
     test_task = test_tasks(cut.test, device)
 
+    # What the probes know
     probes = concept_probes(train.residual, train_task, seed)
     clean = accuracy(Probe(probes.weight[:2], probes.bias[:2]), test.residual, test_task)
     biased = Probe(probes.weight[BIASED].expand(2, -1), probes.bias[BIASED].expand(2))
     before = accuracy(biased, test.residual, test_task)
 
     worse = CLASS if before[CLASS] < before[ATTRIBUTE] else ATTRIBUTE
+
+    # What is left of the bias without one concept's n latents
+    effects = []
+    for concept in (ATTRIBUTE, CLASS):
+        difference = mean_difference(train.latents, train_task.rows[concept], train_task.labels[concept])
+        effects.append((difference * (sae.W_dec.float() @ probes.weight[concept])).abs())
+
     scores = {"clean": clean[worse].item(), "biased": before[worse].item()}
     for n in THRESHOLDS:
         after = torch.empty_like(before)
         for ablated, asked in ((ATTRIBUTE, CLASS), (CLASS, ATTRIBUTE)):
-            difference = mean_difference(train.latents, train_task.rows[ablated], train_task.labels[ablated])
-            effects = (difference * (sae.W_dec.float() @ probes.weight[ablated])).abs()
-            x = ablate(sae, test, strongest(effects, n), count_padding)
+            x = ablate(sae, test, strongest(effects[ablated], n), count_padding)
             after[asked] = accuracy(biased, x, test_task)[asked]
         dir1, dir2, reported = shift(clean.tolist(), before.tolist(), after.tolist())
         scores |= {f"top_{n}": reported, f"dir1_{n}": dir1, f"dir2_{n}": dir2}
@@ -62,8 +69,8 @@ def measure(sae, train, test, cut, seed, count_padding=False):
 def shift(clean, biased, ablated):
     """Accuracies on the (attribute, class) -> S of both directions, and the reported one.
 
-    dir1 ablates the attribute's latents and asks for the class, dir2 the reverse. 0 where the biased probe is as good as the
-    clean one to 0.001: there is nothing to cure. (SAEBench came to the same; the version that the paper ran divides.)
+    dir1 ablates the attribute's latents and asks for the class, dir2 the reverse. 0 where the biased probe is as good
+    as the clean one to 0.001: there is nothing to cure. (So does SAEBench today; the version that the paper ran divides.)
     """
     def score(concept):
         gap = clean[concept] - biased[concept]
@@ -81,13 +88,14 @@ def quadrant_rows(quadrants):
     for quadrant, texts in quadrants.items():
         starts[quadrant] = torch.arange(at, at + len(texts))
         at += len(texts)
+
     first, second = dict.fromkeys(label for label, _ in quadrants)
     m, f = dict.fromkeys(attribute for _, attribute in quadrants)
     return [starts[first, m], starts[first, f], starts[second, m], starts[second, f]]
 
 
 def training_tasks(quadrants, device="cpu"):
-    """n texts a quadrant for the clean probes, 2n of two quadrants for the biased one: 4n texts a probe, half of them positive."""
+    """n texts a quadrant for the clean probes, 2n of two quadrants for the biased one: 4n texts each, half positive."""
     pm, pf, nm, nf = quadrant_rows(quadrants)
     n = min(len(pm) // 2, len(pf), len(nm), len(nf) // 2)
     if n < 1:
@@ -107,13 +115,6 @@ def test_tasks(quadrants, device="cpu"):
     return halves(rows, device)
 
 
-def halves(rows, device):
-    """The first half of each row's texts is positive."""
-    rows = torch.stack(rows).to(device)
-    labels = (torch.arange(rows.shape[1], device=device) < rows.shape[1] // 2).long().expand_as(rows)
-    return Task(rows, labels)
-
-
 def show(numbers):
     print("spurious correlation removal: 1 where ablating n latents cures the biased probe, 0 where it changes nothing")
     saebench.show_rows(numbers, LABELS, PAPER, TOLERANCE)
@@ -122,7 +123,7 @@ def show(numbers):
         scores = saebench.mean_scores(models["base"])
         gap = scores["clean"] - scores["biased"]
         if gap < LEAST_GAP:
-            print(f"{name}: the biased probe is only {gap:.3f} worse than the clean one; S divides by that and is mostly noise")
+            print(f"{name}: the biased probe is only {gap:.3f} worse than the clean one; S divides by it and is noise")
 
 
 def draw(numbers, figure):

@@ -1,4 +1,4 @@
-"""Targeted probe perturbation (paper §5.1 and A.2, Tables 3 and 6; SAEBench): does ablating a class hurt only that class?
+"""Targeted probe perturbation (paper §5.1 and A.2, Tables 3 and 6; SAEBench): does ablating a class hurt it alone?
 
     python eval.py RUN_DIR --suite tpp                          packages of the standard library
     python eval.py RUN_DIR --suite tpp --labelled saebench      professions, products
@@ -7,8 +7,8 @@ A_j is the accuracy of the probe for class j against the rest, A_ij that after a
 
     TPP = mean_i (A_i - A_ii) - mean_{i≠j} (A_j - A_ij)
 
-The drop that was intended, less the one that was not. (The paper's A.2 prints the opposite sign; its numbers are the code's.)
-Mean over data sets, and then the maximum and the average over the numbers of latents.
+The drop that was intended, less the one that was not. (The paper's A.2 prints the opposite sign; its numbers have this
+one.) Mean over data sets, and then the maximum and the average over the numbers of latents.
 """
 import torch
 
@@ -39,6 +39,7 @@ def measure(sae, train, test, cut, seed, count_padding=False):
 
     probes = concept_probes(train.residual, train_task, seed)
     clean = accuracy(probes, test.residual, test_task)
+
     effects = []
     for rows, labels, weight in zip(*train_task, probes.weight):
         difference = mean_difference(train.latents, rows, labels).clamp(min=0)          # what the class has more of
@@ -65,7 +66,7 @@ def perturbation(clean, ablated):
 
 
 def show(numbers):
-    print("targeted probe perturbation: accuracy lost by a class's probe when its n latents are ablated, less what others lose")
+    print("targeted probe perturbation: what a class's probe loses without its n latents, less what the others lose")
     saebench.show_rows(numbers, LABELS, PAPER, TOLERANCE)
 
 

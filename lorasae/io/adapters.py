@@ -20,8 +20,8 @@ KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
 # Options of PEFT that Eq. 1 has no place for: they change the function, or which modules compute it.
 UNSUPPORTED = (
     "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias", "use_qalora",
-    "use_bdlora", "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config",
-    "kasa_config")
+    "use_bdlora", "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
+    "arrow_config", "kasa_config")
 MOVES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")    # initialisations that change the base weights too
 
 
@@ -71,7 +71,9 @@ def load_adapter(model, folder):
     for name in names:
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear) or name.rpartition(".")[2] not in TARGETS:
-            raise InputError(f"{folder} adapts {shown(name)}, which this model does not have: it is another model's")
+            raise InputError(f"{folder} adapts {shown(name)}, which this model does not have: it belongs to another "
+                             "model")
+
         A = _weight(tensors, _key(name, "A"), (rank, linear.in_features))
         B = _weight(tensors, _key(name, "B"), (linear.out_features, rank))
 

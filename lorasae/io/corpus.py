@@ -7,7 +7,7 @@
     corpus.batches(8, position)                         # goes on there, at once, with the very same batches
 
 Order: that of order.py. Split: the first documents of this order, as many as give `eval_tokens`, are for validation.
-Training takes the others, less any with the very text of one of those. (The standard library is split by file name instead.)
+Training takes the others, less any with the very text of one of those. (The standard library is split by file name.)
 """
 import itertools
 from collections import deque
@@ -48,7 +48,8 @@ class Corpus:
     saved: the `held_out` of an earlier Corpus of the same arguments, which this one then need not read again.
     """
 
-    def __init__(self, source, tokenizer, bos, eos, *, context=1024, eval_tokens=1_000_000, seed=42, field=None, saved=None):
+    def __init__(self, source, tokenizer, bos, eos, *, context=1024, eval_tokens=1_000_000, seed=42, field=None,
+                 saved=None):
         for name, token in (("BOS", bos), ("EOS", eos)):
             if not isinstance(token, int) or token < 0 or tokenizer.id_to_token(token) is None:
                 raise InputError(f"the tokenizer has no {name} token (id {token} by the model's configuration): is its "
@@ -79,8 +80,9 @@ class Corpus:
 
     @cached_property
     def held_out(self):
-        """{"chunks": the validation chunks, "digests" [documents, 16] uint8: of the documents in them}, for a checkpoint."""
-        count, chunks, documents = -(-self.eval_tokens // self.context), [], []
+        """For a checkpoint: "chunks", those of validation, and "digests" [documents, 16] uint8, of what is in them."""
+        count = -(-self.eval_tokens // self.context)
+        chunks, documents = [], []
 
         def recorded():
             for text, _ in self._documents(self.validation_files, 0):
@@ -90,9 +92,12 @@ class Corpus:
         for chunk, rest in self._pack(recorded()):
             chunks.append(chunk)
             if len(chunks) == count:
-                digests = np.frombuffer(b"".join(map(digest, documents[:rest.begun])), np.uint8)
-                return {"chunks": torch.from_numpy(np.stack(chunks)), "digests": torch.tensor(digests).view(-1, 16)}
-        raise self._too_short(documents, f"{count:,} validation chunks (--eval-tokens)", count * (self.context - 1) + 1)
+                digests = b"".join(map(digest, documents[:rest.begun]))
+                return {"chunks": torch.from_numpy(np.stack(chunks)),
+                        "digests": torch.tensor(np.frombuffer(digests, np.uint8)).view(-1, 16)}
+
+        needed = count * (self.context - 1) + 1
+        raise self._too_short(documents, f"{count:,} validation chunks (--eval-tokens)", needed)
 
     # ---- Training ----
 
@@ -102,8 +107,8 @@ class Corpus:
         `position` is one that an earlier iterator gave: this one goes on there. It is a dict of numbers, strings, lists
         and tensors, for torch.save; the iterator's own beginning is its `start`. InputError where the text has changed.
 
-        It reads and tokenises ahead in a background thread, until it is dropped or closed by close(). Where the text ends
-        it starts again in a new order, and says so. The first batch is made at once: too short a text fails here.
+        It reads and tokenises ahead in a background thread, until it is dropped or closed. Where the text ends it
+        starts again in a new order, and says so. The first batch is made at once: too short a text fails here.
         """
         text = fingerprints(self.training_files)
         if position is None:
@@ -115,7 +120,8 @@ class Corpus:
             while True:
                 taken = list(itertools.islice(chunks, batch_size))
                 tokens = np.stack([chunk for chunk, _ in taken])
-                yield torch.from_numpy(tokens), taken[-1][1].saved(text)
+                _, after = taken[-1]
+                yield torch.from_numpy(tokens), after.saved(text)
 
         made = batches()
         first = next(made)
@@ -158,8 +164,8 @@ class Corpus:
         for before, after in itertools.zip_longest(then, now):
             if before != after:
                 name = (before or after).rpartition(" ")[0]
-                raise InputError(f"{self.source} has changed since the run that is to be resumed: {name} is another file now, "
-                                 "came or went; restore the text as it was, or start a new run")
+                raise InputError(f"{self.source} has changed since the run that is to be resumed: {name} is another "
+                                 "file now, came or went; restore the text as it was, or start a new run")
 
     # ---- Both ----
 

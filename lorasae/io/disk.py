@@ -69,17 +69,11 @@ def write_json(path, value):
 
 def read_bytes(path):
     """What a file holds; InputError where it is missing, is no plain file, or may not be read."""
-    path = Path(path)
-    check_name(path)
+    check_file(path)
     try:
-        plain = stat.S_ISREG(os.stat(path).st_mode)     # asked first: opening a pipe would wait without end
-        if plain:
-            return path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path.parent} has no {path.name}") from None
+        return Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    raise InputError(f"cannot read {path}: it is a folder or a device, but should be a file")
 
 
 def read_json(path):
@@ -161,6 +155,20 @@ def shown(value):
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 60
     return short.repr(value)
+
+
+def check_file(path):
+    """InputError unless there is a plain file of that name: opening a pipe would wait without end."""
+    check_name(path)
+    path = Path(path)
+    try:
+        plain = stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} has no {path.name}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if not plain:
+        raise InputError(f"cannot read {path}: it is a folder or a device, but should be a file")
 
 
 def check_name(path):

@@ -3,7 +3,7 @@
     with Reader(file) as reader:
         while documents := reader.next(): ...           # mostly one; a long line gives several
 
-A reader can start where an earlier one stood (`place`). It holds a block and a line in memory, however much a file holds.
+A reader can start where an earlier one stood (`place`). It keeps a block and a line in memory, whatever a file holds.
 """
 import codecs
 import gzip
@@ -20,7 +20,7 @@ KNOWN = PLAIN + tuple(".txt.gz .txt.zst .jsonl .jsonl.gz .jsonl.zst .json.gz .js
 EXPECTED = ".txt, .md, .py (or other source code), .jsonl, .jsonl.gz, .jsonl.zst, .json.gz"
 
 DOCUMENT = 65_536                                       # characters: where a text is cut, after a line where it has one
-LINE = 64 * 2 ** 20                                     # bytes: a longer line of JSON is refused, it would fill the memory
+LINE = 64 * 2 ** 20                                     # bytes: a longer line of JSON is refused, for memory's sake
 BLOCK = 2 ** 18                                         # bytes taken from a file at a time
 
 
@@ -34,7 +34,7 @@ def read(file, field=None):
 class Reader:
     """The documents of one file in their order, from `place` on.
 
-    place: (bytes of text, decompressed; lines of JSON) before the next document. `field`: the JSON field with the text, or
+    place: (bytes of text, decompressed; lines of JSON) before the next document. field: the JSON field of the text, or
     else "text" or, as in RedPajama-V2, "raw_content". InputError names the file and the place.
     """
 
@@ -113,6 +113,7 @@ class Reader:
             self.text += self._decoded_block()
         if not self.text:
             return None
+
         end = cut(self.text)
         document, self.text = self.text[:end], self.text[end:]
         self.byte += len(document.encode())
@@ -127,6 +128,7 @@ class Reader:
         except UnicodeDecodeError as error:
             at = self.byte + ahead + error.start
             raise InputError(f"{self.name} is not UTF-8 text: byte {at:,} ({error.reason}); convert it first") from None
+
         if "\0" in text:
             at = self.byte + ahead + len(text[:text.index("\0")].encode())
             raise InputError(f"{self.name} is not text: byte {at:,} is zero; is it a binary file?")
@@ -141,8 +143,9 @@ class Reader:
                 return None
             start, where = self.byte, f"{self.name}, line {self.line + 1:,}"
             if len(line) > LINE:
-                raise InputError(f"{where}: longer than {LINE // 2 ** 20} MiB; expected a JSON object a line, a document "
-                                 "in each: cut it into several")
+                raise InputError(f"{where}: longer than {LINE // 2 ** 20} MiB; expected a JSON object a line, a "
+                                 "document in each: cut it into several")
+
             self.byte += len(line)
             self.line += 1
             if not line.isspace():

@@ -1,9 +1,9 @@
 """Texts with a label each, for the evaluations that train probes; here the user's own, from a file of JSON lines.
 
-    --labelled FILE.jsonl       {"text": "...", "label": "...", "attribute": "..."} a line; SCR alone needs the attribute
+    --labelled FILE.jsonl     {"text": "...", "label": "...", "attribute": "..."} a line; only SCR needs the attribute
 
-The embedded ones are labelled_stdlib.py, SAEBench's are labelled_saebench.py. A data set is a name and a function that cuts
-it: cut(seed) -> Cut. The seed decides which texts are drawn, where there are more than are needed.
+The embedded ones are labelled_stdlib.py, SAEBench's are labelled_saebench.py. A data set is a name and a function that
+cuts it: cut(seed) -> Cut. The seed decides which texts are drawn, where there are more than are needed.
 """
 import json
 import random
@@ -15,7 +15,7 @@ from lorasae.errors import InputError
 
 TRAIN, TEST = 2000, 500                                 # texts a class: SAEBench's 4,000 and 1,000 a binary task
 SCR_TRAIN, SCR_TEST = 1000, 250                         # texts a quadrant
-LEAST = 16                                              # texts of a class without which there is nothing to learn or to test
+LEAST = 16                                              # texts of a class: fewer teach and test nothing
 
 
 class Cut(NamedTuple):
@@ -55,7 +55,8 @@ def file_classes(path, seed):
     for row in read_rows(path):
         by_label.setdefault(row["label"], []).append(row["text"])
     if len(by_label) < 2:
-        raise InputError(f"{path} has the one label {next(iter(by_label))!r}, but a probe needs two or more to tell apart")
+        only = next(iter(by_label))
+        raise InputError(f"{path} has the one label {only!r}, but a probe needs two or more to tell apart")
 
     rng = random.Random(seed)
     train, test = {}, {}
@@ -77,8 +78,8 @@ def file_pair(path, seed):
     labels = sorted({label for label, _ in quadrants})
     attributes = sorted({attribute for _, attribute in quadrants})
     if len(labels) != 2 or len(attributes) != 2 or len(quadrants) != 4:
-        raise InputError(f"{path}: SCR needs two labels, two attributes and texts of all four combinations; found labels "
-                         f"{', '.join(labels)} and attributes {', '.join(attributes)}")
+        raise InputError(f"{path}: SCR needs two labels, two attributes and texts of all four combinations; found "
+                         f"labels {', '.join(labels)} and attributes {', '.join(attributes)}")
 
     rng = random.Random(seed)
     train, test = {}, {}

@@ -2,9 +2,9 @@
 
     --labelled stdlib           packages as classes; for SCR pairs of them, each in code and in documentation
 
-About a quarter of a package's text is for testing, in files of their own: first those that no run trains on (held_out), then
-others. What gives a package away at sight is left out: imports, whatever stands above a file's first statement or in its
-docstring, and every line that names one of the packages.
+About a quarter of a package's text is for testing, in files of their own: first those that no run trains on (held_out),
+then others. What gives a package away at sight is left out: imports, what stands above a file's first statement or in
+its docstring, and every line that names one of the packages.
 """
 import ast
 import random
@@ -25,7 +25,7 @@ MARKS = re.compile(r'''^(#+|[rR]?"{3}|[rR]?'{3})|("{3}|'{3})$''')           # of
 
 
 def class_sets(suite):
-    """The data sets for "probing" or "tpp". Two classes are too few for TPP to tell the intended drop from the other."""
+    """The data sets for "probing" or "tpp", to which two classes would be too few: one's loss is the other's."""
     packages = DataSet("packages", partial(by_package, PACKAGES))
     kinds = DataSet("code or documentation", partial(by_kind, PACKAGES))
     return [packages] if suite == "tpp" else [packages, kinds]
@@ -105,7 +105,7 @@ def passages(package, packages):
 
 
 def split_source(source):
-    """A Python file -> its lines of code, and its lines of documentation: docstrings and comments, without their marks."""
+    """A Python file -> its lines of code, and those of documentation: docstrings and comments, without their marks."""
     tree = ast.parse(source)
     docstrings, left_out = set(), set()
     for node in ast.walk(tree):

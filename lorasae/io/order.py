@@ -1,12 +1,12 @@
 """The order of the documents, without end and with a place for every document in it.
 
 A source of up to 256 MiB of text is one Segment: all its documents, permuted by default_rng(seed) as in the published
-code. A larger one is a stream: its files in seeded order, sixteen at a time in proportion, and of the documents as they
-come every 32 MiB are a Segment, permuted.
+code. A larger one is a stream: its files in seeded order, sixteen at a time in proportion, and every 32 MiB of the
+documents as they come are a Segment, permuted.
 
-A run that resumes must not read again what came before, and a compressed file can be entered at its beginning only. So a
-stream's segment is saved whole, compressed, with the place of the next one in the files: the run goes on at once, and
-while it learns from this segment, a background thread goes through the files to where the next one begins.
+A run that resumes must not wait for what came before, and a compressed file can be entered at its beginning only. So
+a stream's segment is saved whole, packed (some 12 MB), with the place of the next one in the files: the run goes on
+at once, and while it learns from this segment, a background thread goes to where the next one begins.
 """
 import json
 import zlib
@@ -27,7 +27,10 @@ EACH = 64                                               # bytes that a document 
 
 
 class Segment:
-    """Documents (str) in the order of their turn; `following` is the Mix.place of those after it, None where there are none."""
+    """Documents (str) in the order of their turn.
+
+    number: which of the epoch's segments. following: the Mix.place after it, None where it is all there is.
+    """
 
     def __init__(self, texts, number=0, following=None):
         self.texts, self.number, self.following = texts, number, following
@@ -45,7 +48,7 @@ class Segment:
     def load(saved):
         text = zlib.decompress(saved["texts"].numpy().tobytes())
         segment = Segment(json.loads(text), saved["number"], saved["following"])
-        segment.saved = saved
+        segment.saved = saved                           # need not be packed again
         return segment
 
 
@@ -56,7 +59,7 @@ class Place(NamedTuple):
 
 
 def ordered(files, field, seed, epoch, place=Place()):
-    """Yields (document, the Place after it): an epoch's documents, from `place` on."""
+    """Yields (document, the Place after it) of an epoch, from `place` on. The next segment is read meanwhile."""
     used = place.used
     with Prefetch(segments(files, field, seed, epoch, place.segment), depth=1) as ahead:
         for segment in ahead:
@@ -71,7 +74,7 @@ def segments(files, field, seed, epoch, segment=None):
 
     if segment is None:
         documents = all_documents(files, field)
-        if documents is not None:
+        if documents is not None:                       # the source is small
             yield Segment([documents[i] for i in rng.permutation(len(documents))])
             return
 
@@ -92,6 +95,7 @@ def all_documents(files, field):
     """All documents of the files, in the order of the files; None where they hold more than IN_MEMORY bytes of text."""
     if sum(file.size for file in files) > IN_MEMORY:
         return None
+
     documents, total = [], 0
     for file in files:
         with Reader(file, field) as reader:
@@ -107,8 +111,8 @@ class Mix:
     """The documents of `at_once` files at a time, always from the one of which the smallest part has been read.
 
     So any stretch has the proportions of the whole, even where each file is one domain (RedPajama-1T's sample).
-    `place` is where a Mix stands, and where another can start: the first of the open files, and a Reader's place in each
-    of them, [] in one that is at its end.
+    `place` is where a Mix stands, and where another can start: the first of the open files, and a Reader's place in
+    each of them, [] in one that is at its end.
     """
 
     def __init__(self, files, field, at_once=MIXED, place=None):
@@ -152,7 +156,10 @@ class Mix:
     def _open(self, places=None):
         self.stack.close()
         files = self.files[self.first:self.first + self.at_once]
+        places = places or [(0, 0)] * len(files)
+
         self.readers = []
-        for file, place in zip(files, places or [(0, 0)] * len(files)):
-            self.readers.append(self.stack.enter_context(Reader(file, self.field, place)) if place else None)
+        for file, place in zip(files, places):
+            at_its_end = not place
+            self.readers.append(None if at_its_end else self.stack.enter_context(Reader(file, self.field, place)))
         self.reading = [reader for reader in self.readers if reader]

@@ -18,7 +18,7 @@ def pack(documents, tokenizer, bos, eos, context, rest=Rest()):
 
     For each group of 2,048 documents the stream eos, ids₁, eos, ids₂, ... is cut into pieces of context - 1 tokens with
     a BOS before each. A group's last piece is dropped, even a full one. Encoding adds no special tokens of its own.
-    With the Rest after a chunk, and the documents from its `begun` on, the next chunks are those that would have followed.
+    From the Rest after a chunk and the documents from its `begun` on come the chunks that would have followed.
     """
     piece = context - 1
     begun, stream = rest
@@ -47,7 +47,7 @@ def encodings(documents, tokenizer):
 
 
 def batches_of_text(documents):
-    """Lists of documents: small ones at first, so that a run begins soon, then of BATCH characters for all of the cores."""
+    """Lists of documents: short ones at first, so that a run begins soon, then of BATCH characters for all cores."""
     batch, size, enough = [], 0, BATCH // 16
     for text in documents:
         batch.append(text)

@@ -3,8 +3,8 @@
     with Prefetch(items) as ahead:
         for item in ahead: ...
 
-Python ends a daemon thread at exit by unwinding it wherever it next asks for the interpreter's lock. Inside C++ that does
-not let exceptions pass (freeing a tensor does) this aborts the whole process: "terminate called without an active
+Python ends a daemon thread at exit by unwinding it wherever it next asks for the interpreter's lock. In C++ code that
+lets no exception pass, as in torch, this aborts the whole process: "terminate called without an active
 exception", status 134, after all work was done. So the thread here is none: the interpreter waits for it, and it leaves
 when nobody wants its items any more.
 """
@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 
-POLL = 0.05                                             # seconds between two looks at whether the items are still wanted
+POLL = 0.05                                             # seconds between looks at whether the items are still wanted
 
 
 class Unwanted(BaseException):
@@ -23,8 +23,8 @@ class Unwanted(BaseException):
 class Prefetch:
     """Iterates over `items`, taken by a background thread at most `depth` ahead; what they raise is raised here.
 
-    close(), or the end of a `with`, returns when the thread has ended. It ends by itself soon after the iterator is dropped or
-    the main thread has ended, in whatever way.
+    close(), or the end of a `with`, returns when the thread has ended. It ends by itself soon after the iterator is
+    dropped or the main thread has ended, in whatever way.
     """
 
     def __init__(self, items, depth=64):
@@ -37,13 +37,22 @@ class Prefetch:
         return self
 
     def __next__(self):
-        if self.thread.stopped.is_set():
-            raise StopIteration
-        item, error = self.ready.get()
-        if error is not None:
+        while not self.thread.stopped.is_set():
+            check()                                     # this may itself be in the thread of another Prefetch
+            working = self.thread.is_alive()
+            try:
+                item, error = self.ready.get(timeout=POLL)
+            except queue.Empty:
+                if working:
+                    continue
+                break                                   # it ended because the main thread did
+
+            if error is None:
+                return item
             self.close()
             raise error
-        return item
+        check()
+        raise StopIteration
 
     def close(self):
         self.thread.stopped.set()
@@ -61,7 +70,7 @@ class _Worker(threading.Thread):
     """The thread. It holds no reference to the Prefetch, whose end is what stops it."""
 
     def __init__(self, items, ready):
-        super().__init__(daemon=False, name="prefetch")
+        super().__init__(name="prefetch", daemon=False)
         self.items, self.ready, self.stopped = items, ready, threading.Event()
 
     def run(self):
@@ -78,7 +87,9 @@ class _Worker(threading.Thread):
             except Unwanted:
                 pass
         finally:
-            self.end()
+            if hasattr(self.items, "close"):            # in this thread, not in the one that drops the last reference
+                self.items.close()
+            self.items = None
 
     def put(self, item, error=None):
         while True:
@@ -88,19 +99,9 @@ class _Worker(threading.Thread):
             except queue.Full:
                 pass
 
-    def end(self):
-        """Lets go of everything here, in this thread and not in the one that drops the last reference."""
-        if hasattr(self.items, "close"):
-            self.items.close()
-        self.items = None
-        try:
-            self.ready.put_nowait((None, StopIteration()))          # another thread may be waiting for an item
-        except queue.Full:
-            pass
-
 
 def check():
-    """To be called now and then in long work: in a background thread whose items nobody wants any more, it ends the work."""
+    """To be called now and then in long work: in a background thread whose items nobody wants any more, it ends it."""
     thread = threading.current_thread()
     if isinstance(thread, _Worker):
         if thread.stopped.is_set() or not threading.main_thread().is_alive():

@@ -5,8 +5,8 @@
     python train.py --data pile             a stream (NAMED below): read as it comes, nothing is stored on disk
     python train.py --data 'hf://datasets/OWNER/NAME@REVISION/data/*.jsonl'     any dataset of these formats
 
-`files` finds the files; documents.py turns one into documents, corpus.py shuffles, splits and packs them. The paper's data
-are the Pile and RedPajama (Section 4).
+`files` finds the files; documents.py turns one into documents, corpus.py shuffles, splits and packs them. The paper's
+data are the Pile and RedPajama (Section 4).
 """
 import io
 import os
@@ -138,9 +138,10 @@ def content(file):
     if file.content is not None:
         return f"{file.size}-{file.content}"
     digest, stretch = sha256(), SAMPLE // 4
+    last = max(file.size, SAMPLE) - stretch             # where the last stretch begins
     with opened(file) as raw:
         for part in range(4):
-            raw.seek(max(0, file.size - stretch) * part // 3 if file.size > SAMPLE else part * stretch)
+            raw.seek(last * part // 3)
             digest.update(raw.read(stretch))
     return f"{file.size}-{digest.hexdigest()[:32]}"
 
@@ -188,8 +189,13 @@ def _cached(parts):
     pattern = parts[3] if len(parts) == 4 else "."
     chosen = (folder / pattern).rglob("*") if (folder / pattern).is_dir() else folder.glob(pattern)
     paths = [path for path in sorted(chosen) if path.is_file() and path.name.lower().endswith(KNOWN)]
-    # named as on the Hub and known by the same hash, which names the blob that the cache links to: a run may go on from either
-    return [local(path, "/".join([*parts[:3], path.relative_to(folder).as_posix()]), path.resolve().name) for path in paths]
+
+    found = []
+    for path in paths:                                  # named as on the Hub, so that a run may go on from either
+        name = "/".join([*parts[:3], path.relative_to(folder).as_posix()])
+        content = path.resolve().name                   # the cache links to a file that is named by the Hub's hash
+        found.append(local(path, name, content))
+    return found
 
 
 def _hub_errors():

@@ -3,7 +3,6 @@
 Nothing in a file is executed. Weights are floating-point numbers or refused: an int8 or fp8 tensor is a code that needs
 its scales, and a cast would make wrong weights of it in silence.
 """
-import os
 import pickle
 import struct
 import zipfile
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lorasae.errors import InputError
-from lorasae.io.disk import check_name, shown, write_bytes
+from lorasae.io.disk import check_file, shown, write_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,23 +31,23 @@ class Tensors:
 
     def __init__(self, path):
         self.path = path = Path(path)
-        check_name(path)
-        if not os.path.exists(path):
-            raise InputError(f"{path.parent} has no {path.name}")
-
+        check_file(path)
         try:
             if path.suffix == ".safetensors":
                 self.file = safe_open(path, framework="pt")
                 self.names = set(self.file.keys())
                 self.read = self.file.get_tensor
+
             elif path.suffix == ".npz":
                 arrays = np.load(path, allow_pickle=False)
                 self.names = set(arrays.files)
                 self.read = lambda name: torch.from_numpy(arrays[name])
+
             else:
                 tensors = torch.load(path, map_location="cpu", weights_only=True)
                 self.names = set(tensors.keys())
                 self.read = tensors.__getitem__
+
         except DAMAGED as error:
             if isinstance(error, OSError) and error.errno:
                 raise InputError(f"cannot read {path}: {error.strerror}") from error
@@ -61,6 +60,7 @@ class Tensors:
     def __getitem__(self, name):
         """A tensor of weights, on the CPU, in the dtype of the file."""
         tensor = self.tensor(name)
+
         if tensor.dtype not in FLOATS:
             raise InputError(f"{self.path}: {name} is {dtype_name(tensor)}, but only float32, bfloat16, float16 and "
                              "float64 are read: take an unquantised copy")
