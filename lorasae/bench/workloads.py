@@ -153,7 +153,8 @@ class Ours:
         self.ready(False)
         batch = self.case.batch
         with self.as_train_py():
-            losses = learn(self.model, self.saes, *self.lesson(self.tokens[:batch]), self.first, len(self.own), self.compiled)
+            lesson = self.lesson(self.tokens[:batch])
+            losses = learn(self.model, self.saes, *lesson, self.first, len(self.own), self.compiled)
         losses = losses / batch
         gradients = torch.autograd.grad(losses.sum(), sum(self.own, []))
         return {"loss": losses.detach(), **dict(zip(gradient_names(self.students), gradients))}
