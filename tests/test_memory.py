@@ -66,8 +66,8 @@ def measured(folder, size, method):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is counted as Linux does")
-@pytest.mark.parametrize("size, method", [("small", "lora"), ("small", "topk"), ("medium", "lora"),
-                                          ("medium", "jumprelu"), ("large", "lora"), ("large", "e2e")])
+@pytest.mark.parametrize("size, method", [("small", "lora"), ("medium", "lora"), ("large", "lora"),
+                                          ("medium", "jumprelu"), ("medium", "e2e")])
 def test_the_estimate_is_near_the_measured_peak_of_a_real_run(tmp_path, process, size, method):
     peak = measured(tmp_path, size, method) - process
     D, I, depth, V, context, batch, latents = SIZES[size]
@@ -77,7 +77,8 @@ def test_the_estimate_is_near_the_measured_peak_of_a_real_run(tmp_path, process,
                      context=context, ahead=1, dtype=torch.float32)
     print(f"{size} {method}: measured {peak / 1e6:.0f} MB, estimated {found.total / 1e6:.0f} MB "
           f"{({name: round(value / 1e6) for name, value in found._asdict().items()})}")
-    assert 0.75 * peak < found.total < 1.35 * peak
+    noise = 20e6                                        # processes that do the same differ by that much
+    assert abs(found.total - peak) < 0.25 * peak + noise
 
 
 @pytest.mark.parametrize("raw", [GEMMA, LLAMA], ids=["gemma", "llama"])
@@ -118,7 +119,8 @@ def test_only_the_largest_phase_counts_and_every_lever_moves_its_part():
     common = dict(method="lora", blocks=[2, 3], ranks=[8], latents=[512], micro_batch=2, context=64, ahead=1,
                   dtype=torch.float32)
     plain = estimate(config, **common)
-    assert plain.total == plain.model + plain.saes + plain.training + max(plain.ahead, plain.step, plain.evaluation)
+    needed = plain.model + plain.saes + plain.training + max(plain.ahead, plain.step, plain.evaluation)
+    assert plain.total == needed + plain.held_back and plain.held_back == round(0.2 * needed)
     assert estimate(config, **{**common, "ahead": 16}).ahead == 8 * plain.ahead
     assert estimate(config, **{**common, "ranks": [8, 8]}).training == 2 * plain.training
     assert estimate(config, **{**common, "dtype": torch.bfloat16}).model == plain.model / 2

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from lorasae import dictionary
 from lorasae.bench.race import speed, synchronise
-from lorasae.bench.workloads import REAL, SMALL, TINY, random_setting
+from lorasae.bench.workloads import REAL, SMALL, TINY, precision_of_train, random_setting
 
 
 class Watch:
@@ -42,8 +42,9 @@ def bench_sae(device, quick):
     for method in ("topk", "jumprelu", "e2e"):
         sae = dictionary.new_sae(method, D, case.width, k=64).to(device)
         watch = Watch(case, 3 if quick else 7, device)
-        dictionary.train(model, sae, case.layer, lambda skip: turns(tokens, case.batch), watch, steps=10 ** 6, lr=1e-4,
-                         clip=1.0, batch_size=case.batch, at_once=case.ahead, end_to_end=method == "e2e", l0=64)
+        with precision_of_train(device):
+            dictionary.train(model, sae, case.layer, lambda skip: turns(tokens, case.batch), watch, steps=10 ** 6, lr=1e-4,
+                             clip=1.0, batch_size=case.batch, at_once=case.ahead, end_to_end=method == "e2e", l0=64)
         for name, value in watch.values.items():
             if not math.isfinite(value):
                 raise RuntimeError(f"SAE training, {method}: {name} is {float(value)}")

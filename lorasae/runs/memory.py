@@ -5,7 +5,7 @@
 
 The phases take turns, so only the largest counts: the frozen part of several sequences that runs ahead of their steps;
 a step; and the evaluation. Everything is counted in elements a token and multiplied by tokens and bytes. The process
-itself (Python, PyTorch's libraries) is left out, and so is what an allocator holds back.
+itself (Python, PyTorch's libraries: some 0.5 GB) is left out.
 
 Shapes: T context, D d_model, I width of the MLP, H query heads, G key-value heads, C head_dim, V vocabulary, M latents,
 R rank.
@@ -19,11 +19,12 @@ from lorasae.objectives import CACHED_ELEMENTS, CHUNK_ELEMENTS
 from lorasae.topk import CHUNK
 
 FP32 = 4
+HELD_BACK = {"cpu": 0.2, "cuda": 0.0}                   # measured on a CPU: 0 to 0.35; nobody has seen CUDA's
 MASTER = 4 * FP32                                       # a trained number, its gradient, and Adam's two averages
 
 
 class Memory(NamedTuple):
-    """Bytes. The first three are there throughout; of the last three only the largest is, at the peak."""
+    """Bytes. The first three are there throughout; of the next three only the largest is, at the peak."""
     model: int
     saes: int                                           # frozen ones
     training: int                                       # what is trained, its gradients and optimiser states
@@ -32,10 +33,15 @@ class Memory(NamedTuple):
     evaluation: int
     activations: int                                    # the part of `step` that backward keeps
     logits: int                                         # the part of `step` and `evaluation` that are logits
+    held_back: int                                      # freed, and kept by the allocator
 
     @property
     def total(self):
-        return self.model + self.saes + self.training + max(self.ahead, self.step, self.evaluation)
+        return self.model + self.saes + self.training + self.largest_phase + self.held_back
+
+    @property
+    def largest_phase(self):
+        return max(self.ahead, self.step, self.evaluation)
 
 
 def estimate(config, *, method, blocks=(), ranks=(), latents=(), kinds="jumprelu", micro_batch, context, ahead, dtype,
@@ -95,7 +101,10 @@ def estimate(config, *, method, blocks=(), ranks=(), latents=(), kinds="jumprelu
     latents_of_a_slice = 2 * FP32 * 1024 * max(latents, default=0)
     evaluation = states + max(rows * max(block, sae), logits, latents_of_a_slice)
 
-    return Memory(model, saes, training, frozen_phase, step, evaluation, activations, logits)
+    needed = model + saes + training + max(frozen_phase, step, evaluation)
+    held_back = HELD_BACK[device] * needed
+    parts = model, saes, training, frozen_phase, step, evaluation, activations, logits, held_back
+    return Memory(*map(round, parts))
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
