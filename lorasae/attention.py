@@ -18,7 +18,7 @@ from lorasae.linear import Linear
 def rotary_frequencies(head_dim, theta, scaling=None, device=None):
     """Inverse wavelengths θ^(-2i/C), [C/2], always fp32: in bf16 they would rotate late positions to the wrong angle.
 
-    `scaling` (Llama-3, a RopeScaling) divides the frequencies whose wavelength exceeds the original context by `factor`,
+    `scaling` (Llama-3, a RopeScaling) divides the frequencies whose wavelength exceeds the old context by `factor`,
     leaves the short ones alone and interpolates between; it applies at every length, short prompts included.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.int64).float() / head_dim)
@@ -53,7 +53,7 @@ def causal_mask(T, S, window, device):
 
 
 def naive_attention(q, k, v, scale, softcap=None, window=None):
-    """softmax(mask(cap · tanh(q kᵀ scale / cap))) v, written out; the soft-cap comes before the mask, the softmax is fp32.
+    """softmax(mask(cap · tanh(q kᵀ scale / cap))) v, written out; first the soft-cap, then the mask; an fp32 softmax.
 
     q [B, H, T, C], k and v [B, G, S, C] -> [B, H, T, C].
     """
@@ -75,8 +75,8 @@ def repeat_heads(x, q):
 def attention(q, k, v, scale, softcap=None, window=None, masks={}):
     """naive_attention by the fastest exact kernel at hand. masks: those of Positions.
 
-    PyTorch's fused kernels know neither soft-cap nor window. FlexAttention does, but only once it is compiled into a block:
-    alone it would hold every score, and compile anew for each length. Everything else goes blockwise.
+    PyTorch's fused kernels know neither soft-cap nor window. FlexAttention does, but only once it is compiled into a
+    block: alone it would hold every score, and compile anew for each length. Everything else goes blockwise.
     """
     T, S = q.shape[2], k.shape[2]
     if window is not None and S <= window:
@@ -99,12 +99,12 @@ def fused_attention(q, k, v, scale):
     """
     if q.is_cuda and q.dtype == torch.float32:
         k, v = repeat_heads(k, q), repeat_heads(v, q)
-    causal = q.shape[2] > 1                                         # a single query is the last position: it sees all keys
+    causal = q.shape[2] > 1                                         # a single query is the last position: it sees all
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
 
 
 def blockwise_attention(q, k, v, scale, softcap=None, window=None, rows=64):
-    """naive_attention for `rows` queries at a time: half the work under a causal mask, in pieces that stay in a CPU's cache.
+    """naive_attention for `rows` queries at a time: half the work under a causal mask, in pieces for a CPU's cache.
 
     Keys that no query of a piece may see, behind its last one or out of its first one's window, are never touched.
     """
@@ -131,10 +131,10 @@ def blockwise_attention(q, k, v, scale, softcap=None, window=None, rows=64):
 
 
 def flex_attention(q, k, v, scale, softcap, mask):
-    """naive_attention by FlexAttention, inside a compiled block: soft-cap and products in one kernel, masked blocks skipped.
+    """naive_attention by FlexAttention, in a compiled block: soft-cap and products in one, masked blocks skipped.
 
-    The kernel for training is asked for by name. Left alone, PyTorch takes the one for decoding below 128 queries, which
-    does not exist for two query heads a key-value head (every Gemma-2; pytorch/pytorch#185349).
+    The kernel for training is asked for by name. Left alone, PyTorch takes the one for decoding below 128 queries,
+    which does not exist for two query heads a key-value head (every Gemma-2; pytorch/pytorch#185349).
     """
     from torch.nn.attention import flex_attention as flex               # here, for it takes a while to import
 
@@ -147,7 +147,7 @@ def flex_attention(q, k, v, scale, softcap, mask):
 
 @lru_cache(maxsize=4)
 def flex_mask(T, window, device):
-    """causal_mask for FlexAttention, which also wants to know what blocks of 128 x 128 are empty. Some 30 kernels to make."""
+    """causal_mask for FlexAttention, which wants to know what blocks of 128 x 128 are empty. It takes some 30 kernels."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(batch, head, query, key):

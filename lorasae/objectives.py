@@ -1,14 +1,14 @@
-"""The objectives, straight from hidden states: KL(base ‖ adapted) for training (Eq. 7), CE and KL a token for evaluation.
+"""The objectives, straight from hidden states: KL(base ‖ adapted) for training (Eq. 7), CE and KL for evaluation.
 
 The vocabulary is the largest dimension of the whole computation: for one Gemma-2 sequence the naive formula holds seven
-[1024, 256000] fp32 tensors. Here the logits of a few hundred tokens at a time are made, turned into losses and gradients, and
-dropped. Exercised by `python -m lorasae.bench kl`.
+[1024, 256000] fp32 tensors. Here the logits of a few hundred tokens at a time are made, turned into losses and
+gradients, and dropped. Exercised by `python -m lorasae.bench kl`.
 
-Of everything p belongs to the base model and q to the adapted one: u_p, u_q are their logits as the head gives them, z_p, z_q the
-same under the soft-cap, z = cap(u).
+Of everything p belongs to the base model and q to the adapted one: u_p, u_q are their logits as the head gives them,
+z_p, z_q the same under the soft-cap, z = cap(u).
 
-Shapes: N tokens (B*T), n tokens of a chunk, D d_model, V vocabulary, S students (adapted models side by side). Hidden states come
-after the final norm; `weight` is the head [V, D].
+Shapes: N tokens (B*T), n tokens of a chunk, D d_model, V vocabulary, S students (adapted models side by side). Hidden
+states come after the final norm; `weight` is the head [V, D].
 """
 from functools import cache
 from typing import NamedTuple
@@ -17,12 +17,12 @@ import torch
 
 from lorasae.linear import linear
 
-CHUNK_ELEMENTS = {"cpu": 2 ** 22, "cuda": 2 ** 27}      # logits of a model held at once: 16 MB on a CPU, 0.5 GB on a GPU
-CACHED_ELEMENTS = 2 ** 18                               # of these, worked on at once by a CPU: 1 MB stays in its cache
+CHUNK_ELEMENTS = {"cpu": 2 ** 22, "cuda": 2 ** 27}  # logits of a model held at once: 16 MB on a CPU, 0.5 GB on a GPU
+CACHED_ELEMENTS = 2 ** 18                           # of these, worked on at once by a CPU: 1 MB stays in its cache
 
 
 def naive_kl(target, hidden, weight, softcap=None):
-    """Σ_tokens KL(p ‖ q), p = softmax(cap(target Wᵀ)), q = softmax(cap(hidden Wᵀ)): Eq. 7 written out with all its logits."""
+    """Σ_tokens KL(p ‖ q), p = softmax(cap(target Wᵀ)), q = softmax(cap(hidden Wᵀ)): Eq. 7 with all its logits."""
     z_p = capped(target.float() @ weight.float().T, softcap)
     z_q = capped(hidden.float() @ weight.float().T, softcap)
     log_p = z_p.log_softmax(-1)
@@ -33,14 +33,16 @@ def naive_kl(target, hidden, weight, softcap=None):
 def linear_kl(target, hidden, weight, softcap=None, chunk=None, compiled=False):
     """naive_kl without its [N, V] tensors: same value, same gradient to `hidden`, peak memory a few chunks of logits.
 
-    target [..., D] of the base model and weight [V, D] are frozen and get no gradient. hidden [..., D] of the adapted model, or
-    [S, ..., D] of S of them, which share the base's logits. Returns the *sum* over tokens, in nats, fp32: a scalar, or [S].
-    chunk: tokens at a time (None: by device). compiled: the elementwise part becomes one or two kernels.
+    target [..., D] of the base model and weight [V, D] are frozen and get no gradient. hidden [..., D] of the adapted
+    model, or [S, ..., D] of S of them, which share the base's logits. Returns the *sum* over tokens, in nats, fp32: a
+    scalar, or [S]. chunk: tokens at a time (None: by device). compiled: the elementwise part becomes one or two
+    kernels.
 
     Loss and gradient of each of several students are, to the bit, those of a call with that student alone.
 
-    The direction is the base first: the student pays where the base puts mass. Logits and softmax are fp32 even for bf16
-    weights, because at the paper's end range (KL 0.01 to 0.2) bf16 logits put errors of 10 % and more into the gradient.
+    The direction is the base first: the student pays where the base puts mass. Logits and softmax are fp32 even for
+    bf16 weights, because at the paper's end range (KL 0.01 to 0.2) bf16 logits put errors of 10 % and more into the
+    gradient.
     """
     target = target.detach().reshape(-1, target.shape[-1])
     students = hidden.reshape(-1, *target.shape)
@@ -51,8 +53,8 @@ def linear_kl(target, hidden, weight, softcap=None, chunk=None, compiled=False):
 class LinearKL(torch.autograd.Function):
     """With u = hidden Wᵀ, z = c tanh(u / c):  ∂KL/∂u = (q - p) (1 - (z / c)²),  ∂KL/∂hidden = (∂KL/∂u) W.
 
-    The gradient is made in the forward pass, while the logits of the chunk exist; [S, N, D] is all that is kept. Each student has
-    products of its own, of the same shape however many there are, and so the same bits.
+    The gradient is made in the forward pass, while the logits of the chunk exist; [S, N, D] is all that is kept. Each
+    student has products of its own, of the same shape however many there are, and so the same bits.
     """
 
     @staticmethod
@@ -73,7 +75,7 @@ class LinearKL(torch.autograd.Function):
                 else:
                     add_kl(totals[s], base, u_q, softcap)
 
-                d_logits = u_q.to(weight.dtype)                         # in place of the logits there is now their gradient
+                d_logits = u_q.to(weight.dtype)                         # where the logits were is their gradient
                 if gradient is not None:
                     gradient[s, rows] = to_hidden(d_logits, weight)
                 del u_q, d_logits                                       # before the next ones are made
@@ -106,7 +108,7 @@ def base_pieces(u_p, softcap, keep_p):
 
 
 def add_kl(total, base, u_q, softcap):
-    """Adds the student's KL to the scalar `total`, a Piece of the base at a time. u_q [n, V] is OVERWRITTEN by its gradient."""
+    """Adds the student's KL to the scalar `total`, Piece by Piece. Its logits u_q [n, V] become their gradient."""
     for rows, log_p, p in base:
         total += kl_and_gradient(log_p, p, u_q[rows], softcap)
 
@@ -122,8 +124,8 @@ def log_probabilities(u_p, softcap):
 def kl_and_gradient(log_p, p, u_q, softcap):
     """log p and p (or None) of the base and uncapped logits of the student, [n, V] fp32 each -> Σ KL(p ‖ q), a scalar.
 
-    OVERWRITES u_q: it returns holding ∂KL/∂u_q = (q - p) ∂z_q/∂u_q. Every step that can be done in place is: what is written
-    again is in the cache.
+    OVERWRITES u_q: it returns holding ∂KL/∂u_q = (q - p) ∂z_q/∂u_q. Every step that can be done in place is: what is
+    written again is in the cache.
     """
     if p is None:
         p = log_p.exp()
@@ -222,7 +224,7 @@ def pieces(logits):
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-# ---- The two products with the head W [V, D], in fp32 also where hidden states and W are bf16 -------------------------------
+# ---- The two products with the head W [V, D], in fp32 also where hidden states and W are bf16 ------------------------
 # CUDA multiplies bf16 and returns its fp32 sums; a CPU widens a slice of W at a time.
 
 def to_logits(hidden, weight):
@@ -248,5 +250,3 @@ def to_hidden(d_logits, weight):
     for columns, part in zip(d_logits.split(2 ** 14, dim=1), weight.split(2 ** 14)):
         d_hidden += columns.float() @ part.float()
     return d_hidden
-
-

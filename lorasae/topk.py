@@ -61,7 +61,7 @@ def _topk(x, k):
         return torch.topk(x, k, sorted=False)
 
     # The k groups with the largest maxima.
-    rest = M % block                                                    # these columns are in no group: always looked at
+    rest = M % block                                                    # columns in no group: always looked at
     blocks = x[:, :M - rest].unflatten(1, (-1, size, LANES))
     maxima, groups = _topk(blocks.amax(2).flatten(1), k)
 
@@ -237,8 +237,8 @@ class _ByLatent:
     def dot(self, x, rows):
         """x [N, D], rows [M, D] -> x · rows[indices]  [N, k]: embedding_bag's own backward for its weights.
 
-        A bag is a latent, not a token, so that what is read at random is x, which fits a cache, and not the rows. CUDA's
-        kernel has no bf16 in PyTorch 2.11 (pytorch/pytorch#185808): there the product is taken in fp32.
+        A bag is a latent, not a token, so that what is read at random is x, which fits a cache, and not the rows.
+        CUDA's kernel has no bf16 in PyTorch 2.11 (pytorch/pytorch#185808): there the product is taken in fp32.
         """
         dtype = x.dtype
         if x.is_cuda and dtype == torch.bfloat16:

@@ -189,7 +189,8 @@ def test_every_part_of_gpu_runs_from_end_to_end(on_a_gpu):
 
     headline = sections["gpu headline"]
     steps = [row for row in headline if row["what"] == "headline step"]
-    assert [row["contender"] for row in steps] == [f"lorasae, {name}" for name in ("as train.py runs it", "no dropout", "no TF32")]
+    names = ("as train.py runs it", "no dropout", "no TF32")
+    assert [row["contender"] for row in steps] == [f"lorasae, {name}" for name in names]
     for row in steps:
         assert row["tokens_per_s"] == pytest.approx(16 / (row["ms"] / 1e3)) and 0 < row["utilisation"] < 1
         assert row["launches"] == row["syncs"] == 0 and row["issue_ms"] <= row["ms_max"]

@@ -13,6 +13,8 @@ from conftest import GEMMA, LLAMA, write_model
 from lorasae.io.checkpoint import load_config, parse_config
 from lorasae.lora import add_lora, lora_parameters
 from lorasae.model import Transformer
+from lorasae.io.sae_formats import save_sae
+from lorasae.sae import JumpReLU
 from lorasae.runs.memory import adapter_parameters, estimate, kept_by_block, model_parameters
 
 ROOT = Path(__file__).parents[1]
@@ -46,32 +48,37 @@ def measured(folder, size, method):
     write_model(folder / "model", raw, scale=0.02)
     shutil.copy(TOKENIZER, folder / "model")
     (folder / "text.txt").write_text("".join(path.read_text() for path in sorted((ROOT / "lorasae").glob("*.py"))))
-    common = ["train.py", "--model", folder / "model", "--data", folder / "text.txt", "--context", context, "--batch-size", batch,
-              "--eval-tokens", 4 * context, "--dtype", "float32", "--device", "cpu", "--layer", depth // 2 - 1]
+    common = ["train.py", "--model", folder / "model", "--data", folder / "text.txt", "--context", context,
+              "--batch-size", batch, "--eval-tokens", 4 * context, "--dtype", "float32", "--device", "cpu",
+              "--layer", depth // 2 - 1]
 
     def train(name, tokens, *arguments):
         python(*map(str, [*common, "--out", folder / name, "--tokens", tokens, *arguments]))
         return json.loads((folder / name / "results.json").read_text())["peak_memory_bytes"]
 
     if method != "lora":
-        return train("run", 3 * batch * context, "--method", method, "--width", latents, *(["--l0", 20] if method == "jumprelu" else []))
-    train("sae", batch * context, "--method", "jumprelu", "--width", latents, "--l0", 20)
+        l0 = ["--l0", 20] if method == "jumprelu" else []
+        return train("run", 3 * batch * context, "--method", method, "--width", latents, *l0)
+    sae = JumpReLU(D, latents)
+    torch.nn.init.normal_(sae.W_enc, std=D ** -0.5), torch.nn.init.constant_(sae.threshold, 1.0)
+    save_sae(sae, folder / "sae", model_name="test", layer=depth // 2 - 1, context=context)
     return train("run", 3 * batch * context, "--sae", folder / "sae", "--rank", 16, "--adapt", "after")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is counted as Linux does")
-@pytest.mark.parametrize("size, method", [("small", "topk"), ("small", "lora"), ("medium", "jumprelu"), ("medium", "lora"),
-                                          ("large", "lora"), ("large", "e2e")])
+@pytest.mark.parametrize("size, method", [("small", "lora"), ("medium", "lora"), ("large", "lora"),
+                                          ("medium", "jumprelu"), ("medium", "e2e")])
 def test_the_estimate_is_near_the_measured_peak_of_a_real_run(tmp_path, process, size, method):
     peak = measured(tmp_path, size, method) - process
     D, I, depth, V, context, batch, latents = SIZES[size]
     lora = method == "lora"
     found = estimate(load_config(tmp_path / "model"), method=method, blocks=range(depth // 2, depth) if lora else (),
-                     ranks=[16] if lora else (), latents=[latents], kinds="jumprelu", micro_batch=batch, context=context, ahead=1,
-                     dtype=torch.float32)
+                     ranks=[16] if lora else (), latents=[latents], kinds="jumprelu", micro_batch=batch,
+                     context=context, ahead=1, dtype=torch.float32)
     print(f"{size} {method}: measured {peak / 1e6:.0f} MB, estimated {found.total / 1e6:.0f} MB "
           f"{({name: round(value / 1e6) for name, value in found._asdict().items()})}")
-    assert 0.75 * peak < found.total < 1.35 * peak
+    noise = 20e6                                        # processes that do the same differ by that much
+    assert abs(found.total - peak) < 0.25 * peak + noise
 
 
 @pytest.mark.parametrize("raw", [GEMMA, LLAMA], ids=["gemma", "llama"])
@@ -109,9 +116,11 @@ def test_what_backward_keeps_of_a_block_is_what_autograd_saves(raw, dropout):
 
 def test_only_the_largest_phase_counts_and_every_lever_moves_its_part():
     config = parse_config(GEMMA, "the test")
-    common = dict(method="lora", blocks=[2, 3], ranks=[8], latents=[512], micro_batch=2, context=64, ahead=1, dtype=torch.float32)
+    common = dict(method="lora", blocks=[2, 3], ranks=[8], latents=[512], micro_batch=2, context=64, ahead=1,
+                  dtype=torch.float32)
     plain = estimate(config, **common)
-    assert plain.total == plain.model + plain.saes + plain.training + max(plain.ahead, plain.step, plain.evaluation)
+    needed = plain.model + plain.saes + plain.training + max(plain.ahead, plain.step, plain.evaluation)
+    assert plain.total == needed + plain.held_back and plain.held_back == round(0.2 * needed)
     assert estimate(config, **{**common, "ahead": 16}).ahead == 8 * plain.ahead
     assert estimate(config, **{**common, "ranks": [8, 8]}).training == 2 * plain.training
     assert estimate(config, **{**common, "dtype": torch.bfloat16}).model == plain.model / 2

@@ -79,7 +79,8 @@ def test_kl_is_zero_between_equals_and_positive_otherwise():
 def test_direction_is_base_first():
     """KL(p ‖ q) and KL(q ‖ p) differ: swapping the arguments must change the value."""
     target, hidden, weight = problem(distance=1.0)
-    forward, backward = linear_kl(target, hidden, weight).item(), linear_kl(hidden, target.requires_grad_(), weight).item()
+    forward = linear_kl(target, hidden, weight).item()
+    backward = linear_kl(hidden, target.requires_grad_(), weight).item()
     assert forward == pytest.approx(float64_truth(target.detach(), hidden, weight, None)[0], rel=1e-5)
     assert abs(forward - backward) > 1e-2 * forward
 
@@ -147,7 +148,7 @@ def test_kl_and_gradient_leaves_the_gradient_where_the_logits_were():
         torch.testing.assert_close(logits, leaf.grad, rtol=1e-4, atol=1e-6)
 
 
-# ---- The ways of CUDA -------------------------------------------------------------------------------------------------
+# ---- The ways of CUDA ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("compiled", [False, True])
@@ -164,7 +165,8 @@ def test_the_ways_of_cuda_give_the_same_losses_and_gradients(monkeypatch, dtype,
         gradients += torch.autograd.grad(losses[-1].sum(), leaf)
     objectives.compiled_kl.cache_clear()
     torch.testing.assert_close(*(loss.as_subclass(torch.Tensor) for loss in losses), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(*(gradient.as_subclass(torch.Tensor) for gradient in gradients), rtol=tolerance, atol=tolerance)
+    plain = [gradient.as_subclass(torch.Tensor) for gradient in gradients]
+    torch.testing.assert_close(*plain, rtol=tolerance, atol=tolerance)
 
 
 def test_chunks_on_cuda_are_multiples_of_128_rows():

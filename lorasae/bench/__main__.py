@@ -7,8 +7,8 @@
     python -m lorasae.bench sae                     SAE training (dictionary.py)
     python -m lorasae.bench data                    text to packed tokens (io/corpus.py)
     python -m lorasae.bench all --json bench.json   every section, and the rows as JSON
-    python -m lorasae.bench gpu --json gpu.json     a rented GPU's hour: what it is and can do, the headline step, its peers,
-                                                    and the sections above (gpu.py)
+    python -m lorasae.bench gpu --json gpu.json     a rented GPU's hour: what it is and can do, the headline step,
+                                                    its peers, and the sections above (gpu.py)
 
 The contenders of a race take turns, so that a busy machine slows them all; times are medians with minimum and maximum.
 Answers are compared before anything is timed: a wrong one ends the benchmark. Peak memory is what one call adds to its
@@ -40,7 +40,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m lorasae.bench", description=__doc__.partition("\n")[0])
     parser.add_argument("section", choices=[*SECTIONS, "all", "gpu"], help="what to measure")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), metavar="PART",
-                        help=f"gpu: some of its parts ({', '.join(PARTS)}), in this process (default: all, each in its own)")
+                        help=f"gpu: some of its parts ({', '.join(PARTS)}), in this process (default: all, each alone)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"],
                         help="where (default: the GPU if there is one)")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")

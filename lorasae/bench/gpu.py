@@ -2,13 +2,13 @@
 
     environment     what the figures depend on: hardware, driver, versions
     peak            FLOP/s of a square matrix product in each precision: what utilisation is measured by
-    headline        the step of `train.py --model gemma-2-2b`: tokens/s, utilisation, memory, launches, synchronisations, kernels;
-                    compiled against plain; L0 with and without TF32
+    headline        the step of `train.py --model gemma-2-2b`: tokens/s, utilisation, memory, launches,
+                    synchronisations, kernels; compiled against plain; L0 with and without TF32
     peers           the same step beside transformers + peft
     sae kl topk     the sections of that name
 
-Every part runs in a process of its own, of at most ten minutes, so that each survives the failure of another, and its rows are
-kept as soon as it is done. --part PART ... runs some of them in this process.
+Every part runs in a process of its own, of at most ten minutes, so that each survives the failure of another, and its
+rows are kept as soon as it is done. --part PART ... runs some of them in this process.
 """
 import os
 import platform
@@ -57,7 +57,8 @@ def in_a_process(name, device, quick):
     """The rows of a part that runs alone: not even a crash of CUDA reaches the others."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part.json"
-        command = [sys.executable, "-m", "lorasae.bench", "gpu", "--part", name, "--device", device, "--json", str(path)]
+        command = [sys.executable, "-m", "lorasae.bench", "gpu", "--part", name]
+        command += ["--device", device, "--json", str(path)]
         done = subprocess.run(command + ["--quick"] * quick, timeout=LIMIT, stdout=subprocess.DEVNULL)
         if done.returncode != 0:
             raise RuntimeError(f"its process ended with status {done.returncode}, as said above")
@@ -109,8 +110,8 @@ def version(package):
 def nvidia_smi(field):
     """A field of nvidia-smi, or None where there is no such program."""
     try:
-        found = subprocess.run(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True,
-                               timeout=20)
+        command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     lines = found.stdout.splitlines()
@@ -217,7 +218,8 @@ def compiled_and_plain(ours, device):
         gradients.append(torch.cat([gradient.flatten() for gradient in answer.values()]))
         rows.append({"what": "loss", "contender": "compiled" if compiled else "plain", "value": loss.item()})
     error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
-    return rows + [{"what": "relative distance of their gradients", "contender": "compiled, plain", "value": error.item()}]
+    rows.append({"what": "relative distance of gradients", "contender": "compiled, plain", "value": error.item()})
+    return rows
 
 
 @torch.no_grad()
@@ -242,8 +244,13 @@ def kernels(ours, device, most=20):
     events = [event for event in found.key_averages() if device == "cpu" or not event.self_cpu_time_total]
     whole = sum(getattr(event, key) for event in events)
     events.sort(key=lambda event: getattr(event, key), reverse=True)
-    return [{"what": "part of the time", "contender": event.key[:90], "ms": getattr(event, key) / 1e3, "count": event.count,
-             "part": getattr(event, key) / whole} for event in events[:most]]
+
+    rows = []
+    for event in events[:most]:
+        spent = getattr(event, key)
+        rows.append({"what": "part of the time", "contender": event.key[:90], "ms": spent / 1e3, "count": event.count,
+                     "part": spent / whole})
+    return rows
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------------
@@ -257,5 +264,5 @@ def peers(device, quick):
     return [with_rates(row, case, best) for row in rows]
 
 
-PARTS = {"environment": environment, "peak": peak, "headline": headline, "peers": peers, "sae": bench_sae, "kl": bench_kl,
-         "topk": bench_topk}
+PARTS = {"environment": environment, "peak": peak, "headline": headline, "peers": peers,
+         "sae": bench_sae, "kl": bench_kl, "topk": bench_topk}

@@ -116,7 +116,7 @@ def attention_name(config, cuda):
 def published_sae(sae, dtype):
     """x [N, D] -> x̂ [N, D], encoded densely; a TopK SAE decodes sparsely, as the published kernels do."""
     t = SimpleNamespace(**{name: p.detach().to(dtype) for name, p in sae.named_parameters()})
-    rows = t.W_dec.float() if t.W_dec.is_cuda else t.W_dec          # the bag's backward has no bf16 on CUDA in PyTorch 2.11
+    rows = t.W_dec.float() if t.W_dec.is_cuda else t.W_dec          # PyTorch 2.11's bag has no bf16 backward on CUDA
 
     def top_k(x):
         values, indices = F.linear(x.to(dtype) - t.b_dec, t.W_enc, t.b_enc).relu().topk(sae.k, sorted=False)

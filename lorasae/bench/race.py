@@ -49,7 +49,8 @@ def race(what, build, differ, rounds, device, memory=True, answer=lambda contend
     ours, rows = names[-1], []
     for name, times in seconds.items():
         median = statistics.median(times)
-        row = {"what": what, "contender": name, "ms": 1e3 * median, "ms_min": 1e3 * min(times), "ms_max": 1e3 * max(times),
+        row = {"what": what, "contender": name,
+               "ms": 1e3 * median, "ms_min": 1e3 * min(times), "ms_max": 1e3 * max(times),
                "ours_faster": median / statistics.median(seconds[ours]), "peak_mb": None, "ours_memory": None}
         if peaks[name]:
             row["peak_mb"], row["ours_memory"] = peaks[name] / 1e6, peaks[ours] / peaks[name]

@@ -1,4 +1,4 @@
-"""The LoRA step (adapt.py) beside two peers (peers.py), several ranks in one pass, FLOPs: python -m lorasae.bench step"""
+"""The LoRA step (adapt.py) beside two peers (peers.py), ranks in one pass, FLOPs: python -m lorasae.bench step"""
 import sys
 from dataclasses import replace
 from functools import partial

@@ -11,8 +11,9 @@ def table(rows):
 
     text = []
     for line in lines:
-        aligned = [word.ljust(width) if i < 2 else word.rjust(width) for i, (word, width) in enumerate(zip(line, widths))]
-        text.append("  ".join(aligned).rstrip())
+        names_left = [word.ljust(width) for word, width in zip(line[:2], widths)]
+        figures_right = [word.rjust(width) for word, width in zip(line[2:], widths[2:])]
+        text.append("  ".join(names_left + figures_right).rstrip())
     return "\n".join(text)
 
 

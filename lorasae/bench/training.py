@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from lorasae import dictionary
 from lorasae.bench.race import speed, synchronise
-from lorasae.bench.workloads import REAL, SMALL, TINY, random_setting
+from lorasae.bench.workloads import REAL, SMALL, TINY, precision_of_train, random_setting
 from lorasae.runs.config import Config
 
 
@@ -17,7 +17,8 @@ def bench_sae(device, quick):
     D, rows = case.config.hidden_size, []
     for method in ("topk", "jumprelu", "e2e"):
         sae = dictionary.new_sae(method, D, case.width, k=64).to(device)
-        seconds, values = timed_groups(model, sae, case, tokens, method, groups=3 if quick else 7)
+        with precision_of_train(device):
+            seconds, values = timed_groups(model, sae, case, tokens, method, groups=3 if quick else 7)
         for name, value in values.items():
             if not math.isfinite(value):
                 raise RuntimeError(f"SAE training, {method}: {name} is {float(value)}")

@@ -3,11 +3,12 @@
     parts = estimate(config, method="lora", blocks=range(13, 26), ranks=[64], latents=[16384], ...)
     parts.total                 bytes at the peak: what is always there, and the largest of three phases
 
-The phases take turns, so only the largest counts: the frozen part of several sequences that runs ahead of their steps; a step; and
-the evaluation. Everything is counted in elements a token and multiplied by tokens and bytes. The process itself (Python, PyTorch's
-libraries) is left out, and so is what an allocator holds back.
+The phases take turns, so only the largest counts: the frozen part of several sequences that runs ahead of their steps;
+a step; and the evaluation. Everything is counted in elements a token and multiplied by tokens and bytes. The process
+itself (Python, PyTorch's libraries: some 0.5 GB) is left out.
 
-Shapes: T context, D d_model, I width of the MLP, H query heads, G key-value heads, C head_dim, V vocabulary, M latents, R rank.
+Shapes: T context, D d_model, I width of the MLP, H query heads, G key-value heads, C head_dim, V vocabulary, M latents,
+R rank.
 """
 from typing import NamedTuple
 
@@ -18,32 +19,39 @@ from lorasae.objectives import CACHED_ELEMENTS, CHUNK_ELEMENTS
 from lorasae.topk import CHUNK
 
 FP32 = 4
-MASTER = 4 * FP32                                       # a trained number: itself, its gradient, and Adam's two averages
+HELD_BACK = {"cpu": 0.2, "cuda": 0.0}                   # measured on a CPU: 0 to 0.35; nobody has seen CUDA's
+MASTER = 4 * FP32                                       # a trained number, its gradient, and Adam's two averages
 
 
 class Memory(NamedTuple):
-    """Bytes. The first three are there throughout; of the last three only the largest is, at the peak."""
+    """Bytes. The first three are there throughout; of the next three only the largest is, at the peak."""
     model: int
     saes: int                                           # frozen ones
     training: int                                       # what is trained, its gradients and optimiser states
     ahead: int                                          # the frozen part, run for several sequences at once
-    step: int                                           # activations that backward needs, gradients on their way, logits
+    step: int                                           # activations that backward needs, gradients, logits
     evaluation: int
     activations: int                                    # the part of `step` that backward keeps
     logits: int                                         # the part of `step` and `evaluation` that are logits
+    held_back: int                                      # freed, and kept by the allocator
 
     @property
     def total(self):
-        return self.model + self.saes + self.training + max(self.ahead, self.step, self.evaluation)
+        return self.model + self.saes + self.training + self.largest_phase + self.held_back
+
+    @property
+    def largest_phase(self):
+        return max(self.ahead, self.step, self.evaluation)
 
 
 def estimate(config, *, method, blocks=(), ranks=(), latents=(), kinds="jumprelu", micro_batch, context, ahead, dtype,
              sae_dtype=torch.float32, device="cpu", compiled=False, dropout=0.1):
     """The Memory of a run.
 
-    config: the model's. method: lora, finetune, topk, jumprelu or e2e. latents: those of each SAE (of the one that is trained).
-    kinds: "topk" or "jumprelu", what the SAEs around which a model is adapted are. blocks, ranks: of the adapters. micro_batch,
-    ahead: sequences of `context` tokens that pass at once through a step, and through the frozen part before it.
+    config: the model's. method: lora, finetune, topk, jumprelu or e2e. latents: those of each SAE (of the one that is
+    trained). kinds: "topk" or "jumprelu", what the SAEs around which a model is adapted are. blocks, ranks: of the
+    adapters. micro_batch, ahead: sequences of `context` tokens that pass at once through a step, and through the frozen
+    part before it.
     """
     size = torch.empty((), dtype=dtype).element_size()
     sae_size = torch.empty((), dtype=sae_dtype).element_size()
@@ -65,7 +73,8 @@ def estimate(config, *, method, blocks=(), ranks=(), latents=(), kinds="jumprelu
     block = passing_block(config, T, size, device)
     sae = max((passing_sae(kind, M, D, FP32 if trains_sae else sae_size) for M in latents), default=0)
 
-    # The frozen part, ahead: its outputs (the student's input and the teacher's state), beside those of the group before.
+    # The frozen part, ahead: its outputs (the student's input and the teacher's state), beside those of the group
+    # before.
     kept_lesson = at_once * T * 2 * D * size
     frozen_phase = 2 * kept_lesson + at_once * T * max(block, 0 if trains_sae else sae)
 
@@ -92,7 +101,10 @@ def estimate(config, *, method, blocks=(), ranks=(), latents=(), kinds="jumprelu
     latents_of_a_slice = 2 * FP32 * 1024 * max(latents, default=0)
     evaluation = states + max(rows * max(block, sae), logits, latents_of_a_slice)
 
-    return Memory(model, saes, training, frozen_phase, step, evaluation, activations, logits)
+    needed = model + saes + training + max(frozen_phase, step, evaluation)
+    held_back = HELD_BACK[device] * needed
+    parts = model, saes, training, frozen_phase, step, evaluation, activations, logits, held_back
+    return Memory(*map(round, parts))
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
@@ -115,7 +127,7 @@ def adapter_parameters(config, blocks, ranks):
 # ---- Bytes a token ---------------------------------------------------------------------------------------------------
 
 def attention_scores(config, T, size, device):
-    """Scores that a blockwise attention keeps for backward: tanh and softmax in fp32 (and cast), half of them under the mask."""
+    """Scores that a blockwise attention keeps for backward: tanh and softmax in fp32 (and cast), half masked."""
     if device == "cuda" or config.attn_logit_softcapping is None:
         return 0                                        # fused kernels make them again
     visible = min(T / 2 + 32, config.sliding_window or T)
@@ -149,14 +161,14 @@ def passing_block(config, T, size, device):
 
 
 def passing_sae(kind, M, D, size):
-    """Encoding and decoding: a JumpReLU holds pre-activations, gates and latents; a TopK some of its latents at a time."""
+    """Encoding and decoding: a JumpReLU holds pre-activations, gates, latents; a TopK some of its latents at a time."""
     if kind == "topk":
         return 2 * FP32 * min(M, CHUNK) + 2 * D * size
     return M * (2 * size + 1) + 2 * D * size
 
 
 def trained_sae_activations(kind, M, D):
-    """x, its reconstruction and their gradients; a JumpReLU's pre-activations, gates, latents, and the gradients of all."""
+    """x, its reconstruction, their gradients; a JumpReLU's pre-activations, gates, latents, the gradients of all."""
     tokens = 6 * D * FP32
     if kind == "topk":
         return tokens + FP32 * min(M, CHUNK)
@@ -175,7 +187,7 @@ def logits_bytes(config, tokens, device, size, students):
     if students > 1:
         copies += FP32
     if size < FP32:
-        copies += FP32 + size                           # slices of the product before they are joined; the cast gradient
+        copies += FP32 + size                           # slices of the product, to be joined; the cast gradient
     rows = min(rows, tokens)
     piece = min(rows * V, max(CACHED_ELEMENTS, V))      # the elementwise work, some eight tensors at once
     return rows * V * copies + 8 * FP32 * piece
