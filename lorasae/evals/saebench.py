@@ -31,7 +31,7 @@ CELLS = 2 ** 28                                         # latents held at a time
 def add_options(add):
     add("--labelled", default="stdlib", metavar="WHAT", help="labelled texts: stdlib, saebench (or some of its sets by "
         "name, comma-separated), or a file of JSON lines: text, label and, for scr, attribute (default: %(default)s)")
-    add("--seeds", type=int, default=5, metavar="N", help="how often each number is measured anew; the paper measured "
+    add("--seeds", type=int, default=3, metavar="N", help="how often each number is measured anew; the paper measured "
         "once (default: %(default)s)")
 
 
@@ -64,7 +64,7 @@ def reading(setting, suite):
 
     if min(blocks) > layer:
         raise InputError(f"every adapter lies after block {layer}, whose output is all that --suite {suite} reads: its "
-                         "numbers would be the base model's exactly. Train adapters on all blocks and evaluate that run: "
+                         "numbers would be exactly the base model's. Adapt all blocks and evaluate that run: "
                          f"{adapt_all(setting.config)}")
     return layer, sae
 
@@ -232,5 +232,5 @@ def show_rows(numbers, labels, paper, tolerance):
 
     print_table(table, ["", "base", "LoRA", "difference", "90 % CI", "paper: base", "LoRA", "difference"])
     print(f"\nlayer {numbers['layer']}, {numbers['seeds']} seeds, {', '.join(numbers['sets'])}")
-    print(f"Table 3's differences come from one seed; none exceeds the {tolerance} by which SAEBench's own reruns differ.\n"
-          "The paper's levels are those of another model, other texts and a wider SAE.")
+    print(f"Table 3's differences come from one seed; none exceeds the {tolerance} by which SAEBench's own reruns differ.")
+    print("The paper's levels are those of another model, other texts and a wider SAE.")
