@@ -1,4 +1,4 @@
-"""Labelled texts: what gives a class away is gone, training and test never meet, SAEBench's cuts, errors in one line."""
+"""Labelled texts: nothing gives a class away, training and test never meet, SAEBench's cuts, errors in one line."""
 import json
 import random
 import re

@@ -37,7 +37,7 @@ def test_logistic_regression_reaches_the_known_minimum(balanced, weight, bias):
     assert found.bias.item() == pytest.approx(bias, abs=2e-7)
 
 
-@pytest.mark.parametrize("features, balanced, C", [(1, False, 1.0), (10, True, 1.0), (30, False, .1), (30, True, 100.0)])
+@pytest.mark.parametrize("features, balanced, C", [(1, False, 1), (10, True, 1), (30, False, .1), (30, True, 100)])
 def test_logistic_regression_is_scikit_learns(features, balanced, C):
     linear_model = pytest.importorskip("sklearn.linear_model", reason="the oracle")
     generator = torch.Generator().manual_seed(features)
@@ -201,7 +201,8 @@ def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(suite, setting, label
 
 
 @pytest.mark.parametrize("suite, table_3", [
-    (probing, ["sae_top_1", "sae_all"]), (scr, ["max", "average"]), (tpp, ["max", "average"]), (absorption, ["saebench"])])
+    (probing, ["sae_top_1", "sae_all"]), (scr, ["max", "average"]), (tpp, ["max", "average"]), (absorption, ["saebench"]),
+])
 def test_the_papers_differences_are_no_larger_than_what_reruns_differ_by(suite, table_3):
     for metric in table_3:
         lora, without = suite.PAPER[metric]

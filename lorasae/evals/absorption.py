@@ -5,7 +5,7 @@
 
 The residual stream x is read at the last token of a word, in a prompt that asks for first letters. A linear probe finds
 the direction u of each letter; logistic regressions on 1, 2, .. latents find those that stand for it (more of them as
-long as each adds 0.03 to F1). Where the probe sees the letter and these latents are silent, a single other one may carry it:
+long as each adds 0.03 to F1). Where the probe sees the letter and these are silent, a single other latent may carry it:
 
     z_i W_dec,i · u >= 0.4 x · u >= 0   and   W_dec,i · u / ‖W_dec,i‖ >= 0.025      i: the largest z_i W_dec,i · u
 
@@ -337,7 +337,7 @@ def show(numbers):
     known = numbers["rows"]["known"]
     if min(known["base"], known["lora"]) < 13:
         print(f"The probe knows {known['base']:.1f} letters in the base model, {known['lora']:.1f} in the adapted one. "
-              "Where the residual stream\ndoes not hold the first letter, nothing can absorb it: these rates say little.")
+              "Where the residual\nstream does not hold the first letter, nothing can absorb it: these rates say little.")
 
 
 def draw(numbers, figure):

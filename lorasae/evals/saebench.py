@@ -29,9 +29,9 @@ CELLS = 2 ** 28                                         # latents held at a time
 
 
 def add_options(add):
-    add("--labelled", default="stdlib", metavar="WHAT", help="texts of probing, scr, tpp: stdlib, saebench (or some of its sets by "
-        "name, comma-separated), or a file of JSON lines with text, label, for scr attribute (default: %(default)s)")
-    add("--seeds", type=int, default=5, metavar="N", help="how often each number, of absorption too, is measured anew; "
+    add("--labelled", default="stdlib", metavar="WHAT", help="texts of probing, scr, tpp: stdlib, saebench (or some of its sets "
+        "by name, comma-separated), or a file of JSON lines with text, label, for scr attribute (default: %(default)s)")
+    add("--seeds", type=int, default=3, metavar="N", help="how often each number, of absorption too, is measured anew; "
         "the paper measured once (default: %(default)s)")
 
 
@@ -214,5 +214,5 @@ def show_rows(numbers, labels, paper, tolerance):
 
     print_table(table, ["", "base", "LoRA", "difference", "90 % CI", "paper: base", "LoRA", "difference"])
     print(f"\nlayer {numbers['layer']}, {numbers['seeds']} seeds, {', '.join(numbers['sets'])}")
-    print(f"Table 3's differences come from one seed; none exceeds the {tolerance} by which SAEBench's own reruns differ.\n"
-          "The paper's levels are those of another model, other texts and a wider SAE.")
+    print(f"Table 3's differences come from one seed; none exceeds the {tolerance} by which SAEBench's own reruns differ.")
+    print("The paper's levels are those of another model, other texts and a wider SAE.")

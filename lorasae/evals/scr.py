@@ -4,12 +4,12 @@
     python eval.py RUN_DIR --suite scr --labelled saebench      professions and genders, products and ratings
 
 Texts have two concepts, the class (professor, nurse) and the attribute (male, female). A biased probe is trained on
-male professors and female nurses alone. The latents of one concept are ablated, and the biased probe is asked for the other:
+male professors and female nurses alone. One concept's latents are ablated, and the biased probe is asked for the other:
 
     S = (A_ablated - A_biased) / (A_clean - A_biased)
 
 with A_clean the accuracy of a probe trained on that concept, balanced. 1: cured, 0: no change. Reported is the
-direction in which the biased probe does worse. Mean over pairs, and then the maximum and the average over the numbers of latents.
+direction in which the biased probe does worse. Mean over pairs, then the maximum and average over numbers of latents.
 """
 import torch
 
@@ -70,7 +70,7 @@ def shift(clean, biased, ablated):
     """Accuracies on the (attribute, class) -> S of both directions, and the reported one.
 
     dir1 ablates the attribute's latents and asks for the class, dir2 the reverse. 0 where the biased probe is as good
-    as the clean one to 0.001: there is nothing to cure. (So does SAEBench today; the version that the paper ran divides.)
+    as the clean one to 0.001: there is nothing to cure. (So does SAEBench today; the version the paper ran divides.)
     """
     def score(concept):
         gap = clean[concept] - biased[concept]

@@ -6,7 +6,7 @@ Linear probes learn concepts from a text's mean residual stream. A latent's effe
 
 on training texts. The n latents of the greatest effect are ablated on test texts: x' = x - Σ_i z_i W_dec,i at every
 token, the SAE's error staying where it is. (The paper's A.2 has it the other way round, all but these latents ablated;
-the published code does this.) As probes see means over tokens, and ablating is linear, it is enough to ablate the means.
+the published code does this.) As probes see means over tokens, and ablating is linear, the means are enough.
 """
 import torch
 
