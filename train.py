@@ -27,7 +27,7 @@ from lorasae.runs import distributed
 from lorasae.runs.adaptation import adapt_model
 from lorasae.runs.config import LLAMA_SCOPE, METHODS, Config, configure, read_config
 from lorasae.runs.folder import Run, claim_default
-from lorasae.runs.preflight import dry_run
+from lorasae.runs.preflight import check_memory, dry_run
 from lorasae.runs.sae_training import train_sae
 from lorasae.runs.setting import load_setting
 
@@ -137,6 +137,7 @@ def open_run(args):
         return Run.resume(args.resume, device)
     config = config_of(args)
     distributed.start(config.device)
+    check_memory(config)
     folder = args.out
     if folder is None and distributed.rank() == 0:
         folder = claim_default(config.model, config.method)
