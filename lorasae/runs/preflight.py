@@ -12,12 +12,13 @@ from lorasae.adapt import default_adapt
 from lorasae.errors import InputError
 from lorasae.io.checkpoint import load_config
 from lorasae.io.hub import model_plan, sae_files, sae_plan
+from lorasae.io.sae_formats import load_sae
 from lorasae.io.tensors import DTYPES
 from lorasae.runs import distributed
 from lorasae.runs.adaptation import blocks_to_adapt
 from lorasae.runs.config import latents
 from lorasae.runs.memory import adapter_parameters, estimate, model_parameters
-from lorasae.runs.setting import check_layer, sae_sources
+from lorasae.runs.setting import check_context, check_layer, sae_sources
 from lorasae.sae import JumpReLU
 
 
@@ -35,6 +36,7 @@ def plan(config):
     """The Plan of a configuration. Nothing is loaded; InputError for what the run itself would refuse."""
     model = load_config(config.model)
     depth = model.num_hidden_layers
+    check_context(config, model)
     for layer in config.layer:
         check_layer(config.model, layer, depth)
 
@@ -43,17 +45,26 @@ def plan(config):
         fetched += sae_plan(source, layer=layer, width=config.width, l0=config.l0)
     if config.method == "lora":
         sizes = [size_of_sae(config, layer, source, model.hidden_size) for layer, source in sae_sources(config)]
-        spec = config.adapt or default_adapt(dict.fromkeys(config.layer, JumpReLU(1, 1)))
+        spec = config.adapt or default_adapt(saes_at_hand(config, fetched))
         blocks = blocks_to_adapt(spec, dict.fromkeys(config.layer), depth)
     else:
         sizes, blocks = [config.width or 8 * model.hidden_size], []
+    certain = bool(config.adapt) or config.method != "lora" or not fetched
 
     dtype, sae_dtype = DTYPES[config.dtype], DTYPES[config.sae_dtype]
     memory = estimate(model, method=config.method, blocks=blocks, ranks=config.rank if blocks else (), latents=sizes,
                       micro_batch=config.micro_batch, context=config.context, ahead=config.ahead, dtype=dtype,
                       sae_dtype=sae_dtype, device=torch.device(config.device).type, compiled=config.compile,
                       dropout=config.dropout)
-    return Plan(model, blocks, bool(config.adapt) or not blocks, sizes, fetched + model_plan(config.model), memory)
+    return Plan(model, blocks, certain, sizes, fetched + model_plan(config.model), memory)
+
+
+def saes_at_hand(config, fetched):
+    """{layer: SAE} of local sources; of those still to be fetched, JumpReLUs as the public ones of the paper are."""
+    if fetched:
+        return dict.fromkeys(config.layer, JumpReLU(1, 1))
+    return {layer: load_sae(source, layer=layer, width=config.width, l0=config.l0, llama_scope=config.llama_scope)
+            for layer, source in sae_sources(config)}
 
 
 def size_of_sae(config, layer, source, d_model):
@@ -89,7 +100,7 @@ def dry_run(config):
     print(f"trainable parameters  {trainable:,} ({trainable / frozen:.2%} of {frozen:,})")
     print(f"training              {config.steps:,} steps of {config.batch_size} x {config.context} = {config.trained_tokens:,} "
           f"tokens of {config.data}")
-    memory = made.memory
+    memory = made.memory                                # Python and its libraries take some 0.4 GB beside it
     print(f"memory, about         {size(memory.total)}: model {size(memory.model)}, SAEs {size(memory.saes)}, trained "
           f"{size(memory.training)}, and the largest of: a step {size(memory.step)} (activations {size(memory.activations)}, "
           f"logits {size(memory.logits)}), the frozen part ahead {size(memory.ahead)}, evaluation {size(memory.evaluation)}")

@@ -30,13 +30,18 @@ def load_setting(config, folder=None, adapter=None):
     """
     device = distributed.local(config.device)
     model = load_model(config.model, device="cpu" if config.shard else device, dtype=config.dtype)
-    holds = model.config.max_position_embeddings
-    if config.context > holds:
-        raise InputError(f"--context {config.context} is more than {config.model} holds: pass at most {holds}")
+    check_context(config, model.config)
     saes = load_saes(config, model, device)
     if adapter is not None:
         load_adapter(model, adapter)
     return Setting(model, saes, load_corpus(config, model.config, folder), config, folder)
+
+
+def check_context(config, model_config):
+    """Raises InputError where the model does not hold so many tokens."""
+    holds = model_config.max_position_embeddings
+    if config.context > holds:
+        raise InputError(f"--context {config.context} is more than {config.model} holds: pass at most {holds}")
 
 
 def sae_sources(config):
