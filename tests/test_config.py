@@ -211,7 +211,7 @@ def test_a_configuration_that_was_tampered_with_is_one_line_with_its_path(tmp_pa
     assert str(tmp_path / "config.json") in str(refused.value) and message in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text, message", [("{", "not JSON"), ("[]", "not written by train.py"), ("3", "not written by train.py"),
+@pytest.mark.parametrize("text, message", [("{", "not JSON"), ("[]", "not a JSON object"), ("3", "not a JSON object"),
                                            ('{"model_type": "gemma2"}', "not written by train.py"), (None, "has no config.json")])
 def test_what_is_no_configuration_is_one_line(tmp_path, text, message):
     if text is not None:
