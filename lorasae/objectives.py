@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from lorasae.runs.distributed import everywhere
 from lorasae.linear import linear
 
 CHUNK_ELEMENTS = {"cpu": 2 ** 22, "cuda": 2 ** 27}  # logits of a model held at once: 16 MB on a CPU, 0.5 GB on a GPU
@@ -251,54 +250,3 @@ def to_hidden(d_logits, weight):
     for columns, part in zip(d_logits.split(2 ** 14, dim=1), weight.split(2 ** 14)):
         d_hidden += columns.float() @ part.float()
     return d_hidden
-
-
-# ---- Training an SAE (§3.1, §3.3; dictionary.py) -----------------------------------------------------------------------------
-
-def fvu(x_hat, x):
-    """Fraction of variance unexplained, Σ‖x - x̂‖² / Σ‖x - x̄‖², over the tokens of a step; both [N, D], x̄ their mean.
-
-    Of several processes each holds a part of the tokens; the sums are over all.
-    """
-    mean = everywhere(x.sum(0)) / everywhere(x.new_tensor(len(x)))
-    return everywhere((x - x_hat).square().sum()) / everywhere((x - mean).square().sum())
-
-
-def aux_loss(e_hat, x_hat, x):
-    """AuxK (Gao et al. 2024): Σ‖e - ê‖² / Σ‖e‖² with the residual e = x - x̂ detached; ê [N, D] is made by dead latents alone.
-
-    The part of the residual that they leave, so 1 where they do nothing. b_dec is in x̂ already and stays out of ê.
-    """
-    e = (x - x_hat).detach()
-    return everywhere((e - e_hat).square().sum()) / everywhere(e.square().sum()).clamp(min=torch.finfo(e.dtype).tiny)
-
-
-def jump(pre, threshold, bandwidth):
-    """pre [N, M], θ [M] -> latents z = pre · H(pre - θ) and gates H(pre - θ), both [N, M] (§3.3).
-
-    A jump has no gradient that θ could follow, so θ gets the straight-through one of Rajamanoharan et al. (2024), with
-    K the rectangle that is 1 on (-½, ½) and ε the bandwidth:   ∂z/∂θ = -(θ/ε) K((pre - θ)/ε),   ∂H/∂θ = -(1/ε) K((pre -
-    θ)/ε). pre gets ∂z/∂pre = H and nothing from the gates.
-    """
-    return Jump.apply(pre, threshold, bandwidth)
-
-
-class Jump(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, pre, threshold, bandwidth):
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        gates = (pre > threshold).to(pre.dtype)
-        return pre * gates, gates
-
-    @staticmethod
-    def backward(ctx, d_z, d_gates):
-        pre, threshold = ctx.saved_tensors
-        near = (pre - threshold).abs() < ctx.bandwidth / 2
-        d_threshold = -((threshold * d_z + d_gates) * near).sum(0) / ctx.bandwidth
-        return d_z * (pre > threshold), d_threshold, None
-
-
-def l0_penalty(l0, target):
-    """(L0 / target - 1)²: instead of λ L0 (Eq. 6), so that the L0 wanted is asked for and no λ has to be searched."""
-    return (l0 / target - 1).square()
