@@ -62,6 +62,8 @@ def reading(setting, suite):
     for name in adapters(setting.model):
         blocks.append(int(name.split("layers.")[1].split(".")[0]))
 
+    if not blocks:
+        raise InputError(f"the run has no adapters, and --suite {suite} compares with and without: use --suite fidelity")
     if min(blocks) > layer:
         raise InputError(f"every adapter lies after block {layer}, whose output is all that --suite {suite} reads: its "
                          "numbers would be exactly the base model's. Adapt all blocks and evaluate that run: "
@@ -232,5 +234,5 @@ def show_rows(numbers, labels, paper, tolerance):
 
     print_table(table, ["", "base", "LoRA", "difference", "90 % CI", "paper: base", "LoRA", "difference"])
     print(f"\nlayer {numbers['layer']}, {numbers['seeds']} seeds, {', '.join(numbers['sets'])}")
-    print(f"Table 3's differences come from one seed; none exceeds the {tolerance} by which SAEBench's own reruns differ.")
+    print(f"Table 3's differences come from one seed; none exceeds the {tolerance} by which SAEBench's reruns differ.")
     print("The paper's levels are those of another model, other texts and a wider SAE.")
