@@ -12,6 +12,7 @@ can be asked of it.
 """
 import sys
 from dataclasses import replace
+from os.path import isdir, isfile
 from pathlib import Path
 
 from lorasae.errors import InputError
@@ -50,7 +51,7 @@ def arguments(argv):
 
 def runs_in(folder):
     """The runs in a folder: of each rank and rate where several were trained in one pass, else the folder itself."""
-    if not (folder / "config.json").exists():
+    if not isfile(folder / "config.json"):
         return [folder]
     config = read_config(folder)
     if len(config.students) == 1:
@@ -60,7 +61,7 @@ def runs_in(folder):
 
 def open_run(folder, device=None):
     """The Setting of a run: its adapter attached, or its own SAE spliced in where it trained one."""
-    if not folder.is_dir():
+    if not isdir(folder):
         raise InputError(f"there is no folder {folder}: pass one that train.py wrote")
     config = read_config(folder)
     device = device or config.device

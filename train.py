@@ -111,8 +111,7 @@ def arguments(argv):
     add("--dtype", choices=["float32", "bfloat16"], help="of the frozen model; what trains is float32 (default: the preset's; "
         "else bfloat16)")
     add("--sae-dtype", choices=["float32", "bfloat16"], help="of the SAE's matrices (default: the preset's; paper: float32)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, or mps (untried) "
-        "(default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1, or mps, which is untried (default: cuda where PyTorch sees a GPU, else cpu)")
     add("--compile", action=SWITCH, help="put blocks and loss through torch.compile (default: on a GPU)")
     add("--ahead", type=int, metavar="SEQUENCES", help="sequences whose frozen part, the prefix and the teacher, runs at once, "
         "before their steps (default: 8 on a GPU, else 1)")
@@ -126,10 +125,11 @@ def arguments(argv):
     add("--dry-run", action="store_true", help="print files and sizes to fetch, parameters, memory and steps, and stop")
 
     args = parser.parse_args(argv)
-    for option in ("--resume", "--merge"):
-        others = [word for word in argv if word.startswith("--") and not word.startswith(option)]
-        if getattr(args, option[2:]) is not None and others:
-            parser.error(f"{option} takes every other argument from the run's config.json: pass it alone")
+    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    if args.resume is not None and given - {"--resume", "--device"}:
+        parser.error("--resume takes every other argument but --device from the run's config.json: pass it alone")
+    if args.merge is not None and given != {"--merge"}:
+        parser.error("--merge takes every other argument from the run's config.json: pass it alone")
     return args
 
 
@@ -139,15 +139,17 @@ def config_of(args):
     for name in ("layer", "sae", "rank", "adapt", "lr"):
         if given[name] is not None:
             given[name] = tuple(given[name])
+    if given["device"] is None:
+        given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return configure(given)
 
 
 def open_run(args):
     """The run to be made, its folder claimed, or the one to resume."""
     if args.resume is not None:
-        config = read_config(args.resume)
-        distributed.start(config.device)
-        return Run.resume(args.resume)
+        device = args.device or read_config(args.resume).device
+        distributed.start(device)
+        return Run.resume(args.resume, device)
     config = config_of(args)
     distributed.start(config.device)
     folder = args.out

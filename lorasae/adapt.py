@@ -82,8 +82,8 @@ def adamw(parameters, config):
 def take_step(model, saes, lesson, first, optimizer, config, all_reduce=None):
     """One step on a lesson. Returns the loss, averaged over its sequences, and the gradient's norm before clipping.
 
-    The loss of a sequence is the *sum* of its tokens' KL, and that sum is what `clip` bounds, as in the published code:
-    with the paper's batch of one sequence the clip binds at almost every step, so a mean over tokens would be another
+    The loss of a sequence is the *sum* of its tokens' KL, and that sum is what `clip` bounds, as in the published code
+    (utils.py:521): with the paper's batch of one sequence the clip binds at almost every step, so a mean over tokens would be another
     algorithm. Sequences pass `micro_batch` at a time with their gradients added, which changes memory and not the step.
     """
     parameters = lora_parameters(model)
@@ -111,10 +111,11 @@ def train(model, saes, lessons, optimizer, config, start=0, all_reduce=None, pro
     """The loop: a step a lesson, from step `start` on. Yields (steps done, loss, gradient norm) after each.
 
     config: steps, lr, lr_decay, clip, batch_size, micro_batch, seed, compile (runs.config.Config has all of these).
-    all_reduce, process: of several processes, what sums tensors over them, and the number of this one.
+    all_reduce, process: of several processes, what sums tensors over them, and the number of this one. Dropout stays on
+    to the end; in the published code the first evaluation switches it off for good (utils.py:418).
     """
     first = first_differing(model, saes)
-    model.train()                                               # dropout on
+    model.train()
     with compiled_blocks(model) if config.compile else nullcontext():
         for step, lesson in zip(range(start, config.steps), lessons):
             torch.manual_seed(step_seed(config.seed, step, process))

@@ -83,7 +83,8 @@ class JumpReLU(SAE):
 def splice(x, sae, special=None):
     """Replaces the residual stream x [B, T, D] by its reconstruction (Eq. 5).
 
-    An SAE that was trained without BOS and EOS (`on_special` False) leaves those positions, special [B, T], as they are.
+    An SAE that was trained without BOS and EOS (`on_special` False) leaves those positions, special [B, T], as they are,
+    as in the published training (utils.py:606); its benchmarks spare position 0 alone.
     """
     x_hat = sae(x).to(x.dtype)
     if getattr(sae, "on_special", True):                        # any function may stand in for an SAE

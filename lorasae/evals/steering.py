@@ -55,7 +55,10 @@ def steer(x, v, alpha):
 
 
 def naive_log_likelihood(log_probs, tokens):
-    """Mean log p(token | those before) of a text: row t of log_probs [T, V] predicts tokens[t + 1]; tokens [T]."""
+    """Mean log p(token | those before) of a text: row t of log_probs [T, V] predicts tokens[t + 1]; tokens [T].
+
+    The published code reads row t + 1 there, which asks for the token after (run_steering.py:66).
+    """
     return log_probs[:-1].gather(-1, tokens[1:, None]).mean()
 
 
@@ -94,7 +97,11 @@ def tune(positive, negative, alphas=ALPHAS):
 
 
 def compare(model, layer, v, examples):
-    """Steers the base and the adapted model along v -> α and d of each, and the paired differences of Table 4."""
+    """Steers the base and the adapted model along v -> α and d of each, and the paired differences of Table 4.
+
+    Paired by text, and α tuned on other texts than it is tested on, for each model its own; the published code sorts each
+    model's values before pairing them, and tunes one α for both on the test texts (run_steering.py:190).
+    """
     out, d = {"positive": {}, "negative": {}}, {}
     for name in ("base", "lora"):
         with base(model) if name == "base" else nullcontext():

@@ -15,7 +15,7 @@ from lorasae.lora import add_lora, attach_lora, detach_lora, lora_parameters
 from lorasae.runs import distributed, sweep
 from lorasae.runs.ahead import in_advance
 from lorasae.runs.folder import versions
-from lorasae.runs.measure import cost, evaluate, peak_memory_bytes
+from lorasae.runs.measure import cost, evaluate, evaluate_once, peak_memory_bytes
 
 
 def adapt_model(setting, run):
@@ -30,8 +30,7 @@ def adapt_model(setting, run):
           f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
 
     held_out = corpus.validation.split(config.micro_batch)
-    before = evaluate(model, saes, held_out, ("base", "sae"))
-    run.begin()                                         # nothing is written before everything has been read
+    before = evaluate_once(run, model, saes, held_out, ("base", "sae"))
     train(setting, run, students)
     places = save(model, run, students)
 

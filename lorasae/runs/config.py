@@ -8,6 +8,7 @@ model's preset (io/presets.py); the paper's, which are the defaults of Config's 
 """
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from os.path import basename, dirname, isdir, isfile, join
 from pathlib import Path
 
 from lorasae.errors import InputError
@@ -299,7 +300,7 @@ def adapting(given):
     if "sae" in given:
         own = {name: value for name, value in defaults.items() if name != "adapt"}      # it depends on the SAE's kind
         made = made_by(given["sae"], with_tokens=known is None)
-        return fitted({**own, **made, **given}, given, known)
+        return fitted({**own, **made, **given}, {**made, **given}, known)
 
     layers = given.get("layer", (known.layer,) if known else Config.layer)
     choices = [sae_choice(model, layer=layer, width=given.get("width"), l0=given.get("l0")) for layer in layers]
@@ -322,7 +323,7 @@ def recipe_of(name, model):
 
 def made_by(sources, with_tokens):
     """What an SAE of one's own says of the text it was made on: fields of the run in a source folder, {} of any other."""
-    made = [read_config(source) for source in sources if (Path(source) / "config.json").exists() and (Path(source) / "sae").exists()]
+    made = [read_config(run) for run in map(run_of, sources) if run is not None]
     if not made:
         return {}
     names = ["data", "field", "context", "dtype", "eval_tokens"] + ["tokens"] * with_tokens
@@ -332,8 +333,17 @@ def made_by(sources, with_tokens):
     return values
 
 
+def run_of(source):
+    """The folder of the run that made the SAE in `source`: itself, or the one around RUN_DIR/sae-50pct; None for others."""
+    if isfile(join(source, "config.json")) and isdir(join(source, "sae")):
+        return source
+    if basename(source).startswith("sae") and isfile(join(dirname(source), "config.json")):
+        return dirname(source)
+    return None
+
+
 def fitted(values, given, known):
-    """The values for a model without a preset, its context at most what it holds; says what was chosen, and why."""
+    """The values for a model without a preset, its context at most what it holds; says what was not given, and why."""
     if known is not None:
         return values
     model = values["model"]
@@ -344,8 +354,7 @@ def fitted(values, given, known):
     chosen = {name: values.get(name, getattr(Config, name)) for name in ("data", "tokens", "eval_tokens") if name not in given}
     if chosen:
         shown = " ".join(f"{option(name)} {value}" for name, value in chosen.items())
-        say(f"note: {model} is no preset, so {shown}: text that every machine has, and the paper's numbers of tokens, "
-            "unless an SAE's own run says otherwise")
+        say(f"note: {model} is no preset, so {shown}: text that every machine has, and the paper's numbers of tokens")
     return values
 
 

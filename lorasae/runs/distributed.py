@@ -11,12 +11,14 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from lorasae.errors import InputError
 
+PATIENCE = timedelta(seconds=45)                        # that the processes have for each other at the start
 LOST = "error: another process of this run ended, so this one stops: --resume RUN_DIR continues from the last checkpoint"
 
 
@@ -40,16 +42,41 @@ def local(device):
 
 
 def start(device):
-    """Joins the processes that torchrun started, if it did."""
+    """Joins the processes that torchrun started, if it did. Raises InputError where they do not all come."""
     device = local(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    count = environment("WORLD_SIZE", 1)
+    if count == 1 or dist.is_initialized():
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(LOST))            # torchrun sends it when one of them dies
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.cuda.set_device(environment("LOCAL_RANK"))
+    store = meet(environment("RANK"), count)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=environment("RANK"),
+                            world_size=count)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
+
+
+def environment(name, default=None):
+    """A whole number that torchrun leaves for its processes."""
+    text = os.environ.get(name, default)
+    if text is None or not str(text).isdecimal():
+        raise InputError(f"WORLD_SIZE is set, but {name} is {text!r}: start several processes with torchrun --nproc-per-node N "
+                         "train.py ..., or unset WORLD_SIZE")
+    return int(text)
+
+
+def meet(number, count):
+    """The store through which the processes find each other, once all of them are there."""
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store.set(f"here/{number}", "yes")
+        store.wait([f"here/{other}" for other in range(count)], PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"the {count} processes of this run did not meet within {PATIENCE.seconds} s ({reason}): start all of "
+                         "them with torchrun --nproc-per-node N train.py ..., or unset WORLD_SIZE") from None
+    return store
 
 
 def stop():
@@ -122,7 +149,9 @@ def merge(nest, model):
         dist.all_gather_object(nests, nest)
 
     def join(parts):
-        return {key: join([part[key] for part in parts]) for key in parts[0]} if isinstance(parts[0], dict) else sum(parts, [])
+        if isinstance(parts[0], dict):
+            return {key: join([part[key] for part in parts]) for key in parts[0]}
+        return sum(parts, [])
     return join(nests)
 
 

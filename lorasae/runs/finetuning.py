@@ -12,7 +12,7 @@ from lorasae.evals import fidelity
 from lorasae.lora import lora_parameters
 from lorasae.runs import adaptation, distributed, sae_training
 from lorasae.runs.ahead import in_advance
-from lorasae.runs.measure import cost, evaluate, peak_memory_bytes
+from lorasae.runs.measure import cost, evaluate, evaluate_once, peak_memory_bytes
 from lorasae.sae import JumpReLU
 
 SAMPLE = 16                                             # training sequences that tell the L0 which is to be held
@@ -27,8 +27,7 @@ def finetune_sae(setting, run):
           f"{about_l0(sae, config)}: {config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
 
     held_out = corpus.validation.split(config.micro_batch)
-    before = sae_training.measure(model, sae, layer, held_out)
-    run.begin()                                         # nothing is written before everything has been read
+    before = measure_once(run, model, sae, layer, held_out)
     train(setting, run, [])
     sae_training.keep(run, sae, config.steps)
 
@@ -56,8 +55,7 @@ def adapt_with_sae(setting, run):
           f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
 
     held_out = corpus.validation.split(config.micro_batch)
-    before = sae_training.measure(model, sae, layer, held_out)          # fresh adapters change nothing
-    run.begin()
+    before = measure_once(run, model, sae, layer, held_out)             # fresh adapters change nothing
     train(setting, run, lora_parameters(adapters))
     adaptation.save(model, run, [adapters])
     sae_training.keep(run, sae, config.steps)
@@ -71,6 +69,12 @@ def adapt_with_sae(setting, run):
         "peak_memory_bytes": peak_memory_bytes(config.device)}
     run.finish(results)
     return results
+
+
+def measure_once(run, model, sae, layer, batches):
+    """sae_training.measure of the SAE as it was; a resumed run finds the evaluation in its folder."""
+    results = evaluate_once(run, model, {layer: sae}, batches, ("base", "sae"))
+    return sae_training.numbers_of(results, model, sae, layer, batches)
 
 
 def only_sae(saes):

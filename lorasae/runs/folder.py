@@ -12,6 +12,7 @@ import platform
 import socket
 import sys
 import time
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from pickle import UnpicklingError
@@ -55,10 +56,12 @@ class Run:
         return cls(folder, config, lock)
 
     @classmethod
-    def resume(cls, folder):
-        """The run that `folder` holds, to be continued."""
-        folder = Path(folder)
-        config, lock = read_config(folder), None
+    def resume(cls, folder, device=None):
+        """The run that `folder` holds, to be continued, on another device if one is named."""
+        folder, lock = Path(folder), None
+        config = read_config(folder)
+        if device is not None:
+            config = replace(config, device=device)
         if distributed.rank() == 0:
             lock = claim(folder)
         if (folder / "results.json").exists():
@@ -227,14 +230,19 @@ def check_free(folder):
     """Refuses an output folder that holds anything: asked before the long work starts."""
     folder = Path(folder)
     try:
-        held = folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
-    except OSError as error:
-        raise InputError(f"cannot use {folder} as --out: {error.strerror}") from error
-    if not held:
+        free = not folder.exists() or folder.is_dir() and not holdings(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot use {folder} as --out: {getattr(error, 'strerror', None) or error}") from error
+    if free:
         return
     if folder.is_dir() and (folder / "config.json").exists() and not (folder / "results.json").exists():
         raise InputError(f"{folder} already holds a run: pass another --out, or --resume {folder} alone to continue that run")
     raise InputError(f"{folder} already holds files: pass another --out")
+
+
+def holdings(folder):
+    """What is in a folder, but for a lock and what a killed process was writing."""
+    return [path for path in folder.iterdir() if path.name != LOCK and path.suffix != ".part"]
 
 
 def claim(folder):
@@ -266,10 +274,10 @@ def release(lock, folder):
     """Undoes `claim`, and removes a folder in which nothing was written."""
     if lock is None:
         return
-    held = {path.name for path in Path(folder).iterdir()}
-    (Path(folder) / LOCK).unlink(missing_ok=True)
-    if held <= {LOCK}:
-        Path(folder).rmdir()
+    folder = Path(folder)
+    (folder / LOCK).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
     lock.close()
 
 

@@ -4,6 +4,7 @@ import sys
 import torch
 
 from lorasae.evals import fidelity
+from lorasae.io.disk import read_json, write_json
 from lorasae.runs import distributed
 
 try:
@@ -16,6 +17,33 @@ def evaluate(model, saes, batches, settings):
     """fidelity.measure by all processes together, each of a portion of the batches."""
     portion = distributed.portion(batches, model)
     return fidelity.measure(model, saes, portion, settings, gather=lambda found: distributed.merge(found, model))
+
+
+def evaluate_once(run, model, saes, batches, settings):
+    """`evaluate`, whose results stay in the run's folder: a resumed run finds them there."""
+    path = run.folder / "before.json"
+    if distributed.agree(path.exists()):
+        return read_results(path, saes)
+    results = evaluate(model, saes, batches, settings)
+    run.begin()                                         # nothing is written before everything has been read
+    if distributed.rank() == 0:
+        write_json(path, {name: plain(values) for name, values in results.items()})
+    return results
+
+
+def plain(values):
+    """A setting's results as JSON; its numbers come back to the last bit."""
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+def read_results(path, saes):
+    """What `plain` wrote, for these SAEs."""
+    results = {}
+    for setting, values in read_json(path).items():
+        losses = {name: torch.tensor(values[name], dtype=torch.float64) for name in ("ce", "kl")}
+        by_layer = {name: {layer: values[name][str(layer)] for layer in saes} for name in ("l0", "ev") if name in values}
+        results[setting] = {**losses, **by_layer}
+    return results
 
 
 def cost(run, corpus):

@@ -92,7 +92,10 @@ def ends_a_tenth(step, steps):
 
 
 def keep(run, sae, step):
-    """Saves the SAE under the tenth of the training it has had, and what that took."""
+    """Saves the SAE under the tenth of the training it has had, and what that took.
+
+    The published code names a twentieth's multiple by half of what it is: its "50pct" is the end (trainer.py:460).
+    """
     run.flush()                                         # a loss that is not finite stops here, before it is saved
     if distributed.rank() > 0:
         return
@@ -107,7 +110,13 @@ def keep(run, sae, step):
 @torch.no_grad()
 def measure(model, sae, layer, batches):
     """{ce_base, ce_sae, kl_sae in nats a token; fvu; l0; dead_latents: the part of them that no held-out token fires}."""
-    numbers = fidelity.summary(evaluate(model, {layer: sae}, batches, ("base", "sae")))
+    results = evaluate(model, {layer: sae}, batches, ("base", "sae"))
+    return numbers_of(results, model, sae, layer, batches)
+
+
+def numbers_of(results, model, sae, layer, batches):
+    """What `measure` returns, of the settings base and sae of fidelity.measure."""
+    numbers = fidelity.summary(results)
     return {"ce_base": numbers["ce_base"], "ce_sae": numbers["ce_sae"], "kl_sae": numbers["kl_sae"],
             "fvu": 1 - numbers["explained_variance_sae"][layer], "l0": numbers["l0_sae"][layer],
             "dead_latents": dead_latents(model, sae, layer, batches)}
