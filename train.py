@@ -200,16 +200,10 @@ def report_both(results, folder):
             ("LoRA, no SAE", results["ce_lora"], results["kl_lora"])]
     print_table(rows, ("", "CE (nats)", "KL (nats)"))
     (l0_before, l0), (fvu_before, fvu) = changes
-    print(f"\n{gaps(results['gap_closed_by_both'], results['kl_gap_closed_by_both'])}")
+    print(f"\n{fidelity.closed(results['closed'])}")
     print(f"L0 {l0_before:.2f} -> {l0:.2f}   FVU {fvu_before:.4f} -> {fvu:.4f}   dead latents {before['dead_latents']:.1%} -> "
           f"{results['dead_latents']:.1%}   {speed(results)}")
     print(f"{folder}/ holds config.json, metrics.jsonl, results.json, adapter/, sae/;  python eval.py {folder} recomputes it")
-
-
-def gaps(ce, kl):
-    """The line on how much of the gaps is closed."""
-    shown = "the SAE had no gap in cross-entropy to close" if ce is None else f"gap closed {ce:.1%}"
-    return f"{shown}   KL gap closed {kl:.1%}"
 
 
 def report_sae(results, folder):
@@ -221,7 +215,7 @@ def report_sae(results, folder):
         rows.insert(1, ("with the SAE as it was", before["ce_sae"], before["kl_sae"]))
     print_table(rows, ("", "CE (nats)", "KL (nats)"))
     if before is not None:
-        print(f"\n{gaps(results['gap_closed'], results['kl_gap_closed'])}")
+        print(f"\n{fidelity.closed(results['closed'])}")
         print(f"before: FVU {before['fvu']:.4f}   L0 {before['l0']:.2f}   dead latents {before['dead_latents']:.1%}", end="")
     print(f"\nFVU {results['fvu']:.4f}   L0 {results['l0']:.2f}   dead latents {results['dead_latents']:.1%}   {speed(results)}")
     print(f"{folder}/ holds config.json, metrics.jsonl, results.json, sae/;  python train.py --model "

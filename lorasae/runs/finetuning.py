@@ -27,13 +27,14 @@ def finetune_sae(setting, run):
           f"{about_l0(sae, config)}: {config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
 
     held_out = corpus.validation.split(config.micro_batch)
-    before = measure_once(run, model, sae, layer, held_out)
+    was = evaluate_once(run, model, {layer: sae}, held_out, ("base", "sae"))
+    before = sae_training.numbers_of(was, model, sae, layer, held_out)
     train(setting, run, [])
     sae_training.keep(run, sae, config.steps)
 
-    after = sae_training.measure(model, sae, layer, held_out)
-    results = {**after, "before": before, **closed(before, after["ce_sae"], after["kl_sae"]), **cost(run, corpus),
-               "peak_memory_bytes": peak_memory_bytes(config.device)}
+    now = evaluate(model, {layer: sae}, held_out, ("base", "sae"))
+    results = {**sae_training.numbers_of(now, model, sae, layer, held_out), "before": before, "closed": closed(was, now["sae"]),
+               **cost(run, corpus), "peak_memory_bytes": peak_memory_bytes(config.device)}
     run.finish(results)
     return results
 
@@ -41,7 +42,8 @@ def finetune_sae(setting, run):
 def adapt_with_sae(setting, run):
     """Trains adapters and SAE of a run together -> the numbers of results.json.
 
-    Those of fidelity.summary are of the SAE as it has become; "before" is of the one that it was.
+    Those of fidelity.summary are of the SAE as it has become, as eval.py finds it; "before" is of the SAE as it was, and
+    "closed" is what both together close of its gaps.
     """
     model, corpus, config = setting.model, setting.corpus, setting.config
     layer, sae = only_sae(setting.saes)
@@ -55,26 +57,20 @@ def adapt_with_sae(setting, run):
           f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
 
     held_out = corpus.validation.split(config.micro_batch)
-    before = measure_once(run, model, sae, layer, held_out)             # fresh adapters change nothing
+    was = evaluate_once(run, model, {layer: sae}, held_out, ("base", "sae"))
+    before = sae_training.numbers_of(was, model, sae, layer, held_out)  # fresh adapters change nothing
     train(setting, run, lora_parameters(adapters))
     adaptation.save(model, run, [adapters])
     sae_training.keep(run, sae, config.steps)
 
-    after = fidelity.summary(evaluate(model, {layer: sae}, held_out, ("base", "sae", "adapted", "lora")))
-    together = closed(before, after["ce_adapted"], after["kl_adapted"])
+    now = evaluate(model, {layer: sae}, held_out, ("base", "sae", "adapted", "lora"))
     results = {
-        **after, "before": before, **{f"{name}_by_both": value for name, value in together.items()},
+        **fidelity.summary(now), "before": before, "closed": closed(was, now["adapted"]),
         "dead_latents": sae_training.dead_latents(model, sae, layer, held_out), **cost(run, corpus),
         "trainable_parameters": count + sum(p.numel() for p in sae.parameters() if p.requires_grad),
         "peak_memory_bytes": peak_memory_bytes(config.device)}
     run.finish(results)
     return results
-
-
-def measure_once(run, model, sae, layer, batches):
-    """sae_training.measure of the SAE as it was; a resumed run finds the evaluation in its folder."""
-    results = evaluate_once(run, model, {layer: sae}, batches, ("base", "sae"))
-    return sae_training.numbers_of(results, model, sae, layer, batches)
 
 
 def only_sae(saes):
@@ -100,10 +96,14 @@ def about_l0(sae, config):
     return "thresholds trained, L0 held at what it was"
 
 
-def closed(before, ce, kl):
-    """The parts of the SAE's gaps in CE and KL that training has closed. CE: None where there was no gap."""
-    gap = before["ce_sae"] - before["ce_base"]
-    return {"gap_closed": (before["ce_sae"] - ce) / gap if gap > 0 else None, "kl_gap_closed": 1 - kl / before["kl_sae"]}
+def closed(was, now):
+    """What training has closed of the gaps of the SAE as it was, with intervals: what fidelity.closed puts in words.
+
+    was: fidelity.measure's base and sae before; now: the setting that was trained.
+    """
+    numbers = fidelity.summary({**was, "adapted": now})
+    names = ("gap_closed", "kl_gap_closed", "excess_sae")
+    return {**{name: numbers[name] for name in names}, "ci90": {name: numbers["ci90"][name] for name in names}}
 
 
 def train(setting, run, adapters):
