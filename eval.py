@@ -4,11 +4,13 @@
     python eval.py RUN_DIR --suite fidelity,tokens,distances    any of the evaluations
     python eval.py RUN_DIR --suite layers                       trains: adapters on one block at a time (Figure 9)
     python eval.py RUN_DIR --suite steering --latents 17 204    examples are found in the held-out text
+    python eval.py RUN_DIR --suite probing,scr,tpp,absorption   SAEBench, base and adapted model side by side
+    python eval.py RUN_DIR --suite autointerp,latents           can latents be put into words? and a page about them
     python eval.py RUN_DIR --suite lm --limit 100               MMLU, HellaSwag, TruthfulQA, by the lm-eval package
 
 Each writes RUN_DIR/eval-NAME.json and, with matplotlib, RUN_DIR/eval-NAME.png. lorasae/evals/ has a file for each, all of
-one shape: evaluate(setting, options) gives a plain dict, show prints it, draw makes the picture; add_options says what
-can be asked of it.
+one shape: evaluate(setting, options) gives a plain dict, show prints it, draw makes a picture or page a page of it;
+add_options says what can be asked of it.
 """
 import sys
 from dataclasses import replace
@@ -16,10 +18,11 @@ from os.path import isdir, isfile
 from pathlib import Path
 
 from lorasae.errors import InputError
-from lorasae.evals import benchmarks, distances, fidelity, steering, tokens
+from lorasae.evals import (absorption, autointerp, benchmarks, distances, fidelity, latents, probing, scr, steering,
+                           tokens, tpp)
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering
-from lorasae.io.disk import read_json, write_json
+from lorasae.io.disk import read_json, write_bytes, write_json
 from lorasae.io.presets import preset
 from lorasae.paper import one_block
 from lorasae.runs.adaptation import student_names
@@ -27,7 +30,8 @@ from lorasae.runs.config import read_config
 from lorasae.runs.setting import load_setting
 
 SUITES = {"fidelity": fidelity, "tokens": tokens, "distances": distances, "layers": one_block, "steering": steering,
-          "lm": benchmarks}
+          "probing": probing, "scr": scr, "tpp": tpp, "absorption": absorption, "autointerp": autointerp,
+          "latents": latents, "lm": benchmarks}
 
 
 def arguments(argv):
@@ -36,7 +40,7 @@ def arguments(argv):
     add("run", metavar="RUN_DIR", type=Path, help="folder that train.py wrote")
     add("--suite", default="fidelity", help=f"comma-separated, of {', '.join(SUITES)} (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 (default: the run's)")
-    add("--draw", action="store_true", help="only draw the pictures, from the eval-NAME.json files that are there")
+    add("--draw", action="store_true", help="only draw the pictures and pages, from the eval-NAME.json files that are there")
     for name, suite in SUITES.items():
         if hasattr(suite, "add_options"):
             suite.add_options(parser.add_argument_group(name).add_argument)
@@ -73,12 +77,12 @@ def open_run(folder, device=None):
         raise InputError(f"{folder} has no {product.relative_to(folder).parts[0]} yet: finish the run with "
                          f"python train.py --resume {folder}")
     if config.method != "lora":
-        return load_setting(config, folder=folder)
+        return load_setting(config, folder)
 
     made_for = read_json(product).get("base_model_name_or_path")
     if made_for and (preset(made_for) or made_for) != (preset(config.model) or config.model):
         raise InputError(f"{product.parent} is an adapter of {made_for}, but {folder} is a run of {config.model}")
-    return load_setting(config, product.parent, folder)
+    return load_setting(config, folder, adapter=product.parent)
 
 
 def evaluate(name, setting, args):
@@ -94,6 +98,17 @@ def evaluate(name, setting, args):
     print(path, flush=True)
 
 
+def illustrate(name, folder):
+    """What a suite makes of its numbers for the eye: a picture, or a page."""
+    suite, path = SUITES[name], folder / f"eval-{name}.json"
+    if hasattr(suite, "draw"):
+        save_figure(suite.draw, read_json(path), path.with_suffix(".png"))
+    if hasattr(suite, "page"):
+        page = path.with_suffix(".html")
+        write_bytes(page, suite.page(read_json(path)).encode())
+        print(page, flush=True)
+
+
 def main(argv=None):
     args = arguments(sys.argv[1:] if argv is None else argv)
     with answering():
@@ -102,9 +117,7 @@ def main(argv=None):
             for name in args.suite:
                 if setting is not None:
                     evaluate(name, setting, args)
-                if hasattr(SUITES[name], "draw"):
-                    path = folder / f"eval-{name}.json"
-                    save_figure(SUITES[name].draw, read_json(path), path.with_suffix(".png"))
+                illustrate(name, folder)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from lorasae.errors import InputError
 from lorasae.evals import fidelity
 from lorasae.evals.common import print_table
 from lorasae.io.adapters import load_adapter
-from lorasae.io.checkpoint import load_model, save_model
+from lorasae.io.checkpoint import copy_beside_weights, load_model, save_model
 from lorasae.io.console import Parser, answering, count
-from lorasae.io.disk import read_json, write_bytes
+from lorasae.io.disk import read_json
 from lorasae.io.hub import model_files
 from lorasae.io.presets import PRESETS
 from lorasae.lora import merge_lora
@@ -173,7 +173,7 @@ def merge(folder):
     source = model_files(config.model)
     model = load_adapter(load_model(config.model, dtype=config.dtype), folder / "adapter")
     save_model(merge_lora(model), target, config=read_json(source / "config.json"))
-    write_bytes(target / "tokenizer.json", (source / "tokenizer.json").read_bytes())
+    copy_beside_weights(config.model, target)
     print(f"{target}/ is the adapted model, without its SAE, as transformers.AutoModelForCausalLM loads it")
     if config.train_sae:
         print(f"only the adapters were folded in: the SAE that was trained with them is {folder}/sae/")
@@ -239,7 +239,7 @@ def main(argv=None):
         run = open_run(args)
         try:
             print(f"{run.folder}/ is where this run writes", flush=True)
-            setting = load_setting(run.config)
+            setting = load_setting(run.config, run.folder)
             if run.config.train_sae:
                 report_both(adapt_with_sae(setting, run), run.folder)
             elif run.config.method == "lora":

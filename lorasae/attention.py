@@ -18,7 +18,7 @@ from lorasae.linear import Linear
 def rotary_frequencies(head_dim, theta, scaling=None, device=None):
     """Inverse wavelengths θ^(-2i/C), [C/2], always fp32: in bf16 they would rotate late positions to the wrong angle.
 
-    `scaling` (Llama-3, a RopeScaling) divides the frequencies whose wavelength exceeds the original context by `factor`,
+    `scaling` (Llama-3, a RopeScaling) divides the frequencies whose wavelength exceeds the old context by `factor`,
     leaves the short ones alone and interpolates between; it applies at every length, short prompts included.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.int64).float() / head_dim)
@@ -53,70 +53,101 @@ def causal_mask(T, S, window, device):
 
 
 def naive_attention(q, k, v, scale, softcap=None, window=None):
-    """softmax(mask(cap · tanh(q kᵀ scale / cap))) v, written out; the soft-cap comes before the mask, the softmax is fp32.
+    """softmax(mask(cap · tanh(q kᵀ scale / cap))) v, written out; first the soft-cap, then the mask; an fp32 softmax.
 
     q [B, H, T, C], k and v [B, G, S, C] -> [B, H, T, C].
     """
-    heads = q.shape[1] // k.shape[1]                                # grouped queries: each key-value head serves several
-    k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)
+    k, v = repeat_heads(k, q), repeat_heads(v, q)
     scores = q @ k.transpose(-1, -2) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+
     mask = causal_mask(q.shape[2], k.shape[2], window, q.device)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-def blockwise_attention(q, k, v, scale, softcap=None, window=None, rows=64):
-    """naive_attention for `rows` queries at a time: half the work under a causal mask, in pieces that stay in a CPU's cache.
-
-    Keys that no query of a piece may see, behind its last one or out of its first one's window, are never touched.
-    """
-    heads, T, S = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
-    k, v = k.repeat_interleave(heads, dim=1).transpose(-1, -2), v.repeat_interleave(heads, dim=1)
-    q, parts = q * (scale / (softcap or 1)), []
-    for start in range(0, T, rows):
-        stop = min(start + rows, T)
-        seen = slice(0 if window is None else max(0, S - T + start + 1 - window), S - T + stop)
-        scores = (q[:, :, start:stop] @ k[..., seen]).float()
-        scores = scores if softcap is None else scores.tanh()
-        hidden = ~causal_mask(*scores.shape[-2:], window, q.device)
-        mask = torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, -torch.inf)
-        scores = torch.add(mask, scores, alpha=softcap or 1)
-        parts.append(scores.softmax(dim=-1).to(q.dtype) @ v[:, :, seen])
-    return torch.cat(parts, dim=2)
+def repeat_heads(x, q):
+    """x [B, G, S, C] -> [B, H, S, C]: each key-value head once for every query head that it serves."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def attention(q, k, v, scale, softcap=None, window=None, masks={}):
-    """naive_attention by the fastest exact kernel at hand: PyTorch's fused one, FlexAttention on CUDA, else blockwise.
+    """naive_attention by the fastest exact kernel at hand. masks: those of Positions.
 
-    The fused kernel knows no soft-cap, and FlexAttention has no backward on the CPU. masks: those of Places.
+    PyTorch's fused kernels know neither soft-cap nor window. FlexAttention does, but only once it is compiled into a
+    block: alone it would hold every score, and compile anew for each length. Everything else goes blockwise.
     """
     T, S = q.shape[2], k.shape[2]
     if window is not None and S <= window:
         window = None                                               # the window cannot bind
+
     if softcap is None and window is None and (T == S or T == 1):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T == S and T > 1, scale=scale, enable_gqa=True)
-    if window in masks and T == S:
-        return flex(q, k, v, scale, softcap, masks[window])
-    return blockwise_attention(q, k, v, scale, softcap, window)
+        return fused_attention(q, k, v, scale)
+
+    if window in masks and T == S and torch.compiler.is_compiling():
+        return flex_attention(q, k, v, scale, softcap, masks[window])
+
+    rows = 1024 if q.is_cuda else 64
+    return blockwise_attention(q, k, v, scale, softcap, window, rows)
 
 
-def flex(q, k, v, scale, softcap, mask):
-    """naive_attention by FlexAttention, which compiles the soft-cap into one kernel with the products and skips masked blocks."""
-    from torch.nn.attention.flex_attention import flex_attention        # here, for it takes a while to import
+def fused_attention(q, k, v, scale):
+    """naive_attention by PyTorch's fused kernels: no soft-cap, no window, T = S or T = 1.
+
+    On CUDA those for fp32 know no grouped queries, and PyTorch would silently take the kernel that stores every score.
+    """
+    if q.is_cuda and q.dtype == torch.float32:
+        k, v = repeat_heads(k, q), repeat_heads(v, q)
+    causal = q.shape[2] > 1                                         # a single query is the last position: it sees all
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+
+
+def blockwise_attention(q, k, v, scale, softcap=None, window=None, rows=64):
+    """naive_attention for `rows` queries at a time: half the work under a causal mask, in pieces for a CPU's cache.
+
+    Keys that no query of a piece may see, behind its last one or out of its first one's window, are never touched.
+    """
+    T, S = q.shape[2], k.shape[2]
+    k, v = repeat_heads(k, q).transpose(-1, -2), repeat_heads(v, q)
+    q = q * (scale if softcap is None else scale / softcap)
+    parts = []
+
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        first_key, last_key = 0, S - T + stop
+        if window is not None:
+            first_key = max(0, S - T + start + 1 - window)
+
+        scores = (q[:, :, start:stop] @ k[..., first_key:last_key]).float()
+        if softcap is not None:
+            scores = softcap * scores.tanh()
+        hidden = ~causal_mask(stop - start, last_key - first_key, window, q.device)
+        scores = scores.masked_fill_(hidden, -torch.inf)            # in place: no backward needs the scores before it
+
+        weights = scores.softmax(dim=-1).to(q.dtype)
+        parts.append(weights @ v[:, :, first_key:last_key])
+    return torch.cat(parts, dim=2)
+
+
+def flex_attention(q, k, v, scale, softcap, mask):
+    """naive_attention by FlexAttention, in a compiled block: soft-cap and products in one, masked blocks skipped.
+
+    The kernel for training is asked for by name. Left alone, PyTorch takes the one for decoding below 128 queries,
+    which does not exist for two query heads a key-value head (every Gemma-2; pytorch/pytorch#185349).
+    """
+    from torch.nn.attention import flex_attention as flex               # here, for it takes a while to import
 
     def cap(score, batch, head, query, key):
         return softcap * torch.tanh(score / softcap)
 
-    if not torch.compiler.is_compiling():                               # uncompiled, it would hold every score
-        flex_attention = torch.compile(flex_attention)
-    return flex_attention(q, k, v, score_mod=None if softcap is None else cap, block_mask=mask, scale=scale, enable_gqa=True)
+    return flex.flex_attention(q, k, v, score_mod=None if softcap is None else cap, block_mask=mask, scale=scale,
+                               enable_gqa=True, kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
 
 
 @lru_cache(maxsize=4)
 def flex_mask(T, window, device):
-    """causal_mask for FlexAttention, which also wants to know what blocks of 128 x 128 are empty. Some 30 kernels to make."""
+    """causal_mask for FlexAttention, which wants to know what blocks of 128 x 128 are empty. It takes some 30 kernels."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(batch, head, query, key):
@@ -126,22 +157,25 @@ def flex_mask(T, window, device):
     return create_block_mask(seen, None, None, T, T, device=device)
 
 
-class Places(NamedTuple):
+class Positions(NamedTuple):
     """What a block has to know of the positions of its input."""
     rotary: tuple                                       # cos and sin, [T, C] each
     masks: dict                                         # {window: FlexAttention's mask}; empty where that is not used
 
 
-def places(config, start, x):
-    """The Places start .. start + T - 1 of x [B, T, D]."""
+def positions(config, start, x):
+    """The Positions start .. start + T - 1 of x [B, T, D]."""
     T = x.shape[1]
+    numbers = torch.arange(start, start + T, device=x.device)
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, x.device)
-    rotary = rotary_table(torch.arange(start, start + T, device=x.device), frequencies, x.dtype)
+    rotary = rotary_table(numbers, frequencies, x.dtype)
+
     masks = {}
     if x.is_cuda and config.attn_logit_softcapping is not None:
-        windows = [None] + [config.sliding_window] * (config.sliding_window < T)
-        masks = {window: flex_mask(T, window, x.device) for window in windows}
-    return Places(rotary, masks)
+        masks[None] = flex_mask(T, None, x.device)
+        if config.sliding_window < T:
+            masks[config.sliding_window] = flex_mask(T, config.sliding_window, x.device)
+    return Positions(rotary, masks)
 
 
 class Attention(nn.Module):
@@ -157,13 +191,16 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, C
         self.scale, self.softcap, self.window = scale, softcap, window
 
-    def forward(self, x, places, cache=None):
-        q, k, v = (rearrange(project(x), "b t (h c) -> b h t c", c=self.head_dim)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, places.rotary), rotate(k, places.rotary)
+    def forward(self, x, positions, cache=None):
+        q = rearrange(self.q_proj(x), "b t (h c) -> b h t c", c=self.head_dim)
+        k = rearrange(self.k_proj(x), "b t (g c) -> b g t c", c=self.head_dim)
+        v = rearrange(self.v_proj(x), "b t (g c) -> b g t c", c=self.head_dim)
+
+        q, k = rotate(q, positions.rotary), rotate(k, positions.rotary)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = attention(q, k, v, self.scale, self.softcap, self.window, places.masks)
+
+        y = attention(q, k, v, self.scale, self.softcap, self.window, positions.masks)
         return self.o_proj(rearrange(y, "b h t c -> b t (h c)"))
 
 
@@ -189,11 +226,17 @@ class Cache:
 
     @property
     def length(self):
-        return next(iter(self.pairs.values()))[0].shape[2] if self.pairs else 0
+        """How many positions it holds."""
+        if not self.pairs:
+            return 0
+        keys, _ = next(iter(self.pairs.values()))
+        return keys.shape[2]
 
     def extend(self, layer, k, v):
         """Appends k, v [B, G, T, C] of a block; returns all of its keys and values [B, G, S, C]."""
         if layer in self.pairs:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.pairs[layer], (k, v)))
+            earlier_k, earlier_v = self.pairs[layer]
+            k = torch.cat([earlier_k, k], dim=2)
+            v = torch.cat([earlier_v, v], dim=2)
         self.pairs[layer] = k, v
         return k, v

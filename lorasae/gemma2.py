@@ -68,6 +68,6 @@ class Block(nn.Module):
         self.mlp = MLP(config, partial(F.gelu, approximate="tanh"))
         self.post_feedforward_layernorm = RMSNorm(config)
 
-    def forward(self, x, places, cache=None):
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), places, cache))
+    def forward(self, x, positions, cache=None):
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), positions, cache))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))

@@ -1,6 +1,6 @@
 """Llama-3: its configuration and its block. Module names are Hugging Face's, so weights load with no mapping table.
 
-A plain pre-norm block: RMSNorm, grouped-query attention, SwiGLU. Its one peculiarity is the rotary scaling (layers.py), which
+A plain pre-norm block: RMSNorm, grouped-query attention, SwiGLU. Its one peculiarity is the rotary scaling (attention.py), which
 bends the low frequencies at every length. Mind `post_attention_layernorm`: here it normalises the MLP's *input*.
 """
 from dataclasses import dataclass
@@ -66,6 +66,6 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config, F.silu)
 
-    def forward(self, x, places, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), places, cache)
+    def forward(self, x, positions, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), positions, cache)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorasae import gemma2, llama3
-from lorasae.attention import places
+from lorasae.attention import positions
 from lorasae.linear import Linear, linear
 from lorasae.objectives import capped
 from lorasae.sae import splice
@@ -75,7 +75,7 @@ class Transformer(nn.Module):
         extend; x then continues the positions it holds.
         """
         begun = cache.length if cache is not None else 0
-        where = places(self.config, begun, x)
+        where = positions(self.config, begun, x)
         for layer in range(start, stop):
             x = self.layers[layer](x, where, cache)
             if layer in saes:

@@ -32,34 +32,58 @@ def topk(x, k):
     """
     _check(k, x.shape[-1])
     rows = x.reshape(-1, x.shape[-1])
-    parts = [_topk(part, k) for part in rows.split(ROWS)] if x.device.type == "cpu" else [_topk(rows, k)]
-    values, indices = map(torch.cat, zip(*parts))
+    parts = [rows]
+    if x.device.type == "cpu":
+        parts = rows.split(ROWS)
+
+    found = [_topk(part, k) for part in parts]
+    values = torch.cat([values for values, _ in found])
+    indices = torch.cat([indices for _, indices in found])
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
 
 def _topk(x, k):
-    """The same for x [N, M]."""
+    """The same for x [N, M], whose columns lie in blocks, lanes and groups like this, with LANES = 4 and size = 3:
+
+                        lane 0   1   2   3
+        block 0      column  0   1   2   3      Group 0 is lane 0 of block 0: columns 0, 4, 8. Group 6 is lane 2 of
+                             4   5   6   7      block 1: columns 14, 18, 22. So group g is lane g % LANES of block
+                             8   9  10  11      g // LANES; it begins at column
+        block 1             12  13  14  15
+                            16  17  18  19          g // LANES · size · LANES + g % LANES
+                            20  21  22  23
+        rest                24  25              and goes on in steps of LANES.
+    """
     M = x.shape[-1]
     size = 16 if M >= 512 * k else 8
     block = size * LANES
     if M < max(32 * k, 2 * block):                                      # too few groups to leave many out
         return torch.topk(x, k, sorted=False)
-    rest = M % block                                                    # is in no group: always a candidate
-    blocks = x[:, :M - rest].unflatten(1, (-1, size, LANES))            # a group is one lane of one block
+
+    # The k groups with the largest maxima.
+    rest = M % block                                                    # columns in no group: always looked at
+    blocks = x[:, :M - rest].unflatten(1, (-1, size, LANES))
     maxima, groups = _topk(blocks.amax(2).flatten(1), k)
-    first = torch.add(groups, groups & -LANES, alpha=size - 1)          # LANES is a power of two
-    candidates = (first[:, None] + torch.arange(0, block, LANES, device=x.device)[:, None]).flatten(1)
+
+    # Their columns, k · size of them, and the rest.
+    lane = groups % LANES
+    first = (groups - lane) * size + lane                               # groups - lane is g // LANES · LANES
+    steps = torch.arange(0, block, LANES, device=x.device)
+    columns = (first[:, None] + steps[:, None]).flatten(1)
     if rest:
-        last = torch.arange(M - rest, M, device=x.device).expand(len(x), rest)
-        candidates = torch.cat([candidates, last], 1)
-    # Candidates below the k-th maximum cannot win. Made equal, they halve the time of the CPU's selection: its branches
+        last = torch.arange(M - rest, M, device=x.device)
+        columns = torch.cat([columns, last.expand(len(x), rest)], 1)
+
+    # Entries below the k-th maximum cannot win. Made equal, they halve the time of the CPU's selection: its branches
     # become predictable. (A NaN maximum says nothing about the other maxima: it counts as infinite.)
-    values = x.gather(1, candidates)
+    values = x.gather(1, columns)
     with torch.no_grad():                                               # changes no winner
         floor = maxima.nan_to_num(torch.inf, torch.inf, -torch.inf).amin(1, keepdim=True)
-        torch.maximum(values, floor.nextafter(floor.new_tensor(-torch.inf)), out=values)
+        below = floor.nextafter(floor.new_full((), -torch.inf))
+        torch.maximum(values, below, out=values)
+
     values, winners = torch.topk(values, k, sorted=False)
-    return values, candidates.gather(1, winners)
+    return values, columns.gather(1, winners)
 
 
 def encode(x, W_enc, b_enc, k, chunk=CHUNK):
@@ -125,10 +149,17 @@ class _Encode(torch.autograd.Function):
         x, W_enc, values, indices = ctx.saved_tensors
         need_x, need_W, need_b = ctx.needs_input_grad[:3]
         grad = grad.masked_fill(values <= 0, 0)                         # ReLU's backward: NaN passes, as in torch's own
-        pairs = _ByLatent(indices, len(W_enc)) if need_W or need_b else None
-        return (_combine(indices, grad, W_enc) if need_x else None,
-                pairs.sum(grad, x) if need_W else None,
-                pairs.sum(grad).to(W_enc.dtype) if need_b else None, None, None)
+        grad_x = grad_W = grad_b = None
+
+        if need_x:
+            grad_x = _combine(indices, grad, W_enc)
+        if need_W or need_b:
+            pairs = _ByLatent(indices, len(W_enc))
+        if need_W:
+            grad_W = pairs.sum(grad, x)
+        if need_b:
+            grad_b = pairs.sum(grad).to(W_enc.dtype)
+        return grad_x, grad_W, grad_b, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -141,9 +172,15 @@ class _Decode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         values, indices, W_dec = ctx.saved_tensors
+        need_values, _, need_W = ctx.needs_input_grad
         pairs = _ByLatent(indices, len(W_dec))
-        return (pairs.dot(grad, W_dec).to(values.dtype) if ctx.needs_input_grad[0] else None, None,
-                pairs.sum(values, grad) if ctx.needs_input_grad[2] else None)
+        grad_values = grad_W = None
+
+        if need_values:
+            grad_values = pairs.dot(grad, W_dec).to(values.dtype)
+        if need_W:
+            grad_W = pairs.sum(values, grad)
+        return grad_values, None, grad_W
 
 
 class _Step(torch.autograd.Function):
@@ -160,15 +197,25 @@ class _Step(torch.autograd.Function):
     def backward(ctx, grad, grad_values, _):
         x, W_enc, W_dec, values, indices = ctx.saved_tensors
         need_x, need_W_enc, need_b_enc, need_W_dec, need_b_dec = ctx.needs_input_grad[:5]
+        grad_x = grad_W_enc = grad_b_enc = grad_W_dec = grad_b_dec = None
+
+        # What reaches the pre-activations, and its sum over the tokens.
         pairs = _ByLatent(indices, len(W_enc))
         grad_pre = (grad_values + pairs.dot(grad, W_dec)).masked_fill(values <= 0, 0)
-        grad_b = pairs.sum(grad_pre).to(W_enc.dtype)
-        # Through the encoder, b_dec's gradient is -Σ_t grad_x[t] = -(Σ_t grad_pre[t]) W_enc: sum first, multiply once.
-        return (_combine(indices, grad_pre, W_enc) if need_x else None,
-                pairs.sum(grad_pre, x) if need_W_enc else None,
-                grad_b if need_b_enc else None,
-                pairs.sum(values, grad) if need_W_dec else None,
-                grad.sum(0) - grad_b @ W_enc if need_b_dec else None, None, None)
+        grad_pre_sum = pairs.sum(grad_pre).to(W_enc.dtype)
+
+        if need_x:
+            grad_x = _combine(indices, grad_pre, W_enc)
+        if need_W_enc:
+            grad_W_enc = pairs.sum(grad_pre, x)
+        if need_b_enc:
+            grad_b_enc = grad_pre_sum
+        if need_W_dec:
+            grad_W_dec = pairs.sum(values, grad)
+        if need_b_dec:
+            # Through the encoder it is -Σ_t grad_x[t] = -(Σ_t grad_pre[t]) W_enc: sum first, multiply once.
+            grad_b_dec = grad.sum(0) - grad_pre_sum @ W_enc
+        return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None
 
 
 class _ByLatent:
@@ -191,10 +238,17 @@ class _ByLatent:
         """x [N, D], rows [M, D] -> x · rows[indices]  [N, k]: embedding_bag's own backward for its weights.
 
         A bag is a latent, not a token, so that what is read at random is x, which fits a cache, and not the rows.
+        CUDA's kernel has no bf16 in PyTorch 2.11 (pytorch/pytorch#185808): there the product is taken in fp32.
         """
+        dtype = x.dtype
+        if x.is_cuda and dtype == torch.bfloat16:
+            x, rows = x.float(), rows.float()
+
+        mode = 0                                                        # "sum"
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            rows.contiguous(), x.contiguous(), self.tokens, self.offsets, self.latents, 0)
-        return torch.empty_like(dots).scatter_(0, self.order, dots).view(self.shape)
+            rows.contiguous(), x.contiguous(), self.tokens, self.offsets, self.latents, mode)
+        in_order = torch.empty_like(dots).scatter_(0, self.order, dots)
+        return in_order.view(self.shape).to(dtype)
 
 
 def _combine(indices, weights, rows):
@@ -210,10 +264,10 @@ def _select(x, W_enc, b_enc, k, chunk):
         W, b = W_enc[start:start + chunk], b_enc[start:start + chunk]
         new, found = topk(_preactivations(x, W, b), min(k, len(W)))
         found += start
-        if start:
-            new, found = torch.cat([values, new], 1), torch.cat([indices, found], 1)
-            new, winners = torch.topk(new, min(k, new.shape[1]), sorted=False)
-            found = found.gather(1, winners)
+        if start:                                                       # the best of this chunk, and of those before it
+            both, latents = torch.cat([values, new], 1), torch.cat([indices, found], 1)
+            new, winners = torch.topk(both, min(k, both.shape[1]), sorted=False)
+            found = latents.gather(1, winners)
         values, indices = new, found
     return values.relu_(), indices
 
@@ -223,7 +277,7 @@ def _preactivations(x, W, b):
     if x.dtype in (torch.bfloat16, torch.float16):
         if x.is_cuda:
             return torch.mm(x, W.T, out_dtype=torch.float32).add_(b)
-        x, W, b = x.float(), W.float(), b.float()                       # out_dtype is CUDA's alone
+        x, W, b = x.float(), W.float(), b.float()                       # only CUDA knows out_dtype
     return linear(x, W, b)
 
 

@@ -8,9 +8,12 @@ import torch
 
 from lorasae import adapt, objectives, topk
 from lorasae.bench import __main__ as bench
+from lorasae.bench import gpu, loss, sparse, step
 from lorasae.bench import race
 from lorasae.bench import workloads
+from lorasae.errors import InputError
 from lorasae.io.disk import read_json
+from lorasae.io.presets import PRESETS
 from lorasae.lora import LoRALinear
 from lorasae.bench.race import differing_tensors, peak_memory
 from lorasae.bench.workloads import REAL, TINY
@@ -76,9 +79,9 @@ def test_without_the_peers_ours_is_still_timed(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "lorasae.bench.peers", raising=False)
     monkeypatch.delattr("lorasae.bench.peers", raising=False)
     monkeypatch.setattr(builtins, "__import__", missing)
-    assert not bench.load_peers()
+    assert not step.load_peers()
     assert "pip install transformers peft" in capsys.readouterr().err
-    contenders = bench.lora_contenders(TINY["tiny llama"], False, "cpu")
+    contenders = step.lora_contenders(TINY["tiny llama"], False, "cpu")
     assert list(contenders) == ["lorasae, dropout 0.1", "lorasae"]
     contenders["lorasae"]()
 
@@ -103,7 +106,7 @@ def test_a_wrong_topk_ends_the_benchmark(monkeypatch, spoil):
     exact = topk.topk
     monkeypatch.setattr(topk, "topk", lambda x, k: spoil(*exact(x, k)))
     with pytest.raises(RuntimeError, match="top-k, N 64 M 4096: lorasae disagrees with torch.topk"):
-        bench.bench_topk("cpu", quick=True)
+        sparse.bench_topk("cpu", quick=True)
 
 
 def test_a_wrong_gradient_ends_the_benchmark(monkeypatch):
@@ -112,7 +115,7 @@ def test_a_wrong_gradient_ends_the_benchmark(monkeypatch):
             return super().sum(weights, rows) * 1.0001
     monkeypatch.setattr(topk, "_ByLatent", Wrong)
     with pytest.raises(RuntimeError, match="SAE step.*lorasae disagrees with dense autograd: .* is off by"):
-        bench.bench_topk("cpu", quick=True)
+        sparse.bench_topk("cpu", quick=True)
 
 
 def test_a_wrong_kl_ends_the_benchmark(monkeypatch):
@@ -120,7 +123,7 @@ def test_a_wrong_kl_ends_the_benchmark(monkeypatch):
     monkeypatch.setattr(objectives, "linear_kl", lambda target, hidden, head, softcap, **how:
                         exact(hidden, target, head, softcap) + 0 * hidden.sum())            # KL(adapted ‖ base)
     with pytest.raises(RuntimeError, match="lorasae disagrees with naive"):
-        bench.bench_kl("cpu", quick=True)
+        loss.bench_kl("cpu", quick=True)
 
 
 def weaker_adapters(monkeypatch):
@@ -143,17 +146,97 @@ def test_a_wrong_step_ends_the_benchmark_before_anything_is_timed(monkeypatch, s
     pytest.importorskip("peft", reason=PEERS_REASON)
     spoil(monkeypatch)
     monkeypatch.setattr(race, "timed", None)
-    monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1.0)
+    monkeypatch.setattr(step, "matmul_peak", lambda *_: 1.0)
     with pytest.raises(RuntimeError, match="LoRA step, tiny gemma: lorasae.* disagrees with official"):
-        bench.bench_step("cpu", quick=True)
+        step.bench_step("cpu", quick=True)
 
 
 def test_a_student_of_another_rank_is_not_taken_for_its_own_run(monkeypatch):
     exact = workloads.learn
     monkeypatch.setattr(workloads, "learn", lambda *args: exact(*args).flip(0) if args[6] > 1 else exact(*args))
-    contenders = bench.sweep_contenders(TINY["tiny gemma"], (1, 2), "cpu")
+    contenders = step.sweep_contenders(TINY["tiny gemma"], (1, 2), "cpu")
     alone, together = (contender.answer() for contender in contenders.values())
-    assert bench.differing_steps(TINY["tiny gemma"], together, alone)
+    assert step.differing_steps(TINY["tiny gemma"], together, alone)
+
+
+# ---- An hour of a GPU, in small on a CPU -----------------------------------------------------------------------------
+
+@pytest.fixture
+def on_a_gpu(tmp_path, capsys):
+    """Runs `python -m lorasae.bench gpu --quick`: its sections as the JSON file holds them."""
+    def run(*arguments, fails=()):
+        path = tmp_path / "gpu.json"
+        command = ["gpu", "--quick", "--device", "cpu", "--json", str(path), *arguments]
+        if fails:
+            with pytest.raises(InputError, match=", ".join(fails)):
+                bench.main(command)
+        else:
+            bench.main(command)
+        sections = read_json(path)["sections"]
+        printed = capsys.readouterr().out
+        for rows in sections.values():
+            assert all(row["what"] in printed for row in rows) and rows[-1]["seconds"] > 0
+        return sections
+    return run
+
+
+def test_every_part_of_gpu_runs_from_end_to_end(on_a_gpu):
+    sections = on_a_gpu("--part", *gpu.PARTS)
+    assert list(sections) == [f"gpu {name}" for name in gpu.PARTS]
+    facts = {row["what"]: row.get("value") for row in sections["gpu environment"]}
+    assert facts["torch"] == torch.__version__ and facts["hardware"]
+    assert all(row["tflops"] > 0 for row in sections["gpu peak"][:-1])
+
+    headline = sections["gpu headline"]
+    steps = [row for row in headline if row["what"] == "headline step"]
+    names = ("as train.py runs it", "no dropout", "no TF32")
+    assert [row["contender"] for row in steps] == [f"lorasae, {name}" for name in names]
+    for row in steps:
+        assert row["tokens_per_s"] == pytest.approx(16 / (row["ms"] / 1e3)) and 0 < row["utilisation"] < 1
+        assert row["launches"] == row["syncs"] == 0 and row["issue_ms"] <= row["ms_max"]
+    values = {row["contender"]: row["value"] for row in headline if "value" in row}
+    assert values["compiled, plain"] == 0 and values["fp32"] == values["TF32"] > 0          # a CPU knows neither
+    assert sum(row["part"] for row in headline if "part" in row) > 0.5
+    assert sections["gpu peers"][-2]["contender"] == "lorasae"
+
+
+def test_a_part_that_fails_is_a_row_and_the_others_run(on_a_gpu, monkeypatch, capsys):
+    monkeypatch.setitem(gpu.PARTS, "headline", lambda device, quick: 1 / 0)
+    sections = on_a_gpu("--part", "headline", "peak", fails=["headline"])
+    assert sections["gpu headline"][0]["error"] == "ZeroDivisionError: division by zero"
+    assert sections["gpu peak"][0]["tflops"] > 0
+
+
+def test_by_default_each_part_has_a_process_of_its_own(on_a_gpu, monkeypatch):
+    started, exact = [], gpu.in_a_process
+
+    def spy(name, device, quick):
+        started.append(name)
+        return exact(name, device, quick) if name == "environment" else exec("raise RuntimeError('a crash')")
+
+    monkeypatch.setattr(gpu, "in_a_process", spy)
+    sections = on_a_gpu(fails=list(gpu.PARTS)[1:])
+    assert started == list(gpu.PARTS)
+    assert {row["what"] for row in sections["gpu environment"]} >= {"hardware", "torch", "triton"}
+    assert "error" in sections["gpu topk"][0]
+
+
+def test_a_crash_of_a_parts_process_is_its_error(monkeypatch):
+    monkeypatch.setattr(gpu.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="status 1"):
+        gpu.in_a_process("peak", "cpu", True)
+
+
+def test_gpu_on_a_cpu_is_refused_but_for_its_small_shapes():
+    with pytest.raises(InputError, match="--quick"):
+        bench.main(["gpu", "--device", "cpu"])
+    with pytest.raises(InputError, match="--part"):
+        bench.main(["kl", "--part", "peak", "--quick", "--device", "cpu"])
+
+
+def test_the_benchmarks_saes_have_the_dtype_of_the_presets():
+    for name, case in REAL.items():
+        assert str(case.sae_dtype) == f"torch.{PRESETS[name].sae_dtype}"
 
 
 # ---- FLOPs and memory ------------------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
-"""Packing, the held-out split, the order of the text, resuming and the background thread: lorasae/data.py."""
-import gc
+"""Packing, the held-out split, the order of the text, and how batches go on at a position: io/corpus, order, packing."""
+import gzip
+import io
+import itertools
 import json
-import threading
-import time
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from lorasae.io import corpus as data
-from lorasae.io.corpus import Corpus, Prefetch, pack, special_mask
+from lorasae.io import documents, order, packing, streams
+from lorasae.io.corpus import Corpus, special_mask
+from lorasae.io.order import ordered
+from lorasae.io.packing import pack
+from lorasae.io.streams import files, held_out
 from lorasae.errors import InputError
 
 BOS, EOS = 0, 1
@@ -49,7 +52,7 @@ def sources_of(tokens):
 
 
 def take(batches, count):
-    return torch.stack([next(batches) for _ in range(count)])
+    return torch.stack([tokens for tokens, _ in itertools.islice(batches, count)])
 
 
 # ---- Packing ---------------------------------------------------------------------------------------------------------
@@ -62,7 +65,7 @@ def test_packing_gives_the_worked_example():
 
 def test_chunks_are_the_pieces_of_a_tokenizer_that_truncates_with_overflow(monkeypatch):
     """The published code joins a group's documents with EOS, encodes once and keeps all pieces but the last."""
-    monkeypatch.setattr(data, "GROUP", 7)
+    monkeypatch.setattr(packing, "GROUP", 7)
     rng = np.random.default_rng(0)
     documents = [" ".join(f"d{i}" for i in rng.integers(500, size=rng.integers(0, 40))) for _ in range(45)]
     for context in (2, 3, 8, 16):
@@ -85,16 +88,16 @@ def test_chunks_are_those_of_the_fast_tokenizer_of_transformers():
 
 
 def test_the_last_piece_of_a_group_is_dropped_even_when_full(monkeypatch):
-    monkeypatch.setattr(data, "GROUP", 2)
+    monkeypatch.setattr(packing, "GROUP", 2)
     chunks = pack([numbered(0, 7), numbered(1, 7), numbered(2, 8)], NUMBERED, BOS, EOS, 9)
     assert [sources_of(chunk) for chunk, _ in chunks] == [{0}, {2}]         # 2 pieces of 8 less one; 9 tokens are one
 
 
 def test_how_the_text_is_batched_for_the_tokenizer_changes_nothing(monkeypatch):
-    documents = [numbered(i, 5 + i % 11) for i in range(100)]
-    whole = [(chunk.tolist(), begun) for chunk, begun in pack(documents, NUMBERED, BOS, EOS, 16)]
-    monkeypatch.setattr(data, "BATCH", 1)
-    assert [(chunk.tolist(), begun) for chunk, begun in pack(documents, NUMBERED, BOS, EOS, 16)] == whole
+    texts = [numbered(i, 5 + i % 11) for i in range(100)]
+    whole = [(chunk.tolist(), rest.begun) for chunk, rest in pack(texts, NUMBERED, BOS, EOS, 16)]
+    monkeypatch.setattr(packing, "BATCH", 1)
+    assert [(chunk.tolist(), rest.begun) for chunk, rest in pack(texts, NUMBERED, BOS, EOS, 16)] == whole
 
 
 def test_a_tokenizer_file_that_truncates_and_pads_is_used_whole(tmp_path):
@@ -114,20 +117,20 @@ def test_special_mask_marks_bos_and_eos():
 # ---- The split -------------------------------------------------------------------------------------------------------
 
 def test_validation_is_the_start_of_the_permuted_documents(tmp_path):
-    documents = [numbered(i) for i in range(100)]
-    corpus = corpus_of(write_documents(tmp_path / "a.jsonl", documents), eval_tokens=100, seed=42)
-    order = [documents[i] for i in np.random.default_rng(42).permutation(100)]
-    chunks = [chunk for chunk, _ in pack(order, NUMBERED, BOS, EOS, 16)]
+    texts = [numbered(i) for i in range(100)]
+    corpus = corpus_of(write_documents(tmp_path / "a.jsonl", texts), eval_tokens=100, seed=42)
+    permuted = [texts[i] for i in np.random.default_rng(42).permutation(100)]
+    chunks = [chunk for chunk, _ in pack(permuted, NUMBERED, BOS, EOS, 16)]
     assert corpus.validation.dtype == torch.int64
     assert torch.equal(corpus.validation, torch.from_numpy(np.stack(chunks[:7])))      # 100 tokens round up to 7 chunks
 
 
 def test_training_continues_the_same_order_after_the_last_validation_document(tmp_path):
-    documents = [numbered(i) for i in range(100)]
-    corpus = corpus_of(write_documents(tmp_path / "a.jsonl", documents), seed=42)
-    order = np.random.default_rng(42).permutation(100)
-    held = max(i for i in range(100) if order[i] in sources_of(corpus.validation)) + 1
-    expected = [chunk for chunk, _ in pack([documents[i] for i in order[held:]], NUMBERED, BOS, EOS, 16)]
+    texts = [numbered(i) for i in range(100)]
+    corpus = corpus_of(write_documents(tmp_path / "a.jsonl", texts), seed=42)
+    turns = np.random.default_rng(42).permutation(100)
+    held = max(i for i in range(100) if turns[i] in sources_of(corpus.validation)) + 1
+    expected = [chunk for chunk, _ in pack([texts[i] for i in turns[held:]], NUMBERED, BOS, EOS, 16)]
     batches = corpus.batches(2)
     assert torch.equal(take(batches, 10).flatten(0, 1), torch.from_numpy(np.stack(expected[:20])))
 
@@ -135,8 +138,8 @@ def test_training_continues_the_same_order_after_the_last_validation_document(tm
 @pytest.mark.parametrize("streamed", [False, True])
 def test_no_document_is_in_both_parts_however_often_the_text_starts_again(tmp_path, monkeypatch, capsys, streamed):
     if streamed:
-        monkeypatch.setattr(data, "IN_MEMORY", 0)
-        monkeypatch.setattr(data, "BUFFER", 10)
+        monkeypatch.setattr(order, "IN_MEMORY", 0)
+        monkeypatch.setattr(order, "SEGMENT", 1000)
     for part in range(4):
         write_documents(tmp_path / f"{part}.jsonl", [numbered(i) for i in range(part, 60, 4)])
     corpus = corpus_of(tmp_path)
@@ -162,7 +165,6 @@ def test_both_parts_are_the_same_for_the_same_arguments_alone(tmp_path):
 
 
 def test_the_standard_library_is_split_by_file_name():
-    from lorasae.io.streams import files, held_out
     corpus = Corpus("stdlib", NUMBERED, BOS, EOS, context=16, eval_tokens=160)
     names = {file.name for file in files("stdlib")}
     assert {file.name for file in corpus.validation_files} == {name for name in names if held_out(name)}
@@ -172,15 +174,152 @@ def test_the_standard_library_is_split_by_file_name():
 
 # ---- Order, ends and resuming ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("skip", [1, 7, 23])
-def test_skipping_batches_continues_where_an_earlier_run_stopped(tmp_path, monkeypatch, skip, streamed):
-    if streamed:
-        monkeypatch.setattr(data, "IN_MEMORY", 0)
-        monkeypatch.setattr(data, "BUFFER", 20)
-    corpus = corpus_of(write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(60)]))
-    whole = take(corpus.batches(4), 30)                                     # a pass is about nine batches
-    assert torch.equal(take(corpus_of(tmp_path / "a.jsonl").batches(4, skip), 30 - skip), whole[skip:])
+def kept(position):
+    """A position as a checkpoint gives it back."""
+    file = io.BytesIO()
+    torch.save(position, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.fixture(params=["in memory", "stream", "sixteen files", "one long text"])
+def several_passes(request, tmp_path, monkeypatch):
+    """A folder of text that 30 batches of 4 chunks use up several times, in every kind of order."""
+    if request.param != "in memory":
+        monkeypatch.setattr(order, "IN_MEMORY", 0)
+        monkeypatch.setattr(order, "SEGMENT", 2000)
+    if request.param == "sixteen files":
+        for part in range(20):
+            text = b"".join(json.dumps({"text": numbered(i)}).encode() + b"\n" for i in range(part, 60, 20))
+            (tmp_path / f"{part}.jsonl.gz").write_bytes(gzip.compress(text))
+    elif request.param == "one long text":
+        monkeypatch.setattr(documents, "DOCUMENT", 100)
+        write_documents(tmp_path / "a.jsonl", ["".join(f"{numbered(i)}\n" for i in range(60))])
+    else:
+        write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(60)])
+    return tmp_path
+
+
+def test_batches_go_on_at_every_position_as_if_nothing_had_happened(several_passes, monkeypatch):
+    monkeypatch.setattr(packing, "GROUP", 40)                               # a group's end within a pass
+    with corpus_of(several_passes).batches(4) as batches:
+        whole = list(itertools.islice(batches, 30))
+        positions = [batches.start] + [position for _, position in whole]
+    tokens = [tokens.tolist() for tokens, _ in whole]
+    for done in (0, 1, 2, 3, 7, 9, 10, 17, 23, 29):
+        with corpus_of(several_passes).batches(4, kept(positions[done])) as batches:
+            assert [tokens.tolist() for tokens, _ in itertools.islice(batches, 30 - done)] == tokens[done:], done
+            assert str(batches.start) == str(positions[done])
+
+
+def test_a_position_of_a_resumed_run_is_that_of_the_whole_run(several_passes):
+    whole = list(itertools.islice(corpus_of(several_passes).batches(2), 40))
+    middle = list(itertools.islice(corpus_of(several_passes).batches(2, kept(whole[9][1])), 10))
+    assert str(middle[-1][1]) == str(whole[19][1])
+    assert torch.equal(take(corpus_of(several_passes).batches(2, kept(middle[-1][1])), 20), torch.stack([t for t, _ in whole[20:]]))
+
+
+def test_a_position_serves_another_batch_size(several_passes):
+    whole = take(corpus_of(several_passes).batches(1), 36).flatten(0, 1)
+    _, position = next(corpus_of(several_passes).batches(12))
+    assert torch.equal(take(corpus_of(several_passes).batches(8, position), 3).flatten(0, 1), whole[12:])
+
+
+def test_the_rest_of_a_document_of_many_chunks_is_in_the_position(tmp_path):
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i, 400) for i in range(10)])         # 27 chunks in each
+    whole = list(itertools.islice(corpus_of(path).batches(1), 100))
+    for done in (1, 5, 26, 27, 28, 60):
+        assert torch.equal(take(corpus_of(path).batches(1, kept(whole[done - 1][1])), 20), torch.stack([t for t, _ in whole[done:done + 20]]))
+
+
+def test_nothing_before_the_position_is_tokenised_or_read_again(tmp_path, monkeypatch):
+    """Plain files are entered in their middle, and of compressed ones no line before the place is parsed."""
+    monkeypatch.setattr(order, "IN_MEMORY", 0)
+    monkeypatch.setattr(order, "SEGMENT", 5000)
+    monkeypatch.setattr(packing, "BATCH", 1000)
+    text = b"".join(json.dumps({"text": numbered(i)}).encode() + b"\n" for i in range(400))
+    (tmp_path / "a.jsonl").write_bytes(text)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.replace(b"d", b"d1")))
+    corpus = corpus_of(tmp_path)
+    with corpus.batches(4) as batches:
+        position = kept(list(itertools.islice(batches, 60))[-1][1])
+    saved = kept(corpus.held_out)
+    first_lines, original = {}, documents.text_of
+
+    def parse(line, where, *more):
+        name, _, number = where.partition(", line ")
+        first_lines.setdefault(name, int(number))
+        return original(line, where, *more)
+
+    monkeypatch.setattr(documents, "text_of", parse)
+    with corpus_of(tmp_path, saved=saved).batches(4, position) as batches:
+        for _ in range(30):
+            next(batches)
+    places = position["segment"]["following"]["files"]
+    assert sorted(first_lines.values()) == sorted(line + 1 for _, line in places) and min(first_lines.values()) > 20
+
+
+def test_validation_chunks_and_what_they_exclude_can_be_kept(tmp_path):
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(60)])
+    corpus = corpus_of(path)
+    saved = kept(corpus.held_out)
+    again = corpus_of(path, saved=saved)
+    assert torch.equal(take(again.batches(4), 20), take(corpus.batches(4), 20))
+    path.unlink()
+    assert torch.equal(again.validation, corpus.validation)
+
+
+def test_a_position_is_small_and_plain(tmp_path, monkeypatch):
+    monkeypatch.setattr(order, "IN_MEMORY", 0)
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i % 500, 200) for i in range(4000)])
+    size = path.stat().st_size
+    for small, most in ((2 ** 28, 20_000), (0, 0.25 * size)):               # here the stream is one segment, packed
+        monkeypatch.setattr(order, "IN_MEMORY", small)
+        with corpus_of(path).batches(4) as batches:
+            _, position = next(batches)
+        file = io.BytesIO()
+        torch.save(position, file)
+        assert len(file.getvalue()) < most
+
+
+@pytest.mark.parametrize("change", ["a letter", "longer", "renamed", "one more", "one less"])
+def test_a_text_that_has_changed_since_is_refused_in_one_line(tmp_path, change):
+    for part in range(3):
+        write_documents(tmp_path / f"{part}.jsonl", [numbered(i) for i in range(40)])
+    _, position = next(corpus_of(tmp_path).batches(1))
+    path = tmp_path / "1.jsonl"
+    if change == "a letter":
+        path.write_text(path.read_text().replace("d7 ", "d8 ", 1))
+    elif change == "longer":
+        path.write_text(path.read_text() + path.read_text())
+    elif change == "renamed":
+        path.rename(tmp_path / "1b.jsonl")
+    elif change == "one more":
+        write_documents(tmp_path / "1b.jsonl", ["more"])
+    else:
+        path.unlink()
+    with pytest.raises(InputError, match=r"has changed since the run that is to be resumed: .*/[12]b?\.jsonl is another file") as caught:
+        corpus_of(tmp_path).batches(1, position)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_was_only_touched_is_the_same(tmp_path):
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(60)])
+    _, position = next(corpus_of(path).batches(1))
+    write_documents(path, [numbered(i) for i in range(60)])
+    next(corpus_of(path).batches(1, position))
+
+
+def test_a_large_file_is_known_by_stretches_of_it(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    data = bytearray(b"x" * 300_000)
+    path.write_bytes(data)
+    known = streams.fingerprints(files(str(path)))
+    for place in (0, 100_000, 299_999):
+        changed = data.copy()
+        changed[place] = ord("y")
+        path.write_bytes(changed)
+        assert streams.fingerprints(files(str(path))) != known
 
 
 def test_finite_text_starts_again_in_a_new_order_and_says_so_once(tmp_path, capsys):
@@ -203,34 +342,54 @@ def test_text_that_suffices_says_nothing(tmp_path, capsys):
 
 
 def test_a_stream_gives_every_document_once_in_a_seeded_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
-    monkeypatch.setattr(data, "MIXED", 3)
+    monkeypatch.setattr(order, "IN_MEMORY", 0)
+    monkeypatch.setattr(order, "MIXED", 3)
     for part in range(5):
         write_documents(tmp_path / f"{part}.jsonl", [f"{part} {i}" for i in range(40)])
-    sources = data.files(str(tmp_path))
-    for buffer in (25, 1000):                                               # the second holds the whole stream
-        monkeypatch.setattr(data, "BUFFER", buffer)
-        orders = [list(data.shuffled(sources, np.random.default_rng(seed))) for seed in (0, 0, 1)]
-        assert orders[0] == orders[1] != orders[2]
+    sources = files(str(tmp_path))
+
+    def texts(seed, epoch=0):
+        return [text for text, _ in ordered(sources, None, seed, epoch)]
+
+    for segment in (1500, 100_000):                                         # the second holds the whole stream
+        monkeypatch.setattr(order, "SEGMENT", segment)
+        orders = [texts(0), texts(0), texts(1), texts(0, epoch=1)]
+        assert orders[0] == orders[1] and orders[0] != orders[2] and orders[0] != orders[3]
         assert sorted(orders[0]) == sorted(f"{part} {i}" for part in range(5) for i in range(40))
         places = [orders[0].index(f"3 {i}") for i in range(40)]
         assert places != sorted(places)                                     # a file's own order is gone
-    monkeypatch.setattr(data, "BUFFER", 1)
-    monkeypatch.setattr(data, "MIXED", 1)
-    parts = [int(text.split()[0]) for text in data.shuffled(sources, np.random.default_rng(0))]
+    monkeypatch.setattr(order, "SEGMENT", 1)
+    monkeypatch.setattr(order, "MIXED", 1)
+    parts = [int(text.split()[0]) for text in texts(0)]
     assert parts[::40] == np.random.default_rng(0).permutation(5).tolist()     # nor are the files in the order of names
+
+
+def test_a_segment_is_bounded_in_bytes_whatever_the_documents_weigh(tmp_path, monkeypatch):
+    monkeypatch.setattr(order, "IN_MEMORY", 0)
+    monkeypatch.setattr(order, "SEGMENT", 10_000)
+    write_documents(tmp_path / "a.jsonl", ["ä" * 1000] * 50 + [""] * 1000 + ["b" * 4000] * 20)
+    found = list(order.segments(files(str(tmp_path)), None, 0, 0))
+    weights = [sum(len(text.encode()) + order.EACH for text in segment.texts) for segment in found]
+    assert all(10_000 <= weight < 15_000 for weight in weights[:-1]) and sum(len(segment.texts) for segment in found) == 1070
 
 
 def test_any_stretch_of_a_stream_has_its_files_in_proportion(tmp_path, monkeypatch):
     """One file three times as long as the other: three quarters of the characters of every stretch come from it."""
     write_documents(tmp_path / "a.jsonl", ["a" * 1000] * 3000)
     write_documents(tmp_path / "b.jsonl", ["b" * 250] * 4000)
-    stretch = []
-    for text in data.mixed(data.files(str(tmp_path)), None, at_once=2):
-        stretch.append(text)
-        if sum(map(len, stretch)) > 1_500_000:
-            break
+    with order.Mix(files(str(tmp_path)), None, at_once=2) as mix:
+        stretch = mix.take(1_600_000)
     assert abs(sum(text.count("a") for text in stretch) / sum(map(len, stretch)) - 0.75) < 0.06
+
+
+@pytest.mark.parametrize("name, pack", [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress)])
+def test_what_is_permuted_in_memory_is_decided_by_what_the_files_hold(tmp_path, monkeypatch, name, pack):
+    text = b"".join(json.dumps({"text": numbered(i)}).encode() + b"\n" for i in range(100))
+    (tmp_path / name).write_bytes(pack(text))
+    for most, expected in ((len(text), 100), (len(text) - 1, None)):
+        monkeypatch.setattr(order, "IN_MEMORY", most)
+        found = order.all_documents(files(str(tmp_path)), None)
+        assert (found and len(found)) == expected
 
 
 # ---- Too little text, wrong tokens -----------------------------------------------------------------------------------
@@ -251,7 +410,7 @@ def test_too_little_text_is_told_with_the_tokens_there_are_and_the_tokens_needed
 def test_the_tokens_said_to_be_needed_suffice(tmp_path):
     seed = next(seed for seed in range(9) if np.random.default_rng(seed).permutation(2)[0] == 0)    # the written order
     path = write_documents(tmp_path / "a.jsonl", [numbered(0, 60), numbered(1, 15)])           # 61 tokens, then 16
-    assert sources_of(next(corpus_of(path, seed=seed).batches(1))) == {1}
+    assert sources_of(take(corpus_of(path, seed=seed).batches(1), 1)) == {1}
     path = write_documents(tmp_path / "b.jsonl", [numbered(0, 60), numbered(1, 14)])
     with pytest.raises(InputError, match="15 tokens for training .*, 16 needed"):
         corpus_of(path, seed=seed).batches(1)
@@ -267,58 +426,10 @@ def test_a_tokenizer_without_the_models_special_tokens_is_refused(tmp_path, bos,
 
 # ---- The background thread -------------------------------------------------------------------------------------------
 
-def prefetch_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
-def wait_until(condition, seconds=5):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
-
-
-def test_prefetch_gives_the_items_in_order_and_their_exception_in_turn():
-    def items():
-        yield from range(100)
-        raise InputError("line 101 is bad")
-
-    prefetch, given = Prefetch(items(), depth=3), []
-    with pytest.raises(InputError, match="line 101 is bad"):
-        for item in prefetch:
-            given.append(item)
-    assert given == list(range(100)) and list(prefetch) == []
-    assert list(Prefetch(iter(range(5)))) == list(range(5))
-
-
-def test_prefetch_works_ahead_but_no_further_than_its_depth():
-    made = []
-    prefetch = Prefetch((made.append(i) or i for i in range(1000)), depth=4)
-    assert wait_until(lambda: len(made) >= 5)                               # four in the queue, one in hand
-    time.sleep(0.2)
-    assert len(made) == 5
-    prefetch.close()
-
-
-@pytest.mark.parametrize("end", ["close", "drop", "abandon after an item"])
-def test_the_thread_ends_with_the_iterator(end):
-    assert wait_until(lambda: not prefetch_threads())
-    prefetch = Prefetch(iter(int, 1), depth=2)
-    assert len(prefetch_threads()) == 1
-    if end == "close":
-        prefetch.close()
-        assert list(prefetch) == []
-    elif end == "abandon after an item":
-        next(prefetch)
-    del prefetch
-    gc.collect()
-    assert wait_until(lambda: not prefetch_threads())
-
-
 def test_an_unreadable_line_deep_in_the_text_reaches_the_training_loop(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "IN_MEMORY", 0)                               # a stream: the line is met while training
-    monkeypatch.setattr(data, "BUFFER", 10)
-    monkeypatch.setattr(data, "BATCH", 100)
+    monkeypatch.setattr(order, "IN_MEMORY", 0)                               # a stream: the line is met while training
+    monkeypatch.setattr(order, "SEGMENT", 1000)
+    monkeypatch.setattr(packing, "BATCH", 100)
     path = write_documents(tmp_path / "a.jsonl", [numbered(i % 500) for i in range(2000)])
     with path.open("a") as file:
         file.write("{broken\n")

@@ -1,10 +1,12 @@
 """The frontier of §4.2: the arithmetic of its tables, and the whole command on a toy."""
 import pytest
 
-from lorasae.paper import frontier
+from helpers import command, misuse, read, refusal
 from lorasae.io import presets
-from lorasae.io.disk import read_json
+from lorasae.paper import frontier
 from lorasae.paper.frontier import levels, reached
+
+FRONTIER = "lorasae.paper.frontier"
 
 
 def curve(*points):
@@ -30,11 +32,13 @@ def test_the_table_of_times_goes_from_the_first_loss_of_lora_to_the_best_of_all(
 @pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 def test_the_command_trains_evaluates_and_draws_the_frontier_and_continues_where_it_was(whole_model, text_folder, tmp_path,
                                                                                         monkeypatch, capsys):
-    monkeypatch.setitem(presets.PRESETS, "toy", presets.Preset(str(whole_model), layer=1, adapt="all", data=str(text_folder), dtype="float32",
-                                                       context=32, tokens=640, eval_tokens=256, batch_size=2, rank=2, lr=1e-2))
-    words = ["--model", "toy", "--width", "96", "--k", "4", "--tokens", "640", "--device", "cpu", "--out", str(tmp_path / "out")]
-    frontier.main(words)
-    printed, numbers = capsys.readouterr().out, read_json(tmp_path / "out" / "frontier.json")
+    toy = presets.Preset(
+        str(whole_model), layer=1, common={"data": str(text_folder), "dtype": "float32", "context": 32, "eval_tokens": 256, "batch_size": 2},
+        lora={"adapt": ("all",), "tokens": 640, "rank": (2,), "lr": 1e-2})
+    monkeypatch.setitem(presets.PRESETS, "toy", toy)
+    words = ["--model", "toy", "--width", 96, "--k", 4, "--tokens", 640, "--device", "cpu", "--out", tmp_path / "out"]
+    command(FRONTIER, *words)
+    printed, numbers = capsys.readouterr().out, read(tmp_path / "out" / "frontier.json")
     for text in ("TopK + LoRA (s)", "faster than e2e", "original model", "backward passes"):
         assert text in printed
     for name in frontier.CURVES:
@@ -46,20 +50,19 @@ def test_the_command_trains_evaluates_and_draws_the_frontier_and_continues_where
         assert seconds == sorted(seconds) and seconds[0] > 0
     for lora, sae in zip(numbers["topk_lora"], numbers["topk"]):
         assert lora["seconds"] == pytest.approx(sae["seconds"] + lora["lora_seconds"]) and lora["lora_seconds"] > 0
-    assert numbers["topk"][-1]["ce"] == pytest.approx(read_json(tmp_path / "out" / "topk" / "results.json")["ce_sae"], rel=1e-5)
+    assert numbers["topk"][-1]["ce"] == pytest.approx(read(tmp_path / "out" / "topk" / "results.json")["ce_sae"], rel=1e-5)
     assert numbers["sae_tokens"] == numbers["lora_tokens"] == 640 and numbers["ce_base"] > 0
 
     (tmp_path / "out" / "lora-50pct" / "results.json").unlink()
     monkeypatch.setattr("lorasae.dictionary.train", None)          # the SAEs are not trained again
-    frontier.main(words)
-    again = read_json(tmp_path / "out" / "frontier.json")
+    command(FRONTIER, *words)
+    again = read(tmp_path / "out" / "frontier.json")
     assert again["topk"] == numbers["topk"] and again["e2e"] == numbers["e2e"]
     assert [p["seconds"] for p in again["topk_lora"][5:]] == [p["seconds"] for p in numbers["topk_lora"][5:]]
 
     for option, value in ("--tokens", "1280"), ("--k", "8"), ("--rank", "3"):
-        with pytest.raises(SystemExit, match="pass another --out"):
-            frontier.main(words + [option, value])
-    assert read_json(tmp_path / "out" / "frontier.json") == again
+        assert "pass another --out" in refusal(FRONTIER, *words, option, value)
+    assert read(tmp_path / "out" / "frontier.json") == again
 
 
 def test_the_picture_is_drawn_where_matplotlib_is(tmp_path):
@@ -71,10 +74,11 @@ def test_the_picture_is_drawn_where_matplotlib_is(tmp_path):
 
 
 def test_a_mistake_is_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        frontier.main(["--model", "tiny-gemma-2", "--width", "many", "--out", str(tmp_path / "out")])
-    assert "number of latents" in str(stop.value) and not (tmp_path / "out").exists()
-    for option, value, message in ("--rank", "0", "positive"), ("--seed", "-1", "negative"), ("--tokens", "2048", "ten steps"):
-        with pytest.raises(SystemExit, match=message):
-            frontier.main(["--model", "tiny-gemma-2", option, value, "--out", str(tmp_path / "out")])
+    for option, value, message in (("--width", "many", "number of latents"), ("--rank", 0, "positive"), ("--seed", -1, "negative"),
+                                   ("--tokens", 2048, "ten steps")):
+        assert message in refusal(FRONTIER, "--model", "tiny-gemma-2", option, value, "--device", "cpu", "--out", tmp_path / "out")
+    for option, value in (("--tokens", "²"), ("--model", "no-such-model"), ("--k", "many")):
+        assert option in misuse(capsys, FRONTIER, option, value, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    line = refusal(FRONTIER, "--model", "tiny-gemma-2", "--data", "no-such-text", "--device", "cpu", "--out", tmp_path / "out")
+    assert "no-such-text" in line and list(tmp_path.rglob("*")) in ([], [tmp_path / "out"])

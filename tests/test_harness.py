@@ -1,5 +1,4 @@
 """The benchmarks' adapter against lm-eval's own Hugging Face model, on the same checkpoint, adapter, SAE and local tasks."""
-import importlib
 import json
 import sys
 
@@ -7,20 +6,21 @@ import pytest
 import torch
 
 from conftest import GEMMA, LLAMA, TEXT, write_model, write_tokenizer
-from lorasae.io.checkpoint import load_model
-from lorasae.io.corpus import special_mask
+from helpers import adapted, command, random_sae, read, refusal
 from lorasae.errors import InputError
-from lorasae.io.disk import write_json
 from lorasae.io.adapters import load_adapter, save_adapter
-from lorasae.lora import add_lora, adapters
-from lorasae.sae import JumpReLU, TopK
+from lorasae.io.checkpoint import load_model
+from lorasae.io.disk import write_json
+from lorasae.io.sae_formats import save_sae
 
 pytest.importorskip("lm_eval", reason="the benchmarks are lm-eval's")
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
-from lorasae.evals import benchmarks as harness
-from lorasae.evals.benchmarks import SETTINGS, Job, SplicedLM
+from lorasae.evals import benchmarks
+from lorasae.evals.benchmarks import SETTINGS
+from lorasae.evals.spliced_lm import Job, SplicedLM
 
 LAYER, LENGTH, CORPUS = 1, 96, "".join(f"x{i * 37} = {i}\n{TEXT}Q: What is {i}?\nA: It is blue, red or green.\n\n" for i in range(20))
 SHORT = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
@@ -35,28 +35,22 @@ def bench(request, tmp_path_factory):
     write_tokenizer(folder / "model", raw, CORPUS)              # 150 tokens too: lm-eval would cut the model's vocabulary to fit
     write_json(folder / "model" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>",
                                                             "eos_token": "<eos>", "pad_token": "<pad>"})
-    torch.manual_seed(3)
-    model = add_lora(load_model(folder / "model"), range(4), rank=2)
-    for module in adapters(model).values():
-        torch.nn.init.normal_(module.lora_B.weight, std=0.05)
-    save_adapter(model, folder / "adapter")
-    sae = JumpReLU(raw["hidden_size"], 128) if request.param == "gemma2" else TopK(raw["hidden_size"], 128, 8)
-    torch.nn.init.normal_(sae.W_enc, std=0.1)
-    sae.W_dec.data = sae.W_enc.data.clone()
-    return Bench(folder, {LAYER: sae.requires_grad_(False)}, keep_special=request.param == "gemma2")
+    save_adapter(adapted(load_model(folder / "model"), range(4), rank=2), folder / "adapter")
+    kind = "jumprelu" if request.param == "gemma2" else "topk"
+    return Bench(folder, {LAYER: random_sae(kind, raw["hidden_size"], 128, threshold=0, std=0.1, seed=3)})
 
 
 class Bench:
-    def __init__(self, folder, saes, keep_special):
+    def __init__(self, folder, saes):
         from tokenizers import Tokenizer
-        self.folder, self.saes, self.keep_special = folder, saes, keep_special
+        self.folder, self.saes = folder, saes
         self.model = load_adapter(load_model(folder / "model"), folder / "adapter")
         self.tokenizer = Tokenizer.from_file(str(folder / "model" / "tokenizer.json"))
         self.config = self.model.config
 
     def ours(self, setting="adapted", **how):
         _, spliced, lora = SETTINGS[setting]
-        return SplicedLM(self.model, self.tokenizer, self.saes if spliced else {}, lora=lora, keep_special=self.keep_special, **how)
+        return SplicedLM(self.model, self.tokenizer, self.saes if spliced else {}, lora=lora, **how)
 
     def theirs(self, setting="adapted", **how):
         """lm-eval's HFLM; PEFT loads the adapter, and a hook on the block splices the SAE in."""
@@ -73,14 +67,14 @@ class Bench:
 
             def splice(block, inputs, x):
                 x_hat = self.saes[LAYER](x)
-                return torch.where(self.special(seen["tokens"])[..., None], x, x_hat) if self.keep_special else x_hat
+                return x_hat if self.saes[LAYER].on_special else torch.where(self.special(seen["tokens"])[..., None], x, x_hat)
 
             embedding.register_forward_pre_hook(lambda module, inputs: seen.update(tokens=inputs[0]))
             block.register_forward_hook(splice)
         return lm
 
     def special(self, tokens):
-        return special_mask(tokens, self.config.bos_token_id, self.config.eos_token_id)
+        return (tokens == self.config.bos_token_id) | (tokens == self.config.eos_token_id)
 
 
 def requests(kind, *arguments):
@@ -157,29 +151,40 @@ def test_one_token_choices_of_a_question_share_a_row(bench):
     assert [p for p, _ in shared] == pytest.approx([p for p, _ in alone], abs=1e-5) and len(set(shared)) == 4
 
 
-def naive_continuation(bench, prompt, count, sae_on_generated=True):
+def naive_continuation(bench, prompt, count, saes=None):
     """Greedy decoding without a cache: the whole sequence anew for every token, SAE and adapters on."""
     tokens = torch.tensor([prompt])
     for _ in range(count):
-        keep = bench.special(tokens) if bench.keep_special else torch.zeros_like(tokens, dtype=bool)
-        if not sae_on_generated:
-            keep[:, len(prompt):] = True
         with torch.no_grad():
-            tokens = torch.cat([tokens, bench.model(tokens, bench.saes, keep)[:, -1:].argmax(-1)], dim=1)
+            tokens = torch.cat([tokens, bench.model(tokens, bench.saes if saes is None else saes)[:, -1:].argmax(-1)], dim=1)
     return tokens[0, len(prompt):].tolist()
 
 
-@pytest.mark.parametrize("sae_on_generated", [True, False])
-def test_generation_with_the_cache_is_generation_without_it(bench, sae_on_generated):
-    """Prompts of seven lengths in one batch. The SAE reads generated tokens too, unless the published fault is asked for."""
-    ours = bench.ours(sae_on_generated=sae_on_generated)
+def sparing(bench, prompt):
+    """The SAE as the published code ran it, by accident: generated tokens never met it."""
+    sae = bench.saes[LAYER]
+
+    def spare(x):
+        keeps = bench.special(torch.tensor([prompt + [0] * (x.shape[1] - len(prompt))])) & (not sae.on_special)
+        keeps[:, len(prompt):] = True
+        return torch.where(keeps[..., None], x, sae(x))
+    return {LAYER: spare}
+
+
+def test_generation_with_the_cache_is_generation_without_it_and_generated_tokens_meet_the_sae(bench):
+    """Prompts of seven lengths in one batch."""
+    ours, published = bench.ours(), []
     found = ours.generate_until(requests("generate_until", *((prompt, {"max_gen_toks": 14}) for prompt in PROMPTS)))
     for prompt, text in zip(PROMPTS, found):
-        ids = naive_continuation(bench, ours.tok_encode(prompt)[-(LENGTH - 14):], 14, sae_on_generated)
-        ids = ids[:ids.index(bench.config.eos_token_id)] if bench.config.eos_token_id in ids else ids
-        assert text == bench.tokenizer.decode(ids)
-    other = bench.ours(sae_on_generated=not sae_on_generated)
-    assert found != other.generate_until(requests("generate_until", *((prompt, {"max_gen_toks": 14}) for prompt in PROMPTS)))
+        prompt = ours.tok_encode(prompt)[-(LENGTH - 14):]
+        for saes in (None, sparing(bench, prompt)):
+            ids = naive_continuation(bench, prompt, 14, saes)
+            ids = ids[:ids.index(bench.config.eos_token_id)] if bench.config.eos_token_id in ids else ids
+            if saes is None:
+                assert text == bench.tokenizer.decode(ids)
+            else:
+                published.append(bench.tokenizer.decode(ids))
+    assert found != published
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -253,9 +258,9 @@ def task_folder(tmp_path_factory):
 
 def test_scores_of_whole_tasks_are_those_of_lm_evals_own_model_in_all_four_settings(bench, task_folder, monkeypatch, capsys):
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)         # slow: it asks the machine for everything
-    tasks = harness.load_tasks([f"{task_folder}/"])
-    numbers = harness.evaluate(bench.model, bench.saes, bench.tokenizer, tasks, bench.keep_special, limit=10)
-    answers, plain = set(), harness.TaskManager(include_defaults=False)
+    tasks = benchmarks.load_tasks([f"{task_folder}/"])
+    numbers = benchmarks.measure(bench.model, bench.saes, bench.tokenizer, tasks, limit=10)
+    answers, plain = set(), TaskManager(include_defaults=False)
     for setting in SETTINGS:
         expected = simple_evaluate(bench.theirs(setting), limit=10, bootstrap_iters=1000, task_manager=plain,
                                    tasks=[str(task_folder / "choice.yaml"), str(task_folder / "generate.yaml")])
@@ -266,7 +271,7 @@ def test_scores_of_whole_tasks_are_those_of_lm_evals_own_model_in_all_four_setti
         answers.add(tuple(sample["resps"][0][0] for sample in expected["samples"]["tiny_generate"]))
     assert len(answers) == 4 and numbers["samples"] == {"tiny_choice": 10, "tiny_generate": 10}
     capsys.readouterr()
-    harness.show(numbers)
+    benchmarks.show(numbers)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == "SAE SAE + LoRA original LoRA".split()
     assert [line.split()[:2] for line in lines[1:5]] == [["tiny_choice", "acc"], ["tiny_choice", "acc_norm"],
@@ -276,8 +281,7 @@ def test_scores_of_whole_tasks_are_those_of_lm_evals_own_model_in_all_four_setti
 
 def test_evaluating_leaves_the_models_mode_as_it_was(bench, task_folder):
     bench.model.train()
-    harness.evaluate(bench.model, bench.saes, bench.tokenizer, harness.load_tasks([f"{task_folder}/choice.yaml"]), False,
-                     settings=("lora",), limit=2)
+    benchmarks.measure(bench.model, bench.saes, bench.tokenizer, benchmarks.load_tasks([f"{task_folder}/choice.yaml"]), limit=2)
     assert bench.model.training
     bench.model.eval()
 
@@ -290,14 +294,14 @@ def test_a_groups_score_is_over_all_its_questions_and_stands_for_its_members(ben
     (tmp_path / "second.yaml").write_text(choice.replace("tiny_choice", "tiny_second"))
     (tmp_path / "group.yaml").write_text("group: tiny\ntask: [tiny_choice, tiny_second]\n"
                                          "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n")
-    tasks = harness.TaskManager(include_path=tmp_path, include_defaults=False).load(["tiny"])
-    numbers = harness.evaluate(bench.model, bench.saes, bench.tokenizer, tasks, bench.keep_special, settings=("adapted",))
+    tasks = TaskManager(include_path=tmp_path, include_defaults=False).load(["tiny"])
+    numbers = benchmarks.measure(bench.model, bench.saes, bench.tokenizer, tasks)
     found = numbers["adapted"]
     assert numbers["tasks"] == ["tiny"] and (numbers["samples"]["tiny_choice"], numbers["samples"]["tiny_second"]) == (12, 5)
     whole = (12 * found["tiny_choice"]["acc"][0] + 5 * found["tiny_second"]["acc"][0]) / 17
     assert found["tiny"]["acc"][0] == pytest.approx(whole) and found["tiny_choice"]["acc"] != found["tiny_second"]["acc"]
     capsys.readouterr()
-    harness.show(numbers)
+    benchmarks.show(numbers)
     assert [line.split()[:1] for line in capsys.readouterr().out.splitlines()[1:3]] == [["tiny"], []]
 
 
@@ -305,26 +309,22 @@ def test_table_5_shows_the_papers_metrics_of_its_tasks(capsys):
     metrics = {"acc": [0.5, 0.01], "acc_norm": [0.7, 0.02]}
     found = {"mmlu": metrics, "mmlu_anatomy": metrics, "hellaswag": metrics,
              "truthfulqa_gen": {"bleu_acc": [0.3, None], "bleu_max": [20.0, 1.0]}}
-    harness.show({"tasks": ["mmlu", "hellaswag", "truthfulqa_gen"], "sae": found, "adapted": found})
+    benchmarks.show({"tasks": ["mmlu", "hellaswag", "truthfulqa_gen"], "sae": found, "adapted": found})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["MMLU", "HellaSwag", "BLEU"] and lines[4] == ""
     assert lines[1].split()[1:4] == ["0.5000", "±", "0.0100"] and "0.7" not in lines[2]
 
 
 def test_the_command_writes_table_5_of_a_run(bench, task_folder, text_folder, tmp_path, monkeypatch, capsys):
-    import eval
-    import train
-    from lorasae.io.sae_formats import save_sae
     monkeypatch.chdir(tmp_path)
     save_sae(bench.saes[LAYER], tmp_path / "sae", model_name="test", layer=LAYER, context=32)
-    train.main(["--model", str(bench.folder / "model"), "--sae", "sae", "--layer", "1", "--data", str(text_folder), "--context", "32",
-                "--tokens", "64", "--eval-tokens", "64", "--rank", "2", "--dtype", "float32", "--device", "cpu", "--out", "run"])
-    eval.main(["run", "--suite", "lm", "--tasks", f"{task_folder}/choice.yaml,{task_folder}/generate.yaml", "--limit", "3"])
+    command("train", "--model", bench.folder / "model", "--sae", "sae", "--layer", 1, "--data", text_folder, "--context", 32,
+            "--tokens", 64, "--eval-tokens", 64, "--rank", 2, "--dtype", "float32", "--device", "cpu", "--out", "run")
+    command("eval", "run", "--suite", "lm", "--tasks", f"{task_folder}/choice.yaml,{task_folder}/generate.yaml", "--limit", 3)
     assert "tiny_choice acc" in capsys.readouterr().out
-    numbers = json.loads((tmp_path / "run" / "eval-lm.json").read_text())
+    numbers = read(tmp_path / "run" / "eval-lm.json")
     assert set(SETTINGS) < set(numbers) and numbers["samples"] == {"tiny_choice": 3, "tiny_generate": 3} and numbers["limit"] == 3
-    with pytest.raises(SystemExit, match="error: lm-eval cannot load --tasks ./none.yaml"):
-        eval.main(["run", "--suite", "lm", "--tasks", "./none.yaml"])
+    assert "lm-eval cannot load --tasks ./none.yaml" in refusal("eval", "run", "--suite", "lm", "--tasks", "./none.yaml")
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
@@ -336,20 +336,20 @@ def test_mistakes_in_tasks_are_one_line(task_folder, tmp_path, monkeypatch):
     for name, reason in (("no.yaml", "no.yaml"), ("empty", "valid YAML path"), ("broken.yaml", "cannot load"),
                          ("lost.yaml", "nowhere.jsonl")):
         with pytest.raises(InputError, match=reason) as error:
-            harness.load_tasks([str(tmp_path / name)])
+            benchmarks.load_tasks([str(tmp_path / name)])
         assert "\n" not in str(error.value)
 
     def offline(*_):
         raise ConnectionError("Couldn't reach the Hub")
-    monkeypatch.setattr(harness.TaskManager, "load", offline)
+    monkeypatch.setattr(TaskManager, "load", offline)
     with pytest.raises(InputError, match="out of reach.*network"):
-        harness.load_tasks([str(task_folder / "choice.yaml")])
+        benchmarks.load_tasks([str(task_folder / "choice.yaml")])
 
 
 def test_requests_that_cannot_be_answered_are_refused(bench):
     ours = bench.ours()
     with pytest.raises(InputError, match="at least 1"):
-        harness.evaluate(bench.model, {}, bench.tokenizer, {}, False, limit=0)
+        benchmarks.measure(bench.model, {}, bench.tokenizer, {}, limit=0)
     for how, reason in (({"do_sample": True, "temperature": 0.7}, "greedy"), ({}, "asks for 256 new tokens.*holds 96")):
         with pytest.raises(InputError, match=reason):
             ours.generate_until(requests("generate_until", ("Q", how)))
@@ -359,7 +359,6 @@ def test_requests_that_cannot_be_answered_are_refused(bench):
 
 
 def test_without_lm_eval_one_line_names_the_command(monkeypatch):
-    monkeypatch.delitem(sys.modules, "lorasae.evals.benchmarks")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r'pip install "lm-eval'):
-        importlib.import_module("lorasae.evals.benchmarks")
+        benchmarks.evaluate(None, None)

@@ -259,6 +259,28 @@ def test_the_l0_nearest_to_the_papers_is_taken_and_said(server, tmp_path, capsys
     assert "nearest" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("l0", [114, 114.0, "114", "114.0"])
+def test_an_l0_is_a_number_however_it_is_given(server, l0):
+    """The command line's comes as 114.0, a preset's as 114."""
+    server.repos["google/scope"] = gemma_scope()
+    assert sae_files("google/scope", layer=12, width="16k", l0=l0).match("layer_12/width_16k/average_l0_114")
+
+
+@pytest.mark.parametrize("l0", [62.5, float("nan"), float("inf"), -62, "many", "²", True, [62]])
+def test_an_l0_that_no_sae_can_have_is_one_line(server, l0):
+    server.repos["google/scope"] = gemma_scope()
+    with pytest.raises(InputError, match="--l0 .* chooses no SAE: their L0s are given in whole numbers, such as 82"):
+        sae_files("google/scope", layer=12, width="16k", l0=l0)
+
+
+def test_the_small_files_beside_the_weights_are_fetched_too(server):
+    small = {name: b"{}" for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")}
+    server.repos["some/model"] = {**MODEL, **small}
+    folder = model_files("some/model")
+    assert all((folder / name).read_bytes() == b"{}" for name in small)
+    assert not (folder / "README.md").exists() and small.keys() < {fetch.path for fetch in model_plan("some/model")}
+
+
 @pytest.mark.parametrize("how, message", [
     ({"layer": 12, "width": "16k", "l0": 70}, r"offers l0 22, 41, 62, 114, 445, but not 70 \(in layer_12/width_16k\)"),
     ({"layer": 12, "width": "32k"}, "offers width 16k, 1m, but not 32k"),
@@ -320,6 +342,9 @@ def test_local_saes_are_found_from_a_file_a_folder_or_a_run(tmp_path):
     for source in ("run", "run/sae", "run/sae/cfg.json"):
         assert sae_files(tmp_path / source) == tmp_path / "run" / "sae"
     assert sae_files(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "50pct"
+    (tmp_path / "run" / "notes.txt").write_text("not an SAE")
+    with pytest.raises(InputError, match="notes.txt is no file of an SAE: expected an .npz file, ae.pt, cfg.json"):
+        sae_files(tmp_path / "run" / "notes.txt")
     (tmp_path / "l" / "checkpoints").mkdir(parents=True)
     for name in ("hyperparams.json", "checkpoints/final.safetensors"):
         (tmp_path / "l" / name).write_bytes(b"x")

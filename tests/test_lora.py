@@ -3,23 +3,24 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import GEMMA, write_model
 from lorasae.io.checkpoint import load_model, save_model
+from helpers import moved
 from lorasae.errors import InputError
 from lorasae.io.disk import write_json
 from lorasae.linear import linear
 from lorasae.io.adapters import load_adapter, save_adapter
-from lorasae.lora import add_lora, adapters, base, lora_parameters, merge_lora
+from lorasae.lora import adapted_layers, adapters, add_lora, attach_lora, base, detach_lora, lora_parameters, merge_lora
+
+
+KEY = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
 
 
 def trained(model, layers=(1, 3), rank=3, **how):
     """A model whose adapters are not the identity."""
-    add_lora(model, layers, rank, **how)
-    torch.manual_seed(5)
-    for module in adapters(model).values():
-        torch.nn.init.normal_(module.lora_B.weight, std=0.05)
-    return model.eval()
+    return moved(add_lora(model, layers, rank, **how)).eval()
 
 
 def test_a_fresh_adapter_is_the_identity_and_only_it_trains(model, tokens):
@@ -65,6 +66,32 @@ def test_merging_leaves_plain_linears_and_the_same_function(model, tokens):
     torch.testing.assert_close(model(tokens), adapted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_new_modules_take_the_mode_of_their_surroundings(model, training):
+    """In an eval model dropout is off, whoever put the module there."""
+    model.train(training)
+    modes = lambda: {module.training for module in model.modules()}
+    add_lora(model, [1, 2], 3)
+    assert modes() == {training}
+    taken = detach_lora(model)
+    assert modes() == {training}
+    for module in taken.values():
+        module.train(not training)
+    attach_lora(model, taken)
+    assert modes() == {training}
+    merge_lora(model)
+    assert modes() == {training}
+
+
+def test_detached_adapters_go_back_as_they_were(model, tokens):
+    plain = model(tokens)
+    adapted = trained(model)(tokens)
+    taken = detach_lora(model)
+    assert torch.equal(model(tokens), plain) and not adapters(model) and adapted_layers(model) == []
+    assert torch.equal(attach_lora(model, taken)(tokens), adapted) and adapted_layers(model) == [1, 3]
+    assert all(a is b for a, b in zip(lora_parameters(taken), lora_parameters(model), strict=True))
+
+
 def test_masters_stay_fp32_over_a_bf16_base(model_folder, tokens):
     model = trained(load_model(model_folder, dtype="bfloat16"))
     assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
@@ -77,7 +104,16 @@ def test_masters_stay_fp32_over_a_bf16_base(model_folder, tokens):
 def test_adapters_survive_saving_and_loading(model_folder, tokens, tmp_path):
     model = trained(load_model(model_folder), rank=5, alpha=7)
     save_adapter(model, tmp_path / "adapter", "some/model")
-    assert torch.equal(load_adapter(load_model(model_folder), tmp_path / "adapter").eval()(tokens), model(tokens))
+    assert torch.equal(load_adapter(load_model(model_folder), tmp_path / "adapter")(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_loaded_adapter_takes_the_models_mode(model_folder, tokens, tmp_path, training):
+    """In a model that evaluates, dropout must not act: two calls are one."""
+    save_adapter(trained(load_model(model_folder), dropout=0.5), tmp_path / "adapter")
+    model = load_adapter(load_model(model_folder).train(training), tmp_path / "adapter")
+    assert {module.training for module in model.modules()} == {training}
+    assert torch.equal(model(tokens), model(tokens)) is not training
 
 
 def test_peft_loads_our_adapter(model_folder, tokens, tmp_path):
@@ -100,7 +136,7 @@ def test_we_load_pefts_adapter(model_folder, tokens, tmp_path, options):
     oracle = peft.get_peft_model(oracle, peft.LoraConfig(r=4, lora_alpha=8, target_modules=names,
                                                          init_lora_weights=False, **options)).eval()
     oracle.save_pretrained(tmp_path / "adapter")
-    model = load_adapter(load_model(model_folder), tmp_path / "adapter").eval()
+    model = load_adapter(load_model(model_folder), tmp_path / "adapter")
     assert sorted(adapters(model)) == sorted(names)
     with torch.no_grad():
         assert (oracle(tokens).logits - model(tokens)).abs().max() <= 1e-5 * max(1, model(tokens).abs().max())
@@ -134,8 +170,57 @@ def test_a_second_set_of_adapters_is_refused(model, tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"), ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
     ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"), ({"bias": "all"}, "bias"), ({"r": 9}, "another model or rank"),
-    ({"r": None}, "states no r"), ({"lora_alpha": "much"}, "states no r")])
+    ({"r": None}, "r is None, but should be a whole number, at least 1"),
+    ({"lora_alpha": "much"}, "lora_alpha is 'much', but should be a number, above 0")])
 def test_adapters_outside_equation_1_are_refused_by_name(model_folder, tmp_path, change, message):
+    save_adapter(trained(load_model(model_folder)), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    write_json(path, {**json.loads(path.read_text()), **change})
+    with pytest.raises(InputError, match=message):
+        load_adapter(load_model(model_folder), tmp_path / "adapter")
+
+
+def rewrite(folder, change):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor.clone() for name, tensor in change(load_file(path)).items()}, path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: {}, "holds no adapter: there is no tensor in it"),
+    (lambda t: {**t, KEY: t[KEY] * float("nan")}, "lora_A.weight holds values that are not finite: the adapter diverged"),
+    (lambda t: {**t, KEY: t[KEY].to(torch.int8)}, "lora_A.weight is int8, but only float32"),
+    (lambda t: {**t, KEY: t[KEY].to(torch.float8_e4m3fn)}, "is float8_e4m3fn, but only"),
+    (lambda t: {**t, KEY: t[KEY].to(torch.complex64)}, "is complex64, but only"),
+    (lambda t: {**t, KEY: t[KEY] > 0}, "is bool, but only"),
+    (lambda t: {name: tensor for name, tensor in t.items() if name != KEY}, "lora_A.weight should be .* but the file has nothing"),
+    (lambda t: {**t, KEY.replace("lora_A.weight", "lora_magnitude_vector"): t[KEY]}, "which is no A or B of a LoRA adapter"),
+    (lambda t: {**t, KEY.replace("up_proj", "../../up_proj"): t[KEY]}, "which this model does not have"),
+    (lambda t: {**t, "base_model.model.lm_head.lora_A.weight": t[KEY]}, "adapts 'lm_head', which this model does not have"),
+], ids=["empty", "nan", "int8", "fp8", "complex", "bool", "half", "dora", "path", "head"])
+def test_an_adapter_that_is_not_whole_is_refused_and_the_model_stays_as_it_was(model_folder, tmp_path, tokens, change, message):
+    save_adapter(trained(load_model(model_folder)), tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", change)
+    model = load_model(model_folder)
+    before = model(tokens)
+    with pytest.raises(InputError, match=message) as error:
+        load_adapter(model, tmp_path / "adapter")
+    assert "\n" not in str(error.value) and not adapters(model) and torch.equal(model(tokens), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_adapters_of_every_floating_dtype_load_as_fp32_masters(model_folder, tmp_path, dtype):
+    save_adapter(trained(load_model(model_folder)), tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    model = load_adapter(load_model(model_folder), tmp_path / "adapter")
+    assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"r": True}, "r is True"), ({"r": 2.0}, "r is 2.0"), ({"lora_alpha": 0}, "lora_alpha is 0, but should be a number, above 0"),
+    ({"lora_dropout": 1}, "lora_dropout is 1, but should be a number, at least 0, below 1"), ({"use_rslora": 1}, "use_rslora is 1"),
+    ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changed the base model too"), ({"alora_invocation_tokens": [5]}, "alora"),
+    ({"target_parameters": ["x"]}, "target_parameters"), ({"r": 10**30}, "another model or rank")])
+def test_values_of_the_wrong_kind_are_refused_by_name(model_folder, tmp_path, change, message):
     save_adapter(trained(load_model(model_folder)), tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     write_json(path, {**json.loads(path.read_text()), **change})

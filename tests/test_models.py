@@ -2,8 +2,6 @@
 import json
 import math
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +11,7 @@ from conftest import GEMMA, LLAMA, random_weights, write_model
 from lorasae.io.checkpoint import load_model, parse_config, save_model
 from lorasae.errors import InputError
 from lorasae.io.disk import read_json, write_json
-from lorasae.attention import Cache, attention, causal_mask, flex_mask, naive_attention, rotary_frequencies
+from lorasae.attention import Cache, attention, causal_mask, naive_attention, rotary_frequencies
 from lorasae.llama3 import RopeScaling
 from lorasae.sae import JumpReLU, TopK
 
@@ -76,7 +74,7 @@ def test_new_spellings_of_the_configuration_mean_the_same():
     for key in ("rope_scaling", "rope_theta", "torch_dtype"):
         del new[key]
     assert parse_config(new, "new") == parse_config(LLAMA, "old")
-    assert parse_config({**GEMMA, "head_dim": 7}, "g").head_dim == 7
+    assert parse_config({**GEMMA, "head_dim": 6}, "g").head_dim == 6
 
 
 def test_llama3_rotary_scaling_keeps_short_waves_and_stretches_long_ones():
@@ -106,20 +104,6 @@ def test_fast_attention_is_the_naive_formula(T, S, softcap, window):
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
     for fast, naive in zip(*results):
         torch.testing.assert_close(fast, naive, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("softcap, window", [(50.0, None), (5.0, 100)])
-def test_flex_attention_is_the_naive_formula_on_cuda(softcap, window):
-    q = torch.randn(2, 4, 256, 64, device="cuda", requires_grad=True)
-    k, v = (torch.randn(2, 2, 256, 64, device="cuda", requires_grad=True) for _ in range(2))
-    masks, results = {window: flex_mask(256, window, q.device)}, []
-    for function in (partial(attention, masks=masks), naive_attention):
-        y = function(q, k, v, 0.125, softcap, window)
-        results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
-    for fast, naive in zip(*results):
-        torch.testing.assert_close(fast, naive, rtol=2e-2, atol=2e-2)
 
 
 def test_running_in_ranges_is_running_at_once(model, tokens):
@@ -185,7 +169,7 @@ def broken(folder, change):
     (lambda f: write_json(f / "config.json", {**read_json(f / "config.json"), "num_hidden_layers": 5}), "lacks"),
     (lambda f: write_json(f / "config.json", {**read_json(f / "config.json"), "num_hidden_layers": 3}), "does not know"),
     (lambda f: write_json(f / "config.json", {**read_json(f / "config.json"), "architectures": ["MambaForCausalLM"]}), "MambaForCausalLM"),
-    (lambda f: write_json(f / "config.json", {k: v for k, v in read_json(f / "config.json").items() if k != "rms_norm_eps"}), "rms_norm_eps"),
+    (lambda f: write_json(f / "config.json", {k: v for k, v in read_json(f / "config.json").items() if k != "hidden_size"}), "config.json lacks hidden_size"),
 ])
 def test_a_broken_folder_is_one_clear_line(model_folder, change, message):
     with pytest.raises(InputError, match=message) as error:

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorasae.objectives import capped, linear_kl, naive_kl, token_losses
+from lorasae import objectives
+from lorasae.objectives import capped, chunk_rows, kl_and_gradient, linear_kl, naive_kl, pieces, token_losses
+from on_cuda import OnCuda, on_cuda
 
 
 def problem(N=37, D=24, V=101, dtype=torch.float32, distance=0.3, seed=0):
@@ -39,7 +41,7 @@ def test_linear_kl_and_its_gradient_match_float64_autograd(softcap, chunk):
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_the_loss_and_its_gradient_are_the_same():
-    target, hidden, weight = problem()
+    target, hidden, weight = problem(N=32)                              # two chunks of one shape: one graph
     losses, gradients = [], []
     for compiled in (False, True):
         losses.append(linear_kl(target, hidden, weight, 30.0, 16, compiled=compiled))
@@ -77,7 +79,8 @@ def test_kl_is_zero_between_equals_and_positive_otherwise():
 def test_direction_is_base_first():
     """KL(p ‖ q) and KL(q ‖ p) differ: swapping the arguments must change the value."""
     target, hidden, weight = problem(distance=1.0)
-    forward, backward = linear_kl(target, hidden, weight).item(), linear_kl(hidden, target.requires_grad_(), weight).item()
+    forward = linear_kl(target, hidden, weight).item()
+    backward = linear_kl(hidden, target.requires_grad_(), weight).item()
     assert forward == pytest.approx(float64_truth(target.detach(), hidden, weight, None)[0], rel=1e-5)
     assert abs(forward - backward) > 1e-2 * forward
 
@@ -104,6 +107,73 @@ def test_a_frozen_student_asks_for_no_gradient():
     target, hidden, weight = problem()
     loss = linear_kl(target, hidden.detach(), weight)
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("V, D", [(101, 24), (4096, 16)])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_students_side_by_side_have_the_bits_of_each_alone(V, D, softcap, dtype):
+    target, hidden, weight = problem(N=1100 if V > 1000 else 37, D=D, V=V)
+    students = torch.stack([target + distance * torch.randn_like(target) for distance in (0.01, 0.3, 2.0)])
+    target, weight = target.to(dtype), weight.to(dtype)
+    students = students.to(dtype).requires_grad_()
+
+    together = linear_kl(target, students, weight, softcap)
+    gradients, = torch.autograd.grad(together.sum(), students)
+    assert together.shape == (3,)
+    for s in range(3):
+        alone = linear_kl(target, students[s], weight, softcap)
+        gradient, = torch.autograd.grad(alone, students)
+        assert torch.equal(alone, together[s])
+        assert torch.equal(gradient[s], gradients[s]) and gradients[s].any()
+
+
+def test_several_students_take_the_softmax_of_the_base_once(monkeypatch):
+    calls, exact = [], objectives.log_probabilities
+    monkeypatch.setattr(objectives, "log_probabilities", lambda *inputs: calls.append(1) or exact(*inputs))
+    target, hidden, weight = problem()
+    linear_kl(target, hidden.detach().expand(5, 37, 24), weight, 30.0)
+    assert len(calls) == 1
+
+
+def test_kl_and_gradient_leaves_the_gradient_where_the_logits_were():
+    u_p, u_q = torch.randn(5, 50), torch.randn(5, 50)
+    leaf = u_q.clone().requires_grad_()
+    log_p, log_q = capped(u_p, 3.0).log_softmax(-1), capped(leaf, 3.0).log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum()
+    expected.backward()
+    for p in (log_p.exp(), None):
+        logits = u_q.clone()
+        assert kl_and_gradient(log_p, p, logits, 3.0).item() == pytest.approx(expected.item(), rel=1e-5)
+        torch.testing.assert_close(logits, leaf.grad, rtol=1e-4, atol=1e-6)
+
+
+# ---- The ways of CUDA ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_ways_of_cuda_give_the_same_losses_and_gradients(monkeypatch, dtype, tolerance, compiled):
+    """compiled: the function that torch.compile would be given, run as it is."""
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    objectives.compiled_kl.cache_clear()
+    target, hidden, weight = problem(dtype=dtype)
+    students = torch.stack([hidden, target]).detach()
+    losses, gradients = [], []
+    for place in (on_cuda, torch.clone):
+        leaf = place(students).requires_grad_()
+        losses.append(linear_kl(place(target), leaf, place(weight), 5.0, 8, compiled=compiled and place is on_cuda))
+        gradients += torch.autograd.grad(losses[-1].sum(), leaf)
+    objectives.compiled_kl.cache_clear()
+    torch.testing.assert_close(*(loss.as_subclass(torch.Tensor) for loss in losses), rtol=1e-4, atol=1e-4)
+    plain = [gradient.as_subclass(torch.Tensor) for gradient in gradients]
+    torch.testing.assert_close(*plain, rtol=tolerance, atol=tolerance)
+
+
+def test_chunks_on_cuda_are_multiples_of_128_rows():
+    for V, rows in ((256_000, 512), (128_256, 1024), (32_768, 4096), (5_000_000, 128)):
+        weight = torch.empty(V, 1, device="meta").as_subclass(OnCuda)
+        assert chunk_rows(weight) == rows
+        assert pieces(torch.empty(rows, V, device="meta").as_subclass(OnCuda)) == [slice(0, rows)]
 
 
 @pytest.mark.cuda

@@ -4,105 +4,32 @@ The Hub of this test has google/gemma-2-2b (gated, as the real one), its ungated
 layout, and the Pile as .jsonl.zst. The model is Gemma-2-2B in every respect but size: 26 blocks, three shards, bf16 or fp32
 weights, the same file and tensor names, a tokenizer that puts BOS first.
 """
-import hashlib
-import io
-import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-import numpy as np
 import pytest
-from safetensors.torch import save
 
-from conftest import GEMMA, TEXT, random_weights, write_tokenizer
-from test_streams import Handler, lines, zstd_compress
+from conftest import TEXT
+from helpers import GEMMA_2B, Hub, gemma_2b_files, gemma_scope_files, lines, read, zstd_compress
 
 ROOT = Path(__file__).parent.parent
-COMMIT = "c" * 40
-GEMMA_2B = {**GEMMA, "num_hidden_layers": 26, "hidden_size": 32, "intermediate_size": 48, "sliding_window": 4096,
-            "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-
-
-class WholeHub(Handler):
-    """Datasets as test_streams serves them, and models: listings, metadata, files, a gate."""
-
-    def do_GET(self):
-        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-        if "datasets" in parts[:2]:
-            return super().do_GET()
-        self.server.paths.append(self.path)
-        api = parts[:2] == ["api", "models"]
-        repo, rest = "/".join(parts[2 * api:2 * api + 2]), parts[2 * api + 2:]
-        files = self.server.models.get(repo)
-        if files is None:
-            return self.refuse(401, "RepoNotFound")
-        if api and rest[:1] == ["tree"]:
-            return self.reply_json([{"type": "file", "path": name, "oid": "0" * 40, "size": len(data)} for name, data in files.items()])
-        if api:
-            return self.reply_json({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
-        if repo in self.server.gated:
-            return self.refuse(403, "GatedRepo")
-        data = files.get("/".join(rest[2:]))
-        if data is None:
-            return self.refuse(404, "EntryNotFound")
-        etag = hashlib.sha256(data).hexdigest()
-        self.reply(200, data, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
-
-    def do_HEAD(self):
-        write, self.wfile = self.wfile, io.BytesIO()
-        self.do_GET()
-        head = self.wfile.getvalue().partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
-        self.wfile = write
-        self.wfile.write(head)
-
-
-def gemma_2b_files(folder):
-    """The files of a Gemma-2-2B repository: three shards behind an index."""
-    tensors = random_weights(GEMMA_2B, scale=0.05)
-    shards, names = [{}, {}, {}], [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    for i, name in enumerate(sorted(tensors)):
-        shards[i % 3][name] = tensors[name].bfloat16()
-    write_tokenizer(folder, GEMMA_2B, TEXT)
-    index = {"metadata": {"total_size": 1}, "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-    return {"config.json": json.dumps(GEMMA_2B).encode(), "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
-            "model.safetensors.index.json": json.dumps(index).encode(), "README.md": b"# Gemma 2",
-            **{name: save(shard, {"format": "pt"}) for name, shard in zip(names, shards)}}
-
-
-def gemma_scope_files(D, M=64):
-    """The repository's layout; the SAE of layer 12, width 16k, L0 82 is a random JumpReLU that fires."""
-    rng, files = np.random.default_rng(0), {}
-    for l0 in (22, 41, 82, 176, 445):
-        W, buffer = rng.normal(size=(M, D)).astype("f") / D ** 0.5, io.BytesIO()
-        np.savez(buffer, W_enc=W.T, W_dec=W, b_enc=np.zeros(M, "f"), b_dec=np.zeros(D, "f"), threshold=np.full(M, 0.1, "f"))
-        files[f"layer_12/width_16k/average_l0_{l0}/params.npz"] = buffer.getvalue()
-    return files
-
-
 @pytest.fixture
 def everything(tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), WholeHub)
-    server.paths, server.sent, server.faults, server.ranges = [], 0, [], []
     model = gemma_2b_files(tmp_path)
-    server.models = {"google/gemma-2-2b": model, "unsloth/gemma-2-2b": model,
-                     "google/gemma-scope-2b-pt-res": gemma_scope_files(GEMMA_2B["hidden_size"])}
     pile = lines([f"note {i}\n" + TEXT * 20 for i in range(200)])
-    server.repositories, server.gated = {"monology/pile-uncopyrighted": {"train/00.jsonl.zst": zstd_compress(pile)}}, {"google/gemma-2-2b"}
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Hub() as server:
+        server.models = {"google/gemma-2-2b": model, "unsloth/gemma-2-2b": model,
+                         "google/gemma-scope-2b-pt-res": gemma_scope_files(GEMMA_2B["hidden_size"])}
+        server.datasets = {"monology/pile-uncopyrighted": {"train/00.jsonl.zst": zstd_compress(pile)}}
+        server.refused = {"google/gemma-2-2b": (403, "GatedRepo")}
+        yield server
 
 
 def headline(server, tmp_path, *more):
     """python train.py --model gemma-2-2b --layer 12 --rank 64, with the text cut short to what a test has time for."""
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"),
                    "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
     environment.pop("HF_TOKEN", None)
     return subprocess.run([sys.executable, str(ROOT / "train.py"), "--model", "gemma-2-2b", "--layer", "12", "--rank", "64",
@@ -120,7 +47,7 @@ def test_without_access_one_line_names_the_licence_the_login_and_the_open_copy(e
 
 
 def test_the_headline_command_runs_to_its_end(everything, tmp_path):
-    everything.gated.clear()
+    everything.refused.clear()
     dry = headline(everything, tmp_path, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert "model-00003-of-00003.safetensors" in dry.stdout and "layer_12/width_16k/average_l0_82/params.npz" in dry.stdout
@@ -129,10 +56,10 @@ def test_the_headline_command_runs_to_its_end(everything, tmp_path):
     process = headline(everything, tmp_path)
     assert process.returncode == 0, process.stderr
     run = tmp_path / "runs" / "gemma-2-2b-lora"
-    config, results = (json.loads((run / name).read_text()) for name in ("config.json", "results.json"))
+    config, results = (read(run / name) for name in ("config.json", "results.json"))
     assert (config["dtype"], config["context"], config["batch_size"], config["lr"]) == ("bfloat16", 1024, 1, 5e-5)
     assert (config["width"], config["l0"], config["adapt"]) == ("16k", 82, ["after"])
     assert results["train_tokens"] == 4096 and results["eval_tokens"] == 2048 and results["kl_sae"] > 0
-    adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    adapter = read(run / "adapter" / "adapter_config.json")
     assert adapter["r"] == 64 and adapter["lora_alpha"] == 32 and adapter["layers_to_transform"] == list(range(13, 26))
-    assert not any("README" in path or "average_l0_22" in path for path in everything.paths)       # only what is needed
+    assert not any("README" in path or "average_l0_22" in path for path in everything.requests)       # only what is needed

@@ -7,15 +7,16 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorasae.io import sae_formats
+from lorasae.io import sae_formats, sae_readers
 from lorasae.errors import InputError
 from lorasae.sae import JumpReLU, TopK
 from lorasae.io.sae_formats import check_fits, load_sae, save_sae, save_sparsify
 
-D, M, K = 24, 96, 7
+D, M, K, THETA = 24, 96, 7, 2.5
+BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
 WHAT = {"model_name": "m", "layer": 3, "context": 64}
 
 
@@ -94,6 +95,8 @@ def sae_lens_6(folder, t, architecture, metadata=None, **cfg):
         "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
         "metadata": {"sae_lens_version": "6.18.0", "hook_name": "blocks.3.hook_resid_post", **(metadata or {})}, **cfg})
     names = ["b_enc", "b_dec"] + ["threshold"] * (architecture == "jumprelu")
+    if architecture in BATCH_TOPK:                                      # a checkpoint of their training
+        t, names = {**t, "topk_threshold": torch.tensor(THETA, dtype=torch.float64)}, [*names, "topk_threshold"]
     write_tensors(folder / "sae_weights.safetensors", {
         "W_enc": t["W_enc"].T, "W_dec": t["W_dec"], **{name: t[name] for name in names}})
     return folder
@@ -115,13 +118,19 @@ def dictionary_learning(folder, t, dict_class, **buffer):
     write_json(folder / "config.json", {
         "trainer": {"dict_class": dict_class, "activation_dim": D, "dict_size": M, "k": K, "layer": 3, "lm_name": "m"},
         "buffer": {"ctx_len": 64, **buffer}})
+    plain = {"W_enc": t["W_enc"].T, **{name: t[name] for name in ("W_dec", "b_enc", "b_dec", "threshold")}}
+    one = {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(THETA)}
     state = {"encoder.weight": t["W_enc"], "encoder.bias": t["b_enc"], "decoder.weight": t["W_dec"].T}
     if dict_class == "AutoEncoder":
         state |= {"bias": t["b_dec"]}
     elif dict_class == "AutoEncoderTopK":
-        state |= {"b_dec": t["b_dec"], "k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(-1.0)}
+        state |= {"b_dec": t["b_dec"], **one, "threshold": torch.tensor(-1.0)}
     elif dict_class == "JumpReluAutoEncoder":
-        state = {"W_enc": t["W_enc"].T, **{name: t[name] for name in ("W_dec", "b_enc", "b_dec", "threshold")}}
+        state = plain
+    elif dict_class == "BatchTopKSAE":
+        state |= {"b_dec": t["b_dec"], **one}
+    elif dict_class == "MatryoshkaBatchTopKSAE":
+        state = plain | one | {"group_sizes": torch.tensor([M // 4, M - M // 4])}
     torch.save(state, folder / "ae.pt")
     return folder
 
@@ -208,6 +217,70 @@ def test_sae_lens_is_its_formula(tmp_path, t, kind, centred):
     agrees(sae, t["x"], z, z / n @ W_dec + b_dec)
 
 
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("rescaled", [True, False, None])
+@pytest.mark.parametrize("kind", BATCH_TOPK)
+def test_a_batch_topk_checkpoint_of_sae_lens_is_one_threshold(tmp_path, t, kind, rescaled, centred):
+    """z = ReLU(n pre) · H(n pre - θ), x̂ = (z/n) W_dec + b_dec, n the decoder's norms or 1. Not said: the norms, its default."""
+    said = {} if rescaled is None else {"rescale_acts_by_decoder_norm": rescaled}
+    sae = load_sae(sae_lens_6(tmp_path, t, kind, apply_b_dec_to_input=centred, k=7.5, matryoshka_widths=[M // 2, M], **said))
+    x, W_enc, b_enc, W_dec, b_dec, _ = f64(t).values()
+    n = torch.ones(M).double() if rescaled is False else W_dec.norm(dim=1)
+    pre = ((x - b_dec * centred) @ W_enc.T + b_enc) * n
+    z = pre.relu() * (pre > THETA)
+    agrees(sae, t["x"], z, z / n @ W_dec + b_dec)
+    assert isinstance(sae, JumpReLU) and sae.on_special
+
+
+def test_a_jumprelu_checkpoint_of_older_training_has_the_logarithm_of_its_threshold(tmp_path, t):
+    sae_lens_6(tmp_path, t, "jumprelu")
+    expected = load_sae(tmp_path).threshold
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    save_file({"log_threshold": tensors.pop("threshold").log(), **tensors}, tmp_path / "sae_weights.safetensors")
+    torch.testing.assert_close(load_sae(tmp_path).threshold, expected)
+
+
+def test_a_batch_topk_saved_for_inference_was_trained_with_bos(tmp_path, t):
+    for kind in BATCH_TOPK:
+        assert load_sae(sae_lens_6(tmp_path, t, "jumprelu", {"training_architecture": kind})).on_special
+    assert not load_sae(sae_lens_6(tmp_path, t, "jumprelu", {"training_architecture": "jumprelu"})).on_special
+
+
+@pytest.mark.parametrize("dict_class", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
+def test_a_batch_topk_of_dictionary_learning_is_one_threshold(tmp_path, t, dict_class):
+    sae = load_sae(dictionary_learning(tmp_path, t, dict_class), layer=3)
+    x, W_enc, b_enc, W_dec, b_dec, _ = f64(t).values()
+    z = ((x - b_dec) @ W_enc.T + b_enc).relu()
+    z = z * (z > THETA)
+    agrees(sae, t["x"], z, z @ W_dec + b_dec)
+    assert isinstance(sae, JumpReLU) and sae.on_special and (sae.threshold == THETA).all()
+
+
+def test_the_threshold_is_strict_and_an_activation_equal_to_it_is_none(tmp_path, t):
+    """Whole numbers, so that pre-activations hit θ exactly."""
+    t = {name: tensor.round() for name, tensor in t.items()}
+    t["b_dec"] = torch.zeros(D)
+    for folder in (dictionary_learning(tmp_path / "a", t, "BatchTopKSAE"),
+                   sae_lens_6(tmp_path / "b", t, "batchtopk", rescale_acts_by_decoder_norm=False)):
+        sae = load_sae(folder)
+        sae.threshold.data.fill_(3.0)
+        pre = t["x"] @ t["W_enc"].T + t["b_enc"]
+        assert (pre == 3).any() and torch.equal(sae.encode(t["x"]), pre * (pre > 3))
+
+
+def test_a_batch_topk_that_has_learnt_no_threshold_is_refused(tmp_path, t):
+    for dict_class in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+        folder = dictionary_learning(tmp_path / dict_class, t, dict_class)
+        state = torch.load(folder / "ae.pt")
+        torch.save({**state, "threshold": torch.tensor(-1.0)}, folder / "ae.pt")
+        with pytest.raises(InputError, match="threshold is -1, so this BatchTopK SAE has not learnt one yet"):
+            load_sae(folder)
+        del state["threshold"]
+        torch.save(state, folder / "ae.pt")
+        with pytest.raises(InputError, match="ae.pt lacks the tensor threshold"):
+            load_sae(folder)
+
+
 def test_sae_lens_5_is_its_formula(tmp_path, t):
     x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
     pre = (x - b_dec) @ W_enc.T + b_enc
@@ -261,6 +334,7 @@ class LargestFloat32(TorchDispatchMode):
 @pytest.mark.parametrize("write", [llama_scope, lambda folder, t: sae_lens_6(folder, t, "jumprelu"), sparsify])
 def test_a_bfloat16_sae_never_exists_in_float32(tmp_path, t, monkeypatch, write):
     monkeypatch.setattr(sae_formats, "ROWS", 8)
+    monkeypatch.setattr(sae_readers, "ROWS", 8)
     write(tmp_path, {name: tensor.bfloat16() for name, tensor in t.items()})
     with LargestFloat32() as largest:
         sae = load_sae(tmp_path, dtype=torch.bfloat16)
@@ -410,6 +484,26 @@ def test_sparsify_loads_what_we_save_and_we_what_it_saves(tmp_path, t):
         equal(load_sae(tmp_path / "b"), (z, out.sae_out), x)
 
 
+@pytest.mark.parametrize("rescaled", [True, False])
+@pytest.mark.parametrize("kind", BATCH_TOPK)
+def test_batch_topk_is_what_sae_lens_makes_of_it(tmp_path, t, sae_lens, kind, rescaled):
+    """Its training class with our tensors, saved both ways; its own inference class is the oracle for both."""
+    sae_class, config_class = sae_lens.registry.get_sae_training_class(kind)
+    more = {"matryoshka_widths": [M // 2, M]} if kind == "matryoshka_batchtopk" else {}
+    training = sae_class(config_class(d_in=D, d_sae=M, k=6.5, rescale_acts_by_decoder_norm=rescaled, **more))
+    tensors = {"W_enc": t["W_enc"].T.contiguous(), **{name: t[name] for name in ("W_dec", "b_enc", "b_dec")}}
+    training.load_state_dict({**tensors, "topk_threshold": torch.tensor(THETA, dtype=torch.float64)})
+    training.save_model(tmp_path / "checkpoint")
+    training.save_inference_model(tmp_path / "inference")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "inference")
+    assert theirs.cfg.architecture() == "jumprelu"
+    for folder in ("checkpoint", "inference"):
+        sae = load_sae(tmp_path / folder)
+        assert isinstance(sae, JumpReLU) and sae.on_special
+        with torch.no_grad():
+            equal(sae, (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+
+
 # ---- Bad input: one line each, nothing executed ---------------------------------------------------------------------
 
 class Bomb:
@@ -467,7 +561,7 @@ def put(name, value):
     (put("b_dec", lambda b: b[:-1]), r"b_dec is \[23\], but W_enc implies \[24\]"),
     (put("W_dec", lambda W: W[:-1]), r"W_dec is \[95, 24\] as \[M, D\], but W_enc implies \[96, 24\]"),
     (put("threshold", lambda b: b[:1]), r"threshold is \[1\], but W_enc implies \[96\]"),
-    (put("W_enc", lambda W: W[0]), r"W_enc is \[24\] as \[M, D\], expected"),
+    (put("W_enc", lambda W: W[0]), "W_enc is \\[24\\], but should be a matrix"),
     (put("W_dec", lambda W: W / 0), "W_dec holds values that are not finite"),
 ])
 @pytest.mark.filterwarnings("ignore:The use of `x.T`")
@@ -479,17 +573,17 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, t, change, message):
 @pytest.mark.parametrize("write, message", [
     (lambda f, t: gemma_scope(f, t, scaling_factor=np.full(M, 2.0)), "scaling_factor other than 1"),
     (lambda f, t: sparsify(f, t, dropped=["W_dec"]), "lacks the tensor W_dec; it has b_dec, encoder.bias, encoder.w"),
-    (lambda f, t: sparsify(f, t, num_latents=7), r"W_enc is \[96, 24\] as \[M, D\], expected \[7, 24\]"),
+    (lambda f, t: sparsify(f, t, num_latents=7), r"W_enc is \[96, 24\] as \[M, D\], but should be \[7, 24\]"),
     (lambda f, t: sparsify(f, t, skip_connection=True), "skip_connection True is not supported"),
     (lambda f, t: sparsify(f, t, transcode=True), "transcode True is not supported"),
     (lambda f, t: sparsify(f, t, activation="groupmax"), "activation 'groupmax' is not supported"),
     (lambda f, t: sparsify(f, t, signed=True), "signed True is not supported"),
-    (lambda f, t: sparsify(f, t, k="many"), "its configuration has k 'many'"),
+    (lambda f, t: sparsify(f, t, k="many"), "cfg.json: k is 'many', but should be a whole number, at least 1"),
     (lambda f, t: sparsify(f, t, k=M + 1), "1 <= k <= 96"),
     (lambda f, t: sae_lens_6(f, t, "gated"), "architecture 'gated'"),
     (lambda f, t: sae_lens_6(f, t, "topk", normalize_activations="layer_norm"), "normalize_activations 'layer_norm'"),
     (lambda f, t: sae_lens_6(f, t, "topk", reshape_activations="hook_z"), "reshape_activations 'hook_z'"),
-    (lambda f, t: sae_lens_6(f, t, "topk", {"hook_name": "blocks.3.hook_mlp_out"}), "reads blocks.3.hook_mlp_out; on"),
+    (lambda f, t: sae_lens_6(f, t, "topk", {"hook_name": "blocks.3.hook_mlp_out"}), "reads 'blocks.3.hook_mlp_out'; on"),
     (lambda f, t: sae_lens_5(f, t, "standard", activation_fn_str="tanh-relu"), "activation 'tanh-relu'"),
     (lambda f, t: sae_lens_5(f, t, "standard", normalize_activations=True), "normalize_activations True"),
     (lambda f, t: sae_lens_5(f, t, "standard", activation_fn_str="topk", activation_fn_kwargs={"k": K, "signed": True}),
@@ -497,13 +591,68 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, t, change, message):
     (lambda f, t: llama_scope(f, t, use_decoder_bias=False), "use_decoder_bias False"),
     (lambda f, t: llama_scope(f, t, norm_activation="token-wise"), "norm_activation 'token-wise'"),
     (lambda f, t: llama_scope(f, t, hook_point_out="blocks.3.hook_mlp_out"), "hook_point_out 'blocks.3.hook_mlp_out'"),
-    (lambda f, t: llama_scope(f, t, jump_relu_threshold=None), "jump_relu_threshold None"),
+    (lambda f, t: llama_scope(f, t, jump_relu_threshold=None), "jump_relu_threshold is None, but should be a number, at least 0"),
+    (lambda f, t: sparsify(f, t, k=7.0), "cfg.json: k is 7.0, but should be a whole number, at least 1"),
+    (lambda f, t: sparsify(f, t, k=True), "cfg.json: k is True, but should be a whole number"),
+    (lambda f, t: sparsify(f, t, k=0), "cfg.json: k is 0, but should be a whole number, at least 1"),
+    (lambda f, t: sae_lens_6(f, t, "topk", hook_head_index=0), "hook_head_index 0 is not supported"),
+    (lambda f, t: sae_lens_6(f, t, "topk", {"hook_name": "blocks.0.hook_resid_pre"}), "the embeddings; only a block's output"),
+    (lambda f, t: sae_lens_6(f, t, "jumprelu_transcoder"), "architecture 'jumprelu_transcoder'"),
     (lambda f, t: dictionary_learning(f, t, "GatedAutoEncoder"), "dict_class 'GatedAutoEncoder' is not supported"),
 ])
 def test_what_is_not_supported_is_refused_by_name(tmp_path, t, write, message):
     with pytest.raises(InputError, match=message) as error:
         load_sae(write(tmp_path, t))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    (put("W_enc", lambda W: W.to(torch.int8)), "W_enc is int8, but only float32, bfloat16, float16 and float64 are read"),
+    (put("b_enc", lambda b: b > 0), "b_enc is bool, but only"), (put("b_dec", lambda b: b.to(torch.complex64)), "b_dec is complex64"),
+    (put("threshold", lambda b: b.long()), "threshold is int64, but only"),
+    (put("threshold", lambda b: b - torch.inf), "threshold holds values that are not finite"),
+    (lambda t: t | {"W_enc": t["W_enc"][:0], "W_dec": t["W_dec"][:0], "b_enc": t["b_enc"][:0], "threshold": t["b_enc"][:0]},
+     r"W_enc is \[0, 24\] as \[M, D\], but should be .*, neither one 0"),
+])
+def test_codes_and_empty_saes_are_refused_and_not_cast(tmp_path, t, change, message):
+    with pytest.raises(InputError, match=message):
+        load_sae(gemma_scope(tmp_path, change(t)))
+
+
+def test_fp8_is_refused_and_a_fractional_k_of_a_tensor_too(tmp_path, t):
+    sparsify(tmp_path / "s", t)
+    tensors = load_file(tmp_path / "s" / "sae.safetensors")
+    save_file({**tensors, "W_dec": tensors["W_dec"].to(torch.float8_e5m2)}, tmp_path / "s" / "sae.safetensors")
+    with pytest.raises(InputError, match="W_dec is float8_e5m2, but only float32"):
+        load_sae(tmp_path / "s")
+    for k in (torch.tensor(7.0), torch.tensor(True), torch.tensor([7, 7])):
+        folder = dictionary_learning(tmp_path / "d", t, "AutoEncoderTopK")
+        torch.save({**torch.load(folder / "ae.pt"), "k": k}, folder / "ae.pt")
+        with pytest.raises(InputError, match="ae.pt: k is .*, but should be one whole number"):
+            load_sae(folder)
+
+
+def test_a_pt_file_of_something_else_than_tensors_is_one_line(tmp_path, t):
+    folder = dictionary_learning(tmp_path, t, "AutoEncoder")
+    state = torch.load(folder / "ae.pt")
+    for wrong in ({**state, "bias": 7}, {**state, "bias": state["bias"].to_sparse()}, {**state, "bias": {"a": state["bias"]}}):
+        torch.save(wrong, folder / "ae.pt")
+        with pytest.raises(InputError, match="ae.pt: bias is no plain tensor") as error:
+            load_sae(folder)
+        assert "\n" not in str(error.value)
+    for wrong in ([state["bias"]], state["bias"], 7):
+        torch.save(wrong, folder / "ae.pt")
+        with pytest.raises(InputError, match="ae.pt is refused|lacks the tensor"):
+            load_sae(folder)
+
+
+def test_a_dictionary_of_another_place_than_a_blocks_output_is_refused(tmp_path, t):
+    folder = dictionary_learning(tmp_path, t, "AutoEncoder")
+    cfg = json.loads((folder / "config.json").read_text())
+    cfg["trainer"]["submodule_name"] = "mlp_out_layer_3"
+    write_json(folder / "config.json", cfg)
+    with pytest.raises(InputError, match="reads 'mlp_out_layer_3'; only a block's output"):
+        load_sae(folder)
 
 
 def test_a_layer_that_the_file_contradicts_is_refused(tmp_path, t):

@@ -1,8 +1,6 @@
 """Steering: likelihoods of the right tokens, the change by steering, how α is chosen, and where the examples come from."""
 import importlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,14 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from conftest import TEXT, write_tokenizer
-from lorasae.io.corpus import Corpus
+from helpers import Endpoint, adapted, random_sae, read
 from lorasae.errors import InputError
 from lorasae.evals import chat as chat_module, steering
 from lorasae.evals.chat import chat
 from lorasae.evals.common import interval
 from lorasae.evals.steering import Examples
-from lorasae.lora import add_lora, adapters, base
-from lorasae.sae import JumpReLU
+from lorasae.io.corpus import Corpus
+from lorasae.lora import adapters, add_lora, base
+from lorasae.runs.config import Config
+from lorasae.runs.setting import Setting
 
 
 def unit(D, seed=0):
@@ -31,11 +31,7 @@ def texts_of(lengths, model, seed=0):
 
 
 def adapt(model):
-    add_lora(model, [2, 3], 3, dropout=0.0)
-    torch.manual_seed(5)
-    for module in adapters(model).values():
-        torch.nn.init.normal_(module.lora_B.weight, std=0.1)
-    return model.eval()
+    return adapted(model, [2, 3], std=0.1)
 
 
 # ---- Likelihoods -----------------------------------------------------------------------------------------------------
@@ -137,17 +133,14 @@ def test_windows_are_distinct_stretches_of_one_document():
 @pytest.fixture
 def planted(model):
     """A JumpReLU at layer 1, texts, and the highest activation of each latent in each text."""
-    sae = JumpReLU(model.config.hidden_size, 40)
-    torch.manual_seed(2)
-    torch.nn.init.normal_(sae.W_enc)
-    sae.W_dec.data = sae.W_enc.data.clone()
+    sae = random_sae("jumprelu", model, 40, std=1, seed=2)
     texts = torch.tensor(texts_of([12] * 300, model))
     with torch.no_grad():
         x = model.run(model.embed(texts), 0, 2)
         pre = torch.stack([F.linear(row[1:], sae.W_enc) for row in x])          # [300, 12, 40], without BOS
         sae.threshold.data = pre.flatten(0, 1).sort(0).values[-3 * torch.arange(1, 41), torch.arange(40)].clamp(min=0.1)
         peak = torch.where(pre > sae.threshold, pre, 0).amax(1)
-    return sae.requires_grad_(False), texts, peak
+    return sae, texts, peak
 
 
 def test_examples_are_where_a_latent_fires_most_and_where_it_does_not_fire(model, planted):
@@ -189,30 +182,11 @@ def test_texts_are_read_from_json_and_from_lines(tmp_path):
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """A server at .url that gives .answers in turn (a string, or an error's status), then repeats the last; see .requests."""
-    state = SimpleNamespace(answers=[], requests=[])
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            state.requests.append((self.path, self.headers.get("Authorization"), body))
-            answer = state.answers.pop(0) if len(state.answers) > 1 else state.answers[0]
-            self.send_response(answer if isinstance(answer, int) else 200)
-            self.end_headers()
-            if not isinstance(answer, int):
-                self.wfile.write(answer.encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    state.url = f"http://127.0.0.1:{server.server_port}/v1"
+    """A chat model on this computer, of which nobody waits for the next try."""
     monkeypatch.setattr(chat_module, "WAITS", (0, 0))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    yield state
-    server.shutdown()
-    server.server_close()
+    with Endpoint() as server:
+        yield server
 
 
 def completion(text):
@@ -268,12 +242,7 @@ def setting(model, raw_config, tmp_path, planted):
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     config = model.config
     corpus = Corpus(str(tmp_path / "text"), tokenizer, config.bos_token_id, config.eos_token_id, context=64, eval_tokens=20_000)
-    return SimpleNamespace(model=adapt(model), saes={1: planted[0]}, corpus=corpus)
-
-
-def as_setting(namespace):
-    from lorasae.runs.folder import Setting
-    return Setting(namespace.model, namespace.saes, namespace.corpus, False)
+    return Setting(adapt(model), {1: planted[0]}, corpus, Config(), tmp_path)
 
 
 def test_positives_from_a_folder_and_negatives_from_files_are_what_is_steered(setting, tmp_path):
@@ -282,7 +251,7 @@ def test_positives_from_a_folder_and_negatives_from_files_are_what_is_steered(se
     for name in ("tune", "law", "recipes"):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {i}" for i in range(10)))
     files = [tmp_path / f"{name}.txt" for name in ("tune", "law", "recipes")]
-    numbers = steering.evaluate(as_setting(setting), tmp_path, [5], positives=tmp_path, negatives=files)
+    numbers = steering.measure(setting, tmp_path, [5], positives=tmp_path, negatives=files)
     row, = numbers["rows"]
     assert numbers["layer"] == 1 and row["latent"] == 5 and row["examples"] == lines[:3]
     assert len(row["positive"]["base"]["d"]) == 10 and len(row["negative"]["lora"]["d"]) == 20
@@ -292,9 +261,9 @@ def test_positives_from_a_folder_and_negatives_from_files_are_what_is_steered(se
 def test_an_endpoints_texts_are_kept_for_the_next_time(setting, tmp_path):
     written = [f"x{i} = {i}" for i in range(10)]
     ask = lambda messages, max_tokens: "\n".join(f"{text}" for text in written)
-    first = steering.evaluate(as_setting(setting), tmp_path, [5], count=10, ask=ask)
-    assert json.loads((tmp_path / "steering" / "latent_5.json").read_text()) == {"examples": written}
-    again = steering.evaluate(as_setting(setting), tmp_path, [5], count=10, positives=tmp_path / "steering")
+    first = steering.measure(setting, tmp_path, [5], count=10, ask=ask)
+    assert read(tmp_path / "steering" / "latent_5.json") == {"examples": written}
+    again = steering.measure(setting, tmp_path, [5], count=10, positives=tmp_path / "steering")
     assert again == first
 
 
@@ -304,7 +273,7 @@ def test_an_endpoints_texts_are_kept_for_the_next_time(setting, tmp_path):
     ({"latents": [5], "positives": "nowhere.txt"}, "nowhere.txt")])
 def test_what_cannot_be_steered_is_one_clear_line(setting, tmp_path, how, message):
     with pytest.raises(InputError, match=message):
-        steering.evaluate(as_setting(setting), tmp_path, **how)
+        steering.measure(setting, tmp_path, **how)
 
 
 def test_the_picture_and_the_table_show_every_latent(setting, tmp_path, capsys):
@@ -312,7 +281,7 @@ def test_the_picture_and_the_table_show_every_latent(setting, tmp_path, capsys):
     from lorasae.evals.figures import save_figure
     latents = steering.choose_latents(setting.model, setting.saes[1], 1, steering.windows(
         setting.corpus.validation, setting.corpus.bos, setting.corpus.eos), 2, least=16)
-    numbers = steering.evaluate(as_setting(setting), tmp_path, latents, count=16)
+    numbers = steering.measure(setting, tmp_path, latents, count=16)
     steering.show(numbers)
     shown = capsys.readouterr().out
     assert all(f"latent {latent} " in shown for latent in latents) and "positive d base" in shown
@@ -320,12 +289,14 @@ def test_the_picture_and_the_table_show_every_latent(setting, tmp_path, capsys):
     assert (tmp_path / "eval-steering.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_address_goes_to_the_endpoint_and_a_path_to_the_file(monkeypatch):
-    command, seen = importlib.import_module("eval"), {}
-    monkeypatch.setattr(command.steering, "evaluate", lambda *_, **how: seen.update(how))
-    setting = (None, {}, SimpleNamespace(validation=torch.zeros(1, 4)), False)
-    for words in (["--positives", "http://host/v1", "--chat-model", "m"], ["--positives", "folder"]):
-        seen.clear()
-        command.evaluate("steering", {"method": "lora", "micro_batch": 1}, setting, command.arguments(["run", *words]))
-        assert set(seen) == {"negatives", "ask"} if "http" in words[1] else seen["positives"] == "folder"
-    assert command.arguments(["run"]).chat_model == "gpt-4o-mini"
+def test_the_command_asks_for_what_its_options_say(setting, monkeypatch):
+    """An address goes to the endpoint, a path to the files; the rest as it is."""
+    arguments, seen = importlib.import_module("eval").arguments, {}
+    monkeypatch.setattr(steering, "measure", lambda *given, **how: seen.update(how, given=given))
+    steering.evaluate(setting, arguments(["run", "--positives", "http://host/v1", "--chat-model", "m"]))
+    assert seen["given"] == (setting, setting.folder, None, 100) and set(seen) == {"given", "negatives", "ask"}
+    assert seen["ask"].args == ("http://host/v1", "m")
+    seen.clear()
+    steering.evaluate(setting, arguments(["run", "--positives", "folder", "--negatives", "a", "b", "--latents", "5", "7", "--examples", "9"]))
+    assert seen == {"given": (setting, setting.folder, [5, 7], 9), "positives": "folder", "negatives": ["a", "b"]}
+    assert arguments(["run"]).chat_model == "gpt-4o-mini"

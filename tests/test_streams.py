@@ -1,6 +1,7 @@
-"""Files to documents, bad files, and datasets read from a Hub that drops, cuts and lies: lorasae/streams.py."""
+"""Files to documents, bad files, and datasets read from a Hub that drops, cuts and lies: io/streams.py, io/documents.py."""
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -16,10 +17,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from lorasae.io import streams
+from lorasae.io import order, streams
 from lorasae.io.corpus import Corpus
 from lorasae.errors import InputError
-from lorasae.io.streams import DOCUMENT, files, held_out, read
+from lorasae.io.documents import DOCUMENT, Reader, read
+from lorasae.io.streams import files, held_out
 from test_data import NUMBERED, numbered, sources_of, take
 
 TEXTS = ["first document\nwith two lines", "zweites, größeres 文書 🙂", "", "last \\u0041 \ttab"]
@@ -39,8 +41,7 @@ def lines(texts, field="text"):
 def documents(source, field=None):
     result = []
     for file in files(str(source)):
-        with file.open() as raw:
-            result += read(raw, file.name, field)
+        result += read(file, field)
     return result
 
 
@@ -250,7 +251,7 @@ class Handler(BaseHTTPRequestHandler):
             for depth in range(1, len(tail) + 1 if recursive else 2):
                 name = "/".join(([folder] if folder else []) + tail[:depth])
                 kind, size = ("file", len(repository[path])) if depth == len(tail) else ("directory", 0)
-                entries[name] = {"type": kind, "size": size, "path": name, "oid": "1" * 40}
+                entries[name] = {"type": kind, "size": size, "path": name, "oid": hashlib.sha1(repository.get(path, b"")).hexdigest()}
         self.reply_json(list(entries.values()))
 
     def file(self, data):
@@ -278,11 +279,13 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", partial(huggingface_hub.HfFileSystem, endpoint=server.url))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)               # no waiting before another try
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)               # huggingface_hub waits too
+    monkeypatch.setattr(streams, "pause", lambda seconds: None)             # no waiting before another try
     monkeypatch.setattr(streams, "BLOCK", 1000)
     yield server
     for thread in threading.enumerate():                # one that still reads would disturb the next test's connections
         if thread.name == "prefetch":
+            thread.stopped.set()
             thread.join(10)
     server.shutdown()
     server.server_close()
@@ -330,9 +333,8 @@ def test_only_what_is_used_is_fetched(hub):
     hub.repositories["owner/name"] = {"a.jsonl": lines(MANY * 50)}
     file, = files("hf://datasets/owner/name/a.jsonl")
     listed = hub.sent
-    with file.open() as raw:
-        reader = read(raw, file.name)
-        assert [next(reader) for _ in range(10)] == MANY[:10]
+    with Reader(file) as reader:
+        assert [reader.next() for _ in range(10)] == [[text] for text in MANY[:10]]
     assert file.size > 1_000_000 and hub.ranges == [0, 1000] and hub.sent - listed == 2000
     assert len(hub.paths) <= 4 + 2 * 2                                     # some to list, and two a block: the redirect
 
@@ -373,6 +375,62 @@ def test_the_corpus_of_a_stream_survives_a_bad_connection(hub):
     assert not sources_of(expected) & sources_of(calm.validation)
 
 
+@pytest.mark.parametrize("name, pack", [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstd_compress)])
+def test_a_stream_goes_on_at_a_position_over_a_bad_connection(hub, monkeypatch, name, pack):
+    monkeypatch.setattr(order, "IN_MEMORY", 0)
+    monkeypatch.setattr(order, "SEGMENT", 3000)
+    hub.repositories["owner/name"] = {f"{part}/{name}": pack(lines([numbered(i) for i in range(part, 200, 4)])) for part in range(4)}
+    settings = dict(context=16, eval_tokens=160, seed=3)
+    first = Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, **settings)
+    with first.batches(4) as batches:
+        whole = list(itertools.islice(batches, 40))                        # about twice through
+    for done in (1, 12, 30):
+        hub.faults = ["drop", None, "cut", "whole", None, None, "busy"] * 3
+        again = Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, saved=first.held_out, **settings)
+        with again.batches(4, whole[done - 1][1]) as batches:
+            assert [tokens.tolist() for tokens, _ in itertools.islice(batches, 40 - done)] == [t.tolist() for t, _ in whole[done:]]
+
+
+def test_a_plain_file_of_the_hub_is_entered_where_a_run_stood(hub):
+    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY)}
+    file, = files("hf://datasets/owner/name/a.jsonl")
+    with Reader(file) as reader:
+        for _ in range(300):
+            reader.next()
+        place = reader.place
+    hub.ranges.clear()
+    with Reader(file, place=place) as reader:
+        assert reader.next() == [MANY[300]] and reader.place[1] == 301
+    assert hub.ranges == [place[0]]
+
+
+def test_a_dataset_that_has_changed_since_is_refused(hub):
+    hub.repositories["owner/name"] = {"a.jsonl": lines([numbered(i) for i in range(60)])}
+    settings = dict(context=16, eval_tokens=64)
+    _, position = next(Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, **settings).batches(1))
+    hub.repositories["owner/name"] = {"a.jsonl": lines([numbered(i) for i in range(60)]).replace(b"d1 ", b"d2 ")}
+    changed = Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, **settings)
+    with pytest.raises(InputError, match="has changed since .*: datasets/owner/name/a.jsonl is another file now"):
+        changed.batches(1, position)
+
+
+def test_a_run_on_the_hub_goes_on_from_the_cache(hub, tmp_path, monkeypatch, capsys):
+    data = lines([numbered(i) for i in range(60)])
+    hub.repositories["owner/name"] = {"data/a.jsonl": data}
+    settings = dict(context=16, eval_tokens=64)
+    with Corpus("hf://datasets/owner/name/data", NUMBERED, 0, 1, **settings).batches(1) as batches:
+        (_, position), (expected, _) = next(batches), next(batches)
+    cached = tmp_path / "cache" / "datasets--owner--name"
+    blob = write(cached / "blobs" / hashlib.sha1(data).hexdigest(), data)           # laid out as a download leaves it
+    write(cached / "refs" / "main", b"0" * 40)
+    link = cached / "snapshots" / ("0" * 40) / "data" / "a.jsonl"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with Corpus("hf://datasets/owner/name/data", NUMBERED, 0, 1, **settings).batches(1, position) as batches:
+        assert next(batches)[0].tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("source, message", [
     ("hf://datasets/owner/absent/a.jsonl", "owner/absent/a.jsonl is not on the Hub: check the name"),
     ("hf://datasets/owner/name/absent.jsonl", "absent.jsonl: found no files; expected files that end in .txt"),
@@ -408,8 +466,8 @@ def test_without_a_network_the_cache_is_read_and_an_empty_cache_is_told(hub, tmp
 
 def test_the_endpoint_of_the_environment_is_used(hub, tmp_path):
     hub.repositories["owner/name"] = {"a.jsonl": lines(MANY)}
-    program = ("from lorasae.io.streams import files, read\nfile, = files('hf://datasets/owner/name')\n"
-               "with file.open() as raw: print(sum(map(len, read(raw, file.name))))")
+    program = ("from lorasae.io.documents import read\nfrom lorasae.io.streams import files\n"
+               "file, = files('hf://datasets/owner/name')\nprint(sum(map(len, read(file))))")
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     result = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, env=environment,
                             capture_output=True, text=True, timeout=100)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from lorasae import topk
 from lorasae.errors import InputError
+from on_cuda import on_cuda
 
 NAMES = ["x", "W_enc", "b_enc", "W_dec", "b_dec"]
 
@@ -346,6 +347,20 @@ def test_an_impossible_k_is_refused(k):
                  lambda: topk.sae_step(*tensors, k)):
         with pytest.raises(InputError, match=rf"k is {k}.*200"):
             call()
+
+
+def test_bf16_on_cuda_selects_fp32_preactivations_and_multiplies_what_it_can(monkeypatch):
+    """The ways of CUDA: a product with fp32 sums, and dot products widened, for which bf16 has no kernel."""
+    tensors = problem(N=30, M=3000, dtype=torch.bfloat16)
+    x, W_enc, b_enc, W_dec, _ = map(on_cuda, tensors)
+    values, indices = topk.encode(x, W_enc, b_enc, 16)
+    exact = topk.naive_encode(*(t.detach().float() for t in tensors[:3]), 16)[0]
+    close(values.as_subclass(torch.Tensor).sort(1).values, exact.sort(1).values)
+
+    dots = topk._ByLatent(indices, 3000).dot(x, W_dec)
+    assert dots.dtype == torch.bfloat16
+    expected = torch.einsum("nd,nkd->nk", x.float(), W_dec.float()[indices])
+    torch.testing.assert_close(dots, expected.bfloat16())
 
 
 @pytest.mark.cuda

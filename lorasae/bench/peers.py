@@ -116,10 +116,11 @@ def attention_name(config, cuda):
 def published_sae(sae, dtype):
     """x [N, D] -> x̂ [N, D], encoded densely; a TopK SAE decodes sparsely, as the published kernels do."""
     t = SimpleNamespace(**{name: p.detach().to(dtype) for name, p in sae.named_parameters()})
+    rows = t.W_dec.float() if t.W_dec.is_cuda else t.W_dec          # PyTorch 2.11's bag has no bf16 backward on CUDA
 
     def top_k(x):
         values, indices = F.linear(x.to(dtype) - t.b_dec, t.W_enc, t.b_enc).relu().topk(sae.k, sorted=False)
-        return F.embedding_bag(indices, t.W_dec, per_sample_weights=values, mode="sum") + t.b_dec
+        return F.embedding_bag(indices, rows, per_sample_weights=values.to(rows.dtype), mode="sum") + t.b_dec
 
     def jump_relu(x):
         pre = F.linear(x.to(dtype), t.W_enc, t.b_enc)

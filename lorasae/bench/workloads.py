@@ -2,7 +2,7 @@
 
 Exercised by `python -m lorasae.bench step`. Shapes: B batch, T tokens, M latents, N = B*T.
 """
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -13,13 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorasae import dictionary
 from lorasae import attention as layers
-from lorasae.adapt import adapted_blocks, compiled_blocks, first_differing, learn, take_step, teach
-from lorasae.io.corpus import special_mask
+from lorasae import adapt
+from lorasae.adapt import adapted_blocks, compiled_blocks, first_differing, teach
 from lorasae.gemma2 import Gemma2Config
-from lorasae.llama3 import Llama3Config, RopeScaling
 from lorasae.io.adapters import PREFIX
+from lorasae.llama3 import Llama3Config, RopeScaling
 from lorasae.lora import add_lora, attach_lora, base, detach_lora, lora_parameters
 from lorasae.model import Transformer
+from lorasae.runs import sweep
+from lorasae.runs.config import Config
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Case:
     batch: int = 1
     ahead: int = 8                                          # sequences whose frozen part runs at once (adapt.train)
     dtype: torch.dtype = torch.bfloat16
+    sae_dtype: torch.dtype = torch.float32                  # as the presets have it
 
     @property
     def gemma(self):
@@ -61,7 +64,7 @@ REAL = {
     "gemma-2-9b": Case(gemma(3584, 14336, 42, 16, 8, 256, 256), 20, 2 ** 17),
     "gemma-2-27b": Case(gemma(4608, 36864, 46, 32, 16, 128, 144), 22, 2 ** 17),
     "llama-3.2-1b": Case(llama(2048, 8192, 16, 32, 64, 32.0, True), 12, 2 ** 14),
-    "llama-3.1-8b": Case(llama(4096, 14336, 32, 32, 128, 8.0, False), 12, 2 ** 17),
+    "llama-3.1-8b": Case(llama(4096, 14336, 32, 32, 128, 8.0, False), 12, 2 ** 17, sae_dtype=torch.bfloat16),
 }
 SMALL = {name: Case(config, 4, 2048, rank=16, context=256, batch=2, ahead=2, dtype=torch.float32) for name, config in {
     "small gemma": gemma(256, 1024, 10, 8, 4, 32, 32, vocab=2 ** 15),
@@ -90,7 +93,7 @@ def random_setting(case, device):
         if case.gemma:
             sae.threshold.copy_(clear_thresholds(x @ sae.W_enc.T + sae.b_enc, l0=64))
     for name, p in sae.named_parameters():
-        p.data = p.data.to(torch.float32 if name == "threshold" else case.dtype)
+        p.data = p.data.to(torch.float32 if name == "threshold" else case.sae_dtype)
     return model, sae, tokens
 
 
@@ -110,45 +113,64 @@ def random_adapter(model, blocks, rank):
     return student
 
 
+@contextmanager
+def precision_of_train(device, tf32=True):
+    """As train.py has it: on CUDA fp32 products by TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 and device == "cuda" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Ours:
     """Calling it takes `ahead / batch` steps as adapt.train does; `answer` is the first one's loss, and its gradient.
 
     students: adapters of `model`, that train side by side.
     """
 
-    def __init__(self, case, model, sae, tokens, students, dropout=0.0):
+    def __init__(self, case, model, sae, tokens, students, dropout=0.0, tf32=True):
         self.case, self.model, self.saes, self.tokens = case, model, {case.layer: sae}, tokens
-        self.students, self.dropout, self.compiled = students, dropout, tokens.is_cuda
-        self.own = [lora_parameters(student) for student in students]
-        self.optimizer = torch.optim.AdamW(sum(self.own, []), lr=5e-5, weight_decay=0.01, fused=True)
-        self.first = first_differing(attach_lora(model, *students), self.saes)
-
-    def lesson(self, tokens):
-        sae, config = self.saes[self.case.layer], self.case.config
-        keep = special_mask(tokens, config.bos_token_id, config.eos_token_id) & (not sae.on_special)
-        return *teach(self.model, self.saes, tokens, keep, self.first), keep
+        self.students, self.dropout, self.tf32 = students, dropout, tf32
+        self.config = Config(batch_size=case.batch, context=case.context, device=tokens.device.type)
+        groups = [{"params": lora_parameters(student)} for student in students]
+        self.optimizer = adapt.adamw(groups, self.config)
+        self.first = first_differing(attach_lora(model, students[0]), self.saes)
 
     def __call__(self):
         self.ready(True)
-        batch = self.case.batch
-        with compiled_blocks(self.model) if self.compiled else nullcontext():
-            for lesson in zip(*(tensor.split(batch) for tensor in self.lesson(self.tokens))):
-                take_step(self.model, self.saes, lesson, self.first, self.optimizer, self.own, batch_size=batch,
-                          micro_batch=batch, clip=1.0, compiled=self.compiled)
+        step = (self.model, self.saes)
+        with self.as_train_py():
+            lessons = teach(*step, self.tokens, self.first)
+            for lesson in adapt.split(lessons, self.case.batch):
+                if len(self.students) == 1:
+                    adapt.take_step(*step, lesson, self.first, self.optimizer, self.config)
+                else:
+                    sweep.take_step(*step, lesson, self.first, self.optimizer, self.students, self.config)
 
     def answer(self):
         self.ready(False)
-        batch = self.case.batch
-        with compiled_blocks(self.model) if self.compiled else nullcontext():
-            losses = learn(self.model, self.saes, *self.lesson(self.tokens[:batch]), self.first, len(self.own), self.compiled)
-        losses = losses / batch
-        gradients = torch.autograd.grad(losses.sum(), sum(self.own, []))
-        return {"loss": losses.detach(), **dict(zip(gradient_names(self.students), gradients))}
+        step = (self.model, self.saes)
+        with self.as_train_py():
+            lesson = teach(*step, self.tokens[:self.case.batch], self.first)
+            losses = sweep.learn(*step, lesson, self.first, self.students, self.config.compile) / self.case.batch
+        parameters = [parameter for student in self.students for parameter in lora_parameters(student)]
+        gradients = torch.autograd.grad(losses.sum(), parameters)
+        return {"loss": losses.detach().squeeze(), **dict(zip(gradient_names(self.students), gradients))}
+
+    @contextmanager
+    def as_train_py(self):
+        """The blocks compiled, on a GPU, and fp32 products by TF32."""
+        compiled = compiled_blocks(self.model) if self.config.compile else nullcontext()
+        with compiled, precision_of_train(self.tokens.device.type, self.tf32):
+            yield
 
     def ready(self, training):
         """The model is shared with other contenders: back to how this one wants it."""
-        attach_lora(self.model, *self.students).train(training)
+        self.model.train(training)
         for student in self.students:
+            attach_lora(self.model, student)
             for module in student.values():
                 module.dropout = self.dropout
 
@@ -184,14 +206,13 @@ def flops_per_token(case, recipe):
     model, sae, tokens = random_setting(replace(case, ahead=1), "meta")
     attach_lora(model, random_adapter(model, case.blocks, case.rank))
     saes, first = {case.layer: sae}, first_differing(model, {case.layer: sae})
-    keep = special_mask(tokens, case.config.bos_token_id, case.config.eos_token_id)
     with FlopCounterMode(display=False) as counter:
         if recipe:
             with patch.object(layers, "attention", lambda *inputs: layers.naive_attention(*inputs[:6])):
                 with torch.no_grad(), base(model):
                     p = model(tokens).softmax(-1)
-                log_q = model(tokens, {case.layer: lambda x: sae.decode(sae.encode(x))}, keep).log_softmax(-1)
+                log_q = model(tokens, {case.layer: lambda x: sae.decode(sae.encode(x))}).log_softmax(-1)
                 F.kl_div(log_q, p, reduction="batchmean").backward()
         else:
-            learn(model, saes, *teach(model, saes, tokens, keep, first), keep, first).backward()
+            adapt.learn(model, saes, teach(model, saes, tokens, first), first).backward()
     return counter.get_total_flops() / tokens.numel()

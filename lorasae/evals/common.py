@@ -6,7 +6,6 @@ from functools import cache
 
 from tqdm import tqdm
 
-
 @cache
 def t_quantile(df):
     """The t with 90 % of Student's distribution of df degrees of freedom within ±t, from its exact series."""

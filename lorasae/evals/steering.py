@@ -185,8 +185,8 @@ def generate(ask, seeds, count):
 # ---- The evaluation ------------------------------------------------------------------------------------------
 
 def add_options(add):
-    add("--latents", type=int, nargs="+", metavar="ID", help="latents of the first SAE (default: four that fire in few "
-        "of the held-out texts, but hard)")
+    add("--latents", type=int, nargs="+", metavar="ID", help="latents of the first SAE, also for autointerp and latents (default: "
+        "here four that fire in few of the held-out texts, but hard)")
     add("--examples", type=int, default=100, metavar="N", help="texts with a latent's feature, and as many without, half "
         "of them to tune alpha on (default: %(default)s; paper: 500)")
     add("--positives", metavar="WHERE", help="texts with the feature: a file, a folder of latent_ID.json, or the http(s) "

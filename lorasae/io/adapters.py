@@ -1,93 +1,140 @@
 """Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-    save_adapter(model, folder); load_adapter(model, folder)      peft.PeftModel.from_pretrained reads and writes the same
+    save_adapter(model, folder)
+    load_adapter(model, folder)         peft.PeftModel reads and writes the same
 """
 import math
+import re
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 
 from lorasae.errors import InputError
-from lorasae.io.disk import read_json, write_bytes, write_json
+from lorasae.io.disk import read_object, shown, write_json
+from lorasae.io.tensors import Tensors, is_finite, write_tensors
 from lorasae.lora import TARGETS, LoRALinear, adapters, replace_module
 
 PREFIX = "base_model.model."                                        # how PEFT names a wrapped model's modules
+KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
+
+# Options of PEFT that Eq. 1 has no place for: they change the function, or which modules compute it.
+UNSUPPORTED = (
+    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias", "use_qalora",
+    "use_bdlora", "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
+    "arrow_config", "kasa_config")
+MOVES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")    # initialisations that change the base weights too
 
 
 def adapter_state(model):
     """{PEFT's key: tensor}: A and B under base_model.model.<module>.lora_{A,B}.weight."""
-    return {f"{PREFIX}{name}.lora_{side}.weight": getattr(module, f"lora_{side}").weight.detach()
-            for name, module in adapters(model).items() for side in "AB"}
+    state = {}
+    for name, module in adapters(model).items():
+        state[_key(name, "A")] = module.lora_A.weight.detach()
+        state[_key(name, "B")] = module.lora_B.weight.detach()
+    return state
 
 
 def save_adapter(model, folder, base_model=None):
-    """Writes adapter_config.json and adapter_model.safetensors, which peft.PeftModel.from_pretrained loads as they are."""
+    """Writes adapter_config.json and adapter_model.safetensors, which peft.PeftModel.from_pretrained loads."""
     modules = adapters(model)
     if not modules:
         raise InputError("the model has no adapters to save")
     module = next(iter(modules.values()))
     rank = module.lora_A.out_features
-    config = {
+
+    write_tensors(Path(folder) / "adapter_model.safetensors", adapter_state(model), {"format": "pt"})
+    write_json(Path(folder) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": rank, "lora_alpha": round(module.scale * rank, 6), "lora_dropout": module.dropout, "bias": "none",
         "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
         "layers_to_transform": sorted({int(name.split(".")[2]) for name in modules}), "layers_pattern": "layers",
         "fan_in_fan_out": False, "modules_to_save": None, "use_rslora": False, "use_dora": False,
         "init_lora_weights": True, "inference_mode": True,
-    }
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_state(model).items()}
-    write_bytes(Path(folder) / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
-    write_json(Path(folder) / "adapter_config.json", config)
+    })
 
 
 def load_adapter(model, folder):
-    """Attaches the adapter that save_adapter, or PEFT itself, wrote to `folder`; returns the model.
+    """Attaches the adapter that save_adapter, or PEFT itself, wrote to `folder`; returns the model, in the mode it has.
 
-    Refuses by name what Eq. 1 has no place for: other PEFT methods, DoRA, rank or alpha patterns, biases, saved modules.
+    Refuses by name what Eq. 1 has no place for: other PEFT methods, DoRA, rank or alpha patterns, biases, saved
+    modules. Where the files are refused the model is as it was.
     """
     if adapters(model):
         raise InputError("the model already has adapters: merge them, or load a fresh model")
-    folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{folder} holds a {config.get('peft_type')} adapter, but only LORA is supported")
-    for option in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
-                   "use_rslora_pattern", "layer_replication", "trainable_token_indices"):
-        if config.get(option):
-            raise InputError(f"{folder} uses PEFT's {option}, which is not supported: retrain the adapter without it")
-    if config.get("bias", "none") != "none":
-        raise InputError(f"{folder} trains biases (bias={config['bias']!r}), but only bias='none' is supported")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise InputError(f"{folder}/adapter_config.json states no r and lora_alpha, but r {rank} and lora_alpha {alpha}")
-    if config.get("use_rslora"):
-        alpha = alpha * math.sqrt(rank)                             # rank-stabilised: alpha / √R instead of alpha / R
-    path = folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no adapter_model.safetensors") from None
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}): copy or save it again") from None
-    names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
+    rank, alpha, dropout = _read_config(Path(folder) / "adapter_config.json")
+    tensors = Tensors(Path(folder) / "adapter_model.safetensors")
+    names = _adapted_modules(tensors)
     modules = dict(model.named_modules())
-    model.requires_grad_(False)
-    for name in sorted(names):
+
+    # every module whole before the first is put in its place
+    fresh = {}
+    for name in names:
         linear = modules.get(name)
-        if not isinstance(linear, nn.Linear) or not name.endswith(TARGETS):
-            raise InputError(f"{folder} adapts {name}, which this model does not have: it belongs to another model")
-    for name in sorted(names):
-        linear = modules[name]
-        fresh = LoRALinear(linear, rank, alpha, config.get("lora_dropout", 0.0))
-        for side in "AB":
-            key = f"{PREFIX}{name}.lora_{side}.weight"
-            target = getattr(fresh, f"lora_{side}").weight
-            if key not in tensors or tensors[key].shape != target.shape:
-                found = tuple(tensors[key].shape) if key in tensors else "nothing"
-                raise InputError(f"{folder}: {key} should be {tuple(target.shape)} but the file has {found}: "
-                                 "it belongs to another model or rank")
-            target.data.copy_(tensors[key])
-        replace_module(model, name, fresh)
+        if not isinstance(linear, nn.Linear) or name.rpartition(".")[2] not in TARGETS:
+            raise InputError(f"{folder} adapts {shown(name)}, which this model does not have: it belongs to another "
+                             "model")
+
+        A = _weight(tensors, _key(name, "A"), (rank, linear.in_features))
+        B = _weight(tensors, _key(name, "B"), (linear.out_features, rank))
+
+        fresh[name] = LoRALinear(linear, rank, alpha, dropout).train(model.training)
+        fresh[name].lora_A.weight.data.copy_(A)
+        fresh[name].lora_B.weight.data.copy_(B)
+
+    model.requires_grad_(False)
+    for name, module in fresh.items():
+        replace_module(model, name, module)
     return model
+
+
+def _read_config(path):
+    """-> rank, alpha, dropout of an adapter_config.json."""
+    config = read_object(path)
+    kind = config.take("peft_type", str)
+    if kind != "LORA":
+        raise InputError(f"{path} describes a {shown(kind)} adapter, but only LORA is supported")
+    for option in UNSUPPORTED:
+        if config.get(option):
+            raise InputError(f"{path} uses PEFT's {option}, which is not supported: retrain the adapter without it")
+    config.only(bias="none")
+
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(MOVES_THE_BASE):
+        raise InputError(f"{path}: init_lora_weights {shown(start)} changed the base model too: save the adapter with "
+                         "PEFT's path_initial_model_for_weight_conversion")
+
+    rank = config.take("r", int, at_least=1)
+    alpha = config.take("lora_alpha", float, above=0)
+    if config.take("use_rslora", bool, False):
+        alpha = alpha * math.sqrt(rank)                             # rank-stabilised: alpha / √R instead of alpha / R
+    return rank, alpha, config.take("lora_dropout", float, 0.0, at_least=0, below=1)
+
+
+def _adapted_modules(tensors):
+    """The modules that the file has an A or a B of, in order; every tensor in it must be one."""
+    if not tensors.names:
+        raise InputError(f"{tensors.path} holds no adapter: there is no tensor in it")
+    names = set()
+    for key in sorted(tensors.names):
+        match = KEY.fullmatch(key)
+        if match is None:
+            raise InputError(f"{tensors.path} holds {shown(key)}, which is no A or B of a LoRA adapter: not supported")
+        names.add(match[1])
+    return sorted(names)
+
+
+def _weight(tensors, key, shape):
+    """The tensor of that key, which must be finite and of this shape."""
+    found = tensors.shape(key) if key in tensors else "nothing"
+    if found != shape:
+        raise InputError(f"{tensors.path}: {key} should be {shape} but the file has {found}: it belongs to another "
+                         "model or rank")
+    weight = tensors[key]
+    if not is_finite(weight):
+        raise InputError(f"{tensors.path}: {key} holds values that are not finite: the adapter diverged, or the file "
+                         "is damaged")
+    return weight
+
+
+def _key(name, side):
+    return f"{PREFIX}{name}.lora_{side}.weight"

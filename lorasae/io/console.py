@@ -16,21 +16,27 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose help keeps its line breaks and whose errors are one line."""
 
     def __init__(self, **how):
+        any_terminal()
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **how)
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
+def any_terminal():
+    """A terminal that knows no Greek gets question marks in its place."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 @contextmanager
 def answering(interrupted="interrupted"):
     """Ends the command in one line, with a status other than 0, for what the user can mend; anything else is a bug.
 
-    A terminal that knows no Greek gets question marks in its place. A reader that left (`... | head`) is no error of ours.
+    A reader that left (`... | head`) is no error of ours.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    any_terminal()
     try:
         yield
         sys.stdout.flush()

@@ -2,115 +2,41 @@
 
     corpus = Corpus("stdlib", tokenizer, bos=2, eos=1, context=256, eval_tokens=50_000)
     corpus.validation                                   # [196, 256] int64: from the same arguments always the same
-    for tokens in corpus.batches(8): ...                # [8, 256] int64, from a background thread
+    with corpus.batches(8) as batches:                  # made ahead in a background thread
+        for tokens, position in batches: ...            # [8, 256] int64, and where the next batch begins
+    corpus.batches(8, position)                         # goes on there, at once, with the very same batches
 
-Order: documents of sources of up to 256 MB are permuted by default_rng(seed), as in the published code. Larger sources
-are streams: their files in seeded order, sixteen at a time in proportion, through a seeded buffer of 10,000 documents.
-Split: the first documents of this order, as many as give `eval_tokens`, are for validation. Training takes the others,
-less any with the very text of one of those. (The standard library is split by file name instead.)
+Order: that of order.py. Split: the first documents of this order, as many as give `eval_tokens`, are for validation.
+Training takes the others, less any with the very text of one of those. (The standard library is split by file name.)
 """
 import itertools
-import queue
-import threading
-import weakref
-from contextlib import ExitStack
-from functools import cached_property, partial
+from collections import deque
+from functools import cached_property
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from lorasae.errors import InputError
-from lorasae.io.streams import files, held_out, read, say
-
-GROUP = 2048                                            # documents packed together, as in the published code
-IN_MEMORY = 2 ** 28                                     # bytes of files; above, a source is read as a stream
-MIXED = 16                                              # files of a stream that are open at the same time
-BUFFER = 10_000                                         # documents of a stream that await their turn
-BATCH = 2 ** 20                                         # characters given to the tokenizer at a time
+from lorasae.io.order import Place, Segment, ordered
+from lorasae.io.packing import Rest, encodings, pack
+from lorasae.io.prefetch import Prefetch
+from lorasae.io.streams import files, fingerprints, held_out, say
 
 
-# ---- Packing ---------------------------------------------------------------------------------------------------------
+class Position(NamedTuple):
+    """Between two training chunks. `saved` is what a checkpoint keeps of it: plain numbers, strings and tensors."""
+    epoch: int = 0                                      # how often the text has been used up
+    chunks: int = 0                                     # of this epoch so far
+    place: Place = Place()
+    rest: Rest = Rest()
 
-def pack(documents, tokenizer, bos, eos, context):
-    """Yields (chunk [context] int64, number of documents begun): the published code's packing.
+    def saved(self, text):
+        segment = self.place.segment.saved if self.place.segment else {}
+        return {"text": text, "epoch": self.epoch, "chunks": self.chunks, "used": self.place.used, "segment": segment,
+                "begun": self.rest.begun, "rest": torch.tensor(self.rest.tokens)}
 
-    For each group of 2,048 documents the stream eos, ids₁, eos, ids₂, ... is cut into pieces of context - 1 tokens with
-    a BOS before each. A group's last piece is dropped, even a full one. Encoding adds no special tokens of its own.
-    """
-    piece, begun, stream = context - 1, 0, []
-    encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)    # on all cores; "fast" omits offsets
-    for batch in batches_of_text(documents):
-        for encoding in encode(batch, add_special_tokens=False):
-            if begun % GROUP == 0:
-                stream = []
-            begun += 1
-            stream.append(eos)
-            stream += encoding.ids
-            whole = (len(stream) - 1) // piece          # the last piece waits: it may be the group's last
-            chunks = np.full((whole, context), bos)
-            chunks[:, 1:] = np.reshape(stream[:whole * piece], (whole, piece))
-            del stream[:whole * piece]
-            for chunk in chunks:
-                yield chunk, begun
-
-
-def batches_of_text(documents):
-    """Lists of documents of about BATCH characters, enough to occupy the tokenizer's threads."""
-    batch, size = [], 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-# ---- Order -----------------------------------------------------------------------------------------------------------
-
-def shuffled(sources, rng, field=None):
-    """Yields every document of the files once, in an order drawn from rng (see the module's docstring)."""
-    if sum(file.size for file in sources) <= IN_MEMORY:
-        documents = list(mixed(sources, field, at_once=1))
-        for i in rng.permutation(len(documents)):
-            yield documents[i]
-        return
-    documents = mixed([sources[i] for i in rng.permutation(len(sources))], field, at_once=MIXED)
-    buffer = list(itertools.islice(documents, BUFFER))
-    for text in documents:
-        i = rng.integers(len(buffer))
-        text, buffer[i] = buffer[i], text
-        yield text
-    rng.shuffle(buffer)
-    yield from buffer
-
-
-def mixed(sources, field, at_once):
-    """Yields the documents of `at_once` files at a time, always from the one of which the smallest part has been read.
-
-    So any stretch has the proportions of the whole, even where each file is one domain (RedPajama-1T's sample).
-    """
-    for first in range(0, len(sources), at_once):
-        with ExitStack() as stack:
-            reading = []
-            for file in sources[first:first + at_once]:
-                try:
-                    raw = stack.enter_context(file.open())
-                except OSError as error:
-                    raise InputError(f"cannot read {file.name}: {error.strerror or error}") from error
-                reading.append((file, raw, read(raw, file.name, field)))
-            while reading:
-                chosen = min(reading, key=lambda entry: entry[1].tell() / max(entry[0].size, 1))
-                text = next(chosen[2], None)
-                if text is None:
-                    reading.remove(chosen)
-                else:
-                    yield text
-
-
-# ---- The corpus ------------------------------------------------------------------------------------------------------
 
 class Corpus:
     """The chunks of one run. The arguments alone decide them, so an evaluation finds the run's validation chunks again.
@@ -118,134 +44,142 @@ class Corpus:
     source is what --data takes (streams.py), bos and eos are the model's token ids, context the tokens of a chunk,
     eval_tokens those held out (rounded up to chunks), field the JSON field with the text. InputError where there is no
     such source, too little text or no such token. The tokenizer's truncation and padding are switched off.
+
+    saved: the `held_out` of an earlier Corpus of the same arguments, which this one then need not read again.
     """
 
-    def __init__(self, source, tokenizer, bos, eos, *, context=1024, eval_tokens=1_000_000, seed=42, field=None):
+    def __init__(self, source, tokenizer, bos, eos, *, context=1024, eval_tokens=1_000_000, seed=42, field=None,
+                 saved=None):
         for name, token in (("BOS", bos), ("EOS", eos)):
             if not isinstance(token, int) or token < 0 or tokenizer.id_to_token(token) is None:
                 raise InputError(f"the tokenizer has no {name} token (id {token} by the model's configuration): is its "
                                  "tokenizer.json the model's own?")
         if context < 2 or eval_tokens < 1:
             raise InputError(f"context {context} and eval-tokens {eval_tokens}: expected at least 2 and 1 tokens")
+        if field is not None and not (isinstance(field, str) and field):
+            raise InputError(f"--field {field!r}: expected the name of the JSON field that holds the text")
+
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.source, self.tokenizer, self.bos, self.eos = str(source), tokenizer, bos, eos
         self.context, self.eval_tokens, self.seed, self.field = context, eval_tokens, seed, field
+
         self.training_files = self.validation_files = files(self.source)
         if self.source == "stdlib":
             self.validation_files = [file for file in self.training_files if held_out(file.name)]
             self.training_files = [file for file in self.training_files if not held_out(file.name)]
+        if saved is not None:
+            self.held_out = saved
+
+    # ---- Validation ----
 
     @property
     def validation(self):
         """[ceil(eval_tokens / context), context] int64: the held-out chunks."""
-        return self._held_out[0]
-
-    def batches(self, batch_size, position=None):
-        """INTERIM"""
-        skip = position["batches"] if position else 0
-        def stack(chunks):
-            while True:
-                yield torch.from_numpy(np.stack(list(itertools.islice(chunks, batch_size))))
-
-        batches = stack(itertools.islice(self._training(), skip * batch_size, None))
-        return Positioned(Prefetch(itertools.chain([next(batches)], batches)), skip)
+        return self.held_out["chunks"]
 
     @cached_property
-    def _held_out(self):
-        """(validation chunks, the digests of the documents in them)"""
-        count, chunks, documents = -(-self.eval_tokens // self.context), [], []
+    def held_out(self):
+        """For a checkpoint: "chunks", those of validation, and "digests" [documents, 16] uint8, of what is in them."""
+        count = -(-self.eval_tokens // self.context)
+        chunks, documents = [], []
 
         def recorded():
-            for text in self._documents(self.validation_files, 0):
+            for text, _ in self._documents(self.validation_files, 0):
                 documents.append(text)
                 yield text
 
-        for chunk, begun in self._pack(recorded()):
+        for chunk, rest in self._pack(recorded()):
             chunks.append(chunk)
             if len(chunks) == count:
-                return torch.from_numpy(np.stack(chunks)), {digest(text) for text in documents[:begun]}
-        raise self._too_short(documents, f"{count:,} validation chunks (--eval-tokens)", count * (self.context - 1) + 1)
+                digests = b"".join(map(digest, documents[:rest.begun]))
+                return {"chunks": torch.from_numpy(np.stack(chunks)),
+                        "digests": torch.tensor(np.frombuffer(digests, np.uint8)).view(-1, 16)}
 
-    def _training(self):
-        held = self._held_out[1]
-        for epoch in itertools.count():
-            count = 0
-            for chunk, _ in self._pack(self._new(held, epoch)):
+        needed = count * (self.context - 1) + 1
+        raise self._too_short(documents, f"{count:,} validation chunks (--eval-tokens)", needed)
+
+    # ---- Training ----
+
+    def batches(self, batch_size, position=None):
+        """An endless iterator of (training tokens [batch_size, context] int64, the position after them).
+
+        `position` is one that an earlier iterator gave: this one goes on there. It is a dict of numbers, strings, lists
+        and tensors, for torch.save; the iterator's own beginning is its `start`. InputError where the text has changed.
+
+        It reads and tokenises ahead in a background thread, until it is dropped or closed. Where the text ends it
+        starts again in a new order, and says so. The first batch is made at once: too short a text fails here.
+        """
+        text = fingerprints(self.training_files)
+        if position is None:
+            position = Position().saved(text)
+        self._check_unchanged(position["text"], text)
+        chunks = self._training(position)
+
+        def batches():
+            while True:
+                taken = list(itertools.islice(chunks, batch_size))
+                tokens = np.stack([chunk for chunk, _ in taken])
+                _, after = taken[-1]
+                yield torch.from_numpy(tokens), after.saved(text)
+
+        made = batches()
+        first = next(made)
+        ahead = Prefetch(itertools.chain([first], made))
+        ahead.start = position
+        return ahead
+
+    def _training(self, saved):
+        """Yields (chunk, the Position after it), from a saved Position on."""
+        epoch, count = saved["epoch"], saved["chunks"]
+        place = Place(Segment.load(saved["segment"]) if saved["segment"] else None, saved["used"])
+        rest = Rest(saved["begun"], saved["rest"].numpy())
+        held = {row.tobytes() for row in self.held_out["digests"].numpy()}
+
+        while True:
+            begun = rest.begun
+            following = deque()                         # the places after the documents that the packer was given
+
+            def fresh():
+                for text, after in self._documents(self.training_files, epoch, place):
+                    if digest(text) not in held:
+                        following.append(after)
+                        yield text
+
+            for chunk, rest in self._pack(fresh(), rest):
+                while begun < rest.begun:
+                    place = following.popleft()
+                    begun += 1
                 count += 1
-                yield chunk
+                yield chunk, Position(epoch, count, place, rest)
+
             if count == 0:
-                raise self._too_short(self._new(held, epoch), "training beside the validation text", self.context)
+                raise self._too_short(fresh(), "training beside the validation text", self.context)
             if epoch == 0:
                 say(f"warning: {self.source} has text for only {count:,} training chunks of {self.context:,} tokens: "
                     "it is used again, each time in a new order")
+            epoch, count, place, rest = epoch + 1, 0, Place(), Rest()
 
-    def _documents(self, sources, epoch):
-        return shuffled(sources, np.random.default_rng([self.seed, epoch] if epoch else self.seed), self.field)
+    def _check_unchanged(self, then, now):
+        for before, after in itertools.zip_longest(then, now):
+            if before != after:
+                name = (before or after).rpartition(" ")[0]
+                raise InputError(f"{self.source} has changed since the run that is to be resumed: {name} is another "
+                                 "file now, came or went; restore the text as it was, or start a new run")
 
-    def _new(self, held, epoch):
-        return (text for text in self._documents(self.training_files, epoch) if digest(text) not in held)
+    # ---- Both ----
 
-    def _pack(self, documents):
-        return pack(documents, self.tokenizer, self.bos, self.eos, self.context)
+    def _documents(self, sources, epoch, place=Place()):
+        return ordered(sources, self.field, self.seed, epoch, place)
+
+    def _pack(self, documents, rest=Rest()):
+        return pack(documents, self.tokenizer, self.bos, self.eos, self.context, rest)
 
     def _too_short(self, documents, purpose, needed):
-        encode = partial(self.tokenizer.encode_batch, add_special_tokens=False)
-        tokens = sum(len(encoding.ids) + 1 for batch in batches_of_text(documents) for encoding in encode(batch))
+        tokens = sum(len(encoding.ids) + 1 for encoding in encodings(documents, self.tokenizer))
         return InputError(f"{self.source} is too short: {tokens:,} tokens for {purpose}, {needed:,} needed; use more "
                           "text, fewer --eval-tokens or a shorter --context")
 
 
 def digest(text):
     return blake2b(text.encode(), digest_size=16).digest()
-
-
-class Positioned:
-    def __init__(self, source, skip):
-        self.source, self.start, self.n = source, {"batches": skip}, skip
-    def __enter__(self): return self
-    def __exit__(self, *_): self.source.close()
-    def __iter__(self): return self
-    def __next__(self):
-        batch = next(self.source); self.n += 1
-        return batch, {"batches": self.n}
-
-
-class Prefetch:
-    """Iterates over `items`, taken by a background thread at most `depth` ahead; what they raise is raised here."""
-
-    def __init__(self, items, depth=64):
-        self.ready, self.stopped = queue.Queue(depth), threading.Event()
-        self.close = weakref.finalize(self, self.stopped.set)        # called by hand, or when the iterator is dropped
-        threading.Thread(target=_fill, args=(items, self.ready, self.stopped), daemon=True, name="prefetch").start()
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.stopped.is_set():
-            raise StopIteration
-        item, error = self.ready.get()
-        if error is not None:
-            self.close()
-            raise error
-        return item
-
-
-def _fill(items, ready, stopped):
-    """The thread's work. It holds no reference to the Prefetch, whose end is what stops it."""
-    def put(item, error=None):
-        while not stopped.is_set():
-            try:
-                return ready.put((item, error), timeout=0.1)
-            except queue.Full:
-                pass
-
-    try:
-        for item in items:
-            put(item)
-            if stopped.is_set():
-                return
-        put(None, StopIteration())
-    except BaseException as error:                      # whatever it is, it belongs to the consumer
-        put(None, error)

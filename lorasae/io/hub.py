@@ -3,6 +3,8 @@
 Whatever is fetched goes through huggingface_hub: its cache, login and progress bar, HF_HOME, HF_HUB_OFFLINE. Only what
 is read is fetched: `python train.py --model gemma-2-2b --dry-run` lists the files with their sizes.
 """
+import math
+import os
 import re
 import sys
 from fnmatch import fnmatch
@@ -14,10 +16,12 @@ from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidation
                                     LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError)
 
 from lorasae.errors import InputError
+from lorasae.io.disk import check_name, shown
 from lorasae.io.presets import PRESETS, preset
 
 PAPER_L0 = 70       # of several L0s the paper takes the nearest to this; SAELens' "canonical" is the nearest to 100
-MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json",
+BESIDE_WEIGHTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+MODEL_FILES = ("config.json", *BESIDE_WEIGHTS, "model.safetensors", "model.safetensors.index.json",
                "model-*-of-*.safetensors")                      # never .bin or .pth: opening those can run code
 SAE_FILES = {                                                   # what an SAE consists of, format by format
     "gemma_scope": ("params.npz",),
@@ -88,7 +92,12 @@ def model_plan(name_or_dir):
     """A Fetch for each file that model_files(name_or_dir) reads from the Hub; [] for a local folder."""
     _, repo = _model_place(name_or_dir)
     sizes = _listing(repo) if repo else {}
-    return _plan(repo, {path: size for path, size in sizes.items() if any(fnmatch(path, p) for p in MODEL_FILES)})
+
+    read = {}
+    for path, size in sizes.items():
+        if any(fnmatch(path, pattern) for pattern in MODEL_FILES):
+            read[path] = size
+    return _plan(repo, read)
 
 
 def sae_files(source, *, layer=None, width=None, l0=None):
@@ -109,8 +118,9 @@ def sae_plan(source, *, layer=None, width=None, l0=None):
 
 def _model_place(name):
     """-> (local folder, None) or (None, Hub repository)."""
+    check_name(name)
     target = PRESETS[name].repo if name in PRESETS else str(name)
-    if Path(target).is_dir():
+    if os.path.isdir(target):
         return Path(target), None
     if re.fullmatch(REPOSITORY, target):
         return None, target
@@ -120,33 +130,68 @@ def _model_place(name):
 
 def _sae_place(source, layer, width, l0):
     """-> (local folder or Hub repository, the SAE's folder in it, {its files: bytes})."""
-    local, inside = Path(source).expanduser(), ""
+    wanted = {"layer": layer, "width": _width_name(width), "l0": _l0_name(l0)}
+    check_name(source)
+    local = Path(os.path.expanduser(source))
     on_hub = re.fullmatch(rf"({REPOSITORY})/?(.*?)/*", str(source))
-    if local.is_file() and local.suffix == ".npz":
-        return local.parent, local.name, {}
-    if local.is_file():
-        local = local.parents[1] if local.parent.name == "checkpoints" else local.parent
-    if local.is_dir():
-        place = local / "sae" if (local / "sae").is_dir() else local        # the folder of a run keeps its SAE in sae/
-        sizes = {path.relative_to(place).as_posix(): path.stat().st_size
-                 for depth in range(1, 5) for path in place.glob("/".join("*" * depth)) if path.is_file()}
+
+    # a file stands for the SAE that it belongs to
+    if os.path.isfile(local):
+        if local.suffix == ".npz":
+            return local.parent, local.name, {}
+        local = _folder_of(local)
+
+    # all files there are, with their sizes
+    if os.path.isdir(local):
+        place = local / "sae" if os.path.isdir(local / "sae") else local    # the folder of a run keeps its SAE in sae/
+        inside, sizes = "", _sizes(place)
     elif on_hub:
         place, inside = on_hub.groups()
         sizes = _listing(place)
     else:
         raise InputError(f"there is no SAE {source}: expected a file, a folder, or OWNER/NAME[/FOLDER] of the Hub")
+
+    # those that make an SAE
+    found = _saes_among(sizes, inside)
+    if not found:
+        formats = "; ".join(f"{' + '.join(files)} ({name})" for name, files in SAE_FILES.items())
+        raise InputError(f"{source} holds no SAE of a known format: expected {formats}")
+    folder = _choose(list(found), source, **wanted)
+    return place, folder, found[folder]
+
+
+def _folder_of(file):
+    """The folder of the SAE that a file is a part of."""
+    for names in SAE_FILES.values():
+        for name in names:
+            if f"/{file.as_posix()}".endswith(f"/{name}"):
+                return file.parents[name.count("/")]
+    parts = ", ".join(sorted({name for names in SAE_FILES.values() for name in names}))
+    raise InputError(f"{file} is no file of an SAE: expected an .npz file, {parts}, or a folder")
+
+
+def _sizes(place):
+    """{path: bytes} of the files in a folder, down to four levels."""
+    sizes = {}
+    for depth in range(1, 5):
+        for path in place.glob("/".join("*" * depth)):
+            if os.path.isfile(path):
+                sizes[path.relative_to(place).as_posix()] = os.path.getsize(path)
+    return sizes
+
+
+def _saes_among(sizes, inside):
+    """{folder: {its files: bytes}} of the whole SAEs, of any format, below the folder `inside` ("" for all)."""
     found = {}
-    for path in (path for path in sizes if not inside or f"{path}/".startswith(f"{inside}/")):
+    for path in sizes:
+        if inside and not f"{path}/".startswith(f"{inside}/"):
+            continue
         for names in SAE_FILES.values():
             folder = path.removesuffix(names[0]).rstrip("/")
             files = [f"{folder}/{name}".lstrip("/") for name in names]
             if path == files[0] and all(file in sizes for file in files):
                 found[folder] = {file: sizes[file] for file in files}
-    if not found:
-        formats = "; ".join(f"{' + '.join(files)} ({name})" for name, files in SAE_FILES.items())
-        raise InputError(f"{source} holds no SAE of a known format: expected {formats}")
-    folder = _choose(list(found), source, layer=layer, width=_width_name(width), l0=l0)
-    return place, folder, found[folder]
+    return found
 
 
 def _width_name(width):
@@ -156,23 +201,48 @@ def _width_name(width):
     return f"{int(width) // 10**6}m" if int(width) >= 10**6 else f"{int(width) // 1000}k"
 
 
+def _l0_name(l0):
+    """82, 82.0 and "82" -> "82", as the folders spell it: their L0s are rounded to whole numbers."""
+    if l0 is None:
+        return None
+    try:
+        number = float(l0)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(l0, bool) or not number.is_integer() or number < 0:
+        raise InputError(f"--l0 {shown(l0)} chooses no SAE: their L0s are given in whole numbers, such as 82")
+    return str(int(number))
+
+
 def _choose(folders, source, **wanted):
     """The one folder whose path agrees with wanted {layer, width, l0}. What no path states is not checked."""
     for fact, pattern in FACTS.items():
-        said = {folder: found[-1] for folder in folders if (found := pattern.findall(folder))}
-        have = sorted(set(said.values()), key=lambda value: (value.endswith("m"), len(value), value))
-        if not have:
+
+        # what the paths say
+        said = {}
+        for folder in folders:
+            if found := pattern.findall(folder):
+                said[folder] = found[-1]
+        if not said:
             continue
+        have = sorted(set(said.values()), key=lambda value: (value.endswith("m"), len(value), value))
         value, offer = wanted[fact], f"{source} offers {fact} {', '.join(have)}"
+
+        # what is taken
+        if value is not None and str(value) not in have:
+            inside = f" (in {folders[0].rpartition('/')[0]})" if fact == "l0" else ""
+            raise InputError(f"{offer}, but not {str(value)[:40]}{inside}")
         if value is None and fact == "l0":
             value = min(have, key=lambda number: (abs(int(number) - PAPER_L0), int(number)))
             if len(have) > 1:
                 print(f"{offer}: taking {value}, the nearest to {PAPER_L0}", file=sys.stderr)
         elif value is None and len(have) > 1:
             raise InputError(f"{offer}: choose with --{fact}")
-        elif value is not None and str(value) not in have:
-            raise InputError(f"{offer}, but not {value}" + f" (in {folders[0].rpartition('/')[0]})" * (fact == "l0"))
-        folders = [folder for folder in folders if said.get(folder) == (have[0] if value is None else str(value))]
+        elif value is None:
+            value = have[0]
+
+        folders = [folder for folder in folders if said.get(folder) == str(value)]
+
     if len(folders) > 1:
         raise InputError(f"{source} offers several SAEs that fit ({', '.join(folders[:8])}): name one of these folders")
     return folders[0]

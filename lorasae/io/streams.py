@@ -5,23 +5,21 @@
     python train.py --data pile             a stream (NAMED below): read as it comes, nothing is stored on disk
     python train.py --data 'hf://datasets/OWNER/NAME@REVISION/data/*.jsonl'     any dataset of these formats
 
-`files` finds the files; `read` turns one into documents: a line of a JSON-lines file, or at most 65,536 characters of
-plain text. data.py shuffles, splits and packs them. The paper's data are the Pile and RedPajama (Section 4).
+`files` finds the files; documents.py turns one into documents, corpus.py shuffles, splits and packs them. The paper's
+data are the Pile and RedPajama (Section 4).
 """
-import codecs
-import gzip
 import io
-import json
+import os
 import sys
 import sysconfig
-import time
-import zlib
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 from lorasae.errors import InputError
+from lorasae.io.documents import EXPECTED, KNOWN, opened
+from lorasae.io.prefetch import check, pause
 
 NAMED = {
     "pile": "hf://datasets/monology/pile-uncopyrighted/train/*.jsonl.zst",
@@ -29,19 +27,16 @@ NAMED = {
     "redpajama-1t-sample": "hf://datasets/togethercomputer/RedPajama-Data-1T-Sample/*.jsonl",
     "redpajama-v2": "hf://datasets/togethercomputer/RedPajama-Data-V2/sample/documents/**/en_*.json.gz",
 }
-PLAIN = tuple(".txt .md .rst .tex .py .c .h .cc .cpp .java .js .go .rs".split())
-KNOWN = PLAIN + tuple(".txt.gz .txt.zst .jsonl .jsonl.gz .jsonl.zst .json.gz .json.zst".split())
-EXPECTED = ".txt, .md, .py (or other source code), .jsonl, .jsonl.gz, .jsonl.zst, .json.gz"
-
-DOCUMENT = 65_536                                       # characters: where plain text is cut, at a line's end
 BLOCK = 4 * 2 ** 20                                     # bytes asked of the Hub at a time: some 3M tokens of the Pile
+SAMPLE = 2 ** 16                                        # bytes of a local file that are looked at to know it again
 WAITS = (1, 2, 4, 8, 16)                                # seconds before a failed block is asked for again
 
 
 class File(NamedTuple):
     name: str                                           # its suffix decides the format
     size: int                                           # bytes, as stored
-    open: Callable                                      # () -> binary file, read once from start to end
+    open: Callable                                      # () -> binary file that can seek
+    content: str = None                                 # what the Hub knows its content by
 
 
 def say(line):
@@ -56,31 +51,55 @@ def files(source):
         return standard_library()
     if source in NAMED or source.startswith("hf://"):
         return hub_files(NAMED.get(source, source))
+    if not source.strip():
+        raise InputError(f"--data {source!r} names no text; expected a file or folder, stdlib, {', '.join(NAMED)}, or "
+                         "hf://datasets/OWNER/NAME/FILES")
     try:
         return local_files(source, Path(source))
     except OSError as error:
-        raise InputError(f"cannot read {source}: {error.strerror}") from error
+        raise InputError(f"cannot read {printable(str(error.filename or source))}: {error.strerror}") from error
 
 
 def local_files(source, path):
     if path.is_file():
         if not source.lower().endswith(KNOWN):
-            raise InputError(f"{source}: unknown kind of file; its name should end in {EXPECTED}")
+            raise InputError(f"{printable(source)}: unknown kind of file; its name should end in {EXPECTED}")
         return [local(path)]
     if not path.is_dir():
-        raise InputError(f"no file or folder {source}; expected one, or stdlib, {', '.join(NAMED)}, or "
-                         "hf://datasets/OWNER/NAME/FILES")
-    found = [p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]   # hidden
-    known = [p for p in found if p.name.lower().endswith(KNOWN)]
+        fault = f"no file or folder {printable(source)}"
+        if os.path.lexists(source):
+            fault = f"{source} is neither a file nor a folder (a device, a pipe, or a link that leads nowhere?)"
+        raise InputError(f"{fault}; expected one, or stdlib, {', '.join(NAMED)}, or hf://datasets/OWNER/NAME/FILES")
+
+    found = files_below(path)
+    known = [path for path in found if path.name.lower().endswith(KNOWN)]
     if not known:
         raise InputError(f"{source} holds no readable text: none of its {len(found):,} files ends in {EXPECTED}")
     if len(known) < len(found):
         say(f"note: {len(found) - len(known):,} of the {len(found):,} files in {source} are not text and are skipped")
-    return sorted((local(p) for p in known), key=lambda file: file.name)
+    return sorted((local(path) for path in known), key=lambda file: file.name)
 
 
-def local(path, name=None):
-    return File(name or path.as_posix(), path.stat().st_size, partial(path.open, "rb"))
+def files_below(folder):
+    """Every file in a folder and its subfolders, but for hidden ones. A folder that cannot be listed is an OSError."""
+    def refuse(error):
+        raise error
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.is_file()]
+    return found
+
+
+def local(path, name=None, content=None):
+    return File(printable(name or path.as_posix()), path.stat().st_size, partial(path.open, "rb"), content)
+
+
+def printable(name):
+    """A name that fits in a line: what is no character in it, or ends the line, is written as in Python."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def standard_library():
@@ -104,83 +123,27 @@ def held_out(name):
     return sha256(name.encode()).hexdigest()[0] == "0"
 
 
-# ---- From a file to documents ----------------------------------------------------------------------------------------
+# ---- Whether they are still the same ---------------------------------------------------------------------------------
 
-def read(raw, name, field=None):
-    """Yields the documents (str) of a binary file, by its name's suffix. InputError names the file and the place."""
-    damage = (OSError, EOFError, zlib.error)
-    stem, stream = name.lower(), raw
-    if stem.endswith(".gz"):
-        stem, stream = stem[:-3], gzip.GzipFile(fileobj=raw)
-    elif stem.endswith(".zst"):
-        stream, zstd_error = _zstd(raw, name)
-        stem, damage = stem[:-4], damage + (zstd_error,)
-    try:
-        yield from plain_text(stream, name) if stem.endswith(PLAIN) else json_lines(stream, name, field)
-    except damage as error:
-        raise InputError(f"cannot read {name}: {error}; is it damaged or cut short?") from error
+def fingerprints(files):
+    """A line for each file, its name before the last space: the same as long as the file is the same."""
+    return [f"{file.name} {content(file)}" for file in files]
 
 
-def _zstd(raw, name):
-    """A decompressing reader and the exception it raises: Python's own from 3.14, else the zstandard package's."""
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-        return zstd.ZstdFile(raw, options={zstd.DecompressionParameter.window_log_max: 31}), zstd.ZstdError
-    try:
-        import zstandard
-    except ImportError:
-        raise InputError(f"reading {name} needs a package: pip install zstandard") from None
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2 ** 31)
-    return decompressor.stream_reader(raw, read_across_frames=True), zstandard.ZstdError
+def content(file):
+    """What tells a file's content from another: its size with the Hub's own hash, or with that of four stretches of it.
 
-
-def plain_text(stream, name):
-    """Yields plain text in pieces of at most DOCUMENT characters, cut after a line where there is one."""
-    decoder, offset, text = codecs.getincrementaldecoder("utf-8")(), 0, ""
-    while True:
-        block = stream.read(2 ** 20)
-        pending = len(decoder.getstate()[0])            # bytes of an unfinished character, from the block before
-        try:
-            text += decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            at = offset - pending + error.start
-            raise InputError(f"{name} is not UTF-8 text: byte {at:,} ({error.reason}); convert it first") from None
-        offset += len(block)
-        start = 0
-        while len(text) - start > DOCUMENT:
-            end = text.rfind("\n", start, start + DOCUMENT) + 1 or start + DOCUMENT
-            yield text[start:end]
-            start = end
-        text = text[start:]
-        if not block:
-            break
-    if text:
-        yield text
-
-
-def json_lines(stream, name, field=None):
-    """Yields a string of each line's JSON object: `field`, or else "text" or, as in RedPajama-V2, "raw_content"."""
-    offset = 0
-    for number, line in enumerate(io.BufferedReader(stream, 2 ** 17), 1):
-        where, start = f"{name}, line {number:,}", offset
-        offset += len(line)
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8 text: byte {start + error.start:,} ({error.reason})") from None
-        except json.JSONDecodeError as error:
-            cut = "" if line.endswith(b"\n") else "; is the file cut short?"
-            raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno}){cut}") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: expected a JSON object with a text in it, found {str(record)[:40]!r}")
-        key = field or ("text" if "text" in record else "raw_content")
-        if not isinstance(record.get(key), str):
-            strings = ", ".join(key for key, value in record.items() if isinstance(value, str)) or "none"
-            raise InputError(f"{where}: no field {field or 'text'!r} that is a string; such are: {strings} (--field)")
-        # JSON can spell half of a surrogate pair, which is no character: it becomes U+FFFD
-        yield record[key].encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    So a file of up to SAMPLE bytes is known by all of them, and a long one without being read.
+    """
+    if file.content is not None:
+        return f"{file.size}-{file.content}"
+    digest, stretch = sha256(), SAMPLE // 4
+    last = max(file.size, SAMPLE) - stretch             # where the last stretch begins
+    with opened(file) as raw:
+        for part in range(4):
+            raw.seek(last * part // 3)
+            digest.update(raw.read(stretch))
+    return f"{file.size}-{digest.hexdigest()[:32]}"
 
 
 # ---- The Hub ---------------------------------------------------------------------------------------------------------
@@ -196,7 +159,7 @@ def hub_files(url):
     try:
         names = (filesystem.glob if any(c in path for c in "*?[") else filesystem.find)(path)
         known = sorted(name for name in names if name.lower().endswith(KNOWN))
-        sizes = [filesystem.info(name)["size"] for name in known]           # the listing above already fetched them
+        about = [filesystem.info(name) for name in known]           # the listing above already fetched them
     except _hub_errors() as error:
         found = [] if isinstance(error, FileNotFoundError) else _cached(parts)
         if not found:
@@ -206,7 +169,13 @@ def hub_files(url):
     if not known:
         kinds = ", ".join(sorted({Path(name).suffix for name in names} - {""})) or "no files"
         raise InputError(f"{url}: found {kinds}; expected files that end in {EXPECTED}")
-    return [File(name, size, partial(HubFile, filesystem, name, size)) for name, size in zip(known, sizes)]
+    return [_on_hub(filesystem, name, info) for name, info in zip(known, about)]
+
+
+def _on_hub(filesystem, name, info):
+    """A large file's hash is of its bytes; a small one's is Git's own."""
+    content = info["lfs"]["sha256"] if info.get("lfs") else info["blob_id"]
+    return File(name, info["size"], partial(HubFile, filesystem, name, info["size"]), content)
 
 
 def _cached(parts):
@@ -219,7 +188,14 @@ def _cached(parts):
         return []
     pattern = parts[3] if len(parts) == 4 else "."
     chosen = (folder / pattern).rglob("*") if (folder / pattern).is_dir() else folder.glob(pattern)
-    return [local(p) for p in sorted(chosen) if p.is_file() and p.name.lower().endswith(KNOWN)]
+    paths = [path for path in sorted(chosen) if path.is_file() and path.name.lower().endswith(KNOWN)]
+
+    found = []
+    for path in paths:                                  # named as on the Hub, so that a run may go on from either
+        name = "/".join([*parts[:3], path.relative_to(folder).as_posix()])
+        content = path.resolve().name                   # the cache links to a file that is named by the Hub's hash
+        found.append(local(path, name, content))
+    return found
 
 
 def _hub_errors():
@@ -249,7 +225,7 @@ def _first_line(error):
 
 
 class HubFile(io.RawIOBase):
-    """A file of the Hub read once from its start to its end, in blocks of BLOCK bytes that are a Range request each.
+    """A file of the Hub, read in blocks of BLOCK bytes that are a Range request each.
 
     No connection stays open while a GPU works for minutes on a block, and a dropped one costs a block at most: it is
     asked for again from its first byte. A block of the wrong length (a cut body, a server without Range) is not used.
@@ -262,7 +238,15 @@ class HubFile(io.RawIOBase):
     def readable(self):
         return True
 
+    def seekable(self):
+        return True
+
     def tell(self):
+        return self.position
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        self.position, self.block = start + offset, memoryview(b"")
         return self.position
 
     def readinto(self, buffer):
@@ -277,6 +261,7 @@ class HubFile(io.RawIOBase):
     def _fetch(self, length):
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
         for wait in (*WAITS, None):
+            check()
             try:
                 with self.filesystem.open(self.name, "rb", block_size=BLOCK, cache_type="none") as remote:
                     remote.seek(self.position)
@@ -292,4 +277,4 @@ class HubFile(io.RawIOBase):
                 raise InputError(f"{self.name}: nothing after byte {self.position:,} of {self.size:,} ({problem}): "
                                  "check the network and run again, with --resume to continue")
             say(f"note: {self.name}, byte {self.position:,}: {problem}; asking again in {wait} s")
-            time.sleep(wait)
+            pause(wait)

@@ -11,6 +11,7 @@ Times are of training alone, on one machine: no loading and no evaluation. Each 
 no more: TopK stops the model at the SAE's block, e2e shares the frozen prefix with its teacher. The time of a TopK +
 LoRA point is that of its SAE so far plus that of its adapters.
 """
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def trained(config, folder):
     check_same(config, folder)
     if not (folder / "results.json").exists():
         run = Run.resume(folder) if (folder / "config.json").exists() else Run.create(folder, config)
-        train_sae(load_setting(replace(config, sae=())), run)
-        run.close()
+        with closing(run):
+            train_sae(load_setting(replace(config, sae=())), run)
     points = []
     for percent in TENTHS:
         place = folder / ("sae" if percent == 100 else f"sae-{percent}pct")

@@ -5,6 +5,7 @@
 trains them, each with the run's own configuration, into RUN_DIR/layers/block-N (run folders, which eval.py opens too).
 Interrupted, the same command continues. The paper: block 13 alone does 88 % of what blocks 13 to 25 do.
 """
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -39,11 +40,12 @@ def evaluate(setting, options):
         gains[label(blocks)] = spliced - losses(setting, student, "adapted")[0]
 
     rows = []
+    gap = fidelity.costs(*interval(spliced - without))
     for name, gain in gains.items():
         improvement, half = interval(gain)
         share, share_half = ratio(gain, gains[label(after)])
         rows.append({"blocks": name, "improvement": improvement, "share_of_all_after": share,
-                     "gap_closed": ratio(gain, spliced - without)[0],
+                     "gap_closed": ratio(gain, spliced - without)[0] if gap else None,
                      "ci90": {"improvement": half, "share_of_all_after": share_half}})
     return {"sae_layer": min(saes), "rows": rows, "train_tokens": config.tokens}
 
@@ -77,12 +79,12 @@ def adapted(setting, blocks, folder):
         return load_adapter(model, folder / "adapter")
     config = replace(setting.config, adapt=tuple(map(str, blocks)), shard=False)
     run = Run.resume(folder) if (folder / "config.json").exists() else Run.create(folder, config)
-    run.begin()
-    students = adaptation.new_students(model, blocks, config)
-    adaptation.train(setting._replace(model=model, config=config), run, students)
-    adaptation.save(model, run, students)
-    run.finish({"seconds": run.seconds})
-    run.close()
+    with closing(run):
+        run.begin()
+        students = adaptation.new_students(model, blocks, config)
+        adaptation.train(setting._replace(model=model, config=config), run, students)
+        adaptation.save(model, run, students)
+        run.finish({"seconds": run.seconds})
     return model
 
 

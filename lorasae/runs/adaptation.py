@@ -29,11 +29,11 @@ def adapt_model(setting, run):
           f"{', '.join(map(str, saes))}: {sum(p.numel() for p in parameters_of(students)):,} trainable parameters, "
           f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
 
-    held_out = corpus.validation.split(config.micro_batch)
-    before = evaluate_once(run, model, saes, held_out, ("base", "sae"))
+    before = evaluate_once(run, setting, ("base", "sae"))
     train(setting, run, students)
     places = save(model, run, students)
 
+    held_out = corpus.validation.split(config.micro_batch)
     results = {}
     for place, student in zip(places, students):
         attach_lora(model, student)

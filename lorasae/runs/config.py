@@ -7,13 +7,14 @@ A value comes from the first of these that has one: what is given; the run that 
 model's preset (io/presets.py); the paper's, which are the defaults of Config's fields.
 """
 import math
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from os.path import basename, dirname, isdir, isfile, join
 from pathlib import Path
 
 from lorasae.errors import InputError
 from lorasae.io.checkpoint import load_config
-from lorasae.io.disk import read_json
+from lorasae.io.disk import read_object
 from lorasae.io.hub import sae_choice
 from lorasae.io.presets import PAPER, preset, tuned
 from lorasae.io.streams import say
@@ -130,7 +131,7 @@ class Config:
 # ---- Checks ------------------------------------------------------------------------------------------------------------
 
 TEXTS = ("model", "data", "device")
-WHOLE = ("k", "dead_after", "tokens", "eval_tokens", "context", "batch_size", "micro_batch", "ahead", "checkpoint_every")
+WHOLE = ("k", "tokens", "eval_tokens", "context", "batch_size", "micro_batch", "ahead", "checkpoint_every", "dead_after")
 POSITIVE = ("alpha", "clip", "l0", "sae_lr")
 NOT_NEGATIVE = ("dropout", "weight_decay", "seed")
 SWITCHES = ("auxk", "lr_decay", "compile", "shard", "train_sae")
@@ -240,7 +241,7 @@ def is_whole(value):
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def option(name):
@@ -392,9 +393,9 @@ def latents(width):
 def read_config(folder):
     """The Config in a run's folder. Raises InputError where it has none, or one that train.py did not write."""
     path = Path(folder) / "config.json"
-    found = read_json(path)
+    found = read_object(path)
     names = {known.name for known in fields(Config)}
-    if not isinstance(found, dict) or not {"model", "method", "layer", "data"} <= found.keys():
+    if not {"model", "method", "layer", "data"} <= found.keys():
         raise InputError(f"{path} was not written by train.py: pass the folder of a run")
     unknown = found.keys() - names - {"steps", "versions"}
     if unknown:

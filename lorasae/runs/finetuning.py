@@ -26,8 +26,8 @@ def finetune_sae(setting, run):
     print(f"finetuning an SAE of {len(sae.W_enc):,} latents at layer {layer} of {config.model} on {config.objective}, "
           f"{about_l0(sae, config)}: {config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
 
+    was = evaluate_once(run, setting, ("base", "sae"))
     held_out = corpus.validation.split(config.micro_batch)
-    was = evaluate_once(run, model, {layer: sae}, held_out, ("base", "sae"))
     before = sae_training.numbers_of(was, model, sae, layer, held_out)
     train(setting, run, [])
     sae_training.keep(run, sae, config.steps)
@@ -56,8 +56,8 @@ def adapt_with_sae(setting, run):
           f"with the SAE of {len(sae.W_enc):,} latents at layer {layer} (rate {config.sae_lr:g}), {about_l0(sae, config)}: "
           f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
 
+    was = evaluate_once(run, setting, ("base", "sae"))
     held_out = corpus.validation.split(config.micro_batch)
-    was = evaluate_once(run, model, {layer: sae}, held_out, ("base", "sae"))
     before = sae_training.numbers_of(was, model, sae, layer, held_out)  # fresh adapters change nothing
     train(setting, run, lora_parameters(adapters))
     adaptation.save(model, run, [adapters])

@@ -12,6 +12,7 @@ import platform
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -34,6 +35,7 @@ except ImportError:                                     # Windows has no such lo
 
 LOG_EVERY = 10                                          # steps a metrics line covers; also how often the GPU is waited for
 LOCK = ".lock"
+RUNS = Path("runs")                                     # where runs go by default
 
 
 class Run:
@@ -278,6 +280,9 @@ def release(lock, folder):
     (folder / LOCK).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
+        if folder.parent == RUNS:
+            with suppress(OSError):                     # others' runs are in it
+                RUNS.rmdir()
     lock.close()
 
 
@@ -285,7 +290,7 @@ def claim_default(model, method):
     """Claims runs/MODEL-METHOD, or the first of -2, -3, ... that is free -> its path. Two runs started together get two."""
     name, number = f"{Path(model).name}-{method}", 1
     while True:
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        folder = RUNS / (name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
             return folder
@@ -325,8 +330,9 @@ def checksum(state):
     def feed(value):
         if isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{list(value.shape)}".encode())
-            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(raw.numpy().data)
+            value = value.detach().cpu().contiguous()
+            flat = value.as_strided((value.numel(),), (1,))             # a single number may come with a stride of 0
+            digest.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
             for key in value:
                 digest.update(repr(key).encode())

@@ -6,6 +6,7 @@ import torch
 from lorasae.evals import fidelity
 from lorasae.io.disk import read_json, write_json
 from lorasae.runs import distributed
+from lorasae.runs.setting import keep_held_out
 
 try:
     import resource
@@ -19,14 +20,16 @@ def evaluate(model, saes, batches, settings):
     return fidelity.measure(model, saes, portion, settings, gather=lambda found: distributed.merge(found, model))
 
 
-def evaluate_once(run, model, saes, batches, settings):
-    """`evaluate`, whose results stay in the run's folder: a resumed run finds them there."""
+def evaluate_once(run, setting, settings):
+    """`evaluate` on the held-out text, which stay in the run's folder, results and text: a resumed run finds them there."""
+    model, saes, corpus = setting.model, setting.saes, setting.corpus
     path = run.folder / "before.json"
     if distributed.agree(path.exists()):
         return read_results(path, saes)
-    results = evaluate(model, saes, batches, settings)
+    results = evaluate(model, saes, corpus.validation.split(run.config.micro_batch), settings)
     run.begin()                                         # nothing is written before everything has been read
     if distributed.rank() == 0:
+        keep_held_out(corpus, run.folder)
         write_json(path, {name: plain(values) for name, values in results.items()})
     return results
 

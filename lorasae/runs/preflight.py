@@ -2,8 +2,9 @@
 import torch
 
 from lorasae.adapt import default_adapt
-from lorasae.io.checkpoint import DTYPES, load_config
+from lorasae.io.checkpoint import load_config
 from lorasae.io.hub import model_plan, sae_plan
+from lorasae.io.tensors import DTYPES
 from lorasae.lora import add_lora, detach_lora, lora_parameters
 from lorasae.model import Transformer
 from lorasae.runs.adaptation import blocks_to_adapt

@@ -17,7 +17,7 @@ from lorasae.io.sae_formats import save_sae
 from lorasae.runs import distributed
 from lorasae.runs.ahead import in_advance
 from lorasae.runs.measure import cost, evaluate, peak_memory_bytes
-from lorasae.runs.setting import check_layer
+from lorasae.runs.setting import check_layer, keep_held_out
 
 
 def resolved(config, model):
@@ -46,6 +46,8 @@ def train_sae(setting, run):
 
     held_out = corpus.validation.split(config.micro_batch)
     run.begin()                                         # nothing is written before everything has been read
+    if distributed.rank() == 0:
+        keep_held_out(corpus, run.folder)
     train(setting, run, sae)
     keep(run, sae, config.steps)
     results = {**measure(model, sae, layer, held_out), **cost(run, corpus),

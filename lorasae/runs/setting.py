@@ -2,14 +2,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
-
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter
-from lorasae.io.checkpoint import load_model
+from lorasae.io.checkpoint import load_model, load_tokenizer
 from lorasae.io.corpus import Corpus
-from lorasae.io.hub import model_files
 from lorasae.io.sae_formats import check_fits, load_sae
+from lorasae.io.tensors import Tensors, write_tensors
 from lorasae.model import Transformer
 from lorasae.runs import distributed
 from lorasae.runs.config import Config
@@ -24,10 +22,11 @@ class Setting(NamedTuple):
     folder: Path | None = None                          # of the run
 
 
-def load_setting(config, adapter=None, folder=None):
+def load_setting(config, folder=None, adapter=None):
     """The Setting of a configuration, with the adapter folder's adapters, if given.
 
-    With `shard` the model is left on the CPU, for distributed.shard to spread.
+    folder: of the run; held-out text that it has kept is not read from its source again. With `shard` the model is left on
+    the CPU, for distributed.shard to spread.
     """
     device = distributed.local(config.device)
     model = load_model(config.model, device="cpu" if config.shard else device, dtype=config.dtype)
@@ -37,7 +36,7 @@ def load_setting(config, adapter=None, folder=None):
     saes = load_saes(config, model, device)
     if adapter is not None:
         load_adapter(model, adapter)
-    return Setting(model, saes, load_corpus(config, model.config), config, folder)
+    return Setting(model, saes, load_corpus(config, model.config, folder), config, folder)
 
 
 def sae_sources(config):
@@ -68,13 +67,25 @@ def check_layer(model, layer, depth):
         raise InputError(f"--layer {layer} is out of range: {model} has blocks 0 to {depth - 1}")
 
 
-def load_corpus(config, model_config):
-    path = model_files(config.model) / "tokenizer.json"
-    if not path.exists():
-        raise InputError(f"{path.parent} has no tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_buffer(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not a tokenizer of the tokenizers library ({error})") from None
+def load_corpus(config, model_config, folder=None):
+    tokenizer = load_tokenizer(config.model, model_config)
     return Corpus(config.data, tokenizer, model_config.bos_token_id, model_config.eos_token_id, context=config.context,
-                  eval_tokens=config.eval_tokens, seed=config.seed, field=config.field)
+                  eval_tokens=config.eval_tokens, seed=config.seed, field=config.field, saved=read_held_out(folder))
+
+
+# ---- Held-out text -----------------------------------------------------------------------------------------------------
+
+HELD_OUT = "held-out.safetensors"
+
+
+def keep_held_out(corpus, folder):
+    """Writes the held-out chunks into the run's folder: what resumes or evaluates it need not read the text for them."""
+    write_tensors(Path(folder) / HELD_OUT, corpus.held_out)
+
+
+def read_held_out(folder):
+    """What keep_held_out wrote; None where there is nothing."""
+    if folder is None or not (Path(folder) / HELD_OUT).exists():
+        return None
+    file = Tensors(Path(folder) / HELD_OUT)
+    return {name: file.tensor(name) for name in ("chunks", "digests")}

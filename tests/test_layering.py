@@ -1,0 +1,96 @@
+"""Arrows run down: the paper knows nothing of files or runs, and nothing imports in a circle. Read from the sources alone."""
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BELOW = {                                               # whose files those of a folder may import; the top of the package is the paper
+    "top": {"top"},
+    "io": {"top", "io"},
+    "evals": {"top", "io", "evals"},
+    "runs": {"top", "io", "evals", "runs"},
+}
+WORLD = {"argparse", "io", "json", "os", "pathlib", "pickle", "shutil", "socket", "subprocess", "tempfile", "threading", "urllib"}
+
+
+def module_of(path):
+    """lorasae/io/hub.py -> lorasae.io.hub; lorasae/io/__init__.py -> lorasae.io"""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_of(path): path for path in sorted((ROOT / "lorasae").rglob("*.py"))}
+
+
+def imports_of(path):
+    """Every module that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            for alias in node.names:                    # of a package: its module where there is one of that name
+                inside = f"{node.module}.{alias.name}"
+                found.add(inside if inside in SOURCES else node.module)
+    return found
+
+
+IMPORTS = {module: imports_of(path) for module, path in SOURCES.items()}
+OURS = {module: {name for name in names if name.split(".")[0] == "lorasae"} for module, names in IMPORTS.items()}
+THE_PAPER = sorted(module for module in SOURCES if module.count(".") == 1 and SOURCES[module].name != "__init__.py")
+
+
+def layer(module):
+    """The folder of a module; the top of the package is the paper, and its __init__.py is the door to everything."""
+    if module == "lorasae":
+        return "door"
+    return "top" if module in THE_PAPER else module.split(".")[1]
+
+
+def test_the_sources_are_found():
+    assert {"lorasae.adapt", "lorasae.model", "lorasae.sae", "lorasae.lora", "lorasae.objectives", "lorasae.dictionary"} <= set(THE_PAPER)
+    assert {layer(module) for module in SOURCES} == {"door", "top", "io", "evals", "runs", "paper", "bench", "tiny"}
+    assert "lorasae.sae" in OURS["lorasae.model"] and "lorasae.topk" in OURS["lorasae.sae"]             # `from lorasae import topk`
+    assert "lorasae.io.hub" in set().union(*OURS.values())
+
+
+@pytest.mark.parametrize("module", [module for module in SOURCES if layer(module) in BELOW])
+def test_a_file_imports_only_its_own_folder_and_those_below(module):
+    for name in OURS[module]:
+        assert name in SOURCES, f"{module} imports {name}, which is no file"
+        assert layer(name) in BELOW[layer(module)], f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", THE_PAPER)
+def test_a_file_of_the_paper_meets_neither_files_nor_network_nor_packages_beyond_tensors(module):
+    outside = {name.split(".")[0] for name in IMPORTS[module]} - {"lorasae"}
+    assert outside <= {"torch", "numpy", "einops"} | set(sys.stdlib_module_names), outside
+    assert not outside & WORLD, outside & WORLD
+
+
+def test_nothing_imports_in_a_circle():
+    done = set()
+
+    def visit(module, path):
+        assert module not in path, "a circle: " + " -> ".join([*path[path.index(module):], module])
+        if module not in done:
+            for name in sorted(OURS[module] & SOURCES.keys()):
+                visit(name, [*path, module])
+            done.add(module)
+
+    for module in SOURCES:
+        visit(module, [])
+
+
+def test_nothing_in_the_package_imports_the_commands():
+    for module, names in IMPORTS.items():
+        assert not names & {"train", "eval"}, module
+
+
+def test_only_the_world_above_opens_the_door():
+    """lorasae/__init__.py gathers what users import; the package's own files name the module they mean."""
+    for module, names in OURS.items():
+        assert layer(module) not in BELOW or "lorasae" not in names, module
