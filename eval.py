@@ -14,7 +14,7 @@ add_options says what can be asked of it.
 """
 import sys
 from dataclasses import replace
-from os.path import isdir
+from os.path import isdir, isfile
 from pathlib import Path
 
 from lorasae.errors import InputError
@@ -25,6 +25,7 @@ from lorasae.io.console import Parser, answering
 from lorasae.io.disk import read_json, write_bytes, write_json
 from lorasae.io.presets import preset
 from lorasae.paper import one_block
+from lorasae.runs.adaptation import student_names
 from lorasae.runs.config import read_config
 from lorasae.runs.setting import load_setting
 
@@ -53,10 +54,13 @@ def arguments(argv):
 
 
 def runs_in(folder):
-    """The runs in a folder: one of each rank where several were trained in one pass, else the folder itself."""
-    ranks = {path.name.removeprefix("rank-"): path for path in folder.glob("rank-*")} if isdir(folder) else {}
-    numbers = sorted(int(rank) for rank in ranks if rank.isdecimal())
-    return [ranks[str(number)] for number in numbers] or [folder]
+    """The runs in a folder: of each rank and rate where several were trained in one pass, else the folder itself."""
+    if not isfile(folder / "config.json"):
+        return [folder]
+    config = read_config(folder)
+    if len(config.students) == 1:
+        return [folder]
+    return [folder / name for name in student_names(config)]
 
 
 def open_run(folder, device=None):
@@ -67,11 +71,13 @@ def open_run(folder, device=None):
     device = device or config.device
     config = replace(config, device=device, compile=config.compile and device.startswith("cuda"), shard=False)
     product = folder / ("adapter/adapter_config.json" if config.method == "lora" else "sae")
+    if config.method != "lora" or config.train_sae:
+        config = replace(config, sae=(str(folder),), width=None, l0=None)               # the SAE that the run has made
     if not product.exists():
         raise InputError(f"{folder} has no {product.relative_to(folder).parts[0]} yet: finish the run with "
                          f"python train.py --resume {folder}")
     if config.method != "lora":
-        return load_setting(replace(config, sae=(str(folder),), width=None, l0=None), folder)
+        return load_setting(config, folder)
 
     made_for = read_json(product).get("base_model_name_or_path")
     if made_for and (preset(made_for) or made_for) != (preset(config.model) or config.model):

@@ -3,6 +3,8 @@
     python train.py                                             the embedded tiny Gemma-2: no network, minutes on a CPU
     python train.py --model gemma-2-2b --layer 12 --rank 64     the paper's headline run
     python train.py --model llama-3.2-1b --method topk          train an SAE (also: jumprelu, e2e)
+    python train.py --method finetune --sae SOURCE              train one that is there already, on the model's own loss
+    python train.py --method lora --train-sae                   adapters and SAE together
     python train.py --resume runs/tiny-gemma-2-lora             continue a run that was interrupted
     python train.py --merge runs/tiny-gemma-2-lora              write the adapted model as a plain Hugging Face checkpoint
     python train.py --model gemma-2-2b --dry-run                say what would be fetched and done, and stop
@@ -24,8 +26,10 @@ from lorasae.io.hub import model_files
 from lorasae.io.presets import PRESETS
 from lorasae.lora import merge_lora
 from lorasae.runs import distributed
-from lorasae.runs.adaptation import adapt_model
-from lorasae.runs.config import LLAMA_SCOPE, METHODS, Config, configure, read_config
+from lorasae.runs.adaptation import adapt_model, student_names
+from lorasae.runs.config import (LLAMA_SCOPE, METHODS, OBJECTIVES, RECIPES, THRESHOLDS, Config, configure,
+                                 read_config)
+from lorasae.runs.finetuning import adapt_with_sae, finetune_sae
 from lorasae.runs.folder import Run, claim_default
 from lorasae.runs.preflight import check_memory, dry_run
 from lorasae.runs.sae_training import train_sae
@@ -41,8 +45,8 @@ def arguments(argv):
     add = parser.add_argument_group("what").add_argument
     add("--model", help=f"a preset ({', '.join(PRESETS)}), a Hub repository OWNER/NAME, or a local folder "
         f"(default: {Config.model})")
-    add("--method", choices=METHODS, help="lora adapts the model to its SAE; the others train an SAE "
-        f"(default: {Config.method})")
+    add("--method", choices=METHODS, help="lora adapts the model to its SAE; finetune trains that SAE instead; the others "
+        f"train an SAE from scratch (default: {Config.method})")
     add("--layer", type=int, nargs="+", help="block(s) whose output an SAE replaces, from 0 (default: the preset's, or that "
         "of the SAE's own run; paper: 12)")
     add("--sae", nargs="+", help="file, folder, Hub path or run folder; one for all layers or one a layer (default: the "
@@ -69,6 +73,16 @@ def arguments(argv):
     add("--adapt", nargs="+", metavar="BLOCKS", help="after (the SAE), all, next, or block numbers "
         "(default: after for JumpReLU SAEs, whose L0 would move otherwise, all for TopK)")
 
+    add("--recipe", choices=RECIPES, help="how to train them: as published, or as a search on small models found better "
+        "(default: the preset's; else paper)")
+
+    add = parser.add_argument_group("training an SAE that is there already").add_argument
+    add("--objective", choices=OBJECTIVES, help="of finetune (default: balanced, ½ (MSE + KL · sg[MSE / KL]))")
+    add("--train-sae", action="store_true", default=None, help="lora: train the SAE together with the adapters")
+    add("--sae-lr", type=float, help="its learning rate then (default: the preset's; else 5e-5, the published finetune's)")
+    add("--thresholds", choices=THRESHOLDS, help="of a JumpReLU: trained, with its L0 held at what it was, or frozen "
+        f"(default: {Config.thresholds})")
+
     add = parser.add_argument_group("text").add_argument
     add("--data", help="stdlib, pile, a file, a folder, or hf://datasets/... (default: the preset's; else that of the SAE's "
         "own run, else stdlib)")
@@ -83,7 +97,8 @@ def arguments(argv):
     add("--batch-size", type=int, help="sequences a step (default: the preset's; else 1, the paper's)")
     add("--micro-batch", type=int, help="sequences that pass through the model at once; less memory, same step "
         "(default: the whole batch)")
-    add("--lr", type=float, help="learning rate (default: the preset's; else the paper's, 5e-5 for adapters and "
+    add("--lr", type=float, nargs="+", help="learning rate; several for adapters, as in 5e-5 2e-4 1e-3, train side by side in "
+        "one pass, with one --rank or as many (default: the preset's; else the paper's, 5e-5 for adapters and a finetune, "
         "2e-4 / √(latents / 2^14) for an SAE)")
     add("--lr-decay", action=SWITCH, help="let it fall linearly to 0: better where steps are few "
         "(default: the preset's; paper: --no-lr-decay)")
@@ -121,7 +136,7 @@ def arguments(argv):
 def config_of(args):
     """The arguments -> Config."""
     given = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "merge", "dry_run")}
-    for name in ("layer", "sae", "rank", "adapt"):
+    for name in ("layer", "sae", "rank", "adapt", "lr"):
         if given[name] is not None:
             given[name] = tuple(given[name])
     if given["device"] is None:
@@ -149,8 +164,8 @@ def merge(folder):
     config, target = read_config(folder), folder / "merged"
     if config.method != "lora":
         raise InputError(f"{folder} is no run that trained adapters: there is nothing to merge")
-    if len(config.rank) > 1:
-        raise InputError(f"{folder} holds a run of each rank: merge one of them, such as {folder}/rank-{config.rank[0]}")
+    if len(config.students) > 1:
+        raise InputError(f"{folder} holds several runs: merge one of them, such as {folder / student_names(config)[0]}")
     if not (folder / "adapter").is_dir():
         raise InputError(f"{folder} has no adapter to merge: finish the run with python train.py --resume {folder}")
     if target.exists():
@@ -161,6 +176,8 @@ def merge(folder):
     save_model(merge_lora(model), target, config=read_json(source / "config.json"))
     copy_beside_weights(config.model, target)
     print(f"{target}/ is the adapted model, without its SAE, as transformers.AutoModelForCausalLM loads it")
+    if config.train_sae:
+        print(f"only the adapters were folded in: the SAE that was trained with them is {folder}/sae/")
 
 
 def report(results, folder):
@@ -173,12 +190,35 @@ def report(results, folder):
     print(f"{folder}/ holds config.json, metrics.jsonl, results.json, adapter/;  python eval.py {folder} recomputes the table")
 
 
+def report_both(results, folder):
+    """What a run that trained adapters and SAE together prints in the end."""
+    before, layer = results["before"], next(iter(results["l0"]))
+    changes = [(before["l0"], results["l0"][layer]), (before["fvu"], 1 - results["explained_variance"][layer])]
+    print()
+    rows = [("base model", results["ce_base"], 0.0), ("with the SAE as it was", before["ce_sae"], before["kl_sae"]),
+            ("with the SAE trained", results["ce_sae"], results["kl_sae"]),
+            ("with both trained", results["ce_adapted"], results["kl_adapted"]),
+            ("LoRA, no SAE", results["ce_lora"], results["kl_lora"])]
+    print_table(rows, ("", "CE (nats)", "KL (nats)"))
+    (l0_before, l0), (fvu_before, fvu) = changes
+    print(f"\n{fidelity.closed(results['closed'])}")
+    print(f"L0 {l0_before:.2f} -> {l0:.2f}   FVU {fvu_before:.4f} -> {fvu:.4f}   dead latents {before['dead_latents']:.1%} -> "
+          f"{results['dead_latents']:.1%}   {speed(results)}")
+    print(f"{folder}/ holds config.json, metrics.jsonl, results.json, adapter/, sae/;  python eval.py {folder} recomputes it")
+
+
 def report_sae(results, folder):
     """What a run that trained an SAE prints in the end."""
     print()
-    print_table([("base model", results["ce_base"], 0.0), ("with SAE", results["ce_sae"], results["kl_sae"])],
-                ("", "CE (nats)", "KL (nats)"))
-    print(f"\nFVU {results['fvu']:.4f}   L0 {results['l0']:.1f}   dead latents {results['dead_latents']:.1%}   {speed(results)}")
+    rows = [("base model", results["ce_base"], 0.0), ("with SAE", results["ce_sae"], results["kl_sae"])]
+    before = results.get("before")
+    if before is not None:
+        rows.insert(1, ("with the SAE as it was", before["ce_sae"], before["kl_sae"]))
+    print_table(rows, ("", "CE (nats)", "KL (nats)"))
+    if before is not None:
+        print(f"\n{fidelity.closed(results['closed'])}")
+        print(f"before: FVU {before['fvu']:.4f}   L0 {before['l0']:.2f}   dead latents {before['dead_latents']:.1%}", end="")
+    print(f"\nFVU {results['fvu']:.4f}   L0 {results['l0']:.2f}   dead latents {results['dead_latents']:.1%}   {speed(results)}")
     print(f"{folder}/ holds config.json, metrics.jsonl, results.json, sae/;  python train.py --model "
           f"{read_config(folder).model} --sae {folder} adapts the model around it")
 
@@ -201,9 +241,13 @@ def main(argv=None):
         try:
             print(f"{run.folder}/ is where this run writes", flush=True)
             setting = load_setting(run.config, run.folder)
-            if run.config.method == "lora":
+            if run.config.train_sae:
+                report_both(adapt_with_sae(setting, run), run.folder)
+            elif run.config.method == "lora":
                 for folder, results in adapt_model(setting, run).items():
                     report(results, folder)
+            elif run.config.method == "finetune":
+                report_sae(finetune_sae(setting, run), run.folder)
             else:
                 report_sae(train_sae(setting, run), run.folder)
         finally:

@@ -21,6 +21,7 @@ class Preset:
     lora: dict = field(default_factory=dict)            # adapting the model
     sae_training: dict = field(default_factory=dict)    # training an SAE
     e2e: dict = field(default_factory=dict)             # training one end to end, beside that
+    finetune: dict = field(default_factory=dict)        # finetuning one that is there, beside what adapting shares with it
 
 
 EMBEDDED = {"data": "stdlib", "dtype": "float32", "context": 256, "eval_tokens": 50_000}
@@ -56,6 +57,27 @@ PRESETS = {
         sae="fnlp/Llama3_1-8B-Base-LXR-32x",
         common={"data": "redpajama-1t-sample"}, lora={"adapt": ("all",), "sae_dtype": "bfloat16"}),
 }
+
+
+# ---- Recipes for adapters ----------------------------------------------------------------------------------------------
+
+PAPER = {"lr": 5e-5, "lr_decay": False, "dropout": 0.1, "batch_size": 1}           # the published one
+
+TUNED = {"lr_decay": True, "dropout": 0.0, "batch_size": 4}                         # where steps are few, see `tuned`
+TUNED_LR, TUNED_WIDTH, TUNED_DEPTH = 3e-3, 192, 6                                   # found at this d_model and depth
+WIDTH_POWER, DEPTH_POWER = 0.5, 0.5
+
+
+def tuned(d_model, depth):
+    """--recipe tuned: fields of Config for adapters of a model of that width and number of blocks.
+
+        lr = TUNED_LR · (TUNED_WIDTH / d_model) ^ WIDTH_POWER · (TUNED_DEPTH / depth) ^ DEPTH_POWER,  falling linearly to 0
+
+    A rule from small models (`python -m lorasae.paper.recipe`), so for a large one a place to begin: several rates around
+    it, as in --lr 5e-5 2e-4 1e-3, train side by side in one pass.
+    """
+    lr = TUNED_LR * (TUNED_WIDTH / d_model) ** WIDTH_POWER * (TUNED_DEPTH / depth) ** DEPTH_POWER
+    return {"lr": float(f"{lr:.2g}"), **TUNED}
 
 
 def preset(name):

@@ -1,10 +1,9 @@
 """A whole run of --method lora: evaluate, train the adapters, save them, evaluate again.
 
-    RUN_DIR/adapter/        the adapters, in PEFT's format; of several ranks RUN_DIR/rank-R/adapter/, each a run of its own
+    RUN_DIR/adapter/        the adapters, in PEFT's format; of several ranks or rates RUN_DIR/rank-R/adapter/ or
+                            RUN_DIR/lr-X/adapter/, each in a folder that is a run of its own
     RUN_DIR/results.json    what splicing the SAEs in costs, and how much of it the adapters win back (evals/fidelity.py)
 """
-from dataclasses import replace
-
 import torch
 
 from lorasae import adapt
@@ -20,7 +19,7 @@ from lorasae.runs.measure import cost, evaluate, evaluate_once, peak_memory_byte
 
 
 def adapt_model(setting, run):
-    """Trains the adapters of a run from its beginning, or from its last checkpoint -> {rank: numbers of results.json}."""
+    """Trains the adapters of a run from its beginning, or from its last checkpoint -> {folder: numbers of results.json}."""
     model, saes, corpus, config, _ = setting
     blocks = blocks_to_adapt(config.adapt or adapt.default_adapt(saes), saes, len(model.layers))
     students = new_students(model, blocks, config)
@@ -36,15 +35,15 @@ def adapt_model(setting, run):
 
     held_out = corpus.validation.split(config.micro_batch)
     results = {}
-    for rank, place, student in zip(config.rank, places, students):
+    for place, student in zip(places, students):
         attach_lora(model, student)
         after = evaluate(model, saes, held_out, ("adapted",))
-        results[rank] = {
+        results[place] = {
             **fidelity.summary({**before, **after}), **cost(run, corpus),
             "trainable_parameters": sum(p.numel() for p in lora_parameters(student)),
             "peak_memory_bytes": peak_memory_bytes(config.device)}
-    write_results(run, places, results)
-    return dict(zip(places, results.values()))
+    write_results(run, results)
+    return results
 
 
 def blocks_to_adapt(spec, saes, depth):
@@ -58,14 +57,14 @@ def blocks_to_adapt(spec, saes, depth):
 
 
 def new_students(model, blocks, config):
-    """Fresh adapters of every rank, [{module name: LoRALinear}]; those of the first rank are attached.
+    """Fresh adapters of every rank and rate, [{module name: LoRALinear}]; the first are attached.
 
     Each starts from the seed, as in a run of its own.
     """
     students = []
-    for rank in config.rank:
+    for student in config.students:
         torch.manual_seed(config.seed)
-        add_lora(model, blocks, rank, config.alpha, config.dropout)
+        add_lora(model, blocks, student.rank[0], config.alpha, config.dropout)
         students.append(detach_lora(model))
     attach_lora(model, students[0])
     return students
@@ -84,7 +83,7 @@ def train(setting, run, students):
     model, saes, corpus, config, _ = setting
     parameters = parameters_of(students)
     groups = [{"params": lora_parameters(student)} for student in students]
-    optimizer = adapt.adamw(groups, config)
+    optimizer = adapt.adamw(groups, config.students[0])                 # each group's rate is set before its every step
     start, position = run.restore(parameters, optimizer)
 
     first = adapt.first_differing(model, saes)
@@ -116,18 +115,32 @@ def train(setting, run, students):
 def named(config, loss, norm):
     """What a step's line of metrics.jsonl holds: the KL in nats a token, and the norm of its gradient before clipping."""
     kl = loss / config.context
-    if len(config.rank) == 1:
+    if len(config.students) == 1:
         return {"kl": kl, "grad_norm": norm}
-    losses = {f"kl_r{rank}": value for rank, value in zip(config.rank, kl)}
-    norms = {f"grad_norm_r{rank}": value for rank, value in zip(config.rank, norm)}
+    names = student_names(config, "r", "lr")
+    losses = {f"kl_{name}": value for name, value in zip(names, kl)}
+    norms = {f"grad_norm_{name}": value for name, value in zip(names, norm)}
     return {**losses, **norms}
 
 
+def student_names(config, rank="rank-", lr="lr-"):
+    """What tells the students apart, as in the names of their folders: rank-16, lr-5e-05, rank-16-lr-5e-05; "" of a lone one."""
+    names = []
+    for student in config.students:
+        parts = []
+        if len(config.rank) > 1:
+            parts.append(f"{rank}{student.rank[0]}")
+        if isinstance(config.lr, tuple):
+            parts.append(f"{lr}{student.lr}")
+        names.append("-".join(parts))
+    return names
+
+
 def save(model, run, students):
-    """Writes the adapters -> the folder of each: the run's, or of several ranks one for each in it."""
+    """Writes the adapters -> the folder of each: the run's, or of several students one for each in it."""
     config, places = run.config, []
-    for rank, student in zip(config.rank, students):
-        place = run.folder / f"rank-{rank}" if len(students) > 1 else run.folder
+    for name, student in zip(student_names(config), students):
+        place = run.folder / name
         attach_lora(model, student)
         if distributed.rank() == 0:
             save_adapter(model, place / "adapter", base_model=config.model)
@@ -135,15 +148,21 @@ def save(model, run, students):
     return places
 
 
-def write_results(run, places, results):
-    """results.json; of several ranks one in each folder, beside a config.json that makes it a run of that rank."""
+def write_results(run, results):
+    """results.json; of several students one in each folder, beside a config.json that makes it a run of that student."""
     config = run.config
-    if len(places) == 1:
-        run.finish(results[config.rank[0]])
+    first, *others = results.values()
+    if not others:
+        run.finish(first)
         return
-    for rank, place in zip(config.rank, places):
+    for student, place in zip(config.students, results):
         if distributed.rank() == 0:
-            write_json(place / "config.json", {**replace(config, rank=(rank,)).to_json(), "versions": versions()})
-            write_json(place / "results.json", results[rank])
-    shared = {name: results[config.rank[0]][name] for name in ("eval_tokens", "train_tokens", "tokens_per_second", "seconds")}
-    run.finish({"ranks": results, **shared})
+            write_json(place / "config.json", {**student.to_json(), "versions": versions()})
+            write_json(place / "results.json", results[place])
+
+    shared = {name: first[name] for name in ("eval_tokens", "train_tokens", "tokens_per_second", "seconds")}
+    kind = "rates" if len(config.rank) == 1 else "ranks"
+    if isinstance(config.lr, tuple) and len(config.rank) > 1:
+        kind = "ranks and rates"
+    named = dict(zip(student_names(config, "", ""), results.values()))
+    run.finish({kind: named, **shared})

@@ -8,7 +8,7 @@ model's preset (io/presets.py); the paper's, which are the defaults of Config's 
 """
 import math
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from os.path import basename, dirname, isdir, isfile, join
 from pathlib import Path
 
@@ -16,12 +16,15 @@ from lorasae.errors import InputError
 from lorasae.io.checkpoint import load_config
 from lorasae.io.disk import read_object
 from lorasae.io.hub import sae_choice
-from lorasae.io.presets import preset
+from lorasae.io.presets import PAPER, preset, tuned
 from lorasae.io.streams import say
 
-METHODS = ("lora", "topk", "jumprelu", "e2e")
+METHODS = ("lora", "topk", "jumprelu", "e2e", "finetune")
 LLAMA_SCOPE = ("openmoss", "sae_lens", "sae_lens_legacy")
 DTYPES = ("float32", "bfloat16")
+OBJECTIVES = ("kl", "mse", "balanced")
+THRESHOLDS = ("trained", "frozen")
+RECIPES = ("paper", "tuned")
 SAE_TOKENS = 2_000_000_000                              # the paper's training of an SAE (§3.1)
 DEAD_AFTER = 10_000_000                                 # Gao et al. (2024); at most a tenth of the run, so that short runs have dead latents
 UNKNOWN = {"data": "stdlib"}                            # for models without a preset: what every user has
@@ -51,6 +54,12 @@ class Config:
     dropout: float = 0.1
     adapt: tuple = ()                           # words of --adapt; (): decided by the kind of the SAEs
 
+    # an SAE that is there already, trained on
+    objective: str | None = None                # one of OBJECTIVES; None: balanced for finetune, else Eq. 7's kl
+    thresholds: str = "trained"                 # of a JumpReLU: with its L0 held, or frozen
+    train_sae: bool = False                     # lora: the SAE is trained together with the adapters
+    sae_lr: float | None = None                 # its learning rate then
+
     # text
     data: str = "pile"                          # a source of io/streams.py
     field: str | None = None                    # JSON field with the text
@@ -61,7 +70,7 @@ class Config:
     # optimisation
     batch_size: int = 1                         # sequences a step
     micro_batch: int | None = None              # sequences that pass through the model at once; None: the batch
-    lr: float | None = 5e-5                     # None, for an SAE: 2e-4 / √(latents / 2^14)
+    lr: float | tuple | None = 5e-5             # several train side by side; None, for an SAE: 2e-4 / √(latents / 2^14)
     lr_decay: bool = False                      # falling linearly to 0
     weight_decay: float = 0.01
     clip: float = 1.0                           # bound on the gradient norm of the KL summed over a sequence
@@ -78,9 +87,12 @@ class Config:
 
     def __post_init__(self):
         on_gpu = str(self.device).startswith("cuda")
-        derived = {"micro_batch": self.batch_size, "compile": on_gpu, "ahead": 8 if on_gpu else 1}
+        derived = {"micro_batch": self.batch_size, "compile": on_gpu, "ahead": 8 if on_gpu else 1,
+                   "objective": "balanced" if self.method == "finetune" else "kl"}
         if is_whole(self.tokens):
             derived["dead_after"] = min(DEAD_AFTER, max(1, self.tokens // 10))
+        if isinstance(self.lr, tuple) and len(self.lr) == 1:
+            object.__setattr__(self, "lr", self.lr[0])
         for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)           # a frozen dataclass is set this way
@@ -100,6 +112,17 @@ class Config:
         """The tokens of those steps."""
         return self.steps * self.tokens_per_step
 
+    @property
+    def students(self):
+        """A Config for each of the adapters that train side by side: one rank and one rate each."""
+        rates = self.lr if isinstance(self.lr, tuple) else (self.lr,)
+        count = max(len(self.rank), len(rates))
+        ranks = self.rank * count if len(self.rank) == 1 else self.rank
+        rates = rates * count if len(rates) == 1 else rates
+        if len(self.rank) * len(rates) == 1:
+            return [self]
+        return [replace(self, rank=(rank,), lr=lr) for rank, lr in zip(ranks, rates)]
+
     def to_json(self):
         """The object that config.json holds."""
         return {**asdict(self), "steps": self.steps}
@@ -109,10 +132,11 @@ class Config:
 
 TEXTS = ("model", "data", "device")
 WHOLE = ("k", "tokens", "eval_tokens", "context", "batch_size", "micro_batch", "ahead", "checkpoint_every", "dead_after")
-POSITIVE = ("alpha", "lr", "clip", "l0")
+POSITIVE = ("alpha", "clip", "l0", "sae_lr")
 NOT_NEGATIVE = ("dropout", "weight_decay", "seed")
-SWITCHES = ("auxk", "lr_decay", "compile", "shard")
-CHOICES = {"method": METHODS, "llama_scope": LLAMA_SCOPE, "dtype": DTYPES, "sae_dtype": DTYPES}
+SWITCHES = ("auxk", "lr_decay", "compile", "shard", "train_sae")
+CHOICES = {"method": METHODS, "llama_scope": LLAMA_SCOPE, "dtype": DTYPES, "sae_dtype": DTYPES, "objective": OBJECTIVES,
+           "thresholds": THRESHOLDS}
 LARGEST_SEED = 2 ** 63 - 1
 
 
@@ -152,9 +176,8 @@ def check(config):
     if config.context < 2:
         refuse("context", "at least 2 tokens: BOS and one more")
     check_lists(config, refuse)
-
-    if config.shard and (config.method != "lora" or len(config.rank) > 1):
-        raise InputError("--shard is for adapters of one rank: leave it out")
+    check_students(config, refuse)
+    check_trained_sae(config)
 
 
 def check_lists(config, refuse):
@@ -163,14 +186,54 @@ def check_lists(config, refuse):
         values = getattr(config, name)
         if not isinstance(values, tuple) or not all(is_whole(value) and value >= least for value in values):
             refuse(name, f"whole numbers of at least {least}" if least == 0 else "positive whole numbers")
-        if len(set(values)) < len(values):
-            raise InputError(f"{option(name)} {' '.join(map(str, values))} names a {name} twice")
+        if name == "layer" and len(set(values)) < len(values):
+            raise InputError(f"--layer {' '.join(map(str, values))} names a layer twice")
     for name in ("sae", "adapt"):
         values = getattr(config, name)
         if not isinstance(values, tuple) or not all(isinstance(value, str) and value for value in values):
             refuse(name, "a list of texts")
     if not config.rank:
         refuse("rank", "at least one rank")
+
+
+def check_students(config, refuse):
+    """The ranks and rates that train side by side."""
+    rates = config.lr if isinstance(config.lr, tuple) else (config.lr,)
+    for lr in rates:
+        if lr is not None and (not is_number(lr) or lr <= 0) or lr is None and len(rates) > 1:
+            refuse("lr", "a positive number, or several")
+    if not rates:
+        refuse("lr", "at least one rate")
+
+    several = [len(values) for values in (config.rank, rates) if len(values) > 1]
+    if len(several) == 2 and several[0] != several[1]:
+        raise InputError(f"--rank names {several[0]} ranks and --lr {several[1]} rates: pass several of one of them, or equally "
+                         "many of both, which go together in pairs")
+    if several:
+        pairs = [(student.rank, student.lr) for student in config.students]
+        if len(set(pairs)) < len(pairs):
+            name, values = ("rank", config.rank) if len(config.rank) > 1 else ("lr", rates)
+            raise InputError(f"{option(name)} {' '.join(map(str, values))} names a {'rate' if name == 'lr' else 'rank'} twice")
+        if config.method != "lora":
+            raise InputError(f"--method {config.method} trains at one --lr: several are for adapters")
+    if config.shard and (config.method != "lora" or several):
+        raise InputError("--shard is for adapters of one rank and one rate: leave it out")
+
+
+def check_trained_sae(config):
+    """What a run needs that trains an SAE that is there already, alone or together with adapters."""
+    if config.method != "finetune" and not config.train_sae:
+        return
+    asked = "--train-sae" if config.train_sae else "--method finetune"
+    if config.train_sae and (len(config.students) > 1 or config.shard):
+        raise InputError("--train-sae trains one SAE with one adapter: pass one --rank and one --lr, without --shard")
+    if len(config.layer) > 1:
+        raise InputError(f"--layer {' '.join(map(str, config.layer))}: {asked} trains the SAE of one layer")
+    if config.micro_batch < config.batch_size:
+        raise InputError(f"--micro-batch {config.micro_batch}: {asked} takes the {config.batch_size} sequences of a step at once, "
+                         "as its losses are means over them; pass a smaller --batch-size instead")
+    if config.sae_dtype != "float32":
+        raise InputError(f"--sae-dtype {config.sae_dtype}: what {asked} trains is float32; leave it out")
 
 
 def is_whole(value):
@@ -188,12 +251,17 @@ def option(name):
 
 # ---- Filling in --------------------------------------------------------------------------------------------------------
 
+OF_ADAPTERS = ("rank", "alpha", "dropout", "adapt", "weight_decay", "train_sae", "sae_lr", "recipe")
+OF_FINETUNING = ("objective", "thresholds")
+FROM_SCRATCH = (*OF_ADAPTERS, *OF_FINETUNING, "lr_decay", "sae_dtype", "llama_scope")
 WITHOUT_EFFECT = {                                      # options that change nothing of what a method does
-    "lora": ("k", "auxk", "dead_after"),
-    "topk": ("rank", "alpha", "dropout", "adapt", "lr_decay", "weight_decay", "sae_dtype", "llama_scope", "l0"),
-    "jumprelu": ("rank", "alpha", "dropout", "adapt", "lr_decay", "weight_decay", "sae_dtype", "llama_scope", "k"),
-    "e2e": ("rank", "alpha", "dropout", "adapt", "lr_decay", "weight_decay", "sae_dtype", "llama_scope", "l0"),
+    "lora": ("k", "auxk", "dead_after", "objective"),
+    "topk": (*FROM_SCRATCH, "l0"),
+    "jumprelu": (*FROM_SCRATCH, "k"),
+    "e2e": (*FROM_SCRATCH, "l0"),
+    "finetune": (*OF_ADAPTERS, "k", "auxk", "dead_after"),
 }
+FINETUNE = {"lr": 5e-5, "lr_decay": True}               # the published finetune's: 5e-5 falling linearly to 0 (arXiv 2503.17272)
 
 
 def configure(given):
@@ -203,19 +271,32 @@ def configure(given):
     for name in WITHOUT_EFFECT.get(method, ()):
         if name in given and given[name] is not False:
             raise InputError(f"{option(name)} has no effect with --method {method}: leave it out")
-    values = adapting(given) if method == "lora" else sae_training(given, method)
+    if method == "lora" and not given.get("train_sae"):
+        for name in ("thresholds", "sae_lr"):
+            if name in given:
+                raise InputError(f"{option(name)} has no effect without --train-sae: leave it out, or pass both")
+    values = adapting(given) if method in ("lora", "finetune") else sae_training(given, method)
     return Config(**values)
 
 
 def adapting(given):
-    """The fields of a run that adapts the model."""
+    """The fields of a run that adapts the model to an SAE, or finetunes the SAE."""
+    given = dict(given)
+    recipe = given.pop("recipe", None)
     model = given.get("model", Config.model)
     known = preset(model)
     if known is None:
         load_config(model)                              # that there is no such model is said first
-        defaults = UNKNOWN
+        defaults = dict(UNKNOWN)
     else:
         defaults = {"layer": (known.layer,), **known.common, **known.lora}
+    of_sae = {**FINETUNE, **(known.finetune if known else {})}
+    if given.get("method") == "finetune":
+        defaults = {name: value for name, value in defaults.items() if name not in OF_ADAPTERS} | of_sae
+    elif recipe is not None:
+        defaults |= recipe_of(recipe, model)
+    if given.get("train_sae"):
+        defaults["sae_lr"] = of_sae["lr"]
 
     if "sae" in given:
         own = {name: value for name, value in defaults.items() if name != "adapt"}      # it depends on the SAE's kind
@@ -229,6 +310,16 @@ def adapting(given):
     if len(choices) == 1:
         values["l0"] = chosen["l0"]
     return fitted(values, given, known)
+
+
+def recipe_of(name, model):
+    """The fields of Config that a recipe for adapters decides: the paper's, or what a search on small models supports."""
+    if name not in RECIPES:
+        raise InputError(f"--recipe is {name!r}, but it must be one of {', '.join(RECIPES)}")
+    if name == "paper":
+        return PAPER
+    config = load_config(model)
+    return tuned(config.hidden_size, config.num_hidden_layers)
 
 
 def made_by(sources, with_tokens):

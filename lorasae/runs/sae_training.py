@@ -113,12 +113,23 @@ def keep(run, sae, step):
 def measure(model, sae, layer, batches):
     """{ce_base, ce_sae, kl_sae in nats a token; fvu; l0; dead_latents: the part of them that no held-out token fires}."""
     results = evaluate(model, {layer: sae}, batches, ("base", "sae"))
+    return numbers_of(results, model, sae, layer, batches)
+
+
+def numbers_of(results, model, sae, layer, batches):
+    """What `measure` returns, of the settings base and sae of fidelity.measure."""
+    numbers = fidelity.summary(results)
+    return {"ce_base": numbers["ce_base"], "ce_sae": numbers["ce_sae"], "kl_sae": numbers["kl_sae"],
+            "fvu": 1 - numbers["explained_variance_sae"][layer], "l0": numbers["l0_sae"][layer],
+            "dead_latents": dead_latents(model, sae, layer, batches)}
+
+
+@torch.no_grad()
+def dead_latents(model, sae, layer, batches):
+    """The part of the latents that no token of the batches fires."""
     fired = torch.zeros(len(sae.W_enc), dtype=torch.bool, device=model.device)
     for tokens in batches:
         x = model.run(model.embed(tokens.to(model.device)), 0, layer + 1).flatten(0, 1)
         for rows in x.split(1024):
             fired |= (sae.encode(rows) > 0).any(0)
-    numbers = fidelity.summary(results)
-    return {"ce_base": numbers["ce_base"], "ce_sae": numbers["ce_sae"], "kl_sae": numbers["kl_sae"],
-            "fvu": 1 - numbers["explained_variance_sae"][layer], "l0": numbers["l0_sae"][layer],
-            "dead_latents": 1 - fired.float().mean().item()}
+    return 1 - fired.float().mean().item()

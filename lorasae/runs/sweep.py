@@ -1,4 +1,4 @@
-"""Several adapters of one model, trained side by side in one pass: --rank 1 4 16 64 256.
+"""Several adapters of one model, trained side by side in one pass: --rank 1 4 16 64 256, --lr 5e-5 2e-4 1e-3.
 
 Each student takes the very steps of a run of its own, to the bit. What it shares with the others is all that does not
 depend on it: the text, the frozen prefix, the teacher, and the teacher's logits in the loss (objectives.linear_kl).
@@ -66,8 +66,8 @@ def train(model, saes, lessons, optimizer, students, config, start=0, all_reduce
     with compiled_blocks(model) if config.compile else nullcontext():
         for step, lesson in zip(range(start, config.steps), lessons):
             torch.manual_seed(step_seed(config.seed, step, process))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.lr, step, config)
+            for group, student in zip(optimizer.param_groups, config.students, strict=True):
+                group["lr"] = learning_rate(student.lr, step, config)
             losses, norms = take_step(model, saes, lesson, first, optimizer, students, config, all_reduce)
             yield step + 1, losses, norms
     model.eval()

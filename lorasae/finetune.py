@@ -1,0 +1,229 @@
+"""Beyond the paper: an SAE that is there already, trained on, alone or together with the adapters.
+
+    python train.py --method finetune --sae SOURCE          the SAE alone, the model as it is     (Karvonen 2025)
+    python train.py --method lora --train-sae               both at once, on Eq. 7
+
+    KL          KL(base ‖ with SAE)                         Eq. 7; without adapters it is the end-to-end loss of §3.2
+    MSE         ‖x - x̂‖² over the variance of x             §3.1
+    balanced    ½ (MSE + KL · sg[MSE / KL])                 Karvonen (2025), arXiv 2503.17272: sg stops the gradient, so that
+                                                            both parts have the size of the MSE, whatever the SAE
+    + L0        (L0 / what it was - 1)²                     §3.3, of a JumpReLU: its thresholds follow the straight-through
+                                                            gradient, and its L0 stays; of frozen thresholds it is free
+
+    naive_loss      all of it as it is written
+    learn           the same without waste, as adapt.learn
+    take_step       one step of AdamW on adapters, SAE, or both
+    train           the loop
+
+What stays: every decoder row keeps the norm it came with. A row's norm and the scale of its latent are one and the same
+freedom, so nothing is lost by it, and latents before and after can be compared. The norms of a foreign SAE, which need
+not be 1, are not touched.
+
+Shapes: B batch, T tokens, D d_model, M latents, N positions that the SAE learns from.
+"""
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+
+from lorasae import dictionary
+from lorasae.adapt import compiled_blocks, first_differing, learning_rate, step_seed
+from lorasae.dictionary import alone, fvu, l0_penalty
+from lorasae.errors import InputError
+from lorasae.lora import base
+from lorasae.objectives import linear_kl
+from lorasae.sae import JumpReLU
+
+L0_WEIGHT = 10.0                                # of (L0 / what it was - 1)²: the square alone leaves L0 where both pulls are equal
+
+
+# ---- The objective -----------------------------------------------------------------------------------------------------
+
+def combined(objective, kl, mse):
+    """The objective `kl`, `mse` or `balanced` of the two losses a token.
+
+    The MSE is in units of the activations' variance (the FVU), so that one weight of the L0 penalty serves every model;
+    the balance, and Adam, do not see a constant. Raises InputError where there is no KL to balance.
+    """
+    if objective == "kl":
+        return kl
+    if objective == "mse":
+        return mse
+    if not kl > 0:
+        raise InputError(f"the KL of a step is {kl.item():g}, so the balanced loss ½ (MSE + KL · MSE / KL) has nothing to "
+                         "balance: with this SAE the model is as without; pass --objective mse")
+    return (mse + kl * (mse / kl).detach()) / 2
+
+
+def naive_loss(model, saes, tokens, objective):
+    """The objective of the SAE of {layer: SAE}, a token's, for tokens [B, T], with all logits and in plain autograd.
+
+    The gradient is the whole one for TopK, and for a JumpReLU all but that of its thresholds, which is none.
+    """
+    (layer, sae), = saes.items()
+    with torch.no_grad(), base(model):
+        log_p = model(tokens).log_softmax(-1)
+    log_q = model(tokens, saes).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    x = model.run(model.embed(tokens), 0, layer + 1)
+    learned = ~model.special(tokens) | sae.on_special
+    mse = fvu(sae(x[learned]), x[learned])
+    return combined(objective, kl, mse)
+
+
+# ---- The SAE in training -----------------------------------------------------------------------------------------------
+
+class Held(NamedTuple):
+    """What stays as it was while an SAE is trained, and what its thresholds need."""
+    norms: torch.Tensor                     # [M, 1] of the decoder's rows
+    l0: float                               # active latents a position
+    unit: float                             # rms distance of the activations from b_dec: of a JumpReLU's biases and thresholds
+    bandwidth: torch.Tensor                 # [M] ε of the straight-through gradient
+
+
+@torch.no_grad()
+def hold(sae, x):
+    """The Held of an SAE that is to be trained on activations such as x [N, D].
+
+    A latent's values are in units of 1 / its row's norm, so its bandwidth is too. A TopK has no thresholds: its unit is 1.
+    """
+    norms = sae.W_dec.norm(dim=1, keepdim=True)
+    active = sum((sae.encode(rows) > 0).sum().item() for rows in x.split(256))
+    unit = (x - sae.b_dec).square().sum(1).mean().sqrt().item() if isinstance(sae, JumpReLU) else 1.0
+    bandwidth = dictionary.BANDWIDTH * unit / norms[:, 0].clamp(min=torch.finfo(norms.dtype).tiny)
+    return Held(norms, active / len(x), unit, bandwidth)
+
+
+class InTraining:
+    """An SAE in its place in the model: x [B, T, D] -> x̂, with every gradient that training needs.
+
+    It works on the positions that the SAE learns from, learned [B, T] bool, and leaves the others alone. `x`, `x_hat`
+    [N, D] and `active` say afterwards what it did.
+    """
+    on_special = True                       # it looks after BOS and EOS itself
+
+    def __init__(self, sae, held, learned):
+        self.sae, self.held, self.learned = sae, held, learned
+
+    def __call__(self, x):
+        self.x = x[self.learned].float()
+        self.x_hat, _, self.active = dictionary.reconstruct(self.sae, self.x, self.held.bandwidth)
+        return x.index_put((self.learned,), self.x_hat.to(x.dtype))
+
+
+# ---- One step ----------------------------------------------------------------------------------------------------------
+
+def first_trained(model, layer):
+    """The first block that differs between teacher and student. An SAE in training is none of the shared prefix's."""
+    return first_differing(model, {layer: None})
+
+
+def learn(model, layer, sae, held, lesson, first, config, everywhere=alone):
+    """The student's part: a Lesson, made by adapt.teach without SAEs -> (loss, {name: value}), both a token's.
+
+    Differentiable in the adapters and in the SAE at `layer`. config: objective, compile.
+    """
+    learned = ~lesson.special | sae.on_special
+    training = InTraining(sae, held, learned)
+    x = training(lesson.x) if first == layer + 1 else lesson.x
+    reads_on = config.objective != "mse"                        # what comes after the SAE does not concern its MSE
+    stop = len(model.layers) if reads_on else layer + 1
+    x = model.run(x, first, stop, {layer: training}, lesson.special)
+
+    kl = None
+    if reads_on:
+        hidden = model.norm(x)
+        total = linear_kl(lesson.target, hidden, model.head, model.softcap, compiled=config.compile)
+        kl = everywhere(total) / everywhere(total.new_full((), learned.numel()))
+    mse = fvu(training.x_hat, training.x, everywhere)
+    loss = combined(config.objective, kl, mse)
+
+    l0 = everywhere(training.active) / everywhere(mse.new_full((), len(training.x)))
+    if isinstance(sae, JumpReLU) and sae.threshold.requires_grad:
+        loss = loss + L0_WEIGHT * l0_penalty(l0, held.l0)
+
+    values = {"kl": kl, "fvu": mse, "l0": l0}
+    return loss, {name: value.detach() for name, value in values.items() if value is not None}
+
+
+def adamw(adapters, sae, held, config, sae_lr):
+    """The optimiser, a group for the adapters' parameters, if any, for the SAE's matrices, and for its vectors.
+
+    A JumpReLU's vectors have the scale of its activations, so their rate does too (dictionary.begin). Weight decay is the
+    adapters' alone: it would shrink an SAE's rows and thresholds, whose sizes mean something.
+    """
+    trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() == 2]
+    vectors = [parameter for parameter in trained if parameter.dim() == 1]
+    groups = [{"params": matrices, "rate": sae_lr, "weight_decay": 0.0},
+              {"params": vectors, "rate": sae_lr * held.unit, "weight_decay": 0.0}]
+    if adapters:
+        groups.insert(0, {"params": adapters, "rate": config.lr, "weight_decay": config.weight_decay})
+    return torch.optim.AdamW(groups, lr=sae_lr, fused=True)
+
+
+def trained_parameters(optimizer):
+    """All that an optimiser trains, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def take_step(model, layer, sae, held, adapters, lesson, first, optimizer, config, everywhere=alone, all_reduce=None):
+    """One step on a lesson. Returns {name: value}: the losses a token, and the gradients' norms before clipping.
+
+    As in adapt.take_step a loss is summed over a sequence's tokens, and `clip` bounds the gradient of that. Adapters and
+    SAE are clipped apart, each by its own norm, so that neither's step depends on how large the other's gradient is.
+    """
+    loss, values = learn(model, layer, sae, held, lesson, first, config, everywhere)
+    (loss * lesson.special.shape[1]).backward()
+    parameters = trained_parameters(optimizer)
+    if all_reduce is not None:
+        all_reduce([parameter.grad for parameter in parameters])
+
+    along_sphere(sae, held)
+    own = parameters[len(adapters):]
+    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(own, config.clip)
+    if adapters:
+        values["grad_norm_lora"] = torch.nn.utils.clip_grad_norm_(adapters, config.clip)
+
+    optimizer.step()
+    optimizer.zero_grad()
+    back_to_norms(sae, held)
+    return values
+
+
+@torch.no_grad()
+def along_sphere(sae, held):
+    """Takes out of the decoder's gradient what would only change the norms of its rows."""
+    rows = sae.W_dec / held.norms.clamp(min=torch.finfo(held.norms.dtype).tiny)
+    gradient = sae.W_dec.grad
+    gradient -= (gradient * rows).sum(1, keepdim=True) * rows
+
+
+@torch.no_grad()
+def back_to_norms(sae, held):
+    """Gives every decoder row the norm it came with. A threshold stays at least 0."""
+    now = sae.W_dec.norm(dim=1, keepdim=True).clamp(min=torch.finfo(held.norms.dtype).tiny)
+    sae.W_dec *= held.norms / now
+    if isinstance(sae, JumpReLU):
+        sae.threshold.clamp_(min=0)
+
+
+# ---- The loop ----------------------------------------------------------------------------------------------------------
+
+def train(model, layer, sae, held, adapters, lessons, optimizer, config, start=0, everywhere=alone, all_reduce=None,
+          process=0):
+    """The loop: a step a lesson, from step `start` on. Yields (steps done, {name: value}) after each.
+
+    adapters: the adapters' parameters, where they are trained; the model may have others, which then stay as they are.
+    config: steps, lr_decay, clip, seed, weight_decay, objective, compile (runs.config.Config has all of these).
+    """
+    first = first_trained(model, layer)
+    model.train(bool(adapters))                                 # dropout is of adapters that learn
+    with compiled_blocks(model) if config.compile else nullcontext():
+        for step, lesson in zip(range(start, config.steps), lessons):
+            torch.manual_seed(step_seed(config.seed, step, process))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(group["rate"], step, config)
+            yield step + 1, take_step(model, layer, sae, held, adapters, lesson, first, optimizer, config, everywhere, all_reduce)
+    model.eval()

@@ -1,0 +1,174 @@
+"""What the experiments beyond the paper share: the embedded models around their SAEs, three splits of text, arms trained in memory.
+
+    tuning      training text on which rates are chosen; nothing trains on it
+    training    the rest of the training text, in an order of each seed's
+    held out    what results are measured on; nothing is chosen by it
+
+Shapes: n sequences, T tokens.
+"""
+import copy
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lorasae import adapt, dictionary, finetune
+from lorasae.errors import InputError
+from lorasae.evals import fidelity
+from lorasae.io.disk import read_json, write_json
+from lorasae.io.presets import TINY
+from lorasae.lora import attach_lora, detach_lora, lora_parameters
+from lorasae.model import Transformer
+from lorasae.runs import adaptation, sae_training, sweep
+from lorasae.runs.config import Config, configure
+from lorasae.runs.setting import load_setting
+
+MODELS = ("tiny-gemma-2", "tiny-llama-3")
+KINDS = ("jumprelu", "topk")
+TUNING = 10_000                                         # tokens
+
+
+class Case(NamedTuple):
+    """A model around one SAE, and text."""
+    name: str
+    model: Transformer
+    sae: torch.nn.Module                                # as it came: arms train copies
+    layer: int
+    blocks: list                                        # to adapt: the paper's choice for the kind of SAE
+    config: Config
+    tuning: torch.Tensor                                # [n, T]
+    text: torch.Tensor                                  # [n, T] to train on
+    held_out: torch.Tensor                              # [n, T]
+
+
+def load_case(model, kind, tokens, eval_tokens):
+    """The Case of an embedded model and a kind of SAE, with `tokens` to train on at hand."""
+    source = TINY / f"{model.removeprefix('tiny-')}-sae" / kind
+    config = configure({"model": model, "sae": (str(source),), "eval_tokens": eval_tokens, "batch_size": 4, "lr_decay": True,
+                        "dropout": 0.0, "device": "cpu"})
+    setting = load_setting(config)
+    (layer, sae), = setting.saes.items()
+    blocks = adaptation.blocks_to_adapt(adapt.default_adapt(setting.saes), setting.saes, len(setting.model.layers))
+
+    own = -(-TUNING // config.context)                  # sequences
+    wanted = own + -(-tokens // config.context)
+    with setting.corpus.batches(1) as batches:
+        sequences = torch.cat([batch for (batch, _), _ in zip(batches, range(wanted))])
+    return Case(f"{model} {kind}", setting.model, sae, layer, blocks, config, sequences[:own], sequences[own:],
+                setting.corpus.validation)
+
+
+# ---- Training ----------------------------------------------------------------------------------------------------------
+
+class Trained(NamedTuple):
+    """An arm after its training."""
+    student: dict | None                                # adapters, {module name: LoRALinear}
+    sae: torch.nn.Module
+    seconds: float                                      # of training alone
+
+
+def asked(case, tokens, seed, **how):
+    """The Config of an arm."""
+    return replace(case.config, tokens=tokens, seed=seed, **how)
+
+
+def lessons(case, config, first, saes):
+    """The frozen model's part of every step, over the training text in the seed's order, again and again if it must be."""
+    order = np.random.default_rng(config.seed).permutation(len(case.text))
+    for step in range(config.steps):
+        places = np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(order)
+        yield adapt.teach(case.model, saes, case.text[order[places]], first)
+
+
+def adapted(case, config):
+    """Adapters alone around the SAE as it came: [Trained] of every rank and rate of the configuration, trained in one pass.
+
+    The seconds are those of the whole pass.
+    """
+    model, saes = case.model, {case.layer: case.sae}
+    students = adaptation.new_students(model, case.blocks, config)
+    optimizer = adapt.adamw([{"params": lora_parameters(student)} for student in students], config.students[0])
+    first = adapt.first_differing(model, saes)
+    source = lessons(case, config, first, saes)
+    started = time.perf_counter()
+    if len(students) == 1:
+        updates = adapt.train(model, saes, source, optimizer, config)
+    else:
+        updates = sweep.train(model, saes, source, optimizer, students, config)
+    finish(updates)
+    seconds = time.perf_counter() - started
+    detach_lora(model)
+    return [Trained(student, case.sae, seconds) for student in students]
+
+
+def finetuned(case, config, sae_lr, student=None, train_adapters=False):
+    """A copy of the SAE, trained on config.objective -> Trained.
+
+    student: adapters to be attached. With train_adapters they learn too, at config.lr; else they stay as they are.
+    """
+    model, sae = case.model, copy.deepcopy(case.sae).requires_grad_(True)
+    seen = dictionary.observe(model, sae, case.layer, case.tuning[:16], end_to_end=False)
+    held = finetune.hold(sae, seen.x[seen.learned])
+    if student is not None:
+        attach_lora(model, student)
+    adapters = lora_parameters(student) if train_adapters else []
+    for parameter in lora_parameters(student or {}):
+        parameter.requires_grad_(train_adapters)
+
+    optimizer = finetune.adamw(adapters, sae, held, config, sae_lr)
+    source = lessons(case, config, finetune.first_trained(model, case.layer), {})
+    started = time.perf_counter()
+    finish(finetune.train(model, case.layer, sae, held, adapters, source, optimizer, config))
+    seconds = time.perf_counter() - started
+    detach_lora(model)
+    return Trained(student, sae.requires_grad_(False), seconds)
+
+
+def finish(updates):
+    """Takes every step."""
+    for _ in updates:
+        pass
+
+
+# ---- Measuring ---------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def measured(case, trained, text, whole=True):
+    """{ce, kl}, and of the `whole` {kl_without_sae, l0, fvu, dead_latents} too, of an arm on text [n, T]; nats a token."""
+    model, saes, batches = case.model, {case.layer: trained.sae}, text.split(8)
+    if trained.student is not None:
+        attach_lora(model, trained.student)
+    settings = ("base", "adapted", "lora") if whole else ("base", "adapted")
+    numbers = fidelity.summary(fidelity.measure(model, saes, batches, settings))
+    found = {"ce_base": numbers["ce_base"], "ce": numbers["ce_adapted"], "kl": numbers["kl_adapted"]}
+    if whole:
+        dead = sae_training.dead_latents(model, trained.sae, case.layer, batches)
+        found |= {"kl_without_sae": numbers["kl_lora"], "l0": numbers["l0"][case.layer],
+                  "fvu": 1 - numbers["explained_variance"][case.layer], "dead_latents": dead}
+    detach_lora(model)
+    return found
+
+
+def untouched(case):
+    """The Trained of no training at all."""
+    return Trained(None, case.sae, 0.0)
+
+
+# ---- Files -------------------------------------------------------------------------------------------------------------
+
+def once(path, work):
+    """What the JSON file at `path` holds; where there is none, work() makes it. So an interrupted experiment continues."""
+    if not path.exists():
+        write_json(path, work())
+    return read_json(path)
+
+
+def same_plan(folder, plan):
+    """Refuses to continue an experiment that was begun with other arguments."""
+    before = once(folder / "plan.json", lambda: plan)
+    for name in plan:
+        if before.get(name) != plan[name]:
+            raise InputError(f"{folder} was begun with {name} {before.get(name)}, not {plan[name]}: pass another --out, or the "
+                             "same arguments to continue")

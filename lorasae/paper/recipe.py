@@ -1,0 +1,193 @@
+"""How to train adapters: rate x decay x rank, against the published recipe (beyond the paper).
+
+    python -m lorasae.paper.recipe                      the embedded models around both kinds of SAE
+    python -m lorasae.paper.recipe --quick              seconds: that it runs, not what it finds
+
+How many tokens does a recipe need to close as much of the KL gap as the published one does with its whole budget? Every
+recipe is trained anew at every budget, since a rate that falls to 0 depends on it; all rates and ranks of a budget train
+side by side in one pass. Everything is measured on a tuning split of the training text, never on the held-out one, so
+what is chosen here (io/presets.py: --recipe tuned) may still be tested there.
+
+OUT/ gets a file for each pass, recipe.json and, with matplotlib, recipe.png. Interrupted, the same command continues.
+"""
+import math
+from pathlib import Path
+
+from lorasae.evals.common import percent, print_table
+from lorasae.evals.figures import save_figure
+from lorasae.io.console import Parser, answering, count
+from lorasae.io.disk import write_json
+from lorasae.io.presets import PAPER
+from lorasae.paper.arms import KINDS, MODELS, adapted, asked, finetuned, load_case, measured, once, same_plan, untouched
+from lorasae.paper.model_or_sae import new_student
+
+BUDGETS = (48, 24, 16, 12, 8, 4)                        # parts of the published recipe's tokens
+RATES = (1e-3, 3e-3, 9e-3)
+RANKS = (64,)
+
+
+# ---- Trying ------------------------------------------------------------------------------------------------------------
+
+def closed(found, kl):
+    """The part of the KL gap that is closed, on the tuning text; found: what `search` returns."""
+    return 1 - kl / found["before"]
+
+
+def search(case, folder, plan, seed):
+    """Every recipe at every budget -> {"before", "paper", "tried": [{lr, rank, decay, sae_lr, tokens, kl}]}, KL in nats."""
+    tokens, tried = plan["tokens"], []
+
+    def kl(trained):
+        return measured(case, trained, case.tuning, whole=False)["kl"]
+
+    def published():
+        trained, = adapted(case, asked(case, tokens, seed, rank=(64,), micro_batch=None, **PAPER))
+        return kl(trained)
+
+    before = once(folder / "before.json", lambda: kl(untouched(case)))
+    paper = once(folder / f"paper-{seed}.json", published)
+    for part in BUDGETS:
+        budget = tokens // part
+        for decay in (True, False):
+            pairs = [(rank, lr) for rank in plan["ranks"] for lr in plan["rates"]]
+            ranks, rates = zip(*pairs)
+
+            def side_by_side():
+                config = asked(case, budget, seed, rank=ranks, lr=rates, lr_decay=decay)
+                return [kl(trained) for trained in adapted(case, config)]
+            found = once(folder / f"{'decay' if decay else 'constant'}-{part}-{seed}.json", side_by_side)
+            for (rank, lr), value in zip(pairs, found):
+                tried.append({"lr": lr, "rank": rank, "decay": decay, "sae_lr": None, "tokens": budget, "kl": value})
+
+        for sae_lr in plan["sae_rates"]:
+            lr, rank = plan["rates"][len(plan["rates"]) // 2], plan["ranks"][0]
+
+            def together():
+                config = asked(case, budget, seed, rank=(rank,), lr=lr, objective="kl")
+                return kl(finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True))
+            value = once(folder / f"both-{sae_lr}-{part}-{seed}.json", together)
+            tried.append({"lr": lr, "rank": rank, "decay": True, "sae_lr": sae_lr, "tokens": budget, "kl": value})
+        print(f"{case.name}, seed {seed}: 1/{part} of the tokens done", flush=True)
+    return {"before": before, "paper": paper, "tried": tried}
+
+
+# ---- What comes out ----------------------------------------------------------------------------------------------------
+
+def recipes(found):
+    """{(lr, rank, decay, sae_lr): [(tokens, KL)] by budget}"""
+    curves = {}
+    for trial in found["tried"]:
+        key = (trial["lr"], trial["rank"], trial["decay"], trial["sae_lr"])
+        curves.setdefault(key, []).append((trial["tokens"], trial["kl"]))
+    return {key: sorted(curve) for key, curve in curves.items()}
+
+
+def needed(curve, kl):
+    """Tokens at which a curve [(tokens, KL)] is down to kl, between budgets by the line over log tokens; None if it never is.
+
+    Where the smallest budget is enough already, that one: fewer were not tried.
+    """
+    for i, (tokens, value) in enumerate(curve):
+        if value <= kl:
+            if i == 0:
+                return tokens
+            less, above = curve[i - 1]
+            part = (above - kl) / (above - value)
+            return less * math.exp(part * math.log(tokens / less))
+    return None
+
+
+def ratio(found, key, tokens):
+    """How many times fewer tokens than the published recipe's a recipe needs; None where no budget was enough."""
+    enough = needed(recipes(found)[key], found["paper"])
+    return None if enough is None else tokens / enough
+
+
+def named(key):
+    lr, rank, decay, sae_lr = key
+    both = "" if sae_lr is None else f", SAE {sae_lr:g}"
+    return f"{lr:g} {'falling' if decay else 'constant'}, rank {rank}{both}"
+
+
+def rows(numbers):
+    """[(recipe's key, [its ratio a case, or None], the least of them or None)], the best first."""
+    searches = [found for seeds in numbers["cases"].values() for found in seeds]
+    table = []
+    for key in recipes(searches[0]):
+        ratios = [ratio(found, key, numbers["plan"]["tokens"]) for found in searches]
+        table.append((key, ratios, None if None in ratios else min(ratios)))
+    return sorted(table, key=lambda row: -(row[2] or 0))
+
+
+def show(numbers):
+    tokens = numbers["plan"]["tokens"]
+    print(f"\nThe published recipe ({PAPER['lr']:g} constant, {PAPER['batch_size']} sequence a step, rank 64, {tokens:,} tokens) closes")
+    for name, seeds in numbers["cases"].items():
+        print(f"  {name}: " + ", ".join(percent(closed(found, found["paper"])) for found in seeds) + " of the KL gap")
+    print("\nTimes fewer tokens for the same gap; - where a quarter of the tokens was not enough:\n")
+    names = [f"{name} s{seed}" for name, seeds in numbers["cases"].items() for seed in range(len(seeds))]
+    shown = [[named(key), *(times(value) for value in ratios), times(least)] for key, ratios, least in rows(numbers)]
+    print_table(shown, ["recipe", *names, "least"])
+
+
+def times(ratio):
+    return "-" if ratio is None else f"{ratio:.1f}x"
+
+
+def draw(numbers, figure):
+    """KL gap closed against tokens, a panel a case, the best recipes and the published one's level."""
+    cases = numbers["cases"]
+    figure.set_size_inches(3.6 * len(cases), 3.4)
+    best = [key for key, _, _ in rows(numbers)[:4]]
+    for axes, (name, seeds) in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases.items()):
+        found = seeds[0]
+        for key in best:
+            tokens, kl = zip(*recipes(found)[key])
+            axes.semilogx(tokens, [100 * closed(found, value) for value in kl], marker="o", label=named(key))
+        axes.axhline(100 * closed(found, found["paper"]), color="grey", linestyle="--", label="published, all its tokens")
+        axes.set(xlabel="tokens", ylabel="KL gap closed (%)")
+        axes.set_title(name, fontsize=10)
+        axes.legend(fontsize=7)
+
+
+# ---- The command -------------------------------------------------------------------------------------------------------
+
+def arguments(argv):
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: both)")
+    add("--tokens", type=count, help="the published recipe's budget (default: 900k; quick: 12k)")
+    add("--rates", type=float, nargs="+", default=list(RATES), help="of the adapters (default: %(default)s)")
+    add("--ranks", type=int, nargs="+", default=list(RANKS), help="(default: %(default)s)")
+    add("--sae-rates", type=float, nargs="*", default=[1e-3], help="of the SAE, trained together with adapters of the middle "
+        "rate and the first rank; none: leave that out (default: %(default)s)")
+    add("--seeds", type=int, default=1, help="number of seeds (default: %(default)s)")
+    add("--quick", action="store_true", help="the smallest that runs")
+    add("--out", type=Path, help="folder (default: runs/recipe, or runs/recipe-quick)")
+    args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: pass at least 1")
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    folder = args.out or Path("runs") / ("recipe-quick" if args.quick else "recipe")
+    plan = {"tokens": args.tokens or (12_000 if args.quick else 900_000), "rates": args.rates, "ranks": args.ranks,
+            "sae_rates": args.sae_rates}
+    with answering("interrupted: the same command continues"):
+        same_plan(folder, plan)
+        cases = {}
+        for model in args.models:
+            for kind in KINDS:
+                case = load_case(model, kind, plan["tokens"], eval_tokens=1000)         # of which nothing is used
+                place = folder / f"{model}-{kind}"
+                cases[case.name] = [search(case, place, plan, seed) for seed in range(args.seeds)]
+        numbers = {"plan": plan, "cases": cases}
+        write_json(folder / "recipe.json", numbers)
+        show(numbers)
+        save_figure(draw, numbers, folder / "recipe.png", f"python -m lorasae.paper.recipe --out {folder}")
+
+
+if __name__ == "__main__":
+    main()

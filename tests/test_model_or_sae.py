@@ -1,0 +1,105 @@
+"""The experiments beyond the paper, at their smallest: every arm trains what it says, files make them resumable, words follow figures."""
+import pytest
+import torch
+
+from lorasae.adapt import adapted_blocks, default_adapt
+from lorasae.evals.figures import save_figure
+from lorasae.io.disk import read_json
+from lorasae.lora import adapters
+from lorasae.paper import arms, model_or_sae, recipe
+from lorasae.paper.arms import Case, adapted, asked, finetuned, measured, same_plan, untouched
+from lorasae.runs.config import Config
+from test_finetune import LAYER, random_sae
+
+PLAN = {"tokens": 512, "objective": "balanced", "eval_tokens": 128, "seeds": [0, 1]}
+pytestmark = pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
+
+
+@pytest.fixture(params=["topk", "jumprelu"])
+def case(model, request):
+    torch.manual_seed(0)
+    sae = random_sae(request.param, model.config.hidden_size).requires_grad_(False)
+    blocks = adapted_blocks(default_adapt({LAYER: sae}), {LAYER: sae}, 4)
+    tokens = torch.randint(3, 97, (40, 32))
+    tokens[:, 0] = model.config.bos_token_id
+    config = Config(tokens=512, batch_size=4, context=32, rank=(2,), lr=1e-3, lr_decay=True, dropout=0.0, dtype="float32")
+    return Case("a case", model, sae, LAYER, blocks, config, tokens[:16], tokens[16:36], tokens[36:])
+
+
+def same(a, b):
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def test_each_arm_trains_what_it_says_and_leaves_model_and_sae_as_they_were(case):
+    logits, before = case.model(case.tuning), case.sae.state_dict()
+    sae_before = {name: value.clone() for name, value in before.items()}
+    adapters_arm, sae_arm, both, then = (
+        model_or_sae.train_arm(case, arm, {"lr": 1e-2, "sae_lr": 1e-3}, 512, 0, "balanced") for arm in model_or_sae.ARMS)
+    assert adapters_arm.sae is case.sae and adapters_arm.student
+    assert sae_arm.student is None and not same(sae_arm.sae, case.sae)
+    assert both.student and not same(both.sae, case.sae)
+    assert then.student and not same(then.sae, case.sae)
+
+    config = asked(case, 256, 0, lr=1e-2)
+    alone, = adapted(case, config)                                      # the first half of `then`: the SAE's half left it alone
+    for name, module in alone.student.items():
+        assert torch.equal(module.lora_B.weight, then.student[name].lora_B.weight)
+
+    assert not adapters(case.model) and torch.equal(case.model(case.tuning), logits)
+    assert all(torch.equal(value, sae_before[name]) for name, value in case.sae.state_dict().items())
+
+
+def test_the_measure_of_an_arm_without_adapters_has_no_kl_without_its_sae(case):
+    numbers = measured(case, finetuned(case, asked(case, 256, 0, objective="kl"), 1e-3), case.held_out)
+    assert numbers["kl_without_sae"] == pytest.approx(0, abs=1e-6)
+    assert numbers["kl"] < measured(case, untouched(case), case.held_out)["kl"]
+    assert {"ce", "ce_base", "l0", "fvu", "dead_latents"} <= numbers.keys()
+
+
+def test_an_experiment_is_whole_continues_from_its_files_and_says_what_its_figures_say(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(model_or_sae, "LORA_RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(model_or_sae, "SAE_RATES", (1e-3,))
+    found = model_or_sae.compare(case, tmp_path, PLAN)
+    assert {len(results) for budget in found["arms"].values() for results in budget.values()} == {2}
+    assert found["arms"]["time"]["adapters"] == found["arms"]["tokens"]["adapters"]
+
+    def refuse(*_):
+        raise AssertionError("trained again")
+    monkeypatch.setattr(model_or_sae, "train_arm", refuse)
+    assert model_or_sae.compare(case, tmp_path, PLAN) == found
+
+    numbers = {"plan": PLAN, "cases": {"a case": found}}
+    numbers["conclusions"] = model_or_sae.conclusions(numbers)
+    model_or_sae.show(numbers)
+    said = capsys.readouterr().out
+    best = max(model_or_sae.ARMS, key=lambda arm: model_or_sae.gaps(found, "tokens", arm).mean())
+    assert f"over 1 case: {model_or_sae.ARMS[best]}" in said
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    save_figure(model_or_sae.draw, numbers, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 0
+
+
+def test_a_search_finds_the_tokens_that_every_recipe_needs(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "BUDGETS", (4, 2))
+    plan = {"tokens": 512, "rates": [1e-3, 1e-2], "ranks": [2], "sae_rates": [1e-3]}
+    found = recipe.search(case, tmp_path, plan, seed=0)
+    assert len(found["tried"]) == 2 * (2 * 2 + 1)
+    assert read_json(tmp_path / "paper-0.json") == found["paper"] < found["before"]
+    monkeypatch.setattr(recipe, "adapted", None)
+    assert recipe.search(case, tmp_path, plan, seed=0) == found
+    recipe.show({"plan": plan, "cases": {"a case": [found]}})
+    assert "0.01 falling, rank 2" in capsys.readouterr().out
+
+
+def test_between_budgets_the_tokens_needed_lie_on_a_line_over_their_logarithm(model):
+    curve = [(100, 0.5), (1000, 0.3)]
+    assert recipe.needed(curve, 0.4) == pytest.approx(100 * 10 ** 0.5)
+    assert recipe.needed(curve, 0.6) == 100 and recipe.needed(curve, 0.2) is None
+
+
+def test_an_experiment_begun_with_other_arguments_is_refused_in_one_line(model, tmp_path):
+    same_plan(tmp_path, PLAN)
+    same_plan(tmp_path, PLAN)
+    with pytest.raises(arms.InputError, match="was begun with tokens 512, not 1024") as refused:
+        same_plan(tmp_path, {**PLAN, "tokens": 1024})
+    assert "\n" not in str(refused.value)

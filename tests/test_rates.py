@@ -1,0 +1,119 @@
+"""Several rates in one pass: each student is its own run to the bit, dropout included; and recipes that choose rates."""
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval as evaluation
+import train as training
+from lorasae.io.presets import PAPER, PRESETS, tuned
+from lorasae.runs.config import Config, configure
+from test_finetune import command, read, refusal
+
+RATES = (3e-4, 1e-3, 3e-3)
+
+
+@pytest.fixture
+def arguments(whole_model, sae_folder, text_folder):
+    return ["--model", whole_model, "--sae", sae_folder, "--layer", 1, "--data", text_folder, "--context", 32, "--tokens", 640,
+            "--eval-tokens", 256, "--batch-size", 2, "--dropout", 0.1, "--lr-decay", "--dtype", "float32", "--device", "cpu"]
+
+
+def same_run(found, expected):
+    a, b = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (found, expected))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
+    assert read(found / "config.json") == read(expected / "config.json")
+    assert read(found / "results.json")["ce_adapted"] == read(expected / "results.json")["ce_adapted"]
+
+
+@pytest.mark.parametrize("raw_config", ["llama"], indirect=True)
+def test_each_rate_ends_as_its_own_run_to_the_bit(arguments, tmp_path):
+    command(training, *arguments, "--rank", 4, "--lr", *RATES, "--out", tmp_path / "sweep")
+    assert list(read(tmp_path / "sweep/results.json")["rates"]) == [str(rate) for rate in RATES]
+    for rate in RATES:
+        command(training, *arguments, "--rank", 4, "--lr", rate, "--out", tmp_path / f"own-{rate}")
+        same_run(tmp_path / f"sweep/lr-{rate}", tmp_path / f"own-{rate}")
+
+
+@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
+def test_rates_and_ranks_go_together_in_pairs_to_the_bit(arguments, tmp_path, capsys):
+    ranks, rates = (2, 2, 8), (1e-3, 5e-05, 1e-3)
+    command(training, *arguments, "--rank", *ranks, "--lr", *rates, "--out", tmp_path / "sweep")
+    for rank, rate in zip(ranks, rates):
+        command(training, *arguments, "--rank", rank, "--lr", rate, "--out", tmp_path / f"own-{rank}-{rate}")
+        same_run(tmp_path / f"sweep/rank-{rank}-lr-{rate}", tmp_path / f"own-{rank}-{rate}")
+    line = (tmp_path / "sweep/metrics.jsonl").read_text().splitlines()[-1]
+    assert '"kl_r2-lr5e-05"' in line and '"grad_norm_r8-lr0.001"' in line
+
+    capsys.readouterr()
+    command(evaluation, tmp_path / "sweep")
+    written = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".json")]
+    assert written == [str(tmp_path / f"sweep/rank-{rank}-lr-{rate}/eval-fidelity.json") for rank, rate in zip(ranks, rates)]
+    assert "merge one of them, such as" in refusal("--merge", tmp_path / "sweep")
+    command(training, "--merge", tmp_path / "sweep/rank-2-lr-5e-05")
+
+
+@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
+def test_an_interrupted_sweep_of_rates_resumes_to_the_bit(arguments, tmp_path, monkeypatch):
+    from lorasae.runs import sweep
+    arguments += ["--rank", 4, "--lr", *RATES, "--checkpoint-every", 4]
+    command(training, *arguments, "--out", tmp_path / "whole")
+    step, taken = sweep.take_step, []
+
+    def interrupted(*args):
+        if len(taken) == 6:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return step(*args)
+    monkeypatch.setattr(sweep, "take_step", interrupted)
+    with pytest.raises(SystemExit):
+        command(training, *arguments, "--out", tmp_path / "cut")
+    monkeypatch.setattr(sweep, "take_step", step)
+    command(training, "--resume", tmp_path / "cut")
+    for rate in RATES:
+        same_run(tmp_path / f"cut/lr-{rate}", tmp_path / f"whole/lr-{rate}")
+
+
+@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
+def test_numbers_of_ranks_and_rates_that_do_not_match_are_refused_in_one_line(arguments):
+    assert "--rank names 3 ranks and --lr 2 rates" in refusal(*arguments, "--rank", 1, 2, 4, "--lr", 1e-3, 1e-2)
+    assert "twice" in refusal(*arguments, "--lr", 1e-3, 1e-3)
+    assert "twice" in refusal(*arguments, "--rank", 4, 4)
+    assert "twice" in refusal(*arguments, "--rank", 4, 4, "--lr", 1e-3, 1e-3)
+    assert "positive" in refusal(*arguments, "--lr", 1e-3, 0)
+    assert "one rate" in refusal(*arguments, "--lr", 1e-3, 1e-2, "--shard")
+
+
+def test_students_are_the_configurations_of_their_own_runs():
+    assert Config(rank=(4,), lr=(1e-3,)) == Config(rank=(4,), lr=1e-3)
+    lone = Config(lr=1e-3)
+    assert lone.students == [lone]
+    assert Config(lr=(1e-3, 1e-2)).students == [Config(lr=1e-3), Config(lr=1e-2)]
+    assert Config(rank=(1, 2), lr=1e-2).students == [Config(rank=(1,), lr=1e-2), Config(rank=(2,), lr=1e-2)]
+
+
+# ---- Recipes -----------------------------------------------------------------------------------------------------------
+
+def test_a_recipe_decides_what_is_not_given_and_no_recipe_leaves_the_presets():
+    preset = PRESETS["tiny-gemma-2"]
+    assert configure({}).lr == preset.lora["lr"]
+    paper = configure({"recipe": "paper"})
+    assert {name: getattr(paper, name) for name in PAPER} == PAPER
+    assert configure({"recipe": "paper", "lr": 1e-3}).lr == 1e-3
+    found = configure({"recipe": "tuned"})
+    expected = tuned(192, 6)
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert found.tokens == preset.lora["tokens"]
+
+
+def test_the_paper_s_models_are_trained_as_published_unless_asked_otherwise():
+    for name in ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "llama-3.1-8b"):
+        assert not set(PAPER) & (set(PRESETS[name].lora) | set(PRESETS[name].common)), name
+    assert {name: getattr(Config(), name) for name in PAPER} == PAPER
+
+
+def test_the_tuned_rate_falls_with_width_and_depth():
+    assert tuned(2304, 26)["lr"] < tuned(1024, 26)["lr"] < tuned(1024, 6)["lr"]
+
+
+def test_recipes_are_for_adapters():
+    assert "--recipe has no effect" in refusal("--method", "finetune", "--recipe", "tuned")
