@@ -119,8 +119,7 @@ def arguments(argv):
         "models that do not fit")
     add("--out", help="folder of the run (default: runs/MODEL-METHOD, numbered where that is taken)")
     add("--resume", metavar="RUN_DIR", help="continue that run from its last checkpoint, with its own arguments")
-    add("--checkpoint-every", type=int, metavar="STEPS", help="steps a killed run can lose (default: "
-        f"{Config.checkpoint_every})")
+    add("--checkpoint-every", type=int, metavar="STEPS", help="steps a killed run can lose (default: a minute's)")
     add("--merge", metavar="RUN_DIR", help="fold that run's adapters into its model, write RUN_DIR/merged/, and stop")
     add("--dry-run", action="store_true", help="print files and sizes to fetch, parameters, memory and steps, and stop")
 

@@ -72,7 +72,7 @@ def measure(configs, lora, folder):
     model, held_out = setting.model, setting.corpus.validation
 
     def loss(model, saes, name):
-        results = fidelity.measure(model, saes, held_out.split(config.micro_batch), (name,))
+        results = fidelity.measure(model, saes, held_out.split(config.eval_batch), (name,))
         return results[name]["ce"].mean().item()
 
     points = {name: [] for name in CURVES}
@@ -180,14 +180,13 @@ def configurations(args):
     """({method: Config of its SAE}, Config of the adapters)"""
     shared = {name: getattr(args, name) for name in ("model", "data", "eval_tokens", "device", "seed")}
     shared["layer"] = args.layer and tuple(args.layer)
-    of_sae = {"width": args.width, "k": args.k, "tokens": args.tokens, "checkpoint_every": 1000}
+    of_sae = {"width": args.width, "k": args.k, "tokens": args.tokens}
     configs = {method: configure({**shared, **of_sae, "method": method}) for method in ("topk", "e2e")}
 
     tokens = args.lora_tokens or (MINIATURE if args.model.startswith("tiny-") else None)
     rank = None if args.rank is None else (args.rank,)
     topk = configs["topk"]
-    lora = configure({**shared, "rank": rank, "tokens": tokens, "sae": ("the TopK SAE",), "adapt": ("all",), "data": topk.data,
-                      "checkpoint_every": 1000})
+    lora = configure({**shared, "rank": rank, "tokens": tokens, "sae": ("the TopK SAE",), "adapt": ("all",), "data": topk.data})
     if min(config.steps for config in configs.values()) < len(TENTHS):
         raise InputError("--tokens gives fewer than ten steps, and an SAE is kept after each tenth of them: pass more")
     return configs, lora

@@ -33,7 +33,7 @@ def adapt_model(setting, run):
     train(setting, run, students)
     places = save(model, run, students)
 
-    held_out = corpus.validation.split(config.micro_batch)
+    held_out = corpus.validation.split(config.eval_batch)
     results = {}
     for place, student in zip(places, students):
         attach_lora(model, student)

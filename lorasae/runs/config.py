@@ -83,7 +83,7 @@ class Config:
     compile: bool | None = None                 # None: on a GPU
     ahead: int | None = None                    # sequences whose frozen part runs at once; None: 8 on a GPU, else 1
     shard: bool = False                         # the frozen blocks over the processes of torchrun
-    checkpoint_every: int = 250                 # steps
+    checkpoint_every: int | None = None         # steps; None: every minute (runs/folder.py)
 
     def __post_init__(self):
         on_gpu = str(self.device).startswith("cuda")
@@ -113,6 +113,11 @@ class Config:
         return self.steps * self.tokens_per_step
 
     @property
+    def eval_batch(self):
+        """Sequences that an evaluation takes at once: on a GPU a single one would wait for the launches of its kernels."""
+        return max(self.micro_batch, self.ahead) if self.device.startswith("cuda") else self.micro_batch
+
+    @property
     def students(self):
         """A Config for each of the adapters that train side by side: one rank and one rate each."""
         rates = self.lr if isinstance(self.lr, tuple) else (self.lr,)
@@ -131,7 +136,7 @@ class Config:
 # ---- Checks ------------------------------------------------------------------------------------------------------------
 
 TEXTS = ("model", "data", "device")
-WHOLE = ("k", "tokens", "eval_tokens", "context", "batch_size", "micro_batch", "ahead", "checkpoint_every", "dead_after")
+WHOLE = ("k", "tokens", "eval_tokens", "context", "batch_size", "micro_batch", "ahead", "dead_after")
 POSITIVE = ("alpha", "clip", "l0", "sae_lr")
 NOT_NEGATIVE = ("dropout", "weight_decay", "seed")
 SWITCHES = ("auxk", "lr_decay", "compile", "shard", "train_sae")
@@ -169,6 +174,8 @@ def check(config):
         if not is_number(value) or value < 0:
             refuse(name, "a number that is not negative")
 
+    if config.checkpoint_every is not None and (not is_whole(config.checkpoint_every) or config.checkpoint_every < 1):
+        refuse("checkpoint_every", "a positive whole number of steps")
     if config.dropout >= 1:
         refuse("dropout", "less than 1")
     if not is_whole(config.seed) or config.seed > LARGEST_SEED:

@@ -27,7 +27,7 @@ def finetune_sae(setting, run):
           f"{about_l0(sae, config)}: {config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
 
     was = evaluate_once(run, setting, ("base", "sae"))
-    held_out = corpus.validation.split(config.micro_batch)
+    held_out = corpus.validation.split(config.eval_batch)
     before = sae_training.numbers_of(was, model, sae, layer, held_out)
     train(setting, run, [])
     sae_training.keep(run, sae, config.steps)
@@ -57,7 +57,7 @@ def adapt_with_sae(setting, run):
           f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
 
     was = evaluate_once(run, setting, ("base", "sae"))
-    held_out = corpus.validation.split(config.micro_batch)
+    held_out = corpus.validation.split(config.eval_batch)
     before = sae_training.numbers_of(was, model, sae, layer, held_out)  # fresh adapters change nothing
     train(setting, run, lora_parameters(adapters))
     adaptation.save(model, run, [adapters])

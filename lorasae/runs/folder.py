@@ -34,6 +34,7 @@ except ImportError:                                     # Windows has no such lo
     fcntl = None
 
 LOG_EVERY = 10                                          # steps a metrics line covers; also how often the GPU is waited for
+CHECKPOINT_SECONDS = 60                                 # a large one takes seconds to write
 LOCK = ".lock"
 RUNS = Path("runs")                                     # where runs go by default
 
@@ -136,9 +137,15 @@ class Run:
         return sorted((self.folder / "checkpoint").glob("step-*.pt"))
 
     def save_if_due(self, step, tensors, optimizer, position):
-        """Every `checkpoint_every` steps, and after the last one."""
-        if step % self.config.checkpoint_every == 0 or step == self.config.steps:
+        """Every `checkpoint_every` steps, or else every minute; and after the last step."""
+        every = self.config.checkpoint_every
+        if every is not None:
+            due = step % every == 0
+        else:
+            due = time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
+        if due or step == self.config.steps:
             self.save(step, tensors, optimizer, position)
+            self.saved = time.perf_counter()
 
     # ---- Progress ------------------------------------------------------------------------------------------------------
 
@@ -151,7 +158,8 @@ class Run:
         terminal = sys.stderr.isatty()
         steps = self.config.steps
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (speaks and terminal), dynamic_ncols=True)
-        self.started = time.perf_counter() - self.seconds
+        self.saved = time.perf_counter()                # when the last checkpoint was written, or would have been
+        self.started = self.saved - self.seconds
         for done, update in enumerate(updates, start + 1):
             yield update
             self.bar.update()

@@ -25,7 +25,7 @@ from lorasae.sae import JumpReLU
 class Plan(NamedTuple):
     """What a run consists of."""
     model: object                                       # its configuration
-    blocks: list                                        # the adapted ones; [] where an SAE is trained
+    blocks: list                                        # the adapted ones; [] where an SAE alone is trained
     certain: bool                                       # False: if the SAE turns out to be a TopK, all blocks are adapted
     latents: list                                       # of each SAE, about
     fetched: list                                       # hub.Fetch of every file
@@ -43,16 +43,18 @@ def plan(config):
     fetched = []
     for layer, source in sae_sources(config):
         fetched += sae_plan(source, layer=layer, width=config.width, l0=config.l0)
-    if config.method == "lora":
+    if config.sae:
         sizes = [size_of_sae(config, layer, source, model.hidden_size) for layer, source in sae_sources(config)]
+    else:
+        sizes = [config.width or 8 * model.hidden_size]
+    blocks = []
+    if config.method == "lora":
         spec = config.adapt or default_adapt(saes_at_hand(config, fetched))
         blocks = blocks_to_adapt(spec, dict.fromkeys(config.layer), depth)
-    else:
-        sizes, blocks = [config.width or 8 * model.hidden_size], []
     certain = bool(config.adapt) or config.method != "lora" or not fetched
 
     dtype, sae_dtype = DTYPES[config.dtype], DTYPES[config.sae_dtype]
-    memory = estimate(model, method=config.method, blocks=blocks, ranks=config.rank if blocks else (), latents=sizes,
+    memory = estimate(model, method=config.method, blocks=blocks, ranks=[student.rank[0] for student in config.students] if blocks else (), latents=sizes,
                       micro_batch=config.micro_batch, context=config.context, ahead=config.ahead, dtype=dtype,
                       sae_dtype=sae_dtype, device=torch.device(config.device).type, compiled=config.compile,
                       dropout=config.dropout)
@@ -91,7 +93,7 @@ def dry_run(config):
     if made.blocks:
         unsure = "" if made.certain else "; all of them if the SAE turns out to be a TopK"
         print(f"adapted blocks        {made.blocks[0]} to {made.blocks[-1]} ({len(made.blocks)} of {depth}){unsure}")
-        trainable = adapter_parameters(made.model, made.blocks, config.rank)
+        trainable = sum(adapter_parameters(made.model, made.blocks, student.rank) for student in config.students)
     else:
         width = made.latents[0]
         print(f"SAE                   {width:,} latents at the output of block {config.layer[0]}")

@@ -44,7 +44,7 @@ def train_sae(setting, run):
     print(f"training an SAE ({config.method}, {active}) of {config.width:,} latents on block {layer} of {config.model}: "
           f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
 
-    held_out = corpus.validation.split(config.micro_batch)
+    held_out = corpus.validation.split(config.eval_batch)
     run.begin()                                         # nothing is written before everything has been read
     if distributed.rank() == 0:
         keep_held_out(corpus, run.folder)
