@@ -27,8 +27,8 @@ from lorasae.io.presets import PRESETS
 from lorasae.lora import merge_lora
 from lorasae.runs import distributed
 from lorasae.runs.adaptation import adapt_model, student_names
-from lorasae.runs.config import (LLAMA_SCOPE, METHODS, OBJECTIVES, RECIPES, THRESHOLDS, Config, configure,
-                                 read_config)
+from lorasae.runs.config import LLAMA_SCOPE, METHODS, OBJECTIVES, RECIPES, THRESHOLDS, Config, read_config
+from lorasae.runs.defaults import configure
 from lorasae.runs.finetuning import adapt_with_sae, finetune_sae
 from lorasae.runs.folder import Run, claim_default
 from lorasae.runs.preflight import check_memory, dry_run
@@ -39,7 +39,7 @@ SWITCH = argparse.BooleanOptionalAction
 
 
 def arguments(argv):
-    """The parsed arguments; what is left at None takes its value in runs.config.configure."""
+    """The parsed arguments; what is left at None takes its value in runs.defaults.configure."""
     parser = Parser(description=__doc__)
 
     add = parser.add_argument_group("what").add_argument

@@ -11,7 +11,8 @@ from lorasae.errors import InputError
 from lorasae.io.disk import write_json
 from lorasae.io.presets import PRESETS
 from lorasae.paper import frontier
-from lorasae.runs.config import CHOICES, SWITCHES, Config, configure, latents, option, read_config
+from lorasae.runs.config import CHOICES, SWITCHES, Config, option, read_config
+from lorasae.runs.defaults import configure, latents
 
 NAMES = [known.name for known in fields(Config)]
 EMBEDDED = {"model": "tiny-gemma-2"}

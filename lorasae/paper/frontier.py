@@ -26,7 +26,8 @@ from lorasae.io.disk import read_json, write_json
 from lorasae.io.presets import PRESETS
 from lorasae.io.sae_formats import load_sae
 from lorasae.paper.one_block import adapted
-from lorasae.runs.config import configure, read_config
+from lorasae.runs.config import read_config
+from lorasae.runs.defaults import configure
 from lorasae.runs.folder import Run
 from lorasae.runs.sae_training import train_sae
 from lorasae.runs.setting import load_setting

@@ -16,7 +16,7 @@ from lorasae.io.sae_formats import load_sae
 from lorasae.io.tensors import DTYPES
 from lorasae.runs import distributed
 from lorasae.runs.adaptation import blocks_to_adapt
-from lorasae.runs.config import latents
+from lorasae.runs.defaults import latents
 from lorasae.runs.memory import adapter_parameters, estimate, model_parameters
 from lorasae.runs.setting import check_context, check_layer, sae_sources
 from lorasae.sae import JumpReLU
