@@ -20,7 +20,7 @@ from lorasae.evals import fidelity
 from lorasae.evals.common import print_table
 from lorasae.io.adapters import load_adapter
 from lorasae.io.checkpoint import copy_beside_weights, load_model, save_model
-from lorasae.io.console import Parser, answering, count
+from lorasae.io.console import Parser, answering, count, tell
 from lorasae.io.disk import read_json
 from lorasae.io.hub import model_files
 from lorasae.io.presets import PRESETS
@@ -30,7 +30,8 @@ from lorasae.runs.adaptation import adapt_model, student_names
 from lorasae.runs.config import LLAMA_SCOPE, METHODS, OBJECTIVES, RECIPES, THRESHOLDS, Config, read_config
 from lorasae.runs.defaults import configure
 from lorasae.runs.finetuning import adapt_with_sae, finetune_sae
-from lorasae.runs.folder import Run, claim_default
+from lorasae.runs.folder import Run
+from lorasae.runs.lock import new_folder
 from lorasae.runs.preflight import check_memory, dry_run
 from lorasae.runs.sae_training import train_sae
 from lorasae.runs.setting import load_setting
@@ -154,7 +155,7 @@ def open_run(args):
     check_memory(config)
     folder = args.out
     if folder is None and distributed.rank() == 0:
-        folder = claim_default(config.model, config.method)
+        folder = new_folder(config.model, config.method)
     return Run.create(distributed.agree(folder), config)
 
 
@@ -238,7 +239,7 @@ def main(argv=None):
 
         run = open_run(args)
         try:
-            print(f"{run.folder}/ is where this run writes", flush=True)
+            tell(f"{run.folder}/ is where this run writes")
             setting = load_setting(run.config, run.folder)
             if run.config.train_sae:
                 report_both(adapt_with_sae(setting, run), run.folder)
