@@ -23,8 +23,11 @@ def dry_run(config):
         model = Transformer(load_config(config.model))
     frozen = sum(p.numel() for p in model.parameters())
     print()
-    if config.method == "lora":
+    if config.method == "finetune":
+        trainable, activations = finetune_plan(config, model, wanted)
+    elif config.method == "lora":
         trainable, activations = adapters_plan(config, model, wanted)
+        trainable += sae_parameters(config, model, wanted) if config.train_sae else 0
     else:
         trainable, activations = sae_plan_of(config, model)
 
@@ -45,15 +48,35 @@ def adapters_plan(config, model, wanted):
     adapt = config.adapt or (("after",) if wanted else default_adapt(load_saes(config, model, "cpu")))
     blocks = blocks_to_adapt(adapt, layers, depth)
     trainable = 0
-    for rank in config.rank:
-        trainable += sum(p.numel() for p in lora_parameters(detach_lora(add_lora(model, blocks, rank))))
+    for student in config.students:
+        trainable += sum(p.numel() for p in lora_parameters(detach_lora(add_lora(model, blocks, student.rank[0]))))
 
     c, rows = model.config, config.micro_batch * config.context
     width = 12 * c.hidden_size + 5 * c.intermediate_size + 4 * c.num_attention_heads * c.head_dim
-    activations = len(config.rank) * len(blocks) * rows * width * DTYPES[config.dtype].itemsize     # what backward needs
+    activations = len(config.students) * len(blocks) * rows * width * DTYPES[config.dtype].itemsize     # what backward needs
     unsure = "" if config.adapt or not wanted else "; all of them if the SAE turns out to be a TopK"
     print(f"adapted blocks        {blocks[0]} to {blocks[-1]} ({len(blocks)} of {depth}){unsure}")
     return trainable, activations
+
+
+def finetune_plan(config, model, wanted):
+    """(trainable parameters, bytes of activations) of a run that finetunes an SAE: what backward needs of the blocks after it."""
+    c, rows = model.config, config.micro_batch * config.context
+    after = len(model.layers) - 1 - config.layer[0]
+    width = 8 * c.hidden_size + 4 * c.intermediate_size + 4 * c.num_attention_heads * c.head_dim
+    trainable = sae_parameters(config, model, wanted)
+    latents = trainable // (2 * c.hidden_size)
+    activations = after * rows * width * DTYPES[config.dtype].itemsize + 2 * rows * latents * 4
+    print(f"SAE                   about {latents:,} latents at the output of block {config.layer[0]}")
+    return trainable, activations
+
+
+def sae_parameters(config, model, wanted):
+    """The parameters of the SAE that is trained on; of one that is still to be fetched, as many as a float32 file holds."""
+    if wanted:
+        return sum(fetch.bytes for fetch in wanted if not fetch.path.endswith(".json")) // 4
+    sae, = load_saes(config, model, "cpu").values()
+    return sum(parameter.numel() for parameter in sae.parameters())
 
 
 def sae_plan_of(config, model):
