@@ -73,7 +73,7 @@ def test_an_experiment_is_whole_continues_from_its_files_and_says_what_its_figur
     model_or_sae.show(numbers)
     said = capsys.readouterr().out
     best = max(model_or_sae.ARMS, key=lambda arm: model_or_sae.gaps(found, "tokens", arm).mean())
-    assert f"over 1 case: {model_or_sae.ARMS[best]}" in said
+    assert f"in the mean of the 1 cases: {model_or_sae.ARMS[best]}" in said
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     save_figure(model_or_sae.draw, numbers, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 0

@@ -27,15 +27,18 @@ class Preset:
 EMBEDDED = {"data": "stdlib", "dtype": "float32", "context": 256, "eval_tokens": 50_000}
 EMBEDDED_SAE = {"width": 1024, "k": 8, "l0": 8, "lr": 4e-3, "batch_size": 8, "tokens": 2_000_000}
 EMBEDDED_E2E = {"lr": 3e-3, "batch_size": 2}            # with larger batches it does not beat reconstruction
+EMBEDDED_FINETUNE = {"lr": 1e-3}
 SHORT = {"batch_size": 4, "lr_decay": True, "dropout": 0.0}             # runs of minutes: few, large, falling steps
 
 PRESETS = {
     "tiny-gemma-2": Preset(
         str(TINY / "gemma-2"), layer=2, sae=str(TINY / "gemma-2-sae" / "jumprelu"), common=EMBEDDED,
-        lora={"adapt": ("after",), "tokens": 900_000, "lr": 7e-3, **SHORT}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E),
+        lora={"adapt": ("after",), "tokens": 900_000, "lr": 7e-3, **SHORT}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
+        finetune=EMBEDDED_FINETUNE),
     "tiny-llama-3": Preset(
         str(TINY / "llama-3"), layer=2, sae=str(TINY / "llama-3-sae" / "topk"), common=EMBEDDED,
-        lora={"adapt": ("all",), "tokens": 600_000, "lr": 4e-3, **SHORT}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E),
+        lora={"adapt": ("all",), "tokens": 600_000, "lr": 4e-3, **SHORT}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
+        finetune=EMBEDDED_FINETUNE),
     "gemma-2-2b": Preset(
         "google/gemma-2-2b", layer=12, mirror="unsloth/gemma-2-2b",
         sae="google/gemma-scope-2b-pt-res", width="16k", l0=82,

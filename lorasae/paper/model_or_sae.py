@@ -10,7 +10,8 @@
 
 Each arm has its own best rates, chosen by KL on text that no arm trains or is measured on. The L0 of a JumpReLU is held
 (finetune.py), that of a TopK is held by construction. At equal time every arm takes the seconds that the adapters took,
-by the speeds measured at equal tokens. Intervals are 90 %, over seeds.
+by the speeds measured at equal tokens (of each arm the quickest seed's, which other work on the machine disturbs least).
+Intervals are 90 %, over seeds.
 
 OUT/ gets a file for each arm, model_or_sae.json and, with matplotlib, model_or_sae.png. Interrupted, the same command
 continues.
@@ -67,15 +68,16 @@ def best_rates(case, folder, tokens, objective):
             {**rates, "kl": measured(case, trained, case.tuning, whole=False)["kl"]}
             for rates, trained in zip(candidates, trainings())])
         best = min(trials, key=lambda trial: trial["kl"])
-        print(f"{case.name}, {ARMS[arm]}: best at " + ", ".join(f"{name} {best[name]:g}" for name in best if name != "kl")
-              + f" of {len(trials)}", flush=True)
-        return {name: value for name, value in best.items() if name != "kl"}
+        rates = {name: value for name, value in best.items() if name != "kl"}
+        shown = ", ".join(f"{name} {value:g}" for name, value in rates.items())
+        print(f"{case.name}, {ARMS[arm]}: best of {len(trials)} at {shown}", flush=True)
+        return rates
 
     def one_by_one(arm, candidates):
         return lambda: [train_arm(case, arm, rates, tokens, 0, objective) for rates in candidates]
 
     alone = [{"lr": lr} for lr in LORA_RATES]
-    lr = tried("adapters", alone, lambda: adapted(case, asked(case, tokens, 0, lr=LORA_RATES)))["lr"]
+    lr = tried("adapters", alone, lambda: adapted(case, asked(case, tokens, 0, lr=LORA_RATES)))["lr"]      # in one pass
     alone = [{"sae_lr": rate} for rate in SAE_RATES]
     sae_lr = tried("sae", alone, one_by_one("sae", alone))["sae_lr"]
 
@@ -103,7 +105,7 @@ def compare(case, folder, plan):
     for arm in ARMS:
         found["tokens"][arm] = [result(arm, "tokens", seed, tokens) for seed in plan["seeds"]]
 
-    seconds = {arm: sum(numbers["seconds"] for numbers in results) for arm, results in found["tokens"].items()}
+    seconds = {arm: min(numbers["seconds"] for numbers in results) for arm, results in found["tokens"].items()}
     found["time"]["adapters"] = found["tokens"]["adapters"]
     for arm in list(ARMS)[1:]:
         affordable = once(folder / f"{arm}-affordable.json", lambda: round(tokens * min(LARGEST, seconds["adapters"] / seconds[arm])))
@@ -141,7 +143,7 @@ def table(case, budget):
 
 def conclusions(numbers):
     """Sentences that follow from the figures, and from nothing else."""
-    cases = numbers["cases"]
+    cases, seeds = numbers["cases"], len(numbers["plan"]["seeds"])
     sentences = []
     for budget, label in BUDGETS.items():
         average = {arm: sum(gaps(case, budget, arm).mean().item() for case in cases.values()) / len(cases) for arm in ARMS}
@@ -149,8 +151,9 @@ def conclusions(numbers):
         second = max((arm for arm in ARMS if arm != best), key=average.get)
         first_of = sum(ahead(case, budget, best, second) for case in cases.values())
         shown = ", ".join(f"{ARMS[arm]} {value:.1%}" for arm, value in sorted(average.items(), key=lambda item: -item[1]))
-        sentences.append(f"At {label} the KL gap closed is, over {len(cases)} case{'s' * (len(cases) > 1)}: {shown}; {ARMS[best]} is "
-                         f"ahead of {ARMS[second]} beyond its interval over seeds in {first_of}.")
+        beyond = "by more than the interval over seeds" if seeds > 1 else "with one seed, so without an interval,"
+        sentences.append(f"At {label} the KL gap closed is, in the mean of the {len(cases)} cases: {shown}; {ARMS[best]} is ahead of "
+                         f"{ARMS[second]} {beyond} in {first_of} of {len(cases)}.")
 
     moved = {arm: max(abs(mean(case, "tokens", arm, "l0") / case["before"]["l0"] - 1) for case in cases.values()) for arm in ARMS}
     without = {arm: max(mean(case, "tokens", arm, "kl_without_sae") for case in cases.values()) for arm in ARMS}

@@ -54,7 +54,8 @@ def plan(config):
     certain = bool(config.adapt) or config.method != "lora" or not fetched
 
     dtype, sae_dtype = DTYPES[config.dtype], DTYPES[config.sae_dtype]
-    memory = estimate(model, method=config.method, blocks=blocks, ranks=[student.rank[0] for student in config.students] if blocks else (), latents=sizes,
+    method = "finetune" if config.train_sae else config.method          # whose SAE is trained, too
+    memory = estimate(model, method=method, blocks=blocks, ranks=[student.rank[0] for student in config.students] if blocks else (), latents=sizes,
                       micro_batch=config.micro_batch, context=config.context, ahead=config.ahead, dtype=dtype,
                       sae_dtype=sae_dtype, device=torch.device(config.device).type, compiled=config.compile,
                       dropout=config.dropout)
@@ -95,9 +96,11 @@ def dry_run(config):
         print(f"adapted blocks        {made.blocks[0]} to {made.blocks[-1]} ({len(made.blocks)} of {depth}){unsure}")
         trainable = sum(adapter_parameters(made.model, made.blocks, student.rank) for student in config.students)
     else:
+        print(f"SAE                   {made.latents[0]:,} latents at the output of block {config.layer[0]}")
+        trainable = 0
+    if config.method != "lora" or config.train_sae:
         width = made.latents[0]
-        print(f"SAE                   {width:,} latents at the output of block {config.layer[0]}")
-        trainable = width * (2 * d_model + 1) + d_model + (width if config.method == "jumprelu" else 0)
+        trainable += width * (2 * d_model + 1) + d_model + (width if config.method == "jumprelu" else 0)
 
     print(f"trainable parameters  {trainable:,} ({trainable / frozen:.2%} of {frozen:,})")
     print(f"training              {config.steps:,} steps of {config.batch_size} x {config.context} = {config.trained_tokens:,} "
