@@ -47,8 +47,8 @@ def trained(config, folder):
             train_sae(load_setting(replace(config, sae=())), run)
     points = []
     for percent in TENTHS:
-        place = folder / ("sae" if percent == 100 else f"sae-{percent}pct")
-        points.append((percent, read_json(place / "training.json")["seconds"], place))
+        sae = folder / ("sae" if percent == 100 else f"sae-{percent}pct")
+        points.append((percent, read_json(sae / "training.json")["seconds"], sae))
     return points
 
 
@@ -66,7 +66,7 @@ def check_same(config, folder, names=None):
 
 def measure(configs, lora, folder):
     """configs: {method: of its SAE}; lora: of the adapters, on top of TopK's -> what frontier.json holds."""
-    places = {method: trained(config, folder / method) for method, config in configs.items()}
+    tenths = {method: trained(config, folder / method) for method, config in configs.items()}
     config = configs["topk"]
     layer = config.layer[0]
     setting = load_setting(config)
@@ -77,15 +77,15 @@ def measure(configs, lora, folder):
         return results[name]["ce"].mean().item()
 
     points = {name: [] for name in CURVES}
-    for method in places:
-        for percent, seconds, place in places[method]:
-            ce = loss(model, {layer: load_sae(place, device=model.device)}, "sae")
+    for method in tenths:
+        for percent, seconds, sae in tenths[method]:
+            ce = loss(model, {layer: load_sae(sae, device=model.device)}, "sae")
             points[method].append({"percent": percent, "seconds": seconds, "ce": ce})
 
-    for percent, seconds, place in places["topk"]:
+    for percent, seconds, sae in tenths["topk"]:
         print(f"adapting the model to the TopK SAE at {percent} %", flush=True)
-        saes = {layer: load_sae(place, device=model.device)}
-        wanted = replace(lora, sae=(str(place),))
+        saes = {layer: load_sae(sae, device=model.device)}
+        wanted = replace(lora, sae=(str(sae),))
         run = folder / f"lora-{percent}pct"
         check_same(wanted, run, ADAPTING)
         student = adapted(setting._replace(saes=saes, config=wanted), list(range(len(model.layers))), run)

@@ -30,13 +30,13 @@ def evaluate(setting, options):
     own = adapted_layers(model)
     single = [[block] for block in after] if len(after) > 1 else []
     wanted = [after, *single] + [own] * (own not in [after, *single])
-    places = {label(blocks): folder / "layers" / label(blocks).replace(" ", "-") for blocks in wanted if blocks != own}
-    announce(folder, places)
+    folders = {label(blocks): folder / "layers" / label(blocks).replace(" ", "-") for blocks in wanted if blocks != own}
+    announce(folder, folders)
 
     without, spliced = losses(setting, model, "base", "sae")
     gains = {}
     for blocks in wanted:
-        student = model if blocks == own else adapted(setting, blocks, places[label(blocks)])
+        student = model if blocks == own else adapted(setting, blocks, folders[label(blocks)])
         gains[label(blocks)] = spliced - losses(setting, student, "adapted")[0]
 
     rows = []
@@ -50,9 +50,9 @@ def evaluate(setting, options):
     return {"sae_layer": min(saes), "rows": rows, "train_tokens": config.tokens}
 
 
-def announce(folder, places):
+def announce(folder, folders):
     """Says what is still to be trained, and how long that takes."""
-    missing = [name for name, place in places.items() if not (place / "results.json").exists()]
+    missing = [name for name, each in folders.items() if not (each / "results.json").exists()]
     if missing:
         minutes = len(missing) * read_json(folder / "results.json")["seconds"] / 60
         print(f"training adapters on {'; '.join(missing)}: about {minutes:.0f} minutes, by the run's own time", flush=True)

@@ -32,14 +32,14 @@ def adapt_model(setting, run):
 
     before = evaluate_once(run, setting, ("base", "sae"))
     train(setting, run, students)
-    places = save(model, run, students)
+    folders = save(model, run, students)
 
     held_out = corpus.validation.split(config.eval_batch)
     results = {}
-    for place, student in zip(places, students):
+    for folder, student in zip(folders, students):
         attach_lora(model, student)
         after = evaluate(model, saes, held_out, ("adapted",))
-        results[place] = {
+        results[folder] = {
             **fidelity.summary({**before, **after}), **cost(run, corpus),
             "trainable_parameters": sum(p.numel() for p in lora_parameters(student)),
             "peak_memory_bytes": peak_memory_bytes(config.device)}
@@ -139,14 +139,14 @@ def student_names(config, rank="rank-", lr="lr-"):
 
 def save(model, run, students):
     """Writes the adapters -> the folder of each: the run's, or of several students one for each in it."""
-    config, places = run.config, []
+    config, folders = run.config, []
     for name, student in zip(student_names(config), students):
-        place = run.folder / name
+        folder = run.folder / name
         attach_lora(model, student)
         if distributed.rank() == 0:
-            save_adapter(model, place / "adapter", base_model=config.model)
-        places.append(place)
-    return places
+            save_adapter(model, folder / "adapter", base_model=config.model)
+        folders.append(folder)
+    return folders
 
 
 def write_results(run, results):
@@ -156,10 +156,10 @@ def write_results(run, results):
     if not others:
         run.finish(first)
         return
-    for student, place in zip(config.students, results):
+    for student, folder in zip(config.students, results):
         if distributed.rank() == 0:
-            write_json(place / "config.json", {**student.to_json(), "versions": versions()})
-            write_json(place / "results.json", results[place])
+            write_json(folder / "config.json", {**student.to_json(), "versions": versions()})
+            write_json(folder / "results.json", results[folder])
 
     shared = {name: first[name] for name in ("eval_tokens", "train_tokens", "tokens_per_second", "seconds")}
     kind = "rates" if len(config.rank) == 1 else "ranks"
