@@ -83,8 +83,9 @@ def take_step(model, saes, lesson, first, optimizer, config, all_reduce=None):
     """One step on a lesson. Returns the loss, averaged over its sequences, and the gradient's norm before clipping.
 
     The loss of a sequence is the *sum* of its tokens' KL, and that sum is what `clip` bounds, as in the published code
-    (utils.py:521): with the paper's batch of one sequence the clip binds at almost every step, so a mean over tokens would be another
-    algorithm. Sequences pass `micro_batch` at a time with their gradients added, which changes memory and not the step.
+    (utils.py:521): with the paper's batch of one sequence the clip binds at almost every step, so a mean over tokens
+    would be another algorithm. Sequences pass `micro_batch` at a time with their gradients added, which changes memory
+    and not the step.
     """
     parameters = lora_parameters(model)
     total = torch.zeros((), device=model.device)

@@ -34,7 +34,7 @@ from lorasae.lora import base
 from lorasae.objectives import linear_kl
 from lorasae.sae import JumpReLU
 
-L0_WEIGHT = 10.0                                # of (L0 / what it was - 1)²: the square alone leaves L0 where both pulls are equal
+L0_WEIGHT = 10.0        # of (L0 / what it was - 1)²: with 1, L0 stays where the pulls of both losses are equal
 
 
 # ---- The objective -----------------------------------------------------------------------------------------------------
@@ -225,5 +225,6 @@ def train(model, layer, sae, held, adapters, lessons, optimizer, config, start=0
             torch.manual_seed(step_seed(config.seed, step, process))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(group["rate"], step, config)
-            yield step + 1, take_step(model, layer, sae, held, adapters, lesson, first, optimizer, config, everywhere, all_reduce)
+            values = take_step(model, layer, sae, held, adapters, lesson, first, optimizer, config, everywhere, all_reduce)
+            yield step + 1, values
     model.eval()

@@ -90,5 +90,6 @@ def splice(x, sae, special=None):
     if getattr(sae, "on_special", True):                        # any function may stand in for an SAE
         return x_hat
     if special is None:
-        raise InputError("this SAE was trained without BOS and EOS and must leave them alone: pass special=model.special(tokens)")
+        raise InputError("this SAE was trained without BOS and EOS and must leave them alone: pass "
+                         "special=model.special(tokens)")
     return torch.where(special[..., None], x, x_hat)

@@ -1,4 +1,4 @@
-"""What the experiments beyond the paper share: the embedded models around their SAEs, three splits of text, arms trained in memory.
+"""What the experiments beyond the paper share: embedded models around SAEs, three splits of text, arms trained in memory.
 
     tuning      training text on which rates are chosen; nothing trains on it
     training    the rest of the training text, in an order of each seed's

@@ -60,8 +60,8 @@ def check_same(config, folder, names=None):
     for name in names or vars(config):
         asked = getattr(config, name)
         if asked is not None and getattr(before, name) != asked:
-            raise InputError(f"{folder} was trained with {name} {getattr(before, name)}, not {asked}: pass another --out, or the "
-                             "same arguments to continue")
+            raise InputError(f"{folder} was trained with {name} {getattr(before, name)}, not {asked}: pass another --out, "
+                             "or the same arguments to continue")
 
 
 def measure(configs, lora, folder):
@@ -150,7 +150,9 @@ def draw(numbers, figure):
     figure.set_size_inches(6, 4)
     axes = figure.subplots()
     for name, label in CURVES.items():
-        axes.plot([point["seconds"] for point in numbers[name]], [point["ce"] for point in numbers[name]], marker="o", label=label)
+        seconds = [point["seconds"] for point in numbers[name]]
+        ce = [point["ce"] for point in numbers[name]]
+        axes.plot(seconds, ce, marker="o", label=label)
     axes.axhline(numbers["ce_base"], color="grey", linestyle="--", label=f"original model ({numbers['ce_base']:.3f})")
     axes.set(xlabel="training time (s)", ylabel="cross-entropy (nats/token)",
              title=f"{numbers['model']}: {numbers['width']:,} latents, k {numbers['k']} (the paper's Figures 1 and 5)")
@@ -201,7 +203,8 @@ def main(argv=None):
         numbers = measure(configs, lora, folder)
         write_json(folder / "frontier.json", numbers)
         show(numbers)
-        save_figure(draw, numbers, folder / "frontier.png", f"python -m lorasae.paper.frontier --model {args.model} --out {folder}")
+        again = f"python -m lorasae.paper.frontier --model {args.model} --out {folder}"
+        save_figure(draw, numbers, folder / "frontier.png", again)
 
 
 if __name__ == "__main__":

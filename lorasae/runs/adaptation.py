@@ -125,7 +125,7 @@ def named(config, loss, norm):
 
 
 def student_names(config, rank="rank-", lr="lr-"):
-    """What tells the students apart, as in the names of their folders: rank-16, lr-5e-05, rank-16-lr-5e-05; "" of a lone one."""
+    """What tells the students apart, as their folders do: rank-16, lr-5e-05, rank-16-lr-5e-05; "" of a lone one."""
     names = []
     for student in config.students:
         parts = []

@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16")
 OBJECTIVES = ("kl", "mse", "balanced")
 THRESHOLDS = ("trained", "frozen")
 RECIPES = ("paper", "tuned")
-DEAD_AFTER = 10_000_000                                 # Gao et al. (2024); at most a tenth of the run, so that short runs have dead latents
+DEAD_AFTER = 10_000_000                                 # Gao et al. (2024); at most a tenth of the run
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ def check_students(config, refuse):
 
     several = [len(values) for values in (config.rank, rates) if len(values) > 1]
     if len(several) == 2 and several[0] != several[1]:
-        raise InputError(f"--rank names {several[0]} ranks and --lr {several[1]} rates: pass several of one of them, or equally "
-                         "many of both, which go together in pairs")
+        raise InputError(f"--rank names {several[0]} ranks and --lr {several[1]} rates: pass several of one of them, or "
+                         "equally many of both, which go together in pairs")
     if several:
         pairs = [(student.rank, student.lr) for student in config.students]
         if len(set(pairs)) < len(pairs):
@@ -227,8 +227,8 @@ def check_trained_sae(config):
     if len(config.layer) > 1:
         raise InputError(f"--layer {' '.join(map(str, config.layer))}: {asked} trains the SAE of one layer")
     if config.micro_batch < config.batch_size:
-        raise InputError(f"--micro-batch {config.micro_batch}: {asked} takes the {config.batch_size} sequences of a step at once, "
-                         "as its losses are means over them; pass a smaller --batch-size instead")
+        raise InputError(f"--micro-batch {config.micro_batch}: {asked} takes the {config.batch_size} sequences of a step at "
+                         "once, as its losses are means over them; pass a smaller --batch-size instead")
     if config.sae_dtype != "float32":
         raise InputError(f"--sae-dtype {config.sae_dtype}: what {asked} trains is float32; leave it out")
 

@@ -174,7 +174,8 @@ def shard(model, device):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     if world() == 1:
-        raise InputError("--shard spreads a model over several processes: start them with torchrun --nproc-per-node N train.py ...")
+        raise InputError("--shard spreads a model over several processes: start them with torchrun --nproc-per-node N "
+                         "train.py ...")
     mesh = init_device_mesh(device.type, (world(),))
     for block in model.layers:
         trained = {parameter for parameter in block.parameters() if parameter.requires_grad}

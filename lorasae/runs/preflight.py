@@ -55,8 +55,9 @@ def plan(config):
 
     dtype, sae_dtype = DTYPES[config.dtype], DTYPES[config.sae_dtype]
     method = "finetune" if config.train_sae else config.method          # whose SAE is trained, too
-    memory = estimate(model, method=method, blocks=blocks, ranks=[student.rank[0] for student in config.students] if blocks else (), latents=sizes,
-                      micro_batch=config.micro_batch, context=config.context, ahead=config.ahead, dtype=dtype,
+    ranks = [student.rank[0] for student in config.students] if blocks else []
+    memory = estimate(model, method=method, blocks=blocks, ranks=ranks, latents=sizes, micro_batch=config.micro_batch,
+                      context=config.context, ahead=config.ahead, dtype=dtype,
                       sae_dtype=sae_dtype, device=torch.device(config.device).type, compiled=config.compile,
                       dropout=config.dropout)
     return Plan(model, blocks, certain, sizes, fetched + model_plan(config.model), memory)
@@ -121,8 +122,9 @@ def complain(config, needed):
     there = memory_of(config.device)
     if there is None or config.shard or needed <= there:
         return
-    raise InputError(f"this run needs about {size(needed)}, but {config.device} has {size(there)}: lower --micro-batch, --context, "
-                     "--rank or --ahead, take a smaller model or --dtype bfloat16, or spread the model by torchrun and --shard")
+    raise InputError(f"this run needs about {size(needed)}, but {config.device} has {size(there)}: lower --micro-batch, "
+                     "--context, --rank or --ahead, take a smaller model or --dtype bfloat16, or spread the model by torchrun "
+                     "and --shard")
 
 
 def memory_of(device):
