@@ -20,18 +20,19 @@ from lorasae.evals import fidelity
 from lorasae.evals.common import print_table
 from lorasae.io.adapters import load_adapter
 from lorasae.io.checkpoint import copy_beside_weights, load_model, save_model
-from lorasae.io.console import Parser, answering, count
+from lorasae.io.console import Parser, answering, count, tell
 from lorasae.io.disk import read_json
 from lorasae.io.hub import model_files
 from lorasae.io.presets import PRESETS
 from lorasae.lora import merge_lora
 from lorasae.runs import distributed
 from lorasae.runs.adaptation import adapt_model, student_names
-from lorasae.runs.config import (LLAMA_SCOPE, METHODS, OBJECTIVES, RECIPES, THRESHOLDS, Config, configure,
-                                 read_config)
+from lorasae.runs.config import LLAMA_SCOPE, METHODS, OBJECTIVES, RECIPES, THRESHOLDS, Config, read_config
+from lorasae.runs.defaults import configure
 from lorasae.runs.finetuning import adapt_with_sae, finetune_sae
-from lorasae.runs.folder import Run, claim_default
-from lorasae.runs.preflight import dry_run
+from lorasae.runs.folder import Run
+from lorasae.runs.lock import new_folder
+from lorasae.runs.preflight import check_memory, dry_run
 from lorasae.runs.sae_training import train_sae
 from lorasae.runs.setting import load_setting
 
@@ -39,7 +40,7 @@ SWITCH = argparse.BooleanOptionalAction
 
 
 def arguments(argv):
-    """The parsed arguments; what is left at None takes its value in runs.config.configure."""
+    """The parsed arguments; what is left at None takes its value in runs.defaults.configure."""
     parser = Parser(description=__doc__)
 
     add = parser.add_argument_group("what").add_argument
@@ -119,8 +120,7 @@ def arguments(argv):
         "models that do not fit")
     add("--out", help="folder of the run (default: runs/MODEL-METHOD, numbered where that is taken)")
     add("--resume", metavar="RUN_DIR", help="continue that run from its last checkpoint, with its own arguments")
-    add("--checkpoint-every", type=int, metavar="STEPS", help="steps a killed run can lose (default: "
-        f"{Config.checkpoint_every})")
+    add("--checkpoint-every", type=int, metavar="STEPS", help="steps a killed run can lose (default: a minute's)")
     add("--merge", metavar="RUN_DIR", help="fold that run's adapters into its model, write RUN_DIR/merged/, and stop")
     add("--dry-run", action="store_true", help="print files and sizes to fetch, parameters, memory and steps, and stop")
 
@@ -152,9 +152,10 @@ def open_run(args):
         return Run.resume(args.resume, device)
     config = config_of(args)
     distributed.start(config.device)
+    check_memory(config)
     folder = args.out
     if folder is None and distributed.rank() == 0:
-        folder = claim_default(config.model, config.method)
+        folder = new_folder(config.model, config.method)
     return Run.create(distributed.agree(folder), config)
 
 
@@ -238,7 +239,7 @@ def main(argv=None):
 
         run = open_run(args)
         try:
-            print(f"{run.folder}/ is where this run writes", flush=True)
+            tell(f"{run.folder}/ is where this run writes")
             setting = load_setting(run.config, run.folder)
             if run.config.train_sae:
                 report_both(adapt_with_sae(setting, run), run.folder)

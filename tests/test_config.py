@@ -11,7 +11,8 @@ from lorasae.errors import InputError
 from lorasae.io.disk import write_json
 from lorasae.io.presets import PRESETS
 from lorasae.paper import frontier
-from lorasae.runs.config import CHOICES, SWITCHES, Config, configure, latents, option, read_config
+from lorasae.runs.config import CHOICES, SWITCHES, Config, option, read_config
+from lorasae.runs.defaults import configure, latents
 
 NAMES = [known.name for known in fields(Config)]
 EMBEDDED = {"model": "tiny-gemma-2"}
@@ -61,15 +62,16 @@ WRONG = {
     "choice": ["magic", "", None, 3],
     "numbers": [(-1,), (1.5,), (True,), ("3",), (1, 1), [1], 1, None],
     "texts": [("",), (3,), ["a"], "a", None],
+    "rates": [0, -1, math.nan, math.inf, True, "3", (1e-3, -1), (1e-3, None), (1e-3, 1e-3), ()],
 }
 KINDS = {
     **dict.fromkeys(("model", "data", "device"), "text"),
     **dict.fromkeys(("k", "tokens", "eval_tokens", "context", "batch_size", "checkpoint_every", "micro_batch", "ahead", "dead_after"), "whole"),
-    **dict.fromkeys(("alpha", "lr", "clip", "l0"), "positive"), **dict.fromkeys(("dropout", "weight_decay", "seed"), "not negative"),
+    **dict.fromkeys(("alpha", "clip", "l0", "sae_lr"), "positive"), **dict.fromkeys(("dropout", "weight_decay", "seed"), "not negative"),
     **dict.fromkeys(SWITCHES, "switch"), **dict.fromkeys(CHOICES, "choice"), "layer": "numbers", "rank": "numbers", "sae": "texts",
-    "adapt": "texts",
+    "adapt": "texts", "lr": "rates",
 }
-OPEN = ("lr", "l0", "micro_batch", "ahead", "dead_after", "compile", "width", "field")          # None: not given, or not known yet
+OPEN = ("lr", "l0", "micro_batch", "ahead", "dead_after", "compile", "width", "field", "sae_lr", "objective", "checkpoint_every")          # None: not given, or not known yet
 MORE_WRONG = {"dropout": [1, 1.5], "seed": [2 ** 63, 10 ** 40, 0.5], "context": [1], "rank": [(0,), ()]}
 
 
@@ -237,7 +239,7 @@ SAID = {                                                # field: how the help wr
     "rank": "64, the paper's", "alpha": "32 at every rank", "dropout": "0.1, the paper's", "tokens": "the paper's 15M, and 2B for an SAE",
     "eval_tokens": "the paper's 1M", "context": "the paper's 1024", "batch_size": "1, the paper's", "lr": "5e-5 for adapters",
     "lr_decay": "paper: --no-lr-decay", "weight_decay": "0.01", "clip": "1.0", "seed": "42", "dtype": "bfloat16",
-    "sae_dtype": "paper: float32", "checkpoint_every": "250", "dead_after": "10M, at most a tenth of the run",
+    "sae_dtype": "paper: float32", "checkpoint_every": "a minute's", "dead_after": "10M, at most a tenth of the run",
     "ahead": "8 on a GPU, else 1", "compile": "on a GPU", "micro_batch": "the whole batch"}
 
 
@@ -253,21 +255,21 @@ def test_every_default_that_the_help_states_is_the_configurations(monkeypatch, c
         assert said in found[name], f"--help of {name}: {found[name]}"
         value = getattr(config, name)
         value = value[0] if isinstance(value, tuple) else value
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in ("micro_batch", "ahead", "dead_after"):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in ("micro_batch", "ahead", "dead_after", "checkpoint_every"):
             assert value_of(said) == value, name
     assert Config(tokens=10 ** 12).dead_after == value_of("10M") and Config(device="cuda").ahead == 8 and config.ahead == 1
     assert configure({"model": "gemma-2-2b", "method": "topk", "device": "cpu"}).tokens == value_of("2B")
 
 
 def test_every_field_is_an_option_and_every_option_of_a_run_is_a_field(monkeypatch, capsys):
-    options = set(helps(train.arguments, monkeypatch, capsys)) - {"help", "out", "resume", "merge", "dry_run"}
+    options = set(helps(train.arguments, monkeypatch, capsys)) - {"help", "out", "resume", "merge", "dry_run", "recipe"}
     assert options == set(NAMES)
 
 
 def test_the_frontier_builds_its_configurations_as_a_run_does(monkeypatch):
     configs, lora = frontier.configurations(frontier.arguments(["--model", "tiny-gemma-2", "--device", "cpu", "--seed", "7"]))
     for method, config in configs.items():
-        assert config == configure({**EMBEDDED, "method": method, "seed": 7, "device": "cpu", "checkpoint_every": 1000})
+        assert config == configure({**EMBEDDED, "method": method, "seed": 7, "device": "cpu"})
     assert lora.seed == 7 and lora.adapt == ("all",) and lora.lr == PRESETS["tiny-gemma-2"].lora["lr"] and lora.tokens == 200_000
 
 

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from lorasae.io import documents, order, packing, streams
-from lorasae.io.corpus import Corpus, special_mask
+from lorasae.io.corpus import Corpus
+from lorasae.model import special_positions
 from lorasae.io.order import ordered
 from lorasae.io.packing import pack
 from lorasae.io.streams import files, held_out
@@ -109,9 +110,9 @@ def test_a_tokenizer_file_that_truncates_and_pads_is_used_whole(tmp_path):
     assert torch.equal(Corpus(path, tokenizer, BOS, EOS, **settings).validation, corpus_of(path).validation)
 
 
-def test_special_mask_marks_bos_and_eos():
+def test_special_positions_marks_bos_and_eos():
     tokens = torch.tensor([[BOS, EOS, 5, 6], [BOS, 5, EOS, 2]])
-    assert special_mask(tokens, BOS, EOS).tolist() == [[True, True, False, False], [True, False, True, False]]
+    assert special_positions(tokens, BOS, EOS).tolist() == [[True, True, False, False], [True, False, True, False]]
 
 
 # ---- The split -------------------------------------------------------------------------------------------------------

@@ -363,7 +363,7 @@ def test_folders_that_cannot_be_evaluated_are_answered_in_one_line(place, tmp_pa
     (tmp_path / "empty").mkdir()
     assert "config.json" in refusal("eval", tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text("[1]")
-    assert "not written by train.py" in refusal("eval", tmp_path / "empty")
+    assert "not a JSON object" in refusal("eval", tmp_path / "empty")
     assert "unknown" in misuse(capsys, "eval", place / "run", "--suite", "fidelity,magic")
     half = shutil.copytree(place / "run", tmp_path / "half")
     (half / "adapter" / "adapter_model.safetensors").unlink()

@@ -194,14 +194,17 @@ def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(suite, setting, label
     assert all(row["difference"] == 0 == row["ci90"] for row in numbers["rows"].values())
 
     module.show(numbers)
-    assert "SAEBench's own reruns differ" in capsys.readouterr().out
+    assert "SAEBench's reruns differ" in capsys.readouterr().out
     figure = pytest.importorskip("matplotlib.figure", reason="draws the picture").Figure()
     module.draw(numbers, figure)
     assert figure.axes
 
 
 @pytest.mark.parametrize("suite, table_3", [
-    (probing, ["sae_top_1", "sae_all"]), (scr, ["max", "average"]), (tpp, ["max", "average"]), (absorption, ["saebench"]),
+    (probing, ["sae_top_1", "sae_all"]),
+    (scr, ["max", "average"]),
+    (tpp, ["max", "average"]),
+    (absorption, ["saebench"]),
 ])
 def test_the_papers_differences_are_no_larger_than_what_reruns_differ_by(suite, table_3):
     for metric in table_3:

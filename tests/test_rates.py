@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train as training
 from lorasae.io.presets import PAPER, PRESETS, tuned
-from lorasae.runs.config import Config, configure
+from lorasae.runs.config import Config
+from lorasae.runs.defaults import configure
 from test_finetune import command, read, refusal
 
 RATES = (3e-4, 1e-3, 3e-3)

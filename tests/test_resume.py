@@ -14,7 +14,8 @@ from conftest import GEMMA
 from helpers import command, metrics, read, refusal
 from lorasae.errors import InputError
 from lorasae.runs.config import Config
-from lorasae.runs.folder import Run, checksum, claim_default, read_checkpoint
+from lorasae.runs.folder import Run, checksum, read_checkpoint
+from lorasae.runs.lock import new_folder
 
 STEPS, EVERY = 60, 3
 
@@ -278,7 +279,7 @@ def test_two_runs_started_together_without_out_get_two_folders(processes, argume
 
 def test_a_default_folder_is_never_one_that_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = [claim_default("some/place/model", "topk") for _ in range(3)]
+    found = [new_folder("some/place/model", "topk") for _ in range(3)]
     assert found == [Path("runs/model-topk"), Path("runs/model-topk-2"), Path("runs/model-topk-3")]
     (tmp_path / "runs" / "other-lora").write_text("")
-    assert claim_default("other", "lora") == Path("runs/other-lora-2")
+    assert new_folder("other", "lora") == Path("runs/other-lora-2")

@@ -1,7 +1,6 @@
 """Steering: likelihoods of the right tokens, the change by steering, how α is chosen, and where the examples come from."""
 import importlib
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest

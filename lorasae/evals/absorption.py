@@ -337,7 +337,7 @@ def show(numbers):
     known = numbers["rows"]["known"]
     if min(known["base"], known["lora"]) < 13:
         print(f"The probe knows {known['base']:.1f} letters in the base model, {known['lora']:.1f} in the adapted one. "
-              "Where the residual\nstream does not hold the first letter, nothing can absorb it: these rates say little.")
+              "Where the residual\nstream does not hold the letter, nothing can absorb it: these rates say little.")
 
 
 def draw(numbers, figure):

@@ -42,7 +42,7 @@ def evaluate(setting, options):
     adapts = setting.config.method == "lora"
     settings = ("base", "sae", "adapted", "lora", "zero") if adapts else ("base", "sae", "zero")
     held_out = setting.corpus.validation
-    results = measure(setting.model, setting.saes, held_out.split(setting.config.micro_batch), settings)
+    results = measure(setting.model, setting.saes, held_out.split(setting.config.eval_batch), settings)
     return {**summary(results), "eval_tokens": held_out.numel(), "training": training_curve(setting.folder)}
 
 

@@ -214,5 +214,5 @@ def show_rows(numbers, labels, paper, tolerance):
 
     print_table(table, ["", "base", "LoRA", "difference", "90 % CI", "paper: base", "LoRA", "difference"])
     print(f"\nlayer {numbers['layer']}, {numbers['seeds']} seeds, {', '.join(numbers['sets'])}")
-    print(f"Table 3's differences come from one seed; none exceeds the {tolerance} by which SAEBench's own reruns differ.")
+    print(f"Table 3's differences come from one seed; none exceeds the {tolerance} by which SAEBench's reruns differ.")
     print("The paper's levels are those of another model, other texts and a wider SAE.")

@@ -20,7 +20,7 @@ from lorasae.errors import InputError
 from lorasae.evals.common import progress
 from lorasae.io.console import say
 from lorasae.lora import base
-from lorasae.objectives import capped, chunk_rows, matmul_fp32
+from lorasae.objectives import capped, chunk_rows, to_logits
 
 
 class Job(NamedTuple):
@@ -72,7 +72,7 @@ class SplicedLM(TemplateLM):
 
     def logits(self, x):
         """The residual stream [N, D] -> logits [N, V], fp32 also for bf16 weights: rounded there, choices would tie."""
-        return capped(matmul_fp32(self.model.norm(x), self.model.head.T), self.model.softcap)
+        return capped(to_logits(self.model.norm(x), self.model.head), self.model.softcap)
 
     def score(self, x, labels):
         """x [N, D], labels [N] -> log p(label), label is the likeliest token; [N] each. No [N, V] is ever whole."""

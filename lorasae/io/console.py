@@ -12,6 +12,21 @@ def say(line):
     print(line, file=sys.stderr, flush=True)
 
 
+def tell(line):
+    """A line of progress. Where nobody reads it any more, the work goes on in silence: its results are files."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        mute()
+        say("note: nobody reads the output any more; the work goes on, and its results will be in its files")
+
+
+def mute():
+    """Sends standard output nowhere, so that Python does not complain of a reader that left."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, whose help keeps its line breaks and whose errors are one line."""
 
@@ -45,8 +60,7 @@ def answering(interrupted="interrupted"):
     except KeyboardInterrupt:
         sys.exit(interrupted)
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())           # else Python complains when it ends
+        mute()
         sys.exit("error: nobody reads the output any more; what was computed is in its files")
 
 

@@ -22,7 +22,8 @@ from lorasae.errors import InputError
 from lorasae.io.order import Place, Segment, ordered
 from lorasae.io.packing import Rest, encodings, pack
 from lorasae.io.prefetch import Prefetch
-from lorasae.io.streams import files, fingerprints, held_out, say
+from lorasae.io.console import say
+from lorasae.io.streams import files, fingerprints, held_out
 
 
 class Position(NamedTuple):

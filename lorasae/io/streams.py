@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from lorasae.errors import InputError
+from lorasae.io.console import say
 from lorasae.io.documents import EXPECTED, KNOWN, opened
 from lorasae.io.prefetch import check, pause
 
@@ -37,10 +38,6 @@ class File(NamedTuple):
     size: int                                           # bytes, as stored
     open: Callable                                      # () -> binary file that can seek
     content: str = None                                 # what the Hub knows its content by
-
-
-def say(line):
-    print(line, file=sys.stderr, flush=True)
 
 
 # ---- Which files -----------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from lorasae.io.presets import TINY
 from lorasae.lora import attach_lora, detach_lora, lora_parameters
 from lorasae.model import Transformer
 from lorasae.runs import adaptation, sae_training, sweep
-from lorasae.runs.config import Config, configure
+from lorasae.runs.config import Config
+from lorasae.runs.defaults import configure
 from lorasae.runs.setting import load_setting
 
 MODELS = ("tiny-gemma-2", "tiny-llama-3")

@@ -26,7 +26,8 @@ from lorasae.io.disk import read_json, write_json
 from lorasae.io.presets import PRESETS
 from lorasae.io.sae_formats import load_sae
 from lorasae.paper.one_block import adapted
-from lorasae.runs.config import configure, read_config
+from lorasae.runs.config import read_config
+from lorasae.runs.defaults import configure
 from lorasae.runs.folder import Run
 from lorasae.runs.sae_training import train_sae
 from lorasae.runs.setting import load_setting
@@ -72,7 +73,7 @@ def measure(configs, lora, folder):
     model, held_out = setting.model, setting.corpus.validation
 
     def loss(model, saes, name):
-        results = fidelity.measure(model, saes, held_out.split(config.micro_batch), (name,))
+        results = fidelity.measure(model, saes, held_out.split(config.eval_batch), (name,))
         return results[name]["ce"].mean().item()
 
     points = {name: [] for name in CURVES}
@@ -180,14 +181,13 @@ def configurations(args):
     """({method: Config of its SAE}, Config of the adapters)"""
     shared = {name: getattr(args, name) for name in ("model", "data", "eval_tokens", "device", "seed")}
     shared["layer"] = args.layer and tuple(args.layer)
-    of_sae = {"width": args.width, "k": args.k, "tokens": args.tokens, "checkpoint_every": 1000}
+    of_sae = {"width": args.width, "k": args.k, "tokens": args.tokens}
     configs = {method: configure({**shared, **of_sae, "method": method}) for method in ("topk", "e2e")}
 
     tokens = args.lora_tokens or (MINIATURE if args.model.startswith("tiny-") else None)
     rank = None if args.rank is None else (args.rank,)
     topk = configs["topk"]
-    lora = configure({**shared, "rank": rank, "tokens": tokens, "sae": ("the TopK SAE",), "adapt": ("all",), "data": topk.data,
-                      "checkpoint_every": 1000})
+    lora = configure({**shared, "rank": rank, "tokens": tokens, "sae": ("the TopK SAE",), "adapt": ("all",), "data": topk.data})
     if min(config.steps for config in configs.values()) < len(TENTHS):
         raise InputError("--tokens gives fewer than ten steps, and an SAE is kept after each tenth of them: pass more")
     return configs, lora

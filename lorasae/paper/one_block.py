@@ -60,7 +60,7 @@ def announce(folder, places):
 
 def losses(setting, model, *settings):
     """The cross-entropies [n] of the settings, over the held-out sequences."""
-    batches = setting.corpus.validation.split(setting.config.micro_batch)
+    batches = setting.corpus.validation.split(setting.config.eval_batch)
     results = fidelity.measure(model, setting.saes, batches, settings)
     return [results[name]["ce"] for name in settings]
 

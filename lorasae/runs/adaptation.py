@@ -10,6 +10,7 @@ from lorasae import adapt
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
 from lorasae.io.adapters import save_adapter
+from lorasae.io.console import tell
 from lorasae.io.disk import write_json
 from lorasae.lora import add_lora, attach_lora, detach_lora, lora_parameters
 from lorasae.runs import distributed, sweep
@@ -25,15 +26,15 @@ def adapt_model(setting, run):
     students = new_students(model, blocks, config)
     if config.shard:
         distributed.shard(model, distributed.local(config.device))
-    print(f"adapting blocks {', '.join(map(str, blocks))} of {config.model} around the SAE at layer "
+    tell(f"adapting blocks {', '.join(map(str, blocks))} of {config.model} around the SAE at layer "
           f"{', '.join(map(str, saes))}: {sum(p.numel() for p in parameters_of(students)):,} trainable parameters, "
-          f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
+          f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens")
 
     before = evaluate_once(run, setting, ("base", "sae"))
     train(setting, run, students)
     places = save(model, run, students)
 
-    held_out = corpus.validation.split(config.micro_batch)
+    held_out = corpus.validation.split(config.eval_batch)
     results = {}
     for place, student in zip(places, students):
         attach_lora(model, student)

@@ -9,6 +9,7 @@ import torch
 from lorasae import adapt, dictionary, finetune
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
+from lorasae.io.console import tell
 from lorasae.lora import lora_parameters
 from lorasae.runs import adaptation, distributed, sae_training
 from lorasae.runs.ahead import in_advance
@@ -23,11 +24,11 @@ def finetune_sae(setting, run):
     model, corpus, config = setting.model, setting.corpus, setting.config
     layer, sae = only_sae(setting.saes)
     make_trainable(sae, config)
-    print(f"finetuning an SAE of {len(sae.W_enc):,} latents at layer {layer} of {config.model} on {config.objective}, "
-          f"{about_l0(sae, config)}: {config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
+    tell(f"finetuning an SAE of {len(sae.W_enc):,} latents at layer {layer} of {config.model} on {config.objective}, "
+          f"{about_l0(sae, config)}: {config.steps:,} steps of {config.batch_size} x {config.context} tokens")
 
     was = evaluate_once(run, setting, ("base", "sae"))
-    held_out = corpus.validation.split(config.micro_batch)
+    held_out = corpus.validation.split(config.eval_batch)
     before = sae_training.numbers_of(was, model, sae, layer, held_out)
     train(setting, run, [])
     sae_training.keep(run, sae, config.steps)
@@ -52,12 +53,12 @@ def adapt_with_sae(setting, run):
     make_trainable(sae, config)
     adapters, = adaptation.new_students(model, blocks, config)
     count = sum(parameter.numel() for parameter in lora_parameters(adapters))
-    print(f"adapting blocks {', '.join(map(str, blocks))} of {config.model} ({count:,} parameters, rate {config.lr:g}) together "
+    tell(f"adapting blocks {', '.join(map(str, blocks))} of {config.model} ({count:,} parameters, rate {config.lr:g}) together "
           f"with the SAE of {len(sae.W_enc):,} latents at layer {layer} (rate {config.sae_lr:g}), {about_l0(sae, config)}: "
-          f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
+          f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens")
 
     was = evaluate_once(run, setting, ("base", "sae"))
-    held_out = corpus.validation.split(config.micro_batch)
+    held_out = corpus.validation.split(config.eval_batch)
     before = sae_training.numbers_of(was, model, sae, layer, held_out)  # fresh adapters change nothing
     train(setting, run, lora_parameters(adapters))
     adaptation.save(model, run, [adapters])

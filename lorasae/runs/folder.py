@@ -7,12 +7,9 @@ does all the writing.
 """
 import json
 import math
-import os
 import platform
-import socket
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -23,18 +20,15 @@ import torch
 from tqdm import tqdm
 
 from lorasae.errors import InputError
-from lorasae.io.console import say
+from lorasae.io.console import say, tell
 from lorasae.io.disk import whole, write_bytes, write_json
 from lorasae.runs import distributed
 from lorasae.runs.config import read_config
+from lorasae.runs.lock import Lock, check_free
 
-try:
-    import fcntl
-except ImportError:                                     # Windows has no such locks: there, nobody watches
-    fcntl = None
 
 LOG_EVERY = 10                                          # steps a metrics line covers; also how often the GPU is waited for
-LOCK = ".lock"
+CHECKPOINT_SECONDS = 60                                 # a large one takes seconds to write
 RUNS = Path("runs")                                     # where runs go by default
 
 
@@ -54,7 +48,7 @@ class Run:
         folder, lock = Path(folder), None
         if distributed.rank() == 0:
             check_free(folder)
-            lock = claim(folder)
+            lock = Lock(folder)
         return cls(folder, config, lock)
 
     @classmethod
@@ -65,9 +59,10 @@ class Run:
         if device is not None:
             config = replace(config, device=device)
         if distributed.rank() == 0:
-            lock = claim(folder)
+            lock = Lock(folder)
         if (folder / "results.json").exists():
-            release(lock, folder)
+            if lock is not None:
+                lock.release()
             raise InputError(f"{folder} is a finished run: there is nothing to resume (python eval.py {folder} evaluates it)")
         return cls(folder, config, lock)
 
@@ -83,8 +78,9 @@ class Run:
 
     def close(self):
         """Lets go of the folder, and leaves nothing of one in which nothing was begun."""
-        release(self.lock, self.folder)
-        self.lock = None
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
 
     # ---- Checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -136,9 +132,15 @@ class Run:
         return sorted((self.folder / "checkpoint").glob("step-*.pt"))
 
     def save_if_due(self, step, tensors, optimizer, position):
-        """Every `checkpoint_every` steps, and after the last one."""
-        if step % self.config.checkpoint_every == 0 or step == self.config.steps:
+        """Every `checkpoint_every` steps, or else every minute; and after the last step."""
+        every = self.config.checkpoint_every
+        if every is not None:
+            due = step % every == 0
+        else:
+            due = time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
+        if due or step == self.config.steps:
             self.save(step, tensors, optimizer, position)
+            self.saved = time.perf_counter()
 
     # ---- Progress ------------------------------------------------------------------------------------------------------
 
@@ -151,7 +153,8 @@ class Run:
         terminal = sys.stderr.isatty()
         steps = self.config.steps
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (speaks and terminal), dynamic_ncols=True)
-        self.started = time.perf_counter() - self.seconds
+        self.saved = time.perf_counter()                # when the last checkpoint was written, or would have been
+        self.started = self.saved - self.seconds
         for done, update in enumerate(updates, start + 1):
             yield update
             self.bar.update()
@@ -165,7 +168,8 @@ class Run:
         steps = self.config.steps
         seconds = time.perf_counter() - self.started
         remaining = (steps - step) * seconds / step
-        print(f"{step / steps:4.0%}  step {step:,} of {steps:,}  {self.latest}  {remaining:,.0f} s left", flush=True)
+        parts = [f"{step / steps:4.0%}", f"step {step:,} of {steps:,}", self.latest, f"{remaining:,.0f} s left"]
+        tell("  ".join(part for part in parts if part))
 
     def log(self, step, **values):
         """Notes a step's values (floats or 0-dim tensors); every LOG_EVERY steps they are read and written as a line."""
@@ -224,80 +228,6 @@ class Run:
             if line.endswith("}") and json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         write_bytes(path, "".join(kept).encode())
-
-
-# ---- One writer a folder -----------------------------------------------------------------------------------------------
-
-def check_free(folder):
-    """Refuses an output folder that holds anything: asked before the long work starts."""
-    folder = Path(folder)
-    try:
-        free = not folder.exists() or folder.is_dir() and not holdings(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot use {folder} as --out: {getattr(error, 'strerror', None) or error}") from error
-    if free:
-        return
-    if folder.is_dir() and (folder / "config.json").exists() and not (folder / "results.json").exists():
-        raise InputError(f"{folder} already holds a run: pass another --out, or --resume {folder} alone to continue that run")
-    raise InputError(f"{folder} already holds files: pass another --out")
-
-
-def holdings(folder):
-    """What is in a folder, but for a lock and what a killed process was writing."""
-    return [path for path in folder.iterdir() if path.name != LOCK and path.suffix != ".part"]
-
-
-def claim(folder):
-    """Makes this process the only one that writes to `folder`; the system lets go when the process ends, however it does.
-
-    Raises InputError that says who has it. Returns the open lock file.
-    """
-    path = Path(folder) / LOCK
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a+", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path.parent}: {error.strerror}") from error
-    try:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise InputError(f"{path.parent} is being written by {holder}: wait for it to end, or pass another --out") from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-    return lock
-
-
-def release(lock, folder):
-    """Undoes `claim`, and removes a folder in which nothing was written."""
-    if lock is None:
-        return
-    folder = Path(folder)
-    (folder / LOCK).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
-        if folder.parent == RUNS:
-            with suppress(OSError):                     # others' runs are in it
-                RUNS.rmdir()
-    lock.close()
-
-
-def claim_default(model, method):
-    """Claims runs/MODEL-METHOD, or the first of -2, -3, ... that is free -> its path. Two runs started together get two."""
-    name, number = f"{Path(model).name}-{method}", 1
-    while True:
-        folder = RUNS / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise InputError(f"cannot write {folder}: {error.strerror}; pass another --out") from error
 
 
 # ---- Files -------------------------------------------------------------------------------------------------------------

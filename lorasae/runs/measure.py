@@ -26,7 +26,7 @@ def evaluate_once(run, setting, settings):
     path = run.folder / "before.json"
     if distributed.agree(path.exists()):
         return read_results(path, saes)
-    results = evaluate(model, saes, corpus.validation.split(run.config.micro_batch), settings)
+    results = evaluate(model, saes, corpus.validation.split(run.config.eval_batch), settings)
     run.begin()                                         # nothing is written before everything has been read
     if distributed.rank() == 0:
         keep_held_out(corpus, run.folder)

@@ -32,7 +32,7 @@ class Memory(NamedTuple):
     step: int                                           # activations that backward needs, gradients, logits
     evaluation: int
     activations: int                                    # the part of `step` that backward keeps
-    logits: int                                         # the part of `step` and `evaluation` that are logits
+    logits: int                                         # the part of `step` that are logits
     held_back: int                                      # freed, and kept by the allocator
 
     @property
@@ -96,10 +96,14 @@ def estimate(config, *, method, blocks=(), ranks=(), latents=(), kinds="jumprelu
     decoder = 2 * FP32 * latents[0] * D if trains_sae or method == "finetune" else 0       # rows brought back to norm 1
     step = kept_lesson + activations + max(step_logits, gradients, decoder)
 
-    # An evaluation: hidden states of base, SAE and adapted model; then their logits.
+    # An evaluation, of as many sequences at once: hidden states of base, SAE and adapted model; then their logits.
+    rows = at_once * T
     states = rows * 4 * D * size
+    logits_of_a_chunk = logits_bytes(config, rows, device, size, students)
+    if device == "cuda":                                # where the elementwise work is of the whole chunk, not of pieces
+        logits_of_a_chunk *= 3
     latents_of_a_slice = 2 * FP32 * 1024 * max(latents, default=0)
-    evaluation = states + max(rows * max(block, sae), logits, latents_of_a_slice)
+    evaluation = states + max(rows * max(block, sae), logits_of_a_chunk, latents_of_a_slice)
 
     needed = model + saes + training + max(frozen_phase, step, evaluation)
     held_back = HELD_BACK[device] * needed

@@ -1,94 +1,141 @@
-"""What a run would fetch, train and hold in memory, from configuration files and listings alone: `train.py --dry-run`."""
+"""What a run would fetch, train and hold in memory, from configuration files and listings alone: `train.py --dry-run`.
+
+`check_memory` asks the same before a run allocates anything: what cannot fit is refused in one line.
+"""
+import os
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 
 from lorasae.adapt import default_adapt
+from lorasae.errors import InputError
 from lorasae.io.checkpoint import load_config
-from lorasae.io.hub import model_plan, sae_plan
+from lorasae.io.hub import model_plan, sae_files, sae_plan
+from lorasae.io.sae_formats import load_sae
 from lorasae.io.tensors import DTYPES
-from lorasae.lora import add_lora, detach_lora, lora_parameters
-from lorasae.model import Transformer
+from lorasae.runs import distributed
 from lorasae.runs.adaptation import blocks_to_adapt
-from lorasae.runs.setting import load_saes, sae_sources
+from lorasae.runs.defaults import latents
+from lorasae.runs.memory import adapter_parameters, estimate, model_parameters
+from lorasae.runs.setting import check_context, check_layer, sae_sources
+from lorasae.sae import JumpReLU
+
+
+class Plan(NamedTuple):
+    """What a run consists of."""
+    model: object                                       # its configuration
+    blocks: list                                        # the adapted ones; [] where an SAE alone is trained
+    certain: bool                                       # False: if the SAE turns out to be a TopK, all blocks are adapted
+    latents: list                                       # of each SAE, about
+    fetched: list                                       # hub.Fetch of every file
+    memory: object                                      # memory.Memory
+
+
+def plan(config):
+    """The Plan of a configuration. Nothing is loaded; InputError for what the run itself would refuse."""
+    model = load_config(config.model)
+    depth = model.num_hidden_layers
+    check_context(config, model)
+    for layer in config.layer:
+        check_layer(config.model, layer, depth)
+
+    fetched = []
+    for layer, source in sae_sources(config):
+        fetched += sae_plan(source, layer=layer, width=config.width, l0=config.l0)
+    if config.sae:
+        sizes = [size_of_sae(config, layer, source, model.hidden_size) for layer, source in sae_sources(config)]
+    else:
+        sizes = [config.width or 8 * model.hidden_size]
+    blocks = []
+    if config.method == "lora":
+        spec = config.adapt or default_adapt(saes_at_hand(config, fetched))
+        blocks = blocks_to_adapt(spec, dict.fromkeys(config.layer), depth)
+    certain = bool(config.adapt) or config.method != "lora" or not fetched
+
+    dtype, sae_dtype = DTYPES[config.dtype], DTYPES[config.sae_dtype]
+    method = "finetune" if config.train_sae else config.method          # whose SAE is trained, too
+    memory = estimate(model, method=method, blocks=blocks, ranks=[student.rank[0] for student in config.students] if blocks else (), latents=sizes,
+                      micro_batch=config.micro_batch, context=config.context, ahead=config.ahead, dtype=dtype,
+                      sae_dtype=sae_dtype, device=torch.device(config.device).type, compiled=config.compile,
+                      dropout=config.dropout)
+    return Plan(model, blocks, certain, sizes, fetched + model_plan(config.model), memory)
+
+
+def saes_at_hand(config, fetched):
+    """{layer: SAE} of local sources; of those still to be fetched, JumpReLUs as the public ones of the paper are."""
+    if fetched:
+        return dict.fromkeys(config.layer, JumpReLU(1, 1))
+    return {layer: load_sae(source, layer=layer, width=config.width, l0=config.l0, llama_scope=config.llama_scope)
+            for layer, source in sae_sources(config)}
+
+
+def size_of_sae(config, layer, source, d_model):
+    """How many latents an SAE has: as its width says, else about as many as its files hold in fp32."""
+    if config.width is not None:
+        return latents(config.width)
+    found = sae_plan(source, layer=layer, width=config.width, l0=config.l0)
+    size = sum(fetch.bytes for fetch in found)
+    if not found:
+        place = Path(sae_files(source, layer=layer, width=config.width, l0=config.l0))
+        size = place.stat().st_size if place.is_file() else sum(file.stat().st_size for file in place.rglob("*.*"))
+    return max(1, size // (8 * d_model))
 
 
 def dry_run(config):
     """Prints the plan of a run."""
-    wanted = []
-    for layer, source in sae_sources(config):
-        wanted += sae_plan(source, layer=layer, width=config.width, l0=config.l0)
-    for fetch in model_plan(config.model) + wanted:
+    made = plan(config)
+    for fetch in made.fetched:
         print(f"{'here ' if fetch.cached else 'fetch'}  {fetch.bytes / 1e6:10,.1f} MB  {fetch.repo}/{fetch.path}")
 
-    with torch.device("meta"):
-        model = Transformer(load_config(config.model))
-    frozen = sum(p.numel() for p in model.parameters())
     print()
-    if config.method == "finetune":
-        trainable, activations = finetune_plan(config, model, wanted)
-    elif config.method == "lora":
-        trainable, activations = adapters_plan(config, model, wanted)
-        trainable += sae_parameters(config, model, wanted) if config.train_sae else 0
+    depth, d_model = made.model.num_hidden_layers, made.model.hidden_size
+    frozen = model_parameters(made.model)
+    if made.blocks:
+        unsure = "" if made.certain else "; all of them if the SAE turns out to be a TopK"
+        print(f"adapted blocks        {made.blocks[0]} to {made.blocks[-1]} ({len(made.blocks)} of {depth}){unsure}")
+        trainable = sum(adapter_parameters(made.model, made.blocks, student.rank) for student in config.students)
     else:
-        trainable, activations = sae_plan_of(config, model)
+        print(f"SAE                   {made.latents[0]:,} latents at the output of block {config.layer[0]}")
+        trainable = 0
+    if config.method != "lora" or config.train_sae:
+        width = made.latents[0]
+        trainable += width * (2 * d_model + 1) + d_model + (width if config.method == "jumprelu" else 0)
 
-    weights = frozen * DTYPES[config.dtype].itemsize
-    training = trainable * 16                           # fp32: value, gradient, and Adam's two averages
-    saes = sum(fetch.bytes for fetch in wanted if not fetch.path.endswith(".json"))
-    total = weights + training + saes + activations
     print(f"trainable parameters  {trainable:,} ({trainable / frozen:.2%} of {frozen:,})")
     print(f"training              {config.steps:,} steps of {config.batch_size} x {config.context} = {config.trained_tokens:,} "
           f"tokens of {config.data}")
-    print(f"memory, about         {size(total)}: model {size(weights)}, SAEs to fetch {size(saes)}, training {size(training)}, "
-          f"activations {size(activations)}")
+    memory = made.memory                                # Python and its libraries take some 0.4 GB beside it
+    print(f"memory, about         {size(memory.total)}: model {size(memory.model)}, SAEs {size(memory.saes)}, trained "
+          f"{size(memory.training)}, and the largest of: a step {size(memory.step)} (activations {size(memory.activations)}, "
+          f"logits {size(memory.logits)}), the frozen part ahead {size(memory.ahead)}, evaluation {size(memory.evaluation)}")
+    complain(config, memory.total)
 
 
-def adapters_plan(config, model, wanted):
-    """(trainable parameters, bytes of activations) of a run that adapts the model."""
-    layers, depth = dict.fromkeys(config.layer), len(model.layers)
-    adapt = config.adapt or (("after",) if wanted else default_adapt(load_saes(config, model, "cpu")))
-    blocks = blocks_to_adapt(adapt, layers, depth)
-    trainable = 0
-    for student in config.students:
-        trainable += sum(p.numel() for p in lora_parameters(detach_lora(add_lora(model, blocks, student.rank[0]))))
-
-    c, rows = model.config, config.micro_batch * config.context
-    width = 12 * c.hidden_size + 5 * c.intermediate_size + 4 * c.num_attention_heads * c.head_dim
-    activations = len(config.students) * len(blocks) * rows * width * DTYPES[config.dtype].itemsize     # what backward needs
-    unsure = "" if config.adapt or not wanted else "; all of them if the SAE turns out to be a TopK"
-    print(f"adapted blocks        {blocks[0]} to {blocks[-1]} ({len(blocks)} of {depth}){unsure}")
-    return trainable, activations
+def check_memory(config):
+    """Raises InputError where a run cannot fit into this machine's memory."""
+    complain(config, plan(config).memory.total)
 
 
-def finetune_plan(config, model, wanted):
-    """(trainable parameters, bytes of activations) of a run that finetunes an SAE: what backward needs of the blocks after it."""
-    c, rows = model.config, config.micro_batch * config.context
-    after = len(model.layers) - 1 - config.layer[0]
-    width = 8 * c.hidden_size + 4 * c.intermediate_size + 4 * c.num_attention_heads * c.head_dim
-    trainable = sae_parameters(config, model, wanted)
-    latents = trainable // (2 * c.hidden_size)
-    activations = after * rows * width * DTYPES[config.dtype].itemsize + 2 * rows * latents * 4
-    print(f"SAE                   about {latents:,} latents at the output of block {config.layer[0]}")
-    return trainable, activations
+def complain(config, needed):
+    there = memory_of(config.device)
+    if there is None or config.shard or needed <= there:
+        return
+    raise InputError(f"this run needs about {size(needed)}, but {config.device} has {size(there)}: lower --micro-batch, --context, "
+                     "--rank or --ahead, take a smaller model or --dtype bfloat16, or spread the model by torchrun and --shard")
 
 
-def sae_parameters(config, model, wanted):
-    """The parameters of the SAE that is trained on; of one that is still to be fetched, as many as a float32 file holds."""
-    if wanted:
-        return sum(fetch.bytes for fetch in wanted if not fetch.path.endswith(".json")) // 4
-    sae, = load_saes(config, model, "cpu").values()
-    return sum(parameter.numel() for parameter in sae.parameters())
-
-
-def sae_plan_of(config, model):
-    """(trainable parameters, bytes of activations) of a run that trains an SAE."""
-    d_model, rows = model.config.hidden_size, config.micro_batch * config.context
-    latents = config.width or 8 * d_model
-    thresholds = latents if config.method == "jumprelu" else 0
-    trainable = latents * (2 * d_model + 1) + d_model + thresholds
-    activations = rows * 4 * (4 * d_model + thresholds)                 # a JumpReLU keeps every pre-activation
-    print(f"SAE                   {latents:,} latents at the output of block {config.layer[0]}")
-    return trainable, activations
+def memory_of(device):
+    """Bytes of memory that a device has in all; None where nobody says."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(distributed.local(device)).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):       # Windows
+        return None
 
 
 def size(bytes):
-    return f"{bytes / 1e9:.1f} GB" if bytes >= 1e9 else f"{bytes / 1e6:.0f} MB"
+    if bytes >= 1e9:
+        return f"{bytes / 1e9:,.1f} GB"
+    return f"{bytes / 1e6:,.0f} MB" if bytes >= 1e6 else f"{bytes / 1e3:,.0f} kB"

@@ -12,6 +12,7 @@ import torch
 from lorasae import dictionary
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
+from lorasae.io.console import tell
 from lorasae.io.disk import write_json
 from lorasae.io.sae_formats import save_sae
 from lorasae.runs import distributed
@@ -41,10 +42,10 @@ def train_sae(setting, run):
     torch.manual_seed(config.seed)
     sae = dictionary.new_sae(config.method, model.config.hidden_size, config.width, config.k).to(model.device)
     active = f"L0 {config.l0:g}" if config.method == "jumprelu" else f"k {sae.k}"
-    print(f"training an SAE ({config.method}, {active}) of {config.width:,} latents on block {layer} of {config.model}: "
-          f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens", flush=True)
+    tell(f"training an SAE ({config.method}, {active}) of {config.width:,} latents on block {layer} of {config.model}: "
+          f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens")
 
-    held_out = corpus.validation.split(config.micro_batch)
+    held_out = corpus.validation.split(config.eval_batch)
     run.begin()                                         # nothing is written before everything has been read
     if distributed.rank() == 0:
         keep_held_out(corpus, run.folder)

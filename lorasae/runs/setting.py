@@ -2,6 +2,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter
 from lorasae.io.checkpoint import load_model, load_tokenizer
@@ -29,14 +31,21 @@ def load_setting(config, folder=None, adapter=None):
     the CPU, for distributed.shard to spread.
     """
     device = distributed.local(config.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")      # TF32 for an fp32 SAE: L0 moves less than in bf16, at thrice the speed
     model = load_model(config.model, device="cpu" if config.shard else device, dtype=config.dtype)
-    holds = model.config.max_position_embeddings
-    if config.context > holds:
-        raise InputError(f"--context {config.context} is more than {config.model} holds: pass at most {holds}")
+    check_context(config, model.config)
     saes = load_saes(config, model, device)
     if adapter is not None:
         load_adapter(model, adapter)
     return Setting(model, saes, load_corpus(config, model.config, folder), config, folder)
+
+
+def check_context(config, model_config):
+    """Raises InputError where the model does not hold so many tokens."""
+    holds = model_config.max_position_embeddings
+    if config.context > holds:
+        raise InputError(f"--context {config.context} is more than {config.model} holds: pass at most {holds}")
 
 
 def sae_sources(config):

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from lorasae.io.disk import write_bytes, write_json
 from lorasae.io.sae_formats import load_sae, save_sae, save_sparsify
 from lorasae.runs import sae_training
-from lorasae.runs.config import configure
+from lorasae.runs.defaults import configure
 from lorasae.runs.folder import Run
 from lorasae.runs.sae_training import train_sae
 from lorasae.runs.setting import load_setting
