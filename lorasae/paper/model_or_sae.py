@@ -62,30 +62,36 @@ def new_student(case, config):
 
 
 def best_rates(case, folder, tokens, objective):
-    """{arm: its best rates}, by KL on the tuning text after `tokens` of training; every trial is kept in a file."""
-    def tried(arm, candidates, trainings):
-        trials = once(folder / f"rates-{arm}.json", lambda: [
-            {**rates, "kl": measured(case, trained, case.tuning, whole=False)["kl"]}
-            for rates, trained in zip(candidates, trainings())])
-        best = min(trials, key=lambda trial: trial["kl"])
-        rates = {name: value for name, value in best.items() if name != "kl"}
-        shown = ", ".join(f"{name} {value:g}" for name, value in rates.items())
-        print(f"{case.name}, {ARMS[arm]}: best of {len(trials)} at {shown}", flush=True)
-        return rates
+    """{arm: its best rates}, after `tokens` of training."""
+    def best(arm, candidates):
+        return best_of(case, folder, arm, candidates, tokens, objective)
 
-    def one_by_one(arm, candidates):
-        return lambda: [train_arm(case, arm, rates, tokens, 0, objective) for rates in candidates]
+    adapters = best("adapters", [{"lr": lr} for lr in LORA_RATES])
+    sae = best("sae", [{"sae_lr": sae_lr} for sae_lr in SAE_RATES])
 
-    alone = [{"lr": lr} for lr in LORA_RATES]
-    lr = tried("adapters", alone, lambda: adapted(case, asked(case, tokens, 0, lr=LORA_RATES)))["lr"]      # in one pass
-    alone = [{"sae_lr": rate} for rate in SAE_RATES]
-    sae_lr = tried("sae", alone, one_by_one("sae", alone))["sae_lr"]
+    # Where both learn, each may want to go slower than alone.
+    lr, sae_lr = adapters["lr"], sae["sae_lr"]
+    slower = [{"lr": lr, "sae_lr": sae_lr}, {"lr": lr, "sae_lr": sae_lr / 3}]
+    both = best("both", [*slower, {"lr": lr / 3, "sae_lr": sae_lr}, {"lr": lr / 3, "sae_lr": sae_lr / 3}])
+    then = best("then", slower)
+    return {"adapters": adapters, "sae": sae, "both": both, "then": then}
 
-    pairs = [{"lr": one, "sae_lr": other} for one in (lr, lr / 3) for other in (sae_lr, sae_lr / 3)]
-    both = tried("both", pairs, one_by_one("both", pairs))
-    pairs = [{"lr": lr, "sae_lr": other} for other in (sae_lr, sae_lr / 3)]
-    then = tried("then", pairs, one_by_one("then", pairs))
-    return {"adapters": {"lr": lr}, "sae": {"sae_lr": sae_lr}, "both": both, "then": then}
+
+def best_of(case, folder, arm, candidates, tokens, objective):
+    """The rates of the candidates with the smallest KL on the tuning text; every trial is kept in a file."""
+    def trials():
+        if arm == "adapters":                           # side by side, in one pass
+            rates = tuple(candidate["lr"] for candidate in candidates)
+            trained = adapted(case, asked(case, tokens, 0, lr=rates))
+        else:
+            trained = [train_arm(case, arm, rates, tokens, 0, objective) for rates in candidates]
+        return [measured(case, one, case.tuning, whole=False)["kl"] for one in trained]
+
+    losses = once(folder / f"rates-{arm}.json", trials)
+    best = candidates[losses.index(min(losses))]
+    shown = ", ".join(f"{name} {value:g}" for name, value in best.items())
+    print(f"{case.name}, {ARMS[arm]}: best of {len(losses)} at {shown}", flush=True)
+    return best
 
 
 def compare(case, folder, plan):
@@ -94,23 +100,33 @@ def compare(case, folder, plan):
     before = once(folder / "before.json", lambda: measured(case, untouched(case), case.held_out))
     rates = best_rates(case, folder, tokens // 2, objective)
 
-    def result(arm, budget, seed, tokens):
-        def work():
-            trained = train_arm(case, arm, rates[arm], tokens, seed, objective)
-            print(f"{case.name}, {ARMS[arm]}, {BUDGETS[budget]}, seed {seed}: {trained.seconds:.0f} s", flush=True)
-            return {"tokens": tokens, "seconds": trained.seconds, **measured(case, trained, case.held_out)}
-        return once(folder / f"{arm}-{budget}-{seed}.json", work)
+    def results(arm, budget, tokens):
+        found = []
+        for seed in plan["seeds"]:
+            path = folder / f"{arm}-{budget}-{seed}.json"
+            found.append(once(path, lambda: result(case, arm, rates[arm], tokens, seed, objective)))
+        return found
 
-    found = {budget: {} for budget in BUDGETS}
-    for arm in ARMS:
-        found["tokens"][arm] = [result(arm, "tokens", seed, tokens) for seed in plan["seeds"]]
+    # Equal tokens.
+    at_equal_tokens = {arm: results(arm, "tokens", tokens) for arm in ARMS}
+    seconds = {}
+    for arm, found in at_equal_tokens.items():
+        seconds[arm] = min(numbers["seconds"] for numbers in found)
 
-    seconds = {arm: min(numbers["seconds"] for numbers in results) for arm, results in found["tokens"].items()}
-    found["time"]["adapters"] = found["tokens"]["adapters"]
-    for arm in list(ARMS)[1:]:
-        affordable = once(folder / f"{arm}-affordable.json", lambda: round(tokens * min(LARGEST, seconds["adapters"] / seconds[arm])))
-        found["time"][arm] = [result(arm, "time", seed, affordable) for seed in plan["seeds"]]
-    return {"before": before, "rates": rates, "arms": found}
+    # Equal time.
+    at_equal_time = {"adapters": at_equal_tokens["adapters"]}
+    for arm in ("sae", "both", "then"):
+        times_as_fast = min(LARGEST, seconds["adapters"] / seconds[arm])
+        affordable = once(folder / f"{arm}-affordable.json", lambda: round(tokens * times_as_fast))
+        at_equal_time[arm] = results(arm, "time", affordable)
+    return {"before": before, "rates": rates, "arms": {"tokens": at_equal_tokens, "time": at_equal_time}}
+
+
+def result(case, arm, rates, tokens, seed, objective):
+    """Trains an arm and measures it on the held-out text."""
+    trained = train_arm(case, arm, rates, tokens, seed, objective)
+    print(f"{case.name}, {ARMS[arm]}, {tokens:,} tokens, seed {seed}: {trained.seconds:.0f} s", flush=True)
+    return {"tokens": tokens, "seconds": trained.seconds, **measured(case, trained, case.held_out)}
 
 
 # ---- What comes out ----------------------------------------------------------------------------------------------------
@@ -126,42 +142,44 @@ def mean(case, budget, arm, name):
     return sum(values) / len(values)
 
 
+HEADINGS = ("", "CE", "KL", "KL gap closed", "90 % CI", "KL without SAE", "L0", "FVU", "dead", "tokens", "seconds")
+
+
 def table(case, budget):
-    """Rows and headings for print_table."""
+    """A row an arm, in the order of HEADINGS."""
     before = case["before"]
-    rows = [["as it came", before["ce"], before["kl"], "", "", 0.0, f"{before['l0']:.2f}", before["fvu"],
-             percent(before["dead_latents"]), "", ""]]
+    rows = [row("as it came", before, 0.0, None) + ["", ""]]
     for arm, label in ARMS.items():
         closed, half = interval(gaps(case, budget, arm))
-        ce, kl, without, l0, fvu, dead, tokens, seconds = (
-            mean(case, budget, arm, name)
-            for name in ("ce", "kl", "kl_without_sae", "l0", "fvu", "dead_latents", "tokens", "seconds"))
-        rows.append([label, ce, kl, percent(closed), plus_minus(half, ".1%"), without, f"{l0:.2f}", fvu, percent(dead),
-                     f"{tokens:,.0f}", f"{seconds:.0f}"])
-    return rows, ["", "CE", "KL", "KL gap closed", "90 % CI", "KL without SAE", "L0", "FVU", "dead", "tokens", "seconds"]
+        means = {name: mean(case, budget, arm, name) for name in (*before, "tokens", "seconds")}
+        rows.append(row(label, means, closed, half) + [f"{means['tokens']:,.0f}", f"{means['seconds']:.0f}"])
+    return rows
+
+
+def row(label, numbers, closed, half):
+    return [label, numbers["ce"], numbers["kl"], percent(closed), plus_minus(half, ".1%"), numbers["kl_without_sae"],
+            f"{numbers['l0']:.2f}", numbers["fvu"], percent(numbers["dead_latents"])]
 
 
 def conclusions(numbers):
     """Sentences that follow from the figures, and from nothing else."""
-    cases, seeds = numbers["cases"], len(numbers["plan"]["seeds"])
-    sentences = []
-    for budget, label in BUDGETS.items():
-        average = {arm: sum(gaps(case, budget, arm).mean().item() for case in cases.values()) / len(cases) for arm in ARMS}
-        best = max(average, key=average.get)
-        second = max((arm for arm in ARMS if arm != best), key=average.get)
-        first_of = sum(ahead(case, budget, best, second) for case in cases.values())
-        shown = ", ".join(f"{ARMS[arm]} {value:.1%}" for arm, value in sorted(average.items(), key=lambda item: -item[1]))
-        beyond = "by more than the interval over seeds" if seeds > 1 else "with one seed, so without an interval,"
-        sentences.append(f"At {label} the KL gap closed is, in the mean of the {len(cases)} cases: {shown}; {ARMS[best]} is ahead of "
-                         f"{ARMS[second]} {beyond} in {first_of} of {len(cases)}.")
+    return [ranking(numbers, "tokens"), ranking(numbers, "time"), price(numbers)]
 
-    moved = {arm: max(abs(mean(case, "tokens", arm, "l0") / case["before"]["l0"] - 1) for case in cases.values()) for arm in ARMS}
-    without = {arm: max(mean(case, "tokens", arm, "kl_without_sae") for case in cases.values()) for arm in ARMS}
-    fvu = {arm: [mean(case, "tokens", arm, "fvu") - case["before"]["fvu"] for case in cases.values()] for arm in ARMS}
-    price = "; ".join(f"{label}: {without[arm]:.3f} nats, {min(fvu[arm]):+.3f} to {max(fvu[arm]):+.3f}, {moved[arm]:.1%}"
-                      for arm, label in ARMS.items())
-    sentences.append(f"The price, as KL without the SAE (at most), change of the FVU, and change of L0 (at most): {price}.")
-    return sentences
+
+def ranking(numbers, budget):
+    """Which arm closes most of the KL gap, and how surely."""
+    cases, seeds = numbers["cases"].values(), len(numbers["plan"]["seeds"])
+    average = {}
+    for arm in ARMS:
+        average[arm] = sum(gaps(case, budget, arm).mean().item() for case in cases) / len(cases)
+    order = sorted(ARMS, key=average.get, reverse=True)
+    best, second = order[:2]
+    wins = sum(ahead(case, budget, best, second) for case in cases)
+
+    shown = ", ".join(f"{ARMS[arm]} {average[arm]:.1%}" for arm in order)
+    beyond = "by more than the interval over seeds" if seeds > 1 else "with one seed, so without an interval,"
+    return (f"At {BUDGETS[budget]} the KL gap closed is, in the mean of the {len(cases)} cases: {shown}; {ARMS[best]} is ahead of "
+            f"{ARMS[second]} {beyond} in {wins} of {len(cases)}.")
 
 
 def ahead(case, budget, first, second):
@@ -170,11 +188,24 @@ def ahead(case, budget, first, second):
     return difference > (half or 0)
 
 
+def price(numbers):
+    """What each arm does to the model without its SAE, to the reconstruction, and to L0, at equal tokens."""
+    parts = []
+    for arm, label in ARMS.items():
+        without, fvu, l0 = [], [], []
+        for case in numbers["cases"].values():
+            without.append(mean(case, "tokens", arm, "kl_without_sae"))
+            fvu.append(mean(case, "tokens", arm, "fvu") - case["before"]["fvu"])
+            l0.append(abs(mean(case, "tokens", arm, "l0") / case["before"]["l0"] - 1))
+        parts.append(f"{label}: {max(without):.3f} nats, {min(fvu):+.3f} to {max(fvu):+.3f}, {max(l0):.1%}")
+    return f"The price, as KL without the SAE (at most), change of the FVU, and change of L0 (at most): {'; '.join(parts)}."
+
+
 def show(numbers):
     for name, case in numbers["cases"].items():
         for budget, label in BUDGETS.items():
             print(f"\n{name}, {label}")
-            print_table(*table(case, budget))
+            print_table(table(case, budget), HEADINGS)
     print()
     for sentence in numbers["conclusions"]:
         print(sentence)
@@ -186,13 +217,12 @@ def draw(numbers, figure):
     figure.set_size_inches(3.4 * len(cases), 3.4)
     panels = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
     for axes, (name, case) in zip(panels, cases.items()):
-        for place, (budget, label) in enumerate(BUDGETS.items()):
-            closed = [interval(gaps(case, budget, arm)) for arm in ARMS]
-            positions = [i + 0.38 * place for i in range(len(ARMS))]
-            heights = [100 * value for value, _ in closed]
-            halves = [100 * (half or 0) for _, half in closed]
-            axes.bar(positions, heights, 0.36, yerr=halves, capsize=3, label=label)
-        axes.set_xticks([i + 0.19 for i in range(len(ARMS))], ["adapters", "SAE", "both", "adapters,\nthen SAE"], fontsize=8)
+        for shift, (budget, label) in zip((-0.2, 0.2), BUDGETS.items()):
+            for place, arm in enumerate(ARMS):
+                closed, half = interval(gaps(case, budget, arm))
+                color, name_once = ("C0" if shift < 0 else "C1"), (label if place == 0 else None)
+                axes.bar(place + shift, 100 * closed, 0.38, yerr=100 * (half or 0), capsize=3, color=color, label=name_once)
+        axes.set_xticks(range(len(ARMS)), [label.replace(", ", ",\n") for label in ARMS.values()], fontsize=8)
         axes.set_title(name, fontsize=10)
     panels[0].set_ylabel("KL gap closed (%)")
     panels[0].legend(fontsize=8)

@@ -35,40 +35,53 @@ def closed(found, kl):
 
 def search(case, folder, plan, seed):
     """Every recipe at every budget -> {"before", "paper", "tried": [{lr, rank, decay, sae_lr, tokens, kl}]}, KL in nats."""
-    tokens, tried = plan["tokens"], []
+    before = once(folder / "before.json", lambda: tuning_kl(case, untouched(case)))
+    paper = once(folder / f"paper-{seed}.json", lambda: published(case, plan["tokens"], seed))
 
-    def kl(trained):
-        return measured(case, trained, case.tuning, whole=False)["kl"]
-
-    def published():
-        trained, = adapted(case, asked(case, tokens, seed, rank=(64,), micro_batch=None, **PAPER))
-        return kl(trained)
-
-    before = once(folder / "before.json", lambda: kl(untouched(case)))
-    paper = once(folder / f"paper-{seed}.json", published)
+    tried = []
     for part in BUDGETS:
-        budget = tokens // part
+        tokens = plan["tokens"] // part
         for decay in (True, False):
-            pairs = [(rank, lr) for rank in plan["ranks"] for lr in plan["rates"]]
-            ranks, rates = zip(*pairs)
-
-            def side_by_side():
-                config = asked(case, budget, seed, rank=ranks, lr=rates, lr_decay=decay)
-                return [kl(trained) for trained in adapted(case, config)]
-            found = once(folder / f"{'decay' if decay else 'constant'}-{part}-{seed}.json", side_by_side)
-            for (rank, lr), value in zip(pairs, found):
-                tried.append({"lr": lr, "rank": rank, "decay": decay, "sae_lr": None, "tokens": budget, "kl": value})
-
+            path = folder / f"{'falling' if decay else 'constant'}-{part}-{seed}.json"
+            tried += once(path, lambda: side_by_side(case, plan, tokens, decay, seed))
         for sae_lr in plan["sae_rates"]:
-            lr, rank = plan["rates"][len(plan["rates"]) // 2], plan["ranks"][0]
-
-            def together():
-                config = asked(case, budget, seed, rank=(rank,), lr=lr, objective="kl")
-                return kl(finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True))
-            value = once(folder / f"both-{sae_lr}-{part}-{seed}.json", together)
-            tried.append({"lr": lr, "rank": rank, "decay": True, "sae_lr": sae_lr, "tokens": budget, "kl": value})
+            path = folder / f"both-{sae_lr}-{part}-{seed}.json"
+            tried += once(path, lambda: together(case, plan, tokens, sae_lr, seed))
         print(f"{case.name}, seed {seed}: 1/{part} of the tokens done", flush=True)
     return {"before": before, "paper": paper, "tried": tried}
+
+
+def tuning_kl(case, trained):
+    return measured(case, trained, case.tuning, whole=False)["kl"]
+
+
+def published(case, tokens, seed):
+    """KL after the published recipe."""
+    trained, = adapted(case, asked(case, tokens, seed, rank=(64,), micro_batch=None, **PAPER))
+    return tuning_kl(case, trained)
+
+
+def side_by_side(case, plan, tokens, decay, seed):
+    """A trial of every rate and rank, in one pass."""
+    pairs = [(lr, rank) for lr in plan["rates"] for rank in plan["ranks"]]
+    rates, ranks = zip(*pairs)
+    students = adapted(case, asked(case, tokens, seed, rank=ranks, lr=rates, lr_decay=decay))
+    trials = []
+    for (lr, rank), trained in zip(pairs, students):
+        trials.append(trial(lr, rank, decay, None, tokens, tuning_kl(case, trained)))
+    return trials
+
+
+def together(case, plan, tokens, sae_lr, seed):
+    """A trial with the SAE trained too, beside adapters of the middle rate and the first rank."""
+    lr, rank = plan["rates"][len(plan["rates"]) // 2], plan["ranks"][0]
+    config = asked(case, tokens, seed, rank=(rank,), lr=lr, objective="kl")
+    trained = finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True)
+    return [trial(lr, rank, True, sae_lr, tokens, tuning_kl(case, trained))]
+
+
+def trial(lr, rank, decay, sae_lr, tokens, kl):
+    return {"lr": lr, "rank": rank, "decay": decay, "sae_lr": sae_lr, "tokens": tokens, "kl": kl}
 
 
 # ---- What comes out ----------------------------------------------------------------------------------------------------
@@ -87,13 +100,14 @@ def needed(curve, kl):
 
     Where the smallest budget is enough already, that one: fewer were not tried.
     """
-    for i, (tokens, value) in enumerate(curve):
+    less, above = None, None                            # the budget before, and its KL
+    for tokens, value in curve:
         if value <= kl:
-            if i == 0:
+            if less is None:
                 return tokens
-            less, above = curve[i - 1]
             part = (above - kl) / (above - value)
             return less * math.exp(part * math.log(tokens / less))
+        less, above = tokens, value
     return None
 
 
