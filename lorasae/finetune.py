@@ -27,11 +27,10 @@ from typing import NamedTuple
 import torch
 
 from lorasae import dictionary
-from lorasae.adapt import compiled_blocks, first_differing, learning_rate, step_seed
+from lorasae.adapt import compiled_blocks, first_differing, learning_rate, objective, step_seed
 from lorasae.dictionary import alone, fvu, l0_penalty
 from lorasae.errors import InputError
 from lorasae.lora import base
-from lorasae.objectives import linear_kl
 from lorasae.sae import JumpReLU
 
 L0_WEIGHT = 10.0        # of (L0 / what it was - 1)²: with 1, L0 stays where the pulls of both losses are equal
@@ -134,7 +133,7 @@ def learn(model, layer, sae, held, lesson, first, config, everywhere=alone):
     kl = None
     if reads_on:
         hidden = model.norm(x)
-        total = linear_kl(lesson.target, hidden, model.head, model.softcap, compiled=config.compile)
+        total = objective(model, lesson, hidden, config.compile)
         kl = everywhere(total) / everywhere(total.new_full((), learned.numel()))
     mse = fvu(training.x_hat, training.x, everywhere)
     loss = combined(config.objective, kl, mse)
@@ -216,7 +215,7 @@ def train(model, layer, sae, held, adapters, lessons, optimizer, config, start=0
     """The loop: a step a lesson, from step `start` on. Yields (steps done, {name: value}) after each.
 
     adapters: the adapters' parameters, where they are trained; the model may have others, which then stay as they are.
-    config: steps, lr_decay, clip, seed, weight_decay, objective, compile (runs.config.Config has all of these).
+    config: steps, lr_decay, clip, seed, objective, compile (runs.config.Config has all of these).
     """
     first = first_trained(model, layer)
     model.train(bool(adapters))                                 # dropout is of adapters that learn

@@ -15,7 +15,7 @@ from lorasae.evals import fidelity
 from lorasae.evals.common import interval, percent, plus_minus, print_table, ratio
 from lorasae.io.adapters import load_adapter
 from lorasae.io.disk import read_json
-from lorasae.lora import adapted_layers
+from lorasae.lora import blocks_with_adapters
 from lorasae.model import Transformer
 from lorasae.runs import adaptation
 from lorasae.runs.folder import Run
@@ -27,7 +27,7 @@ def evaluate(setting, options):
     after = list(range(min(saes) + 1, len(model.layers)))
     if not after:
         raise InputError(f"the SAE at layer {min(saes)} has no block after it whose adapters --suite layers could compare")
-    own = adapted_layers(model)
+    own = blocks_with_adapters(model)
     single = [[block] for block in after] if len(after) > 1 else []
     wanted = [after, *single] + [own] * (own not in [after, *single])
     folders = {label(blocks): folder / "layers" / label(blocks).replace(" ", "-") for blocks in wanted if blocks != own}

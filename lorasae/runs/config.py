@@ -108,7 +108,7 @@ class Config:
         return max(self.micro_batch, self.ahead) if self.device.startswith("cuda") else self.micro_batch
 
     @property
-    def students(self):
+    def variants(self):
         """A Config for each of the adapters that train side by side: one rank and one rate each."""
         rates = self.lr if isinstance(self.lr, tuple) else (self.lr,)
         count = max(len(self.rank), len(rates))
@@ -207,7 +207,7 @@ def check_students(config, refuse):
         raise InputError(f"--rank names {several[0]} ranks and --lr {several[1]} rates: pass several of one of them, or "
                          "equally many of both, which go together in pairs")
     if several:
-        pairs = [(student.rank, student.lr) for student in config.students]
+        pairs = [(variant.rank, variant.lr) for variant in config.variants]
         if len(set(pairs)) < len(pairs):
             name, values = ("rank", config.rank) if len(config.rank) > 1 else ("lr", rates)
             raise InputError(f"{option(name)} {' '.join(map(str, values))} names a {'rate' if name == 'lr' else 'rank'} twice")
@@ -222,7 +222,7 @@ def check_trained_sae(config):
     if config.method != "finetune" and not config.train_sae:
         return
     asked = "--train-sae" if config.train_sae else "--method finetune"
-    if config.train_sae and (len(config.students) > 1 or config.shard):
+    if config.train_sae and (len(config.variants) > 1 or config.shard):
         raise InputError("--train-sae trains one SAE with one adapter: pass one --rank and one --lr, without --shard")
     if len(config.layer) > 1:
         raise InputError(f"--layer {' '.join(map(str, config.layer))}: {asked} trains the SAE of one layer")
