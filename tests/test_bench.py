@@ -10,13 +10,14 @@ from lorasae import adapt, objectives, topk
 from lorasae.bench import __main__ as bench
 from lorasae.bench import gpu, loss, sparse, step
 from lorasae.bench import race
-from lorasae.bench import workloads
 from lorasae.errors import InputError
 from lorasae.io.disk import read_json
 from lorasae.io.presets import PRESETS
 from lorasae.lora import LoRALinear
+from lorasae.runs import sweep
+from lorasae.runs.config import Config
 from lorasae.bench.race import differing_tensors, peak_memory
-from lorasae.bench.workloads import REAL, TINY
+from lorasae.bench.workloads import REAL, TINY, flops_per_token
 
 PEERS_REASON = "the peers are built over it"
 
@@ -152,8 +153,13 @@ def test_a_wrong_step_ends_the_benchmark_before_anything_is_timed(monkeypatch, s
 
 
 def test_a_student_of_another_rank_is_not_taken_for_its_own_run(monkeypatch):
-    exact = workloads.learn
-    monkeypatch.setattr(workloads, "learn", lambda *args: exact(*args).flip(0) if args[6] > 1 else exact(*args))
+    exact = sweep.learn
+
+    def exchanged(model, saes, lesson, first, students, compiled=False):
+        losses = exact(model, saes, lesson, first, students, compiled)
+        return losses.flip(0) if len(students) > 1 else losses
+
+    monkeypatch.setattr(sweep, "learn", exchanged)
     contenders = step.sweep_contenders(TINY["tiny gemma"], (1, 2), "cpu")
     alone, together = (contender.answer() for contender in contenders.values())
     assert step.differing_steps(TINY["tiny gemma"], together, alone)
@@ -236,7 +242,7 @@ def test_gpu_on_a_cpu_is_refused_but_for_its_small_shapes():
 
 def test_the_benchmarks_saes_have_the_dtype_of_the_presets():
     for name, case in REAL.items():
-        assert str(case.sae_dtype) == f"torch.{PRESETS[name].sae_dtype}"
+        assert str(case.sae_dtype) == f"torch.{PRESETS[name].lora.get('sae_dtype', Config.sae_dtype)}"
 
 
 # ---- FLOPs and memory ------------------------------------------------------------------------------------------------
@@ -260,7 +266,7 @@ def closed_form(case, recipe):
 
 def test_flops_of_gemma_2_2b_are_the_closed_forms_and_0_85_of_the_published_recipes():
     case = REAL["gemma-2-2b"]
-    ours, recipe = (workloads.flops_per_token(case, recipe=recipe) for recipe in (False, True))
+    ours, recipe = (flops_per_token(case, recipe=recipe) for recipe in (False, True))
     assert ours == pytest.approx(closed_form(case, recipe=False), rel=2e-3)
     assert recipe == pytest.approx(closed_form(case, recipe=True), rel=2e-3)
     assert ours / recipe <= 0.85

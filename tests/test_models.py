@@ -146,12 +146,18 @@ def test_several_saes_are_spliced_after_their_blocks(model, tokens, kind):
     torch.testing.assert_close(model(tokens, saes), model.logits(x), rtol=1e-4, atol=1e-5)
 
 
-def test_kept_positions_are_untouched_whatever_the_sae_says(model, tokens):
-    keep = torch.zeros_like(tokens, dtype=torch.bool)
-    keep[:, [0, 7]] = True
-    spoiled = model.run(model.embed(tokens), 0, 2, {1: torch.zeros_like}, keep)
+def test_special_positions_are_untouched_whatever_an_sae_says_that_never_saw_them(model, tokens):
+    class Zeros:
+        on_special = False
+
+        def __call__(self, x):
+            return torch.zeros_like(x)
+
+    special = torch.zeros_like(tokens, dtype=torch.bool)
+    special[:, [0, 7]] = True
+    spoiled = model.run(model.embed(tokens), 0, 2, {1: Zeros()}, special)
     plain = model.run(model.embed(tokens), 0, 2)
-    assert torch.equal(spoiled[keep], plain[keep]) and not spoiled[~keep].any()
+    assert torch.equal(spoiled[special], plain[special]) and not spoiled[~special].any()
 
 
 def broken(folder, change):

@@ -163,6 +163,7 @@ ahead.pop().close()
 ahead.pop()
 time.sleep(0.05)
 started = time.monotonic()
+signal.signal(signal.SIGINT, signal.default_int_handler)                    # a background job begins with it ignored
 atexit.register(lambda: print(time.monotonic() - started, file=sys.stderr))        # threads have been waited for by then
 exec(way)
 """

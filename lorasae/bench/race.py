@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from lorasae.runs.measure import resident
+
 
 def race(what, build, differ, rounds, device, memory=True, answer=lambda contender: contender(), warm=0):
     """Rows, one a contender: their answers compared, then their times, then their memory.
@@ -102,12 +104,6 @@ def added_resident(build, name, threads):
     before = resident("VmRSS")
     function()
     return resident("VmHWM") - before
-
-
-def resident(field):
-    """VmRSS (now) or VmHWM (at most) of this process, in bytes."""
-    line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return 1024 * int(line.split()[1])
 
 
 def differing_tensors(answer, reference, tolerance=None):

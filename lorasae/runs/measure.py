@@ -1,5 +1,6 @@
 """What a run measures: fidelity by all processes together, speed, and the most memory it has held."""
 import sys
+from pathlib import Path
 
 import torch
 
@@ -60,7 +61,17 @@ def peak_memory_bytes(device):
     """The most memory the run has held: of the GPU where it ran on one, else of the whole process; None if unknown."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
+    if sys.platform.startswith("linux"):                # getrusage would count what the parent held when it started this
+        return resident("VmHWM")
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident(name):
+    """VmRSS (now) or VmHWM (at most) of this process, in bytes; Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    return None
