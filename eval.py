@@ -58,7 +58,7 @@ def runs_in(folder):
     if not isfile(folder / "config.json"):
         return [folder]
     config = read_config(folder)
-    if len(config.students) == 1:
+    if len(config.variants) == 1:
         return [folder]
     return [folder / name for name in student_names(config)]
 

@@ -72,16 +72,18 @@ def arguments(argv):
     add("--dropout", type=float, help="dropout probability on the adapters' input (default: the preset's; else 0.1, the "
         "paper's)")
     add("--adapt", nargs="+", metavar="BLOCKS", help="after (the SAE), all, next, or block numbers "
-        "(default: after for JumpReLU SAEs, whose L0 would move otherwise, all for TopK)")
+        "(default: the preset's around its own SAEs; else after for JumpReLU SAEs, whose L0 would move otherwise, and all for "
+        "TopK)")
 
     add("--recipe", choices=RECIPES, help="how to train them: as published, or as a search on small models found better "
         "(default: the preset's; else paper)")
 
     add = parser.add_argument_group("training an SAE that is there already").add_argument
-    add("--objective", choices=OBJECTIVES, help="of finetune (default: balanced, ½ (MSE + KL · sg[MSE / KL]))")
+    add("--objective", choices=OBJECTIVES, help="finetune: the loss (default: balanced, ½ (MSE + KL · sg[MSE / KL]), where sg stops "
+        "the gradient)")
     add("--train-sae", action="store_true", default=None, help="lora: train the SAE together with the adapters")
-    add("--sae-lr", type=float, help="its learning rate then (default: the preset's; else 5e-5, the published finetune's)")
-    add("--thresholds", choices=THRESHOLDS, help="of a JumpReLU: trained, with its L0 held at what it was, or frozen "
+    add("--sae-lr", type=float, help="--train-sae: the SAE's learning rate (default: the preset's; else 5e-5, the published finetune's)")
+    add("--thresholds", choices=THRESHOLDS, help="a JumpReLU's thresholds: trained, with its L0 held at what it was, or frozen "
         f"(default: {Config.thresholds})")
 
     add = parser.add_argument_group("text").add_argument
@@ -96,7 +98,7 @@ def arguments(argv):
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=int, help="sequences a step (default: the preset's; else 1, the paper's)")
-    add("--micro-batch", type=int, help="sequences that pass through the model at once; less memory, same step "
+    add("--micro-batch", type=int, help="sequences that pass through the model at once; less memory, same step but for dropout's masks "
         "(default: the whole batch)")
     add("--lr", type=float, nargs="+", help="learning rate; several for adapters, as in 5e-5 2e-4 1e-3, train side by side in "
         "one pass, with one --rank or as many (default: the preset's; else the paper's, 5e-5 for adapters and a finetune, "
@@ -154,7 +156,7 @@ def open_run(args):
     distributed.start(config.device)
     check_memory(config)
     folder = args.out
-    if folder is None and distributed.rank() == 0:
+    if folder is None and distributed.process() == 0:
         folder = new_folder(config.model, config.method)
     return Run.create(distributed.agree(folder), config)
 
@@ -164,7 +166,7 @@ def merge(folder):
     config, target = read_config(folder), folder / "merged"
     if config.method != "lora":
         raise InputError(f"{folder} is no run that trained adapters: there is nothing to merge")
-    if len(config.students) > 1:
+    if len(config.variants) > 1:
         raise InputError(f"{folder} holds several runs: merge one of them, such as {folder / student_names(config)[0]}")
     if not (folder / "adapter").is_dir():
         raise InputError(f"{folder} has no adapter to merge: finish the run with python train.py --resume {folder}")

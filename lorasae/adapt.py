@@ -15,7 +15,7 @@ Exercised by `python train.py`. What the words and symbols stand for:
     y, ŷ (Eq. 7)                softmax(head(target)), softmax(head(hidden)); both exist a chunk of tokens at a time
     (none)                      a lesson: what one step needs of the frozen model, made by `teach` and read by `learn`
 
-Shapes: B batch, T tokens, D d_model.
+A layer is the number of a block, from 0. Shapes: B batch, T tokens, D d_model, S students.
 """
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lorasae.errors import InputError
-from lorasae.lora import adapted_layers, base, lora_parameters
+from lorasae.lora import blocks_with_adapters, base, lora_parameters
 from lorasae.objectives import linear_kl
 from lorasae.sae import JumpReLU, splice
 
@@ -32,8 +32,8 @@ from lorasae.sae import JumpReLU, splice
 def naive_loss(model, saes, tokens):
     """Σ_tokens KL(p_base ‖ p_adapted with SAE) in nats (Eq. 7), for tokens [B, T] and saes {layer: SAE}."""
     with torch.no_grad(), base(model):
-        log_p = model(tokens).log_softmax(-1)
-    log_q = model(tokens, saes).log_softmax(-1)
+        log_p = model(tokens).float().log_softmax(-1)
+    log_q = model(tokens, saes).float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
@@ -49,7 +49,7 @@ class Lesson(NamedTuple):
 def first_differing(model, saes):
     """The first block that can differ between teacher and student: what comes before it is run once, for both."""
     after_saes = [layer + 1 for layer in saes]
-    return min(adapted_layers(model) + after_saes, default=len(model.layers))
+    return min(blocks_with_adapters(model) + after_saes, default=len(model.layers))
 
 
 @torch.no_grad()
@@ -68,7 +68,14 @@ def teach(model, saes, tokens, first):
 def learn(model, saes, lesson, first, compiled=False):
     """The student's part: Lesson -> Σ_tokens KL(base ‖ adapted with SAE) in nats (Eq. 7), differentiable in the adapters."""
     x = model.run(lesson.x, first, len(model.layers), saes, lesson.special)
-    hidden = model.norm(x)
+    return objective(model, lesson, model.norm(x), compiled)
+
+
+def objective(model, lesson, hidden, compiled=False):
+    """What is minimised (Eq. 7), of the student's final hidden state [B, T, D], or of several students' [S, B, T, D].
+
+    All that trains on the paper's loss comes here: sweeps, end-to-end SAEs and what finetunes them included.
+    """
     return linear_kl(lesson.target, hidden, model.head, model.softcap, compiled=compiled)
 
 
@@ -83,8 +90,9 @@ def take_step(model, saes, lesson, first, optimizer, config, all_reduce=None):
     """One step on a lesson. Returns the loss, averaged over its sequences, and the gradient's norm before clipping.
 
     The loss of a sequence is the *sum* of its tokens' KL, and that sum is what `clip` bounds, as in the published code
-    (utils.py:521): with the paper's batch of one sequence the clip binds at almost every step, so a mean over tokens would be another
-    algorithm. Sequences pass `micro_batch` at a time with their gradients added, which changes memory and not the step.
+    (utils.py:521): with the paper's batch of one sequence the clip binds at almost every step, so a mean over tokens
+    would be another algorithm. Sequences pass `micro_batch` at a time with their gradients added, which changes memory
+    and not the step (but the masks of dropout, which are drawn in another order).
     """
     parameters = lora_parameters(model)
     total = torch.zeros((), device=model.device)
@@ -111,8 +119,8 @@ def train(model, saes, lessons, optimizer, config, start=0, all_reduce=None, pro
     """The loop: a step a lesson, from step `start` on. Yields (steps done, loss, gradient norm) after each.
 
     config: steps, lr, lr_decay, clip, batch_size, micro_batch, seed, compile (runs.config.Config has all of these).
-    all_reduce, process: of several processes, what sums tensors over them, and the number of this one. Dropout stays on
-    to the end; in the published code the first evaluation switches it off for good (utils.py:418).
+    all_reduce sums tensors over the processes, and process is the number of this one, where there are several. Dropout
+    stays on to the end; in the published code the first evaluation switches it off for good (utils.py:418).
     """
     first = first_differing(model, saes)
     model.train()
@@ -138,28 +146,34 @@ def step_seed(seed, step, process=0):
 
 # ---- Which blocks ------------------------------------------------------------------------------------------------------
 
-def adapted_blocks(spec, saes, depth):
-    """The blocks to adapt: the words of --adapt -> sorted block numbers. saes: {layer: SAE}.
+def blocks_to_adapt(spec, saes, depth):
+    """The blocks that get adapters: the words of --adapt -> sorted block numbers. saes: {layer: SAE}; depth: of the model.
 
     `after`: every block after the first SAE, so no SAE but later ones sees a changed input and L0 stays what it was.
     `all`: every block, for TopK SAEs, whose L0 cannot grow. `next`: only the block after each SAE (§6.3). Or numbers.
+    No word: `after` where one of the SAEs is a JumpReLU, whose L0 would move otherwise, else `all`, as in the paper.
     """
     spec = list(spec)
+    if not spec:
+        moves = any(isinstance(sae, JumpReLU) for sae in saes.values())
+        spec = ["after"] if moves else ["all"]
+
     if spec == ["after"]:
-        return list(range(min(saes) + 1, depth))
-    if spec == ["all"]:
-        return list(range(depth))
-    if spec == ["next"]:
-        return sorted({layer + 1 for layer in saes if layer + 1 < depth})
-    if not all(word.isdecimal() for word in spec):
+        blocks = list(range(min(saes) + 1, depth))
+    elif spec == ["all"]:
+        blocks = list(range(depth))
+    elif spec == ["next"]:
+        blocks = sorted({layer + 1 for layer in saes if layer + 1 < depth})
+    elif all(word.isdecimal() for word in spec):
+        blocks = sorted({int(word) for word in spec})
+    else:
         raise InputError(f"--adapt {' '.join(spec)}: expected after, all, next, or block numbers")
-    return sorted({int(word) for word in spec})
 
-
-def default_adapt(saes):
-    """The paper's choice: all blocks around TopK SAEs, only those after a JumpReLU SAE, whose L0 would move otherwise."""
-    moves = any(isinstance(sae, JumpReLU) for sae in saes.values())
-    return ("after",) if moves else ("all",)
+    if not blocks:
+        raise InputError(f"no block comes after the SAE at layer {max(saes)}: pass --adapt all, or another --layer")
+    if blocks[-1] >= depth:
+        raise InputError(f"--adapt {blocks[-1]} is out of range: the model has blocks 0 to {depth - 1}")
+    return blocks
 
 
 # ---- Compilation -------------------------------------------------------------------------------------------------------

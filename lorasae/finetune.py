@@ -27,14 +27,13 @@ from typing import NamedTuple
 import torch
 
 from lorasae import dictionary
-from lorasae.adapt import compiled_blocks, first_differing, learning_rate, step_seed
+from lorasae.adapt import compiled_blocks, first_differing, learning_rate, objective, step_seed
 from lorasae.dictionary import alone, fvu, l0_penalty
 from lorasae.errors import InputError
 from lorasae.lora import base
-from lorasae.objectives import linear_kl
 from lorasae.sae import JumpReLU
 
-L0_WEIGHT = 10.0                                # of (L0 / what it was - 1)²: the square alone leaves L0 where both pulls are equal
+L0_WEIGHT = 10.0        # of (L0 / what it was - 1)²: with 1, L0 stays where the pulls of both losses are equal
 
 
 # ---- The objective -----------------------------------------------------------------------------------------------------
@@ -134,7 +133,7 @@ def learn(model, layer, sae, held, lesson, first, config, everywhere=alone):
     kl = None
     if reads_on:
         hidden = model.norm(x)
-        total = linear_kl(lesson.target, hidden, model.head, model.softcap, compiled=config.compile)
+        total = objective(model, lesson, hidden, config.compile)
         kl = everywhere(total) / everywhere(total.new_full((), learned.numel()))
     mse = fvu(training.x_hat, training.x, everywhere)
     loss = combined(config.objective, kl, mse)
@@ -216,7 +215,7 @@ def train(model, layer, sae, held, adapters, lessons, optimizer, config, start=0
     """The loop: a step a lesson, from step `start` on. Yields (steps done, {name: value}) after each.
 
     adapters: the adapters' parameters, where they are trained; the model may have others, which then stay as they are.
-    config: steps, lr_decay, clip, seed, weight_decay, objective, compile (runs.config.Config has all of these).
+    config: steps, lr_decay, clip, seed, objective, compile (runs.config.Config has all of these).
     """
     first = first_trained(model, layer)
     model.train(bool(adapters))                                 # dropout is of adapters that learn
@@ -225,5 +224,6 @@ def train(model, layer, sae, held, adapters, lessons, optimizer, config, start=0
             torch.manual_seed(step_seed(config.seed, step, process))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(group["rate"], step, config)
-            yield step + 1, take_step(model, layer, sae, held, adapters, lesson, first, optimizer, config, everywhere, all_reduce)
+            values = take_step(model, layer, sae, held, adapters, lesson, first, optimizer, config, everywhere, all_reduce)
+            yield step + 1, values
     model.eval()

@@ -19,7 +19,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LoRALinear(Linear):
-    """y = W x + (alpha / R) · B A dropout(x)  (Eq. 1): W frozen in its own dtype, A [R, in] and B [out, R] fp32 masters.
+    """y = W x + (alpha / R) · B A dropout(x)  (Eq. 1): W frozen in its own dtype, A [R, in] and B [out, R] fp32.
 
     A starts uniform in ±1/√in and B at zero, so that a fresh adapter is the identity. The low-rank product is computed in
     the dtype of x; gradients and optimiser states stay fp32.
@@ -86,7 +86,7 @@ def adapters(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def adapted_layers(model):
+def blocks_with_adapters(model):
     """The numbers of the blocks that have adapters, sorted."""
     blocks = enumerate(model.layers)
     return [layer for layer, block in blocks if adapters(block)]

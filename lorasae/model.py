@@ -21,8 +21,8 @@ class Transformer(nn.Module):
     """x_0 = embed(tokens),  x_i = h_i(x_{i-1}),  y = softmax(head(norm(x_L)))  (Eq. 2-3); HF's names for every weight.
 
     `layer` counts blocks from 0, so SAE layer 12 reads the output of the 13th block. (The published code of Figure 6 hooks
-    it a block late, multiple_saes.py:196.) No buffer is registered: a model may be
-    built on the meta device and filled with weights afterwards.
+    it a block late, multiple_saes.py:196.) No buffer is registered: a model may be built on the meta device and filled
+    with weights afterwards.
     """
 
     def __init__(self, config):

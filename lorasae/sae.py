@@ -67,7 +67,8 @@ class JumpReLU(SAE):
     """z = pre · H(pre - θ), pre = W_enc x + b_enc  (§3.3, Rajamanoharan et al. 2024): strictly above its threshold, or zero.
 
     θ [M] > 0 (or = 0, which is an ordinary ReLU SAE) stays fp32, whatever dtype the rest is held in: at bf16 the thresholds
-    of close latents collapse and L0 drifts. b_dec is not subtracted from the input here.
+    of close latents collapse and L0 drifts. b_dec is not subtracted from the input here. θ gets no gradient from this
+    formula: dictionary.jump is the one that trains it.
     """
 
     def __init__(self, d_model, latents, *, on_special=False):
@@ -90,5 +91,6 @@ def splice(x, sae, special=None):
     if getattr(sae, "on_special", True):                        # any function may stand in for an SAE
         return x_hat
     if special is None:
-        raise InputError("this SAE was trained without BOS and EOS and must leave them alone: pass special=model.special(tokens)")
+        raise InputError("this SAE was trained without BOS and EOS and must leave them alone: pass "
+                         "special=model.special(tokens)")
     return torch.where(special[..., None], x, x_hat)

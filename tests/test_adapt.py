@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers import adapted, random_sae
-from lorasae.adapt import (adamw, adapted_blocks, compiled_blocks, default_adapt, first_differing, learn, naive_loss, split, step_seed,
+from lorasae.adapt import (adamw, blocks_to_adapt, compiled_blocks, first_differing, learn, naive_loss, split, step_seed,
                            take_step, teach, train)
 from lorasae.errors import InputError
 from lorasae.lora import add_lora, base, lora_parameters
@@ -214,16 +214,16 @@ def test_adapters_before_the_sae_move_its_input_but_not_above_k(model, tokens):
 
 def test_which_blocks_are_adapted(model):
     one, several = {1: random_sae("jumprelu", model)}, {0: None, 2: None, 3: None}
-    assert adapted_blocks(("after",), one, 4) == [2, 3]
-    assert adapted_blocks(("after",), several, 4) == [1, 2, 3]
-    assert adapted_blocks(("next",), several, 4) == [1, 3]
-    assert adapted_blocks(("all",), one, 4) == [0, 1, 2, 3]
-    assert adapted_blocks(("3", "1"), one, 4) == [1, 3]
-    assert default_adapt(one) == ("after",) and default_adapt({1: random_sae("topk", model)}) == ("all",)
-    assert default_adapt({1: random_sae("topk", model), 2: random_sae("jumprelu", model)}) == ("after",)
+    assert blocks_to_adapt(("after",), one, 4) == [2, 3]
+    assert blocks_to_adapt(("after",), several, 4) == [1, 2, 3]
+    assert blocks_to_adapt(("next",), several, 4) == [1, 3]
+    assert blocks_to_adapt(("all",), one, 4) == [0, 1, 2, 3]
+    assert blocks_to_adapt(("3", "1"), one, 4) == [1, 3]
+    assert blocks_to_adapt((), one, 4) == [2, 3] and blocks_to_adapt((), {1: random_sae("topk", model)}, 4) == [0, 1, 2, 3]
+    assert blocks_to_adapt((), {1: random_sae("topk", model), 2: random_sae("jumprelu", model)}, 4) == [2, 3]
     for word in ("before", "²", "-1"):
         with pytest.raises(InputError, match="after, all, next"):
-            adapted_blocks((word,), one, 4)
+            blocks_to_adapt((word,), one, 4)
 
 
 def test_the_blocks_that_differ_begin_at_the_first_adapter_or_after_the_first_sae(model):

@@ -14,7 +14,7 @@ from lorasae.errors import InputError
 from lorasae.evals import distances, fidelity, tokens as token_suite
 from lorasae.evals.common import evaluating, interval, ratio, t_quantile
 from lorasae.io.sae_formats import save_sae
-from lorasae.lora import adapted_layers, adapters, add_lora, base
+from lorasae.lora import blocks_with_adapters, adapters, add_lora, base
 from lorasae.paper import one_block
 from lorasae.runs.config import Config
 from lorasae.runs.setting import Setting
@@ -323,7 +323,7 @@ def test_single_block_adapters_are_trained_as_the_run_was_and_only_once(place, c
 
 def test_the_sweeps_adapters_are_the_ones_that_train_py_would_have_made(place, tmp_path):
     setting = importlib.import_module("eval").open_run(place / "run")
-    again = one_block.adapted(setting, adapted_layers(setting.model), tmp_path / "again")
+    again = one_block.adapted(setting, blocks_with_adapters(setting.model), tmp_path / "again")
     for a, b in zip(adapters(again).values(), adapters(setting.model).values(), strict=True):
         assert torch.equal(a.lora_B.weight, b.lora_B.weight) and a.weight.data_ptr() == b.weight.data_ptr()
 

@@ -12,7 +12,7 @@ from lorasae.errors import InputError
 from lorasae.io.disk import write_json
 from lorasae.linear import linear
 from lorasae.io.adapters import load_adapter, save_adapter
-from lorasae.lora import adapted_layers, adapters, add_lora, attach_lora, base, detach_lora, lora_parameters, merge_lora
+from lorasae.lora import blocks_with_adapters, adapters, add_lora, attach_lora, base, detach_lora, lora_parameters, merge_lora
 
 
 KEY = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
@@ -87,8 +87,8 @@ def test_detached_adapters_go_back_as_they_were(model, tokens):
     plain = model(tokens)
     adapted = trained(model)(tokens)
     taken = detach_lora(model)
-    assert torch.equal(model(tokens), plain) and not adapters(model) and adapted_layers(model) == []
-    assert torch.equal(attach_lora(model, taken)(tokens), adapted) and adapted_layers(model) == [1, 3]
+    assert torch.equal(model(tokens), plain) and not adapters(model) and blocks_with_adapters(model) == []
+    assert torch.equal(attach_lora(model, taken)(tokens), adapted) and blocks_with_adapters(model) == [1, 3]
     assert all(a is b for a, b in zip(lora_parameters(taken), lora_parameters(model), strict=True))
 
 

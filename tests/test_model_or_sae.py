@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from lorasae.adapt import adapted_blocks, default_adapt
+from lorasae.adapt import blocks_to_adapt
 from lorasae.evals.figures import save_figure
 from lorasae.io.disk import read_json
 from lorasae.lora import adapters
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 def case(model, request):
     torch.manual_seed(0)
     sae = random_sae(request.param, model.config.hidden_size).requires_grad_(False)
-    blocks = adapted_blocks(default_adapt({LAYER: sae}), {LAYER: sae}, 4)
+    blocks = blocks_to_adapt((), {LAYER: sae}, 4)
     tokens = torch.randint(3, 97, (40, 32))
     tokens[:, 0] = model.config.bos_token_id
     config = Config(tokens=512, batch_size=4, context=32, rank=(2,), lr=1e-3, lr_decay=True, dropout=0.0, dtype="float32")

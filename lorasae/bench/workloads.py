@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorasae import dictionary
 from lorasae import attention as layers
 from lorasae import adapt
-from lorasae.adapt import adapted_blocks, compiled_blocks, first_differing, teach
+from lorasae.adapt import blocks_to_adapt, compiled_blocks, first_differing, teach
 from lorasae.gemma2 import Gemma2Config
 from lorasae.io.adapters import PREFIX
 from lorasae.llama3 import Llama3Config, RopeScaling
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def blocks(self):
-        return adapted_blocks(["after" if self.gemma else "all"], {self.layer: None}, self.config.num_hidden_layers)
+        return blocks_to_adapt(["after" if self.gemma else "all"], {self.layer: None}, self.config.num_hidden_layers)
 
 
 def gemma(D, intermediate, depth, heads, kv_heads, head_dim, scalar, vocab=256_000):

@@ -220,7 +220,9 @@ def table(numbers):
         if f"ce_{name}" not in numbers:
             continue
         excess, kl = f"excess_{name}", f"kl_{name}"
-        row = [label, numbers[f"ce_{name}"], numbers.get(excess, 0.0), half.get(excess, ""), numbers.get(kl, 0.0), half.get(kl, "")]
+        row = [label, numbers[f"ce_{name}"]]
+        row += [numbers.get(excess, 0.0), half.get(excess, "")]
+        row += [numbers.get(kl, 0.0), half.get(kl, "")]
         if zeroed:
             row.append(percent(numbers.get(f"loss_recovered_{name}")))
         rows.append(row)
@@ -260,7 +262,8 @@ def draw(numbers, figure):
     first, second, *rest = figure.subplots(1, 3 if training else 2)
     names = [name for name in ("lora", "adapted", "sae") if f"kl_{name}" in numbers]
     labels = [SETTINGS[name] for name in names]
-    for axes, key, label in ((first, "excess", "cross-entropy above the base model's"), (second, "kl", "KL from the base model")):
+    panels = (first, "excess", "cross-entropy above the base model's"), (second, "kl", "KL from the base model")
+    for axes, key, label in panels:
         values = [numbers[f"{key}_{name}"] for name in names]
         halves = [numbers["ci90"][f"{key}_{name}"] or 0 for name in names]
         axes.errorbar(values, labels, xerr=halves, fmt="o", capsize=4)

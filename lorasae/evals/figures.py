@@ -9,7 +9,10 @@ from lorasae.io.disk import write_bytes
 
 
 def save_figure(draw, numbers, path, again=None):
-    """draw(numbers, figure) -> a PNG at path; without matplotlib one line says what to do (again: the command, if not eval.py)."""
+    """draw(numbers, figure) -> a PNG at path; without matplotlib one line says what to do.
+
+    again: the command that draws it again, if that is not eval.py.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -14,7 +14,7 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.evals.common import progress
-from lorasae.lora import adapted_layers, base
+from lorasae.lora import blocks_with_adapters, base
 
 ROW = 128                                               # tokens a row, BOS included: SAEBench's
 BATCH = 16                                              # rows at a time
@@ -41,7 +41,7 @@ def as_model(model, name):
 def reads_nothing_new(setting):
     """Whether every adapter comes after the first SAE's block, which then reads what it reads in the base model."""
     layer = next(iter(setting.saes))
-    return all(block > layer for block in adapted_layers(setting.model))
+    return all(block > layer for block in blocks_with_adapters(setting.model))
 
 
 def refuse_nothing_new(setting, suite):

@@ -32,7 +32,7 @@ from lorasae.evals.latents_page import page                # eval.py writes page
 from lorasae.evals.page import visible
 from lorasae.io.disk import read_json
 from lorasae.linear import linear
-from lorasae.lora import adapted_layers
+from lorasae.lora import blocks_with_adapters
 from lorasae.sae import splice
 
 SHOWN = 20                                              # latents where none are named
@@ -146,7 +146,7 @@ def evaluate(setting, options):
                 "passages": passages(firings, places, rows, tokenizer)})
 
     return {"run": Path(setting.folder).name, "layer": layer, "latents": len(sae.W_dec), "sae": type(sae).__name__,
-            "tokens": rates["base"].tokens, "chosen": how, "adapted_blocks": adapted_layers(model), "rows": out}
+            "tokens": rates["base"].tokens, "chosen": how, "adapted_blocks": blocks_with_adapters(model), "rows": out}
 
 
 def strongest_passages(found, rows):
@@ -164,7 +164,7 @@ def effects(setting, layer, sae, latent, rows, places):
     at = torch.tensor([place % length for place in places], device=model.device)
 
     values, out = {}, {}
-    for name in ("base", "lora") if adapted_layers(model) else ("base",):
+    for name in ("base", "lora") if blocks_with_adapters(model) else ("base",):
         with firing.as_model(model, name):
             values[name], use = effect(model, sae, layer, latent, tokens, at)
         out[name] = {**extremes(values[name], setting.corpus.tokenizer), "use": use}

@@ -29,8 +29,8 @@ CELLS = 2 ** 28                                         # latents held at a time
 
 
 def add_options(add):
-    add("--labelled", default="stdlib", metavar="WHAT", help="texts of probing, scr, tpp: stdlib, saebench (or some of its sets "
-        "by name, comma-separated), or a file of JSON lines with text, label, for scr attribute (default: %(default)s)")
+    add("--labelled", default="stdlib", metavar="WHAT", help="texts of probing, scr, tpp: stdlib, saebench (or some of its "
+        "sets by name, comma-separated), or a file of JSON lines with text, label, for scr attribute (default: %(default)s)")
     add("--seeds", type=int, default=3, metavar="N", help="how often each number, of absorption too, is measured anew; "
         "the paper measured once (default: %(default)s)")
 

@@ -38,8 +38,8 @@ class SplicedLM(TemplateLM):
     """log p(continuation | context) and greedy text, with {layer: SAE} spliced in and the adapters on (lora) or off.
 
     Generated tokens get the SAE too. The published code spares them by accident: its hook leaves alone the first position
-    of what it is given, and with a key-value cache a new token is just that (run_benchmarks.py:70). batch_tokens bounds B x T. Too long a
-    context loses its beginning, BOS included, as in lm-eval.
+    of what it is given, and with a key-value cache a new token is just that (run_benchmarks.py:70). batch_tokens bounds
+    B x T. Too long a context loses its beginning, BOS included, as in lm-eval.
     """
 
     def __init__(self, model, tokenizer, saes, *, lora, batch_tokens=8192):

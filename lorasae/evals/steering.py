@@ -185,8 +185,8 @@ def generate(ask, seeds, count):
 # ---- The evaluation ------------------------------------------------------------------------------------------
 
 def add_options(add):
-    add("--latents", type=int, nargs="+", metavar="ID", help="latents of the first SAE, also for autointerp and latents (default: "
-        "here four that fire in few of the held-out texts, but hard)")
+    add("--latents", type=int, nargs="+", metavar="ID", help="latents of the first SAE, also for autointerp and latents "
+        "(default: here four that fire in few of the held-out texts, but hard)")
     add("--examples", type=int, default=100, metavar="N", help="texts with a latent's feature, and as many without, half "
         "of them to tune alpha on (default: %(default)s; paper: 500)")
     add("--positives", metavar="WHERE", help="texts with the feature: a file, a folder of latent_ID.json, or the http(s) "
@@ -277,7 +277,8 @@ def draw(numbers, figure):
             low, high = min(map(min, values)), max(map(max, values))
             for d, label in zip(values, ("base model", "LoRA model")):
                 axes.hist(d, 25, (low, max(high, low + 1)), alpha=0.5, label=label)
-            axes.set_title(f"latent {row['latent']}, {side} examples; α {row['alpha_base']:g} and {row['alpha_lora']:g}", fontsize=9)
+            alphas = f"α {row['alpha_base']:g} and {row['alpha_lora']:g}"
+            axes.set_title(f"latent {row['latent']}, {side} examples; {alphas}", fontsize=9)
             axes.set_ylabel("texts")
     for axes in panels:
         axes.set_xlabel("d, the unsteered texts spanning 100")

@@ -65,7 +65,8 @@ def show(numbers):
     rows = []
     for name, row in zip(names, numbers["by_size"] + [numbers]):
         share = (row["gained"] - row["lost"]) / mean if mean else None
-        rows.append([name, percent(row["share_better"]), percent(row["share_worse"]), row["gained"], row["lost"], percent(share)])
+        rows.append([name, percent(row["share_better"]), percent(row["share_worse"]), row["gained"], row["lost"],
+                     percent(share)])
     print_table(rows, ["change (nats)", "tokens better", "tokens worse", "nats gained", "nats lost", "of the improvement"])
     print(f"\n{percent(numbers['share_worse'])} {plus_minus(half['share_worse'], '.1%')} of {numbers['tokens']:,} tokens "
           f"become worse; mean improvement {mean:.4f} {plus_minus(half['improvement'])} nats a token")

@@ -326,8 +326,8 @@ def save_model(model, folder, *, config, shard_bytes=5_000_000_000):
 
 # ---- The tokenizer, and what else lies beside the weights ------------------------------------------------------------
 
-def load_tokenizer(name_or_dir, config):
-    """The tokenizer of a model (a preset, a Hub repository, a local folder) whose configuration is `config`."""
+def load_tokenizer(name_or_dir, config=None):
+    """The tokenizer of a model (a preset, a Hub repository, a local folder), whose configuration may be at hand."""
     path = model_files(name_or_dir) / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_buffer(read_bytes(path))
@@ -335,7 +335,7 @@ def load_tokenizer(name_or_dir, config):
         raise
     except ValueError as error:
         raise InputError(f"{path} is not a tokenizer of the tokenizers library ({error})") from None
-    check_tokenizer(tokenizer, config, path)
+    check_tokenizer(tokenizer, config or load_config(name_or_dir), path)
     return tokenizer
 
 

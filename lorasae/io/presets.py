@@ -55,7 +55,7 @@ PRESETS = {
         "meta-llama/Llama-3.2-1B", layer=12, mirror="unsloth/Llama-3.2-1B",
         common={"data": "redpajama-v2", "dtype": "float32"},
         lora={"adapt": ("all",), "tokens": 100_000_000}, sae_training={"tokens": 4_000_000_000}),
-    "llama-3.1-8b": Preset(
+    "llama-3.1-8b": Preset(                                     # all blocks, as the paper takes Llama Scope's SAEs for TopK
         "meta-llama/Llama-3.1-8B", layer=16, mirror="unsloth/Llama-3.1-8B",
         sae="fnlp/Llama3_1-8B-Base-LXR-32x",
         common={"data": "redpajama-1t-sample"}, lora={"adapt": ("all",), "sae_dtype": "bfloat16"}),

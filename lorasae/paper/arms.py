@@ -1,4 +1,4 @@
-"""What the experiments beyond the paper share: the embedded models around their SAEs, three splits of text, arms trained in memory.
+"""What the experiments beyond the paper share: embedded models around SAEs, three splits of text, arms trained in memory.
 
     tuning      training text on which rates are chosen; nothing trains on it
     training    the rest of the training text, in an order of each seed's
@@ -51,7 +51,7 @@ def load_case(model, kind, tokens, eval_tokens, tuning_tokens=TUNING):
                         "dropout": 0.0, "device": "cpu"})
     setting = load_setting(config)
     (layer, sae), = setting.saes.items()
-    blocks = adaptation.blocks_to_adapt(adapt.default_adapt(setting.saes), setting.saes, len(setting.model.layers))
+    blocks = adapt.blocks_to_adapt((), setting.saes, len(setting.model.layers))
 
     own = -(-tuning_tokens // config.context)           # sequences
     wanted = own + -(-tokens // config.context)
@@ -90,7 +90,7 @@ def adapted(case, config):
     """
     model, saes = case.model, {case.layer: case.sae}
     students = adaptation.new_students(model, case.blocks, config)
-    optimizer = adapt.adamw([{"params": lora_parameters(student)} for student in students], config.students[0])
+    optimizer = adapt.adamw([{"params": lora_parameters(student)} for student in students], config.variants[0])
     first = adapt.first_differing(model, saes)
     source = lessons(case, config, first, saes)
     started = time.perf_counter()

@@ -47,8 +47,8 @@ def trained(config, folder):
             train_sae(load_setting(replace(config, sae=())), run)
     points = []
     for percent in TENTHS:
-        place = folder / ("sae" if percent == 100 else f"sae-{percent}pct")
-        points.append((percent, read_json(place / "training.json")["seconds"], place))
+        sae = folder / ("sae" if percent == 100 else f"sae-{percent}pct")
+        points.append((percent, read_json(sae / "training.json")["seconds"], sae))
     return points
 
 
@@ -60,13 +60,13 @@ def check_same(config, folder, names=None):
     for name in names or vars(config):
         asked = getattr(config, name)
         if asked is not None and getattr(before, name) != asked:
-            raise InputError(f"{folder} was trained with {name} {getattr(before, name)}, not {asked}: pass another --out, or the "
-                             "same arguments to continue")
+            raise InputError(f"{folder} was trained with {name} {getattr(before, name)}, not {asked}: pass another --out, "
+                             "or the same arguments to continue")
 
 
 def measure(configs, lora, folder):
     """configs: {method: of its SAE}; lora: of the adapters, on top of TopK's -> what frontier.json holds."""
-    places = {method: trained(config, folder / method) for method, config in configs.items()}
+    tenths = {method: trained(config, folder / method) for method, config in configs.items()}
     config = configs["topk"]
     layer = config.layer[0]
     setting = load_setting(config)
@@ -77,15 +77,15 @@ def measure(configs, lora, folder):
         return results[name]["ce"].mean().item()
 
     points = {name: [] for name in CURVES}
-    for method in places:
-        for percent, seconds, place in places[method]:
-            ce = loss(model, {layer: load_sae(place, device=model.device)}, "sae")
+    for method in tenths:
+        for percent, seconds, sae in tenths[method]:
+            ce = loss(model, {layer: load_sae(sae, device=model.device)}, "sae")
             points[method].append({"percent": percent, "seconds": seconds, "ce": ce})
 
-    for percent, seconds, place in places["topk"]:
+    for percent, seconds, sae in tenths["topk"]:
         print(f"adapting the model to the TopK SAE at {percent} %", flush=True)
-        saes = {layer: load_sae(place, device=model.device)}
-        wanted = replace(lora, sae=(str(place),))
+        saes = {layer: load_sae(sae, device=model.device)}
+        wanted = replace(lora, sae=(str(sae),))
         run = folder / f"lora-{percent}pct"
         check_same(wanted, run, ADAPTING)
         student = adapted(setting._replace(saes=saes, config=wanted), list(range(len(model.layers))), run)
@@ -150,7 +150,9 @@ def draw(numbers, figure):
     figure.set_size_inches(6, 4)
     axes = figure.subplots()
     for name, label in CURVES.items():
-        axes.plot([point["seconds"] for point in numbers[name]], [point["ce"] for point in numbers[name]], marker="o", label=label)
+        seconds = [point["seconds"] for point in numbers[name]]
+        ce = [point["ce"] for point in numbers[name]]
+        axes.plot(seconds, ce, marker="o", label=label)
     axes.axhline(numbers["ce_base"], color="grey", linestyle="--", label=f"original model ({numbers['ce_base']:.3f})")
     axes.set(xlabel="training time (s)", ylabel="cross-entropy (nats/token)",
              title=f"{numbers['model']}: {numbers['width']:,} latents, k {numbers['k']} (the paper's Figures 1 and 5)")
@@ -201,7 +203,8 @@ def main(argv=None):
         numbers = measure(configs, lora, folder)
         write_json(folder / "frontier.json", numbers)
         show(numbers)
-        save_figure(draw, numbers, folder / "frontier.png", f"python -m lorasae.paper.frontier --model {args.model} --out {folder}")
+        again = f"python -m lorasae.paper.frontier --model {args.model} --out {folder}"
+        save_figure(draw, numbers, folder / "frontier.png", again)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lorasae.evals import fidelity
 from lorasae.evals.common import interval, percent, plus_minus, print_table, ratio
 from lorasae.io.adapters import load_adapter
 from lorasae.io.disk import read_json
-from lorasae.lora import adapted_layers
+from lorasae.lora import blocks_with_adapters
 from lorasae.model import Transformer
 from lorasae.runs import adaptation
 from lorasae.runs.folder import Run
@@ -27,16 +27,16 @@ def evaluate(setting, options):
     after = list(range(min(saes) + 1, len(model.layers)))
     if not after:
         raise InputError(f"the SAE at layer {min(saes)} has no block after it whose adapters --suite layers could compare")
-    own = adapted_layers(model)
+    own = blocks_with_adapters(model)
     single = [[block] for block in after] if len(after) > 1 else []
     wanted = [after, *single] + [own] * (own not in [after, *single])
-    places = {label(blocks): folder / "layers" / label(blocks).replace(" ", "-") for blocks in wanted if blocks != own}
-    announce(folder, places)
+    folders = {label(blocks): folder / "layers" / label(blocks).replace(" ", "-") for blocks in wanted if blocks != own}
+    announce(folder, folders)
 
     without, spliced = losses(setting, model, "base", "sae")
     gains = {}
     for blocks in wanted:
-        student = model if blocks == own else adapted(setting, blocks, places[label(blocks)])
+        student = model if blocks == own else adapted(setting, blocks, folders[label(blocks)])
         gains[label(blocks)] = spliced - losses(setting, student, "adapted")[0]
 
     rows = []
@@ -50,9 +50,9 @@ def evaluate(setting, options):
     return {"sae_layer": min(saes), "rows": rows, "train_tokens": config.tokens}
 
 
-def announce(folder, places):
+def announce(folder, folders):
     """Says what is still to be trained, and how long that takes."""
-    missing = [name for name, place in places.items() if not (place / "results.json").exists()]
+    missing = [name for name, each in folders.items() if not (each / "results.json").exists()]
     if missing:
         minutes = len(missing) * read_json(folder / "results.json")["seconds"] / 60
         print(f"training adapters on {'; '.join(missing)}: about {minutes:.0f} minutes, by the run's own time", flush=True)

@@ -26,9 +26,9 @@ def draw_method(_, figure):
 
     box(axes, 0.2, 2.6, 1.7, 1.2, "tokens", "white")
     box(axes, 2.7, 2.6, 3.0, 1.2, "blocks 0 … i\nshared prefix", FROZEN)
-    box(axes, 8.9, 4.4, 3.4, 1.2, "blocks i+1 … L\nteacher, no SAE", FROZEN)
+    box(axes, 8.9, 4.4, 3.4, 1.2, "blocks i+1 … L−1\nteacher, no SAE", FROZEN)
     box(axes, 6.4, 0.8, 1.7, 1.2, "SAE\nx → x̂", SAE)
-    box(axes, 8.9, 0.8, 3.4, 1.2, "blocks i+1 … L\nstudent, + adapters", TRAINED)
+    box(axes, 8.9, 0.8, 3.4, 1.2, "blocks i+1 … L−1\nstudent, + adapters", TRAINED)
     box(axes, 13.2, 4.4, 1.6, 1.2, "head\np", FROZEN)
     box(axes, 13.2, 0.8, 1.6, 1.2, "head\nq", FROZEN)
     box(axes, 15.6, 2.6, 2.2, 1.2, "KL(p ‖ q)\nEq. 7", LOSS)

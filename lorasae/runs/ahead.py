@@ -1,7 +1,7 @@
 """The frozen part of several steps at once, before their turn: larger products, and the same steps to the bit.
 
 What the prefix and the teacher compute of a batch depends on nothing that is trained, so it may run for many sequences
-together. `ahead 8` lets a GPU work on eight sequences where a step, as published, has one.
+together. `--ahead 8` lets a GPU work on eight sequences where a step, as published, has one.
 
 Shapes: B batch, T tokens.
 """
@@ -10,43 +10,55 @@ import torch
 from lorasae.runs import distributed
 
 
-@torch.no_grad()
-def in_advance(batches, start, batch_size, at_once, work):
-    """Yields (work(tokens), position) for every batch [B, T] from the start-th on; calls `work` for `at_once` sequences.
+class Ahead:
+    """Iterates over work(tokens) of every batch [B, T] from the start-th on, which it calls for several batches at once.
 
-    work(tokens) returns a tuple of tensors [B, ...] that depend on nothing that is trained. batches: an iterator of
-    (tokens, position of the batch after them), which begins where the group of the start-th batch does; `.start` is its
-    own position. position: where a resumed run has to begin, so that its groups hold the same batches: it repeats the
-    uninterrupted run to the bit. Of several processes each works on its share of every batch.
+    work(tokens) returns a NamedTuple of tensors [B, ...] (or None) that depend on nothing that is trained. batches: an
+    iterator of (tokens, position of the batch after them); `.start` is its own position. Of several processes each works
+    on its share of every batch.
+
+    `position`: where a run that is resumed after the last step has to begin. Its groups must hold the same batches, so
+    within a group that is the group's beginning, and the batches that were done already are worked on again and skipped.
     """
-    share = len(distributed.share(range(batch_size)))           # of several processes: rows of a batch that are this one's
-    group = max(1, at_once // share)                            # batches whose frozen part runs together
-    late = start % group                                        # steps of the first group that are done already
-    begin = batches.start
 
-    while True:
-        tokens, after = take_group(batches, group)
-        if not tokens:
-            return
-        done = work_in_parts(torch.cat(tokens), at_once, work)
-        for number in range(late, len(tokens)):
-            rows = slice(number * share, (number + 1) * share)
-            last = number + 1 == group
-            yield tuple(tensor[rows] for tensor in done), after if last else begin
-        late, begin = 0, after
+    def __init__(self, batches, start, config, work):
+        self.batches, self.work = batches, work
+        self.at_once = max(config.ahead, config.micro_batch)
+        self.share = len(distributed.share(range(config.batch_size)))      # rows of a batch that are this process's
+        self.group = max(1, self.at_once // self.share)                    # batches that are worked on together
+        self.done = start % self.group
+        self.position = batches.start
 
+    def __iter__(self):
+        begin = self.batches.start
+        while True:
+            tokens, after = self.take_group()
+            if not tokens:
+                return
+            found = self.work_on(torch.cat(tokens))
+            for number in range(self.done, len(tokens)):
+                last = number + 1 == self.group
+                self.position = after if last else begin
+                yield self.rows_of(found, number)
+            self.done, begin = 0, after
 
-def take_group(batches, size):
-    """([this process's share of each of the next `size` batches], the position after them)."""
-    tokens, after = [], None
-    for batch, after in batches:
-        tokens.append(distributed.share(batch))
-        if len(tokens) == size:
-            break
-    return tokens, after
+    def take_group(self):
+        """([this process's share of each of the next batches], the position after them)."""
+        tokens, after = [], None
+        for batch, after in self.batches:
+            tokens.append(distributed.share(batch))
+            if len(tokens) == self.group:
+                break
+        return tokens, after
 
+    @torch.no_grad()
+    def work_on(self, tokens):
+        """work(tokens), called for `at_once` sequences at a time."""
+        parts = [self.work(part) for part in tokens.split(self.at_once)]
+        fields = [None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts)]
+        return type(parts[0])(*fields)
 
-def work_in_parts(tokens, at_once, work):
-    """work(tokens), called for `at_once` sequences at a time."""
-    parts = [work(part) for part in tokens.split(at_once)]
-    return tuple(torch.cat(tensors) for tensors in zip(*parts))
+    def rows_of(self, found, number):
+        """What was found of one batch of the group."""
+        rows = slice(number * self.share, (number + 1) * self.share)
+        return type(found)(*(None if tensor is None else tensor[rows] for tensor in found))

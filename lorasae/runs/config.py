@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16")
 OBJECTIVES = ("kl", "mse", "balanced")
 THRESHOLDS = ("trained", "frozen")
 RECIPES = ("paper", "tuned")
-DEAD_AFTER = 10_000_000                                 # Gao et al. (2024); at most a tenth of the run, so that short runs have dead latents
+DEAD_AFTER = 10_000_000                                 # Gao et al. (2024); at most a tenth of the run
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Config:
         return max(self.micro_batch, self.ahead) if self.device.startswith("cuda") else self.micro_batch
 
     @property
-    def students(self):
+    def variants(self):
         """A Config for each of the adapters that train side by side: one rank and one rate each."""
         rates = self.lr if isinstance(self.lr, tuple) else (self.lr,)
         count = max(len(self.rank), len(rates))
@@ -204,10 +204,10 @@ def check_students(config, refuse):
 
     several = [len(values) for values in (config.rank, rates) if len(values) > 1]
     if len(several) == 2 and several[0] != several[1]:
-        raise InputError(f"--rank names {several[0]} ranks and --lr {several[1]} rates: pass several of one of them, or equally "
-                         "many of both, which go together in pairs")
+        raise InputError(f"--rank names {several[0]} ranks and --lr {several[1]} rates: pass several of one of them, or "
+                         "equally many of both, which go together in pairs")
     if several:
-        pairs = [(student.rank, student.lr) for student in config.students]
+        pairs = [(variant.rank, variant.lr) for variant in config.variants]
         if len(set(pairs)) < len(pairs):
             name, values = ("rank", config.rank) if len(config.rank) > 1 else ("lr", rates)
             raise InputError(f"{option(name)} {' '.join(map(str, values))} names a {'rate' if name == 'lr' else 'rank'} twice")
@@ -222,13 +222,13 @@ def check_trained_sae(config):
     if config.method != "finetune" and not config.train_sae:
         return
     asked = "--train-sae" if config.train_sae else "--method finetune"
-    if config.train_sae and (len(config.students) > 1 or config.shard):
+    if config.train_sae and (len(config.variants) > 1 or config.shard):
         raise InputError("--train-sae trains one SAE with one adapter: pass one --rank and one --lr, without --shard")
     if len(config.layer) > 1:
         raise InputError(f"--layer {' '.join(map(str, config.layer))}: {asked} trains the SAE of one layer")
     if config.micro_batch < config.batch_size:
-        raise InputError(f"--micro-batch {config.micro_batch}: {asked} takes the {config.batch_size} sequences of a step at once, "
-                         "as its losses are means over them; pass a smaller --batch-size instead")
+        raise InputError(f"--micro-batch {config.micro_batch}: {asked} takes the {config.batch_size} sequences of a step at "
+                         "once, as its losses are means over them; pass a smaller --batch-size instead")
     if config.sae_dtype != "float32":
         raise InputError(f"--sae-dtype {config.sae_dtype}: what {asked} trains is float32; leave it out")
 

@@ -27,7 +27,7 @@ WITHOUT_EFFECT = {                                      # options that change no
     "e2e": (*FROM_SCRATCH, "l0"),
     "finetune": (*OF_ADAPTERS, "k", "auxk", "dead_after"),
 }
-FINETUNE = {"lr": 5e-5, "lr_decay": True}               # the published finetune's: 5e-5 falling linearly to 0 (arXiv 2503.17272)
+FINETUNE = {"lr": 5e-5, "lr_decay": True}               # the published finetune's, falling to 0 (arXiv 2503.17272)
 
 
 def configure(given):

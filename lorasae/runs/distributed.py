@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 train.py --batch-size 8 --shard ...     and holds its share of the frozen blocks (FSDP2)
 
 Only the adapters (or the SAE) train, and every process keeps all of them and of their optimiser: the gradients of the shares
-are summed, in one message a step, so N processes take the very steps of one. Process 0 writes every file and does the talking.
+are summed, in one message a step, so N processes take the very steps of one (with dropout: with other masks). Process 0 writes every file and does the talking.
 Without torchrun there is one process, and all of this does nothing.
 """
 import os
@@ -53,7 +53,7 @@ def start(device):
     store = meet(environment("RANK"), count)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=environment("RANK"),
                             world_size=count)
-    if rank() > 0:
+    if process() > 0:
         sys.stdout = open(os.devnull, "w")
 
 
@@ -86,7 +86,7 @@ def stop():
         dist.destroy_process_group()
 
 
-def rank():
+def process():
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -101,7 +101,7 @@ def share(batch):
     if len(batch) % world():
         raise InputError(f"--batch-size {len(batch)} cannot be shared by {world()} processes: make it a multiple of {world()}")
     size = len(batch) // world()
-    return batch[rank() * size:(rank() + 1) * size]
+    return batch[process() * size:(process() + 1) * size]
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def everywhere(value):
 
 def portion(batches, model):
     """This process's part of what is to be evaluated; all of it where the model is sharded, for then all compute together."""
-    return batches if sharded(model) else batches[rank()::world()]
+    return batches if sharded(model) else batches[process()::world()]
 
 
 def merge(nest, model):
@@ -174,7 +174,8 @@ def shard(model, device):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     if world() == 1:
-        raise InputError("--shard spreads a model over several processes: start them with torchrun --nproc-per-node N train.py ...")
+        raise InputError("--shard spreads a model over several processes: start them with torchrun --nproc-per-node N "
+                         "train.py ...")
     mesh = init_device_mesh(device.type, (world(),))
     for block in model.layers:
         trained = {parameter for parameter in block.parameters() if parameter.requires_grad}

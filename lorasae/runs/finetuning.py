@@ -12,7 +12,7 @@ from lorasae.evals import fidelity
 from lorasae.io.console import tell
 from lorasae.lora import lora_parameters
 from lorasae.runs import adaptation, distributed, sae_training
-from lorasae.runs.ahead import in_advance
+from lorasae.runs.ahead import Ahead
 from lorasae.runs.measure import cost, evaluate, evaluate_once, peak_memory_bytes
 from lorasae.sae import JumpReLU
 
@@ -48,8 +48,7 @@ def adapt_with_sae(setting, run):
     """
     model, corpus, config = setting.model, setting.corpus, setting.config
     layer, sae = only_sae(setting.saes)
-    spec = config.adapt or adapt.default_adapt(setting.saes)
-    blocks = adaptation.blocks_to_adapt(spec, setting.saes, len(model.layers))
+    blocks = adapt.blocks_to_adapt(config.adapt, setting.saes, len(model.layers))
     make_trainable(sae, config)
     adapters, = adaptation.new_students(model, blocks, config)
     count = sum(parameter.numel() for parameter in lora_parameters(adapters))
@@ -117,24 +116,18 @@ def train(setting, run, adapters):
     start, position = run.restore(parameters, optimizer)
 
     first = finetune.first_trained(model, layer)
-    positions = []
 
     def frozen(tokens):
         tokens = tokens.to(model.device, non_blocking=True)
         return adapt.teach(model, {}, tokens, first)    # the SAE is not frozen, so it is no part of this
 
-    def lessons(batches):
-        at_once = max(config.ahead, config.micro_batch)
-        for tensors, position in in_advance(batches, start, config.batch_size, at_once, frozen):
-            positions[:] = [position]
-            yield adapt.Lesson(*tensors)
-
     with corpus.batches(config.batch_size, position) as batches:
-        updates = finetune.train(model, layer, sae, held, adapters, lessons(batches), optimizer, config, start,
-                                 distributed.everywhere, distributed.all_reduce, distributed.rank())
+        lessons = Ahead(batches, start, config, frozen)
+        updates = finetune.train(model, layer, sae, held, adapters, lessons, optimizer, config, start,
+                                 distributed.everywhere, distributed.all_reduce, distributed.process())
         for step, values in run.watch(updates, start):
             run.log(step, **values)
-            run.save_if_due(step, parameters, optimizer, positions[0])
+            run.save_if_due(step, parameters, optimizer, lessons.position)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from lorasae.runs.config import read_config
 from lorasae.runs.lock import Lock, check_free
 
 
-LOG_EVERY = 10                                          # steps a metrics line covers; also how often the GPU is waited for
+LOG_EVERY = 10                                          # steps a metrics line covers; reading their values waits for the GPU
 CHECKPOINT_SECONDS = 60                                 # a large one takes seconds to write
 RUNS = Path("runs")                                     # where runs go by default
 
@@ -46,7 +46,7 @@ class Run:
     def create(cls, folder, config):
         """Claims a fresh folder; refuses one that holds anything. `begin` writes the first file."""
         folder, lock = Path(folder), None
-        if distributed.rank() == 0:
+        if distributed.process() == 0:
             check_free(folder)
             lock = Lock(folder)
         return cls(folder, config, lock)
@@ -58,7 +58,7 @@ class Run:
         config = read_config(folder)
         if device is not None:
             config = replace(config, device=device)
-        if distributed.rank() == 0:
+        if distributed.process() == 0:
             lock = Lock(folder)
         if (folder / "results.json").exists():
             if lock is not None:
@@ -68,12 +68,12 @@ class Run:
 
     def begin(self):
         """Writes config.json: called when everything that the run reads has been read."""
-        if distributed.rank() == 0 and not (self.folder / "config.json").exists():
+        if distributed.process() == 0 and not (self.folder / "config.json").exists():
             write_json(self.folder / "config.json", {**self.config.to_json(), "versions": versions()})
 
     def finish(self, results):
         """Writes results.json, which marks the run as finished."""
-        if distributed.rank() == 0:
+        if distributed.process() == 0:
             write_json(self.folder / "results.json", results)
 
     def close(self):
@@ -86,7 +86,7 @@ class Run:
 
     def restore(self, tensors, optimizer):
         """Loads the newest whole checkpoint into tensors and optimiser -> (steps done, position in the text); (0, None)."""
-        if distributed.rank() == 0:
+        if distributed.process() == 0:
             for unfinished in self.folder.rglob("*.part"):              # what a killed process was writing
                 unfinished.unlink()
         for path in reversed(self.checkpoints()):
@@ -96,7 +96,7 @@ class Run:
                 raise
             except ValueError as damage:
                 say(f"{path} is damaged ({damage}): trying the one before it, else from the start")
-                if distributed.rank() == 0:
+                if distributed.process() == 0:
                     path.rename(path.with_suffix(".damaged"))           # it must not crowd out the ones to come
                 continue
             self.take_up(state, tensors, optimizer, path)
@@ -118,7 +118,7 @@ class Run:
     def save(self, step, tensors, optimizer, position):
         """Writes checkpoint/step-N.pt, keeping the one before it. Only ever called with finite losses behind it."""
         self.flush()
-        if distributed.rank() > 0:
+        if distributed.process() > 0:
             return
         state = {"step": step, "parameters": [tensor.detach() for tensor in tensors], "optimizer": optimizer.state_dict(),
                  "seconds": self.seconds, "position": position}
@@ -149,7 +149,7 @@ class Run:
 
         Where there is no terminal, a line tells of every tenth of the way instead.
         """
-        speaks = distributed.rank() == 0
+        speaks = distributed.process() == 0
         terminal = sys.stderr.isatty()
         steps = self.config.steps
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (speaks and terminal), dynamic_ncols=True)
@@ -209,7 +209,7 @@ class Run:
     # ---- metrics.jsonl -------------------------------------------------------------------------------------------------
 
     def append(self, line):
-        if distributed.rank() > 0:
+        if distributed.process() > 0:
             return
         path = self.folder / "metrics.jsonl"
         try:
@@ -221,7 +221,7 @@ class Run:
     def forget_metrics_after(self, step):
         """Drops the lines of steps that will be taken again, and a half-written one."""
         path = self.folder / "metrics.jsonl"
-        if distributed.rank() > 0 or not path.exists():
+        if distributed.process() > 0 or not path.exists():
             return
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -21,14 +21,14 @@ def evaluate(model, saes, batches, settings):
 
 
 def evaluate_once(run, setting, settings):
-    """`evaluate` on the held-out text, which stay in the run's folder, results and text: a resumed run finds them there."""
+    """`evaluate` on the held-out text. Results and text stay in the run's folder, where a resumed run finds them."""
     model, saes, corpus = setting.model, setting.saes, setting.corpus
     path = run.folder / "before.json"
     if distributed.agree(path.exists()):
         return read_results(path, saes)
     results = evaluate(model, saes, corpus.validation.split(run.config.eval_batch), settings)
     run.begin()                                         # nothing is written before everything has been read
-    if distributed.rank() == 0:
+    if distributed.process() == 0:
         keep_held_out(corpus, run.folder)
         write_json(path, {name: plain(values) for name, values in results.items()})
     return results

@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from lorasae.adapt import default_adapt
+from lorasae.adapt import blocks_to_adapt
 from lorasae.errors import InputError
 from lorasae.io.checkpoint import load_config
 from lorasae.io.hub import model_plan, sae_files, sae_plan
 from lorasae.io.sae_formats import load_sae
 from lorasae.io.tensors import DTYPES
 from lorasae.runs import distributed
-from lorasae.runs.adaptation import blocks_to_adapt
 from lorasae.runs.defaults import latents
 from lorasae.runs.memory import adapter_parameters, estimate, model_parameters
 from lorasae.runs.setting import check_context, check_layer, sae_sources
@@ -49,14 +48,14 @@ def plan(config):
         sizes = [config.width or 8 * model.hidden_size]
     blocks = []
     if config.method == "lora":
-        spec = config.adapt or default_adapt(saes_at_hand(config, fetched))
-        blocks = blocks_to_adapt(spec, dict.fromkeys(config.layer), depth)
+        blocks = blocks_to_adapt(config.adapt, saes_at_hand(config, fetched), depth)
     certain = bool(config.adapt) or config.method != "lora" or not fetched
 
     dtype, sae_dtype = DTYPES[config.dtype], DTYPES[config.sae_dtype]
     method = "finetune" if config.train_sae else config.method          # whose SAE is trained, too
-    memory = estimate(model, method=method, blocks=blocks, ranks=[student.rank[0] for student in config.students] if blocks else (), latents=sizes,
-                      micro_batch=config.micro_batch, context=config.context, ahead=config.ahead, dtype=dtype,
+    ranks = [variant.rank[0] for variant in config.variants] if blocks else []
+    memory = estimate(model, method=method, blocks=blocks, ranks=ranks, latents=sizes, micro_batch=config.micro_batch,
+                      context=config.context, ahead=config.ahead, dtype=dtype,
                       sae_dtype=sae_dtype, device=torch.device(config.device).type, compiled=config.compile,
                       dropout=config.dropout)
     return Plan(model, blocks, certain, sizes, fetched + model_plan(config.model), memory)
@@ -93,8 +92,8 @@ def dry_run(config):
     frozen = model_parameters(made.model)
     if made.blocks:
         unsure = "" if made.certain else "; all of them if the SAE turns out to be a TopK"
-        print(f"adapted blocks        {made.blocks[0]} to {made.blocks[-1]} ({len(made.blocks)} of {depth}){unsure}")
-        trainable = sum(adapter_parameters(made.model, made.blocks, student.rank) for student in config.students)
+        print(f"adapted blocks        {', '.join(map(str, made.blocks))} of {depth}{unsure}")
+        trainable = sum(adapter_parameters(made.model, made.blocks, variant.rank) for variant in config.variants)
     else:
         print(f"SAE                   {made.latents[0]:,} latents at the output of block {config.layer[0]}")
         trainable = 0
@@ -102,7 +101,8 @@ def dry_run(config):
         width = made.latents[0]
         trainable += width * (2 * d_model + 1) + d_model + (width if config.method == "jumprelu" else 0)
 
-    print(f"trainable parameters  {trainable:,} ({trainable / frozen:.2%} of {frozen:,})")
+    several = f" in {len(config.variants)} adapters" if len(config.variants) > 1 else ""
+    print(f"trainable parameters  {trainable:,}{several}, beside {frozen:,} frozen ones")
     print(f"training              {config.steps:,} steps of {config.batch_size} x {config.context} = {config.trained_tokens:,} "
           f"tokens of {config.data}")
     memory = made.memory                                # Python and its libraries take some 0.4 GB beside it
@@ -121,8 +121,9 @@ def complain(config, needed):
     there = memory_of(config.device)
     if there is None or config.shard or needed <= there:
         return
-    raise InputError(f"this run needs about {size(needed)}, but {config.device} has {size(there)}: lower --micro-batch, --context, "
-                     "--rank or --ahead, take a smaller model or --dtype bfloat16, or spread the model by torchrun and --shard")
+    raise InputError(f"this run needs about {size(needed)}, but {config.device} has {size(there)}: lower --micro-batch, "
+                     "--context, --rank or --ahead, take a smaller model or --dtype bfloat16, or spread the model by torchrun "
+                     "and --shard")
 
 
 def memory_of(device):

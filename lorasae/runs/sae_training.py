@@ -16,7 +16,7 @@ from lorasae.io.console import tell
 from lorasae.io.disk import write_json
 from lorasae.io.sae_formats import save_sae
 from lorasae.runs import distributed
-from lorasae.runs.ahead import in_advance
+from lorasae.runs.ahead import Ahead
 from lorasae.runs.measure import cost, evaluate, peak_memory_bytes
 from lorasae.runs.setting import check_layer, keep_held_out
 
@@ -47,7 +47,7 @@ def train_sae(setting, run):
 
     held_out = corpus.validation.split(config.eval_batch)
     run.begin()                                         # nothing is written before everything has been read
-    if distributed.rank() == 0:
+    if distributed.process() == 0:
         keep_held_out(corpus, run.folder)
     train(setting, run, sae)
     keep(run, sae, config.steps)
@@ -63,17 +63,9 @@ def train(setting, run, sae):
     layer, end_to_end = config.layer[0], config.method == "e2e"
     training = dictionary.begin(sae, config)
     start, position = run.restore(training.tensors, training.optimizer)
-    positions = []
 
     def frozen(tokens):
-        seen = dictionary.observe(model, sae, layer, tokens, end_to_end)
-        return seen if end_to_end else seen[:2]
-
-    def observations(batches):
-        at_once = max(config.ahead, config.micro_batch)
-        for tensors, position in in_advance(batches, start, config.batch_size, at_once, frozen):
-            positions[:] = [position]
-            yield dictionary.Observation(*tensors)
+        return dictionary.observe(model, sae, layer, tokens, end_to_end)
 
     if start == 0:
         with corpus.batches(config.batch_size) as batches:
@@ -81,13 +73,14 @@ def train(setting, run, sae):
         dictionary.fit(sae, training, dictionary.observe(model, sae, layer, tokens, end_to_end=False), config.l0)
 
     with corpus.batches(config.batch_size, position) as batches:
-        updates = dictionary.train(model, sae, layer, observations(batches), training, config, start,
+        observations = Ahead(batches, start, config, frozen)
+        updates = dictionary.train(model, sae, layer, observations, training, config, start,
                                    everywhere=distributed.everywhere, all_reduce=distributed.all_reduce)
         for step, values in run.watch(updates, start):
             run.log(step, **values)
             if ends_a_tenth(step, config.steps) and step < config.steps:
                 keep(run, sae, step)
-            run.save_if_due(step, training.tensors, training.optimizer, positions[0])
+            run.save_if_due(step, training.tensors, training.optimizer, observations.position)
 
 
 def ends_a_tenth(step, steps):
@@ -97,10 +90,10 @@ def ends_a_tenth(step, steps):
 def keep(run, sae, step):
     """Saves the SAE under the tenth of the training it has had, and what that took.
 
-    The published code names a twentieth's multiple by half of what it is: its "50pct" is the end (trainer.py:460).
+    In the published code the "50pct" is the end of the training, and so on (trainer.py:460).
     """
     run.flush()                                         # a loss that is not finite stops here, before it is saved
-    if distributed.rank() > 0:
+    if distributed.process() > 0:
         return
     config = run.config
     percent = 10 * (10 * step // config.steps)
@@ -112,7 +105,10 @@ def keep(run, sae, step):
 
 @torch.no_grad()
 def measure(model, sae, layer, batches):
-    """{ce_base, ce_sae, kl_sae in nats a token; fvu; l0; dead_latents: the part of them that no held-out token fires}."""
+    """{ce_base, ce_sae, kl_sae in nats a token; fvu; l0; dead_latents: those that no held-out token fires}.
+
+    The last is their part of all latents, BOS and EOS tokens counted; fvu and l0 leave those out.
+    """
     results = evaluate(model, {layer: sae}, batches, ("base", "sae"))
     return numbers_of(results, model, sae, layer, batches)
 

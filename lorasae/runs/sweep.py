@@ -11,9 +11,8 @@ from contextlib import nullcontext
 
 import torch
 
-from lorasae.adapt import compiled_blocks, first_differing, learning_rate, split, step_seed
+from lorasae.adapt import compiled_blocks, first_differing, learning_rate, objective, split, step_seed
 from lorasae.lora import attach_lora, lora_parameters
-from lorasae.objectives import linear_kl
 
 
 def learn(model, saes, lesson, first, students, compiled=False):
@@ -29,7 +28,7 @@ def learn(model, saes, lesson, first, students, compiled=False):
         with drawing:
             x = model.run(lesson.x, first, depth, saes, lesson.special)
         hidden.append(model.norm(x))
-    losses = linear_kl(lesson.target, torch.stack(hidden), model.head, model.softcap, compiled=compiled)
+    losses = objective(model, lesson, torch.stack(hidden), compiled)
     return losses.reshape(len(students))
 
 
@@ -66,8 +65,8 @@ def train(model, saes, lessons, optimizer, students, config, start=0, all_reduce
     with compiled_blocks(model) if config.compile else nullcontext():
         for step, lesson in zip(range(start, config.steps), lessons):
             torch.manual_seed(step_seed(config.seed, step, process))
-            for group, student in zip(optimizer.param_groups, config.students, strict=True):
-                group["lr"] = learning_rate(student.lr, step, config)
+            for group, variant in zip(optimizer.param_groups, config.variants, strict=True):
+                group["lr"] = learning_rate(variant.lr, step, config)
             losses, norms = take_step(model, saes, lesson, first, optimizer, students, config, all_reduce)
             yield step + 1, losses, norms
     model.eval()
