@@ -84,12 +84,12 @@ def test_numbers_of_ranks_and_rates_that_do_not_match_are_refused_in_one_line(ar
     assert "one rate" in refusal(*arguments, "--lr", 1e-3, 1e-2, "--shard")
 
 
-def test_students_are_the_configurations_of_their_own_runs():
+def test_variants_are_the_configurations_of_their_own_runs():
     assert Config(rank=(4,), lr=(1e-3,)) == Config(rank=(4,), lr=1e-3)
     lone = Config(lr=1e-3)
-    assert lone.students == [lone]
-    assert Config(lr=(1e-3, 1e-2)).students == [Config(lr=1e-3), Config(lr=1e-2)]
-    assert Config(rank=(1, 2), lr=1e-2).students == [Config(rank=(1,), lr=1e-2), Config(rank=(2,), lr=1e-2)]
+    assert lone.variants == [lone]
+    assert Config(lr=(1e-3, 1e-2)).variants == [Config(lr=1e-3), Config(lr=1e-2)]
+    assert Config(rank=(1, 2), lr=1e-2).variants == [Config(rank=(1,), lr=1e-2), Config(rank=(2,), lr=1e-2)]
 
 
 # ---- Recipes -----------------------------------------------------------------------------------------------------------
