@@ -50,9 +50,9 @@ def test_each_arm_trains_what_it_says_and_leaves_model_and_sae_as_they_were(case
 
 
 def test_the_measure_of_an_arm_without_adapters_has_no_kl_without_its_sae(case):
-    numbers = measured(case, finetuned(case, asked(case, 256, 0, objective="kl"), 1e-3), case.held_out)
+    numbers = measured(case, finetuned(case, asked(case, 256, 0, objective="kl"), 1e-3))
     assert numbers["kl_without_sae"] == pytest.approx(0, abs=1e-6)
-    assert numbers["kl"] < measured(case, untouched(case), case.held_out)["kl"]
+    assert numbers["kl"] < measured(case, untouched(case))["kl"]
     assert {"ce", "ce_base", "l0", "fvu", "dead_latents"} <= numbers.keys()
 
 

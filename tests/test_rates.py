@@ -84,12 +84,12 @@ def test_numbers_of_ranks_and_rates_that_do_not_match_are_refused_in_one_line(ar
     assert "one rate" in refusal(*arguments, "--lr", 1e-3, 1e-2, "--shard")
 
 
-def test_students_are_the_configurations_of_their_own_runs():
+def test_variants_are_the_configurations_of_their_own_runs():
     assert Config(rank=(4,), lr=(1e-3,)) == Config(rank=(4,), lr=1e-3)
     lone = Config(lr=1e-3)
-    assert lone.students == [lone]
-    assert Config(lr=(1e-3, 1e-2)).students == [Config(lr=1e-3), Config(lr=1e-2)]
-    assert Config(rank=(1, 2), lr=1e-2).students == [Config(rank=(1,), lr=1e-2), Config(rank=(2,), lr=1e-2)]
+    assert lone.variants == [lone]
+    assert Config(lr=(1e-3, 1e-2)).variants == [Config(lr=1e-3), Config(lr=1e-2)]
+    assert Config(rank=(1, 2), lr=1e-2).variants == [Config(rank=(1,), lr=1e-2), Config(rank=(2,), lr=1e-2)]
 
 
 # ---- Recipes -----------------------------------------------------------------------------------------------------------
@@ -102,14 +102,24 @@ def test_a_recipe_decides_what_is_not_given_and_no_recipe_leaves_the_presets():
     assert configure({"recipe": "paper", "lr": 1e-3}).lr == 1e-3
     found = configure({"recipe": "tuned"})
     expected = tuned(192, 6)
-    assert {name: getattr(found, name) for name in expected} == expected
+    sae_lr = expected.pop("sae_lr")
+    assert {name: getattr(found, name) for name in expected} == expected and found.sae_lr is None
     assert found.tokens == preset.lora["tokens"]
+    assert configure({"recipe": "tuned", "train_sae": True}).sae_lr == sae_lr
+    assert configure({"recipe": "paper", "train_sae": True}).sae_lr == preset.finetune["lr"]
 
 
 def test_the_paper_s_models_are_trained_as_published_unless_asked_otherwise():
     for name in ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "llama-3.1-8b"):
         assert not set(PAPER) & (set(PRESETS[name].lora) | set(PRESETS[name].common)), name
     assert {name: getattr(Config(), name) for name in PAPER} == PAPER
+
+
+def test_an_sae_that_trains_is_float32_whatever_its_preset_says_of_frozen_ones():
+    assert PRESETS["llama-3.1-8b"].lora["sae_dtype"] == "bfloat16"
+    for how in ({"method": "finetune"}, {"train_sae": True}):
+        found = configure({"model": "llama-3.1-8b", "sae": ("an SAE",), **how})
+        assert found.sae_dtype == "float32" and 5e-5 in (found.lr, found.sae_lr)
 
 
 def test_the_tuned_rate_falls_with_width_and_depth():

@@ -69,10 +69,11 @@ PAPER = {"lr": 5e-5, "lr_decay": False, "dropout": 0.1, "batch_size": 1}        
 TUNED = {"lr_decay": True, "dropout": 0.0, "batch_size": 4}                         # where steps are few, see `tuned`
 TUNED_LR, TUNED_WIDTH, TUNED_DEPTH = 3e-3, 192, 6                                   # found at this d_model and depth
 WIDTH_POWER, DEPTH_POWER = 0.5, 0.5
+TUNED_SAE = 1 / 3                                                                   # of that, for an SAE trained with them
 
 
 def tuned(d_model, depth):
-    """--recipe tuned: fields of Config for adapters of a model of that width and number of blocks.
+    """--recipe tuned: fields of Config for adapters (and an SAE beside them) in a model of that width and number of blocks.
 
         lr = TUNED_LR · (TUNED_WIDTH / d_model) ^ WIDTH_POWER · (TUNED_DEPTH / depth) ^ DEPTH_POWER,  falling linearly to 0
 
@@ -80,7 +81,7 @@ def tuned(d_model, depth):
     it, as in --lr 5e-5 2e-4 1e-3, train side by side in one pass.
     """
     lr = TUNED_LR * (TUNED_WIDTH / d_model) ** WIDTH_POWER * (TUNED_DEPTH / depth) ** DEPTH_POWER
-    return {"lr": float(f"{lr:.2g}"), **TUNED}
+    return {"lr": float(f"{lr:.2g}"), "sae_lr": float(f"{TUNED_SAE * lr:.2g}"), **TUNED}
 
 
 def preset(name):

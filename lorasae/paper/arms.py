@@ -28,7 +28,7 @@ from lorasae.runs.setting import load_setting
 
 MODELS = ("tiny-gemma-2", "tiny-llama-3")
 KINDS = ("jumprelu", "topk")
-TUNING = 10_000                                         # tokens
+TUNING = 10_000                                         # tokens of the tuning text
 
 
 class Case(NamedTuple):
@@ -44,7 +44,7 @@ class Case(NamedTuple):
     held_out: torch.Tensor                              # [n, T]
 
 
-def load_case(model, kind, tokens, eval_tokens):
+def load_case(model, kind, tokens, eval_tokens, tuning_tokens=TUNING):
     """The Case of an embedded model and a kind of SAE, with `tokens` to train on at hand."""
     source = TINY / f"{model.removeprefix('tiny-')}-sae" / kind
     config = configure({"model": model, "sae": (str(source),), "eval_tokens": eval_tokens, "batch_size": 4, "lr_decay": True,
@@ -53,7 +53,7 @@ def load_case(model, kind, tokens, eval_tokens):
     (layer, sae), = setting.saes.items()
     blocks = adapt.blocks_to_adapt((), setting.saes, len(setting.model.layers))
 
-    own = -(-TUNING // config.context)                  # sequences
+    own = -(-tuning_tokens // config.context)           # sequences
     wanted = own + -(-tokens // config.context)
     with setting.corpus.batches(1) as batches:
         sequences = torch.cat([batch for (batch, _), _ in zip(batches, range(wanted))])
@@ -135,21 +135,28 @@ def finish(updates):
 
 # ---- Measuring ---------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def measured(case, trained, text, whole=True):
-    """{ce, kl}, and of the `whole` {kl_without_sae, l0, fvu, dead_latents} too, of an arm on text [n, T]; nats a token."""
-    model, saes, batches = case.model, {case.layer: trained.sae}, text.split(8)
-    if trained.student is not None:
-        attach_lora(model, trained.student)
-    settings = ("base", "adapted", "lora") if whole else ("base", "adapted")
-    numbers = fidelity.summary(fidelity.measure(model, saes, batches, settings))
-    found = {"ce_base": numbers["ce_base"], "ce": numbers["ce_adapted"], "kl": numbers["kl_adapted"]}
-    if whole:
-        dead = sae_training.dead_latents(model, trained.sae, case.layer, batches)
-        found |= {"kl_without_sae": numbers["kl_lora"], "l0": numbers["l0"][case.layer],
-                  "fvu": 1 - numbers["explained_variance"][case.layer], "dead_latents": dead}
+def measured(case, trained):
+    """An arm on the held-out text: {ce_base, ce, kl, kl_without_sae in nats a token; l0, fvu, dead_latents}."""
+    model, layer, batches = attached(case, trained), case.layer, case.held_out.split(8)
+    numbers = fidelity.summary(fidelity.measure(model, {layer: trained.sae}, batches, ("base", "adapted", "lora")))
+    dead = sae_training.dead_latents(model, trained.sae, layer, batches)
     detach_lora(model)
-    return found
+    return {"ce_base": numbers["ce_base"], "ce": numbers["ce_adapted"], "kl": numbers["kl_adapted"],
+            "kl_without_sae": numbers["kl_lora"], "l0": numbers["l0"][layer], "fvu": 1 - numbers["explained_variance"][layer],
+            "dead_latents": dead}
+
+
+def tuning_kl(case, trained):
+    """The KL of an arm on the tuning text, in nats a token: by this, and nothing else, rates are chosen."""
+    model = attached(case, trained)
+    found = fidelity.measure(model, {case.layer: trained.sae}, case.tuning.split(8), ("adapted",))
+    detach_lora(model)
+    return found["adapted"]["kl"].mean().item()
+
+
+def attached(case, trained):
+    """The model, with the arm's adapters on it, if it has any."""
+    return attach_lora(case.model, trained.student or {})
 
 
 def untouched(case):

@@ -24,7 +24,8 @@ from lorasae.evals.common import interval, percent, plus_minus, print_table
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
-from lorasae.paper.arms import (KINDS, MODELS, adapted, asked, finetuned, load_case, measured, once, same_plan, untouched)
+from lorasae.paper.arms import (KINDS, MODELS, adapted, asked, finetuned, load_case, measured, once, same_plan, tuning_kl,
+                                untouched)
 from lorasae.runs import adaptation
 from lorasae.runs.config import OBJECTIVES
 
@@ -85,7 +86,7 @@ def best_of(case, folder, arm, candidates, tokens, objective):
             trained = adapted(case, asked(case, tokens, 0, lr=rates))
         else:
             trained = [train_arm(case, arm, rates, tokens, 0, objective) for rates in candidates]
-        return [measured(case, one, case.tuning, whole=False)["kl"] for one in trained]
+        return [tuning_kl(case, one) for one in trained]
 
     losses = once(folder / f"rates-{arm}.json", trials)
     best = candidates[losses.index(min(losses))]
@@ -97,7 +98,7 @@ def best_of(case, folder, arm, candidates, tokens, objective):
 def compare(case, folder, plan):
     """All arms of a case -> {"before", "rates", "arms": {budget: {arm: [a seed's numbers]}}}."""
     tokens, objective = plan["tokens"], plan["objective"]
-    before = once(folder / "before.json", lambda: measured(case, untouched(case), case.held_out))
+    before = once(folder / "before.json", lambda: measured(case, untouched(case)))
     rates = best_rates(case, folder, tokens // 2, objective)
 
     def results(arm, budget, tokens):
@@ -126,7 +127,7 @@ def result(case, arm, rates, tokens, seed, objective):
     """Trains an arm and measures it on the held-out text."""
     trained = train_arm(case, arm, rates, tokens, seed, objective)
     print(f"{case.name}, {ARMS[arm]}, {tokens:,} tokens, seed {seed}: {trained.seconds:.0f} s", flush=True)
-    return {"tokens": tokens, "seconds": trained.seconds, **measured(case, trained, case.held_out)}
+    return {"tokens": tokens, "seconds": trained.seconds, **measured(case, trained)}
 
 
 # ---- What comes out ----------------------------------------------------------------------------------------------------

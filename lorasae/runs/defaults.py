@@ -61,8 +61,13 @@ def adapting(given):
         defaults = {name: value for name, value in defaults.items() if name not in OF_ADAPTERS} | of_sae
     elif recipe is not None:
         defaults |= recipe_of(recipe, model)
+
+    if given.get("method") == "finetune" or given.get("train_sae"):
+        defaults.pop("sae_dtype", None)                 # what trains is float32
     if given.get("train_sae"):
-        defaults["sae_lr"] = of_sae["lr"]
+        defaults.setdefault("sae_lr", of_sae["lr"])
+    else:
+        defaults.pop("sae_lr", None)
 
     if "sae" in given:
         own = {name: value for name, value in defaults.items() if name != "adapt"}      # it depends on the SAE's kind
