@@ -222,7 +222,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(command, arguments,
 
 def test_a_dry_run_names_the_blocks_that_the_run_adapts(command, arguments):
     stdout = command("train.py", *arguments, "--dry-run").stdout
-    assert "0 to 3 (4 of 4)" in stdout                  # around a TopK
+    assert "0, 1, 2, 3 of 4" in stdout                  # around a TopK
     assert "2 to 3 (2 of 4)" in command("train.py", *arguments, "--adapt", "after", "--dry-run").stdout
 
 
