@@ -3,8 +3,10 @@ import importlib
 import io
 import json
 import sys
+import socket
 import threading
-from hashlib import sha256
+from contextlib import suppress
+from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -129,16 +131,23 @@ class Server(ThreadingHTTPServer):
     def __init__(self, handler):
         super().__init__(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.requests, self.sent = [], 0
+        self.requests, self.sent, self.connections = [], 0, []
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
 
     def handle_error(self, request, client_address):
         pass                                            # a client that hangs up is none
 
+    def process_request(self, request, client_address):
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
     def stop(self):
         self.shutdown()
         self.server_close()
+        for connection in self.connections:             # those that are kept alive would be answered still
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self.thread.join()
 
     def __exit__(self, *_):
@@ -200,7 +209,7 @@ class HubHandler(Handler):
             for depth in range(1, len(tail) + 1 if recursive else 2):
                 name = "/".join(([folder] if folder else []) + tail[:depth])
                 kind, size = ("file", len(files[path])) if depth == len(tail) else ("directory", 0)
-                entries[name] = {"type": kind, "size": size, "path": name, "oid": "1" * 40}
+                entries[name] = {"type": kind, "size": size, "path": name, "oid": sha1(files.get(path, b"")).hexdigest()}
         self.reply_json(list(entries.values()))
 
     def file(self, data):

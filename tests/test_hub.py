@@ -1,27 +1,21 @@
 """Presets, and fetching over HTTP from a server in this process that speaks the Hub's protocol."""
-import hashlib
 import io
-import json
 import os
 import subprocess
 import sys
-import threading
-import types
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
 
+from helpers import Hub, use_hub
 from lorasae.io import hub
 from lorasae.errors import InputError
 from lorasae.io.hub import model_files, model_plan, sae_choice, sae_files, sae_plan
 from lorasae.io.presets import PRESETS, TINY, preset
 from lorasae.io.sae_formats import load_sae
 
-COMMIT = "a" * 40
 L0S = (22, 41, 62, 114, 445)
 MODEL = {"config.json": b"{}", "tokenizer.json": b"{ }", "model.safetensors.index.json": b"[]", "README.md": b"read me",
          "model-00001-of-00002.safetensors": b"1" * 5000, "model-00002-of-00002.safetensors": b"2" * 3000,
@@ -30,70 +24,13 @@ MODEL = {"config.json": b"{}", "tokenizer.json": b"{ }", "model.safetensors.inde
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """.repos {repo: {path: bytes}}, .refused {repo: (status, code)} to a reader, .requests so far, .cache, .stop()."""
-    state = types.SimpleNamespace(repos={}, refused={}, requests=[], cache=tmp_path / "hub")
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self, status, body=b"", **headers):
-            self.send_response(status)
-            for name, value in {"Content-Length": len(body), **headers}.items():
-                self.send_header(name.replace("_", "-"), str(value))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def do_GET(self):
-            path = unquote(urlsplit(self.path).path).strip("/")
-            state.requests.append(f"{self.command} {path}")
-            parts = path.removeprefix("api/models/").split("/", 4)
-            repo = "/".join(parts[:2])
-            files = state.repos.get(repo)
-            if files is None:
-                self.answer(401, X_Error_Code="RepoNotFound")
-            elif path.startswith("api/models/") and parts[2:3] == ["tree"]:
-                tree = [{"type": "directory", "path": "folder", "oid": "0"}] + [
-                    {"type": "file", "path": name, "oid": "0", "size": len(data)} for name, data in files.items()]
-                self.answer(200, json.dumps(tree).encode())
-            elif path.startswith("api/models/"):
-                self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode())
-            elif repo in state.refused:
-                status, code = state.refused[repo]
-                self.answer(status, X_Error_Code=code, X_Repo_Commit=COMMIT)
-            else:
-                name = "/".join(parts[2:]).removeprefix(f"resolve/{COMMIT}/").removeprefix("resolve/main/")
-                if name in files:
-                    etag = hashlib.sha256(files[name]).hexdigest()
-                    self.answer(200, files[name], ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
-                else:
-                    self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args):
-            pass
-
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listener.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    state.url = f"http://127.0.0.1:{listener.server_port}"
-
-    def stop():
-        listener.shutdown()
-        listener.server_close()
-        thread.join()
-    state.stop = stop
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", state.url)
-    url = state.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(state.cache))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    yield state
-    if thread.is_alive():
-        stop()
+    """A Hub of our own, with .cache, the folder of what was fetched from it."""
+    server = Hub()
+    server.cache = tmp_path / "hub"
+    use_hub(monkeypatch, server, tmp_path)
+    yield server
+    if server.thread.is_alive():
+        server.stop()
 
 
 def fetched(server):
@@ -117,7 +54,7 @@ def gemma_scope(layers=(11, 12), widths=("16k", "1m"), M=16, D=6):
 # ---- Models ---------------------------------------------------------------------------------------------------------
 
 def test_a_repository_is_fetched_once_and_only_what_is_read(server):
-    server.repos["some/model"] = MODEL
+    server.models["some/model"] = MODEL
     folder = model_files("some/model")
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
               "model.safetensors.index.json", "tokenizer.json"]
@@ -128,12 +65,12 @@ def test_a_repository_is_fetched_once_and_only_what_is_read(server):
 
 
 def test_the_configuration_can_be_had_without_the_weights(server):
-    server.repos["some/model"] = MODEL
+    server.models["some/model"] = MODEL
     assert hub.config_file("some/model").read_bytes() == b"{}" and fetched(server) == ["config.json"]
 
 
 def test_the_cache_serves_without_a_network(server, monkeypatch):
-    server.repos["some/model"] = MODEL
+    server.models["some/model"] = MODEL
     folder = model_files("some/model")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     server.requests.clear()
@@ -148,7 +85,7 @@ def test_the_cache_serves_without_a_network(server, monkeypatch):
 
 
 def test_an_interrupted_download_is_not_taken_for_a_whole_one(server, monkeypatch):
-    server.repos["some/model"] = MODEL
+    server.models["some/model"] = MODEL
     model_files("some/model")
     next(server.cache.rglob("model-00002-of-00002.safetensors")).unlink()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -158,7 +95,7 @@ def test_an_interrupted_download_is_not_taken_for_a_whole_one(server, monkeypatc
 
 @pytest.mark.parametrize("refusal", [(401, "GatedRepo"), (403, "GatedRepo"), (403, ""), (401, "")])
 def test_a_gated_preset_names_the_licence_the_login_and_the_ungated_copy(server, refusal):
-    server.repos["google/gemma-2-2b"] = server.repos["unsloth/gemma-2-2b"] = MODEL
+    server.models["google/gemma-2-2b"] = server.models["unsloth/gemma-2-2b"] = MODEL
     server.refused["google/gemma-2-2b"] = refusal
     with pytest.raises(InputError) as error:
         model_files("gemma-2-2b")
@@ -169,7 +106,7 @@ def test_a_gated_preset_names_the_licence_the_login_and_the_ungated_copy(server,
 
 
 def test_a_gated_repository_of_others_names_the_licence_and_the_login(server):
-    server.repos["some/gated"] = MODEL
+    server.models["some/gated"] = MODEL
     server.refused["some/gated"] = (403, "GatedRepo")
     with pytest.raises(InputError, match="some/gated is gated: accept .*huggingface.co/some/gated and log in") as error:
         model_files("some/gated")
@@ -182,7 +119,7 @@ def test_a_repository_that_is_not_there_or_private_is_one_line(server):
             with pytest.raises(InputError, match=f"there is no local folder {name}, and no repository of th") as error:
                 find(name)
             assert "\n" not in str(error.value)
-    server.repos["some/private"] = MODEL
+    server.models["some/private"] = MODEL
     server.refused["some/private"] = (401, "")
     with pytest.raises(InputError, match="there is no local folder some/private, and .* needs `hf auth login`"):
         model_files("some/private")
@@ -196,10 +133,10 @@ def test_a_name_that_can_be_no_model_lists_the_presets(server, name):
 
 
 def test_a_repository_without_the_files_of_a_model_says_which(server):
-    server.repos["some/pickles"] = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
+    server.models["some/pickles"] = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
     with pytest.raises(InputError, match="some/pickles on the Hub has no model.safetensors, and pickled"):
         model_files("some/pickles")
-    server.repos["some/data"] = {"README.md": b""}
+    server.models["some/data"] = {"README.md": b""}
     with pytest.raises(InputError, match="some/data on the Hub has no config.json"):
         model_files("some/data")
     assert fetched(server) == ["config.json"]
@@ -221,23 +158,23 @@ def test_a_local_folder_is_taken_as_it_is_and_a_preset_may_be_one(tmp_path):
 
 
 def test_the_plan_lists_sizes_and_what_the_cache_holds(server):
-    server.repos["some/model"] = MODEL
+    server.models["some/model"] = MODEL
     plan = model_plan("some/model")
     wanted = {"config.json", "tokenizer.json"} | {name for name in MODEL if name.startswith("model")}
     assert {fetch.path: fetch.bytes for fetch in plan} == {name: len(MODEL[name]) for name in wanted}
     assert not any(fetch.cached for fetch in plan) and fetched(server) == []
     model_files("some/model")
     assert all(fetch.cached for fetch in model_plan("some/model"))
-    server.repos["google/scope"] = gemma_scope()
+    server.models["google/scope"] = gemma_scope()
     (fetch,) = sae_plan("google/scope", layer=12, width="16k", l0=62)
     path = "layer_12/width_16k/average_l0_62/params.npz"
-    assert fetch == ("google/scope", path, len(server.repos["google/scope"][path]), False)
+    assert fetch == ("google/scope", path, len(server.models["google/scope"][path]), False)
 
 
 # ---- SAEs -----------------------------------------------------------------------------------------------------------
 
 def test_one_sae_is_fetched_of_a_repository_of_many(server):
-    server.repos["google/scope"] = gemma_scope()
+    server.models["google/scope"] = gemma_scope()
     sae = load_sae("google/scope", layer=12, width="16k", l0=114)
     assert fetched(server) == ["layer_12/width_16k/average_l0_114/params.npz"]
     assert (sae.b_enc == 114).all() and (sae.threshold == 12).all()
@@ -248,8 +185,8 @@ def test_one_sae_is_fetched_of_a_repository_of_many(server):
 
 @pytest.mark.parametrize("source", ["hub", "folder"])
 def test_the_l0_nearest_to_the_papers_is_taken_and_said(server, tmp_path, capsys, source):
-    server.repos["google/scope"] = gemma_scope()
-    for path, data in server.repos["google/scope"].items() if source == "folder" else ():
+    server.models["google/scope"] = gemma_scope()
+    for path, data in server.models["google/scope"].items() if source == "folder" else ():
         (tmp_path / "scope" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "scope" / path).write_bytes(data)
     name = str(tmp_path / "scope") if source == "folder" else "google/scope"
@@ -262,20 +199,20 @@ def test_the_l0_nearest_to_the_papers_is_taken_and_said(server, tmp_path, capsys
 @pytest.mark.parametrize("l0", [114, 114.0, "114", "114.0"])
 def test_an_l0_is_a_number_however_it_is_given(server, l0):
     """The command line's comes as 114.0, a preset's as 114."""
-    server.repos["google/scope"] = gemma_scope()
+    server.models["google/scope"] = gemma_scope()
     assert sae_files("google/scope", layer=12, width="16k", l0=l0).match("layer_12/width_16k/average_l0_114")
 
 
 @pytest.mark.parametrize("l0", [62.5, float("nan"), float("inf"), -62, "many", "²", True, [62]])
 def test_an_l0_that_no_sae_can_have_is_one_line(server, l0):
-    server.repos["google/scope"] = gemma_scope()
+    server.models["google/scope"] = gemma_scope()
     with pytest.raises(InputError, match="--l0 .* chooses no SAE: their L0s are given in whole numbers, such as 82"):
         sae_files("google/scope", layer=12, width="16k", l0=l0)
 
 
 def test_the_small_files_beside_the_weights_are_fetched_too(server):
     small = {name: b"{}" for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")}
-    server.repos["some/model"] = {**MODEL, **small}
+    server.models["some/model"] = {**MODEL, **small}
     folder = model_files("some/model")
     assert all((folder / name).read_bytes() == b"{}" for name in small)
     assert not (folder / "README.md").exists() and small.keys() < {fetch.path for fetch in model_plan("some/model")}
@@ -289,7 +226,7 @@ def test_the_small_files_beside_the_weights_are_fetched_too(server):
     ({"width": "16k"}, "offers layer 11, 12: choose with --layer"),
 ])
 def test_an_sae_that_does_not_exist_lists_those_that_do(server, how, message):
-    server.repos["google/scope"] = gemma_scope()
+    server.models["google/scope"] = gemma_scope()
     with pytest.raises(InputError, match=f"google/scope {message}"):
         sae_files("google/scope", **how)
     assert fetched(server) == []
@@ -298,11 +235,11 @@ def test_an_sae_that_does_not_exist_lists_those_that_do(server, how, message):
 def test_other_layouts_are_found_by_layer(server):
     scope = {f"Llama3_1-8B-Base-L{layer}R-32x/{name}": name.encode() for layer in (1, 15, 16)
              for name in ("hyperparams.json", "lm_config.json", "checkpoints/final.safetensors")}
-    server.repos["fnlp/scope"] = scope
+    server.models["fnlp/scope"] = scope
     assert sae_files("fnlp/scope", layer=16).name == "Llama3_1-8B-Base-L16R-32x"
     assert fetched(server) == [f"Llama3_1-8B-Base-L16R-32x/{name}" for name in ("checkpoints/final.safetensors",
                                                                                 "hyperparams.json")]
-    server.repos["some/sparsify"] = {f"layers.{layer}{part}/{name}": b"x" for layer in (2, 12) for part in ("", ".mlp")
+    server.models["some/sparsify"] = {f"layers.{layer}{part}/{name}": b"x" for layer in (2, 12) for part in ("", ".mlp")
                                      for name in ("cfg.json", "sae.safetensors")}
     with pytest.raises(InputError, match=r"several SAEs that fit \(layers.12, layers.12.mlp\): name one of these"):
         sae_files("some/sparsify", layer=12)
@@ -310,13 +247,13 @@ def test_other_layouts_are_found_by_layer(server):
     with pytest.raises(InputError, match="some/sparsify/nothing holds no SAE of a known format: expected params.npz"):
         sae_files("some/sparsify/nothing", layer=12)
     for half in ("cfg.json", "sae.safetensors"):
-        server.repos["some/half"] = {f"layers.2/{half}": b"x"}
+        server.models["some/half"] = {f"layers.2/{half}": b"x"}
         with pytest.raises(InputError, match="some/half holds no SAE of a known format"):
             sae_files("some/half")
 
 
 def test_without_a_network_the_saes_in_the_cache_are_offered(server, monkeypatch, capsys):
-    server.repos["google/scope"] = gemma_scope()
+    server.models["google/scope"] = gemma_scope()
     folder = sae_files("google/scope", layer=12, width="16k", l0=114)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     capsys.readouterr()
@@ -383,7 +320,7 @@ def test_a_model_without_an_sae_says_how_to_get_one():
 
 def test_the_environment_alone_points_the_program_at_a_server(server, tmp_path):
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE as a user sets them, in a fresh process."""
-    server.repos["some/model"], server.repos["google/scope"] = MODEL, gemma_scope()
+    server.models["some/model"], server.models["google/scope"] = MODEL, gemma_scope()
     code = ("from lorasae.io.hub import model_files, sae_files\n"
             "print(model_files('some/model'))\nprint(sae_files('google/scope', layer=12, width='16k', l0=62))")
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}

@@ -9,14 +9,13 @@ import sys
 import threading
 import time
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from helpers import Hub
 from lorasae.io import order, streams
 from lorasae.io.corpus import Corpus
 from lorasae.errors import InputError
@@ -182,97 +181,6 @@ def test_a_missing_zstandard_is_told_with_the_command_that_installs_it(tmp_path,
 
 # ---- A Hub on this computer ------------------------------------------------------------------------------------------
 
-class Hub(ThreadingHTTPServer):
-    """Speaks what HfFileSystem needs: dataset and tree listings, and files behind a redirect, whole or by Range.
-
-    `faults` is what befalls the next requests for a file, first to last: "drop" closes the connection halfway, "cut"
-    sends half a body as if it were whole, "whole" ignores Range, "busy" answers 503, None is as it should be.
-    """
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.gated, self.faults, self.ranges, self.paths, self.sent = {}, set(), [], [], [], 0
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        pass                                            # a client that hangs up is none
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version, wbufsize = "HTTP/1.1", -1         # headers and body leave together
-
-    def log_message(self, *_):
-        pass
-
-    def reply(self, status, body=b"", length=None, **headers):
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        self.wfile.write(body)
-        self.server.sent += len(body)
-
-    def reply_json(self, value):
-        self.reply(200, json.dumps(value).encode(), Content_Type="application/json")
-
-    def refuse(self, status, code):
-        self.reply(status, b"{}", X_Error_Code=code, X_Error_Message=f"no: {code}")
-
-    def do_GET(self):
-        self.server.paths.append(self.path)
-        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-        api = parts[:1] == ["api"]
-        parts = parts[api:]
-        if parts[:1] != ["datasets"]:
-            return self.refuse(404, "Nothing")
-        dataset, rest = "/".join(parts[1:3]), parts[3:]
-        if dataset not in self.server.repositories:
-            return self.refuse(401, "RepoNotFound")
-        repository = self.server.repositories[dataset]
-        if api and rest[:1] in ([], ["revision"]):
-            return self.reply_json({"id": dataset, "sha": "0" * 40, "siblings": []})
-        if api and rest[0] == "tree":
-            return self.tree(repository, "/".join(rest[2:]), "recursive=true" in self.path.lower())
-        if rest[0] == "resolve":                        # the Hub sends the client on to where its files lie
-            if dataset in self.server.gated:
-                return self.refuse(403, "GatedRepo")
-            return self.reply(302, Location=self.path.replace("/resolve/", "/stored/"))
-        return self.file(repository["/".join(rest[2:])])
-
-    def tree(self, repository, folder, recursive):
-        inside = [path for path in repository if path.startswith(folder + "/" if folder else "")]
-        if not inside:
-            return self.refuse(404, "EntryNotFound")
-        entries = {}
-        for path in inside:
-            tail = path[len(folder) + 1 if folder else 0:].split("/")
-            for depth in range(1, len(tail) + 1 if recursive else 2):
-                name = "/".join(([folder] if folder else []) + tail[:depth])
-                kind, size = ("file", len(repository[path])) if depth == len(tail) else ("directory", 0)
-                entries[name] = {"type": kind, "size": size, "path": name, "oid": hashlib.sha1(repository.get(path, b"")).hexdigest()}
-        self.reply_json(list(entries.values()))
-
-    def file(self, data):
-        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-        self.server.ranges.append(first)
-        fault = self.server.faults.pop(0) if self.server.faults else None
-        body = data[first:last + 1]
-        headers = {"Content_Range": f"bytes {first}-{first + len(body) - 1}/{len(data)}"}
-        if fault == "busy":
-            self.reply(503)
-        elif fault == "whole":
-            self.reply(200, data)
-        elif fault == "cut":
-            self.reply(206, body[:len(body) // 2], **headers)
-        elif fault == "drop":
-            self.reply(206, body[:len(body) // 2], length=len(body), **headers)
-            self.close_connection = True
-        else:
-            self.reply(206, body, **headers)
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     server = Hub()
@@ -287,8 +195,7 @@ def hub(monkeypatch, tmp_path):
         if thread.name == "prefetch":
             thread.stopped.set()
             thread.join(10)
-    server.shutdown()
-    server.server_close()
+    server.stop()
 
 
 MANY = [f"document {i} {hashlib.sha256(b'%d' % i).hexdigest()}" for i in range(400)]
@@ -297,7 +204,7 @@ MANY = [f"document {i} {hashlib.sha256(b'%d' % i).hexdigest()}" for i in range(4
 @pytest.mark.parametrize("name, pack", [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress),
                                         ("a.jsonl.zst", zstd_compress)])
 def test_a_dataset_is_read_as_the_same_file_on_disk(hub, tmp_path, name, pack):
-    hub.repositories["owner/name"] = {f"data/{name}": pack(lines(MANY)), "README.md": b"#", "data/x.parquet": b"PAR1"}
+    hub.datasets["owner/name"] = {f"data/{name}": pack(lines(MANY)), "README.md": b"#", "data/x.parquet": b"PAR1"}
     assert documents(f"hf://datasets/owner/name/data/{name}") == MANY
     assert documents("hf://datasets/owner/name/data") == MANY
     assert documents("hf://datasets/owner/name/**/*.jsonl*") == MANY
@@ -307,7 +214,7 @@ def test_a_dataset_is_read_as_the_same_file_on_disk(hub, tmp_path, name, pack):
 @pytest.mark.parametrize("fault", ["drop", "cut", "whole", "busy"])
 def test_a_stream_goes_on_at_the_same_byte_after(hub, capfd, fault):
     data = lines(MANY)
-    hub.repositories["owner/name"] = {"a.jsonl": data}
+    hub.datasets["owner/name"] = {"a.jsonl": data}
     hub.faults = [None, None, fault, None, fault, fault, None, fault]
     assert documents("hf://datasets/owner/name/a.jsonl") == MANY
     blocks = list(range(0, len(data), 1000))
@@ -317,30 +224,30 @@ def test_a_stream_goes_on_at_the_same_byte_after(hub, capfd, fault):
 
 def test_a_longer_outage_is_waited_out(hub, capfd):
     """More refusals in a row than huggingface_hub itself puts up with for one request."""
-    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY)}
+    hub.datasets["owner/name"] = {"a.jsonl": lines(MANY)}
     hub.faults = [None] * 5 + ["busy"] * 14
     assert documents("hf://datasets/owner/name/a.jsonl") == MANY
     assert "note: datasets/owner/name/a.jsonl, byte 5,000: " in capfd.readouterr().err
 
 
 def test_every_fault_at_once_and_at_random_changes_no_document(hub):
-    hub.repositories["owner/name"] = {"a.jsonl.gz": gzip.compress(lines(MANY))}
+    hub.datasets["owner/name"] = {"a.jsonl.gz": gzip.compress(lines(MANY))}
     hub.faults = ["cut", "drop", "busy", None, "whole", "drop", None, None, "cut", "cut", None, "drop"] * 3
     assert documents("hf://datasets/owner/name/a.jsonl.gz") == MANY
 
 
 def test_only_what_is_used_is_fetched(hub):
-    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY * 50)}
+    hub.datasets["owner/name"] = {"a.jsonl": lines(MANY * 50)}
     file, = files("hf://datasets/owner/name/a.jsonl")
     listed = hub.sent
     with Reader(file) as reader:
         assert [reader.next() for _ in range(10)] == [[text] for text in MANY[:10]]
     assert file.size > 1_000_000 and hub.ranges == [0, 1000] and hub.sent - listed == 2000
-    assert len(hub.paths) <= 4 + 2 * 2                                     # some to list, and two a block: the redirect
+    assert len(hub.requests) <= 4 + 2 * 2                                     # some to list, and two a block: the redirect
 
 
 def test_a_server_that_stays_away_ends_the_stream_with_one_line(hub, capsys):
-    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY)}
+    hub.datasets["owner/name"] = {"a.jsonl": lines(MANY)}
     hub.faults = [None] * 3 + ["cut"] * 100
     with pytest.raises(InputError, match=r"a\.jsonl: nothing after byte 3,000 of [\d,]+ \(500 bytes came"):
         documents("hf://datasets/owner/name/a.jsonl")
@@ -358,14 +265,14 @@ def test_the_named_streams_find_their_files(hub, name, chosen):
               "sample/documents/2023-06/0000/en_middle.json.gz", "sample/documents/2023-06/0000/de_head.json.gz",
               "sample/quality_signals/2023-06/0000/en_head.signals.json.gz"]
     dataset = "/".join(streams.NAMED[name].split("/")[3:5])
-    hub.repositories[dataset] = {path: b"{}" for path in layout}
+    hub.datasets[dataset] = {path: b"{}" for path in layout}
     assert [file.name.removeprefix(f"datasets/{dataset}/") for file in files(name)] == chosen
 
 
 def test_the_corpus_of_a_stream_survives_a_bad_connection(hub):
     """The whole path, from the Hub to the chunks, once undisturbed and once not."""
     parts = [zstd_compress(lines([numbered(i) for i in range(k, 200, 4)])) for k in range(4)]
-    hub.repositories["monology/pile-uncopyrighted"] = {f"train/{k:02d}.jsonl.zst": part for k, part in enumerate(parts)}
+    hub.datasets["monology/pile-uncopyrighted"] = {f"train/{k:02d}.jsonl.zst": part for k, part in enumerate(parts)}
     settings = dict(context=16, eval_tokens=160, seed=3)
     calm = Corpus("pile", NUMBERED, 0, 1, **settings)
     expected = take(calm.batches(4), 20)
@@ -379,7 +286,7 @@ def test_the_corpus_of_a_stream_survives_a_bad_connection(hub):
 def test_a_stream_goes_on_at_a_position_over_a_bad_connection(hub, monkeypatch, name, pack):
     monkeypatch.setattr(order, "IN_MEMORY", 0)
     monkeypatch.setattr(order, "SEGMENT", 3000)
-    hub.repositories["owner/name"] = {f"{part}/{name}": pack(lines([numbered(i) for i in range(part, 200, 4)])) for part in range(4)}
+    hub.datasets["owner/name"] = {f"{part}/{name}": pack(lines([numbered(i) for i in range(part, 200, 4)])) for part in range(4)}
     settings = dict(context=16, eval_tokens=160, seed=3)
     first = Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, **settings)
     with first.batches(4) as batches:
@@ -392,7 +299,7 @@ def test_a_stream_goes_on_at_a_position_over_a_bad_connection(hub, monkeypatch, 
 
 
 def test_a_plain_file_of_the_hub_is_entered_where_a_run_stood(hub):
-    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY)}
+    hub.datasets["owner/name"] = {"a.jsonl": lines(MANY)}
     file, = files("hf://datasets/owner/name/a.jsonl")
     with Reader(file) as reader:
         for _ in range(300):
@@ -405,10 +312,10 @@ def test_a_plain_file_of_the_hub_is_entered_where_a_run_stood(hub):
 
 
 def test_a_dataset_that_has_changed_since_is_refused(hub):
-    hub.repositories["owner/name"] = {"a.jsonl": lines([numbered(i) for i in range(60)])}
+    hub.datasets["owner/name"] = {"a.jsonl": lines([numbered(i) for i in range(60)])}
     settings = dict(context=16, eval_tokens=64)
     _, position = next(Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, **settings).batches(1))
-    hub.repositories["owner/name"] = {"a.jsonl": lines([numbered(i) for i in range(60)]).replace(b"d1 ", b"d2 ")}
+    hub.datasets["owner/name"] = {"a.jsonl": lines([numbered(i) for i in range(60)]).replace(b"d1 ", b"d2 ")}
     changed = Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, **settings)
     with pytest.raises(InputError, match="has changed since .*: datasets/owner/name/a.jsonl is another file now"):
         changed.batches(1, position)
@@ -416,7 +323,7 @@ def test_a_dataset_that_has_changed_since_is_refused(hub):
 
 def test_a_run_on_the_hub_goes_on_from_the_cache(hub, tmp_path, monkeypatch, capsys):
     data = lines([numbered(i) for i in range(60)])
-    hub.repositories["owner/name"] = {"data/a.jsonl": data}
+    hub.datasets["owner/name"] = {"data/a.jsonl": data}
     settings = dict(context=16, eval_tokens=64)
     with Corpus("hf://datasets/owner/name/data", NUMBERED, 0, 1, **settings).batches(1) as batches:
         (_, position), (expected, _) = next(batches), next(batches)
@@ -440,9 +347,9 @@ def test_a_run_on_the_hub_goes_on_from_the_cache(hub, tmp_path, monkeypatch, cap
     ("hf://datasets/owner/gated", "dataset owner/gated is gated: accept its terms at https://.*/datasets/owner/gated,"),
 ])
 def test_a_dataset_that_cannot_be_read_is_told_in_one_line(hub, source, message):
-    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY), "tables/a.parquet": b"PAR1"}
-    hub.repositories["owner/gated"] = {"a.jsonl": lines(MANY)}
-    hub.gated = {"owner/gated"}
+    hub.datasets["owner/name"] = {"a.jsonl": lines(MANY), "tables/a.parquet": b"PAR1"}
+    hub.datasets["owner/gated"] = {"a.jsonl": lines(MANY)}
+    hub.refused = {"owner/gated": (403, "GatedRepo")}
     with pytest.raises(InputError, match=message) as caught:
         documents(source)
     assert "\n" not in str(caught.value)
@@ -465,7 +372,7 @@ def test_without_a_network_the_cache_is_read_and_an_empty_cache_is_told(hub, tmp
 
 
 def test_the_endpoint_of_the_environment_is_used(hub, tmp_path):
-    hub.repositories["owner/name"] = {"a.jsonl": lines(MANY)}
+    hub.datasets["owner/name"] = {"a.jsonl": lines(MANY)}
     program = ("from lorasae.io.documents import read\nfrom lorasae.io.streams import files\n"
                "file, = files('hf://datasets/owner/name')\nprint(sum(map(len, read(file))))")
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
