@@ -102,14 +102,21 @@ def compare(model, layer, v, examples):
     Paired by text, and α tuned on other texts than it is tested on, for each model its own; the published code sorts each
     model's values before pairing them, and tunes one α for both on the test texts (run_steering.py:190).
     """
-    out, d = {"positive": {}, "negative": {}}, {}
+    out = {"positive": {}, "negative": {}, "alphas": list(ALPHAS), "tuning": {}}
+    d = {}
     for name in ("base", "lora"):
         with base(model) if name == "base" else nullcontext():
-            out[f"alpha_{name}"] = tune(*(log_likelihoods(model, texts, layer, v, ALPHAS) for texts in examples[:2]))
-            for side, texts in zip(("positive", "negative"), examples[2:]):
-                unsteered, steered = log_likelihoods(model, texts, layer, v, (0, out[f"alpha_{name}"]))
+            positive = log_likelihoods(model, examples.tuning_positive, layer, v, ALPHAS)
+            negative = log_likelihoods(model, examples.tuning_negative, layer, v, ALPHAS)
+            alpha = out[f"alpha_{name}"] = tune(positive, negative)
+            out["tuning"][name] = {"positive": change(positive, positive[0]).mean(1).tolist(),
+                                   "negative": change(negative, negative[0]).mean(1).tolist()}
+
+            for side, texts in (("positive", examples.positive), ("negative", examples.negative)):
+                unsteered, steered = log_likelihoods(model, texts, layer, v, (0, alpha))
                 d[side, name] = change(steered, unsteered)
                 out[side][name] = {"d": d[side, name].tolist(), "nats": (steered - unsteered).mean().item()}
+
     for side in ("positive", "negative"):
         out[side]["delta"], out[side]["ci90"] = interval(d[side, "lora"] - d[side, "base"])
     return out
@@ -268,19 +275,39 @@ def show(numbers):
 
 
 def draw(numbers, figure):
-    """Figures 7 and 10: the distribution of d over the test texts, a row of panels a latent."""
+    """Figures 7 and 10, a row of panels a latent: d over the test texts; and d of the tuning texts against α."""
     rows = numbers["rows"]
-    figure.set_size_inches(8, 0.8 + 1.8 * len(rows))
-    for panels, row in zip(figure.subplots(len(rows), 2, squeeze=False), rows):
+    figure.set_size_inches(12, 0.8 + 1.9 * len(rows))
+    for panels, row in zip(figure.subplots(len(rows), 3, squeeze=False), rows):
         for axes, side in zip(panels, ("positive", "negative")):
-            values = [row[side][name]["d"] for name in ("base", "lora")]
-            low, high = min(map(min, values)), max(map(max, values))
-            for d, label in zip(values, ("base model", "LoRA model")):
-                axes.hist(d, 25, (low, max(high, low + 1)), alpha=0.5, label=label)
-            alphas = f"α {row['alpha_base']:g} and {row['alpha_lora']:g}"
-            axes.set_title(f"latent {row['latent']}, {side} examples; {alphas}", fontsize=9)
-            axes.set_ylabel("texts")
-    for axes in panels:
+            draw_changes(axes, row, side)
+        draw_tuning(panels[2], row)
+    for axes in panels[:2]:
         axes.set_xlabel("d, the unsteered texts spanning 100")
+    panels[2].set_xlabel("α")
     panels[0].legend()
+    panels[2].legend(fontsize=8)
     figure.suptitle("Change in normalised log-likelihood by steering (the paper's Figures 7 and 10)", fontsize=10)
+
+
+def draw_changes(axes, row, side):
+    """The distribution of d over the test texts of one side, in both models."""
+    values = [row[side][name]["d"] for name in ("base", "lora")]
+    low, high = min(map(min, values)), max(map(max, values))
+    for d, label in zip(values, ("base model", "LoRA model")):
+        axes.hist(d, 25, (low, max(high, low + 1)), alpha=0.5, label=label)
+    alphas = f"α {row['alpha_base']:g} and {row['alpha_lora']:g}"
+    axes.set_title(f"latent {row['latent']}, {side} examples; {alphas}", fontsize=9)
+    axes.set_ylabel("texts")
+
+
+def draw_tuning(axes, row):
+    """Mean d of the tuning texts at every α of the grid."""
+    for name, colour in (("base", "C0"), ("lora", "C1")):
+        for side, line in (("positive", "-"), ("negative", "--")):
+            axes.plot(row["alphas"], row["tuning"][name][side], line, color=colour, marker=".", label=f"{name}, {side}")
+    axes.axhline(0, color="grey", linewidth=1)
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_xticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
+    axes.set_title(f"latent {row['latent']}, tuning examples", fontsize=9)
+    axes.set_ylabel("mean d")
