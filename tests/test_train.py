@@ -222,7 +222,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(command, arguments,
 
 def test_a_dry_run_names_the_blocks_that_the_run_adapts(command, arguments):
     stdout = command("train.py", *arguments, "--dry-run").stdout
-    assert "0, 1, 2, 3 of 4" in stdout                  # around a TopK
+    assert "0 to 3 (4 of 4)" in stdout                  # around a TopK
     assert "2 to 3 (2 of 4)" in command("train.py", *arguments, "--adapt", "after", "--dry-run").stdout
 
 
@@ -305,10 +305,10 @@ def test_a_reader_who_leaves_is_one_line_and_costs_no_finished_results(arguments
     process.stdout.close()
     errors = process.stderr.read()
     process.stderr.close()
-    assert process.wait() == 1 and errors.count("\n") == 1 and "nobody reads the output" in errors
+    while_it_worked = last_line_read != "100%"          # then the work goes on, in silence
+    assert process.wait() == (0 if while_it_worked else 1) and errors.count("\n") == 1 and "nobody reads the output" in errors
     assert not list(tmp_path.rglob(".lock"))
-    if last_line_read == "100%":
-        assert (tmp_path / "run" / "results.json").exists() and (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "run" / "results.json").exists() and (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)

@@ -92,7 +92,7 @@ def dry_run(config):
     frozen = model_parameters(made.model)
     if made.blocks:
         unsure = "" if made.certain else "; all of them if the SAE turns out to be a TopK"
-        print(f"adapted blocks        {', '.join(map(str, made.blocks))} of {depth}{unsure}")
+        print(f"adapted blocks        {named(made.blocks)} ({len(made.blocks)} of {depth}){unsure}")
         trainable = sum(adapter_parameters(made.model, made.blocks, variant.rank) for variant in config.variants)
     else:
         print(f"SAE                   {made.latents[0]:,} latents at the output of block {config.layer[0]}")
@@ -102,7 +102,7 @@ def dry_run(config):
         trainable += width * (2 * d_model + 1) + d_model + (width if config.method == "jumprelu" else 0)
 
     several = f" in {len(config.variants)} adapters" if len(config.variants) > 1 else ""
-    print(f"trainable parameters  {trainable:,}{several}, beside {frozen:,} frozen ones")
+    print(f"trainable parameters  {trainable:,}{several} ({trainable / frozen:.2%} of {frozen:,})")
     print(f"training              {config.steps:,} steps of {config.batch_size} x {config.context} = {config.trained_tokens:,} "
           f"tokens of {config.data}")
     memory = made.memory                                # Python and its libraries take some 0.4 GB beside it
@@ -110,6 +110,12 @@ def dry_run(config):
           f"{size(memory.training)}, and the largest of: a step {size(memory.step)} (activations {size(memory.activations)}, "
           f"logits {size(memory.logits)}), the frozen part ahead {size(memory.ahead)}, evaluation {size(memory.evaluation)}")
     complain(config, memory.total)
+
+
+def named(blocks):
+    """13 to 25, or 1, 3, 4"""
+    whole = blocks[-1] - blocks[0] == len(blocks) - 1
+    return f"{blocks[0]} to {blocks[-1]}" if whole else ", ".join(map(str, blocks))
 
 
 def check_memory(config):
