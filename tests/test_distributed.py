@@ -63,7 +63,7 @@ def test_two_processes_take_the_steps_of_one(arguments, tmp_path, more):
 
 
 def test_a_killed_process_ends_the_run_and_the_run_resumes(arguments, tmp_path):
-    arguments += ["--tokens", "25600", "--checkpoint-every", "5"]
+    arguments += ["--tokens", "6400", "--checkpoint-every", "5"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(2, *arguments, "--out", whole)
     process = start(2, *arguments, "--out", killed)
