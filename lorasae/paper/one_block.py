@@ -33,19 +33,23 @@ def evaluate(setting, options):
     folders = {label(blocks): folder / "layers" / label(blocks).replace(" ", "-") for blocks in wanted if blocks != own}
     announce(folder, folders)
 
-    without, spliced = losses(setting, model, "base", "sae")
-    gains = {}
+    before = losses(setting, model, "base", "sae")
+    found = {}
     for blocks in wanted:
         student = model if blocks == own else adapted(setting, blocks, folders[label(blocks)])
-        gains[label(blocks)] = spliced - losses(setting, student, "adapted")[0]
+        found[label(blocks)] = losses(setting, student, "adapted")["adapted"]
 
     rows = []
-    gap = fidelity.costs(*interval(spliced - without))
-    for name, gain in gains.items():
+    spliced = before["sae"]
+    gap = spliced["ce"] - before["base"]["ce"]
+    of_all_after = spliced["ce"] - found[label(after)]["ce"]
+    for name, now in found.items():
+        gain = spliced["ce"] - now["ce"]
         improvement, half = interval(gain)
-        share, share_half = ratio(gain, gains[label(after)])
+        share, share_half = ratio(gain, of_all_after)
         rows.append({"blocks": name, "improvement": improvement, "share_of_all_after": share,
-                     "gap_closed": ratio(gain, spliced - without)[0] if gap else None,
+                     "gap_closed": ratio(gain, gap)[0] if fidelity.costs(*interval(gap)) else None,
+                     "kl_gap_closed": ratio(spliced["kl"] - now["kl"], spliced["kl"])[0],
                      "ci90": {"improvement": half, "share_of_all_after": share_half}})
     return {"sae_layer": min(saes), "rows": rows, "train_tokens": config.tokens}
 
@@ -59,10 +63,9 @@ def announce(folder, folders):
 
 
 def losses(setting, model, *settings):
-    """The cross-entropies [n] of the settings, over the held-out sequences."""
+    """{setting: {"ce": [n], "kl": [n]}} over the held-out sequences."""
     batches = setting.corpus.validation.split(setting.config.eval_batch)
-    results = fidelity.measure(model, setting.saes, batches, settings)
-    return [results[name]["ce"] for name in settings]
+    return fidelity.measure(model, setting.saes, batches, settings)
 
 
 def label(blocks):
@@ -102,8 +105,8 @@ def show(numbers):
     for row in numbers["rows"]:
         half = row["ci90"]
         rows.append([row["blocks"], row["improvement"], plus_minus(half["improvement"]), percent(row["share_of_all_after"]),
-                     plus_minus(half["share_of_all_after"], ".1%"), percent(row["gap_closed"])])
-    print_table(rows, ["adapters on", "improvement (nats)", "90 % CI", "of all after", "90 % CI", "gap closed"])
+                     plus_minus(half["share_of_all_after"], ".1%"), percent(row["gap_closed"]), percent(row["kl_gap_closed"])])
+    print_table(rows, ["adapters on", "improvement (nats)", "90 % CI", "of all after", "90 % CI", "gap closed", "KL gap closed"])
 
 
 def draw(numbers, figure):
