@@ -21,7 +21,7 @@ from torch import nn
 from lorasae import topk
 from lorasae.adapt import Lesson, compiled_blocks, learn, teach
 from lorasae.linear import linear
-from lorasae.sae import JumpReLU, TopK
+from lorasae.sae import JumpReLU, TopK, learned_positions
 
 WARMUP = 1000                                   # steps from 0 to the full rate; at most a tenth of the run
 AUX_WEIGHT = 1 / 32                             # of AuxK beside the FVU (Gao et al. 2024)
@@ -150,7 +150,7 @@ class Observation(NamedTuple):
 def observe(model, sae, layer, tokens, end_to_end):
     """The frozen model's part of a step: tokens [B, T] -> Observation."""
     tokens = tokens.to(model.device, non_blocking=True)
-    learned = ~model.special(tokens) | sae.on_special
+    learned = learned_positions(sae, model.special(tokens))
     if end_to_end:
         lesson = teach(model, {}, tokens, layer + 1)
         return Observation(lesson.x, learned, lesson.target)

@@ -31,7 +31,7 @@ from lorasae.adapt import compiled_blocks, first_differing, learning_rate, objec
 from lorasae.dictionary import alone, fvu, l0_penalty
 from lorasae.errors import InputError
 from lorasae.lora import base
-from lorasae.sae import JumpReLU
+from lorasae.sae import JumpReLU, learned_positions
 
 L0_WEIGHT = 10.0        # of (L0 / what it was - 1)²: with 1, L0 stays where the pulls of both losses are equal
 
@@ -66,7 +66,7 @@ def naive_loss(model, saes, tokens, objective):
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
     x = model.run(model.embed(tokens), 0, layer + 1)
-    learned = ~model.special(tokens) | sae.on_special
+    learned = learned_positions(sae, model.special(tokens))
     mse = fvu(sae(x[learned]), x[learned])
     return combined(objective, kl, mse)
 
@@ -123,7 +123,7 @@ def learn(model, layer, sae, held, lesson, first, config, everywhere=alone):
 
     Differentiable in the adapters and in the SAE at `layer`. config: objective, compile.
     """
-    learned = ~lesson.special | sae.on_special
+    learned = learned_positions(sae, lesson.special)
     training = InTraining(sae, held, learned)
     x = training(lesson.x) if first == layer + 1 else lesson.x
     reads_on = config.objective != "mse"                        # what comes after the SAE does not concern its MSE

@@ -7,7 +7,6 @@
 `run` works on any range of blocks, which is what lets the teacher and the student share the frozen prefix (adapt.py).
 Shapes: B batch, T tokens, D d_model, V vocabulary.
 """
-import torch
 from torch import nn
 
 from lorasae import gemma2, llama3

@@ -81,6 +81,11 @@ class JumpReLU(SAE):
         return pre * (pre > self.threshold)
 
 
+def learned_positions(sae, special):
+    """special [B, T] (BOS and EOS) -> bool [B, T]: the positions that this SAE learns from."""
+    return ~special | sae.on_special
+
+
 def splice(x, sae, special=None):
     """Replaces the residual stream x [B, T, D] by its reconstruction (Eq. 5).
 

@@ -5,7 +5,7 @@ import json
 import sys
 import socket
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -86,6 +86,22 @@ def metrics(folder):
     """The lines of a run's metrics.jsonl, without what differs from one machine to the next."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+@contextmanager
+def interrupted_after(count, module, name):
+    """Inside the `with`, a function of a module is interrupted (Ctrl-C) when it is called once more than `count` times."""
+    real, calls = getattr(module, name), []
+
+    def interrupted(*args):
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        yield
 
 
 def misuse(capsys, script, *words):

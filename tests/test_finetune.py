@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 
 import eval as evaluation
 import train as training
+from helpers import interrupted_after
 from lorasae import dictionary, finetune
 from lorasae.adapt import teach
 from lorasae.errors import InputError
@@ -242,21 +243,11 @@ def test_a_run_leaves_an_sae_that_eval_opens_and_that_a_model_is_adapted_to(argu
 
 
 @pytest.mark.parametrize("raw_config", ["llama"], indirect=True)
-def test_an_interrupted_finetune_resumes_to_the_bit(arguments, sae_of, tmp_path, monkeypatch):
+def test_an_interrupted_finetune_resumes_to_the_bit(arguments, sae_of, tmp_path):
     arguments += ["--sae", sae_of("jumprelu"), "--checkpoint-every", 4]
     command(training, *arguments, "--out", tmp_path / "whole")
-
-    step, taken = finetune.take_step, []
-
-    def interrupted(*args):
-        if len(taken) == 6:
-            raise KeyboardInterrupt
-        taken.append(1)
-        return step(*args)
-    monkeypatch.setattr(finetune, "take_step", interrupted)
-    with pytest.raises(SystemExit):
+    with interrupted_after(6, finetune, "take_step"), pytest.raises(SystemExit):
         command(training, *arguments, "--out", tmp_path / "cut")
-    monkeypatch.setattr(finetune, "take_step", step)
     command(training, "--resume", tmp_path / "cut")
     found, expected = (load_sae(tmp_path / name).state_dict() for name in ("cut", "whole"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -5,6 +5,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train as training
+from helpers import interrupted_after
 from lorasae.io.presets import PAPER, PRESETS, tuned
 from lorasae.runs.config import Config
 from lorasae.runs.defaults import configure
@@ -54,21 +55,12 @@ def test_rates_and_ranks_go_together_in_pairs_to_the_bit(arguments, tmp_path, ca
 
 
 @pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
-def test_an_interrupted_sweep_of_rates_resumes_to_the_bit(arguments, tmp_path, monkeypatch):
+def test_an_interrupted_sweep_of_rates_resumes_to_the_bit(arguments, tmp_path):
     from lorasae.runs import sweep
     arguments += ["--rank", 4, "--lr", *RATES, "--checkpoint-every", 4]
     command(training, *arguments, "--out", tmp_path / "whole")
-    step, taken = sweep.take_step, []
-
-    def interrupted(*args):
-        if len(taken) == 6:
-            raise KeyboardInterrupt
-        taken.append(1)
-        return step(*args)
-    monkeypatch.setattr(sweep, "take_step", interrupted)
-    with pytest.raises(SystemExit):
+    with interrupted_after(6, sweep, "take_step"), pytest.raises(SystemExit):
         command(training, *arguments, "--out", tmp_path / "cut")
-    monkeypatch.setattr(sweep, "take_step", step)
     command(training, "--resume", tmp_path / "cut")
     for rate in RATES:
         same_run(tmp_path / f"cut/lr-{rate}", tmp_path / f"whole/lr-{rate}")

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import lorasae
-from helpers import GEMMA_2B, Hub, gemma_2b_files, gemma_scope_files, use_hub
 from lorasae.io.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent

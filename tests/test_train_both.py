@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train as training
+from helpers import interrupted_after
 from lorasae import adapt, finetune
 from lorasae.adapt import adamw, first_differing, teach
 from lorasae.finetune import hold, naive_loss
@@ -146,21 +147,11 @@ def test_the_adapters_files_are_those_of_a_run_without_the_sae(arguments, tmp_pa
 
 
 @pytest.mark.parametrize("raw_config", ["llama"], indirect=True)
-def test_an_interrupted_run_resumes_to_the_bit(arguments, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_bit(arguments, tmp_path):
     arguments += ["--checkpoint-every", 4]
     command(training, *arguments, "--out", tmp_path / "whole")
-
-    step, taken = finetune.take_step, []
-
-    def interrupted(*args):
-        if len(taken) == 6:
-            raise KeyboardInterrupt
-        taken.append(1)
-        return step(*args)
-    monkeypatch.setattr(finetune, "take_step", interrupted)
-    with pytest.raises(SystemExit):
+    with interrupted_after(6, finetune, "take_step"), pytest.raises(SystemExit):
         command(training, *arguments, "--out", tmp_path / "cut")
-    monkeypatch.setattr(finetune, "take_step", step)
     command(training, "--resume", tmp_path / "cut")
     for file in ("adapter/adapter_model.safetensors", "sae/sae_weights.safetensors"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from lorasae.bench.loss import bench_kl
-from lorasae.bench.race import race, synchronise, timed
+from lorasae.bench.race import race, synchronise
 from lorasae.bench.sparse import bench_topk
 from lorasae.bench.step import differing_steps, load_peers, lora_contenders, matmul_peak, with_rates
 from lorasae.bench.training import bench_sae

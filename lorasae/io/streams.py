@@ -10,7 +10,6 @@ data are the Pile and RedPajama (Section 4).
 """
 import io
 import os
-import sys
 import sysconfig
 from functools import partial
 from hashlib import sha256
