@@ -1,6 +1,8 @@
-"""Makes the embedded default: a tokenizer and two small language models, in exactly the format of the real ones.
+"""Makes the embedded models: a tokenizer and small language models, in exactly the format of the real ones.
 
-    python -m lorasae.tiny.make --model gemma-2         (or llama-3; OMP_NUM_THREADS=1 runs both at once)
+    python -m lorasae.tiny.make --model gemma-2         (or another; with OMP_NUM_THREADS=1 several run at once)
+
+gemma-2 and llama-3 are the defaults; gemma-2-medium and gemma-2-small, on the same text, are the other two sizes of Figure 4.
 
 Text: the .py files of Python's standard library. The tokenizer learns from its training files alone; the models read
 the library's tests too, three times as much text. Held out are the files that `streams.held_out` names by their path,
@@ -47,12 +49,19 @@ SHARED = {
     "max_position_embeddings": CONTEXT, "num_attention_heads": 4, "num_hidden_layers": 6, "num_key_value_heads": 2,
     "use_cache": True, "vocab_size": 4096,
 }
+GEMMA_2 = {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", **SHARED, "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "sliding_window": 128}                              # half the context, so that it binds
 CONFIGS = {
-    "gemma-2": {
-        "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", **SHARED, "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-        "sliding_window": 128},                         # half the context, so that it binds
+    "gemma-2": GEMMA_2,
+    "gemma-2-medium": {
+        **GEMMA_2, "hidden_size": 112, "intermediate_size": 208, "head_dim": 28, "query_pre_attn_scalar": 28,
+        "num_hidden_layers": 4},
+    "gemma-2-small": {
+        **GEMMA_2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "num_hidden_layers": 4},
     "llama-3": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", **SHARED, "hidden_act": "silu",
         "mlp_bias": False, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": {
