@@ -2,7 +2,6 @@
 
     python eval.py runs/tiny-gemma-2-lora                       the table that training ended with, recomputed
     python eval.py RUN_DIR --suite fidelity,tokens,distances    any of the evaluations
-    python eval.py RUN_DIR --suite layers                       trains: adapters on one block at a time (Figure 9)
     python eval.py RUN_DIR --suite steering --latents 17 204    examples are found in the held-out text
     python eval.py RUN_DIR --suite probing,scr,tpp,absorption   SAEBench, base and adapted model side by side
     python eval.py RUN_DIR --suite autointerp,latents           can latents be put into words? and a page about them
@@ -13,8 +12,6 @@ one shape: evaluate(setting, options) gives a plain dict, show prints it, draw m
 add_options says what can be asked of it.
 """
 import sys
-from dataclasses import replace
-from os.path import isdir, isfile
 from pathlib import Path
 
 from lorasae.errors import InputError
@@ -23,13 +20,9 @@ from lorasae.evals import (absorption, autointerp, benchmarks, distances, fideli
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering
 from lorasae.io.disk import read_json, write_bytes, write_json
-from lorasae.io.presets import preset
-from lorasae.paper import one_block
-from lorasae.runs.adaptation import student_names
-from lorasae.runs.config import read_config
-from lorasae.runs.setting import load_setting
+from lorasae.runs.opening import open_run, runs_in
 
-SUITES = {"fidelity": fidelity, "tokens": tokens, "distances": distances, "layers": one_block, "steering": steering,
+SUITES = {"fidelity": fidelity, "tokens": tokens, "distances": distances, "steering": steering,
           "probing": probing, "scr": scr, "tpp": tpp, "absorption": absorption, "autointerp": autointerp,
           "latents": latents, "lm": benchmarks}
 
@@ -51,38 +44,6 @@ def arguments(argv):
         if name not in SUITES:
             parser.error(f"--suite {name!r} is unknown: choose from {', '.join(SUITES)}")
     return args
-
-
-def runs_in(folder):
-    """The runs in a folder: of each rank and rate where several were trained in one pass, else the folder itself."""
-    if not isfile(folder / "config.json"):
-        return [folder]
-    config = read_config(folder)
-    if len(config.variants) == 1:
-        return [folder]
-    return [folder / name for name in student_names(config)]
-
-
-def open_run(folder, device=None):
-    """The Setting of a run: its adapter attached, or its own SAE spliced in where it trained one."""
-    if not isdir(folder):
-        raise InputError(f"there is no folder {folder}: pass one that train.py wrote")
-    config = read_config(folder)
-    device = device or config.device
-    config = replace(config, device=device, compile=config.compile and device.startswith("cuda"), shard=False)
-    product = folder / ("adapter/adapter_config.json" if config.method == "lora" else "sae")
-    if config.method != "lora" or config.train_sae:
-        config = replace(config, sae=(str(folder),), width=None, l0=None)               # the SAE that the run has made
-    if not product.exists():
-        raise InputError(f"{folder} has no {product.relative_to(folder).parts[0]} yet: finish the run with "
-                         f"python train.py --resume {folder}")
-    if config.method != "lora":
-        return load_setting(config, folder)
-
-    made_for = read_json(product).get("base_model_name_or_path")
-    if made_for and (preset(made_for) or made_for) != (preset(config.model) or config.model):
-        raise InputError(f"{product.parent} is an adapter of {made_for}, but {folder} is a run of {config.model}")
-    return load_setting(config, folder, adapter=product.parent)
 
 
 def evaluate(name, setting, args):

@@ -10,7 +10,6 @@ from conftest import write_model
 from lorasae.errors import InputError
 from lorasae.io.disk import write_json
 from lorasae.io.presets import PRESETS
-from lorasae.paper import frontier
 from lorasae.runs.config import CHOICES, SWITCHES, Config, option, read_config
 from lorasae.runs.defaults import configure, latents
 
@@ -264,13 +263,6 @@ def test_every_default_that_the_help_states_is_the_configurations(monkeypatch, c
 def test_every_field_is_an_option_and_every_option_of_a_run_is_a_field(monkeypatch, capsys):
     options = set(helps(train.arguments, monkeypatch, capsys)) - {"help", "out", "resume", "merge", "dry_run", "recipe"}
     assert options == set(NAMES)
-
-
-def test_the_frontier_builds_its_configurations_as_a_run_does(monkeypatch):
-    configs, lora = frontier.configurations(frontier.arguments(["--model", "tiny-gemma-2", "--device", "cpu", "--seed", "7"]))
-    for method, config in configs.items():
-        assert config == configure({**EMBEDDED, "method": method, "seed": 7, "device": "cpu"})
-    assert lora.seed == 7 and lora.adapt == ("all",) and lora.lr == PRESETS["tiny-gemma-2"].lora["lr"] and lora.tokens == 200_000
 
 
 def test_the_embedded_saes_are_made_as_a_users_would_be():

@@ -1,5 +1,4 @@
-"""The evaluations of fidelity, tokens, distances and layers, and what eval.py says of folders it cannot evaluate."""
-import importlib
+"""The evaluations of fidelity, tokens and distances, and what eval.py says of folders it cannot evaluate."""
 import json
 import math
 import shutil
@@ -10,14 +9,10 @@ import torch
 
 from conftest import GEMMA, LLAMA, TEXT, write_model, write_tokenizer
 from helpers import adapted, command, misuse, random_sae, read, refusal
-from lorasae.errors import InputError
 from lorasae.evals import distances, fidelity, tokens as token_suite
 from lorasae.evals.common import evaluating, interval, ratio, t_quantile
 from lorasae.io.sae_formats import save_sae
-from lorasae.lora import blocks_with_adapters, adapters, add_lora, base
-from lorasae.paper import one_block
-from lorasae.runs.config import Config
-from lorasae.runs.setting import Setting
+from lorasae.lora import add_lora, base
 
 ALL = tuple(fidelity.SETTINGS)
 
@@ -247,7 +242,7 @@ def test_the_mean_change_of_all_tokens_is_the_improvement_of_fidelity(model, seq
 # ---- Distances -------------------------------------------------------------------------------------------------------
 
 def test_distances_are_those_of_whole_forward_passes(model, sequences):
-    saes, depth = {1: sae_of("topk", model)}, len(model.layers)
+    saes = {1: sae_of("topk", model)}
     adapt(model, [0, 2])
     numbers = distances.measure(model, saes, sequences.split(4))
     assert numbers["layers"] == [1, 2, 3] and numbers["sequences"] == 6
@@ -294,46 +289,12 @@ def place(request, tmp_path_factory):
     return folder
 
 
-def test_single_block_adapters_are_trained_as_the_run_was_and_only_once(place, capsys):
-    run, after = place / "run", (place.name.startswith("gemma2"))
-    command("eval", run, "--suite", "layers")
-    shown, numbers = capsys.readouterr().out, read(run / "eval-layers.json")
-    assert "Figure" not in shown and "block 3" in shown
-    names = ["blocks 2 to 3", "block 2", "block 3"] + ([] if after else ["blocks 0 to 3"])
-    assert [row["blocks"] for row in numbers["rows"]] == names
-    whole = numbers["rows"][0]["improvement"]
-    for row in numbers["rows"]:
-        assert row["share_of_all_after"] == pytest.approx(row["improvement"] / whole)
-    trained = sorted(path.name for path in (run / "layers").iterdir())
-    assert trained == (["block-2", "block-3"] if after else ["block-2", "block-3", "blocks-2-to-3"])
-    own, results = numbers["rows"][0 if after else -1], read(run / "results.json")
-    assert own["improvement"] == pytest.approx(results["ce_sae"] - results["ce_adapted"], abs=1e-6)
-    if results["gap_closed"] is None:                   # the SAE lowers the CE of this random model
-        assert own["gap_closed"] is None
-    else:
-        assert own["gap_closed"] == pytest.approx(results["gap_closed"], abs=1e-4)
-
-    before = {path: path.stat().st_mtime_ns for path in (run / "layers").rglob("*")}
-    command("eval", run, "--suite", "layers")                                          # nothing is trained again
-    assert "training" not in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in (run / "layers").rglob("*")} == before
-    assert read(run / "eval-layers.json")["rows"] == numbers["rows"]
-    command("eval", run / "layers" / "block-3")                                        # a run folder like any other
-
-
-def test_the_sweeps_adapters_are_the_ones_that_train_py_would_have_made(place, tmp_path):
-    setting = importlib.import_module("eval").open_run(place / "run")
-    again = one_block.adapted(setting, blocks_with_adapters(setting.model), tmp_path / "again")
-    for a, b in zip(adapters(again).values(), adapters(setting.model).values(), strict=True):
-        assert torch.equal(a.lora_B.weight, b.lora_B.weight) and a.weight.data_ptr() == b.weight.data_ptr()
-
-
 def test_every_suite_leaves_a_file_a_table_and_a_picture(place, capsys):
     pytest.importorskip("matplotlib", reason="draws the pictures")
     run = place / "run"
-    command("eval", run, "--suite", "fidelity,tokens,distances,layers")
+    command("eval", run, "--suite", "fidelity,tokens,distances")
     shown = capsys.readouterr().out
-    for name in ("fidelity", "tokens", "distances", "layers"):
+    for name in ("fidelity", "tokens", "distances"):
         assert f"---- {name} ----" in shown and (run / f"eval-{name}.json").exists()
         assert (run / f"eval-{name}.png").read_bytes().startswith(b"\x89PNG")
     (run / "eval-tokens.png").unlink()
@@ -382,9 +343,3 @@ def test_the_adapter_of_another_model_is_refused_even_where_it_would_fit(place, 
     path = foreign / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "other/model"}))
     assert "an adapter of other/model" in refusal("eval", foreign)
-
-
-def test_there_is_nothing_to_sweep_after_the_last_block(model, tmp_path):
-    add_lora(model, [0], 2)
-    with pytest.raises(InputError, match="no block after it"):
-        one_block.evaluate(Setting(model, {3: Identity()}, None, Config(), tmp_path), None)

@@ -12,10 +12,10 @@ SHADES = 9                                              # steps of an activation
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1b19; --quiet: #66635c; --page: #fbfaf7; --card: #ffffff; --line: #dedbd2;
-        --hot: 240, 140, 30; --most: .85 }
+        --hot: 240, 140, 30; --most: .85; --yes: #0b6b3a; --no: #a33a00 }
 @media (prefers-color-scheme: dark) {
   :root { --text: #eceae4; --quiet: #a3a097; --page: #161513; --card: #1f1e1b; --line: #3a3832;
-          --hot: 214, 110, 10; --most: .8 }
+          --hot: 214, 110, 10; --most: .8; --yes: #6fcf97; --no: #ff9a5c }
 }
 * { box-sizing: border-box }
 html { scroll-padding-top: 1rem; -webkit-text-size-adjust: 100% }
@@ -29,6 +29,9 @@ a { color: inherit }
 .quiet { color: var(--quiet); font-size: .875rem }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; margin: 1rem 0 }
 .wide { overflow-x: auto }
+img { display: block; max-width: 100%; height: auto; margin: .6rem auto; background: #fff; border-radius: .3rem }
+.yes { color: var(--yes) }
+.no { color: var(--no); font-weight: 600 }
 table { border-collapse: collapse; width: 100%; font-size: .875rem }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line) }
 th { font-weight: 600; color: var(--quiet) }
@@ -51,13 +54,14 @@ mark { padding-bottom: .15em }
 mark.peak { outline: 1px solid; outline-offset: 1px }
 @media print {
   :root { color-scheme: light; --text: #000; --quiet: #555; --page: #fff; --card: #fff; --line: #ccc;
-          --hot: 240, 140, 30; --most: .85 }
+          --hot: 240, 140, 30; --most: .85; --yes: #0b6b3a; --no: #a33a00 }
   .columns { grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)) }
   .passages { grid-template-columns: 1fr 1fr }
   body { max-width: none; font-size: .8rem }
   section { border: 0; border-top: 2px solid; border-radius: 0; padding: .5rem 0 }
   mark { -webkit-print-color-adjust: exact; print-color-adjust: exact }
   h2, h3 { break-after: avoid }
+  img, tr { break-inside: avoid }
 }
 """
 
@@ -70,7 +74,7 @@ def document(title, parts):
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{escape(title)}</title>
 <style>{STYLE}{shades()}</style>
 </head>
@@ -140,6 +144,11 @@ def table_row(cells, tag, numbers):
         kind = ' class="number"' if i in numbers else ""
         html += f"<{tag}{kind}>{cell}</{tag}>"
     return f"<tr>{html}</tr>"
+
+
+def image(png, text):
+    """A PNG, as base64, inside the page; text: what it shows, for those who cannot see it."""
+    return f'<img src="data:image/png;base64,{png}" alt="{escape(text)}">'
 
 
 def listing(kind, tag, items):

@@ -35,6 +35,12 @@ PRESETS = {
         str(TINY / "gemma-2"), layer=2, sae=str(TINY / "gemma-2-sae" / "jumprelu"), common=EMBEDDED,
         lora={"adapt": ("after",), "tokens": 900_000, "lr": 7e-3, **SHORT}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
         finetune=EMBEDDED_FINETUNE),
+    "tiny-gemma-2-medium": Preset(                              # these two for Figure 4, around SAEs of one's own
+        str(TINY / "gemma-2-medium"), layer=1, common=EMBEDDED, lora={"adapt": ("after",), "tokens": 300_000, "lr": 7e-3, **SHORT},
+        sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E, finetune=EMBEDDED_FINETUNE),
+    "tiny-gemma-2-small": Preset(
+        str(TINY / "gemma-2-small"), layer=1, common=EMBEDDED, lora={"adapt": ("after",), "tokens": 300_000, "lr": 7e-3, **SHORT},
+        sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E, finetune=EMBEDDED_FINETUNE),
     "tiny-llama-3": Preset(
         str(TINY / "llama-3"), layer=2, sae=str(TINY / "llama-3-sae" / "topk"), common=EMBEDDED,
         lora={"adapt": ("all",), "tokens": 600_000, "lr": 4e-3, **SHORT}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,

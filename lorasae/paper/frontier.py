@@ -1,104 +1,93 @@
-"""Cross-entropy against training time (paper §4.2; Figures 1 and 5, Tables 1 and 2): TopK, e2e, and TopK + LoRA.
-
-    python -m lorasae.paper.frontier                              in miniature, on the embedded Gemma-2
-    python -m lorasae.paper.frontier --model llama-3.2-1b         the paper's own experiment
-
-trains a TopK and an e2e SAE with the same latents, k and tokens, adapts all blocks of the model to the TopK SAE as it
-was after each tenth of its training, and evaluates all of them on the same held-out text. OUT/ gets a run's folder for
-each training, frontier.json and, with matplotlib, frontier.png. Interrupted, the same command continues.
+"""Cross-entropy against training time (§4.2; Figures 1 and 5, Tables 1 and 2): TopK, e2e, and TopK + LoRA.
 
 Times are of training alone, on one machine: no loading and no evaluation. Each method does the work that it needs and
 no more: TopK stops the model at the SAE's block, e2e shares the frozen prefix with its teacher. The time of a TopK +
 LoRA point is that of its SAE so far plus that of its adapters.
 """
-from contextlib import closing
-from dataclasses import replace
-from pathlib import Path
-
-import torch
-
-from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.evals.common import print_table
-from lorasae.evals.figures import save_figure
-from lorasae.io.console import Parser, answering, count
-from lorasae.io.disk import read_json, write_json
-from lorasae.io.presets import PRESETS
+from lorasae.io.disk import read_json
 from lorasae.io.sae_formats import load_sae
-from lorasae.paper.one_block import adapted
+from lorasae.paper.findings import Claim, Table
+from lorasae.paper.study import adapters, new_sae, results
 from lorasae.runs.config import read_config
-from lorasae.runs.defaults import configure
-from lorasae.runs.folder import Run
-from lorasae.runs.sae_training import train_sae
 from lorasae.runs.setting import load_setting
+
+TITLE = "Loss against training time: TopK + LoRA, TopK, end to end"
+FIGURES = ("fig1", "fig5", "table1", "table2")
+ABOUT = ("A TopK and an e2e SAE with the same latents, k and tokens, and the model adapted (all blocks, rank 64) to the TopK SAE as "
+         "it was after each tenth of its training; everything on the same held-out text. A table's row: the seconds of training "
+         "to a loss, those of TopK and e2e on the line between two points, which favours them. In the published code the "
+         "checkpoint named 50 % may be the end of the training, so the paper's times may be half of the true ones.")
 
 TENTHS = range(10, 101, 10)
 CURVES = {"topk": "TopK", "e2e": "e2e", "topk_lora": "TopK + LoRA"}
 LEVELS = 5                                              # rows of the table of times
-MINIATURE = 200_000                                     # tokens of the embedded models' adapters: a tenth of their SAEs'
 
 
-def trained(config, folder):
-    """Makes the SAE of a configuration, or what is missing of it, and returns [(percent, seconds, its folder)] by tenths."""
-    check_same(config, folder)
-    if not (folder / "results.json").exists():
-        run = Run.resume(folder) if (folder / "config.json").exists() else Run.create(folder, config)
-        with closing(run):
-            train_sae(load_setting(replace(config, sae=())), run)
-    points = []
-    for percent in TENTHS:
-        sae = folder / ("sae" if percent == 100 else f"sae-{percent}pct")
-        points.append((percent, read_json(sae / "training.json")["seconds"], sae))
-    return points
+def models(study):
+    """{figure: model}"""
+    return {"fig1": study.models.main, "fig5": study.models.second}
 
 
-def check_same(config, folder, names=None):
-    """Refuses to continue in a folder whose training was another than the one that is asked for."""
-    if not (folder / "config.json").exists():
-        return
-    before = read_config(folder)
-    for name in names or vars(config):
-        asked = getattr(config, name)
-        if asked is not None and getattr(before, name) != asked:
-            raise InputError(f"{folder} was trained with {name} {getattr(before, name)}, not {asked}: pass another --out, "
-                             "or the same arguments to continue")
+def saes_of(study, model):
+    """{method: the Training of its SAE}"""
+    return {method: new_sae(study, method, model, tokens=study.frontier_tokens) for method in ("topk", "e2e")}
 
 
-def measure(configs, lora, folder):
-    """configs: {method: of its SAE}; lora: of the adapters, on top of TopK's -> what frontier.json holds."""
-    tenths = {method: trained(config, folder / method) for method, config in configs.items()}
-    config = configs["topk"]
-    layer = config.layer[0]
-    setting = load_setting(config)
-    model, held_out = setting.model, setting.corpus.validation
+def tenth(study, sae, percent):
+    """The folder of an SAE as it was after a part of its training."""
+    return study.folder / sae.name / ("sae" if percent == 100 else f"sae-{percent}pct")
 
-    def loss(model, saes, name):
-        results = fidelity.measure(model, saes, held_out.split(config.eval_batch), (name,))
-        return results[name]["ce"].mean().item()
+
+def adapters_of(study, model, percent):
+    topk = saes_of(study, model)["topk"]
+    training = adapters(study, f"frontier-{model}-{percent}pct", model, [str(tenth(study, topk, percent))], rank=(64,),
+                        adapt=("all",))
+    return training._replace(needs=(topk.name,))
+
+
+def trainings(study):
+    needed = []
+    for model in models(study).values():
+        needed += saes_of(study, model).values()
+        needed += [adapters_of(study, model, percent) for percent in TENTHS]
+    return needed
+
+
+def cost(study):
+    """{kind of work: tokens}: every SAE of every tenth is evaluated."""
+    return {"forward": 40 * study.eval_tokens} if study.eval_tokens else {}
+
+
+def measure(study):
+    """{figure: its curves}"""
+    return {figure: curves(study, model) for figure, model in models(study).items()}
+
+
+def curves(study, model):
+    """{model, sae_tokens, ..., ce_base; of each method [{percent, seconds, ce}]; levels}, CE in nats a token."""
+    saes = saes_of(study, model)
+    config = read_config(study.folder / saes["topk"].name)
+    setting = load_setting(config, study.folder / saes["topk"].name)
+    layer, held_out = config.layer[0], setting.corpus.validation.split(config.eval_batch)
 
     points = {name: [] for name in CURVES}
-    for method in tenths:
-        for percent, seconds, sae in tenths[method]:
-            ce = loss(model, {layer: load_sae(sae, device=model.device)}, "sae")
-            points[method].append({"percent": percent, "seconds": seconds, "ce": ce})
+    for method, sae in saes.items():
+        for percent in TENTHS:
+            folder = tenth(study, sae, percent)
+            spliced = {layer: load_sae(folder, device=setting.model.device)}
+            found = fidelity.measure(setting.model, spliced, held_out, ("sae",))
+            points[method].append({"percent": percent, "seconds": read_json(folder / "training.json")["seconds"],
+                                   "ce": found["sae"]["ce"].mean().item()})
 
-    for percent, seconds, sae in tenths["topk"]:
-        print(f"adapting the model to the TopK SAE at {percent} %", flush=True)
-        saes = {layer: load_sae(sae, device=model.device)}
-        wanted = replace(lora, sae=(str(sae),))
-        run = folder / f"lora-{percent}pct"
-        check_same(wanted, run, ADAPTING)
-        student = adapted(setting._replace(saes=saes, config=wanted), list(range(len(model.layers))), run)
-        adapting = read_json(run / "results.json")["seconds"]
-        points["topk_lora"].append({"percent": percent, "seconds": seconds + adapting, "lora_seconds": adapting,
-                                    "ce": loss(student, saes, "adapted")})
+    for before, percent in zip(points["topk"], TENTHS):
+        found = results(study, adapters_of(study, model, percent))
+        points["topk_lora"].append({"percent": percent, "seconds": before["seconds"] + found["seconds"],
+                                    "lora_seconds": found["seconds"], "ce": found["ce_adapted"]})
 
-    return {"model": config.model, "layer": layer, "width": config.width or 8 * model.config.hidden_size, "k": config.k,
-            "sae_tokens": config.trained_tokens, "lora_tokens": lora.trained_tokens, "rank": lora.rank[0],
-            "eval_tokens": held_out.numel(), "ce_base": loss(model, {}, "base"), **points, "levels": levels(points)}
-
-
-ADAPTING = ("rank", "alpha", "dropout", "lr", "lr_decay", "weight_decay", "batch_size", "micro_batch", "tokens")
+    return {"model": model, "layer": layer, "width": config.width, "k": config.k, "sae_tokens": config.trained_tokens,
+            "lora_tokens": found["train_tokens"], "eval_tokens": setting.corpus.validation.numel(), "ce_base": found["ce_base"],
+            **points, "levels": levels(points)}
 
 
 def reached(points, ce, between=True):
@@ -130,82 +119,63 @@ def levels(points):
     return rows
 
 
-def show(numbers):
-    def text(value, form, unit=""):
-        return "-" if value is None else f"{value:{form}}{unit}"
+# ---- What it comes to --------------------------------------------------------------------------------------------------
 
-    rows = [[f"{points[0]['percent']} %"] + [cell for point in points for cell in (text(point["seconds"], ",.1f"), point["ce"])]
-            for points in zip(*(numbers[name] for name in CURVES))]
-    print_table(rows, ["training"] + [cell for label in CURVES.values() for cell in (f"{label} (s)", "CE (nats)")])
-    print(f"\noriginal model: CE {numbers['ce_base']:.4f} nats, the best achievable\n")
-    print_table([[f"{row['ce']:.4f}", *(text(row[name], ",.1f") for name in reversed(CURVES)), text(row["speedup"], ".2f", "x")]
-                 for row in numbers["levels"]],
-                ["CE (nats)", *(f"{CURVES[name]} (s)" for name in reversed(CURVES)), "faster than e2e"])
-    print(f"\nbackward passes through the model: e2e {numbers['sae_tokens']:,} tokens, LoRA {numbers['lora_tokens']:,} "
-          f"({numbers['sae_tokens'] / numbers['lora_tokens']:.0f} times fewer)")
+def tables(numbers):
+    made = []
+    for found in numbers.values():
+        rows = []
+        for points in zip(*(found[name] for name in CURVES)):
+            row = [f"{points[0]['percent']} %"]
+            for point in points:
+                row += [f"{point['seconds']:,.1f}", point["ce"]]
+            rows.append(row)
+        headings = ["training"]
+        for label in CURVES.values():
+            headings += [f"{label} (s)", "CE"]
+        made.append(Table(f"{found['model']}: seconds of training, and CE in nats (the model alone: {found['ce_base']:.4f})",
+                          headings, rows))
+
+        rows = []
+        for level in found["levels"]:
+            times = ["-" if level[name] is None else f"{level[name]:,.1f}" for name in reversed(CURVES)]
+            rows.append([f"{level['ce']:.4f}", *times, "-" if level["speedup"] is None else f"{level['speedup']:.2f}x"])
+        headings = ["CE", *(f"{CURVES[name]} (s)" for name in reversed(CURVES)), "faster than e2e"]
+        made.append(Table(f"{found['model']}: seconds to a loss", headings, rows))
+    return made
+
+
+PAPER = {"fig1": ("3.05x to 20.01x", "e2e's final loss is not lower"), "fig5": ("2.23x to 10.38x", "e2e's final loss is lower")}
+
+
+def claims(numbers):
+    made = []
+    for figure, found in numbers.items():
+        table, number = found["levels"], "1" if figure == "fig1" else "2"
+        speedups = [level["speedup"] for level in table if level["speedup"] is not None]
+        shown = f"{min(speedups):.2f}x to {max(speedups):.2f}x" if speedups else "no loss that both reach"
+        faster = bool(speedups) and min(speedups) > 1
+        made.append(Claim(f"Table {number} ({found['model']}): TopK + LoRA reaches e2e's losses sooner", PAPER[figure][0], shown, faster,
+                          faster and max(speedups) >= 2))
+
+        lora, e2e = (min(point["ce"] for point in found[name]) for name in ("topk_lora", "e2e"))
+        e2e_wins = e2e < lora
+        made.append(Claim(f"Figure {1 if figure == 'fig1' else 5}: which ends lower", PAPER[figure][1],
+                          f"TopK + LoRA {lora:.4f}, e2e {e2e:.4f} nats", e2e_wins == (figure == "fig5")))
+        fewer = found["sae_tokens"] / found["lora_tokens"]
+        made.append(Claim(f"Backward passes through {found['model']}, against e2e", "130 times fewer" if figure == "fig1" else "40 times fewer",
+                          f"{fewer:.0f} times fewer", fewer > 1, fewer > 30, why="by the budgets chosen here"))
+    return made
 
 
 def draw(numbers, figure):
-    """Figures 1 and 5: cross-entropy against training time."""
-    figure.set_size_inches(6, 4)
-    axes = figure.subplots()
-    for name, label in CURVES.items():
-        seconds = [point["seconds"] for point in numbers[name]]
-        ce = [point["ce"] for point in numbers[name]]
-        axes.plot(seconds, ce, marker="o", label=label)
-    axes.axhline(numbers["ce_base"], color="grey", linestyle="--", label=f"original model ({numbers['ce_base']:.3f})")
-    axes.set(xlabel="training time (s)", ylabel="cross-entropy (nats/token)",
-             title=f"{numbers['model']}: {numbers['width']:,} latents, k {numbers['k']} (the paper's Figures 1 and 5)")
-    axes.legend()
-
-
-def arguments(argv):
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--model", default="tiny-gemma-2", choices=PRESETS, help="(default: %(default)s)")
-    add("--layer", type=int, nargs=1, help="block whose output the SAEs replace, from 0 (default: the preset's; paper: 12)")
-    add("--width", help="latents of the SAEs (default: the preset's; paper: 8 d_model)")
-    add("--k", type=int, help="active latents (default: the preset's; paper: 64)")
-    add("--tokens", type=count, help="training tokens of each SAE (default: the preset's; paper: 2B on Gemma-2-2B, 4B on "
-        "Llama-3.2-1B)")
-    add("--lora-tokens", type=count, help="training tokens of the adapters at each checkpoint (default: of the embedded "
-        f"models {MINIATURE:,}, else the preset's; paper: 15M on Gemma-2-2B, 100M on Llama-3.2-1B)")
-    add("--rank", type=int, help="rank of the adapters (default: the preset's; paper: 64)")
-    add("--data", help="text of all trainings (default: the preset's)")
-    add("--eval-tokens", type=count, help="held-out tokens (default: the preset's; paper: 1M)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    add("--seed", type=int, help="(default: 42)")
-    add("--out", type=Path, help="folder (default: runs/MODEL-frontier)")
-    return parser.parse_args(argv)
-
-
-def configurations(args):
-    """({method: Config of its SAE}, Config of the adapters)"""
-    shared = {name: getattr(args, name) for name in ("model", "data", "eval_tokens", "device", "seed")}
-    shared["layer"] = args.layer and tuple(args.layer)
-    of_sae = {"width": args.width, "k": args.k, "tokens": args.tokens}
-    configs = {method: configure({**shared, **of_sae, "method": method}) for method in ("topk", "e2e")}
-
-    tokens = args.lora_tokens or (MINIATURE if args.model.startswith("tiny-") else None)
-    rank = None if args.rank is None else (args.rank,)
-    topk = configs["topk"]
-    lora = configure({**shared, "rank": rank, "tokens": tokens, "sae": ("the TopK SAE",), "adapt": ("all",), "data": topk.data})
-    if min(config.steps for config in configs.values()) < len(TENTHS):
-        raise InputError("--tokens gives fewer than ten steps, and an SAE is kept after each tenth of them: pass more")
-    return configs, lora
-
-
-def main(argv=None):
-    args = arguments(argv)
-    folder = args.out or Path("runs") / f"{args.model}-frontier"
-    with answering("interrupted: the same command continues"):
-        configs, lora = configurations(args)
-        numbers = measure(configs, lora, folder)
-        write_json(folder / "frontier.json", numbers)
-        show(numbers)
-        again = f"python -m lorasae.paper.frontier --model {args.model} --out {folder}"
-        save_figure(draw, numbers, folder / "frontier.png", again)
-
-
-if __name__ == "__main__":
-    main()
+    """Figures 1 and 5."""
+    figure.set_size_inches(5 * len(numbers), 3.8)
+    for axes, found in zip(figure.subplots(1, len(numbers), squeeze=False)[0], numbers.values()):
+        for name, label in CURVES.items():
+            seconds = [point["seconds"] for point in found[name]]
+            axes.plot(seconds, [point["ce"] for point in found[name]], marker="o", label=label)
+        axes.axhline(found["ce_base"], color="grey", linestyle="--", label=f"original model ({found['ce_base']:.3f})")
+        axes.set(xlabel="training time (s)", ylabel="cross-entropy (nats/token)")
+        axes.set_title(f"{found['model']}: {found['width']:,} latents, k {found['k']}", fontsize=10)
+        axes.legend(fontsize=8)

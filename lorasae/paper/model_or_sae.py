@@ -24,6 +24,7 @@ from lorasae.evals.common import interval, percent, plus_minus, print_table
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
+from lorasae.paper.findings import Claim, Table, over_seeds
 from lorasae.paper.arms import (KINDS, MODELS, adapted, asked, finetuned, load_case, measured, once, same_plan, tuning_kl,
                                 untouched)
 from lorasae.runs import adaptation
@@ -229,6 +230,71 @@ def draw(numbers, figure):
     panels[0].legend(fontsize=8)
 
 
+# ---- As a part of the whole paper (findings.py) --------------------------------------------------------------------------
+
+TITLE = "Beyond the paper: adapt the model, the SAE, or both?"
+FIGURES = ()
+ABOUT = ("Four arms at equal tokens and at equal time, each at its own best rates, chosen by KL on text that no arm trains or is measured "
+         "on: adapters (the paper), the SAE finetuned (Karvonen 2025), both together, and adapters first, then the SAE. L0 is held. "
+         "Intervals are 90 % over seeds.")
+
+
+def trainings(study):
+    return []                                           # its arms are trained in memory
+
+
+def pieces(study):
+    return [f"{model} {kind}" for model in MODELS for kind in KINDS]
+
+
+def cost(study):
+    """{kind of work: tokens} of a piece: the rates' search at half the tokens, then four arms a seed, at tokens and at time."""
+    return {"after": study.beyond_tokens * (6 + 9 * len(study.seeds))}
+
+
+def piece(study, name):
+    model, kind = name.split()
+    plan = plan_of(study.beyond_tokens, study.eval_tokens, len(study.seeds))
+    folder = study.folder / "model-or-sae"
+    same_plan(folder, plan)
+    case = load_case(model, kind, LARGEST * plan["tokens"], plan["eval_tokens"])
+    return compare(case, folder / f"{model}-{kind}", plan)
+
+
+def measure(study, cases):
+    return finished(plan_of(study.beyond_tokens, study.eval_tokens, len(study.seeds)), cases)
+
+
+def plan_of(tokens, eval_tokens, seeds, objective="balanced"):
+    return {"tokens": tokens, "objective": objective, "eval_tokens": eval_tokens, "seeds": list(range(seeds))}
+
+
+def finished(plan, cases):
+    numbers = {"plan": plan, "cases": cases}
+    numbers["conclusions"] = conclusions(numbers)
+    return numbers
+
+
+def tables(numbers):
+    made = []
+    for name, case in numbers["cases"].items():
+        for budget, label in BUDGETS.items():
+            made.append(Table(f"{name}, {label}", list(HEADINGS), table(case, budget)))
+    return made
+
+
+def claims(numbers):
+    """Karvonen's, which is no claim of the paper: that a short finetune of the SAE does what adapters do."""
+    cases = numbers["cases"].values()
+    adapters, sae, both = (sum(over_seeds(gaps(case, "tokens", arm).tolist())[0] for case in cases) / len(cases)
+                           for arm in ("adapters", "sae", "both"))
+    return [
+        Claim("Karvonen 2025: finetuning the SAE does about what adapters on all blocks do, at equal tokens", "-0.0224 against -0.0243 nats",
+              f"{sae:.0%} of the KL gap against {adapters:.0%}", abs(sae - adapters) < 0.5 * adapters),
+        Claim("Not in the literature: both together close more than either alone", "-", f"{both:.0%}", both > max(sae, adapters)),
+    ]
+
+
 # ---- The command -------------------------------------------------------------------------------------------------------
 
 def arguments(argv):
@@ -250,9 +316,8 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     folder = args.out or Path("runs") / ("model-or-sae-quick" if args.quick else "model-or-sae")
-    plan = {"tokens": args.tokens or (4_000 if args.quick else 100_000), "objective": args.objective,
-            "eval_tokens": args.eval_tokens or (2_000 if args.quick else 20_000),
-            "seeds": list(range(args.seeds or (1 if args.quick else 3)))}
+    tokens, eval_tokens, seeds = (4_000, 2_000, 1) if args.quick else (100_000, 20_000, 3)
+    plan = plan_of(args.tokens or tokens, args.eval_tokens or eval_tokens, args.seeds or seeds, args.objective)
     with answering("interrupted: the same command continues"):
         same_plan(folder, plan)
         cases = {}
@@ -260,8 +325,7 @@ def main(argv=None):
             for kind in KINDS:
                 case = load_case(model, kind, LARGEST * plan["tokens"], plan["eval_tokens"])
                 cases[case.name] = compare(case, folder / f"{model}-{kind}", plan)
-        numbers = {"plan": plan, "cases": cases}
-        numbers["conclusions"] = conclusions(numbers)
+        numbers = finished(plan, cases)
         write_json(folder / "model_or_sae.json", numbers)
         show(numbers)
         save_figure(draw, numbers, folder / "model_or_sae.png", f"python -m lorasae.paper.model_or_sae --out {folder}")

@@ -1,0 +1,57 @@
+"""Which tokens adapting helps (§6.1, Figure 8)."""
+from lorasae.evals import tokens
+from lorasae.evals.common import percent
+from lorasae.paper.findings import Claim, Table, over_seeds, with_interval
+from lorasae.paper.study import around_topk
+from lorasae.runs.opening import open_run
+
+TITLE = "Change of loss by token"
+FIGURES = ("fig8",)
+ABOUT = ("The change of every held-out token's loss, CE with SAE - CE with SAE and adapters, around a TopK SAE with adapters on all "
+         "blocks. The picture is the first seed's.")
+
+
+def trainings(study):
+    return [around_topk(study, seed) for seed in study.seeds]
+
+
+def cost(study):
+    """{kind of work: tokens}: with the SAE and with adapters."""
+    return {"forward": 2 * len(study.seeds) * (study.eval_tokens or 0)}
+
+
+def measure(study):
+    """{"seeds": [what evals/tokens.py finds]}"""
+    return {"seeds": [tokens.evaluate(open_run(study.folder / training.name), None) for training in trainings(study)]}
+
+
+def tables(numbers):
+    found = numbers["seeds"]
+    rows = [["tokens that become worse", with_interval([each["share_worse"] for each in found])],
+            ["improvement (nats a token)", with_interval([each["improvement"] for each in found], ".4f")],
+            ["of it, from changes of 0.01 to 1 nats", with_interval([in_the_middle(each) for each in found])]]
+    return [Table("Change of the loss (± 90 % over seeds)", ["", "ours"], rows)]
+
+
+def in_the_middle(found):
+    """The part of the improvement that comes from changes of 0.01 to 1 nats."""
+    middle = 0.0
+    for smallest, row in zip(tokens.SIZES, found["by_size"]):
+        if 0.01 <= smallest < 1:
+            middle += row["gained"] - row["lost"]
+    return middle / found["improvement"]
+
+
+def claims(numbers):
+    worse = over_seeds([found["share_worse"] for found in numbers["seeds"]])[0]
+    middle = over_seeds([in_the_middle(found) for found in numbers["seeds"]])[0]
+    return [
+        Claim("A substantial part of the tokens becomes worse, but less than half", "37 %", percent(worse), 0.1 < worse < 0.5,
+              abs(worse - 0.37) < 0.05),
+        Claim("Most of the improvement comes from changes of about 0.01 to 1 nats", "most", percent(middle), middle > 0.5),
+    ]
+
+
+def draw(numbers, figure):
+    """Figure 8."""
+    tokens.draw(numbers["seeds"][0], figure)

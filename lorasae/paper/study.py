@@ -1,0 +1,144 @@
+"""What the parts of the paper share: the models, how long everything trains, and trainings that are made once.
+
+A part (scaling.py, frontier.py, ...) lists the trainings that it needs; several may need the same one. Each is a run in a
+folder of its own, as train.py writes it, so it is continued where it was interrupted and eval.py opens it.
+"""
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from lorasae.errors import InputError
+from lorasae.io.disk import read_json
+from lorasae.io.presets import PRESETS
+from lorasae.runs.adaptation import adapt_model
+from lorasae.runs.config import read_config
+from lorasae.runs.defaults import configure
+from lorasae.runs.folder import Run
+from lorasae.runs.sae_training import train_sae
+from lorasae.runs.setting import load_setting
+
+
+class Models(NamedTuple):
+    """The models of a study, by what the paper takes them for."""
+    sizes: tuple                                        # of one family, small to large (Figure 4); parts of one model: `main`
+    main: str                                           # Gemma-2-2B in the paper
+    second: str                                         # Llama-3.2-1B in the paper (Figure 5)
+    several: str                                        # Llama-3.1-8B in the paper, which gets several SAEs at once (Figure 6)
+
+
+MODELS = {
+    "tiny-gemma-2": Models(("tiny-gemma-2-small", "tiny-gemma-2-medium", "tiny-gemma-2"), "tiny-gemma-2", "tiny-llama-3",
+                           "tiny-llama-3"),
+    "gemma-2-2b": Models(("gemma-2-2b", "gemma-2-9b", "gemma-2-27b"), "gemma-2-2b", "llama-3.2-1b", "llama-3.1-8b"),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was asked of `python -m lorasae.paper`. None is the model's preset, which for the real models is the paper's."""
+    folder: Path
+    model: str = "tiny-gemma-2"                         # one of MODELS
+    sae_tokens: int | None = None                       # to train an SAE on
+    lora_tokens: int | None = None                      # to train adapters on
+    frontier_tokens: int | None = None                  # to train the SAEs of Figures 1 and 5 on
+    long_tokens: int | None = None                      # the adapters that the evaluations of §5 and §6 look at
+    eval_tokens: int | None = None                      # held out
+    seeds: tuple = (0,)                                 # of adapters, where a part takes several
+    recipe: str | None = None                           # of the adapters
+    beyond_tokens: int = 0                              # of every arm of "the model, the SAE, or both"
+    recipe_tokens: int = 0                              # of the published recipe, to be beaten with fewer
+    device: str = "cpu"
+
+    @property
+    def models(self):
+        return MODELS[self.model]
+
+    @property
+    def miniature(self):
+        return self.model.startswith("tiny-")
+
+
+# ---- Trainings ---------------------------------------------------------------------------------------------------------
+
+class Training(NamedTuple):
+    """A run in study.folder / name."""
+    name: str
+    given: dict                                         # arguments of runs.defaults.configure
+    needs: tuple = ()                                   # names of the trainings that make its SAEs
+
+
+def train(study, training):
+    """Makes a training, or what is missing of it."""
+    folder = study.folder / training.name
+    config = configure(training.given)
+    check_same(config, folder)
+    if (folder / "results.json").exists():
+        return
+    run = Run.resume(folder) if (folder / "config.json").exists() else Run.create(folder, config)
+    with closing(run):
+        setting = load_setting(run.config, run.folder)
+        if run.config.method == "lora":
+            adapt_model(setting, run)
+        else:
+            train_sae(setting, run)
+
+
+def check_same(config, folder):
+    """Refuses to continue in a folder whose training was another than the one that is asked for."""
+    if not (folder / "config.json").exists():
+        return
+    before = read_config(folder)
+    for name, asked in vars(config).items():
+        found = getattr(before, name)
+        if asked is not None and found != asked:
+            raise InputError(f"{folder} was trained with {name} {found}, not {asked}: pass another --out, or the same arguments "
+                             "to continue")
+
+
+def new_sae(study, method, model, layer=None, *, width=None, l0=None, tokens=None):
+    """The Training of an SAE: l0 latents are to be active, by the penalty of a jumprelu or as the k of the others."""
+    known = PRESETS[model]
+    layer = known.layer if layer is None else layer
+    width = width or known.sae_training.get("width")
+    active = l0 or known.sae_training.get("l0")
+
+    parts = [model, method, f"layer-{layer}"]
+    parts += [f"{width}-latents"] if width else []
+    parts += [f"l0-{active}"] if active else []
+    given = {"model": model, "method": method, "layer": (layer,), "width": width, "tokens": tokens or study.sae_tokens,
+             "l0" if method == "jumprelu" else "k": active, "eval_tokens": study.eval_tokens, "device": study.device}
+    return Training("saes/" + "-".join(parts), given)
+
+
+def adapters(study, name, model, saes, *, tokens=None, seed=None, **how):
+    """The Training of adapters around SAEs: Trainings of such, all on one model, or sources that exist already."""
+    sources = tuple(str(study.folder / sae.name) if isinstance(sae, Training) else sae for sae in saes)
+    needs = tuple(sae.name for sae in saes if isinstance(sae, Training))
+    given = {"model": model, "sae": sources or None, "tokens": tokens or study.lora_tokens, "eval_tokens": study.eval_tokens,
+             "recipe": study.recipe, "seed": seed, "device": study.device, **how}
+    return Training(f"adapters/{name}", given, needs)
+
+
+def results(study, training, variant=None):
+    """What a finished training found; of several ranks or rates those of one, named as its folder is."""
+    folder = study.folder / training.name
+    return read_json((folder / variant if variant else folder) / "results.json")
+
+
+# ---- The adapters that the evaluations of §5 and §6 look at --------------------------------------------------------------
+
+def around_topk(study, seed):
+    """Adapters on all blocks, around a TopK SAE (Tables 3 and 6; Figures 8 and 11)."""
+    model = study.models.main
+    if study.miniature:
+        sae = str(Path(PRESETS[model].sae).parent / "topk")
+    else:
+        sae = new_sae(study, "topk", model)
+    return adapters(study, f"{model}-topk-seed-{seed}", model, [sae], tokens=study.long_tokens, seed=seed, rank=(64,))
+
+
+def around_jumprelu(study, seed, model=None):
+    """Adapters on the blocks after a JumpReLU SAE, the preset's: Gemma Scope (Table 4 with Figures 7 and 10; Table 5)."""
+    model = model or study.models.main
+    return adapters(study, f"{model}-jumprelu-seed-{seed}", model, [], tokens=study.long_tokens, seed=seed, rank=(64,))

@@ -1,0 +1,222 @@
+"""The whole paper by one command: parts share their trainings, a killed command goes on to the same numbers, words follow figures."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers import command, misuse, random_sae, read, refusal
+from lorasae.errors import InputError
+from lorasae.io import presets
+from lorasae.io.sae_formats import save_sae
+from lorasae.paper import frontier, one_block, plan, saebench, scaling, several, study
+from lorasae.paper.findings import Claim, with_interval
+from lorasae.paper.frontier import levels, reached
+from lorasae.paper.jobs import Job, run_all
+from lorasae.paper.study import MODELS, Models, Study
+
+PAPER = "lorasae.paper.__main__"
+ROOT = Path(__file__).parent.parent
+
+
+# ---- A toy study -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def toy(whole_model, text_folder, monkeypatch, tmp_path):
+    """Arguments of the command for a study of a toy model, in this process."""
+    common = {"data": str(text_folder), "dtype": "float32", "context": 32, "eval_tokens": 256, "batch_size": 2}
+    preset = presets.Preset(str(whole_model), layer=1, sae=str(tmp_path / "saes" / "jumprelu"), common=common, lora={"tokens": 640, "rank": (2,), "lr": 1e-2},
+                            sae_training={"width": 96, "k": 4, "l0": 4})
+    for kind in "jumprelu", "topk":
+        save_sae(random_sae(kind, 64, k=4), tmp_path / "saes" / kind, model_name="test", layer=1, context=32)
+    monkeypatch.setitem(presets.PRESETS, "tiny-toy", preset)
+    monkeypatch.setitem(MODELS, "tiny-toy", Models(("tiny-toy",) * 3, "tiny-toy", "tiny-toy", "tiny-toy"))
+    monkeypatch.setattr(several, "MINIATURE", ((1,), (0, 2)))
+    monkeypatch.setattr("lorasae.paper.__main__.measured_rates", lambda study, processes: dict.fromkeys(plan.KINDS, 1e3))
+    return ["--model", "tiny-toy", "--jobs", 1, "--device", "cpu", "--seeds", 2, "--sae-tokens", 640, "--frontier-tokens", 640, "--lora-tokens",
+            640, "--long-tokens", 640, "--eval-tokens", 256, "--out", tmp_path / "out"]
+
+
+@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
+def test_three_parts_from_their_trainings_to_the_page(toy, tmp_path, capsys):
+    out = tmp_path / "out"
+    command(PAPER, *toy, "--only", "fig6,fig1")
+    shown = capsys.readouterr().out
+    for text in ("Compound cross-entropy", "faster than e2e", "index.html"):
+        assert text in shown
+    page = (out / "index.html").read_text()
+    assert several.TITLE in page and frontier.TITLE in page and one_block.TITLE not in page and "<script" not in page
+    for name in "several", "frontier":
+        assert read(out / "numbers" / f"{name}.json")["seconds"] >= 0
+
+    rows = read(out / "numbers" / "several.json")["numbers"]["rows"]
+    assert [row["layers"] for row in rows] == [[1], [0, 2]] and all(len(row["ce_adapted"]) == 2 for row in rows)
+    curves = read(out / "numbers" / "frontier.json")["numbers"]["fig1"]
+    for lora, sae in zip(curves["topk_lora"], curves["topk"]):
+        assert lora["seconds"] == pytest.approx(sae["seconds"] + lora["lora_seconds"]) and lora["lora_seconds"] > 0
+    made = next(out.glob("saes/*topk-layer-1*"))
+    assert curves["topk"][-1]["ce"] == pytest.approx(read(made / "results.json")["ce_sae"], rel=1e-5)
+
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*/results.json")}
+    command(PAPER, *toy, "--only", "one_block,fig6")                    # nothing is trained again, and what was asked is on the page
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert one_block.TITLE in (out / "index.html").read_text()
+    assert "pass another --out" in refusal(PAPER, *toy, "--lora-tokens", 1280, "--only", "fig6")
+
+
+@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
+def test_what_cannot_be_done_is_left_out_by_name_and_the_rest_is_there(toy, tmp_path, capsys, monkeypatch):
+    def impossible(study):
+        raise InputError("no such thing")
+    monkeypatch.setattr(one_block, "measure", impossible)
+    assert "one_block was left out: no such thing" in refusal(PAPER, *toy, "--only", "fig9,fig6")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Left out: no such thing" in page and "Compound" in page
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    assert "there is no such part; choose from frontier, fig1" in refusal(PAPER, "--only", "fig2", "--out", tmp_path / "out")
+    for option, value in ("--seeds", 0), ("--jobs", 0), ("--model", "gpt2"), ("--lora-tokens", "-3"):
+        assert option in misuse(capsys, PAPER, option, value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_figure_and_table_of_the_results_has_a_part(capsys):
+    command(PAPER, "--list")
+    shown = capsys.readouterr().out
+    for name in [f"fig{number}" for number in (1, *range(3, 12))] + [f"table{number}" for number in range(1, 7)]:
+        assert name in shown                            # Figure 2 is the method's
+    real = Study(Path("out"), "gemma-2-2b")
+    assert "model_or_sae" not in plan.parts_of(real)
+    for part in plan.parts_of(real).values():           # the same parts at real size: the models and SAEs of the paper
+        for training in part.trainings(real):
+            assert training.given["model"] in presets.PRESETS and training.given["tokens"] is None
+
+
+def test_the_points_of_figures_3_and_4_at_real_size_are_those_of_the_published_code():
+    real = Study(Path("out"), "gemma-2-2b")
+    grid = scaling.points(real)
+    assert [point.l0 for point in grid["l0"]] == [22, 41, 82, 176, 445]
+    assert [(point.model, point.layer) for point in grid["size"]] == [("gemma-2-2b", 12), ("gemma-2-9b", 20), ("gemma-2-27b", 22)]
+    given = scaling.trainings(real)[0].given
+    assert given["rank"] == scaling.RANKS and given["layer"] == (12,) and given["sae"] is None
+
+
+def test_a_training_that_several_parts_need_is_made_once():
+    asked = Study(Path("out"), seeds=(0,), sae_tokens=1, lora_tokens=1, long_tokens=1)
+    parts = {name: part for name, part in plan.parts_of(asked).items() if name in ("by_token", "by_distance", "saebench")}
+    assert len(plan.trainings_of(asked, parts)) == 1
+    jobs = plan.jobs_of(asked, parts, dict.fromkeys(plan.KINDS, 1.0))
+    assert [job.name for job in jobs if job.needs == ()] == ["adapters/tiny-gemma-2-topk-seed-0"]
+    assert {f"saebench/{piece}" for piece in saebench.pieces(asked)} <= set(next(job for job in jobs if job.name == "saebench").needs)
+
+
+# ---- Jobs --------------------------------------------------------------------------------------------------------------
+
+def note(folder, name):
+    """A job that tells when it was done; for run_all's own processes, which import this file."""
+    print("done", name)
+    if name == "bad":
+        raise InputError("it cannot be done")
+    if name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open(folder.folder / "order", "a") as file:
+        file.write(f"{name}\n")
+
+
+def test_jobs_wait_for_what_they_need_and_what_needs_a_failed_one_is_not_tried(tmp_path, capsys):
+    jobs = [Job("last", ("a", "b"), 1.0), Job("after bad", ("bad",), 1.0), Job("a", (), 1.0), Job("bad", (), 1.0), Job("b", ("a",), 1.0)]
+    failed = run_all(jobs, note, Study(tmp_path), 1)
+    assert failed == {"bad": "it cannot be done", "after bad": "it cannot be done"}
+    assert (tmp_path / "order").read_text().split() == ["a", "b", "last"]
+    assert "done a" in (tmp_path / "logs" / "a.log").read_text() and "done a" not in capsys.readouterr().out
+
+
+def test_a_process_that_is_killed_is_said_in_one_line(tmp_path):
+    with pytest.raises(InputError, match="worked on killed was killed"):
+        run_all([Job("killed", (), 1.0)], note, Study(tmp_path), 2)
+
+
+def test_a_killed_command_leaves_no_process_and_goes_on_to_the_same_numbers(tmp_path):
+    """On the embedded model, at its smallest: killed in the middle of its trainings."""
+    words = [sys.executable, "-m", "lorasae.paper", "--only", "fig9,fig8,fig11", "--quick", "--jobs", "2", "--device", "cpu", "--eval-tokens", "512",
+             "--lora-tokens", "2k", "--long-tokens", "4k", "--out"]
+    speeds = '{"topk": 1e4, "jumprelu": 1e4, "e2e": 1e3, "after": 1e3, "all": 1e3, "forward": 1e4}'
+    for name in "whole", "killed":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "speeds.json").write_text(speeds)
+    running = subprocess.Popen([*words, str(tmp_path / "killed")], cwd=ROOT, stdout=subprocess.DEVNULL)
+    begun = time.monotonic()
+    while not list(tmp_path.glob("killed/adapters/*/before.json")) and time.monotonic() - begun < 120:
+        time.sleep(0.05)
+    running.kill()
+    running.wait()
+    for name in "whole", "killed":                      # a lock that an orphan still held would be refused
+        time.sleep(1)
+        subprocess.run([*words, str(tmp_path / name)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    for name in "one_block", "by_token", "by_distance":
+        whole, killed = (read(tmp_path / run / "numbers" / f"{name}.json")["numbers"] for run in ("whole", "killed"))
+        assert killed == whole
+
+
+# ---- Words follow figures ----------------------------------------------------------------------------------------------
+
+def test_verdicts():
+    assert Claim("", "", "", True).verdict == "agrees in direction" and Claim("", "", "", True, True).verdict == "agrees, in size too"
+    assert Claim("", "", "", False, True).verdict == "does not agree" and Claim("", "", "", None, True).verdict == "cannot be said"
+    assert with_interval([0.5]) == "50.0%" and with_interval([0.4, 0.6]) == "50.0% ± 63.1%"
+
+
+def test_a_difference_within_its_interval_is_not_claimed():
+    assert saebench.claim("TPP", 0.04, 0.02, 0.03).verdict == "cannot be said"
+    assert saebench.claim("TPP", 0.04, 0.02, 0.01).verdict == "agrees in direction"
+    assert saebench.claim("TPP", 0.04, -0.02, 0.01).verdict == "does not agree"
+    assert saebench.claim("TPP", 0.04, 0.02, None).verdict == "cannot be said"
+
+
+def test_single_blocks_are_held_against_all_after_the_sae():
+    numbers = {"sae_layer": 2, "blocks": [3, 4], "improvement": {"after": [0.2, 0.1], "3": [0.18, 0.088], "4": [0.1, 0.05]}}
+    first, falls = one_block.claims(numbers)
+    assert first.ours == "89%" and first.verdict == "agrees, in size too" and falls.verdict == "agrees in direction"
+    numbers["improvement"]["4"] = [0.19, 0.1]
+    assert one_block.claims(numbers)[1].verdict == "does not agree"
+
+
+def curve(*points):
+    return [{"seconds": seconds, "ce": ce, "percent": 10} for seconds, ce in points]
+
+
+def test_the_time_to_a_loss_is_on_the_line_between_points_or_at_the_first_point_that_is_there():
+    points = curve((10, 3.0), (20, 2.0), (30, 2.5), (40, 1.0))
+    assert reached(points, 2.5) == 15 and reached(points, 2.5, between=False) == 20
+    assert reached(points, 2.0) == 20 and reached(points, 1.75) == 35 and reached(points, 1.75, between=False) == 40
+    assert reached(points, 3.5) == 10 and reached(points, 0.9) is None
+
+
+POINTS = {"topk": curve((10, 4.0), (20, 3.0)), "e2e": curve((50, 3.0), (150, 2.0)), "topk_lora": curve((12, 2.8), (22, 2.2))}
+
+
+def test_the_table_of_times_goes_from_the_first_loss_of_lora_to_the_best_of_all():
+    rows = levels(POINTS)
+    assert [row["ce"] for row in rows] == pytest.approx([2.8, 2.6, 2.4, 2.2, 2.0])
+    assert [row["topk_lora"] for row in rows] == [12, 22, 22, 22, None] and all(row["topk"] is None for row in rows)
+    assert [row["e2e"] for row in rows] == pytest.approx([70, 90, 110, 130, 150])
+    assert [row["speedup"] for row in rows[:4]] == pytest.approx([70 / 12, 90 / 22, 5, 130 / 22]) and rows[4]["speedup"] is None
+
+
+def test_what_the_frontier_claims_follows_its_points():
+    found = {"model": "toy", "sae_tokens": 4000, "lora_tokens": 100, "levels": levels(POINTS), **POINTS}
+    sooner, ends, passes = frontier.claims({"fig1": found})
+    assert sooner.verdict == "agrees, in size too" and sooner.ours == "4.09x to 5.91x"
+    assert ends.verdict == "does not agree" and passes.ours == "40 times fewer"           # here e2e ends lower, in Figure 1 it does not
+
+
+def test_trainings_name_what_makes_their_saes():
+    asked = Study(Path("out"), sae_tokens=1)
+    sae = study.new_sae(asked, "topk", "tiny-gemma-2", 3, l0=4)
+    assert sae.given["k"] == 4 and "l0" not in sae.given and sae.given["layer"] == (3,)
+    training = study.adapters(asked, "x", "tiny-gemma-2", [sae, "elsewhere"])
+    assert training.needs == (sae.name,) and training.given["sae"] == (str(Path("out") / sae.name), "elsewhere")
