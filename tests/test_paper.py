@@ -31,7 +31,7 @@ def toy(whole_model, text_folder, monkeypatch, tmp_path):
     preset = presets.Preset(str(whole_model), layer=1, sae=str(tmp_path / "saes" / "jumprelu"), common=common, lora={"tokens": 640, "rank": (2,), "lr": 1e-2},
                             sae_training={"width": 96, "k": 4, "l0": 4})
     for kind in "jumprelu", "topk":
-        save_sae(random_sae(kind, 64, k=4), tmp_path / "saes" / kind, model_name="test", layer=1, context=32)
+        save_sae(random_sae(kind, 48, k=4), tmp_path / "saes" / kind, model_name="test", layer=1, context=32)
     monkeypatch.setitem(presets.PRESETS, "tiny-toy", preset)
     monkeypatch.setitem(MODELS, "tiny-toy", Models(("tiny-toy",) * 3, "tiny-toy", "tiny-toy", "tiny-toy"))
     monkeypatch.setattr(several, "MINIATURE", ((1,), (0, 2)))

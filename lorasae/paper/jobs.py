@@ -44,8 +44,8 @@ def run_all(jobs, work, study, processes):
                         failed[job.name] = failed[missing]
                 ended, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in ended:
-                    job = running.pop(future)
                     reason, seconds = future.result()
+                    job = running.pop(future)
                     if reason is None:
                         done.add(job.name)
                     else:

@@ -64,7 +64,8 @@ def claims(numbers):
     rows = numbers["rows"]
     one, most = rows[0], rows[-1]
     cost = most["ce_sae"] - most["ce_base"]
-    least_closed = min(share for row in rows for share in row["gap_closed"] if share is not None)
+    shares = [share for row in rows for share in row["gap_closed"] if share is not None]
+    least_closed = min(shares, default=0.0)
     several = rows[1]
     adapted = over_seeds(several["ce_adapted"])[0]
     count = len(several["layers"])
