@@ -98,7 +98,8 @@ def test_a_recipe_decides_what_is_not_given_and_no_recipe_leaves_the_presets():
     assert {name: getattr(found, name) for name in expected} == expected and found.sae_lr is None
     assert found.tokens == preset.lora["tokens"]
     assert configure({"recipe": "tuned", "train_sae": True}).sae_lr == sae_lr
-    assert configure({"recipe": "paper", "train_sae": True}).sae_lr == preset.finetune["lr"]
+    assert configure({"recipe": "paper", "train_sae": True}).sae_lr == preset.lora["sae_lr"]
+    assert configure({"method": "finetune", "sae": (preset.sae,)}).lr == preset.finetune["lr"]
 
 
 def test_the_paper_s_models_are_trained_as_published_unless_asked_otherwise():

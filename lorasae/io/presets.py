@@ -24,16 +24,40 @@ class Preset:
     finetune: dict = field(default_factory=dict)        # finetuning one that is there, beside what adapting shares with it
 
 
+# ---- Recipes for adapters ----------------------------------------------------------------------------------------------
+
+PAPER = {"lr": 5e-5, "lr_decay": False, "dropout": 0.1, "batch_size": 1}           # the published one
+
+TUNED = {"lr_decay": True, "dropout": 0.0, "batch_size": 1}
+TUNED_LR, TUNED_SAE_LR = 3e-3, 2.5e-4                                               # of adapters; of an SAE trained with them
+TUNED_WIDTH, TUNED_DEPTH = 192, 6                                                   # found at this d_model and depth
+WIDTH_POWER, DEPTH_POWER = 0.5, 0.5                                                 # assumed, not measured
+
+
+def tuned(d_model, depth):
+    """--recipe tuned: fields of Config for adapters (and an SAE beside them) in a model of that width and number of blocks.
+
+        lr = TUNED_LR · (TUNED_WIDTH / d_model) ^ WIDTH_POWER · (TUNED_DEPTH / depth) ^ DEPTH_POWER,  falling linearly to 0
+
+    A rule from small models (`python -m lorasae.paper.recipe`), so for a large one a place to begin: several rates around
+    it, as in --lr 5e-5 2e-4 1e-3, train side by side in one pass.
+    """
+    slower = (TUNED_WIDTH / d_model) ** WIDTH_POWER * (TUNED_DEPTH / depth) ** DEPTH_POWER
+    return {"lr": float(f"{TUNED_LR * slower:.2g}"), "sae_lr": float(f"{TUNED_SAE_LR * slower:.2g}"), **TUNED}
+
+
+# ---- Models ------------------------------------------------------------------------------------------------------------
+
 EMBEDDED = {"data": "stdlib", "dtype": "float32", "context": 256, "eval_tokens": 50_000}
 EMBEDDED_SAE = {"width": 1024, "k": 8, "l0": 8, "lr": 4e-3, "batch_size": 8, "tokens": 2_000_000}
 EMBEDDED_E2E = {"lr": 3e-3, "batch_size": 2}            # with larger batches it does not beat reconstruction
-EMBEDDED_FINETUNE = {"lr": 1e-3}
-SHORT = {"batch_size": 4, "lr_decay": True, "dropout": 0.0}             # runs of minutes: few, large, falling steps
+EMBEDDED_LORA = {**tuned(192, 6), "ahead": 8}           # the frozen part of 8 steps at once: larger products
+EMBEDDED_FINETUNE = {"lr": 1e-3, "batch_size": 4}       # its penalty on L0 is a step's, and one sequence's L0 is noise
 
 PRESETS = {
     "tiny-gemma-2": Preset(
         str(TINY / "gemma-2"), layer=2, sae=str(TINY / "gemma-2-sae" / "jumprelu"), common=EMBEDDED,
-        lora={"adapt": ("after",), "tokens": 900_000, "lr": 7e-3, **SHORT}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
+        lora={"adapt": ("after",), "tokens": 900_000, **EMBEDDED_LORA}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
         finetune=EMBEDDED_FINETUNE),
     "tiny-gemma-2-medium": Preset(                              # these two for Figure 4, around SAEs of one's own
         str(TINY / "gemma-2-medium"), layer=1, common=EMBEDDED, lora={"adapt": ("after",), "tokens": 300_000, "lr": 7e-3, **SHORT},
@@ -43,7 +67,7 @@ PRESETS = {
         sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E, finetune=EMBEDDED_FINETUNE),
     "tiny-llama-3": Preset(
         str(TINY / "llama-3"), layer=2, sae=str(TINY / "llama-3-sae" / "topk"), common=EMBEDDED,
-        lora={"adapt": ("all",), "tokens": 600_000, "lr": 4e-3, **SHORT}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
+        lora={"adapt": ("all",), "tokens": 600_000, **EMBEDDED_LORA}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
         finetune=EMBEDDED_FINETUNE),
     "gemma-2-2b": Preset(
         "google/gemma-2-2b", layer=12, mirror="unsloth/gemma-2-2b",
@@ -66,28 +90,6 @@ PRESETS = {
         sae="fnlp/Llama3_1-8B-Base-LXR-32x",
         common={"data": "redpajama-1t-sample"}, lora={"adapt": ("all",), "sae_dtype": "bfloat16"}),
 }
-
-
-# ---- Recipes for adapters ----------------------------------------------------------------------------------------------
-
-PAPER = {"lr": 5e-5, "lr_decay": False, "dropout": 0.1, "batch_size": 1}           # the published one
-
-TUNED = {"lr_decay": True, "dropout": 0.0, "batch_size": 4}                         # where steps are few, see `tuned`
-TUNED_LR, TUNED_WIDTH, TUNED_DEPTH = 3e-3, 192, 6                                   # found at this d_model and depth
-WIDTH_POWER, DEPTH_POWER = 0.5, 0.5
-TUNED_SAE = 1 / 3                                                                   # of that, for an SAE trained with them
-
-
-def tuned(d_model, depth):
-    """--recipe tuned: fields of Config for adapters (and an SAE beside them) in a model of that width and number of blocks.
-
-        lr = TUNED_LR · (TUNED_WIDTH / d_model) ^ WIDTH_POWER · (TUNED_DEPTH / depth) ^ DEPTH_POWER,  falling linearly to 0
-
-    A rule from small models (`python -m lorasae.paper.recipe`), so for a large one a place to begin: several rates around
-    it, as in --lr 5e-5 2e-4 1e-3, train side by side in one pass.
-    """
-    lr = TUNED_LR * (TUNED_WIDTH / d_model) ** WIDTH_POWER * (TUNED_DEPTH / depth) ** DEPTH_POWER
-    return {"lr": float(f"{lr:.2g}"), "sae_lr": float(f"{TUNED_SAE * lr:.2g}"), **TUNED}
 
 
 def preset(name):

@@ -1,16 +1,18 @@
-"""How to train adapters: rate x decay x rank, against the published recipe (beyond the paper).
+"""How to train adapters: rate x batch x rank, against the published recipe (beyond the paper).
 
     python -m lorasae.paper.recipe                      the embedded models around both kinds of SAE
     python -m lorasae.paper.recipe --quick              seconds: that it runs, not what it finds
 
 How many tokens does a recipe need to close as much of the KL gap as the published one does with its whole budget? Every
-recipe is trained anew at every budget, since a rate that falls to 0 depends on it; all rates and ranks of a budget train
-side by side in one pass. Everything is measured on a tuning split of the training text, never on the held-out one, so
-what is chosen here (io/presets.py: --recipe tuned) may still be tested there.
+recipe's rate falls to 0, so it is trained anew at every budget; all rates and ranks of a budget and a batch size train side
+by side in one pass. With --constant the rates are also tried as they are published, without a fall. Everything is measured
+on a tuning split of the training text, never on the held-out one, so what is chosen here (io/presets.py: --recipe tuned)
+may still be tested there.
 
 OUT/ gets a file for each pass, recipe.json and, with matplotlib, recipe.png. Interrupted, the same command continues.
 """
 import math
+from itertools import product
 from pathlib import Path
 
 from lorasae.evals.common import percent, print_table
@@ -21,9 +23,12 @@ from lorasae.io.presets import PAPER
 from lorasae.paper.arms import KINDS, MODELS, TUNING, adapted, asked, finetuned, load_case, once, same_plan, tuning_kl, untouched
 from lorasae.paper.model_or_sae import new_student
 
-BUDGETS = (48, 24, 16, 12, 8, 4)                        # parts of the published recipe's tokens
-RATES = (1e-3, 3e-3, 9e-3)
+TOKENS = 300_000                                        # of the published recipe
+BUDGETS = (24, 12)                                      # parts of these tokens
+RATES = (1.5e-3, 3e-3, 6e-3)
+BATCHES = (1, 4)                                        # sequences a step
 RANKS = (64,)
+SAE_RATES = (5e-4,)
 
 
 # ---- Trying ------------------------------------------------------------------------------------------------------------
@@ -34,16 +39,17 @@ def closed(found, kl):
 
 
 def search(case, folder, plan, seed):
-    """Every recipe at every budget -> {"before", "paper", "tried": [{lr, rank, decay, sae_lr, tokens, kl}]}, KL in nats."""
+    """Every recipe at every budget -> {"before", "paper", "tried": [a `trial`]}, KL in nats."""
     before = once(folder / "before.json", lambda: tuning_kl(case, untouched(case)))
     paper = once(folder / f"paper-{seed}.json", lambda: published(case, plan["tokens"], seed))
 
+    decays = (True, False) if plan["constant"] else (True,)
     tried = []
     for part in BUDGETS:
         tokens = plan["tokens"] // part
-        for decay in (True, False):
-            path = folder / f"{'falling' if decay else 'constant'}-{part}-{seed}.json"
-            tried += once(path, lambda: side_by_side(case, plan, tokens, decay, seed))
+        for batch, decay in product(plan["batches"], decays):
+            path = folder / f"{'falling' if decay else 'constant'}-{batch}-{part}-{seed}.json"
+            tried += once(path, lambda: side_by_side(case, plan, tokens, batch, decay, seed))
         for sae_lr in plan["sae_rates"]:
             path = folder / f"both-{sae_lr}-{part}-{seed}.json"
             tried += once(path, lambda: together(case, plan, tokens, sae_lr, seed))
@@ -57,36 +63,41 @@ def published(case, tokens, seed):
     return tuning_kl(case, trained)
 
 
-def side_by_side(case, plan, tokens, decay, seed):
+def side_by_side(case, plan, tokens, batch, decay, seed):
     """A trial of every rate and rank, in one pass."""
     pairs = [(lr, rank) for lr in plan["rates"] for rank in plan["ranks"]]
     rates, ranks = zip(*pairs)
-    students = adapted(case, asked(case, tokens, seed, rank=ranks, lr=rates, lr_decay=decay))
+    students = adapted(case, asked(case, tokens, seed, rank=ranks, lr=rates, lr_decay=decay, **of(batch)))
     trials = []
     for (lr, rank), trained in zip(pairs, students):
-        trials.append(trial(lr, rank, decay, None, tokens, tuning_kl(case, trained)))
+        trials.append(trial(lr, batch, rank, decay, None, tokens, tuning_kl(case, trained)))
     return trials
 
 
 def together(case, plan, tokens, sae_lr, seed):
-    """A trial with the SAE trained too, beside adapters of the middle rate and the first rank."""
-    lr, rank = plan["rates"][len(plan["rates"]) // 2], plan["ranks"][0]
-    config = asked(case, tokens, seed, rank=(rank,), lr=lr, objective="kl")
+    """A trial with the SAE trained too, beside adapters of the middle rate, the first batch size and the first rank."""
+    lr, batch, rank = plan["rates"][len(plan["rates"]) // 2], plan["batches"][0], plan["ranks"][0]
+    config = asked(case, tokens, seed, rank=(rank,), lr=lr, objective="kl", **of(batch))
     trained = finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True)
-    return [trial(lr, rank, True, sae_lr, tokens, tuning_kl(case, trained))]
+    return [trial(lr, batch, rank, True, sae_lr, tokens, tuning_kl(case, trained))]
 
 
-def trial(lr, rank, decay, sae_lr, tokens, kl):
-    return {"lr": lr, "rank": rank, "decay": decay, "sae_lr": sae_lr, "tokens": tokens, "kl": kl}
+def of(batch):
+    """Fields of Config for that many sequences a step."""
+    return {"batch_size": batch, "micro_batch": batch}
+
+
+def trial(lr, batch, rank, decay, sae_lr, tokens, kl):
+    return {"lr": lr, "batch": batch, "rank": rank, "decay": decay, "sae_lr": sae_lr, "tokens": tokens, "kl": kl}
 
 
 # ---- What comes out ----------------------------------------------------------------------------------------------------
 
 def recipes(found):
-    """{(lr, rank, decay, sae_lr): [(tokens, KL)] by budget}"""
+    """{(lr, batch, rank, decay, sae_lr): [(tokens, KL)] by budget}"""
     curves = {}
     for trial in found["tried"]:
-        key = (trial["lr"], trial["rank"], trial["decay"], trial["sae_lr"])
+        key = (trial["lr"], trial["batch"], trial["rank"], trial["decay"], trial["sae_lr"])
         curves.setdefault(key, []).append((trial["tokens"], trial["kl"]))
     return {key: sorted(curve) for key, curve in curves.items()}
 
@@ -114,9 +125,9 @@ def ratio(found, key, tokens):
 
 
 def named(key):
-    lr, rank, decay, sae_lr = key
+    lr, batch, rank, decay, sae_lr = key
     both = "" if sae_lr is None else f", SAE {sae_lr:g}"
-    return f"{lr:g} {'falling' if decay else 'constant'}, rank {rank}{both}"
+    return f"{lr:g} {'falling' if decay else 'constant'}, batch {batch}, rank {rank}{both}"
 
 
 def rows(numbers):
@@ -134,7 +145,7 @@ def show(numbers):
     print(f"\nThe published recipe ({PAPER['lr']:g} constant, {PAPER['batch_size']} sequence a step, rank 64, {tokens:,} tokens) closes")
     for name, seeds in numbers["cases"].items():
         print(f"  {name}: " + ", ".join(percent(closed(found, found["paper"])) for found in seeds) + " of the KL gap")
-    print("\nTimes fewer tokens for the same gap; - where a quarter of the tokens was not enough, and at most "
+    print(f"\nTimes fewer tokens for the same gap; - where 1/{BUDGETS[-1]} of the tokens was not enough, and at most "
           f"{BUDGETS[0]}x, as fewer were not tried:\n")
     names = [f"{name} s{seed}" for name, seeds in numbers["cases"].items() for seed in range(len(seeds))]
     shown = [[named(key), *(times(value) for value in ratios), times(least)] for key, ratios, least in rows(numbers)]
@@ -167,11 +178,13 @@ def arguments(argv):
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: both)")
-    add("--tokens", type=count, help="the published recipe's budget (default: 900k; quick: 12k)")
+    add("--tokens", type=count, help="the published recipe's budget (default: 300k; quick: 12k)")
     add("--rates", type=float, nargs="+", default=list(RATES), help="of the adapters (default: %(default)s)")
+    add("--batches", type=int, nargs="+", default=list(BATCHES), help="sequences a step (default: %(default)s)")
     add("--ranks", type=int, nargs="+", default=list(RANKS), help="(default: %(default)s)")
-    add("--sae-rates", type=float, nargs="*", default=[1e-3], help="of the SAE, trained together with adapters of the middle "
-        "rate and the first rank; none: leave that out (default: %(default)s)")
+    add("--sae-rates", type=float, nargs="*", default=list(SAE_RATES), help="of the SAE, trained together with adapters of "
+        "the middle rate, the first batch size and the first rank; none: leave that out (default: %(default)s)")
+    add("--constant", action="store_true", help="also rates that do not fall")
     add("--seeds", type=int, default=1, help="number of seeds (default: %(default)s)")
     add("--quick", action="store_true", help="the smallest that runs")
     add("--out", type=Path, help="folder (default: runs/recipe, or runs/recipe-quick)")
@@ -184,8 +197,9 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     folder = args.out or Path("runs") / ("recipe-quick" if args.quick else "recipe")
-    plan = {"tokens": args.tokens or (12_000 if args.quick else 900_000), "rates": args.rates, "ranks": args.ranks,
-            "sae_rates": args.sae_rates, "tuning_tokens": 1_000 if args.quick else TUNING}
+    plan = {"tokens": args.tokens or (12_000 if args.quick else TOKENS), "rates": args.rates, "batches": args.batches,
+            "ranks": args.ranks, "sae_rates": args.sae_rates, "constant": args.constant,
+            "tuning_tokens": 1_000 if args.quick else TUNING}
     with answering("interrupted: the same command continues"):
         same_plan(folder, plan)
         cases = {}
