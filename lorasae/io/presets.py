@@ -60,11 +60,13 @@ PRESETS = {
         lora={"adapt": ("after",), "tokens": 900_000, **EMBEDDED_LORA}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
         finetune=EMBEDDED_FINETUNE),
     "tiny-gemma-2-medium": Preset(                              # these two for Figure 4, around SAEs of one's own
-        str(TINY / "gemma-2-medium"), layer=1, common=EMBEDDED, lora={"adapt": ("after",), "tokens": 300_000, "lr": 7e-3, **SHORT},
-        sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E, finetune=EMBEDDED_FINETUNE),
+        str(TINY / "gemma-2-medium"), layer=1, common=EMBEDDED,
+        lora={"adapt": ("after",), "tokens": 300_000, **EMBEDDED_LORA, **tuned(112, 4)}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
+        finetune=EMBEDDED_FINETUNE),
     "tiny-gemma-2-small": Preset(
-        str(TINY / "gemma-2-small"), layer=1, common=EMBEDDED, lora={"adapt": ("after",), "tokens": 300_000, "lr": 7e-3, **SHORT},
-        sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E, finetune=EMBEDDED_FINETUNE),
+        str(TINY / "gemma-2-small"), layer=1, common=EMBEDDED,
+        lora={"adapt": ("after",), "tokens": 300_000, **EMBEDDED_LORA, **tuned(64, 4)}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
+        finetune=EMBEDDED_FINETUNE),
     "tiny-llama-3": Preset(
         str(TINY / "llama-3"), layer=2, sae=str(TINY / "llama-3-sae" / "topk"), common=EMBEDDED,
         lora={"adapt": ("all",), "tokens": 600_000, **EMBEDDED_LORA}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
