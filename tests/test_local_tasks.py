@@ -83,7 +83,8 @@ def test_passages_are_whole_lines_one_after_another():
     assert source.startswith("".join(context + following for _, context, following in one))
     assert [passage[1:] for passage in found if passage.file == 1] == [passage[1:] for passage in one]
     for _, context, following in found:
-        assert len(context) >= CONTEXT and len(following) >= FOLLOWING and context.endswith("\n") and following.endswith("\n")
+        assert len(context) >= CONTEXT and len(following) >= FOLLOWING
+        assert context.endswith("\n") and following.endswith("\n")
     assert not passages(["short\n" * 10, "y" * 10_000 + "\n" + "x" * 90])
 
 
@@ -114,11 +115,12 @@ def test_table_5_names_the_benchmark_whose_form_a_local_task_has(capsys):
     benchmarks.show({"tasks": list(found), "sae": found, "lora": found})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["SAE", "LoRA"] and lines[4] == ""
-    assert [line.rsplit("0.", 2)[0].split()[:2] for line in lines[1:4]] == [["MMLU", "(local)"], ["BLEU", "(local)"], ["own", "acc"]]
+    labels = [" ".join(line.split()[:2]) for line in lines[1:4]]
+    assert labels == ["MMLU (local)", "BLEU (local)", "own acc"]
     assert "0.5000 ± 0.0100" in lines[1] and "0.2500 ± 0.0300" in lines[2]
 
 
-# ---- As lm-eval's tasks ------------------------------------------------------------------------------------------------
+# ---- As lm-eval's tasks ----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tasks():
@@ -158,7 +160,8 @@ def test_who_knows_every_answer_scores_1(tasks):
     assert list(found) == TASKS
     assert all(found[task][metric][0] == 1 for task in CHOOSING for metric in ("acc", "acc_norm"))
     ends = found["local_truthfulqa_gen"]
-    assert ends["rouge1_acc"][0] > 0.95 and ends["bleu_acc"][0] > 0.9 and ends["bleu_max"][0] > 80        # not 1: BLEU needs four words
+    assert ends["rouge1_acc"][0] > 0.95 and ends["bleu_acc"][0] > 0.9
+    assert ends["bleu_max"][0] > 80                     # not 100: BLEU needs four words
 
 
 def test_who_always_says_the_same_is_at_chance(tasks, asked):
@@ -188,8 +191,8 @@ def test_the_four_settings_run_end_to_end_and_differ(tasks):
     model.load_state_dict(random_weights(raw, scale=0.15))
     model = adapted(model.requires_grad_(False), range(4), rank=2)
     tokenizer = Tokenizer.from_file(str(TINY / "gemma-2" / "tokenizer.json"))
-    numbers = benchmarks.measure(model, {1: random_sae("topk", model)}, tokenizer, tasks, limit=12)
-    assert numbers["tasks"] == TASKS and numbers["samples"] == dict.fromkeys(TASKS, 12)
+    numbers = benchmarks.measure(model, {1: random_sae("topk", model)}, tokenizer, tasks, limit=5)
+    assert numbers["tasks"] == TASKS and numbers["samples"] == dict.fromkeys(TASKS, 5)
     for setting in SETTINGS:
         assert set(numbers[setting]["local_mmlu"]) == {"acc", "acc_norm"}
         assert all(0 <= value <= 1 for task in CHOOSING for value, _ in numbers[setting][task].values())

@@ -33,11 +33,11 @@ SEED = 1234                                             # lm-eval's own, of the 
 # ---- Table 5 ---------------------------------------------------------------------------------------------------------
 
 def load_tasks(names):
-    """lm-eval's tasks, with their data: names, or YAML files and folders of them (what has a / or ends in .yaml), or local."""
+    """lm-eval's tasks, with their data: names, "local", or YAML files and folders of them (with a / or ending in .yaml)."""
     paths = {name: Path(name).resolve() for name in names if "/" in name or name.endswith(".yaml")}
     from lm_eval.tasks import TaskManager
     manager = TaskManager(include_path=[path for path in paths.values() if path.is_dir()],
-                          include_defaults=any(name not in paths and name != LOCAL for name in names))      # takes seconds
+                          include_defaults=not set(names) <= {*paths, LOCAL})       # lm-eval's own take seconds to read
     index, specs = manager.task_index, []
     for name in names:
         if name == LOCAL:
@@ -56,8 +56,8 @@ def load_tasks(names):
 
 
 def add_options(add):
-    add("--tasks", help="tasks of lm-eval, YAML files of one's own, or local: four made from held-out text; comma-separated "
-        "(default: local for an embedded model, else the paper's Table 5)")
+    add("--tasks", help="tasks of lm-eval, YAML files of one's own, or local: four made from held-out text; "
+        "comma-separated (default: local for an embedded model, else the paper's Table 5)")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task (default: all)")
 
 
@@ -69,7 +69,7 @@ def evaluate(setting, options):
 
 
 def default_tasks(model):
-    """--tasks for a model, by its name: an embedded one, at chance in the paper's, gets its own, and a line says so."""
+    """--tasks for a model, by its name: an embedded one, which read little but code, gets its own, and a line says so."""
     known = preset(model)
     if known is None or not Path(known.repo).is_relative_to(TINY):
         return TASKS

@@ -2,20 +2,19 @@
 
     python eval.py RUN_DIR --suite lm --tasks local         the default for an embedded model
 
-Each is named after the benchmark whose form and metrics it has. It asks what a model of 2.5M parameters, trained on files
-of the Python standard library, may know: how other files of the library go on.
+Each is named after the benchmark whose form and metrics it has. It asks what a model of 2.5M parameters, trained on
+files of the Python standard library, may know: how other files of the library go on.
 
-    local_mmlu              which of four names follows this dot? (not MMLU's letters, which so small a model cannot use)
+    local_mmlu              which of four names follows this dot? (MMLU's letters mean nothing to so small a model)
     local_hellaswag         which of four passages comes next?
     local_truthfulqa_mc1    which of four ends does this line have? The wrong ones are from the same file: plausible.
     local_truthfulqa_gen    the same lines, ended by greedy generation, against the true end and the wrong ones
 
-The questions are the same for every model and run (on another Python the library may differ a little). Their lengths, and so
-how hard they are, were chosen on files of the training side.
+The questions are the same for every model and run (on another Python the library may differ a little). Their lengths,
+and so how hard they are, were chosen on files of the training side.
 """
 import random
 import re
-from functools import cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from lorasae.io.streams import held_out, standard_library
 SEED = 42
 CONTEXT, FOLLOWING = 120, 80                            # characters, or the few more that fill a line: 40 and 30 tokens
 LONGEST = 400                                           # both together: a table in one long line is no passage
-LINE, BEGUN = 40, 12                                    # characters: the shortest line to be ended; those that are given
+LINE, BEGUN = 40, 12                                    # characters: of a line to be ended; of what is given of it
 NAME = re.compile(r"(?<=\w\.)[a-z][a-z_]{2,7}\b")       # most are a single token
 NAMES, PASSAGES, LINES = 400, 200, 200                  # questions
 
@@ -134,16 +133,17 @@ def questions(sources):
             "local_truthfulqa_mc1": lines, "local_truthfulqa_gen": lines}
 
 
-# ---- lm-eval's tasks ----------------------------------------------------------------------------------------------------
+# ---- lm-eval's tasks -------------------------------------------------------------------------------------------------
 
-CHOOSE = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "label", "target_delimiter": ""}
+CHOOSE = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "label",
+          "target_delimiter": ""}
 COMPLETE = {"output_type": "generate_until", "doc_to_target": "{{choices[label]}}", "target_delimiter": "",
             "generation_kwargs": {"until": ["\n"], "max_gen_toks": 24, "do_sample": False}}
 SCORES = ("bleu", "rouge1", "rouge2")
 
 
 def local_tasks(sources=None):
-    """[Task] of lm-eval, asking about texts: by default the held-out files. InputError where they are too short for that."""
+    """[Task] of lm-eval, asking about texts: by default the held-out files. InputError where they are too short."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -160,8 +160,8 @@ def local_tasks(sources=None):
     tasks = []
     for name, rows in questions(held_out_sources() if sources is None else sources).items():
         if not rows:
-            raise InputError(f"too little text for {name}: --tasks local asks about the standard library's own source files, "
-                             "which this Python lacks")
+            raise InputError(f"too little text for {name}: --tasks local asks about the standard library's own source "
+                             "files, which this Python lacks")
         if name == "local_truthfulqa_gen":
             metrics = [f"{score}_{kind}" for score in SCORES for kind in ("acc", "max")]
             form = {**COMPLETE, "process_results": compare}
@@ -175,15 +175,17 @@ def local_tasks(sources=None):
 
 
 def compare(row, results):
-    """A generated end -> its BLEU and ROUGE (F1), of 100: "_max" with the true end, "_acc": more than with any wrong one.
+    """A generated end -> its BLEU and ROUGE (F1), of 100: "_max" with the true end; "_acc": is that more than
+    with any wrong one?
 
-    As truthfulqa_gen, with one true answer, whose own ROUGE resamples a single pair a thousand times: 0.1 s each.
+    As truthfulqa_gen with one true answer; its own function resamples every pair's ROUGE a thousand times, for 0.1 s.
     """
     from lm_eval.tasks.truthfulqa.utils import bleu
-    answer = results[0]
+    from rouge_score.rouge_scorer import RougeScorer
+    answer, scorer = results[0], RougeScorer(["rouge1", "rouge2"])
 
     def scores(end):
-        rouge = rouge_scorer().score(end, answer)
+        rouge = scorer.score(end, answer)
         return {"bleu": bleu([[end]], [answer]), **{name: 100 * rouge[name].fmeasure for name in ("rouge1", "rouge2")}}
 
     right = scores(row["choices"][row["label"]])
@@ -194,9 +196,3 @@ def compare(row, results):
         out[f"{name}_max"] = right[name]
         out[f"{name}_acc"] = int(right[name] > max(other[name] for other in wrong))
     return out
-
-
-@cache
-def rouge_scorer():
-    from rouge_score.rouge_scorer import RougeScorer
-    return RougeScorer(["rouge1", "rouge2"])
