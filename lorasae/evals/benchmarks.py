@@ -1,16 +1,20 @@
 """Language-model benchmarks (paper §5.3, Table 5): the model with SAEs and without, adapted and not, by lm-eval.
 
     python eval.py RUN_DIR --suite lm                                       the paper's four tasks, fetched from the Hub
+    python eval.py RUN_DIR --suite lm --tasks local                         the same four forms, without a network
     python eval.py RUN_DIR --suite lm --tasks my_task.yaml --limit 100      a task of one's own, in lm-eval's format
 
-The lm-eval package makes the prompts and computes the scores (accuracy, BLEU, ROUGE); spliced_lm.py answers them.
+The lm-eval package makes the prompts and computes the scores (accuracy, BLEU, ROUGE); spliced_lm.py answers them. The
+embedded models know nothing of the paper's tasks: theirs are the local ones (local_tasks.py).
 """
 from importlib.metadata import version
 from pathlib import Path
 
 from lorasae.errors import InputError
 from lorasae.evals.common import evaluating, plus_minus, print_table
+from lorasae.evals.local_tasks import local_tasks
 from lorasae.io.console import say
+from lorasae.io.presets import TINY, preset
 
 SETTINGS = {                                            # the columns of Table 5: (SAEs spliced in, adapters on)
     "sae": ("SAE", True, False), "adapted": ("SAE + LoRA", True, True),
@@ -22,19 +26,23 @@ TABLE_5 = {                                             # its rows; lm-eval comp
     ("truthfulqa_mc1", "acc"): "MC1",
 }
 TASKS = "mmlu,hellaswag,truthfulqa_mc1,truthfulqa_gen"
+LOCAL = "local"                                         # for `local_` before each of these
 SEED = 1234                                             # lm-eval's own, of the examples that few-shot tasks draw
 
 
 # ---- Table 5 ---------------------------------------------------------------------------------------------------------
 
 def load_tasks(names):
-    """lm-eval's tasks, with their data: names, or YAML files and folders of them (what has a / or ends in .yaml)."""
+    """lm-eval's tasks, with their data: names, "local", or YAML files and folders of them (with a / or ending in .yaml)."""
     paths = {name: Path(name).resolve() for name in names if "/" in name or name.endswith(".yaml")}
     from lm_eval.tasks import TaskManager
     manager = TaskManager(include_path=[path for path in paths.values() if path.is_dir()],
-                          include_defaults=len(paths) < len(names))     # lm-eval's own files take seconds to read
+                          include_defaults=not set(names) <= {*paths, LOCAL})       # lm-eval's own take seconds to read
     index, specs = manager.task_index, []
     for name in names:
+        if name == LOCAL:
+            specs += local_tasks()
+            continue
         specs += [task for task in manager.all_subtasks if paths.get(name) in index[task].yaml_path.parents] or [name]
     try:
         return manager.load(specs)
@@ -48,14 +56,26 @@ def load_tasks(names):
 
 
 def add_options(add):
-    add("--tasks", help="tasks of lm-eval, or YAML files of one's own, comma-separated (default: the paper's Table 5)")
+    add("--tasks", help="tasks of lm-eval, YAML files of one's own, or local: four made from held-out text; "
+        "comma-separated (default: local for an embedded model, else the paper's Table 5)")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task (default: all)")
 
 
 def evaluate(setting, options):
     require_lm_eval()
-    tasks = load_tasks((options.tasks or TASKS).split(","))
+    names = options.tasks or default_tasks(setting.config.model)
+    tasks = load_tasks(names.split(","))
     return measure(setting.model, setting.saes, setting.corpus.tokenizer, tasks, limit=options.limit)
+
+
+def default_tasks(model):
+    """--tasks for a model, by its name: an embedded one, which read little but code, gets its own, and a line says so."""
+    known = preset(model)
+    if known is None or not Path(known.repo).is_relative_to(TINY):
+        return TASKS
+    say(f"{model} is an embedded model: --tasks {LOCAL}, on held-out files of the standard library (the paper's: "
+        f"--tasks {TASKS})")
+    return LOCAL
 
 
 def require_lm_eval():
@@ -104,14 +124,18 @@ def measured(metrics):
 
 
 def show(numbers):
-    """Table 5: of the paper's tasks the metrics it shows, of others all."""
+    """Table 5: of the paper's tasks and of the local ones the metrics it shows, of others all."""
     settings = [name for name in SETTINGS if name in numbers]
-    found, known = numbers[settings[0]], {task for task, _ in TABLE_5}
-    keys = [key for key in TABLE_5 if key[1] in found.get(key[0], ())]
+    found = numbers[settings[0]]
+    labels = dict(TABLE_5)
+    labels.update({(f"local_{task}", metric): f"{label} (local)" for (task, metric), label in TABLE_5.items()})
+
+    known = {task for task, _ in labels}
+    keys = [key for key in labels if key[1] in found.get(key[0], ())]
     keys += [(task, metric) for task in numbers["tasks"] if task not in known for metric in found[task]]
     rows = []
     for task, metric in keys:
         cells = (f"{value:.4f} {plus_minus(error)}" for value, error in (numbers[s][task][metric] for s in settings))
-        rows.append([TABLE_5.get((task, metric), f"{task} {metric}"), *cells])
+        rows.append([labels.get((task, metric), f"{task} {metric}"), *cells])
     print_table(rows, ["", *(SETTINGS[name][0] for name in settings)])
     print("\nin lm-eval's units (Table 5 prints percentages), ± one standard error")
