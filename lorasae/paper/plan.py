@@ -9,12 +9,12 @@ from pathlib import Path
 
 from lorasae.errors import InputError
 from lorasae.io.disk import read_json, write_json
-from lorasae.paper import by_distance, by_token, frontier, model_or_sae, one_block, recipe, saebench, scaling, several, steered
+from lorasae.paper import benchmarks, by_distance, by_token, frontier, model_or_sae, one_block, recipe, saebench, scaling, several, steered
 from lorasae.paper.jobs import Job, run_all
 from lorasae.paper.study import adapters, new_sae, results, train
 
 PARTS = {"frontier": frontier, "scaling": scaling, "several": several, "saebench": saebench, "steered": steered,
-         "by_token": by_token, "one_block": one_block, "by_distance": by_distance}
+         "benchmarks": benchmarks, "by_token": by_token, "one_block": one_block, "by_distance": by_distance}
 BEYOND = {"model_or_sae": model_or_sae, "recipe": recipe}           # on the embedded models alone
 
 

@@ -1,0 +1,85 @@
+"""Does adapting harm the language model? (§5.3, Table 5): benchmarks with the SAE and without, adapted and not."""
+from argparse import Namespace
+
+from lorasae.evals import benchmarks
+from lorasae.paper.findings import Claim, Table
+from lorasae.paper.study import around_jumprelu
+from lorasae.runs.opening import open_run
+
+TITLE = "Language-model benchmarks"
+FIGURES = ("table5",)
+ABOUT = ("Scored by the lm-eval package, in its units, ± one standard error. In miniature the four tasks are made from held-out files of "
+         "the standard library, in the forms of MMLU, HellaSwag and TruthfulQA (evals/local_tasks.py), since a model of this size is "
+         "at chance in the real ones. Adapters on the blocks after a JumpReLU SAE; generated tokens pass the SAE too, as they do "
+         "not in the published code.")
+
+PAPER = {                                               # Table 5, Gemma-2-2B: SAE, SAE + LoRA, original, LoRA, in percent
+    "MMLU": (44.2, 45.8, 49.3, 50.0), "HellaSwag": (50.9, 52.1, 55.0, 56.0), "BLEU": (29.9, 30.6, 30.4, 32.4),
+    "ROUGE-1": (28.2, 28.5, 26.9, 30.2), "ROUGE-2": (24.8, 26.6, 25.6, 29.1), "MC1": (23.1, 23.4, 24.1, 24.3),
+}
+
+
+def trainings(study):
+    return [around_jumprelu(study, study.seeds[0])]
+
+
+def cost(study):
+    """{kind of work: tokens}: every choice of every question, in four settings."""
+    return {"forward": 800_000}
+
+
+def measure(study):
+    """What evals/benchmarks.py finds."""
+    training, = trainings(study)
+    return benchmarks.evaluate(open_run(study.folder / training.name), Namespace(tasks=None, limit=None))
+
+
+def found_rows(numbers):
+    """{label of Table 5: {setting: (value, standard error)}}"""
+    rows = {}
+    for (task, metric), label in benchmarks.TABLE_5.items():
+        for name in (task, f"local_{task}"):
+            if metric in numbers["base"].get(name, {}):
+                rows[label] = {setting: tuple(numbers[setting][name][metric]) for setting in benchmarks.SETTINGS}
+    return rows
+
+
+def tables(numbers):
+    rows = []
+    for label, found in found_rows(numbers).items():
+        cells = [f"{value:.3f} ± {error or 0:.3f}" for value, error in found.values()]
+        rows.append([label, *cells, " / ".join(f"{value:.1f}" for value in PAPER[label])])
+    settings = [label for label, _, _ in benchmarks.SETTINGS.values()]
+    return [Table("Table 5 (± one standard error)", ["", *settings, "paper, Gemma-2-2B (%), in this order"], rows)]
+
+
+def claims(numbers):
+    found = found_rows(numbers)
+    return [difference(found, "adapted", "sae", "With the SAE, adapting helps in every benchmark", "6 of 6 on Gemma-2-2B"),
+            difference(found, "lora", "base", "Without the SAE, the adapted model is not worse than the original", "6 of 6 on Gemma-2-2B")]
+
+
+def difference(found, first, second, says, paper):
+    """A claim on first - second, by sign; worse is what is worse by more than the standard error of the difference."""
+    better, worse = 0, 0
+    for row in found.values():
+        (a, a_error), (b, b_error) = row[first], row[second]
+        error = ((a_error or 0) ** 2 + (b_error or 0) ** 2) ** 0.5
+        better += a > b
+        worse += a < b - error
+    ours = f"better in {better} of {len(found)}, worse by more than a standard error in {worse}"
+    return Claim(says, paper, ours, 2 * better > len(found) and not worse if better or worse else None, better == len(found))
+
+
+def draw(numbers, figure):
+    """The four settings, a group of bars a benchmark."""
+    figure.set_size_inches(8, 3.6)
+    axes, found = figure.subplots(), found_rows(numbers)
+    for i, (setting, (label, _, _)) in enumerate(benchmarks.SETTINGS.items()):
+        values = [row[setting][0] for row in found.values()]
+        errors = [row[setting][1] or 0 for row in found.values()]
+        places = [place + 0.2 * (i - 1.5) for place in range(len(found))]
+        axes.bar(places, values, 0.2, yerr=errors, capsize=2, label=label)
+    axes.set_xticks(range(len(found)), found)
+    axes.set_ylabel("score (± one standard error)")
+    axes.legend(fontsize=8)
