@@ -1,19 +1,18 @@
-"""The two pictures of the README: how a step works, and what it buys.
+"""The pictures of the README: how a step works, and two of what `python -m lorasae.paper` found.
 
-    python -m lorasae.paper.pictures                                        draws both again
-    python -m lorasae.paper.pictures runs/tiny-gemma-2-frontier             with the figures of a frontier of one's own
-
-The second is drawn from pictures/frontier.json, which `python -m lorasae.paper.frontier` made.
+    python -m lorasae.paper.pictures                        draws the first again
+    python -m lorasae.paper.pictures runs/paper             and takes the others from there
 """
 import sys
 from pathlib import Path
 
+from lorasae.errors import InputError
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering
-from lorasae.io.disk import read_json, write_json
-from lorasae.paper import frontier
+from lorasae.io.disk import write_bytes
 
 HERE = Path(__file__).parent / "pictures"
+FOUND = ("frontier", "scaling")
 FROZEN, TRAINED, SAE, LOSS = "#dce6f1", "#fbd9b5", "#cfe8cf", "#eeeeee"      # told apart by their labels too
 
 
@@ -61,14 +60,19 @@ def arrow(axes, start, end):
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("frontier", nargs="?", type=Path, help="folder of a frontier, whose figures become the picture's")
+    parser.add_argument("study", nargs="?", type=Path, help="folder of python -m lorasae.paper, whose pictures become the README's")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    again = "python -m lorasae.paper.pictures"
     with answering():
-        if args.frontier is not None:
-            write_json(HERE / "frontier.json", read_json(args.frontier / "frontier.json"))
-        save_figure(draw_method, None, HERE / "method.png", again)
-        save_figure(frontier.draw, read_json(HERE / "frontier.json"), HERE / "frontier.png", again)
+        for name in FOUND if args.study else ():
+            write_bytes(HERE / f"{name}.png", read_bytes(args.study / "pictures" / f"{name}.png"))
+        save_figure(draw_method, None, HERE / "method.png", "python -m lorasae.paper.pictures")
+
+
+def read_bytes(path):
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; python -m lorasae.paper makes it") from error
 
 
 if __name__ == "__main__":
