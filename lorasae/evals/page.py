@@ -106,6 +106,11 @@ def words(text):
     return escape(text)
 
 
+def marked(text, kind):
+    """Text of a class, such as yes and no."""
+    return f'<span class="{kind}">{escape(text)}</span>'
+
+
 def link(text, name):
     """To the heading of that name on the page."""
     return f'<a href="#{escape(name)}">{escape(text)}</a>'

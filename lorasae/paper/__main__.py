@@ -9,6 +9,7 @@
 OUT/index.html holds every result beside the paper's, and a summary on top. Everything is kept as it is made: interrupted, the
 same command continues, and ends with the same numbers.
 """
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,9 +22,9 @@ from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering, count, tell
 from lorasae.io.disk import read_json, write_bytes, write_json
 from lorasae.paper.findings import show
-from lorasae.paper.jobs import run_all
+from lorasae.paper.jobs import Progress, run_all
 from lorasae.paper.page import page
-from lorasae.paper.plan import answer, chosen, jobs_of, measured_rates, work
+from lorasae.paper.plan import answer, chosen, jobs_of, measured_rates, parts_of, priced, tokens_of, work
 from lorasae.paper.study import MODELS, Study
 from lorasae.runs.config import RECIPES
 from lorasae.runs.folder import RUNS
@@ -34,20 +35,23 @@ QUICK = {"sae_tokens": 40_000, "frontier_tokens": 40_000, "lora_tokens": 8_000, 
          "beyond_tokens": 4_000, "recipe_tokens": 12_000, "seeds": (0,), "recipe": "tuned"}
 
 
-def plan(study, parts, rates, processes):
-    """Prints parts, trainings, tokens and times."""
-    rows, seen, whole = [], set(), 0.0
+def show_plan(study, parts, expected, processes):
+    """Prints what is still to be done: parts, their trainings, tokens and times."""
+    rows, counted = [], set()
     for name, part in parts.items():
-        trainings = [training for training in part.trainings(study) if training.name not in seen]
-        seen |= {training.name for training in trainings}
-        names = {training.name for training in trainings}
-        jobs = [job for job in jobs_of(study, {name: part}, rates) if job.name in names or job.name.split("/")[0] == name]
-        taken = sum(job.seconds for job in jobs) / processes
-        whole += taken
-        tokens = sum(training.given["tokens"] or 0 for training in trainings)
-        rows.append([name, ", ".join(part.FIGURES), str(len(trainings)), f"{tokens:,}", f"{taken / 60:.1f}"])
-    print_table(rows, ["part", "shows", "own trainings", "their tokens", "minutes"])
-    print(f"\nabout {whole / 60:.0f} minutes still to be done, {processes} jobs at a time; a training that several parts need is counted once")
+        own = {training.name: training for training in part.trainings(study) if training.name in expected and training.name not in counted}
+        counted |= own.keys()
+        mine = [job for job in expected if job in own or job.partition("/")[0] == name]
+        tokens = sum(map(tokens_of, own.values()))
+        rows.append([name, ", ".join(part.FIGURES), str(len(own)), f"{tokens:,}", minutes(sum(expected[job] for job in mine) / processes)])
+    print_table(rows, ["part", "shows", "trainings", "their tokens", "minutes"])
+    whole = sum(expected.values()) / processes
+    print(f"\nabout {minutes(whole)} minutes, {processes} jobs at a time, by a short timing of {study.models.main}; what several parts "
+          "need is counted once" + ("" if study.miniature else ". Larger models take longer; train.py --dry-run tells the memory of each"))
+
+
+def minutes(seconds):
+    return f"{seconds / 60:,.1f}"
 
 
 # ---- The command -------------------------------------------------------------------------------------------------------
@@ -106,16 +110,15 @@ def same_study(study):
 
 
 def report(study, parts, failed, command):
-    """Tables to the terminal, pictures beside the numbers, and the page."""
-    shown = {}
-    for name, part in parts.items():
-        if not answer(study, name).exists():
-            continue
-        found = shown[name] = read_json(answer(study, name))
-        show(part.tables(found["numbers"]))
-        save_figure(part.draw, found["numbers"], study.folder / "pictures" / f"{name}.png", command)
-    html = page(study, parts, shown, failed, command)
-    write_bytes(study.folder / "index.html", html.encode())
+    """The page with everything that has been found so far; pictures; and the tables of `parts` to the terminal."""
+    shown = {name: part for name, part in parts_of(study).items() if name in parts or answer(study, name).exists()}
+    found = {name: read_json(answer(study, name)) for name in shown if answer(study, name).exists()}
+    for name in parts:
+        if name in found:
+            show(parts[name].tables(found[name]["numbers"]))
+    for name, each in found.items():
+        save_figure(shown[name].draw, each["numbers"], study.folder / "pictures" / f"{name}.png", command)
+    write_bytes(study.folder / "index.html", page(study, shown, found, failed, command).encode())
 
 
 def main(argv=None):
@@ -123,36 +126,34 @@ def main(argv=None):
     args = arguments(words)
     with answering("interrupted: the same command continues"):
         study = study_of(args)
-        parts = chosen(study, args.only.split(",") if args.only else [])
+        parts = chosen(study, [name.strip() for name in (args.only or "").split(",") if name.strip()])
         if args.list:
             print_table([[name, ", ".join(part.FIGURES), part.TITLE] for name, part in parts.items()], ["part", "shows", "what"])
             return
-        cores = torch.get_num_threads()
-        processes = args.jobs or (min(4, cores) if study.miniature and study.device == "cpu" else 1)
+        processes = args.jobs or (min(4, torch.get_num_threads()) if study.miniature and study.device == "cpu" else 1)
         if args.dry_run:
-            plan(study, parts, measured_rates(study, processes), processes)
+            jobs = jobs_of(study, parts)
+            show_plan(study, parts, priced(jobs, measured_rates(study, jobs, processes)), processes)
             return
 
         same_study(study)
         tell(f"{study.folder}/ is where this writes; index.html there is the page")
-        rates = kept_rates(study, processes)
-        jobs = jobs_of(study, parts, rates)
-        tell(f"{len(jobs)} jobs, {processes} at a time: about {sum(job.seconds for job in jobs) / processes / 60:.0f} min")
-        failed = run_all(jobs, work, study, processes) if jobs else {}
-        report(study, parts, failed, " ".join(["python -m lorasae.paper", *words]))
+        failed = do(study, jobs_of(study, parts), processes)
+        report(study, parts, failed, shlex.join(["python", "-m", "lorasae.paper", *words]))
         print(f"\n{study.folder / 'index.html'}")
-        missing = [name for name in parts if name in failed]
+        missing = [f"{name} was left out: {failed[name]}" for name in parts if name in failed]
         if missing:
-            raise InputError("; ".join(f"{name} was left out: {failed[name]}" for name in missing))
+            raise InputError("; ".join(missing))
 
 
-def kept_rates(study, processes):
-    """The speeds that were measured when the study was begun."""
-    path = study.folder / "speeds.json"
-    if not path.exists():
-        tell("timing this machine")
-        write_json(path, measured_rates(study, processes))
-    return read_json(path)
+def do(study, jobs, processes):
+    """Does the jobs, behind a line of progress -> {name: why it could not be done}."""
+    if not jobs:
+        return {}
+    tell("timing this machine")
+    expected = priced(jobs, measured_rates(study, jobs, processes))
+    tell(f"{len(jobs)} jobs, {processes} at a time: about {minutes(sum(expected.values()) / processes)} minutes")
+    return run_all(jobs, work, study, processes, Progress(expected, processes))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Does adapting harm the language model? (§5.3, Table 5): benchmarks with the SAE and without, adapted and not."""
+import math
 from argparse import Namespace
 
 from lorasae.evals import benchmarks
@@ -54,21 +55,29 @@ def tables(numbers):
 
 
 def claims(numbers):
-    found = found_rows(numbers)
-    return [difference(found, "adapted", "sae", "With the SAE, adapting helps in every benchmark", "6 of 6 on Gemma-2-2B"),
-            difference(found, "lora", "base", "Without the SAE, the adapted model is not worse than the original", "6 of 6 on Gemma-2-2B")]
+    rows = found_rows(numbers).values()
+    with_sae = [compared(row, "adapted", "sae") for row in rows]
+    without = [compared(row, "lora", "base") for row in rows]
+    worse = without.count("worse")
+    return [
+        Claim("With the SAE, adapting helps in every benchmark", "6 of 6 on Gemma-2-2B", counted(with_sae),
+              None if set(with_sae) == {"the same"} else with_sae.count("better") > with_sae.count("worse"),
+              with_sae.count("better") == len(with_sae), why="\"the same\" is within a standard error of the difference"),
+        Claim("Without the SAE, the adapted model is not worse than the original", "better in 6 of 6 on Gemma-2-2B", counted(without), not worse),
+    ]
 
 
-def difference(found, first, second, says, paper):
-    """A claim on first - second, by sign; worse is what is worse by more than the standard error of the difference."""
-    better, worse = 0, 0
-    for row in found.values():
-        (a, a_error), (b, b_error) = row[first], row[second]
-        error = ((a_error or 0) ** 2 + (b_error or 0) ** 2) ** 0.5
-        better += a > b
-        worse += a < b - error
-    ours = f"better in {better} of {len(found)}, worse by more than a standard error in {worse}"
-    return Claim(says, paper, ours, 2 * better > len(found) and not worse if better or worse else None, better == len(found))
+def compared(row, first, second):
+    """better, worse, or the same within the standard error of the difference."""
+    (a, a_error), (b, b_error) = row[first], row[second]
+    error = math.hypot(a_error or 0, b_error or 0)
+    if abs(a - b) <= error:
+        return "the same"
+    return "better" if a > b else "worse"
+
+
+def counted(verdicts):
+    return ", ".join(f"{verdicts.count(word)} {word}" for word in ("better", "the same", "worse"))
 
 
 def draw(numbers, figure):

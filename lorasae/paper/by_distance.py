@@ -1,6 +1,6 @@
 """Does the adapted model compute what the original did? (§6.2, Figure 11)"""
 from lorasae.evals import distances
-from lorasae.paper.findings import Claim, Table, over_seeds, with_interval
+from lorasae.paper.findings import Claim, Table, sign, with_interval
 from lorasae.paper.study import around_topk
 from lorasae.runs.opening import open_run
 
@@ -41,15 +41,22 @@ def tables(numbers):
 
 
 def claims(numbers):
-    after = {}
-    for measure in distances.MEASURES:
-        after[measure] = [over_seeds(values)[0] for values in changes(numbers, measure)[1:]]      # those after the SAE's
-    cosine, distance = after["cosine"], after["l2"]
+    cosine, distance = (mean_after(numbers, measure) for measure in distances.MEASURES)
     return [
-        Claim("The adapted model's activations are closer to the original's: cosine", "slightly higher in every block after the SAE",
-              f"{min(cosine):+.4f} to {max(cosine):+.4f}", min(cosine) > 0),
-        Claim("... and L2 distance", "slightly smaller", f"{min(distance):+.3f} to {max(distance):+.3f}", max(distance) < 0),
+        Claim("The adapted model's activations are closer to the original's: cosine similarity", "slightly higher", with_interval(cosine, "+.4f"),
+              sign(cosine)),
+        Claim("... and L2 distance", "slightly smaller", with_interval(distance, "+.3f"), closer(sign(distance))),
     ]
+
+
+def mean_after(numbers, measure):
+    """The mean change over the blocks after the SAE's, a value a seed."""
+    return [sum(values) / len(values) for values in zip(*changes(numbers, measure)[1:])]
+
+
+def closer(grows):
+    """A distance that does not grow shrinks, where anything can be said."""
+    return None if grows is None else not grows
 
 
 def draw(numbers, figure):

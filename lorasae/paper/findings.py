@@ -33,6 +33,7 @@ class Claim(NamedTuple):
     direction: bool | None                              # whether ours points the same way; None: it cannot be said
     size: bool | None = None                            # whether it is as large; None: not comparable
     why: str = ""                                       # where it does not agree, or cannot be said
+    of_paper: bool = True                               # False: of others, or of nobody yet
 
     @property
     def verdict(self):
@@ -46,6 +47,12 @@ class Claim(NamedTuple):
 def over_seeds(values):
     """(mean, half of the 90 % confidence interval over seeds, or None of a single one)"""
     return interval(torch.tensor(list(values), dtype=torch.float64))
+
+
+def sign(values):
+    """Whether values of seeds are positive: True or False where their mean is beyond its interval; None where that cannot be said."""
+    mean, half = over_seeds(values)
+    return None if half is None or abs(mean) <= half else mean > 0
 
 
 def with_interval(values, form=".1%"):

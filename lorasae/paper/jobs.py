@@ -7,10 +7,11 @@ import os
 import signal
 import threading
 import time
+import traceback
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from typing import NamedTuple
 
 import torch
@@ -22,16 +23,24 @@ from lorasae.io.console import tell
 class Job(NamedTuple):
     name: str
     needs: tuple                                        # names of jobs
-    seconds: float                                      # what it is expected to take
+    work: dict                                          # {kind of work: tokens}, from which its time follows
 
 
-def run_all(jobs, work, study, processes):
+def run_all(jobs, work, study, processes, progress=None):
     """Does work(study, job's name) for every job, the first that is ready first -> {name: why it could not be done}.
 
     What needs a job that could not be done is not tried.
     """
-    failed, done, running = {}, set(), {}
-    waiting, progress = list(jobs), Progress(jobs, processes)
+    failed, done, running, waiting = {}, set(), {}, list(jobs)
+
+    def end(job, reason, seconds):
+        if reason is None:
+            done.add(job.name)
+        else:
+            failed[job.name] = reason
+        if progress is not None:
+            progress.tell(job.name, reason, seconds)
+
     with executor(processes) as pool:
         try:
             while waiting or running:
@@ -41,16 +50,11 @@ def run_all(jobs, work, study, processes):
                     if missing is None:
                         running[pool.submit(logged, work, study, job.name)] = job
                     else:
-                        failed[job.name] = failed[missing]
+                        end(job, failed[missing], 0.0)
                 ended, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in ended:
                     reason, seconds = future.result()
-                    job = running.pop(future)
-                    if reason is None:
-                        done.add(job.name)
-                    else:
-                        failed[job.name] = reason
-                    progress.tell(job, seconds, reason)
+                    end(running.pop(future), reason, seconds)
         except BrokenProcessPool:
             raise InputError(f"a process that worked on {', '.join(job.name for job in running.values())} was killed (too little memory?): "
                              "the same command continues; --jobs 1 needs the least") from None
@@ -67,22 +71,23 @@ def ready(waiting, over):
 
 
 class Progress:
-    """How far the whole is, by the seconds that its jobs were expected to take and those that they took."""
+    """How far the whole is, by the seconds that its jobs were expected to take, {name: seconds}, and those that they took."""
 
-    def __init__(self, jobs, processes):
-        self.count, self.ended, self.processes = len(jobs), 0, processes
-        self.expected = sum(job.seconds for job in jobs)
-        self.expected_so_far = self.taken_so_far = 0.0
+    def __init__(self, expected, processes):
+        self.expected, self.processes, self.ended = expected, processes, 0
+        self.over = self.expected_of_done = self.taken = 0.0
 
-    def tell(self, job, seconds, reason):
+    def tell(self, name, reason, seconds):
         self.ended += 1
-        self.expected_so_far += job.seconds
-        self.taken_so_far += seconds
-        pace = self.taken_so_far / max(self.expected_so_far, 1e-9)
-        left = pace * (self.expected - self.expected_so_far) / self.processes
-        part = self.expected_so_far / max(self.expected, 1e-9)
+        self.over += self.expected[name]
+        if reason is None:                              # what fails is quick, and says nothing of the pace
+            self.expected_of_done += self.expected[name]
+            self.taken += seconds
+        whole = sum(self.expected.values())
+        pace = self.taken / self.expected_of_done if self.expected_of_done else 1.0
+        left = pace * (whole - self.over) / self.processes
         came = f"{seconds:.0f} s" if reason is None else f"left out: {reason}"
-        tell(f"{part:4.0%}  [{self.ended} of {self.count}]  {job.name}: {came}; about {left / 60:.0f} min left")
+        tell(f"{self.over / whole:4.0%}  [{self.ended} of {len(self.expected)}]  {name}: {came}; about {left / 60:.0f} min left")
 
 
 # ---- The processes -----------------------------------------------------------------------------------------------------
@@ -91,7 +96,7 @@ def executor(processes):
     if processes == 1:
         return Here()
     threads = max(1, torch.get_num_threads() // processes)
-    return ProcessPoolExecutor(processes, get_context("spawn"), begin, (os.getpid(), threads))
+    return ProcessPoolExecutor(processes, get_context("spawn"), begin, (threads,))
 
 
 class Here(Executor):
@@ -103,29 +108,29 @@ class Here(Executor):
         return future
 
 
-def begin(parent, threads):
+def begin(threads):
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent answers it, and ends its processes
     torch.set_num_threads(threads)
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def end_with(parent):
-    """Ends this process as soon as its parent has ended."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def end_with_parent():
+    parent_process().join()
     os._exit(1)
 
 
 def logged(work, study, name):
-    """(None, or what the user can mend; seconds)"""
+    """(None, or why it could not be done; seconds). What a job says goes to its log, an error of ours with its traceback."""
     path = study.folder / "logs" / f"{name.replace('/', '-').replace(' ', '-')}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    started, reason = time.perf_counter(), None
     with open(path, "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             work(study, name)
-            reason = None
         except InputError as error:
             reason = str(error)
             print(f"error: {reason}")
+        except Exception as error:                      # the other parts can still be done
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]} ({path} has the traceback)"
+            traceback.print_exc()
     return reason, time.perf_counter() - started

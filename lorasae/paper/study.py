@@ -102,11 +102,13 @@ def new_sae(study, method, model, layer=None, *, width=None, l0=None, tokens=Non
     layer = known.layer if layer is None else layer
     width = width or known.sae_training.get("width")
     active = l0 or known.sae_training.get("l0")
+    tokens = tokens or study.sae_tokens
 
     parts = [model, method, f"layer-{layer}"]
     parts += [f"{width}-latents"] if width else []
     parts += [f"l0-{active}"] if active else []
-    given = {"model": model, "method": method, "layer": (layer,), "width": width, "tokens": tokens or study.sae_tokens,
+    parts += [f"{tokens}-tokens"] if tokens else []
+    given = {"model": model, "method": method, "layer": (layer,), "width": width, "tokens": tokens,
              "l0" if method == "jumprelu" else "k": active, "eval_tokens": study.eval_tokens, "device": study.device}
     return Training("saes/" + "-".join(parts), given)
 
@@ -135,10 +137,10 @@ def around_topk(study, seed):
         sae = str(Path(PRESETS[model].sae).parent / "topk")
     else:
         sae = new_sae(study, "topk", model)
-    return adapters(study, f"{model}-topk-seed-{seed}", model, [sae], tokens=study.long_tokens, seed=seed, rank=(64,))
+    return adapters(study, f"{model}-topk-seed-{seed}", model, [sae], tokens=study.long_tokens, seed=seed, rank=(64,), adapt=("all",))
 
 
-def around_jumprelu(study, seed, model=None):
+def around_jumprelu(study, seed):
     """Adapters on the blocks after a JumpReLU SAE, the preset's: Gemma Scope (Table 4 with Figures 7 and 10; Table 5)."""
-    model = model or study.models.main
+    model = study.models.main
     return adapters(study, f"{model}-jumprelu-seed-{seed}", model, [], tokens=study.long_tokens, seed=seed, rank=(64,))
