@@ -47,7 +47,7 @@ class Case(NamedTuple):
 def load_case(model, kind, tokens, eval_tokens, tuning_tokens=TUNING):
     """The Case of an embedded model and a kind of SAE, with `tokens` to train on at hand."""
     source = TINY / f"{model.removeprefix('tiny-')}-sae" / kind
-    config = configure({"model": model, "sae": (str(source),), "eval_tokens": eval_tokens, "batch_size": 4, "lr_decay": True,
+    config = configure({"model": model, "sae": (str(source),), "eval_tokens": eval_tokens, "batch_size": 1, "lr_decay": True,
                         "dropout": 0.0, "device": "cpu"})
     setting = load_setting(config)
     (layer, sae), = setting.saes.items()

@@ -32,8 +32,8 @@ from lorasae.runs.config import OBJECTIVES
 
 ARMS = {"adapters": "adapters", "sae": "SAE", "both": "both", "then": "adapters, then SAE"}
 BUDGETS = {"tokens": "equal tokens", "time": "equal time"}
-LORA_RATES = (1e-3, 3e-3, 9e-3)
-SAE_RATES = (3e-4, 1e-3, 3e-3)
+LORA_RATES = (1.5e-3, 3e-3, 6e-3)
+SAE_RATES = (2e-4, 6e-4, 2e-3)
 LARGEST = 3                                             # times the tokens, for the fastest arm at equal time
 
 

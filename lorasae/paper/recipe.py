@@ -4,10 +4,10 @@
     python -m lorasae.paper.recipe --quick              seconds: that it runs, not what it finds
 
 How many tokens does a recipe need to close as much of the KL gap as the published one does with its whole budget? Every
-recipe's rate falls to 0, so it is trained anew at every budget; all rates and ranks of a budget and a batch size train side
-by side in one pass. With --constant the rates are also tried as they are published, without a fall. Everything is measured
-on a tuning split of the training text, never on the held-out one, so what is chosen here (io/presets.py: --recipe tuned)
-may still be tested there.
+recipe's rate falls to 0, so it is trained anew at every budget; all rates and ranks of a budget and a batch size train
+side by side in one pass. With --constant the rates are tried without a fall too, as the published one is. Everything is
+measured on a tuning split of the training text, never on the held-out one, so what is chosen here (io/presets.py:
+--recipe tuned) may still be tested there.
 
 OUT/ gets a file for each pass, recipe.json and, with matplotlib, recipe.png. Interrupted, the same command continues.
 """
@@ -29,7 +29,7 @@ BUDGETS = (24, 12)                                      # parts of these tokens
 RATES = (1.5e-3, 3e-3, 6e-3)
 BATCHES = (1, 4)                                        # sequences a step
 RANKS = (64,)
-SAE_RATES = (5e-4,)
+SAE_RATES = (2.5e-4,)
 
 
 # ---- Trying ------------------------------------------------------------------------------------------------------------
@@ -68,7 +68,8 @@ def side_by_side(case, plan, tokens, batch, decay, seed):
     """A trial of every rate and rank, in one pass."""
     pairs = [(lr, rank) for lr in plan["rates"] for rank in plan["ranks"]]
     rates, ranks = zip(*pairs)
-    students = adapted(case, asked(case, tokens, seed, rank=ranks, lr=rates, lr_decay=decay, **of(batch)))
+    config = asked(case, tokens, seed, rank=ranks, lr=rates, lr_decay=decay, batch_size=batch, micro_batch=None)
+    students = adapted(case, config)
     trials = []
     for (lr, rank), trained in zip(pairs, students):
         trials.append(trial(lr, batch, rank, decay, None, tokens, tuning_kl(case, trained)))
@@ -78,14 +79,9 @@ def side_by_side(case, plan, tokens, batch, decay, seed):
 def together(case, plan, tokens, sae_lr, seed):
     """A trial with the SAE trained too, beside adapters of the middle rate, the first batch size and the first rank."""
     lr, batch, rank = plan["rates"][len(plan["rates"]) // 2], plan["batches"][0], plan["ranks"][0]
-    config = asked(case, tokens, seed, rank=(rank,), lr=lr, objective="kl", **of(batch))
+    config = asked(case, tokens, seed, rank=(rank,), lr=lr, objective="kl", batch_size=batch, micro_batch=None)
     trained = finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True)
     return [trial(lr, batch, rank, True, sae_lr, tokens, tuning_kl(case, trained))]
-
-
-def of(batch):
-    """Fields of Config for that many sequences a step."""
-    return {"batch_size": batch, "micro_batch": batch}
 
 
 def trial(lr, batch, rank, decay, sae_lr, tokens, kl):
@@ -98,15 +94,15 @@ def recipes(found):
     """{(lr, batch, rank, decay, sae_lr): [(tokens, KL)] by budget}"""
     curves = {}
     for trial in found["tried"]:
-        key = (trial["lr"], trial["batch"], trial["rank"], trial["decay"], trial["sae_lr"])
+        key = tuple(trial[name] for name in ("lr", "batch", "rank", "decay", "sae_lr"))
         curves.setdefault(key, []).append((trial["tokens"], trial["kl"]))
     return {key: sorted(curve) for key, curve in curves.items()}
 
 
 def needed(curve, kl):
-    """Tokens at which a curve [(tokens, KL)] is down to kl, between budgets by the line over log tokens; None if it never is.
+    """Tokens at which a curve [(tokens, KL)] is down to kl, or None if it never is.
 
-    Where the smallest budget is enough already, that one: fewer were not tried.
+    Between budgets it is the line over log tokens. Where the smallest budget is enough already, that one: fewer were not tried.
     """
     less, above = None, None                            # the budget before, and its KL
     for tokens, value in curve:
