@@ -98,7 +98,7 @@ def measure(configs, lora, folder):
             "eval_tokens": held_out.numel(), "ce_base": loss(model, {}, "base"), **points, "levels": levels(points)}
 
 
-ADAPTING = ("rank", "alpha", "dropout", "lr", "lr_decay", "weight_decay", "batch_size", "micro_batch", "tokens")
+ADAPTING = ("rank", "alpha", "dropout", "optimizer", "lr", "lr_decay", "weight_decay", "batch_size", "micro_batch", "tokens")
 
 
 def reached(points, ce, between=True):
