@@ -27,7 +27,7 @@ from lorasae.io.presets import PRESETS
 from lorasae.lora import merge_lora
 from lorasae.runs import distributed
 from lorasae.runs.adaptation import adapt_model, student_names
-from lorasae.runs.config import LLAMA_SCOPE, METHODS, OBJECTIVES, RECIPES, THRESHOLDS, Config, read_config
+from lorasae.runs.config import LLAMA_SCOPE, METHODS, OBJECTIVES, OPTIMIZERS, RECIPES, THRESHOLDS, Config, read_config
 from lorasae.runs.defaults import configure
 from lorasae.runs.finetuning import adapt_with_sae, finetune_sae
 from lorasae.runs.folder import Run
@@ -105,7 +105,8 @@ def arguments(argv):
         "2e-4 / √(latents / 2^14) for an SAE)")
     add("--lr-decay", action=SWITCH, help="let it fall linearly to 0: better where steps are few "
         "(default: the preset's; paper: --no-lr-decay)")
-    add("--weight-decay", type=float, help=f"AdamW's weight decay (default: {Config.weight_decay})")
+    add("--optimizer", choices=OPTIMIZERS, help="of adapters (default: the preset's; else adamw, the paper's)")
+    add("--weight-decay", type=float, help=f"the optimiser's weight decay (default: {Config.weight_decay})")
     add("--clip", type=float, help="bound on the gradient norm of the KL summed over a sequence "
         f"(default: {Config.clip})")
     add("--seed", type=int, help=f"of adapters, dropout and the order of the text (default: {Config.seed})")

@@ -2,7 +2,7 @@
 
     naive_loss      Eq. 7 as it is written: two whole forward passes and all their logits
     teach, learn    the same loss without waste: the blocks before the SAE run once for both models, and no logits are kept
-    take_step       one step of AdamW, on gradients clipped as the published code clips them
+    take_step       one step of AdamW, or Muon, on gradients clipped as the published code clips them
     train           the loop
 
 Exercised by `python train.py`. What the words and symbols stand for:
@@ -84,6 +84,18 @@ def objective(model, lesson, hidden, compiled=False):
 def adamw(parameters, config):
     """The optimiser of the paper's released recipe, over the adapters alone."""
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def new_optimizer(parameters, config):
+    """The optimiser that config.optimizer names: AdamW, as published, or PyTorch's Muon (beyond the paper).
+
+    Muon (Jordan 2024) gives the momentum of every matrix singular values of about 1, so that all its directions learn at
+    one speed. Its steps are scaled to the size of AdamW's (arXiv 2502.16982), and so are its rates. On a CPU it takes the
+    time of about 60 tokens a step with the embedded models, where AdamW takes that of one.
+    """
+    if config.optimizer == "adamw":
+        return adamw(parameters, config)
+    return torch.optim.Muon(parameters, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 def take_step(model, saes, lesson, first, optimizer, config, all_reduce=None):

@@ -81,14 +81,15 @@ def test_an_experiment_is_whole_continues_from_its_files_and_says_what_its_figur
 
 def test_a_search_finds_the_tokens_that_every_recipe_needs(case, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recipe, "BUDGETS", (4, 2))
-    plan = {"tokens": 512, "rates": [1e-3, 1e-2], "batches": [1, 4], "ranks": [2], "sae_rates": [1e-3], "constant": True}
+    plan = {"tokens": 512, "rates": [1e-3, 1e-2], "optimizers": ["adamw", "muon"], "batches": [1, 4], "ranks": [2],
+            "sae_rates": [1e-3]}
     found = recipe.search(case, tmp_path, plan, seed=0)
     assert len(found["tried"]) == 2 * (2 * 2 * 2 + 1)
     assert read_json(tmp_path / "paper-0.json") == found["paper"] < found["before"]
     monkeypatch.setattr(recipe, "adapted", None)
     assert recipe.search(case, tmp_path, plan, seed=0) == found
     recipe.show({"plan": plan, "cases": {"a case": [found]}})
-    assert "0.01 falling, batch 4, rank 2" in capsys.readouterr().out
+    assert "muon 0.01, batch 4, rank 2" in capsys.readouterr().out
 
 
 def test_between_budgets_the_tokens_needed_lie_on_a_line_over_their_logarithm(model):

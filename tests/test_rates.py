@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train as training
 from helpers import interrupted_after
+from lorasae.adapt import new_optimizer
 from lorasae.io.presets import PAPER, PRESETS, tuned
 from lorasae.runs.config import Config
 from lorasae.runs.defaults import configure
@@ -39,6 +40,7 @@ def test_each_rate_ends_as_its_own_run_to_the_bit(arguments, tmp_path):
 @pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 def test_rates_and_ranks_go_together_in_pairs_to_the_bit(arguments, tmp_path, capsys):
     ranks, rates = (2, 2, 8), (1e-3, 5e-05, 1e-3)
+    arguments += ["--optimizer", "muon"]
     command(training, *arguments, "--rank", *ranks, "--lr", *rates, "--out", tmp_path / "sweep")
     for rank, rate in zip(ranks, rates):
         command(training, *arguments, "--rank", rank, "--lr", rate, "--out", tmp_path / f"own-{rank}-{rate}")
@@ -57,7 +59,7 @@ def test_rates_and_ranks_go_together_in_pairs_to_the_bit(arguments, tmp_path, ca
 @pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 def test_an_interrupted_sweep_of_rates_resumes_to_the_bit(arguments, tmp_path):
     from lorasae.runs import sweep
-    arguments += ["--rank", 4, "--lr", *RATES, "--checkpoint-every", 4]
+    arguments += ["--rank", 4, "--lr", *RATES, "--optimizer", "muon", "--checkpoint-every", 4]
     command(training, *arguments, "--out", tmp_path / "whole")
     with interrupted_after(6, sweep, "take_step"), pytest.raises(SystemExit):
         command(training, *arguments, "--out", tmp_path / "cut")
@@ -94,11 +96,11 @@ def test_a_recipe_decides_what_is_not_given_and_no_recipe_leaves_the_presets():
     assert configure({"recipe": "paper", "lr": 1e-3}).lr == 1e-3
     found = configure({"recipe": "tuned"})
     expected = tuned(192, 6)
-    sae_lr = expected.pop("sae_lr")
     assert {name: getattr(found, name) for name in expected} == expected and found.sae_lr is None
     assert found.tokens == preset.lora["tokens"]
-    assert configure({"recipe": "tuned", "train_sae": True}).sae_lr == sae_lr
-    assert configure({"recipe": "paper", "train_sae": True}).sae_lr == preset.lora["sae_lr"]
+    both, expected = configure({"recipe": "tuned", "train_sae": True}), tuned(192, 6, train_sae=True)
+    assert {name: getattr(both, name) for name in expected} == expected and both.optimizer == "adamw"
+    assert configure({"recipe": "paper", "train_sae": True}).sae_lr == preset.both["sae_lr"]
     assert configure({"method": "finetune", "sae": (preset.sae,)}).lr == preset.finetune["lr"]
 
 
@@ -117,6 +119,21 @@ def test_an_sae_that_trains_is_float32_whatever_its_preset_says_of_frozen_ones()
 
 def test_the_tuned_rate_falls_with_width_and_depth():
     assert tuned(2304, 26)["lr"] < tuned(1024, 26)["lr"] < tuned(1024, 6)["lr"]
+
+
+def test_a_step_of_muon_moves_a_matrix_in_all_its_directions_at_about_one_speed():
+    torch.manual_seed(0)
+    matrix = torch.nn.Parameter(torch.zeros(8, 32))
+    matrix.grad = torch.diag(torch.logspace(0, -2, 8)) @ torch.linalg.qr(torch.randn(32, 8)).Q.T
+    new_optimizer([matrix], Config(optimizer="muon", lr=1.0)).step()
+    speeds = torch.linalg.svdvals(matrix.detach()) / (0.2 * 32 ** 0.5)              # in steps of AdamW's size
+    assert matrix.grad.norm(dim=1).max() > 90 * matrix.grad.norm(dim=1).min()
+    assert 0.5 < speeds.min() and speeds.max() < 1.5
+
+
+def test_an_sae_and_adapters_are_trained_by_adamw():
+    assert "--train-sae trains with adamw" in refusal("--train-sae", "--optimizer", "muon")
+    assert "--optimizer has no effect" in refusal("--method", "topk", "--optimizer", "muon")
 
 
 def test_recipes_are_for_adapters():

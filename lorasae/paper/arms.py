@@ -47,8 +47,8 @@ class Case(NamedTuple):
 def load_case(model, kind, tokens, eval_tokens, tuning_tokens=TUNING):
     """The Case of an embedded model and a kind of SAE, with `tokens` to train on at hand."""
     source = TINY / f"{model.removeprefix('tiny-')}-sae" / kind
-    config = configure({"model": model, "sae": (str(source),), "eval_tokens": eval_tokens, "batch_size": 1, "lr_decay": True,
-                        "dropout": 0.0, "device": "cpu"})
+    config = configure({"model": model, "sae": (str(source),), "eval_tokens": eval_tokens, "optimizer": "adamw",
+                        "batch_size": 1, "lr_decay": True, "dropout": 0.0, "device": "cpu"})
     setting = load_setting(config)
     (layer, sae), = setting.saes.items()
     blocks = adapt.blocks_to_adapt((), setting.saes, len(setting.model.layers))
@@ -90,7 +90,8 @@ def adapted(case, config):
     """
     model, saes = case.model, {case.layer: case.sae}
     students = adaptation.new_students(model, case.blocks, config)
-    optimizer = adapt.adamw([{"params": lora_parameters(student)} for student in students], config.variants[0])
+    groups = [{"params": lora_parameters(student)} for student in students]
+    optimizer = adapt.new_optimizer(groups, config.variants[0])
     first = adapt.first_differing(model, saes)
     source = lessons(case, config, first, saes)
     started = time.perf_counter()

@@ -1,13 +1,12 @@
-"""How to train adapters: rate x batch x rank, against the published recipe (beyond the paper).
+"""How to train adapters: rate x batch x rank x optimiser, against the published recipe (beyond the paper).
 
     python -m lorasae.paper.recipe                      the embedded models around both kinds of SAE
     python -m lorasae.paper.recipe --quick              seconds: that it runs, not what it finds
 
 How many tokens does a recipe need to close as much of the KL gap as the published one does with its whole budget? Every
-recipe's rate falls to 0, so it is trained anew at every budget; all rates and ranks of a budget and a batch size train
-side by side in one pass. With --constant the rates are tried without a fall too, as the published one is. Everything is
-measured on a tuning split of the training text, never on the held-out one, so what is chosen here (io/presets.py:
---recipe tuned) may still be tested there.
+recipe's rate falls to 0, so it is trained anew at every budget; all rates and ranks of a budget, a batch size and an
+optimiser train side by side in one pass. Everything is measured on a tuning split of the training text, never on the
+held-out one, so what is chosen here (io/presets.py: --recipe tuned) may still be tested there.
 
 OUT/ gets a file for each pass, recipe.json and, with matplotlib, recipe.png. Interrupted, the same command continues.
 """
@@ -23,11 +22,12 @@ from lorasae.io.presets import PAPER
 from lorasae.paper.arms import KINDS, MODELS, TUNING, adapted, asked, finetuned, load_case, once, same_plan, tuning_kl, untouched
 from lorasae.paper.findings import Claim, Table, show
 from lorasae.paper.model_or_sae import new_student
+from lorasae.runs.config import OPTIMIZERS
 
 TOKENS = 300_000                                        # of the published recipe
 BUDGETS = (24, 12)                                      # parts of these tokens
 RATES = (1.5e-3, 3e-3, 6e-3)
-BATCHES = (1, 4)                                        # sequences a step
+BATCHES = (1,)                                          # sequences a step
 RANKS = (64,)
 SAE_RATES = (2.5e-4,)
 
@@ -44,13 +44,12 @@ def search(case, folder, plan, seed):
     before = once(folder / "before.json", lambda: tuning_kl(case, untouched(case)))
     paper = once(folder / f"paper-{seed}.json", lambda: published(case, plan["tokens"], seed))
 
-    decays = (True, False) if plan["constant"] else (True,)
     tried = []
     for part in BUDGETS:
         tokens = plan["tokens"] // part
-        for batch, decay in product(plan["batches"], decays):
-            path = folder / f"{'falling' if decay else 'constant'}-{batch}-{part}-{seed}.json"
-            tried += once(path, lambda: side_by_side(case, plan, tokens, batch, decay, seed))
+        for optimizer, batch in product(plan["optimizers"], plan["batches"]):
+            path = folder / f"{optimizer}-{batch}-{part}-{seed}.json"
+            tried += once(path, lambda: side_by_side(case, plan, tokens, optimizer, batch, seed))
         for sae_lr in plan["sae_rates"]:
             path = folder / f"both-{sae_lr}-{part}-{seed}.json"
             tried += once(path, lambda: together(case, plan, tokens, sae_lr, seed))
@@ -64,37 +63,37 @@ def published(case, tokens, seed):
     return tuning_kl(case, trained)
 
 
-def side_by_side(case, plan, tokens, batch, decay, seed):
+def side_by_side(case, plan, tokens, optimizer, batch, seed):
     """A trial of every rate and rank, in one pass."""
     pairs = [(lr, rank) for lr in plan["rates"] for rank in plan["ranks"]]
     rates, ranks = zip(*pairs)
-    config = asked(case, tokens, seed, rank=ranks, lr=rates, lr_decay=decay, batch_size=batch, micro_batch=None)
+    config = asked(case, tokens, seed, optimizer=optimizer, rank=ranks, lr=rates, batch_size=batch, micro_batch=None)
     students = adapted(case, config)
     trials = []
     for (lr, rank), trained in zip(pairs, students):
-        trials.append(trial(lr, batch, rank, decay, None, tokens, tuning_kl(case, trained)))
+        trials.append(trial(optimizer, lr, batch, rank, None, tokens, tuning_kl(case, trained)))
     return trials
 
 
 def together(case, plan, tokens, sae_lr, seed):
-    """A trial with the SAE trained too, beside adapters of the middle rate, the first batch size and the first rank."""
+    """A trial with the SAE trained too, both by AdamW: the middle rate, the first batch size and the first rank."""
     lr, batch, rank = plan["rates"][len(plan["rates"]) // 2], plan["batches"][0], plan["ranks"][0]
     config = asked(case, tokens, seed, rank=(rank,), lr=lr, objective="kl", batch_size=batch, micro_batch=None)
     trained = finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True)
-    return [trial(lr, batch, rank, True, sae_lr, tokens, tuning_kl(case, trained))]
+    return [trial("adamw", lr, batch, rank, sae_lr, tokens, tuning_kl(case, trained))]
 
 
-def trial(lr, batch, rank, decay, sae_lr, tokens, kl):
-    return {"lr": lr, "batch": batch, "rank": rank, "decay": decay, "sae_lr": sae_lr, "tokens": tokens, "kl": kl}
+def trial(optimizer, lr, batch, rank, sae_lr, tokens, kl):
+    return {"optimizer": optimizer, "lr": lr, "batch": batch, "rank": rank, "sae_lr": sae_lr, "tokens": tokens, "kl": kl}
 
 
 # ---- What comes out ----------------------------------------------------------------------------------------------------
 
 def recipes(found):
-    """{(lr, batch, rank, decay, sae_lr): [(tokens, KL)] by budget}"""
+    """{(optimizer, lr, batch, rank, sae_lr): [(tokens, KL)] by budget}"""
     curves = {}
     for trial in found["tried"]:
-        key = tuple(trial[name] for name in ("lr", "batch", "rank", "decay", "sae_lr"))
+        key = tuple(trial[name] for name in ("optimizer", "lr", "batch", "rank", "sae_lr"))
         curves.setdefault(key, []).append((trial["tokens"], trial["kl"]))
     return {key: sorted(curve) for key, curve in curves.items()}
 
@@ -122,9 +121,9 @@ def ratio(found, key, tokens):
 
 
 def named(key):
-    lr, batch, rank, decay, sae_lr = key
+    optimizer, lr, batch, rank, sae_lr = key
     both = "" if sae_lr is None else f", SAE {sae_lr:g}"
-    return f"{lr:g} {'falling' if decay else 'constant'}, batch {batch}, rank {rank}{both}"
+    return f"{optimizer} {lr:g}, batch {batch}, rank {rank}{both}"
 
 
 def rows(numbers):
@@ -177,7 +176,7 @@ def pieces(study):
 def cost(study):
     """{kind of work: tokens} of a piece: the published recipe, and at each budget the rates side by side, and both together."""
     students = 0.4 + 0.6 * len(RATES) * len(RANKS)
-    parts = sum(1 / part for part in BUDGETS) * (len(BATCHES) * students + len(SAE_RATES))
+    parts = sum(1 / part for part in BUDGETS) * (len(OPTIMIZERS) * len(BATCHES) * students + len(SAE_RATES))
     return {"after": study.recipe_tokens * (1 + parts)}
 
 
@@ -193,9 +192,9 @@ def measure(study, found):
     return {"plan": plan_of(study.recipe_tokens), "cases": {name: [search] for name, search in found.items()}}
 
 
-def plan_of(tokens, rates=RATES, batches=BATCHES, ranks=RANKS, sae_rates=SAE_RATES, constant=False, tuning_tokens=TUNING):
-    return {"tokens": tokens, "rates": list(rates), "batches": list(batches), "ranks": list(ranks), "sae_rates": list(sae_rates),
-            "constant": constant, "tuning_tokens": tuning_tokens}
+def plan_of(tokens, rates=RATES, optimizers=OPTIMIZERS, batches=BATCHES, ranks=RANKS, sae_rates=SAE_RATES, tuning_tokens=TUNING):
+    return {"tokens": tokens, "rates": list(rates), "optimizers": list(optimizers), "batches": list(batches), "ranks": list(ranks),
+            "sae_rates": list(sae_rates), "tuning_tokens": tuning_tokens}
 
 
 def tables(numbers):
@@ -228,11 +227,11 @@ def arguments(argv):
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: both)")
     add("--tokens", type=count, help="the published recipe's budget (default: 300k; quick: 12k)")
     add("--rates", type=float, nargs="+", default=list(RATES), help="of the adapters (default: %(default)s)")
+    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="(default: both)")
     add("--batches", type=int, nargs="+", default=list(BATCHES), help="sequences a step (default: %(default)s)")
     add("--ranks", type=int, nargs="+", default=list(RANKS), help="(default: %(default)s)")
     add("--sae-rates", type=float, nargs="*", default=list(SAE_RATES), help="of the SAE, trained together with adapters of "
         "the middle rate, the first batch size and the first rank; none: leave that out (default: %(default)s)")
-    add("--constant", action="store_true", help="also rates that do not fall")
     add("--seeds", type=int, default=1, help="number of seeds (default: %(default)s)")
     add("--quick", action="store_true", help="the smallest that runs")
     add("--out", type=Path, help="folder (default: runs/recipe, or runs/recipe-quick)")
@@ -246,7 +245,7 @@ def main(argv=None):
     args = arguments(argv)
     folder = args.out or Path("runs") / ("recipe-quick" if args.quick else "recipe")
     tokens, tuning_tokens = (12_000, 1_000) if args.quick else (TOKENS, TUNING)
-    plan = plan_of(args.tokens or tokens, args.rates, args.batches, args.ranks, args.sae_rates, args.constant, tuning_tokens)
+    plan = plan_of(args.tokens or tokens, args.rates, args.optimizers, args.batches, args.ranks, args.sae_rates, tuning_tokens)
     with answering("interrupted: the same command continues"):
         same_plan(folder, plan)
         cases = {}

@@ -114,11 +114,11 @@ def new_sae(study, method, model, layer=None, *, width=None, l0=None, tokens=Non
 
 
 def adapters(study, name, model, saes, *, tokens=None, seed=None, **how):
-    """The Training of adapters around SAEs: Trainings of such, all on one model, or sources that exist already."""
+    """The Training of adapters around SAEs: Trainings of such, or sources that exist already. The optimiser is the paper's."""
     sources = tuple(str(study.folder / sae.name) if isinstance(sae, Training) else sae for sae in saes)
     needs = tuple(sae.name for sae in saes if isinstance(sae, Training))
     given = {"model": model, "sae": sources or None, "tokens": tokens or study.lora_tokens, "eval_tokens": study.eval_tokens,
-             "recipe": study.recipe, "seed": seed, "device": study.device, **how}
+             "recipe": study.recipe, "optimizer": "adamw", "seed": seed, "device": study.device, **how}
     return Training(f"adapters/{name}", given, needs)
 
 

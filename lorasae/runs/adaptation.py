@@ -73,7 +73,7 @@ def train(setting, run, students):
     model, saes, corpus, config, _ = setting
     parameters = parameters_of(students)
     groups = [{"params": lora_parameters(student)} for student in students]
-    optimizer = adapt.adamw(groups, config.variants[0])         # its rate; each group's own is set before every step
+    optimizer = adapt.new_optimizer(groups, config.variants[0]) # its rate; each group's own is set before every step
     start, position = run.restore(parameters, optimizer)
     first = adapt.first_differing(model, saes)
 

@@ -17,6 +17,7 @@ DTYPES = ("float32", "bfloat16")
 OBJECTIVES = ("kl", "mse", "balanced")
 THRESHOLDS = ("trained", "frozen")
 RECIPES = ("paper", "tuned")
+OPTIMIZERS = ("adamw", "muon")
 DEAD_AFTER = 10_000_000                                 # Gao et al. (2024); at most a tenth of the run
 
 
@@ -58,6 +59,7 @@ class Config:
     context: int = 1024                         # tokens a sequence, BOS included
 
     # optimisation
+    optimizer: str = "adamw"                    # of adapters, one of OPTIMIZERS
     batch_size: int = 1                         # sequences a step
     micro_batch: int | None = None              # sequences that pass through the model at once; None: the batch
     lr: float | tuple | None = 5e-5             # several train side by side; None, for an SAE: 2e-4 / √(latents / 2^14)
@@ -130,7 +132,7 @@ WHOLE = ("k", "tokens", "eval_tokens", "context", "batch_size", "micro_batch", "
 POSITIVE = ("alpha", "clip", "l0", "sae_lr")
 NOT_NEGATIVE = ("dropout", "weight_decay", "seed")
 SWITCHES = ("auxk", "lr_decay", "compile", "shard", "train_sae")
-CHOICES = {"method": METHODS, "llama_scope": LLAMA_SCOPE, "dtype": DTYPES, "sae_dtype": DTYPES, "objective": OBJECTIVES,
+CHOICES = {"method": METHODS, "optimizer": OPTIMIZERS, "llama_scope": LLAMA_SCOPE, "dtype": DTYPES, "sae_dtype": DTYPES, "objective": OBJECTIVES,
            "thresholds": THRESHOLDS}
 LARGEST_SEED = 2 ** 63 - 1
 
@@ -224,6 +226,8 @@ def check_trained_sae(config):
     asked = "--train-sae" if config.train_sae else "--method finetune"
     if config.train_sae and (len(config.variants) > 1 or config.shard):
         raise InputError("--train-sae trains one SAE with one adapter: pass one --rank and one --lr, without --shard")
+    if config.optimizer != "adamw":
+        raise InputError(f"--optimizer {config.optimizer}: {asked} trains with adamw; leave it out")
     if len(config.layer) > 1:
         raise InputError(f"--layer {' '.join(map(str, config.layer))}: {asked} trains the SAE of one layer")
     if config.micro_batch < config.batch_size:

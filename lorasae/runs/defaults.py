@@ -17,7 +17,7 @@ from lorasae.runs.config import RECIPES, Config, option, read_config
 SAE_TOKENS = 2_000_000_000                              # the paper's training of an SAE (§3.1)
 UNKNOWN = {"data": "stdlib"}                            # for models without a preset: what every user has
 
-OF_ADAPTERS = ("rank", "alpha", "dropout", "adapt", "weight_decay", "train_sae", "sae_lr", "recipe")
+OF_ADAPTERS = ("rank", "alpha", "dropout", "adapt", "optimizer", "weight_decay", "train_sae", "sae_lr", "recipe")
 OF_FINETUNING = ("objective", "thresholds")
 FROM_SCRATCH = (*OF_ADAPTERS, *OF_FINETUNING, "lr_decay", "sae_dtype", "llama_scope")
 WITHOUT_EFFECT = {                                      # options that change nothing of what a method does
@@ -59,8 +59,10 @@ def adapting(given):
     of_sae = {**FINETUNE, **(known.finetune if known else {})}
     if given.get("method") == "finetune":
         defaults = {name: value for name, value in defaults.items() if name not in OF_ADAPTERS} | of_sae
-    elif recipe is not None:
-        defaults |= recipe_of(recipe, model)
+    else:
+        train_sae = given.get("train_sae", False)
+        defaults |= known.both if known and train_sae else {}
+        defaults |= recipe_of(recipe, model, given.get("optimizer", "muon"), train_sae) if recipe else {}
 
     if given.get("method") == "finetune" or given.get("train_sae"):
         defaults.pop("sae_dtype", None)                 # what trains is float32
@@ -83,14 +85,17 @@ def adapting(given):
     return fitted(values, given, known)
 
 
-def recipe_of(name, model):
-    """The fields of Config that a recipe for adapters decides: the paper's, or what a search on small models supports."""
+def recipe_of(name, model, optimizer, train_sae):
+    """The fields of Config that a recipe for adapters decides: the paper's, or what a search on small models supports.
+
+    optimizer: whose rate the tuned recipe is to have.
+    """
     if name not in RECIPES:
         raise InputError(f"--recipe is {name!r}, but it must be one of {', '.join(RECIPES)}")
     if name == "paper":
         return PAPER
     config = load_config(model)
-    return tuned(config.hidden_size, config.num_hidden_layers)
+    return tuned(config.hidden_size, config.num_hidden_layers, optimizer, train_sae)
 
 
 def made_by(sources, with_tokens):
