@@ -7,6 +7,7 @@ from lorasae.evals.figures import save_figure
 from lorasae.io.disk import read_json
 from lorasae.lora import adapters
 from lorasae.paper import arms, model_or_sae, recipe
+from lorasae.paper.findings import show
 from lorasae.paper.arms import Case, adapted, asked, finetuned, measured, same_plan, untouched
 from lorasae.runs.config import Config
 from test_finetune import LAYER, random_sae
@@ -70,8 +71,10 @@ def test_an_experiment_is_whole_continues_from_its_files_and_says_what_its_figur
 
     numbers = {"plan": PLAN, "cases": {"a case": found}}
     numbers["conclusions"] = model_or_sae.conclusions(numbers)
-    model_or_sae.show(numbers)
-    said = capsys.readouterr().out
+    show(model_or_sae.tables(numbers))
+    assert "adapters, then SAE" in capsys.readouterr().out
+    assert [claim.of_paper for claim in model_or_sae.claims(numbers)] == [False, False]
+    said = " ".join(numbers["conclusions"])
     best = max(model_or_sae.ARMS, key=lambda arm: model_or_sae.gaps(found, "tokens", arm).mean())
     assert f"in the mean of the 1 cases: {model_or_sae.ARMS[best]}" in said
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
@@ -88,7 +91,7 @@ def test_a_search_finds_the_tokens_that_every_recipe_needs(case, tmp_path, monke
     assert read_json(tmp_path / "paper-0.json") == found["paper"] < found["before"]
     monkeypatch.setattr(recipe, "adapted", None)
     assert recipe.search(case, tmp_path, plan, seed=0) == found
-    recipe.show({"plan": plan, "cases": {"a case": [found]}})
+    show(recipe.tables({"plan": plan, "cases": {"a case": [found]}}))
     assert "muon 0.01, batch 4, rank 2" in capsys.readouterr().out
 
 
