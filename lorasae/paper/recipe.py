@@ -25,8 +25,8 @@ from lorasae.paper.model_or_sae import new_student
 from lorasae.runs.config import OPTIMIZERS
 
 TOKENS = 300_000                                        # of the published recipe
-BUDGETS = (24, 12)                                      # parts of these tokens
-RATES = (1.5e-3, 3e-3, 6e-3)
+BUDGETS = (24, 12, 6)                                   # parts of these tokens
+RATES = (3e-3, 5e-3)
 BATCHES = (1,)                                          # sequences a step
 RANKS = (64,)
 SAE_RATES = (2.5e-4,)
@@ -76,8 +76,8 @@ def side_by_side(case, plan, tokens, optimizer, batch, seed):
 
 
 def together(case, plan, tokens, sae_lr, seed):
-    """A trial with the SAE trained too, both by AdamW: the middle rate, the first batch size and the first rank."""
-    lr, batch, rank = plan["rates"][len(plan["rates"]) // 2], plan["batches"][0], plan["ranks"][0]
+    """A trial with the SAE trained too, both by AdamW: the first rate, batch size and rank."""
+    lr, batch, rank = plan["rates"][0], plan["batches"][0], plan["ranks"][0]
     config = asked(case, tokens, seed, rank=(rank,), lr=lr, objective="kl", batch_size=batch, micro_batch=None)
     trained = finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True)
     return [trial("adamw", lr, batch, rank, sae_lr, tokens, tuning_kl(case, trained))]
@@ -231,7 +231,7 @@ def arguments(argv):
     add("--batches", type=int, nargs="+", default=list(BATCHES), help="sequences a step (default: %(default)s)")
     add("--ranks", type=int, nargs="+", default=list(RANKS), help="(default: %(default)s)")
     add("--sae-rates", type=float, nargs="*", default=list(SAE_RATES), help="of the SAE, trained together with adapters of "
-        "the middle rate, the first batch size and the first rank; none: leave that out (default: %(default)s)")
+        "the first rate, batch size and rank; none: leave that out (default: %(default)s)")
     add("--seeds", type=int, default=1, help="number of seeds (default: %(default)s)")
     add("--quick", action="store_true", help="the smallest that runs")
     add("--out", type=Path, help="folder (default: runs/recipe, or runs/recipe-quick)")
