@@ -9,10 +9,10 @@ from lorasae.runs.opening import open_run
 
 TITLE = "Language-model benchmarks"
 FIGURES = ("table5",)
-ABOUT = ("Scored by the lm-eval package, in its units, ± one standard error. In miniature the four tasks are made from held-out files of "
-         "the standard library, in the forms of MMLU, HellaSwag and TruthfulQA (evals/local_tasks.py), since a model of this size is "
-         "at chance in the real ones. Adapters on the blocks after a JumpReLU SAE; generated tokens pass the SAE too, as they do "
-         "not in the published code.")
+ABOUT = ("Scored by the lm-eval package, in its units, ± one standard error. In miniature the four tasks are made from "
+         "held-out files of the standard library, in the forms of MMLU, HellaSwag and TruthfulQA (evals/local_tasks.py), "
+         "since a model of this size is at chance in the real ones. Adapters on the blocks after a JumpReLU SAE; generated "
+         "tokens pass the SAE too, as they do not in the published code.")
 
 PAPER = {                                               # Table 5, Gemma-2-2B: SAE, SAE + LoRA, original, LoRA, in percent
     "MMLU": (44.2, 45.8, 49.3, 50.0), "HellaSwag": (50.9, 52.1, 55.0, 56.0), "BLEU": (29.9, 30.6, 30.4, 32.4),

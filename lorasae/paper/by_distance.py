@@ -6,8 +6,9 @@ from lorasae.runs.opening import open_run
 
 TITLE = "Distance to the original activations"
 FIGURES = ("fig11",)
-ABOUT = ("Cosine similarity and L2 distance of each block's output to that of the original model without SAE, after adapting less "
-         "before, around a TopK SAE with adapters on all blocks. The picture is the first seed's, with intervals over sequences.")
+ABOUT = ("Cosine similarity and L2 distance of each block's output to that of the original model without SAE, after "
+         "adapting less before, around a TopK SAE with adapters on all blocks. The picture is the first seed's, with "
+         "intervals over sequences.")
 
 
 def trainings(study):

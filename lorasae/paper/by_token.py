@@ -7,8 +7,8 @@ from lorasae.runs.opening import open_run
 
 TITLE = "Change of loss by token"
 FIGURES = ("fig8",)
-ABOUT = ("The change of every held-out token's loss, CE with SAE - CE with SAE and adapters, around a TopK SAE with adapters on all "
-         "blocks. The picture is the first seed's.")
+ABOUT = ("The change of every held-out token's loss, CE with SAE - CE with SAE and adapters, around a TopK SAE with "
+         "adapters on all blocks. The picture is the first seed's.")
 
 
 def trainings(study):

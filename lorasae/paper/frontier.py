@@ -14,11 +14,12 @@ from lorasae.runs.setting import load_setting
 
 TITLE = "Loss against training time: TopK + LoRA, TopK, end to end"
 FIGURES = ("fig1", "fig5", "table1", "table2")
-ABOUT = ("A TopK and an e2e SAE with the same latents, k and tokens, and the model adapted (all blocks, rank 64) to the TopK SAE as "
-         "it was after each tenth of its training; everything on the same held-out text. A table's row: the seconds of training "
-         "to a loss, those of TopK and e2e on the line between two points, which favours them. In the published code the "
-         "checkpoint named 50 % may be the end of the training, so the paper's times of TopK + LoRA may be half of the true ones. One "
-         "seed; several trainings run at once, one a core, so times depend a little on each other.")
+ABOUT = ("A TopK and an e2e SAE with the same latents, k and tokens, and the model adapted (all blocks, rank 64) to the "
+         "TopK SAE as it was after each tenth of its training; everything on the same held-out text. A table's row: the "
+         "seconds of training to a loss, those of TopK and e2e on the line between two points, which favours them. In the "
+         "published code the checkpoint named 50 % may be the end of the training, so the paper's times of TopK + LoRA may "
+         "be half of the true ones. One seed; several trainings run at once, one a core, so times depend a little on each "
+         "other.")
 
 TENTHS = range(10, 101, 10)
 CURVES = {"topk": "TopK", "e2e": "e2e", "topk_lora": "TopK + LoRA"}

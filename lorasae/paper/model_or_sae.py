@@ -224,9 +224,9 @@ def draw(numbers, figure):
 
 TITLE = "Adapt the model, the SAE, or both?"
 FIGURES = ()
-ABOUT = ("Four arms at equal tokens and at equal time, each at its own best rates, chosen by KL on text that no arm trains or is measured "
-         "on: adapters (the paper), the SAE finetuned (Karvonen 2025), both together, and adapters first, then the SAE. L0 is held. "
-         "Intervals are 90 % over seeds.")
+ABOUT = ("Four arms at equal tokens and at equal time, each at its own best rates, chosen by KL on text that no arm trains "
+         "or is measured on: adapters (the paper), the SAE finetuned (Karvonen 2025), both together, and adapters first, "
+         "then the SAE. L0 is held. Intervals are 90 % over seeds.")
 
 
 def trainings(study):

@@ -160,9 +160,10 @@ def draw(numbers, figure):
 
 TITLE = "How to train adapters"
 FIGURES = ()
-ABOUT = ("How many times fewer tokens a recipe needs to close as much of the KL gap as the published one (5e-5 constant, dropout 0.1, one "
-         "sequence a step) does with its whole budget; every recipe trained anew at every budget, all rates side by side. "
-         "Measured on a part of the training text that nothing trains on, not on the held-out text. One seed.")
+ABOUT = ("How many times fewer tokens a recipe needs to close as much of the KL gap as the published one (5e-5 constant, "
+         "dropout 0.1, one sequence a step) does with its whole budget; every recipe trained anew at every budget, all "
+         "rates side by side. Measured on a part of the training text that nothing trains on, not on the held-out text. "
+         "One seed.")
 
 
 def trainings(study):

@@ -9,9 +9,9 @@ from lorasae.runs.opening import open_run
 TITLE = "SAEBench"
 FIGURES = ("table3", "table6")
 ABOUT = ("The SAE reads base and adapted model (TopK, adapters on all blocks); nothing is spliced in. One seed of "
-         "training; intervals are 90 % over three seeds of evaluation, of autointerp over latents, differences paired. The judge of "
-         "autointerp is lexical (eval.py --suite autointerp --judge asks a language model); in miniature the texts are packages of the "
-         "standard library.")
+         "training; intervals are 90 % over three seeds of evaluation, of autointerp over latents, differences paired. The "
+         "judge of autointerp is lexical (eval.py --suite autointerp --judge asks a language model); in miniature the "
+         "texts are packages of the standard library.")
 
 SUITES = {"scr": scr, "tpp": tpp, "probing": probing, "absorption": absorption}
 

@@ -9,11 +9,11 @@ from lorasae.paper.study import adapters, new_sae, results
 
 TITLE = "Scaling laws for the downstream loss"
 FIGURES = ("fig3", "fig4")
-ABOUT = ("CE improvement = CE with SAE - CE with SAE and adapters, in nats a token; in percent of the gap, CE with SAE - CE of "
-         "the model alone. One JumpReLU SAE for each point, adapters on the blocks after it, all ranks side by side in one "
-         "pass. In miniature the SAEs are trained here for the asked L0; their measured one is on the axis. alpha is 32 at "
-         "every rank, as in the paper, so a rank's step size changes with it. One seed; intervals are over held-out sequences, and a "
-         "difference within them is not called one.")
+ABOUT = ("CE improvement = CE with SAE - CE with SAE and adapters, in nats a token; in percent of the gap, CE with SAE - "
+         "CE of the model alone. One JumpReLU SAE for each point, adapters on the blocks after it, all ranks side by side "
+         "in one pass. In miniature the SAEs are trained here for the asked L0; their measured one is on the axis. alpha "
+         "is 32 at every rank, as in the paper, so a rank's step size changes with it. One seed; intervals are over "
+         "held-out sequences, and a difference within them is not called one.")
 
 RANKS = (1, 4, 16, 64, 256)
 MAIN_RANK = 64                                          # whose figures the claims are about

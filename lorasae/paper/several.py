@@ -4,9 +4,9 @@ from lorasae.paper.study import adapters, new_sae, results
 
 TITLE = "Adapting to several SAEs at once"
 FIGURES = ("fig6",)
-ABOUT = ("Compound cross-entropy (Lai & Heimersheim 2024): that of the model with all SAEs inserted. TopK SAEs, adapters on all "
-         "blocks, all SAEs inserted during training, blocks chosen far apart. The published code hooks the SAE of block i at "
-         "block i + 1, which inflates the paper's losses without adapters; here it acts at block i.")
+ABOUT = ("Compound cross-entropy (Lai & Heimersheim 2024): that of the model with all SAEs inserted. TopK SAEs, adapters "
+         "on all blocks, all SAEs inserted during training, blocks chosen far apart. The published code hooks the SAE of "
+         "block i at block i + 1, which inflates the paper's losses without adapters; here it acts at block i.")
 
 MINIATURE = ((2,), (1, 3), (0, 2, 4), (0, 1, 3, 4), (0, 1, 2, 3, 4))
 REAL = ((16,), (10, 20, 30), (6, 12, 18, 24, 30), (4, 8, 12, 16, 20, 24, 28), tuple(range(3, 31, 3)), tuple(range(2, 31, 2)))

@@ -11,11 +11,12 @@ from lorasae.runs.opening import open_run
 
 TITLE = "Steering with latents"
 FIGURES = ("table4", "fig7", "fig10")
-ABOUT = ("x ← x + α (x·v) v with a latent's decoder row v, in both models; d is the change of a text's likelihood, in units where the "
-         "unsteered texts span 100. α is tuned for each model on half of the texts, the table is of the other half. Latents and "
-         "texts (held-out passages where the latent fires, and others) are found here, where the paper had texts about its four latents "
-         "written by a language model (eval.py --suite steering --positives does that). The published code scores the current token for "
-         "the next one, and adapts at rank 1, so the paper's levels cannot be compared. One seed; intervals are over texts.")
+ABOUT = ("x ← x + α (x·v) v with a latent's decoder row v, in both models; d is the change of a text's likelihood, in "
+         "units where the unsteered texts span 100. α is tuned for each model on half of the texts, the table is of the "
+         "other half. Latents and texts (held-out passages where the latent fires, and others) are found here, where the "
+         "paper had texts about its four latents written by a language model (eval.py --suite steering --positives does "
+         "that). The published code scores the current token for the next one, and adapts at rank 1, so the paper's levels "
+         "cannot be compared. One seed; intervals are over texts.")
 
 
 def trainings(study):
