@@ -30,7 +30,7 @@ from lorasae.runs.config import RECIPES
 from lorasae.runs.folder import RUNS
 
 MINIATURE = {"sae_tokens": 400_000, "frontier_tokens": 500_000, "lora_tokens": 60_000, "long_tokens": 300_000, "eval_tokens": 12_000,
-             "beyond_tokens": 30_000, "recipe_tokens": 300_000, "seeds": (0, 1, 2), "recipe": "tuned"}
+             "beyond_tokens": 20_000, "recipe_tokens": 300_000, "seeds": (0, 1, 2), "recipe": "tuned"}
 QUICK = {"sae_tokens": 40_000, "frontier_tokens": 40_000, "lora_tokens": 8_000, "long_tokens": 16_000, "eval_tokens": 8_000,
          "beyond_tokens": 4_000, "recipe_tokens": 12_000, "seeds": (0,), "recipe": "tuned"}
 
