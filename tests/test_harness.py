@@ -204,8 +204,8 @@ def test_an_answer_ends_before_the_first_stop_string_of_its_own_request(bench):
 
 def test_eos_and_the_names_of_special_tokens_end_an_answer_too(bench, monkeypatch):
     ours = bench.ours()
-    ids = naive_continuation(bench, ours.tok_encode(PROMPTS[2]), 6)
-    end = next(i for i in range(2, 6) if ids[i] not in ids[:i])
+    ids = naive_continuation(bench, ours.tok_encode(PROMPTS[2]), 24)
+    end = next(i for i in range(2, 24) if ids[i] not in ids[:i])
     monkeypatch.setattr(SplicedLM, "eot_token_id", ids[end])
     text, = ours.generate_until(requests("generate_until", (PROMPTS[2], {"max_gen_toks": 24})))
     assert text == bench.tokenizer.decode(ids[:end + 1])

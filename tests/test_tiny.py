@@ -14,10 +14,10 @@ from lorasae.io.streams import held_out
 from lorasae.tiny import make
 
 FOLDERS = {name: make.HERE / name for name in make.CONFIGS}
-LOSS_BOUND = 3.0                                        # nats a token; room for the library of another Python version
+LOSS_BOUND = {"gemma-2": 3.0, "llama-3": 3.0, "gemma-2-medium": 3.2, "gemma-2-small": 3.6}      # nats a token; room for other libraries
 SAMPLE = "class Ünïcode(dict):\n\n    def __len__(self):\t# 日本語 🐍\r\n        return 3  \n"
 
-both = pytest.mark.parametrize("name", make.CONFIGS)
+every = pytest.mark.parametrize("name", make.CONFIGS)
 
 
 def tokenizer_of(name):
@@ -28,7 +28,7 @@ def held_out_tokens(name, count):
     return Corpus("stdlib", tokenizer_of(name), make.BOS, make.EOS, context=256, eval_tokens=count).validation
 
 
-@both
+@every
 def test_the_shipped_model_loads_and_is_the_one_that_the_script_makes(name):
     model = load_model(FOLDERS[name])
     raw = read_json(FOLDERS[name] / "config.json")
@@ -37,7 +37,7 @@ def test_the_shipped_model_loads_and_is_the_one_that_the_script_makes(name):
     assert sum(p.numel() for p in model.parameters()) == read_json(FOLDERS[name] / "MADE.json")["parameters"]
 
 
-@both
+@every
 def test_transformers_loads_the_shipped_folder_and_gives_the_same_logits(name):
     transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
     oracle = transformers.AutoModelForCausalLM.from_pretrained(FOLDERS[name], dtype=torch.float32,
@@ -48,7 +48,7 @@ def test_transformers_loads_the_shipped_folder_and_gives_the_same_logits(name):
     assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-@both
+@every
 def test_the_tokenizer_puts_bos_first_and_gives_the_text_back(name):
     tokenizer, raw = tokenizer_of(name), make.CONFIGS[name]
     encoding = tokenizer.encode(SAMPLE)
@@ -60,15 +60,15 @@ def test_the_tokenizer_puts_bos_first_and_gives_the_text_back(name):
     assert tokenizer.encode(SAMPLE, add_special_tokens=False).ids == encoding.ids[1:]
 
 
-def test_all_that_is_shipped_fits_in_16_mb():
-    assert sum(path.stat().st_size for path in make.HERE.rglob("*") if path.is_file()) <= 16_000_000
+def test_all_that_is_shipped_fits_in_19_mb():
+    assert sum(path.stat().st_size for path in make.HERE.rglob("*") if path.is_file()) <= 19_000_000
 
 
-@both
+@every
 def test_the_model_has_learned_what_word_counts_cannot(name):
     made = read_json(FOLDERS[name] / "MADE.json")
     loss = make.model_loss(load_model(FOLDERS[name], dtype=torch.float32), held_out_tokens(name, 8192))
-    assert loss < LOSS_BOUND < made["bigram_loss"] < made["unigram_loss"]
+    assert loss < LOSS_BOUND[name] < made["bigram_loss"] < made["unigram_loss"]
     assert abs(loss - made["model_loss"]) < 0.5         # measured on six times as much text
 
 
