@@ -135,7 +135,7 @@ def names_in(only):
 
 
 def processes_for(study):
-    """Of real models, and of those on a GPU, one: they need all of it."""
+    """How many jobs at a time: one a core, at most 4; of real models, and on a GPU, one."""
     if study.miniature and study.device == "cpu":
         return min(4, torch.get_num_threads())
     return 1

@@ -290,7 +290,7 @@ def tables(numbers):
 
 
 def claims(numbers):
-    """Neither is the paper's: Karvonen's, that a short finetune of the SAE does about what adapters do, and nobody's yet."""
+    """None of the paper: Karvonen's, that a short finetune of the SAE does about what adapters do, and nobody's yet."""
     sae, both = against(numbers, "sae"), against(numbers, "both")
     return [
         Claim("Karvonen 2025: a finetuned SAE is behind adapters on all blocks at equal tokens (15M)",

@@ -94,7 +94,7 @@ def training_jobs(study, parts):
 
 
 def measuring_jobs(study, name, part):
-    """The pieces of a part, if it has any, and then the part; its work is the pieces', if it has any."""
+    """The pieces of a part, if it has any, each with the part's cost, and then the part, which then only gathers them."""
     trainings = tuple(training.name for training in part.trainings(study))
     pieces = tuple(f"{name}/{piece}" for piece in pieces_of(study, part))
     takes = part.cost(study) if hasattr(part, "cost") else {}

@@ -180,7 +180,7 @@ def cost(study):
 
     The published recipe, and at each budget all rates and ranks side by side, and adapters and SAE together.
     """
-    students = 0.4 + 0.6 * len(RATES) * len(RANKS)  # all students share the teacher, about two fifths of a step
+    students = 0.4 + 0.6 * len(RATES) * len(RANKS)      # they share the teacher, about two fifths of a step
     passes = len(OPTIMIZERS) * len(BATCHES) * students + len(SAE_RATES)
     budgets = sum(1 / part for part in BUDGETS)
     return {"after": study.recipe_tokens * (1 + budgets * passes)}
