@@ -6,8 +6,8 @@
     python -m lorasae.paper --dry-run                   what would be trained, and how long that takes on this machine
     python -m lorasae.paper --model gemma-2-2b          the replication at real size
 
-OUT/index.html holds every result beside the paper's, and a summary on top. Everything is kept as it is made: interrupted, the
-same command continues, and ends with the same numbers.
+OUT/index.html holds every result beside the paper's, and a summary on top. Everything is kept as it is made: interrupted,
+the same command continues, and ends with the same numbers.
 """
 import shlex
 import sys
@@ -29,32 +29,61 @@ from lorasae.paper.study import MODELS, Study
 from lorasae.runs.config import RECIPES
 from lorasae.runs.folder import RUNS
 
-MINIATURE = {"sae_tokens": 400_000, "frontier_tokens": 500_000, "lora_tokens": 60_000, "long_tokens": 300_000, "eval_tokens": 12_000,
-             "beyond_tokens": 20_000, "recipe_tokens": 300_000, "seeds": (0, 1, 2), "recipe": "tuned"}
-QUICK = {"sae_tokens": 40_000, "frontier_tokens": 40_000, "lora_tokens": 8_000, "long_tokens": 16_000, "eval_tokens": 8_000,
-         "beyond_tokens": 4_000, "recipe_tokens": 12_000, "seeds": (0,), "recipe": "tuned"}
+TOKENS = {                                              # fields of Study, each an option: of what
+    "sae_tokens": "of each SAE",
+    "frontier_tokens": "of each SAE of Figures 1 and 5",
+    "lora_tokens": "of adapters",
+    "long_tokens": "of the adapters that Tables 3 to 6 and Figures 7 to 11 look at",
+    "eval_tokens": "held out",
+    "beyond_tokens": "of each arm of model_or_sae",
+    "recipe_tokens": "of the published recipe, in recipe",
+}
+MINIATURE = {
+    "sae_tokens": 400_000,
+    "frontier_tokens": 500_000,
+    "lora_tokens": 60_000,
+    "long_tokens": 300_000,
+    "eval_tokens": 12_000,
+    "beyond_tokens": 20_000,
+    "recipe_tokens": 300_000,
+    "seeds": (0, 1, 2),
+    "recipe": "tuned",
+}
+QUICK = {
+    "sae_tokens": 40_000,
+    "frontier_tokens": 40_000,
+    "lora_tokens": 8_000,
+    "long_tokens": 16_000,
+    "eval_tokens": 8_000,
+    "beyond_tokens": 4_000,
+    "recipe_tokens": 12_000,
+    "seeds": (0,),
+    "recipe": "tuned",
+}
 
 
-def show_plan(study, parts, expected, processes):
-    """Prints what is still to be done: parts, their trainings, tokens and times."""
-    rows, counted = [], set()
-    for name, part in parts.items():
-        own = {training.name: training for training in part.trainings(study) if training.name in expected and training.name not in counted}
-        counted |= own.keys()
-        mine = [job for job in expected if job in own or job.partition("/")[0] == name]
-        tokens = sum(map(tokens_of, own.values()))
-        rows.append([name, ", ".join(part.FIGURES), str(len(own)), f"{tokens:,}", minutes(sum(expected[job] for job in mine) / processes)])
-    print_table(rows, ["part", "shows", "trainings", "their tokens", "minutes"])
-    whole = sum(expected.values()) / processes
-    print(f"\nabout {minutes(whole)} minutes, {processes} jobs at a time, by a short timing of {study.models.main}; what several parts "
-          "need is counted once" + ("" if study.miniature else ". Larger models take longer; train.py --dry-run tells the memory of each"))
+def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
+    args = arguments(words)
+    with answering("interrupted: the same command continues"):
+        study = study_of(args)
+        parts = chosen(study, names_in(args.only))
+        processes = args.jobs or processes_for(study)
+
+        if args.list:
+            show_parts(parts)
+        elif args.dry_run:
+            jobs = jobs_of(study, parts)
+            show_plan(study, parts, seconds_of(study, jobs, processes), processes)
+        else:
+            same_study(study)
+            tell(f"{study.folder}/ is where this writes; index.html there is the page")
+            failed = do(study, jobs_of(study, parts), processes)
+            report(study, parts, failed, shlex.join(["python", "-m", "lorasae.paper", *words]))
+            refuse_missing(parts, failed)
 
 
-def minutes(seconds):
-    return f"{seconds / 60:,.1f}"
-
-
-# ---- The command -------------------------------------------------------------------------------------------------------
+# ---- What is asked ---------------------------------------------------------------------------------------------------
 
 def arguments(argv):
     parser = Parser(description=__doc__)
@@ -64,96 +93,148 @@ def arguments(argv):
     add("--list", action="store_true", help="say what there is, and stop")
     add("--quick", action="store_true", help="few tokens, one seed")
     add("--dry-run", action="store_true", help="say what would be done and how long it takes, by a short timing, and stop")
-    for name, what in (("sae-tokens", "of each SAE"), ("frontier-tokens", "of each SAE of Figures 1 and 5"),
-                       ("lora-tokens", "of adapters"), ("long-tokens", "of the adapters that Tables 3 to 6 and Figures 7 to 11 look at"),
-                       ("eval-tokens", "held out"), ("beyond-tokens", "of each arm of model_or_sae"),
-                       ("recipe-tokens", "of the published recipe, in recipe")):
-        small = MINIATURE[name.replace("-", "_")]
-        add(f"--{name}", type=count, help=f"tokens {what} (default: {small:,}; of real models the paper's)")
+    for name, what in TOKENS.items():
+        option = "--" + name.replace("_", "-")
+        add(option, type=count, help=f"tokens {what} (default: {MINIATURE[name]:,}; of real models the paper's)")
     add("--seeds", type=int, help="of adapters, where a part takes several (default: 3; quick and real models: 1)")
     add("--recipe", choices=RECIPES, help="of adapters (default: tuned; of real models paper)")
     add("--jobs", type=int, help="at a time (default: one a core, at most 4; of real models 1)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     add("--out", type=Path, help=f"folder (default: {RUNS}/paper, or {RUNS}/paper-quick, {RUNS}/paper-MODEL)")
+
     args = parser.parse_args(argv)
-    for name in ("seeds", "jobs"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: pass at least 1")
+    for name, value in ("seeds", args.seeds), ("jobs", args.jobs):
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value}: pass at least 1")
     return args
 
 
 def study_of(args):
-    """The Study that the arguments ask for."""
-    miniature = args.model.startswith("tiny-")
-    scale = dict(QUICK if args.quick else MINIATURE) if miniature else {}
-    for name in ("sae_tokens", "frontier_tokens", "lora_tokens", "long_tokens", "eval_tokens", "beyond_tokens", "recipe_tokens", "recipe"):
-        if getattr(args, name) is not None:
-            scale[name] = getattr(args, name)
+    """The Study that the arguments ask for: what they do not say is the miniature's, or of real models None."""
+    scale = {}
+    if args.model.startswith("tiny-"):
+        scale |= QUICK if args.quick else MINIATURE
+    for name in (*TOKENS, "recipe"):
+        given = getattr(args, name)
+        if given is not None:
+            scale[name] = given
     if args.seeds is not None:
         scale["seeds"] = tuple(range(args.seeds))
-    name = "paper" if args.model == "tiny-gemma-2" else f"paper-{args.model}"
-    folder = args.out or RUNS / (f"{name}-quick" if args.quick else name)
+
+    folder = args.out
+    if folder is None:
+        name = "paper" if args.model == "tiny-gemma-2" else f"paper-{args.model}"
+        folder = RUNS / (f"{name}-quick" if args.quick else name)
     return Study(folder, args.model, **scale, device=args.device)
+
+
+def names_in(only):
+    """What --only names: "fig3, table1" -> ["fig3", "table1"]."""
+    names = [name.strip() for name in (only or "").split(",")]
+    return [name for name in names if name]
+
+
+def processes_for(study):
+    """How many jobs at a time: one a core, at most 4; of real models, and on a GPU, one."""
+    if study.miniature and study.device == "cpu":
+        return min(4, torch.get_num_threads())
+    return 1
 
 
 def same_study(study):
     """Refuses to continue in a folder that was begun with other arguments."""
+    asked = asdict(study)
+    del asked["folder"]
+    asked["seeds"] = list(study.seeds)                  # as JSON has it
+
     path = study.folder / "study.json"
-    asked = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(study).items() if name != "folder"}
     if not path.exists():
         write_json(path, asked)
     before = read_json(path)
-    for name in asked:
-        if before.get(name) != asked[name]:
-            raise InputError(f"{study.folder} was begun with {name} {before.get(name)}, not {asked[name]}: pass another --out, or the "
-                             "same arguments to continue")
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise InputError(f"{study.folder} was begun with {name} {before.get(name)}, not {value}: "
+                             "pass another --out, or the same arguments to continue")
 
 
-def report(study, parts, failed, command):
-    """The page with everything that has been found so far; pictures; and the tables of `parts` to the terminal."""
-    shown = {name: part for name, part in parts_of(study).items() if name in parts or answer(study, name).exists()}
-    found = {name: read_json(answer(study, name)) for name in shown if answer(study, name).exists()}
-    for name in parts:
-        if name in found:
-            show(parts[name].tables(found[name]["numbers"]))
-    for name, each in found.items():
-        save_figure(shown[name].draw, each["numbers"], study.folder / "pictures" / f"{name}.png", command)
-    write_bytes(study.folder / "index.html", page(study, shown, found, failed, command).encode())
+# ---- What there is, and what it takes --------------------------------------------------------------------------------
+
+def show_parts(parts):
+    rows = [[name, ", ".join(part.FIGURES), part.TITLE] for name, part in parts.items()]
+    print_table(rows, ["part", "shows", "what"])
 
 
-def main(argv=None):
-    words = sys.argv[1:] if argv is None else argv
-    args = arguments(words)
-    with answering("interrupted: the same command continues"):
-        study = study_of(args)
-        parts = chosen(study, [name.strip() for name in (args.only or "").split(",") if name.strip()])
-        if args.list:
-            print_table([[name, ", ".join(part.FIGURES), part.TITLE] for name, part in parts.items()], ["part", "shows", "what"])
-            return
-        processes = args.jobs or (min(4, torch.get_num_threads()) if study.miniature and study.device == "cpu" else 1)
-        if args.dry_run:
-            jobs = jobs_of(study, parts)
-            show_plan(study, parts, priced(jobs, measured_rates(study, jobs, processes)), processes)
-            return
+def show_plan(study, parts, expected, processes):
+    """Prints what is still to be done: parts, their trainings, tokens and times; expected: {job's name: seconds}."""
+    rows, counted = [], set()
+    for name, part in parts.items():
+        own = {}                                        # trainings that no part before needs
+        for training in part.trainings(study):
+            if training.name in expected and training.name not in counted:
+                own[training.name] = training
+        counted |= own.keys()
 
-        same_study(study)
-        tell(f"{study.folder}/ is where this writes; index.html there is the page")
-        failed = do(study, jobs_of(study, parts), processes)
-        report(study, parts, failed, shlex.join(["python", "-m", "lorasae.paper", *words]))
-        print(f"\n{study.folder / 'index.html'}")
-        missing = [f"{name} was left out: {failed[name]}" for name in parts if name in failed]
-        if missing:
-            raise InputError("; ".join(missing))
+        tokens = sum(tokens_of(training) for training in own.values())
+        mine = [job for job in expected if job in own or job.partition("/")[0] == name]
+        seconds = sum(expected[job] for job in mine) / processes
+        rows.append([name, ", ".join(part.FIGURES), str(len(own)), f"{tokens:,}", minutes(seconds)])
+    print_table(rows, ["part", "shows", "trainings", "their tokens", "minutes"])
 
+    whole = sum(expected.values()) / processes
+    larger = "" if study.miniature else ". Larger models take longer; train.py --dry-run tells the memory of each"
+    print(f"\nabout {minutes(whole)} minutes, {processes} jobs at a time, by a short timing of {study.models.main}; "
+          f"what several parts need is counted once{larger}")
+
+
+def seconds_of(study, jobs, processes):
+    """{job's name: the seconds it is expected to take}, by a short timing of this machine."""
+    return priced(jobs, measured_rates(study, jobs, processes))
+
+
+def minutes(seconds):
+    return f"{seconds / 60:,.1f}"
+
+
+# ---- Doing it --------------------------------------------------------------------------------------------------------
 
 def do(study, jobs, processes):
     """Does the jobs, behind a line of progress -> {name: why it could not be done}."""
     if not jobs:
         return {}
     tell("timing this machine")
-    expected = priced(jobs, measured_rates(study, jobs, processes))
-    tell(f"{len(jobs)} jobs, {processes} at a time: about {minutes(sum(expected.values()) / processes)} minutes")
+    expected = seconds_of(study, jobs, processes)
+    whole = sum(expected.values()) / processes
+    tell(f"{len(jobs)} jobs, {processes} at a time: about {minutes(whole)} minutes")
     return run_all(jobs, work, study, processes, Progress(expected, processes))
+
+
+def report(study, parts, failed, command):
+    """The page with everything that has been found so far; pictures; and the tables of `parts` to the terminal."""
+    shown, found = {}, {}                               # of this command or of an earlier one
+    for name, part in parts_of(study).items():
+        path = answer(study, name)
+        if path.exists():
+            found[name] = read_json(path)
+        if name in parts or name in found:
+            shown[name] = part
+
+    for name, part in parts.items():
+        if name in found:
+            show(part.tables(found[name]["numbers"]))
+    for name, each in found.items():
+        picture = study.folder / "pictures" / f"{name}.png"
+        save_figure(shown[name].draw, each["numbers"], picture, command)
+
+    path = study.folder / "index.html"
+    write_bytes(path, page(study, shown, found, failed, command).encode())
+    print(f"\n{path}")
+
+
+def refuse_missing(parts, failed):
+    """Ends the command with an error where something that was asked for is not there."""
+    missing = [f"{name} was left out: {failed[name]}" for name in parts if name in failed]
+    if missing:
+        raise InputError("; ".join(missing))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from argparse import Namespace
 
 from lorasae.evals import benchmarks
 from lorasae.paper.findings import Claim, Table
-from lorasae.paper.study import around_jumprelu
-from lorasae.runs.opening import open_run
+from lorasae.paper.study import around_jumprelu, opened
 
 TITLE = "Language-model benchmarks"
 FIGURES = ("table5",)
@@ -15,8 +14,12 @@ ABOUT = ("Scored by the lm-eval package, in its units, ± one standard error. In
          "tokens pass the SAE too, as they do not in the published code.")
 
 PAPER = {                                               # Table 5, Gemma-2-2B: SAE, SAE + LoRA, original, LoRA, in percent
-    "MMLU": (44.2, 45.8, 49.3, 50.0), "HellaSwag": (50.9, 52.1, 55.0, 56.0), "BLEU": (29.9, 30.6, 30.4, 32.4),
-    "ROUGE-1": (28.2, 28.5, 26.9, 30.2), "ROUGE-2": (24.8, 26.6, 25.6, 29.1), "MC1": (23.1, 23.4, 24.1, 24.3),
+    "MMLU": (44.2, 45.8, 49.3, 50.0),
+    "HellaSwag": (50.9, 52.1, 55.0, 56.0),
+    "BLEU": (29.9, 30.6, 30.4, 32.4),
+    "ROUGE-1": (28.2, 28.5, 26.9, 30.2),
+    "ROUGE-2": (24.8, 26.6, 25.6, 29.1),
+    "MC1": (23.1, 23.4, 24.1, 24.3),
 }
 
 
@@ -32,11 +35,14 @@ def cost(study):
 def measure(study):
     """What evals/benchmarks.py finds."""
     training, = trainings(study)
-    return benchmarks.evaluate(open_run(study.folder / training.name), Namespace(tasks=None, limit=None))
+    options = Namespace(tasks=None, limit=None)
+    return benchmarks.evaluate(opened(study, training), options)
 
+
+# ---- What it comes to ------------------------------------------------------------------------------------------------
 
 def found_rows(numbers):
-    """{label of Table 5: {setting: (value, standard error)}}"""
+    """{label of Table 5: {setting: (value, standard error or None)}}, of the real tasks or of the local ones."""
     rows = {}
     for (task, metric), label in benchmarks.TABLE_5.items():
         for name in (task, f"local_{task}"):
@@ -48,22 +54,34 @@ def found_rows(numbers):
 def tables(numbers):
     rows = []
     for label, found in found_rows(numbers).items():
-        cells = [f"{value:.3f} ± {error or 0:.3f}" for value, error in found.values()]
-        rows.append([label, *cells, " / ".join(f"{value:.1f}" for value in PAPER[label])])
+        ours = [f"{value:.3f} ± {error or 0:.3f}" for value, error in found.values()]
+        paper = " / ".join(f"{value:.1f}" for value in PAPER[label])
+        rows.append([label, *ours, paper])
+
     settings = [label for label, _, _ in benchmarks.SETTINGS.values()]
-    return [Table("Table 5 (± one standard error)", ["", *settings, "paper, Gemma-2-2B (%), in this order"], rows)]
+    headings = ["", *settings, "paper, Gemma-2-2B (%), in this order"]
+    return [Table("Table 5 (± one standard error)", headings, rows)]
 
 
 def claims(numbers):
     rows = found_rows(numbers).values()
+
     with_sae = [compared(row, "adapted", "sae") for row in rows]
+    helps = with_sae.count("better") > with_sae.count("worse")
+    differs = set(with_sae) != {"the same"}
+
     without = [compared(row, "lora", "base") for row in rows]
-    worse = without.count("worse")
     return [
-        Claim("With the SAE, adapting helps in every benchmark", "6 of 6 on Gemma-2-2B", counted(with_sae),
-              None if set(with_sae) == {"the same"} else with_sae.count("better") > with_sae.count("worse"),
-              with_sae.count("better") == len(with_sae), why="\"the same\" is within a standard error of the difference"),
-        Claim("Without the SAE, the adapted model is not worse than the original", "better in 6 of 6 on Gemma-2-2B", counted(without), not worse),
+        Claim("With the SAE, adapting helps in every benchmark",
+              "6 of 6 on Gemma-2-2B",
+              counted(with_sae),
+              direction=helps if differs else None,
+              size=with_sae.count("better") == len(with_sae),
+              why="\"the same\" is within a standard error of the difference"),
+        Claim("Without the SAE, the adapted model is not worse than the original",
+              "better in 6 of 6 on Gemma-2-2B",
+              counted(without),
+              direction="worse" not in without),
     ]
 
 
@@ -82,13 +100,15 @@ def counted(verdicts):
 
 def draw(numbers, figure):
     """The four settings, a group of bars a benchmark."""
+    found = found_rows(numbers)
     figure.set_size_inches(8, 3.6)
-    axes, found = figure.subplots(), found_rows(numbers)
+    axes = figure.subplots()
     for i, (setting, (label, _, _)) in enumerate(benchmarks.SETTINGS.items()):
         values = [row[setting][0] for row in found.values()]
         errors = [row[setting][1] or 0 for row in found.values()]
         places = [place + 0.2 * (i - 1.5) for place in range(len(found))]
         axes.bar(places, values, 0.2, yerr=errors, capsize=2, label=label)
+
     axes.set_xticks(range(len(found)), found)
     axes.set_ylabel("score (± one standard error)")
     axes.legend(fontsize=8)

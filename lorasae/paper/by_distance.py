@@ -1,8 +1,7 @@
 """Does the adapted model compute what the original did? (§6.2, Figure 11)"""
 from lorasae.evals import distances
-from lorasae.paper.findings import Claim, Table, sign, with_interval
-from lorasae.paper.study import around_topk
-from lorasae.runs.opening import open_run
+from lorasae.paper.findings import Claim, Table, opposite, sign, with_interval
+from lorasae.paper.study import around_topk_of_seeds, opened
 
 TITLE = "Distance to the original activations"
 FIGURES = ("fig11",)
@@ -12,7 +11,7 @@ ABOUT = ("Cosine similarity and L2 distance of each block's output to that of th
 
 
 def trainings(study):
-    return [around_topk(study, seed) for seed in study.seeds]
+    return around_topk_of_seeds(study)
 
 
 def cost(study):
@@ -22,42 +21,52 @@ def cost(study):
 
 def measure(study):
     """{"seeds": [what evals/distances.py finds]}"""
-    return {"seeds": [distances.evaluate(open_run(study.folder / training.name), None) for training in trainings(study)]}
+    found = [distances.evaluate(opened(study, training), None) for training in trainings(study)]
+    return {"seeds": found}
 
 
 def changes(numbers, measure, positions="all"):
-    """[the change by adapting, a value a seed] of every block from the SAE's on."""
-    return list(zip(*(found[positions][measure]["change"] for found in numbers["seeds"])))
+    """The change by adapting, [a value a seed] of every block from the SAE's on.
+
+    measure, positions: of distances.MEASURES and distances.POSITIONS.
+    """
+    by_seed = [found[positions][measure]["change"] for found in numbers["seeds"]]
+    return list(zip(*by_seed))
 
 
 def tables(numbers):
+    layers = numbers["seeds"][0]["layers"]
+    headings = ["output of", *distances.POSITIONS.values()]
+
     made = []
     for measure, label in distances.MEASURES.items():
-        rows = []
-        for i, layer in enumerate(numbers["seeds"][0]["layers"]):
-            cells = [with_interval(changes(numbers, measure, positions)[i], "+.4f") for positions in distances.POSITIONS]
-            rows.append([f"block {layer}", *cells])
-        made.append(Table(f"Change in {label} by adapting (± 90 % over seeds)", ["output of", *distances.POSITIONS.values()], rows))
+        rows = [[f"block {layer}"] for layer in layers]
+        for positions in distances.POSITIONS:
+            for row, values in zip(rows, changes(numbers, measure, positions)):
+                row.append(with_interval(values, "+.4f"))
+        made.append(Table(f"Change in {label} by adapting (± 90 % over seeds)", headings, rows))
     return made
 
 
 def claims(numbers):
-    cosine, distance = (mean_after(numbers, measure) for measure in distances.MEASURES)
+    cosine = mean_after(numbers, "cosine")
+    distance = mean_after(numbers, "l2")
     return [
-        Claim("The adapted model's activations are closer to the original's: cosine similarity", "slightly higher", with_interval(cosine, "+.4f"),
-              sign(cosine)),
-        Claim("... and L2 distance", "slightly smaller", with_interval(distance, "+.3f"), closer(sign(distance))),
+        Claim("The adapted model's activations are closer to the original's: cosine similarity",
+              "slightly higher",
+              with_interval(cosine, "+.4f"),
+              direction=sign(cosine)),
+        Claim("... and L2 distance",
+              "slightly smaller",
+              with_interval(distance, "+.3f"),
+              direction=opposite(sign(distance))),
     ]
 
 
 def mean_after(numbers, measure):
     """The mean change over the blocks after the SAE's, a value a seed."""
-    return [sum(values) / len(values) for values in zip(*changes(numbers, measure)[1:])]
-
-
-def closer(grows):
-    """A distance that does not grow shrinks, where anything can be said."""
-    return None if grows is None else not grows
+    after = changes(numbers, measure)[1:]
+    return [sum(values) / len(values) for values in zip(*after)]
 
 
 def draw(numbers, figure):

@@ -2,8 +2,7 @@
 from lorasae.evals import tokens
 from lorasae.evals.common import percent
 from lorasae.paper.findings import Claim, Table, over_seeds, with_interval
-from lorasae.paper.study import around_topk
-from lorasae.runs.opening import open_run
+from lorasae.paper.study import around_topk_of_seeds, opened
 
 TITLE = "Change of loss by token"
 FIGURES = ("fig8",)
@@ -12,7 +11,7 @@ ABOUT = ("The change of every held-out token's loss, CE with SAE - CE with SAE a
 
 
 def trainings(study):
-    return [around_topk(study, seed) for seed in study.seeds]
+    return around_topk_of_seeds(study)
 
 
 def cost(study):
@@ -22,14 +21,21 @@ def cost(study):
 
 def measure(study):
     """{"seeds": [what evals/tokens.py finds]}"""
-    return {"seeds": [tokens.evaluate(open_run(study.folder / training.name), None) for training in trainings(study)]}
+    found = [tokens.evaluate(opened(study, training), None) for training in trainings(study)]
+    return {"seeds": found}
 
 
 def tables(numbers):
-    found = numbers["seeds"]
-    rows = [["tokens that become worse", with_interval([each["share_worse"] for each in found])],
-            ["improvement (nats a token)", with_interval([each["improvement"] for each in found], ".4f")],
-            ["of it, from changes of 0.01 to 1 nats", with_interval([in_the_middle(each) for each in found])]]
+    seeds = numbers["seeds"]
+    worse = [found["share_worse"] for found in seeds]
+    improvement = [found["improvement"] for found in seeds]
+    middle = [in_the_middle(found) for found in seeds]
+
+    rows = [
+        ["tokens that become worse", with_interval(worse)],
+        ["improvement (nats a token)", with_interval(improvement, ".4f")],
+        ["of it, from changes of 0.01 to 1 nats", with_interval(middle)],
+    ]
     return [Table("Change of the loss (± 90 % over seeds)", ["", "ours"], rows)]
 
 
@@ -45,13 +51,24 @@ def in_the_middle(found):
 
 
 def claims(numbers):
-    worse = over_seeds([found["share_worse"] for found in numbers["seeds"]])[0]
-    shares = [in_the_middle(found) for found in numbers["seeds"]]
+    worse, _ = over_seeds([found["share_worse"] for found in numbers["seeds"]])
+
+    middle = [in_the_middle(found) for found in numbers["seeds"]]
+    most = None
+    if None not in middle:
+        share, _ = over_seeds(middle)
+        most = share > 0.5
+
     return [
-        Claim("A substantial part of the tokens becomes worse, but less than half", "37 %", percent(worse), 0.1 < worse < 0.5,
-              abs(worse - 0.37) < 0.05),
-        Claim("Most of the improvement comes from changes of about 0.01 to 1 nats", "most", with_interval(shares),
-              None if None in shares else over_seeds(shares)[0] > 0.5),
+        Claim("A substantial part of the tokens becomes worse, but less than half",
+              "37 %",
+              percent(worse),
+              direction=0.1 < worse < 0.5,
+              size=abs(worse - 0.37) < 0.05),
+        Claim("Most of the improvement comes from changes of about 0.01 to 1 nats",
+              "most",
+              with_interval(middle),
+              direction=most),
     ]
 
 

@@ -5,13 +5,20 @@ A part is a module with
     TITLE, FIGURES          "Figures 3 and 4: ...", and the names by which --only picks it, such as ("fig3", "fig4")
     ABOUT                   a paragraph: the definition, and what is different in miniature
     trainings(study)        [Training]: what must be trained before (study.py)
-    measure(study)          numbers, a dict of plain values: what STUDY/NAME.json holds
+    measure(study)          numbers, a dict of plain values: kept in STUDY/numbers/NAME.json
     tables(numbers)         [Table]
     claims(numbers)         [Claim]
     draw(numbers, figure)   its picture, in the paper's own axes
 
-and, where its work can be shared out, pieces(study) -> [name] and piece(study, name), which are done before `measure`.
+and, where they are needed,
+
+    cost(study)             {kind of work: tokens} of measuring, or of a piece of it, from which its time follows; kinds
+                            are "forward", a pass without gradient, "after" and "all", training adapters on the blocks
+                            after the SAE or on all, and "topk", "jumprelu" and "e2e", training an SAE
+    pieces(study)           [name] of what can be shared out, which is done before `measure`
+    piece(study, name)      its numbers; `measure` is then called as measure(study, {name: numbers})
 """
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -20,6 +27,7 @@ from lorasae.evals.common import interval, print_table
 
 
 class Table(NamedTuple):
+    """A table of the terminal and of the page."""
     caption: str
     headings: list
     rows: list                                          # cells: text, or numbers, which print_table rounds
@@ -44,24 +52,49 @@ class Claim(NamedTuple):
         return "agrees, in size too" if self.size else "agrees in direction"
 
 
+# ---- Values of seeds -------------------------------------------------------------------------------------------------
+
 def over_seeds(values):
     """(mean, half of the 90 % confidence interval over seeds, or None of a single one)"""
     return interval(torch.tensor(list(values), dtype=torch.float64))
-
-
-def sign(values):
-    """Whether values of seeds are positive: True or False where their mean is beyond its interval; None where that cannot be said."""
-    mean, half = over_seeds(values)
-    return None if half is None or abs(mean) <= half else mean > 0
 
 
 def with_interval(values, form=".1%"):
     """Values of seeds as text: their mean, and its interval; None is the part of a gap that there is not."""
     if None in values:
         return "no gap"
-    mean, half = over_seeds(values)
-    return f"{mean:{form}}" + ("" if half is None else f" ± {half:{form}}")
+    return written(*over_seeds(values), form)
 
+
+def written(mean, half, form):
+    """A mean as text, with half of its interval, or without where there is none (None)."""
+    if half is None:
+        return f"{mean:{form}}"
+    without_sign = form.removeprefix("+")
+    return f"{mean:{form}} ± {half:{without_sign}}"
+
+
+# ---- Directions: True, False, or None where it cannot be said --------------------------------------------------------
+
+def sign(values):
+    """Whether values of seeds are positive in the mean; None where it is within its interval, or of a single seed."""
+    mean, half = over_seeds(values)
+    if half is None or abs(mean) <= half:
+        return None
+    return mean > 0
+
+
+def opposite(direction):
+    """What does not grow shrinks, where anything can be said."""
+    return None if direction is None else not direction
+
+
+def rising(values):
+    """Whether every value is larger than the one before."""
+    return all(after > before for before, after in pairwise(values))
+
+
+# ---- The terminal ----------------------------------------------------------------------------------------------------
 
 def show(tables):
     for table in tables:

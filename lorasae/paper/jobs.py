@@ -31,7 +31,8 @@ def run_all(jobs, work, study, processes, progress=None):
 
     What needs a job that could not be done is not tried.
     """
-    failed, done, running, waiting = {}, set(), {}, list(jobs)
+    waiting, running = list(jobs), {}                   # running: {Future: Job}
+    done, failed = set(), {}
 
     def end(job, reason, seconds):
         if reason is None:
@@ -41,22 +42,28 @@ def run_all(jobs, work, study, processes, progress=None):
         if progress is not None:
             progress.tell(job.name, reason, seconds)
 
+    def start(job, pool):
+        waiting.remove(job)
+        missing = [name for name in job.needs if name in failed]
+        if missing:
+            end(job, failed[missing[0]], 0.0)
+        else:
+            running[pool.submit(logged, work, study, job.name)] = job
+
     with executor(processes) as pool:
         try:
             while waiting or running:
-                for job in ready(waiting, done | set(failed))[:processes - len(running)]:
-                    waiting.remove(job)
-                    missing = next((name for name in job.needs if name in failed), None)
-                    if missing is None:
-                        running[pool.submit(logged, work, study, job.name)] = job
-                    else:
-                        end(job, failed[missing], 0.0)
+                free = processes - len(running)
+                for job in ready(waiting, done | failed.keys())[:free]:
+                    start(job, pool)
+
                 ended, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in ended:
                     reason, seconds = future.result()
                     end(running.pop(future), reason, seconds)
         except BrokenProcessPool:
-            raise InputError(f"a process that worked on {', '.join(job.name for job in running.values())} was killed (too little memory?): "
+            names = ", ".join(job.name for job in running.values())
+            raise InputError(f"a process that worked on {names} was killed (too little memory?): "
                              "the same command continues; --jobs 1 needs the least") from None
         except BaseException:
             for process in active_children():
@@ -71,28 +78,40 @@ def ready(waiting, over):
 
 
 class Progress:
-    """How far the whole is, by the seconds that its jobs were expected to take, {name: seconds}, and those that they took."""
+    """How far the whole is, by the seconds that its jobs were expected to take and those that they took.
+
+    expected: {job's name: seconds}
+    """
 
     def __init__(self, expected, processes):
-        self.expected, self.processes, self.ended = expected, processes, 0
-        self.over = self.expected_of_done = self.taken = 0.0
+        self.expected = expected
+        self.processes = processes
+        self.whole = sum(expected.values())
+
+        self.ended = 0                                  # jobs
+        self.over = 0.0                                 # the expected seconds of jobs that ended, one way or the other
+        self.expected_of_done = 0.0                     # of those that were done
+        self.taken = 0.0                                # the seconds that these took
 
     def tell(self, name, reason, seconds):
+        """A job has ended: done, or not for a reason."""
         self.ended += 1
         self.over += self.expected[name]
         if reason is None:                              # what fails is quick, and says nothing of the pace
             self.expected_of_done += self.expected[name]
             self.taken += seconds
-        whole = sum(self.expected.values())
+
         pace = self.taken / self.expected_of_done if self.expected_of_done else 1.0
-        left = pace * (whole - self.over) / self.processes
+        left = pace * (self.whole - self.over) / self.processes
         came = f"{seconds:.0f} s" if reason is None else f"left out: {reason}"
-        tell(f"{self.over / whole:4.0%}  [{self.ended} of {len(self.expected)}]  {name}: {came}; about {left / 60:.0f} min left")
+        jobs = f"[{self.ended} of {len(self.expected)}]"
+        tell(f"{self.over / self.whole:4.0%}  {jobs}  {name}: {came}; about {left / 60:.0f} min left")
 
 
-# ---- The processes -----------------------------------------------------------------------------------------------------
+# ---- The processes ---------------------------------------------------------------------------------------------------
 
 def executor(processes):
+    """Does what is submitted to it, so many at a time; several share the threads of this process."""
     if processes == 1:
         return Here()
     threads = max(1, torch.get_num_threads() // processes)
@@ -109,6 +128,7 @@ class Here(Executor):
 
 
 def begin(threads):
+    """The first that a process of the pool does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent answers it, and ends its processes
     torch.set_num_threads(threads)
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -120,10 +140,15 @@ def end_with_parent():
 
 
 def logged(work, study, name):
-    """(None, or why it could not be done; seconds). What a job says goes to its log, an error of ours with its traceback."""
+    """Does a job -> (None, or why it could not be done; seconds).
+
+    What it says goes to its log, an error of ours with its traceback.
+    """
     path = study.folder / "logs" / f"{name.replace('/', '-').replace(' ', '-')}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    started, reason = time.perf_counter(), None
+
+    reason = None
+    started = time.perf_counter()
     with open(path, "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             work(study, name)
@@ -131,6 +156,7 @@ def logged(work, study, name):
             reason = str(error)
             print(f"error: {reason}")
         except Exception as error:                      # the other parts can still be done
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]} ({path} has the traceback)"
+            first_line, _, _ = str(error).partition("\n")
+            reason = f"{type(error).__name__}: {first_line} ({path} has the traceback)"
             traceback.print_exc()
     return reason, time.perf_counter() - started

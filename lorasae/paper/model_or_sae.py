@@ -24,7 +24,7 @@ from lorasae.evals.common import interval, percent, plus_minus
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
-from lorasae.paper.findings import Claim, Table, show, sign, with_interval
+from lorasae.paper.findings import Claim, Table, opposite, show, sign, with_interval
 from lorasae.paper.arms import (KINDS, MODELS, adapted, asked, finetuned, load_case, measured, once, same_plan, tuning_kl,
                                 untouched)
 from lorasae.runs import adaptation
@@ -238,25 +238,41 @@ def pieces(study):
 
 
 def cost(study):
-    """{kind of work: tokens} of a piece: the rates' search at half the tokens, then four arms a seed, at tokens and at time."""
+    """{kind of work: tokens} of a piece.
+
+    The search for rates at half the tokens, then four arms a seed, at equal tokens and at equal time.
+    """
     return {"after": study.beyond_tokens * (6 + 9 * len(study.seeds))}
 
 
+def plan_for(study):
+    return plan_of(study.beyond_tokens, study.eval_tokens, len(study.seeds))
+
+
 def piece(study, name):
-    model, kind = name.split()
-    plan = plan_of(study.beyond_tokens, study.eval_tokens, len(study.seeds))
+    """What `compare` finds of a case, "model kind"."""
+    plan = plan_for(study)
     folder = study.folder / "model-or-sae"
     same_plan(folder, plan)
+
+    model, kind = name.split()
     case = load_case(model, kind, LARGEST * plan["tokens"], plan["eval_tokens"])
     return compare(case, folder / f"{model}-{kind}", plan)
 
 
 def measure(study, cases):
-    return finished(plan_of(study.beyond_tokens, study.eval_tokens, len(study.seeds)), cases)
+    """{"plan", "cases": {piece's name: what `compare` finds}, "conclusions": [sentence]}"""
+    return finished(plan_for(study), cases)
 
 
 def plan_of(tokens, eval_tokens, seeds, objective="balanced"):
-    return {"tokens": tokens, "objective": objective, "eval_tokens": eval_tokens, "seeds": list(range(seeds))}
+    """tokens: of every arm, at equal tokens; seeds: how many."""
+    return {
+        "tokens": tokens,
+        "objective": objective,
+        "eval_tokens": eval_tokens,
+        "seeds": list(range(seeds)),
+    }
 
 
 def finished(plan, cases):
@@ -274,23 +290,30 @@ def tables(numbers):
 
 
 def claims(numbers):
-    """Karvonen's, which is no claim of the paper: a short finetune of the SAE does about what adapters do; and of nobody yet, both."""
+    """None of the paper: Karvonen's, that a short finetune of the SAE does about what adapters do, and nobody's yet."""
     sae, both = against(numbers, "sae"), against(numbers, "both")
     return [
-        Claim("Karvonen 2025: a finetuned SAE is behind adapters on all blocks at equal tokens (15M)", "-0.0224 against -0.0243 nats",
-              f"{with_interval(sae, '+.1%')} of the KL gap, over cases", closer(sign(sae)), of_paper=False),
-        Claim("Both together close more than adapters alone", "not measured", f"{with_interval(both, '+.1%')} of the KL gap, over cases",
-              sign(both), of_paper=False),
+        Claim("Karvonen 2025: a finetuned SAE is behind adapters on all blocks at equal tokens (15M)",
+              "-0.0224 against -0.0243 nats",
+              f"{with_interval(sae, '+.1%')} of the KL gap, over cases",
+              direction=opposite(sign(sae)),
+              of_paper=False),
+        Claim("Both together close more than adapters alone",
+              "not measured",
+              f"{with_interval(both, '+.1%')} of the KL gap, over cases",
+              direction=sign(both),
+              of_paper=False),
     ]
 
 
 def against(numbers, arm):
     """What an arm closes more than adapters do at equal tokens, in parts of the KL gap, a value a case."""
-    return [(gaps(case, "tokens", arm).mean() - gaps(case, "tokens", "adapters").mean()).item() for case in numbers["cases"].values()]
-
-
-def closer(ahead):
-    return None if ahead is None else not ahead
+    more = []
+    for case in numbers["cases"].values():
+        closed = gaps(case, "tokens", arm).mean()
+        by_adapters = gaps(case, "tokens", "adapters").mean()
+        more.append((closed - by_adapters).item())
+    return more
 
 
 # ---- The command -------------------------------------------------------------------------------------------------------

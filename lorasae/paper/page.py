@@ -1,4 +1,4 @@
-"""The page of `python -m lorasae.paper`: what the paper claims and what was found, then every part with its picture and tables."""
+"""The page of `python -m lorasae.paper`: what the paper claims and what was found, then every part."""
 import base64
 import platform
 
@@ -6,61 +6,91 @@ import torch
 
 from lorasae.evals import page as html
 
-VERDICTS = ("agrees, in size too", "agrees in direction", "does not agree", "cannot be said")
+TITLE = "Low-Rank Adapting Models for Sparse Autoencoders, recomputed"
+VERDICTS = {                                            # verdict: its class on the page
+    "agrees, in size too": "yes",
+    "agrees in direction": "yes",
+    "does not agree": "no",
+    "cannot be said": "quiet",
+}
 
 
 def page(study, parts, shown, failed, command):
-    """HTML. parts: those to show; shown: {part: what its file of numbers holds}; failed: {job: why}; command: what was called."""
-    body = [html.heading("Low-Rank Adapting Models for Sparse Autoencoders, recomputed"), *introduction(study, parts, shown, command)]
-    body += [summary(parts, shown)]
+    """HTML.
+
+    parts: {name: part} to show; shown: {name: what its file of numbers holds} of those that are done;
+    failed: {job: why}; command: what was called.
+    """
+    body = [
+        html.heading(TITLE),
+        *introduction(study, parts, shown, command),
+        summary(parts, shown),
+    ]
     for name, part in parts.items():
         if name in shown:
             body.append(section(study, name, part, shown[name], command))
         else:
-            reason = failed.get(name, "not run yet")
-            body.append(html.section([html.heading(part.TITLE, 2, name), html.paragraph(f"Left out: {reason}")]))
+            body.append(left_out(name, part, failed.get(name, "not run yet")))
     body.append(limits(study))
-    return html.document("Low-Rank Adapting Models for Sparse Autoencoders, recomputed", body)
+    return html.document(TITLE, body)
 
+
+# ---- The top ---------------------------------------------------------------------------------------------------------
 
 def introduction(study, parts, shown, command):
+    """What this is, how many claims agree, and with what it was made: [paragraph]."""
     counts = dict.fromkeys(VERDICTS, 0)
-    for claim in claims_of(parts, shown):
-        counts[claim.verdict] += claim.of_paper
+    for _, claim in claims_of(parts, shown):
+        if claim.of_paper:
+            counts[claim.verdict] += 1
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
-    where = "embedded models of 0.4M to 2.5M parameters, trained on Python's standard library" if study.miniature else study.model
-    return [html.paragraph(f"Every figure and table of the paper on {where}, beside the paper's own figures. Of {sum(counts.values())} "
-                           f"claims of the paper: {said}."),
-            html.paragraph(f"{command} · {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}, where a part does not say that it has "
-                           f"one · PyTorch {torch.__version__}, Python {platform.python_version()}, {study.device}", quiet=True)]
+
+    where = study.model
+    if study.miniature:
+        where = "embedded models of 0.4M to 2.5M parameters, trained on Python's standard library"
+    what = (f"Every figure and table of the paper on {where}, beside the paper's own figures. "
+            f"Of {sum(counts.values())} claims of the paper: {said}.")
+
+    seeds = f"{len(study.seeds)} seed" + ("s" if len(study.seeds) > 1 else "")
+    made_with = (f"{command} · {seeds}, where a part does not say that it has one · "
+                 f"PyTorch {torch.__version__}, Python {platform.python_version()}, {study.device}")
+    return [html.paragraph(what), html.paragraph(made_with, quiet=True)]
 
 
 def claims_of(parts, shown):
-    return [claim for name in shown for claim in parts[name].claims(shown[name]["numbers"])]
+    """[(part's name, Claim)]"""
+    found = []
+    for name in shown:
+        found += [(name, claim) for claim in parts[name].claims(shown[name]["numbers"])]
+    return found
 
 
 def summary(parts, shown):
     """The table at the top: a claim a row, the paper's before those of others."""
-    rows = []
-    for of_paper in (True, False):
-        for name in shown:
-            for claim in parts[name].claims(shown[name]["numbers"]):
-                if claim.of_paper == of_paper:
-                    rows.append(summary_row(name, parts[name], claim))
-    return html.section([html.heading("What the paper claims, and what was found", 2),
-                         html.table(["where", "claim", "paper", "ours", "verdict"], rows)])
+    found = claims_of(parts, shown)
+    found.sort(key=lambda pair: not pair[1].of_paper)
+    rows = [summary_row(name, parts[name], claim) for name, claim in found]
+    return html.section([
+        html.heading("What the paper claims, and what was found", 2),
+        html.table(["where", "claim", "paper", "ours", "verdict"], rows),
+    ])
 
 
 def summary_row(name, part, claim):
-    verdict = html.marked(claim.verdict, CLASSES[claim.verdict]) + (html.paragraph(claim.why, quiet=True) if claim.why else "")
-    return [html.link(label(part), name), html.words(claim.says), html.words(claim.paper), html.words(claim.ours), verdict]
-
-
-CLASSES = {"agrees, in size too": "yes", "agrees in direction": "yes", "does not agree": "no", "cannot be said": "quiet"}
+    verdict = html.marked(claim.verdict, VERDICTS[claim.verdict])
+    if claim.why:
+        verdict += html.paragraph(claim.why, quiet=True)
+    return [
+        html.link(label(part), name),
+        html.words(claim.says),
+        html.words(claim.paper),
+        html.words(claim.ours),
+        verdict,
+    ]
 
 
 def label(part):
-    """fig3, table1 -> Fig. 3, Table 1"""
+    """("fig3", "table1") -> Fig. 3, Table 1; what is no number stays as it is."""
     names = []
     for name in part.FIGURES:
         kind, number = ("Fig.", name[3:]) if name.startswith("fig") else ("Table", name[5:])
@@ -68,18 +98,36 @@ def label(part):
     return ", ".join(names) or "Beyond the paper"
 
 
+# ---- A part ----------------------------------------------------------------------------------------------------------
+
 def section(study, name, part, found, command):
     """A part: definition, picture, tables, what it cost, and the command that makes it again."""
     numbers = found["numbers"]
-    made = [html.heading(f"{label(part)}: {part.TITLE}", 2, name), html.paragraph(part.ABOUT), picture(study, name, part.TITLE)]
+    made = [
+        html.heading(f"{label(part)}: {part.TITLE}", 2, name),
+        html.paragraph(part.ABOUT),
+        picture(study, name, part.TITLE),
+    ]
     for table in part.tables(numbers):
-        rows = [[html.words(cell if isinstance(cell, str) else f"{cell:.4f}") for cell in row] for row in table.rows]
-        made += [html.heading(table.caption, 3), html.table(table.headings, rows, numbers=range(1, len(table.headings)))]
-    if "conclusions" in numbers:
-        made += [html.paragraph(sentence) for sentence in numbers["conclusions"]]
+        made += [html.heading(table.caption, 3), html_table(table)]
+    for sentence in numbers.get("conclusions", []):
+        made.append(html.paragraph(sentence))
+
     alone = command if "--only" in command else f"{command} --only {name}"
     made.append(html.paragraph(price(found, alone), quiet=True))
     return html.section(made)
+
+
+def html_table(table):
+    rows = []
+    for row in table.rows:
+        cells = [cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row]
+        rows.append([html.words(cell) for cell in cells])
+    return html.table(table.headings, rows, numbers=range(1, len(table.headings)))
+
+
+def left_out(name, part, reason):
+    return html.section([html.heading(part.TITLE, 2, name), html.paragraph(f"Left out: {reason}")])
 
 
 def picture(study, name, title):
@@ -92,19 +140,30 @@ def picture(study, name, title):
 
 def price(found, command):
     """Trainings, tokens and seconds, and the command."""
-    trained = f"{found['trainings']} trainings on {found['trained_tokens']:,} tokens in all, some shared with other parts; " if found["trainings"] else ""
+    trained = ""
+    if found["trainings"]:
+        trained = (f"{found['trainings']} trainings on {found['trained_tokens']:,} tokens in all, "
+                   "some shared with other parts; ")
     return f"{trained}{found['seconds']:,.0f} seconds of one process · {command}"
 
 
+# ---- The end ---------------------------------------------------------------------------------------------------------
+
+MINIATURE = ("These models have 0.4M to 2.5M parameters and 4 to 6 blocks, their SAEs about a thousand latents, and "
+             "trainings take seconds where the paper's take hours: a claim that agrees here has been seen to hold far "
+             "from where it was made, and one that does not may hold there. Losses cannot be compared, since models, text "
+             "and SAEs differ; directions and shares of the gap can.")
+TUNED = ("Rates of the adapters are those of the tuned recipe, found on other text of the same kind, not the paper's: with "
+         "so few tokens the published rate would move little.")
+REAL = "Times are of this machine and comparable only among themselves."
+SEEDS = "Figures of a single seed say nothing about how they would vary."
+
+
 def limits(study):
-    seeds = "Figures of a single seed say nothing about how they would vary."
-    if study.miniature:
-        recipe = ("Rates of the adapters are those of the tuned recipe, found on other text of the same kind, not the paper's: with so few tokens "
-                  "the published rate would move little. ") if study.recipe == "tuned" else ""
-        text = ("These models have 0.4M to 2.5M parameters and 4 to 6 blocks, their SAEs about a thousand latents, and trainings take seconds "
-                "where the paper's take hours: a claim that agrees here has been seen to hold far from where it was made, and one that does not "
-                "may hold there. Losses cannot be compared, since models, text and SAEs differ; directions and shares of the gap can. "
-                f"{recipe}{seeds}")
+    if not study.miniature:
+        sentences = [REAL, SEEDS]
+    elif study.recipe == "tuned":
+        sentences = [MINIATURE, TUNED, SEEDS]
     else:
-        text = f"Times are of this machine and comparable only among themselves. {seeds}"
-    return html.section([html.heading("Limits", 2), html.paragraph(text)])
+        sentences = [MINIATURE, SEEDS]
+    return html.section([html.heading("Limits", 2), html.paragraph(" ".join(sentences))])

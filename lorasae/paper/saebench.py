@@ -1,10 +1,10 @@
 """SAEBench (§5.1, Tables 3 and 6): probing, SCR, TPP, absorption and autointerp on base and adapted model."""
 from argparse import Namespace
+from typing import NamedTuple
 
 from lorasae.evals import absorption, autointerp, probing, scr, tpp
-from lorasae.paper.findings import Claim, Table
-from lorasae.paper.study import around_topk
-from lorasae.runs.opening import open_run
+from lorasae.paper.findings import Claim, Table, written
+from lorasae.paper.study import around_topk, opened
 
 TITLE = "SAEBench"
 FIGURES = ("table3", "table6")
@@ -25,13 +25,20 @@ def pieces(study):
 
 
 def piece(study, name):
+    """What the evaluation of that name finds."""
     training, = trainings(study)
-    setting = open_run(study.folder / training.name)
-    labelled = "stdlib" if study.miniature else "saebench"
-    options = Namespace(labelled=labelled, seeds=3, words=2000, judge=None, judge_latents=300, judge_seeds=3,
-                        latents=None, chat_model=None)
+    options = Namespace(
+        labelled="stdlib" if study.miniature else "saebench",
+        seeds=3,
+        words=2000,
+        judge=None,
+        judge_latents=300,
+        judge_seeds=3,
+        latents=None,
+        chat_model=None,
+    )
     suite = autointerp if name == "autointerp" else SUITES[name]
-    return suite.evaluate(setting, options)
+    return suite.evaluate(opened(study, training), options)
 
 
 def cost(study):
@@ -40,60 +47,101 @@ def cost(study):
 
 
 def measure(study, found):
+    """{piece's name: what its evaluation finds}"""
     return found
+
+
+# ---- What it comes to ------------------------------------------------------------------------------------------------
+
+class Score(NamedTuple):
+    """A metric of the adapted model and of the base: ours, and the paper's, of a single seed."""
+    label: str
+    lora: float
+    base: float
+    difference: float                                   # lora - base
+    half: float | None                                  # of the difference's 90 % interval
+    paper_lora: float
+    paper_base: float
+
+    @property
+    def paper_difference(self):
+        return self.paper_lora - self.paper_base
+
+
+def score(numbers, name, metric):
+    """The Score of a suite's metric."""
+    suite, row = SUITES[name], numbers[name]["rows"][metric]
+    paper_lora, paper_base = suite.PAPER[metric]
+    return Score(suite.LABELS[metric], row["lora"], row["base"], row["difference"], row["ci90"], paper_lora, paper_base)
+
+
+def scores(numbers, name):
+    """[Score] of the suite's metrics that both we and the paper have."""
+    return [score(numbers, name, metric) for metric in SUITES[name].PAPER if metric in numbers[name]["rows"]]
 
 
 def tables(numbers):
     rows = []
-    for name, suite in SUITES.items():
-        for metric, label in suite.LABELS.items():
-            if metric not in numbers[name]["rows"] or metric not in suite.PAPER:
-                continue
-            row, (paper_lora, paper_base) = numbers[name]["rows"][metric], suite.PAPER[metric]
-            rows.append([name, label, f"{row['lora']:.3f}", f"{row['base']:.3f}", difference(row["difference"], row["ci90"]),
-                         f"{paper_lora:.3f}", f"{paper_base:.3f}", f"{paper_lora - paper_base:+.3f}"])
-    score = numbers["autointerp"]["score"]
-    rows.append(["autointerp", "score", f"{score['lora']['mean']:.3f}", f"{score['base']['mean']:.3f}",
-                 difference(score["delta"]["mean"], score["delta"]["ci90"]), "0.830", "0.832", "-0.002"])
-    return [Table("Tables 3 and 6", ["suite", "metric", "LoRA", "base", "difference", "paper: LoRA", "base", "difference"], rows)]
+    for name in SUITES:
+        for each in scores(numbers, name):
+            rows.append([
+                name,
+                each.label,
+                f"{each.lora:.3f}",
+                f"{each.base:.3f}",
+                written(each.difference, each.half, "+.3f"),
+                f"{each.paper_lora:.3f}",
+                f"{each.paper_base:.3f}",
+                f"{each.paper_difference:+.3f}",
+            ])
 
+    found = numbers["autointerp"]["score"]
+    lora, base = found["lora"]["mean"], found["base"]["mean"]
+    ours = written(found["delta"]["mean"], found["delta"]["ci90"], "+.3f")
+    rows.append(["autointerp", "score", f"{lora:.3f}", f"{base:.3f}", ours, "0.830", "0.832", "-0.002"])
 
-def difference(value, half):
-    return f"{value:+.3f}" + ("" if half is None else f" ± {half:.3f}")
+    headings = ["suite", "metric", "LoRA", "base", "difference", "paper: LoRA", "base", "difference"]
+    return [Table("Tables 3 and 6", headings, rows)]
 
 
 def claims(numbers):
+    """The first metric of each suite, and autointerp's."""
     made = []
     for name, suite in SUITES.items():
-        metric = next(iter(suite.PAPER))
-        row, (paper_lora, paper_base) = numbers[name]["rows"][metric], suite.PAPER[metric]
-        made.append(claim(suite.LABELS[metric], paper_lora - paper_base, row["difference"], row["ci90"]))
-    score = numbers["autointerp"]["score"]["delta"]
-    made.append(claim("Autointerp", -0.002, score["mean"], score["ci90"]))
+        first = score(numbers, name, next(iter(suite.PAPER)))
+        made.append(claim(first.label, first.paper_difference, first.difference, first.half))
+
+    ours = numbers["autointerp"]["score"]["delta"]
+    made.append(claim("Autointerp", -0.002, ours["mean"], ours["ci90"]))
     return made
 
 
 def claim(label, paper, ours, half):
     """The paper's difference, of a single seed, against ours with its interval."""
     beyond = half is not None and abs(ours) > half
-    return Claim(f"{label}: adapted less base", f"{paper:+.3f}, one seed", difference(ours, half), (ours > 0) == (paper > 0) if beyond else None,
+    alike = (ours > 0) == (paper > 0)
+    return Claim(f"{label}: adapted less base",
+                 f"{paper:+.3f}, one seed",
+                 written(ours, half, "+.3f"),
+                 direction=alike if beyond else None,
                  why="" if beyond else "no difference beyond the interval; the paper's own are within SAEBench's tolerance")
 
 
 def draw(numbers, figure):
     """Ours and the paper's differences, a bar a metric."""
+    found = []
+    for name in SUITES:
+        found += scores(numbers, name)
+    places = range(len(found))
+
     figure.set_size_inches(8, 4)
-    axes, labels = figure.subplots(), []
-    for name, suite in SUITES.items():
-        for metric in suite.PAPER:
-            if metric not in numbers[name]["rows"]:
-                continue
-            row, (paper_lora, paper_base) = numbers[name]["rows"][metric], suite.PAPER[metric]
-            place, first = len(labels), not labels
-            axes.bar(place - 0.2, row["difference"], 0.4, yerr=row["ci90"] or 0, capsize=2, color="C0", label="ours" if first else None)
-            axes.bar(place + 0.2, paper_lora - paper_base, 0.4, color="C1", label="paper (one seed)" if first else None)
-            labels.append(suite.LABELS[metric])
+    axes = figure.subplots()
+    for place, each in zip(places, found):
+        ours, paper = ("ours", "paper (one seed)") if place == 0 else (None, None)      # in the legend once
+        axes.bar(place - 0.2, each.difference, 0.4, yerr=each.half or 0, capsize=2, color="C0", label=ours)
+        axes.bar(place + 0.2, each.paper_difference, 0.4, color="C1", label=paper)
+
     axes.axhline(0, color="grey", linewidth=1)
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+    axes.set_xticks(places, [each.label for each in found], rotation=90, fontsize=7)
     axes.set_ylabel("adapted less base")
     axes.legend()

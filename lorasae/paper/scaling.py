@@ -1,10 +1,10 @@
-"""How much of the gap adapters close, over sparsity, width, layer, rank and the size of the model (§4.1, Figures 3 and 4)."""
+"""How much of the gap adapters close, over sparsity, width, layer, rank and model size (§4.1, Figures 3 and 4)."""
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 from lorasae.evals.common import percent
-from lorasae.paper.findings import Claim, Table
+from lorasae.paper.findings import Claim, Table, rising
 from lorasae.paper.study import adapters, new_sae, results
 
 TITLE = "Scaling laws for the downstream loss"
@@ -24,26 +24,45 @@ class Point(NamedTuple):
     """An SAE of Figures 3 and 4."""
     model: str
     layer: int
-    width: str | int
-    l0: int
+    width: str | int                                    # latents: Gemma Scope's name such as "16k", or their number
+    l0: int                                             # the asked one
 
 
 def points(study):
-    """{axis: [Point]}: the grid of the published code (scaling.py; its size axis has SAEs of 131k latents), or a small one."""
+    """{axis: [Point]}: the grid of the published code, or a small one."""
     if study.miniature:
-        small, medium, model = study.models.sizes
-        return {"l0": [Point(model, 2, 1024, l0) for l0 in (4, 8, 16, 32)],
-                "width": [Point(model, 2, width, 8) for width in (256, 512, 1024, 2048)],
-                "layer": [Point(model, layer, 1024, 8) for layer in range(5)],
-                "size": [Point(small, 1, 1024, 8), Point(medium, 1, 1024, 8), Point(model, 2, 1024, 8)]}
-    model = study.models.main
-    widths = {"16k": 82, "32k": 76, "65k": 72, "131k": 67, "262k": 67, "524k": 65}
-    layers = {6: 70, 9: 73, 12: 82, 15: 78, 18: 74}
-    return {"l0": [Point(model, 12, "16k", l0) for l0 in (22, 41, 82, 176, 445)],
-            "width": [Point(model, 12, width, l0) for width, l0 in widths.items()],
-            "layer": [Point(model, layer, "16k", l0) for layer, l0 in layers.items()],
-            "size": [Point("gemma-2-2b", 12, "131k", 67), Point("gemma-2-9b", 20, "131k", 62),
-                     Point("gemma-2-27b", 22, "131k", 82)]}
+        return small_grid(study.models.sizes)
+    return published_grid(study.models.main)
+
+
+def small_grid(models):
+    small, medium, model = models
+    return {
+        "l0": [Point(model, 2, 1024, l0) for l0 in (4, 8, 16, 32)],
+        "width": [Point(model, 2, width, 8) for width in (256, 512, 1024, 2048)],
+        "layer": [Point(model, layer, 1024, 8) for layer in range(5)],
+        "size": [
+            Point(small, 1, 1024, 8),
+            Point(medium, 1, 1024, 8),
+            Point(model, 2, 1024, 8),
+        ],
+    }
+
+
+def published_grid(model):
+    """As in the published scaling.py, whose size axis has SAEs of 131k latents."""
+    l0_of_width = {"16k": 82, "32k": 76, "65k": 72, "131k": 67, "262k": 67, "524k": 65}
+    l0_of_layer = {6: 70, 9: 73, 12: 82, 15: 78, 18: 74}
+    return {
+        "l0": [Point(model, 12, "16k", l0) for l0 in (22, 41, 82, 176, 445)],
+        "width": [Point(model, 12, width, l0) for width, l0 in l0_of_width.items()],
+        "layer": [Point(model, layer, "16k", l0) for layer, l0 in l0_of_layer.items()],
+        "size": [
+            Point("gemma-2-2b", 12, "131k", 67),
+            Point("gemma-2-9b", 20, "131k", 62),
+            Point("gemma-2-27b", 22, "131k", 82),
+        ],
+    }
 
 
 def sae_of(study, point):
@@ -52,6 +71,7 @@ def sae_of(study, point):
 
 
 def adapters_of(study, point):
+    """The Training of a point's adapters, all ranks side by side."""
     name = f"scaling-{point.model}-layer-{point.layer}-{point.width}-l0-{point.l0}"
     if study.miniature:
         return adapters(study, name, point.model, [sae_of(study, point)], rank=RANKS, adapt=("after",))
@@ -59,16 +79,19 @@ def adapters_of(study, point):
 
 
 def trainings(study):
-    needed = {}
+    needed = {}                                         # by name: axes cross in a point
     for chosen in points(study).values():
         for point in chosen:
-            pair = [sae_of(study, point)] if study.miniature else []
-            needed |= {training.name: training for training in (*pair, adapters_of(study, point))}
+            if study.miniature:
+                sae = sae_of(study, point)
+                needed[sae.name] = sae
+            training = adapters_of(study, point)
+            needed[training.name] = training
     return list(needed.values())
 
 
 def measure(study):
-    """{axis: [{model, layer, width, l0 (measured), parameters, ce_base, ce_sae, ranks: {rank: {improvement, gap_closed, ...}}}]}"""
+    """{"ranks": [rank], and of each axis [a point's `measured`]}"""
     numbers = {"ranks": list(RANKS)}
     for axis, chosen in points(study).items():
         numbers[axis] = [measured(study, point) for point in chosen]
@@ -76,83 +99,150 @@ def measure(study):
 
 
 def measured(study, point):
+    """{model, layer, width, l0, ce_base, ce_sae, train_tokens; ranks: {rank: {improvement, gap_closed, kl_gap_closed,
+    ci90}}}
+
+    l0 is the measured one; CE and improvement in nats a token; the parts of the gap closed are of 1, ci90 is half of the
+    90 % interval of gap_closed.
+    """
     training = adapters_of(study, point)
     ranks = {}
     for rank in RANKS:
         found = results(study, training, f"rank-{rank}")
-        ranks[str(rank)] = {"improvement": found["ce_sae"] - found["ce_adapted"], "gap_closed": found["gap_closed"],
-                            "kl_gap_closed": found["kl_gap_closed"], "ci90": found["ci90"]["gap_closed"]}
-    return {**point._asdict(), "l0": found["l0"][str(point.layer)], "ce_base": found["ce_base"], "ce_sae": found["ce_sae"],
-            "train_tokens": found["train_tokens"], "ranks": ranks}
+        ranks[str(rank)] = {
+            "improvement": found["ce_sae"] - found["ce_adapted"],
+            "gap_closed": found["gap_closed"],
+            "kl_gap_closed": found["kl_gap_closed"],
+            "ci90": found["ci90"]["gap_closed"],
+        }
+    return {
+        **point._asdict(),
+        "l0": found["l0"][str(point.layer)],            # without adapters, so the same of every rank
+        "ce_base": found["ce_base"],
+        "ce_sae": found["ce_sae"],
+        "train_tokens": found["train_tokens"],
+        "ranks": ranks,
+    }
 
 
-# ---- What it comes to --------------------------------------------------------------------------------------------------
+# ---- What it comes to ------------------------------------------------------------------------------------------------
 
 def place(axis, row):
-    """A point's place on its axis."""
-    return Path(row["model"]).name if axis == "size" else row[axis]
+    """A point's place on its axis, as text."""
+    if axis == "size":
+        return Path(row["model"]).name
+    return f"{row['l0']:.1f}" if axis == "l0" else str(row[axis])
+
+
+def of_rank(row, rank):
+    """What was measured of a point at a rank."""
+    return row["ranks"][str(rank)]
 
 
 def tables(numbers):
+    ranks = numbers["ranks"]
     made = []
     for axis, label in AXES.items():
         rows = []
         for row in numbers[axis]:
-            where = place(axis, row)
-            cells = [f"{where:.1f}" if axis == "l0" else str(where), row["ce_base"], row["ce_sae"]]
-            rows.append(cells + [closed(row["ranks"][str(rank)]) for rank in numbers["ranks"]])
-        headings = ["model" if axis == "size" else label, "CE base", "CE with SAE", *(f"rank {rank}" for rank in numbers["ranks"])]
-        made.append(Table(f"Gap closed over {'model size' if axis == 'size' else label} (± 90 % over held-out sequences)",
-                          headings, rows))
+            shares = [closed(of_rank(row, rank)) for rank in ranks]
+            rows.append([place(axis, row), row["ce_base"], row["ce_sae"], *shares])
+
+        first, over = ("model", "model size") if axis == "size" else (label, label)
+        headings = [first, "CE base", "CE with SAE", *(f"rank {rank}" for rank in ranks)]
+        made.append(Table(f"Gap closed over {over} (± 90 % over held-out sequences)", headings, rows))
     return made
 
 
 def closed(found):
+    """The part of the gap that was closed, as text."""
     if found["gap_closed"] is None:
         return "no gap"
     return f"{percent(found['gap_closed'])} ± {percent(found['ci90'])}"
 
 
 def claims(numbers):
-    rows = [row for axis in AXES for row in numbers[axis]]
-    everything = [share(row) for row in rows]
-    if None in everything:
-        return [Claim("At least 30 % and up to 55 % of the gap is closed, at every point", "30 to 55 %", "no gap at some points", None)]
-    low, high = min(everything), max(everything)
+    rows = []
+    for axis in AXES:
+        rows += numbers[axis]
+    shares = [share(row) for row in rows]
+    if None in shares:
+        return [Claim("At least 30 % and up to 55 % of the gap is closed, at every point",
+                      "30 to 55 %",
+                      "no gap at some points",
+                      direction=None)]
 
-    larger = 0
-    for row in rows:
-        gains = [row["ranks"][str(rank)]["improvement"] for rank in numbers["ranks"]]
-        larger += all(more > less for less, more in zip(gains, gains[1:]))
-
-    sparsity, width, layer, size = (numbers[axis] for axis in AXES)
-    best = max(layer, key=share)
-    ends = share(layer[0]), share(layer[-1])
     return [
-        Claim(f"At least 30 % and up to 55 % of the gap is closed, at every point (rank {MAIN_RANK})", "30 to 55 %", f"{low:.0%} to {high:.0%}",
-              low > 0, low >= 0.3 and high <= 0.6, why="" if low >= 0.3 else "a fraction of the paper's training"),
-        Claim("Larger ranks reliably close more", "at every point", f"every larger rank at {larger} of {len(rows)} points", larger == len(rows)),
-        Claim("The effect in percent is largest at low sparsity", "falls from L0 22 to 445", between(sparsity, "L0 {l0:.0f}"),
-              ahead(sparsity[0], sparsity[-1])),
-        Claim("... and at low width", "falls from 16k to 524k, a little", between(width, "{width} latents"), ahead(width[0], width[-1])),
-        Claim("Middle layers gain most, though mostly unaffected by layer", "layer 9 of 26, of 6 to 18",
-              f"layer {best['layer']} of 0 to {layer[-1]['layer']}: {share(best):.0%}, ends {ends[0]:.0%} and {ends[1]:.0%}",
-              best not in (layer[0], layer[-1])),
-        Claim("It works increasingly well on larger models", "rises from 2B to 27B", " → ".join(f"{share(row):.0%}" for row in size),
-              ahead(size[-1], size[0])),
+        everywhere(shares),
+        larger_ranks(rows, numbers["ranks"]),
+        *sparsity_and_width(numbers["l0"], numbers["width"]),
+        middle_layers(numbers["layer"]),
+        larger_models(numbers["size"]),
     ]
+
+
+def everywhere(shares):
+    low, high = min(shares), max(shares)
+    return Claim(f"At least 30 % and up to 55 % of the gap is closed, at every point (rank {MAIN_RANK})",
+                 "30 to 55 %",
+                 f"{low:.0%} to {high:.0%}",
+                 direction=low > 0,
+                 size=low >= 0.3 and high <= 0.6,
+                 why="" if low >= 0.3 else "a fraction of the paper's training")
+
+
+def larger_ranks(rows, ranks):
+    agree = 0
+    for row in rows:
+        agree += rising([of_rank(row, rank)["improvement"] for rank in ranks])
+    return Claim("Larger ranks reliably close more",
+                 "at every point",
+                 f"every larger rank at {agree} of {len(rows)} points",
+                 direction=agree == len(rows))
+
+
+def sparsity_and_width(sparsity, width):
+    return [
+        Claim("The effect in percent is largest at low sparsity",
+              "falls from L0 22 to 445",
+              between(sparsity, "L0 {l0:.0f}"),
+              direction=ahead(sparsity[0], sparsity[-1])),
+        Claim("... and at low width",
+              "falls from 16k to 524k, a little",
+              between(width, "{width} latents"),
+              direction=ahead(width[0], width[-1])),
+    ]
+
+
+def middle_layers(rows):
+    first, last = rows[0], rows[-1]
+    best = max(rows, key=share)
+    ends = f"ends {share(first):.0%} and {share(last):.0%}"
+    return Claim("Middle layers gain most, though mostly unaffected by layer",
+                 "layer 9 of 26, of 6 to 18",
+                 f"layer {best['layer']} of 0 to {last['layer']}: {share(best):.0%}, {ends}",
+                 direction=best not in (first, last))
+
+
+def larger_models(rows):
+    return Claim("It works increasingly well on larger models",
+                 "rises from 2B to 27B",
+                 " → ".join(f"{share(row):.0%}" for row in rows),
+                 direction=ahead(rows[-1], rows[0]))
 
 
 def share(row):
     """The part of the gap closed at a point, by the rank that the claims are about; None where there is no gap."""
-    return row["ranks"][str(MAIN_RANK)]["gap_closed"]
+    return of_rank(row, MAIN_RANK)["gap_closed"]
 
 
 def ahead(first, second):
     """Whether more is closed at one point than at another; None where the difference is within its 90 % interval."""
     difference = share(first) - share(second)
-    half = math.hypot(*(row["ranks"][str(MAIN_RANK)]["ci90"] or 0 for row in (first, second)))
-    return None if abs(difference) <= half else difference > 0
+    halves = [of_rank(row, MAIN_RANK)["ci90"] or 0 for row in (first, second)]
+    if abs(difference) <= math.hypot(*halves):
+        return None
+    return difference > 0
 
 
 def between(rows, form):
@@ -164,18 +254,21 @@ def draw(numbers, figure):
     """Figures 3 and 4: improvement in nats above, in percent of the gap below."""
     figure.set_size_inches(12, 5.5)
     panels = figure.subplots(2, len(AXES), sharex="col")
-    for column, (axis, label) in enumerate(AXES.items()):
+    for (above, below), (axis, label) in zip(panels.T, AXES.items()):
         rows = numbers[axis]
-        where = [place(axis, row) for row in rows]
-        ticks = list(range(len(rows)))
+        ticks = range(len(rows))
         for rank in numbers["ranks"]:
-            found = [row["ranks"][str(rank)] for row in rows]
-            panels[0, column].plot(ticks, [each["improvement"] for each in found], marker="o", label=f"rank {rank}")
-            panels[1, column].errorbar(ticks, [100 * (each["gap_closed"] or 0) for each in found],
-                                       [100 * (each["ci90"] or 0) for each in found], marker="o", capsize=3)
-        shown = [f"{x:.1f}" if axis == "l0" else str(x).removeprefix("tiny-gemma-2-") for x in where]
-        panels[1, column].set_xticks(ticks, shown, fontsize=8)
-        panels[1, column].set_xlabel("model" if axis == "size" else label)
+            found = [of_rank(row, rank) for row in rows]
+            gains = [each["improvement"] for each in found]
+            shares = [100 * (each["gap_closed"] or 0) for each in found]
+            halves = [100 * (each["ci90"] or 0) for each in found]
+            above.plot(ticks, gains, marker="o", label=f"rank {rank}")
+            below.errorbar(ticks, shares, halves, marker="o", capsize=3)
+
+        labels = [place(axis, row).removeprefix("tiny-gemma-2-") for row in rows]
+        below.set_xticks(ticks, labels, fontsize=8)
+        below.set_xlabel("model" if axis == "size" else label)
+
     panels[0, 0].set_ylabel("CE improvement (nats/token)")
     panels[1, 0].set_ylabel("of the gap (%)")
     panels[0, 0].legend(fontsize=8)

@@ -1,13 +1,9 @@
 """Steering with latents (§5.2, Table 4, Figures 7 and 10): does it work better on the adapted model?"""
 from argparse import Namespace
 
-import torch
-
 from lorasae.evals import steering
-from lorasae.evals.common import interval
-from lorasae.paper.findings import Claim, Table
-from lorasae.paper.study import around_jumprelu
-from lorasae.runs.opening import open_run
+from lorasae.paper.findings import Claim, Table, over_seeds
+from lorasae.paper.study import around_jumprelu, opened
 
 TITLE = "Steering with latents"
 FIGURES = ("table4", "fig7", "fig10")
@@ -32,7 +28,7 @@ def measure(study):
     """What evals/steering.py finds."""
     training, = trainings(study)
     options = Namespace(latents=None, examples=100, positives=None, negatives=None, chat_model=None)
-    return steering.evaluate(open_run(study.folder / training.name), options)
+    return steering.evaluate(opened(study, training), options)
 
 
 def tables(numbers):
@@ -40,25 +36,44 @@ def tables(numbers):
     for row in numbers["rows"]:
         cells = [f"latent {row['latent']}", f"{row['alpha_base']:g}", f"{row['alpha_lora']:g}"]
         for side in ("positive", "negative"):
-            cells.append(f"{row[side]['delta']:+.2f} ± {row[side]['ci90'] or 0:.2f}")
-        rows.append([*cells, repr(row["examples"][0])[:60]])
-    return [Table("Table 4: change of d by adapting, d_LoRA - d_base (± 90 % over texts)",
-                  ["", "α base", "α LoRA", "positive texts", "negative texts", "fires in"], rows)]
+            change, half = row[side]["delta"], row[side]["ci90"] or 0
+            cells.append(f"{change:+.2f} ± {half:.2f}")
+        example = repr(row["examples"][0])[:60]
+        rows.append([*cells, example])
+
+    headings = ["", "α base", "α LoRA", "positive texts", "negative texts", "fires in"]
+    return [Table("Table 4: change of d by adapting, d_LoRA - d_base (± 90 % over texts)", headings, rows)]
 
 
 def claims(numbers):
-    positive = [row["positive"]["delta"] for row in numbers["rows"]]
-    negative = [row["negative"]["delta"] for row in numbers["rows"]]
-    mean, half = interval(torch.tensor(positive, dtype=torch.float64))
-    sure = sum(row["positive"]["delta"] > (row["positive"]["ci90"] or 0) for row in numbers["rows"])
+    return [of_positive_texts(numbers), of_negative_texts(numbers)]
+
+
+def of_positive_texts(numbers):
+    changes = [row["positive"]["delta"] for row in numbers["rows"]]
+    sure = 0
+    for row in numbers["rows"]:
+        half = row["positive"]["ci90"] or 0
+        sure += row["positive"]["delta"] > half
+
+    mean, half = over_seeds(changes)                    # here: over latents
     moved = half is not None and abs(mean) > half
-    return [
-        Claim("Steering moves positive texts more on the adapted model", "+0.44 to +2.50, beyond the interval for all four latents",
-              f"{mean:+.2f} ± {half or 0:.2f}; beyond its interval for {sure} of {len(positive)} latents", mean > 0 if moved else None,
-              why="" if moved else "no difference beyond the interval over latents"),
-        Claim("... and leaves negative texts alone", "|Δ| at most 0.84", f"{min(negative):+.2f} to {max(negative):+.2f}",
-              max(map(abs, negative)) <= 1 if steers(numbers) else None, why="" if steers(numbers) else "no α of the grid helped"),
-    ]
+    return Claim("Steering moves positive texts more on the adapted model",
+                 "+0.44 to +2.50, beyond the interval for all four latents",
+                 f"{mean:+.2f} ± {half or 0:.2f}; beyond its interval for {sure} of {len(changes)} latents",
+                 direction=mean > 0 if moved else None,
+                 why="" if moved else "no difference beyond the interval over latents")
+
+
+def of_negative_texts(numbers):
+    changes = [row["negative"]["delta"] for row in numbers["rows"]]
+    largest = max(abs(change) for change in changes)
+    said = steers(numbers)
+    return Claim("... and leaves negative texts alone",
+                 "|Δ| at most 0.84",
+                 f"{min(changes):+.2f} to {max(changes):+.2f}",
+                 direction=largest <= 1 if said else None,
+                 why="" if said else "no α of the grid helped")
 
 
 def steers(numbers):

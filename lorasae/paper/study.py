@@ -15,28 +15,41 @@ from lorasae.runs.adaptation import adapt_model
 from lorasae.runs.config import read_config
 from lorasae.runs.defaults import configure
 from lorasae.runs.folder import Run
+from lorasae.runs.opening import open_run
 from lorasae.runs.sae_training import train_sae
 from lorasae.runs.setting import load_setting
 
 
 class Models(NamedTuple):
     """The models of a study, by what the paper takes them for."""
-    sizes: tuple                                        # of one family, small to large (Figure 4); parts of one model: `main`
-    main: str                                           # Gemma-2-2B in the paper
+    sizes: tuple                                        # of one family, small to large (Figure 4)
+    main: str                                           # Gemma-2-2B in the paper; of all parts that take one model
     second: str                                         # Llama-3.2-1B in the paper (Figure 5)
-    several: str                                        # Llama-3.1-8B in the paper, which gets several SAEs at once (Figure 6)
+    several: str                                        # Llama-3.1-8B in the paper, with several SAEs at once (Figure 6)
 
 
 MODELS = {
-    "tiny-gemma-2": Models(("tiny-gemma-2-small", "tiny-gemma-2-medium", "tiny-gemma-2"), "tiny-gemma-2", "tiny-llama-3",
-                           "tiny-llama-3"),
-    "gemma-2-2b": Models(("gemma-2-2b", "gemma-2-9b", "gemma-2-27b"), "gemma-2-2b", "llama-3.2-1b", "llama-3.1-8b"),
+    "tiny-gemma-2": Models(
+        sizes=("tiny-gemma-2-small", "tiny-gemma-2-medium", "tiny-gemma-2"),
+        main="tiny-gemma-2",
+        second="tiny-llama-3",
+        several="tiny-llama-3",
+    ),
+    "gemma-2-2b": Models(
+        sizes=("gemma-2-2b", "gemma-2-9b", "gemma-2-27b"),
+        main="gemma-2-2b",
+        second="llama-3.2-1b",
+        several="llama-3.1-8b",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Study:
-    """What was asked of `python -m lorasae.paper`. None is the model's preset, which for the real models is the paper's."""
+    """What was asked of `python -m lorasae.paper`, in tokens where nothing else is said.
+
+    None is the model's preset, which for the real models is the paper's.
+    """
     folder: Path
     model: str = "tiny-gemma-2"                         # one of MODELS
     sae_tokens: int | None = None                       # to train an SAE on
@@ -59,7 +72,7 @@ class Study:
         return self.model.startswith("tiny-")
 
 
-# ---- Trainings ---------------------------------------------------------------------------------------------------------
+# ---- Trainings -------------------------------------------------------------------------------------------------------
 
 class Training(NamedTuple):
     """A run in study.folder / name."""
@@ -75,7 +88,9 @@ def train(study, training):
     check_same(config, folder)
     if (folder / "results.json").exists():
         return
-    run = Run.resume(folder) if (folder / "config.json").exists() else Run.create(folder, config)
+
+    begun = (folder / "config.json").exists()
+    run = Run.resume(folder) if begun else Run.create(folder, config)
     with closing(run):
         setting = load_setting(run.config, run.folder)
         if run.config.method == "lora":
@@ -92,12 +107,15 @@ def check_same(config, folder):
     for name, asked in vars(config).items():
         found = getattr(before, name)
         if asked is not None and found != asked:
-            raise InputError(f"{folder} was trained with {name} {found}, not {asked}: pass another --out, or the same arguments "
-                             "to continue")
+            raise InputError(f"{folder} was trained with {name} {found}, not {asked}: pass another --out, or the same "
+                             "arguments to continue")
 
 
 def new_sae(study, method, model, layer=None, *, width=None, l0=None, tokens=None):
-    """The Training of an SAE: l0 latents are to be active, by the penalty of a jumprelu or as the k of the others."""
+    """The Training of an SAE: l0 latents are to be active, by the penalty of a jumprelu or as the k of the others.
+
+    What is None is the preset's; a width is a number of latents.
+    """
     known = PRESETS[model]
     layer = known.layer if layer is None else layer
     width = width or known.sae_training.get("width")
@@ -105,30 +123,67 @@ def new_sae(study, method, model, layer=None, *, width=None, l0=None, tokens=Non
     tokens = tokens or study.sae_tokens
 
     parts = [model, method, f"layer-{layer}"]
-    parts += [f"{width}-latents"] if width else []
-    parts += [f"l0-{active}"] if active else []
-    parts += [f"{tokens}-tokens"] if tokens else []
-    given = {"model": model, "method": method, "layer": (layer,), "width": width, "tokens": tokens,
-             "l0" if method == "jumprelu" else "k": active, "eval_tokens": study.eval_tokens, "device": study.device}
+    if width:
+        parts.append(f"{width}-latents")
+    if active:
+        parts.append(f"l0-{active}")
+    if tokens:
+        parts.append(f"{tokens}-tokens")
+
+    given = {
+        "model": model,
+        "method": method,
+        "layer": (layer,),
+        "width": width,
+        "tokens": tokens,
+        "l0" if method == "jumprelu" else "k": active,
+        "eval_tokens": study.eval_tokens,
+        "device": study.device,
+    }
     return Training("saes/" + "-".join(parts), given)
 
 
 def adapters(study, name, model, saes, *, tokens=None, seed=None, **how):
-    """The Training of adapters around SAEs: Trainings of such, or sources that exist already. The optimiser is the paper's."""
-    sources = tuple(str(study.folder / sae.name) if isinstance(sae, Training) else sae for sae in saes)
-    needs = tuple(sae.name for sae in saes if isinstance(sae, Training))
-    given = {"model": model, "sae": sources or None, "tokens": tokens or study.lora_tokens, "eval_tokens": study.eval_tokens,
-             "recipe": study.recipe, "optimizer": "adamw", "seed": seed, "device": study.device, **how}
-    return Training(f"adapters/{name}", given, needs)
+    """The Training of adapters around SAEs: Trainings of such, or sources that exist already; none, the preset's.
+
+    how: further arguments of runs.defaults.configure. The optimiser is the paper's.
+    """
+    sources, needs = [], []
+    for sae in saes:
+        if isinstance(sae, Training):
+            sources.append(str(study.folder / sae.name))
+            needs.append(sae.name)
+        else:
+            sources.append(sae)
+
+    given = {
+        "model": model,
+        "sae": tuple(sources) or None,
+        "tokens": tokens or study.lora_tokens,
+        "eval_tokens": study.eval_tokens,
+        "recipe": study.recipe,
+        "optimizer": "adamw",
+        "seed": seed,
+        "device": study.device,
+        **how,
+    }
+    return Training(f"adapters/{name}", given, tuple(needs))
 
 
 def results(study, training, variant=None):
     """What a finished training found; of several ranks or rates those of one, named as its folder is."""
     folder = study.folder / training.name
-    return read_json((folder / variant if variant else folder) / "results.json")
+    if variant is not None:
+        folder = folder / variant
+    return read_json(folder / "results.json")
 
 
-# ---- The adapters that the evaluations of §5 and §6 look at --------------------------------------------------------------
+def opened(study, training):
+    """The Setting of a finished training, as eval.py opens it: what an evaluation takes."""
+    return open_run(study.folder / training.name)
+
+
+# ---- The adapters that the evaluations of §5 and §6 look at ----------------------------------------------------------
 
 def around_topk(study, seed):
     """Adapters on all blocks, around a TopK SAE (Tables 3 and 6; Figures 8 and 11)."""
@@ -137,10 +192,18 @@ def around_topk(study, seed):
         sae = str(Path(PRESETS[model].sae).parent / "topk")
     else:
         sae = new_sae(study, "topk", model)
-    return adapters(study, f"{model}-topk-seed-{seed}", model, [sae], tokens=study.long_tokens, seed=seed, rank=(64,), adapt=("all",))
+
+    name = f"{model}-topk-seed-{seed}"
+    return adapters(study, name, model, [sae], tokens=study.long_tokens, seed=seed, rank=(64,), adapt=("all",))
+
+
+def around_topk_of_seeds(study):
+    """The same, a Training a seed (Figures 8 and 11)."""
+    return [around_topk(study, seed) for seed in study.seeds]
 
 
 def around_jumprelu(study, seed):
     """Adapters on the blocks after a JumpReLU SAE, the preset's: Gemma Scope (Table 4 with Figures 7 and 10; Table 5)."""
     model = study.models.main
-    return adapters(study, f"{model}-jumprelu-seed-{seed}", model, [], tokens=study.long_tokens, seed=seed, rank=(64,))
+    name = f"{model}-jumprelu-seed-{seed}"
+    return adapters(study, name, model, [], tokens=study.long_tokens, seed=seed, rank=(64,))
