@@ -95,6 +95,21 @@ def test_a_search_finds_the_tokens_that_every_recipe_needs(case, tmp_path, monke
     assert "muon 0.01, batch 4, rank 2" in capsys.readouterr().out
 
 
+def test_what_is_claimed_of_recipes_follows_from_the_tokens_they_need(model):
+    def trial(lr, sae_lr, tokens, kl):
+        return {"optimizer": "adamw", "lr": lr, "batch": 1, "rank": 64, "sae_lr": sae_lr, "tokens": tokens, "kl": kl}
+    tried = [trial(1e-3, None, 100, 0.41), trial(1e-3, None, 200, 0.39), trial(1e-3, 1e-4, 100, 0.4), trial(1e-3, 1e-4, 200, 0.3),
+             trial(9e-3, None, 100, 0.6), trial(9e-3, None, 200, 0.6)]
+    numbers = {"plan": {"tokens": 2400}, "cases": {"a case": [{"before": 0.5, "paper": 0.4, "tried": tried}]}}
+    alone, both = recipe.claims(numbers)
+    assert "17.0x" in alone.ours and alone.verdict == "agrees in direction"          # 2400 / (100 · √2)
+    assert "24.0x" in both.ours and both.verdict == "agrees in direction"
+    numbers["plan"]["tokens"] = 1200
+    assert [claim.verdict for claim in recipe.claims(numbers)] == ["does not agree", "does not agree"]
+    numbers["cases"]["a case"][0]["paper"] = 0.2
+    assert [claim.ours for claim in recipe.claims(numbers)] == ["none in every case"] * 2
+
+
 def test_between_budgets_the_tokens_needed_lie_on_a_line_over_their_logarithm(model):
     curve = [(100, 0.5), (1000, 0.3)]
     assert recipe.needed(curve, 0.4) == pytest.approx(100 * 10 ** 0.5)
