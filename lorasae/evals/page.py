@@ -37,7 +37,7 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; bo
 th { font-weight: 600; color: var(--quiet) }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 td code { overflow-wrap: anywhere }
-@media (max-width: 36rem) { th, td { padding-right: .5rem } td.number, th.number { white-space: normal } }
+@media (max-width: 36rem) { th, td { padding-right: .5rem; overflow-wrap: anywhere } table { font-size: .8rem } td.number, th.number { white-space: normal } }
 @media (max-width: 36rem) { .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.2rem } }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1.5rem }
 code, .passage { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: .85rem }
@@ -109,6 +109,11 @@ def words(text):
 def marked(text, kind):
     """Text of a class, such as yes and no."""
     return f'<span class="{kind}">{escape(text)}</span>'
+
+
+def small(part):
+    """HTML on a line of its own, in small print."""
+    return f'<br><small class="quiet">{part}</small>'
 
 
 def link(text, name):

@@ -79,7 +79,7 @@ def main(argv=None):
             same_study(study)
             tell(f"{study.folder}/ is where this writes; index.html there is the page")
             failed = do(study, jobs_of(study, parts), processes)
-            report(study, parts, failed, shlex.join(["python", "-m", "lorasae.paper", *words]))
+            report(study, parts, failed, command_for_all(words, args.only))
             refuse_missing(parts, failed)
 
 
@@ -132,6 +132,12 @@ def names_in(only):
     """What --only names: "fig3, table1" -> ["fig3", "table1"]."""
     names = [name.strip() for name in (only or "").split(",")]
     return [name for name in names if name]
+
+
+def command_for_all(words, only):
+    """The command without its --only: the page may show parts of earlier ones too."""
+    kept = [str(word) for word in words if str(word) not in ("--only", only, f"--only={only}")]
+    return shlex.join(["python", "-m", "lorasae.paper", *kept])
 
 
 def processes_for(study):

@@ -19,7 +19,7 @@ def page(study, parts, shown, failed, command):
     """HTML.
 
     parts: {name: part} to show; shown: {name: what its file of numbers holds} of those that are done;
-    failed: {job: why}; command: what was called.
+    failed: {job: why}; command: what was called, without --only.
     """
     body = [
         html.heading(TITLE),
@@ -43,7 +43,7 @@ def introduction(study, parts, shown, command):
     for _, claim in claims_of(parts, shown):
         if claim.of_paper:
             counts[claim.verdict] += 1
-    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    said = ", ".join(f"{counts[verdict]} × {verdict}" for verdict in VERDICTS if counts[verdict])
 
     where = study.model
     if study.miniature:
@@ -72,7 +72,7 @@ def summary(parts, shown):
     rows = [summary_row(name, parts[name], claim) for name, claim in found]
     return html.section([
         html.heading("What the paper claims, and what was found", 2),
-        html.table(["where", "claim", "paper", "ours", "verdict"], rows),
+        html.table(["claim", "paper", "ours", "verdict"], rows),
     ])
 
 
@@ -81,8 +81,7 @@ def summary_row(name, part, claim):
     if claim.why:
         verdict += html.paragraph(claim.why, quiet=True)
     return [
-        html.link(label(part), name),
-        html.words(claim.says),
+        html.words(claim.says) + html.small(html.link(label(part), name)),
         html.words(claim.paper),
         html.words(claim.ours),
         verdict,
@@ -90,12 +89,11 @@ def summary_row(name, part, claim):
 
 
 def label(part):
-    """("fig3", "table1") -> Fig. 3, Table 1; what is no number stays as it is."""
-    names = []
-    for name in part.FIGURES:
-        kind, number = ("Fig.", name[3:]) if name.startswith("fig") else ("Table", name[5:])
-        names.append(f"{kind} {number}" if number.isdigit() else name)
-    return ", ".join(names) or "Beyond the paper"
+    """("fig1", "fig5", "table1") -> Fig. 1, 5 · Table 1"""
+    figures = [name.removeprefix("fig") for name in part.FIGURES if name.startswith("fig")]
+    tables = [name.removeprefix("table") for name in part.FIGURES if name.startswith("table")]
+    named = [f"{kind} {', '.join(numbers)}" for kind, numbers in (("Fig.", figures), ("Table", tables)) if numbers]
+    return " · ".join(named) or "Beyond the paper"
 
 
 # ---- A part ----------------------------------------------------------------------------------------------------------
@@ -113,8 +111,7 @@ def section(study, name, part, found, command):
     for sentence in numbers.get("conclusions", []):
         made.append(html.paragraph(sentence))
 
-    alone = command if "--only" in command else f"{command} --only {name}"
-    made.append(html.paragraph(price(found, alone), quiet=True))
+    made.append(html.paragraph(price(found, f"{command} --only {name}"), quiet=True))
     return html.section(made)
 
 
