@@ -45,7 +45,7 @@ MINIATURE = {
     "long_tokens": 300_000,
     "eval_tokens": 12_000,
     "beyond_tokens": 20_000,
-    "recipe_tokens": 300_000,
+    "recipe_tokens": 100_000,
     "seeds": (0, 1, 2),
     "recipe": "tuned",
 }
