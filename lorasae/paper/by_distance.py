@@ -9,6 +9,9 @@ ABOUT = ("Cosine similarity and L2 distance of each block's output to that of th
          "adapting less before, around a TopK SAE with adapters on all blocks. The picture is the first seed's, with "
          "intervals over sequences.")
 
+RATE = ("the tuned rate is 60 times the published one: with that, at as many tokens (one seed), the last block's output "
+        "comes closer (cosine +0.0018, L2 -0.22), if not those before it")
+
 
 def trainings(study):
     return around_topk_of_seeds(study)
@@ -55,11 +58,13 @@ def claims(numbers):
         Claim("The adapted model's activations are closer to the original's: cosine similarity",
               "slightly higher",
               with_interval(cosine, "+.4f"),
-              direction=sign(cosine)),
+              direction=sign(cosine),
+              why="" if sign(cosine) else RATE),
         Claim("... and L2 distance",
               "slightly smaller",
               with_interval(distance, "+.3f"),
-              direction=opposite(sign(distance))),
+              direction=opposite(sign(distance)),
+              why="" if opposite(sign(distance)) else RATE),
     ]
 
 
