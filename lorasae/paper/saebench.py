@@ -9,7 +9,7 @@ from lorasae.paper.study import around_topk, opened
 TITLE = "SAEBench"
 FIGURES = ("table3", "table6")
 ABOUT = ("The SAE reads base and adapted model (TopK, adapters on all blocks); nothing is spliced in. One seed of "
-         "training; intervals are 90 % over three seeds of evaluation, of autointerp over latents, differences paired. The "
+         "training; intervals are 90 % over seeds of evaluation, of autointerp over latents, differences paired. The "
          "judge of autointerp is lexical (eval.py --suite autointerp --judge asks a language model); in miniature the "
          "texts are packages of the standard library.")
 
@@ -29,11 +29,11 @@ def piece(study, name):
     training, = trainings(study)
     options = Namespace(
         labelled="stdlib" if study.miniature else "saebench",
-        seeds=3,
+        seeds=len(study.seeds),
         words=2000,
         judge=None,
         judge_latents=300,
-        judge_seeds=3,
+        judge_seeds=len(study.seeds),
         latents=None,
         chat_model=None,
     )
