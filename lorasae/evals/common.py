@@ -62,10 +62,15 @@ def evaluating(model):
         model.train(training)
 
 
+def cell_text(cell):
+    """A cell of a table: text as it is, numbers to four places."""
+    return cell if isinstance(cell, str) else f"{cell:.4f}"
+
+
 def print_table(rows, headings=None):
     """Prints rows (sequences of cells) as aligned columns, the first to the left and the rest to the right."""
     rows = ([headings] if headings else []) + list(rows)
-    cells = [[cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row] for row in rows]
+    cells = [[cell_text(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for first, *others in cells:
         line = [first.ljust(widths[0])]

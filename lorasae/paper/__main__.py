@@ -20,7 +20,8 @@ from lorasae.errors import InputError
 from lorasae.evals.common import print_table
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering, count, tell
-from lorasae.io.disk import read_json, write_bytes, write_json
+from lorasae.io.disk import read_json, write_bytes
+from lorasae.paper.arms import same_plan
 from lorasae.paper.findings import show
 from lorasae.paper.jobs import Progress, run_all
 from lorasae.paper.page import page
@@ -153,14 +154,7 @@ def same_study(study):
     del asked["folder"]
     asked["seeds"] = list(study.seeds)                  # as JSON has it
 
-    path = study.folder / "study.json"
-    if not path.exists():
-        write_json(path, asked)
-    before = read_json(path)
-    for name, value in asked.items():
-        if before.get(name) != value:
-            raise InputError(f"{study.folder} was begun with {name} {before.get(name)}, not {value}: "
-                             "pass another --out, or the same arguments to continue")
+    same_plan(study.folder, asked, "study.json")
 
 
 # ---- What there is, and what it takes --------------------------------------------------------------------------------

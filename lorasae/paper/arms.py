@@ -165,6 +165,18 @@ def untouched(case):
     return Trained(None, case.sae, 0.0)
 
 
+# ---- As parts of the whole paper (findings.py) -----------------------------------------------------------------------
+
+def trainings(study):
+    """Arms are trained in memory, so nothing before them."""
+    return []
+
+
+def pieces(study):
+    """A case each."""
+    return [f"{model} {kind}" for model in MODELS for kind in KINDS]
+
+
 # ---- Files -------------------------------------------------------------------------------------------------------------
 
 def once(path, work):
@@ -174,9 +186,9 @@ def once(path, work):
     return read_json(path)
 
 
-def same_plan(folder, plan):
-    """Refuses to continue an experiment that was begun with other arguments."""
-    before = once(folder / "plan.json", lambda: plan)
+def same_plan(folder, plan, file="plan.json"):
+    """Refuses to continue an experiment that was begun with other arguments; plan: plain values, kept in folder / file."""
+    before = once(folder / file, lambda: plan)
     for name in plan:
         if before.get(name) != plan[name]:
             raise InputError(f"{folder} was begun with {name} {before.get(name)}, not {plan[name]}: pass another --out, or the "

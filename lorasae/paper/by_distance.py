@@ -13,8 +13,7 @@ RATE = ("the tuned rate is 60 times the published one: with that, at as many tok
         "comes closer (cosine +0.0018, L2 -0.22), if not those before it")
 
 
-def trainings(study):
-    return around_topk_of_seeds(study)
+trainings = around_topk_of_seeds
 
 
 def cost(study):
@@ -54,17 +53,18 @@ def tables(numbers):
 def claims(numbers):
     cosine = mean_after(numbers, "cosine")
     distance = mean_after(numbers, "l2")
+    alike, closer = sign(cosine), opposite(sign(distance))
     return [
         Claim("The adapted model's activations are closer to the original's: cosine similarity",
               "slightly higher",
               with_interval(cosine, "+.4f"),
-              direction=sign(cosine),
-              why="" if sign(cosine) else RATE),
+              direction=alike,
+              why="" if alike else RATE),
         Claim("... and L2 distance",
               "slightly smaller",
               with_interval(distance, "+.3f"),
-              direction=opposite(sign(distance)),
-              why="" if opposite(sign(distance)) else RATE),
+              direction=closer,
+              why="" if closer else RATE),
     ]
 
 

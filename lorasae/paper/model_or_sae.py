@@ -25,6 +25,7 @@ from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
 from lorasae.paper.findings import Claim, Table, opposite, show, sign, with_interval
+from lorasae.paper import arms
 from lorasae.paper.arms import (KINDS, MODELS, adapted, asked, finetuned, load_case, measured, once, same_plan, tuning_kl,
                                 untouched)
 from lorasae.runs import adaptation
@@ -229,12 +230,7 @@ ABOUT = ("Four arms at equal tokens and at equal time, each at its own best rate
          "then the SAE. L0 is held. Intervals are 90 % over seeds.")
 
 
-def trainings(study):
-    return []                                           # its arms are trained in memory
-
-
-def pieces(study):
-    return [f"{model} {kind}" for model in MODELS for kind in KINDS]
+trainings, pieces = arms.trainings, arms.pieces
 
 
 def cost(study):

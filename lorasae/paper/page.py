@@ -5,6 +5,7 @@ import platform
 import torch
 
 from lorasae.evals import page as html
+from lorasae.evals.common import cell_text
 
 TITLE = "Low-Rank Adapting Models for Sparse Autoencoders, recomputed"
 VERDICTS = {                                            # verdict: its class on the page
@@ -21,10 +22,11 @@ def page(study, parts, shown, failed, command):
     parts: {name: part} to show; shown: {name: what its file of numbers holds} of those that are done;
     failed: {job: why}; command: what was called, without --only.
     """
+    claims = claims_of(parts, shown)
     body = [
         html.heading(TITLE),
-        *introduction(study, parts, shown, command),
-        summary(parts, shown),
+        *introduction(study, claims, command),
+        summary(parts, claims),
     ]
     for name, part in parts.items():
         if name in shown:
@@ -37,10 +39,10 @@ def page(study, parts, shown, failed, command):
 
 # ---- The top ---------------------------------------------------------------------------------------------------------
 
-def introduction(study, parts, shown, command):
+def introduction(study, claims, command):
     """What this is, how many claims agree, and with what it was made: [paragraph]."""
     counts = dict.fromkeys(VERDICTS, 0)
-    for _, claim in claims_of(parts, shown):
+    for _, claim in claims:
         if claim.of_paper:
             counts[claim.verdict] += 1
     said = ", ".join(f"{counts[verdict]} × {verdict}" for verdict in VERDICTS if counts[verdict])
@@ -65,11 +67,10 @@ def claims_of(parts, shown):
     return found
 
 
-def summary(parts, shown):
+def summary(parts, claims):
     """The table at the top: a claim a row, the paper's before those of others."""
-    found = claims_of(parts, shown)
-    found.sort(key=lambda pair: not pair[1].of_paper)
-    rows = [summary_row(name, parts[name], claim) for name, claim in found]
+    ordered = sorted(claims, key=lambda pair: not pair[1].of_paper)
+    rows = [summary_row(name, parts[name], claim) for name, claim in ordered]
     return html.section([
         html.heading("What the paper claims, and what was found", 2),
         html.table(["claim", "paper", "ours", "verdict"], rows),
@@ -116,10 +117,7 @@ def section(study, name, part, found, command):
 
 
 def html_table(table):
-    rows = []
-    for row in table.rows:
-        cells = [cell if isinstance(cell, str) else f"{cell:.4f}" for cell in row]
-        rows.append([html.words(cell) for cell in cells])
+    rows = [[html.words(cell_text(cell)) for cell in row] for row in table.rows]
     return html.table(table.headings, rows, numbers=range(1, len(table.headings)))
 
 

@@ -19,6 +19,7 @@ from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
 from lorasae.io.presets import PAPER
+from lorasae.paper import arms
 from lorasae.paper.arms import (KINDS, MODELS, TUNING, adapted, asked, finetuned, load_case, once, same_plan, tuning_kl,
                                 untouched)
 from lorasae.paper.findings import Claim, Table, show
@@ -170,12 +171,7 @@ STEPS = ("a small budget leaves a tuned run too few steps; against 900k tokens, 
          "75k and 45k were enough (io/presets.py)")
 
 
-def trainings(study):
-    return []                                           # its adapters are trained in memory
-
-
-def pieces(study):
-    return [f"{model} {kind}" for model in MODELS for kind in KINDS]
+trainings, pieces = arms.trainings, arms.pieces
 
 
 def cost(study):
@@ -258,24 +254,15 @@ def claims(numbers):
         by_sae = f"at least {times(least)} fewer in every case"
 
     return [
-        Claim("Another recipe reaches the published one's gap with a twelfth of its tokens, adapters alone",
-              "not measured",
-              best,
-              direction=reaches(alone, 12),
-              why="" if reaches(alone, 12) else STEPS,
-              of_paper=False),
-        Claim("... and with a twentieth where the SAE is trained too",
-              "not measured",
-              by_sae,
-              direction=reaches(with_sae, 20),
-              why="" if reaches(with_sae, 20) else STEPS,
-              of_paper=False),
+        saving("Another recipe reaches the published one's gap with a twelfth of its tokens, adapters alone", best, alone, 12),
+        saving("... and with a twentieth where the SAE is trained too", by_sae, with_sae, 20),
     ]
 
 
-def reaches(found, goal):
-    """Whether the best of some recipes needs so many times fewer tokens."""
-    return bool(found) and found[0][1] >= goal
+def saving(says, ours, found, goal):
+    """The Claim that the best of some recipes, found: [(key, ratio)], needs `goal` times fewer tokens."""
+    reached = bool(found) and found[0][1] >= goal
+    return Claim(says, "not measured", ours, direction=reached, why="" if reached else STEPS, of_paper=False)
 
 
 # ---- The command -------------------------------------------------------------------------------------------------------

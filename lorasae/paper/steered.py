@@ -2,7 +2,7 @@
 from argparse import Namespace
 
 from lorasae.evals import steering
-from lorasae.paper.findings import Claim, Table, over_seeds
+from lorasae.paper.findings import Claim, Table, over_seeds, sign
 from lorasae.paper.study import around_jumprelu, opened
 
 TITLE = "Steering with latents"
@@ -57,12 +57,12 @@ def of_positive_texts(numbers):
         sure += row["positive"]["delta"] > half
 
     mean, half = over_seeds(changes)                    # here: over latents
-    moved = half is not None and abs(mean) > half
+    moved = sign(changes)
     return Claim("Steering moves positive texts more on the adapted model",
                  "+0.44 to +2.50, beyond the interval for all four latents",
                  f"{mean:+.2f} ± {half or 0:.2f}; beyond its interval for {sure} of {len(changes)} latents",
-                 direction=mean > 0 if moved else None,
-                 why="" if moved else "no difference beyond the interval over latents")
+                 direction=moved,
+                 why="" if moved is not None else "no difference beyond the interval over latents")
 
 
 def of_negative_texts(numbers):
