@@ -17,6 +17,7 @@ from lorasae.paper import benchmarks, frontier, one_block, plan, saebench, scali
 from lorasae.paper.findings import Claim, with_interval
 from lorasae.paper.frontier import levels, reached
 from lorasae.paper.jobs import Job, Progress, run_all
+from lorasae.paper.page import reason
 from lorasae.paper.study import MODELS, Models, Study
 
 PAPER = "lorasae.paper.__main__"
@@ -171,6 +172,15 @@ def test_verdicts():
     assert Claim("", "", "", True).verdict == "agrees in direction" and Claim("", "", "", True, True).verdict == "agrees, in size too"
     assert Claim("", "", "", False, True).verdict == "does not agree" and Claim("", "", "", None, True).verdict == "cannot be said"
     assert with_interval([0.5]) == "50.0%" and with_interval([0.4, 0.6]) == "50.0% ± 63.1%"
+
+
+def test_a_reason_that_holds_in_miniature_is_given_there_alone():
+    both = Claim("", "", "", False, why="anywhere", why_in_miniature="here")
+    here = both._replace(why="")
+    tuned = Study(Path("out"), recipe="tuned")
+    assert reason(tuned, both) == "anywhere" and reason(tuned, here) == "here"
+    for other in Study(Path("out"), recipe="paper"), Study(Path("out"), "gemma-2-2b"):
+        assert reason(other, both) == "anywhere" and reason(other, here) == ""
 
 
 def test_a_difference_within_its_interval_is_not_claimed():

@@ -51,11 +51,11 @@ MINIATURE = {
     "recipe": "tuned",
 }
 QUICK = {
-    "sae_tokens": 40_000,
-    "frontier_tokens": 40_000,
-    "lora_tokens": 8_000,
-    "long_tokens": 16_000,
-    "eval_tokens": 8_000,
+    "sae_tokens": 30_000,
+    "frontier_tokens": 30_000,
+    "lora_tokens": 4_000,
+    "long_tokens": 8_000,
+    "eval_tokens": 4_000,
     "beyond_tokens": 4_000,
     "recipe_tokens": 12_000,
     "seeds": (0,),

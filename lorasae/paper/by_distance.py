@@ -59,12 +59,12 @@ def claims(numbers):
               "slightly higher",
               with_interval(cosine, "+.4f"),
               direction=alike,
-              why="" if alike else RATE),
+              why_in_miniature="" if alike else RATE),
         Claim("... and L2 distance",
               "slightly smaller",
               with_interval(distance, "+.3f"),
               direction=closer,
-              why="" if closer else RATE),
+              why_in_miniature="" if closer else RATE),
     ]
 
 

@@ -71,7 +71,7 @@ def claims(numbers):
               "most",
               with_interval(middle),
               direction=most,
-              why="" if most else LARGER),
+              why_in_miniature="" if most else LARGER),
     ]
 
 

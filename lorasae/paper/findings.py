@@ -41,6 +41,7 @@ class Claim(NamedTuple):
     direction: bool | None                              # whether ours points the same way; None: it cannot be said
     size: bool | None = None                            # whether it is as large; None: not comparable
     why: str = ""                                       # where it does not agree, or cannot be said
+    why_in_miniature: str = ""                          # the same, of the embedded models with the tuned recipe alone
     of_paper: bool = True                               # False: of others, or of nobody yet
 
     @property

@@ -67,7 +67,7 @@ def claims(numbers):
                       "88 %",
                       "no improvement",
                       direction=None,
-                      why="adapters on all blocks do not improve the loss with so few tokens")]
+                      why="adapters on all blocks do not improve the loss, so there is nothing to divide")]
 
     means = [over_seeds(shares)[0] for shares in by_block]
     first = means[0]

@@ -26,7 +26,7 @@ def page(study, parts, shown, failed, command):
     body = [
         html.heading(TITLE),
         *introduction(study, claims, command),
-        summary(parts, claims),
+        summary(study, parts, claims),
     ]
     for name, part in parts.items():
         if name in shown:
@@ -67,26 +67,34 @@ def claims_of(parts, shown):
     return found
 
 
-def summary(parts, claims):
+def summary(study, parts, claims):
     """The table at the top: a claim a row, the paper's before those of others."""
     ordered = sorted(claims, key=lambda pair: not pair[1].of_paper)
-    rows = [summary_row(name, parts[name], claim) for name, claim in ordered]
+    rows = [summary_row(study, name, parts[name], claim) for name, claim in ordered]
     return html.section([
         html.heading("What the paper claims, and what was found", 2),
         html.table(["claim", "paper", "ours", "verdict"], rows),
     ])
 
 
-def summary_row(name, part, claim):
+def summary_row(study, name, part, claim):
     verdict = html.marked(claim.verdict, VERDICTS[claim.verdict])
-    if claim.why:
-        verdict += html.paragraph(claim.why, quiet=True)
+    why = reason(study, claim)
+    if why:
+        verdict += html.paragraph(why, quiet=True)
     return [
         html.words(claim.says) + html.small(html.link(label(part), name)),
         html.words(claim.paper),
         html.words(claim.ours),
         verdict,
     ]
+
+
+def reason(study, claim):
+    """Why a claim does not agree, or why it cannot be said; "" where nobody knows."""
+    if study.miniature and study.recipe == "tuned":
+        return claim.why or claim.why_in_miniature
+    return claim.why
 
 
 def label(part):

@@ -118,13 +118,10 @@ def answer(study, name):
 def work(study, name):
     """Does a job: a training, a piece of a part, or what a part measures."""
     parts = parts_of(study)
-    training = trainings_of(study, parts).get(name)
-    if training is not None:
-        train(study, training)
-        return
-
     part_name, _, piece = name.partition("/")
-    if piece:
+    if part_name in ("saes", "adapters"):
+        train(study, trainings_of(study, parts)[name])
+    elif piece:
         measure_piece(study, name, parts[part_name], piece)
     else:
         measure_part(study, name, parts[name])

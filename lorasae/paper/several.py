@@ -137,7 +137,7 @@ def three_against_one(rows):
                   "2.45 nats against one SAE's loss",
                   f"3 SAEs + LoRA {adapted:.3f}, one SAE {alone:.3f}",
                   direction=better,
-                  why="" if better else FEWER_TOKENS)]
+                  why_in_miniature="" if better else FEWER_TOKENS)]
 
 
 def draw(numbers, figure):
