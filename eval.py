@@ -5,7 +5,8 @@
     python eval.py RUN_DIR --suite steering --latents 17 204    examples are found in the held-out text
     python eval.py RUN_DIR --suite probing,scr,tpp,absorption   SAEBench, base and adapted model side by side
     python eval.py RUN_DIR --suite autointerp,latents           can latents be put into words? and a page about them
-    python eval.py RUN_DIR --suite lm --limit 100               MMLU, HellaSwag, TruthfulQA by lm-eval (embedded models: tasks of their own)
+    python eval.py RUN_DIR --suite lm --limit 100               MMLU, HellaSwag, TruthfulQA by lm-eval (on embedded models
+                                                                tasks of their own)
 
 Each writes RUN_DIR/eval-NAME.json and, with matplotlib, RUN_DIR/eval-NAME.png. lorasae/evals/ has a file for each, all of
 one shape: evaluate(setting, options) gives a plain dict, show prints it, draw makes a picture or page a page of it;

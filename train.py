@@ -79,10 +79,11 @@ def arguments(argv):
         "(default: the preset's; else paper)")
 
     add = parser.add_argument_group("training an SAE that is there already").add_argument
-    add("--objective", choices=OBJECTIVES, help="finetune: the loss (default: balanced, ½ (MSE + KL · sg[MSE / KL]), where sg stops "
-        "the gradient)")
+    add("--objective", choices=OBJECTIVES, help="finetune: the loss (default: balanced, ½ (MSE + KL · sg[MSE / KL]), where sg "
+        "stops the gradient)")
     add("--train-sae", action="store_true", default=None, help="lora: train the SAE together with the adapters")
-    add("--sae-lr", type=float, help="--train-sae: the SAE's learning rate (default: the preset's; else 5e-5, the published finetune's)")
+    add("--sae-lr", type=float, help="--train-sae: the SAE's learning rate (default: the preset's; else 5e-5, the published "
+        "finetune's)")
     add("--thresholds", choices=THRESHOLDS, help="a JumpReLU's thresholds: trained, with its L0 held at what it was, or frozen "
         f"(default: {Config.thresholds})")
 
@@ -98,8 +99,8 @@ def arguments(argv):
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=int, help="sequences a step (default: the preset's; else 1, the paper's)")
-    add("--micro-batch", type=int, help="sequences that pass through the model at once; less memory, same step but for dropout's masks "
-        "(default: the whole batch)")
+    add("--micro-batch", type=int, help="sequences that pass through the model at once; less memory, same step but for "
+        "dropout's masks (default: the whole batch)")
     add("--lr", type=float, nargs="+", help="learning rate; several for adapters, as in 5e-5 2e-4 1e-3, train side by side in "
         "one pass, with one --rank or as many (default: the preset's; else the paper's, 5e-5 for adapters and a finetune, "
         "2e-4 / √(latents / 2^14) for an SAE)")
@@ -207,7 +208,8 @@ def report_both(results, folder):
     print(f"\n{fidelity.closed(results['closed'])}")
     print(f"L0 {l0_before:.2f} -> {l0:.2f}   FVU {fvu_before:.4f} -> {fvu:.4f}   dead latents {before['dead_latents']:.1%} -> "
           f"{results['dead_latents']:.1%}   {speed(results)}")
-    print(f"{folder}/ holds config.json, metrics.jsonl, results.json, adapter/, sae/;  python eval.py {folder} recomputes it")
+    print(f"{folder}/ holds config.json, metrics.jsonl, results.json, adapter/, sae/;  python eval.py {folder} shows what "
+          "the adapters win back around the SAE as it is now")
 
 
 def report_sae(results, folder):

@@ -13,5 +13,5 @@ from lorasae.lora import add_lora, base, merge_lora
 from lorasae.io.sae_formats import load_sae, save_sae
 from lorasae import objectives, topk
 
-__all__ = ["InputError", "add_lora", "base", "load_adapter", "load_model", "load_sae", "load_tokenizer", "merge_lora", "objectives",
-           "save_adapter", "save_model", "save_sae", "topk"]
+__all__ = ["InputError", "add_lora", "base", "load_adapter", "load_model", "load_sae", "load_tokenizer", "merge_lora",
+           "objectives", "save_adapter", "save_model", "save_sae", "topk"]

@@ -15,9 +15,9 @@
     take_step       one step of AdamW on adapters, SAE, or both
     train           the loop
 
-What stays: every decoder row keeps the norm it came with. A row's norm and the scale of its latent are one and the same
-freedom, so nothing is lost by it, and latents before and after can be compared. The norms of a foreign SAE, which need
-not be 1, are not touched.
+What stays: every decoder row keeps the norm it came with, so that latents before and after can be compared. A JumpReLU
+loses nothing by it, as a row's norm and the scale of its latent are one and the same freedom. The norms of a foreign SAE,
+which need not be 1, are not touched.
 
 Shapes: B batch, T tokens, D d_model, M latents, N positions that the SAE learns from.
 """
@@ -38,24 +38,24 @@ L0_WEIGHT = 10.0        # of (L0 / what it was - 1)²: with 1, L0 stays where th
 
 # ---- The objective -----------------------------------------------------------------------------------------------------
 
-def combined(objective, kl, mse):
+def combined(name, kl, mse):
     """The objective `kl`, `mse` or `balanced` of the two losses a token.
 
     The MSE is in units of the activations' variance (the FVU), so that one weight of the L0 penalty serves every model;
     the balance, and Adam, do not see a constant. Raises InputError where there is no KL to balance.
     """
-    if objective == "kl":
+    if name == "kl":
         return kl
-    if objective == "mse":
+    if name == "mse":
         return mse
-    if not kl > 0:
+    if kl <= 0:
         raise InputError(f"the KL of a step is {kl.item():g}, so the balanced loss ½ (MSE + KL · MSE / KL) has nothing to "
                          "balance: with this SAE the model is as without; pass --objective mse")
     return (mse + kl * (mse / kl).detach()) / 2
 
 
-def naive_loss(model, saes, tokens, objective):
-    """The objective of the SAE of {layer: SAE}, a token's, for tokens [B, T], with all logits and in plain autograd.
+def naive_loss(model, saes, tokens, name):
+    """The objective of that name of the SAE of {layer: SAE}, a token's, for tokens [B, T], with all logits and in plain autograd.
 
     The gradient is the whole one for TopK, and for a JumpReLU all but that of its thresholds, which is none.
     """
@@ -68,7 +68,7 @@ def naive_loss(model, saes, tokens, objective):
     x = model.run(model.embed(tokens), 0, layer + 1)
     learned = learned_positions(sae, model.special(tokens))
     mse = fvu(sae(x[learned]), x[learned])
-    return combined(objective, kl, mse)
+    return combined(name, kl, mse)
 
 
 # ---- The SAE in training -----------------------------------------------------------------------------------------------
@@ -86,9 +86,13 @@ def hold(sae, x):
     """The Held of an SAE that is to be trained on activations such as x [N, D].
 
     A latent's values are in units of 1 / its row's norm, so its bandwidth is too. A TopK has no thresholds: its unit is 1.
+    Raises InputError for an SAE that is silent on x.
     """
     norms = sae.W_dec.norm(dim=1, keepdim=True)
     active = sum((sae.encode(rows) > 0).sum().item() for rows in x.split(256))
+    if active == 0:
+        raise InputError(f"no latent of the SAE is active at any of {len(x):,} positions, so there is nothing to train: "
+                         "is it of this model and layer?")
     unit = (x - sae.b_dec).square().sum(1).mean().sqrt().item() if isinstance(sae, JumpReLU) else 1.0
     bandwidth = dictionary.BANDWIDTH * unit / norms[:, 0].clamp(min=torch.finfo(norms.dtype).tiny)
     return Held(norms, active / len(x), unit, bandwidth)

@@ -104,6 +104,20 @@ def interrupted_after(count, module, name):
         yield
 
 
+@contextmanager
+def counted(module, name):
+    """Inside the `with`, [an entry a call of a function of a module]."""
+    real, calls = getattr(module, name), []
+
+    def counting(*args):
+        calls.append(1)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, counting)
+        yield calls
+
+
 def misuse(capsys, script, *words):
     """The one line with which a command refuses words that it cannot read, without its `error: `; its status is 2."""
     capsys.readouterr()

@@ -11,7 +11,7 @@ from lorasae.errors import InputError
 from lorasae.io.disk import write_json
 from lorasae.io.presets import PRESETS
 from lorasae.runs.config import CHOICES, SWITCHES, Config, option, read_config
-from lorasae.runs.defaults import configure, latents
+from lorasae.runs.defaults import configure, recipe_of, latents
 
 NAMES = [known.name for known in fields(Config)]
 EMBEDDED = {"model": "tiny-gemma-2"}
@@ -89,11 +89,18 @@ def test_a_value_that_no_run_could_use_is_refused_by_the_name_of_its_option(name
 
 
 @pytest.mark.parametrize("name, values", [
-    ("seed", [0, 2 ** 63 - 1]), ("dropout", [0, 0.0, 0.999]), ("weight_decay", [0]), ("lr", [1e-30, 1, None]), ("alpha", [1, 0.5, 10 ** 9]),
+    ("seed", [0, 2 ** 63 - 1]), ("dropout", [0, 0.0, 0.999]), ("weight_decay", [0]), ("lr", [1e-30, 1]), ("alpha", [1, 0.5, 10 ** 9]),
     ("layer", [(0,), (3, 1, 2)]), ("rank", [(1,), (256, 1)]), ("context", [2]), ("width", [None, "16k", 16384]), ("l0", [None, 0.5, 70])])
 def test_values_at_the_edge_are_taken(name, values):
     for value in values:
         assert getattr(Config(**{name: value}), name) == value
+
+
+def test_only_a_new_sae_has_a_rate_that_follows_from_its_width():
+    assert Config(method="topk", lr=None).lr is None
+    for how in {"lr": None}, {"method": "finetune", "lr": None}, {"train_sae": True, "sae_lr": None}:
+        with pytest.raises(InputError, match="-lr"):
+            Config(**how)
 
 
 def test_sharding_is_for_adapters_of_one_rank():
@@ -116,6 +123,9 @@ def test_every_preset_gives_a_configuration_of_every_method(name, method):
     config = configure({"model": name, "method": method, "device": "cpu"})
     own = known.common | (known.lora if method == "lora" else known.sae_training) | (known.e2e if method == "e2e" else {})
     own.pop("l0", None)
+    if "recipe" in own:
+        decided = recipe_of(own.pop("recipe"), name, "muon", train_sae=False)
+        own = {**decided, **own}
     assert (config.model, config.method, config.layer) == (name, method, (known.layer,))
     assert {field: getattr(config, field) for field in own} == own
     if method == "lora":

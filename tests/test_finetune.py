@@ -7,13 +7,13 @@ from torch.nn.functional import normalize
 
 import eval as evaluation
 import train as training
-from helpers import interrupted_after
+from helpers import counted, interrupted_after
 from lorasae import dictionary, finetune
 from lorasae.adapt import teach
 from lorasae.errors import InputError
 from lorasae.finetune import combined, hold, learn, naive_loss
 from lorasae.io.sae_formats import load_sae, save_sae
-from lorasae.runs.config import Config
+from lorasae.runs.config import Config, read_config
 from lorasae.sae import JumpReLU, TopK, splice
 
 LAYER = 1
@@ -76,6 +76,7 @@ def test_a_kl_of_zero_leaves_nothing_to_balance():
         combined("balanced", torch.zeros(()), torch.ones(()))
     assert "\n" not in str(refused.value)
     assert combined("kl", torch.zeros(()), torch.ones(())).item() == 0
+    assert combined("balanced", torch.tensor(torch.nan), torch.ones(())).isnan()       # diverged: the run says that
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
@@ -248,7 +249,9 @@ def test_an_interrupted_finetune_resumes_to_the_bit(arguments, sae_of, tmp_path)
     command(training, *arguments, "--out", tmp_path / "whole")
     with interrupted_after(6, finetune, "take_step"), pytest.raises(SystemExit):
         command(training, *arguments, "--out", tmp_path / "cut")
-    command(training, "--resume", tmp_path / "cut")
+    with counted(finetune, "take_step") as steps:
+        command(training, "--resume", tmp_path / "cut")
+    assert len(steps) == read_config(tmp_path / "cut").steps - 4        # from the checkpoint, not from the beginning
     found, expected = (load_sae(tmp_path / name).state_dict() for name in ("cut", "whole"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

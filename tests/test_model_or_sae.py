@@ -69,11 +69,14 @@ def test_an_experiment_is_whole_continues_from_its_files_and_says_what_its_figur
     monkeypatch.setattr(model_or_sae, "train_arm", refuse)
     assert model_or_sae.compare(case, tmp_path, PLAN) == found
 
-    numbers = {"plan": PLAN, "cases": {"a case": found}}
+    kind = "topk" if case.sae.__class__.__name__ == "TopK" else "jumprelu"
+    numbers = {"plan": PLAN, "cases": {f"a {kind}": found}}
     numbers["conclusions"] = model_or_sae.conclusions(numbers)
     show(model_or_sae.tables(numbers))
     assert "adapters, then SAE" in capsys.readouterr().out
-    assert [claim.of_paper for claim in model_or_sae.claims(numbers)] == [False, False]
+    numbers["cases"] |= {"b topk": found, "b jumprelu": found}
+    assert [claim.of_paper for claim in model_or_sae.claims(numbers)] == [False] * 3
+    del numbers["cases"]["b topk"], numbers["cases"]["b jumprelu"]
     said = " ".join(numbers["conclusions"])
     best = max(model_or_sae.ARMS, key=lambda arm: model_or_sae.gaps(found, "tokens", arm).mean())
     assert f"in the mean of the 1 cases: {model_or_sae.ARMS[best]}" in said
@@ -83,21 +86,26 @@ def test_an_experiment_is_whole_continues_from_its_files_and_says_what_its_figur
 
 
 def test_a_search_finds_the_tokens_that_every_recipe_needs(case, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recipe, "BUDGETS", (4, 2))
-    plan = {"tokens": 512, "rates": [1e-3, 1e-2], "optimizers": ["adamw", "muon"], "batches": [1, 4], "ranks": [2],
-            "sae_rates": [1e-3]}
+    plan = {"tokens": 512, "budgets": [4, 2], "rates": [1e-3, 1e-2], "optimizers": ["adamw", "muon"],
+            "schedules": ["falling", "constant"], "batches": [1, 4], "ranks": [2], "sae_rates": [1e-3]}
     found = recipe.search(case, tmp_path, plan, seed=0)
-    assert len(found["tried"]) == 2 * (2 * 2 * 2 + 1)
+    assert len(found["tried"]) == 2 * (2 * 2 * 2 * 2 + 1)
+    losses = {recipe.recipe_of(trial): trial["kl"] for trial in found["tried"] if trial["tokens"] == 256}
+    falling = recipe.Recipe("adamw", 1e-2, "falling", 1, 2)
+    assert losses[falling] != losses[falling._replace(schedule="constant")]
     assert read_json(tmp_path / "paper-0.json") == found["paper"] < found["before"]
     monkeypatch.setattr(recipe, "adapted", None)
     assert recipe.search(case, tmp_path, plan, seed=0) == found
-    show(recipe.tables({"plan": plan, "cases": {"a case": [found]}}))
-    assert "muon 0.01, batch 4, rank 2" in capsys.readouterr().out
+    show(recipe.tables({"plan": plan, "cases": {"a case": [found, found]}}))
+    assert found["l0"] > 0 and {trial["l0"] == found["l0"] for trial in found["tried"] if trial["sae_lr"] is None} == {True}
+    shown = capsys.readouterr().out
+    assert "muon 0.01 falling, batch 4, rank 2" in shown and "adamw 0.001 falling, batch 1, rank 2, SAE 0.001" in shown
+    assert "a case, seed 1" in shown
 
 
 def test_what_is_claimed_of_recipes_follows_from_the_tokens_they_need(model):
     def trial(lr, sae_lr, tokens, kl):
-        return {"optimizer": "adamw", "lr": lr, "batch": 1, "rank": 64, "sae_lr": sae_lr, "tokens": tokens, "kl": kl}
+        return {**recipe.Recipe("adamw", lr, "falling", 1, 64, sae_lr)._asdict(), "tokens": tokens, "kl": kl}
     tried = [trial(1e-3, None, 100, 0.41), trial(1e-3, None, 200, 0.39), trial(1e-3, 1e-4, 100, 0.4), trial(1e-3, 1e-4, 200, 0.3),
              trial(9e-3, None, 100, 0.6), trial(9e-3, None, 200, 0.6)]
     numbers = {"plan": {"tokens": 2400}, "cases": {"a case": [{"before": 0.5, "paper": 0.4, "tried": tried}]}}
@@ -107,7 +115,36 @@ def test_what_is_claimed_of_recipes_follows_from_the_tokens_they_need(model):
     numbers["plan"]["tokens"] = 1200
     assert [claim.verdict for claim in recipe.claims(numbers)] == ["does not agree", "does not agree"]
     numbers["cases"]["a case"][0]["paper"] = 0.2
-    assert [claim.ours for claim in recipe.claims(numbers)] == ["none in every case"] * 2
+    assert [claim.ours for claim in recipe.claims(numbers)] == ["none in every case, one seed"] * 2
+
+
+def test_tuning_training_and_held_out_text_are_disjoint_and_rates_are_chosen_on_the_first(model):
+    case = arms.load_case("tiny-gemma-2", "jumprelu", 20_000, eval_tokens=1000, tuning_tokens=2000)
+    texts = [{tuple(row.tolist()) for row in text} for text in (case.tuning, case.text, case.held_out)]
+    tuning, text, held_out = texts
+    assert len(tuning) == 8 and len(text) == 79 and len(held_out) == 4
+    assert not tuning & text and not tuning & held_out and not text & held_out
+
+    found = arms.on_tuning_text(case._replace(text=None, held_out=None), untouched(case))
+    broken = case.sae.W_dec * torch.nan
+    case.sae.W_dec.data = broken
+    assert found["kl"] > 0 and found["l0"] > 1 and arms.on_tuning_text(case, untouched(case))["kl"] is None
+
+
+def test_adapters_then_sae_never_see_the_same_text_twice(case):
+    config = asked(case, 256, 0)
+    first, second = (list(arms.lessons(case, config, 2, {}, start=start)) for start in (0, config.steps))
+    seen = [lesson.x for lesson in (*first, *second)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_a_trial_that_diverged_is_never_the_best(model):
+    assert model_or_sae.smallest([None, 0.3, 0.2]) == 2
+    with pytest.raises(arms.InputError, match="every rate that was tried diverged"):
+        model_or_sae.smallest([None, None])
+    diverged = {**recipe.Recipe("adamw", 1.0, "falling", 1, 64)._asdict(), "tokens": 100, "kl": None}
+    found = {"before": 0.5, "paper": 0.4, "tried": [diverged]}
+    assert recipe.ratio(found, recipe.recipe_of(diverged), 2400) is None
 
 
 def test_between_budgets_the_tokens_needed_lie_on_a_line_over_their_logarithm(model):

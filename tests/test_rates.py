@@ -5,11 +5,11 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train as training
-from helpers import interrupted_after
+from helpers import counted, interrupted_after
 from lorasae.adapt import new_optimizer
 from lorasae.io.presets import PAPER, PRESETS, tuned
-from lorasae.runs.config import Config
-from lorasae.runs.defaults import configure
+from lorasae.runs.config import Config, read_config
+from lorasae.runs.defaults import FINETUNE, configure
 from test_finetune import command, read, refusal
 
 RATES = (3e-4, 1e-3, 3e-3)
@@ -63,7 +63,9 @@ def test_an_interrupted_sweep_of_rates_resumes_to_the_bit(arguments, tmp_path):
     command(training, *arguments, "--out", tmp_path / "whole")
     with interrupted_after(6, sweep, "take_step"), pytest.raises(SystemExit):
         command(training, *arguments, "--out", tmp_path / "cut")
-    command(training, "--resume", tmp_path / "cut")
+    with counted(sweep, "take_step") as steps:
+        command(training, "--resume", tmp_path / "cut")
+    assert len(steps) == read_config(tmp_path / "cut").steps - 4        # from the checkpoint, not from the beginning
     for rate in RATES:
         same_run(tmp_path / f"cut/lr-{rate}", tmp_path / f"whole/lr-{rate}")
 
@@ -90,7 +92,10 @@ def test_variants_are_the_configurations_of_their_own_runs():
 
 def test_a_recipe_decides_what_is_not_given_and_no_recipe_leaves_the_presets():
     preset = PRESETS["tiny-gemma-2"]
-    assert configure({}).lr == preset.lora["lr"]
+    assert configure({}).lr == tuned(192, 6)["lr"] and configure({}).batch_size == preset.lora["batch_size"] == 2
+    assert configure({"optimizer": "adamw"}).lr == tuned(192, 6, "adamw")["lr"] != configure({}).lr
+    small = configure({"model": "tiny-gemma-2-small", "sae": ("an SAE",)})
+    assert small.lr == tuned(64, 4)["lr"] and small.batch_size == 2
     paper = configure({"recipe": "paper"})
     assert {name: getattr(paper, name) for name in PAPER} == PAPER
     assert configure({"recipe": "paper", "lr": 1e-3}).lr == 1e-3
@@ -112,9 +117,10 @@ def test_the_paper_s_models_are_trained_as_published_unless_asked_otherwise():
 
 def test_an_sae_that_trains_is_float32_whatever_its_preset_says_of_frozen_ones():
     assert PRESETS["llama-3.1-8b"].lora["sae_dtype"] == "bfloat16"
-    for how in ({"method": "finetune"}, {"train_sae": True}):
-        found = configure({"model": "llama-3.1-8b", "sae": ("an SAE",), **how})
-        assert found.sae_dtype == "float32" and 5e-5 in (found.lr, found.sae_lr)
+    alone = configure({"model": "llama-3.1-8b", "sae": ("an SAE",), "method": "finetune"})
+    both = configure({"model": "llama-3.1-8b", "sae": ("an SAE",), "train_sae": True})
+    assert alone.sae_dtype == both.sae_dtype == "float32"
+    assert alone.lr == both.sae_lr == FINETUNE["lr"] and alone.lr_decay
 
 
 def test_the_tuned_rate_falls_with_width_and_depth():

@@ -280,6 +280,13 @@ def test_a_batch_topk_that_has_learnt_no_threshold_is_refused(tmp_path, t):
         with pytest.raises(InputError, match="ae.pt lacks the tensor threshold"):
             load_sae(folder)
 
+    for kind in BATCH_TOPK:
+        folder = sae_lens_6(tmp_path / kind, t, kind)
+        tensors = load_file(folder / "sae_weights.safetensors")
+        write_tensors(folder / "sae_weights.safetensors", {**tensors, "topk_threshold": torch.tensor(0.0, dtype=torch.float64)})
+        with pytest.raises(InputError, match="topk_threshold is 0, so this BatchTopK SAE has not learnt one yet"):
+            load_sae(folder)
+
 
 def test_sae_lens_5_is_its_formula(tmp_path, t):
     x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()

@@ -7,13 +7,13 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train as training
-from helpers import interrupted_after
+from helpers import counted, interrupted_after
 from lorasae import adapt, finetune
 from lorasae.adapt import adamw, first_differing, teach
 from lorasae.finetune import hold, naive_loss
 from lorasae.io.sae_formats import load_sae
 from lorasae.lora import add_lora, lora_parameters
-from lorasae.runs.config import Config
+from lorasae.runs.config import Config, read_config
 from test_finetune import LAYER, close, command, gradients, random_sae, read, refusal
 
 
@@ -152,7 +152,9 @@ def test_an_interrupted_run_resumes_to_the_bit(arguments, tmp_path):
     command(training, *arguments, "--out", tmp_path / "whole")
     with interrupted_after(6, finetune, "take_step"), pytest.raises(SystemExit):
         command(training, *arguments, "--out", tmp_path / "cut")
-    command(training, "--resume", tmp_path / "cut")
+    with counted(finetune, "take_step") as steps:
+        command(training, "--resume", tmp_path / "cut")
+    assert len(steps) == read_config(tmp_path / "cut").steps - 4        # from the checkpoint, not from the beginning
     for file in ("adapter/adapter_model.safetensors", "sae/sae_weights.safetensors"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 

@@ -37,7 +37,8 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; bo
 th { font-weight: 600; color: var(--quiet) }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 td code { overflow-wrap: anywhere }
-@media (max-width: 36rem) { th, td { padding-right: .5rem; overflow-wrap: anywhere } table { font-size: .8rem } td.number, th.number { white-space: normal } }
+@media (max-width: 36rem) { table { font-size: .8rem } th, td { padding-right: .5rem; overflow-wrap: anywhere } }
+@media (max-width: 36rem) { td.number, th.number { white-space: normal } }
 @media (max-width: 36rem) { .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.2rem } }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1.5rem }
 code, .passage { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: .85rem }

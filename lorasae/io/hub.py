@@ -282,7 +282,7 @@ def _explain(error, repo):
         error = error.__cause__                                     # the Hub was reached and refused
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError) or status == 403 or (status == 401 and mirror):
-        instead = f"; or take the same weights from an ungated copy: --model {mirror}" if mirror else ""
+        instead = f"; or take the same weights from an ungated copy: train.py --model {mirror}" if mirror else ""
         return InputError(f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and log in with "
                           f"`hf auth login`, with a token that may read gated repositories{instead}")
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)) or status == 401:

@@ -18,7 +18,7 @@ class Preset:
     width: str | None = None        # Gemma Scope's name for the number of latents
     l0: int | None = None           # Gemma Scope's average number of active latents
     common: dict = field(default_factory=dict)          # fields of Config, for every method
-    lora: dict = field(default_factory=dict)            # adapting the model
+    lora: dict = field(default_factory=dict)            # adapting the model; a "recipe" in it decides what it leaves out
     sae_training: dict = field(default_factory=dict)    # training an SAE
     e2e: dict = field(default_factory=dict)             # training one end to end, beside that
     both: dict = field(default_factory=dict)            # training an SAE that is there too, beside what adapting has
@@ -61,7 +61,7 @@ def tuned(d_model, depth, optimizer="muon", train_sae=False):
 EMBEDDED = {"data": "stdlib", "dtype": "float32", "context": 256, "eval_tokens": 50_000}
 EMBEDDED_SAE = {"width": 1024, "k": 8, "l0": 8, "lr": 4e-3, "batch_size": 8, "tokens": 2_000_000}
 EMBEDDED_E2E = {"lr": 3e-3, "batch_size": 2}            # with larger batches it does not beat reconstruction
-EMBEDDED_LORA = {**tuned(192, 6), "batch_size": 2, "ahead": 8}         # larger products: more tokens in the same time
+EMBEDDED_LORA = {"recipe": "tuned", "batch_size": 2, "ahead": 8}       # larger products: more tokens in the same time
 EMBEDDED_BOTH = tuned(192, 6, train_sae=True)
 EMBEDDED_FINETUNE = {"lr": 1e-3, "batch_size": 4}       # its penalty on L0 is a step's, and one sequence's L0 is noise
 
@@ -72,12 +72,12 @@ PRESETS = {
         both=EMBEDDED_BOTH, finetune=EMBEDDED_FINETUNE),
     "tiny-gemma-2-medium": Preset(                              # these two for Figure 4, around SAEs of one's own
         str(TINY / "gemma-2-medium"), layer=1, common=EMBEDDED,
-        lora={"adapt": ("after",), "tokens": 300_000, **EMBEDDED_LORA, **tuned(112, 4)}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
-        both=tuned(112, 4, train_sae=True), finetune=EMBEDDED_FINETUNE),
+        lora={"adapt": ("after",), "tokens": 300_000, **EMBEDDED_LORA},
+        sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E, both=tuned(112, 4, train_sae=True), finetune=EMBEDDED_FINETUNE),
     "tiny-gemma-2-small": Preset(
         str(TINY / "gemma-2-small"), layer=1, common=EMBEDDED,
-        lora={"adapt": ("after",), "tokens": 300_000, **EMBEDDED_LORA, **tuned(64, 4)}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
-        both=tuned(64, 4, train_sae=True), finetune=EMBEDDED_FINETUNE),
+        lora={"adapt": ("after",), "tokens": 300_000, **EMBEDDED_LORA},
+        sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E, both=tuned(64, 4, train_sae=True), finetune=EMBEDDED_FINETUNE),
     "tiny-llama-3": Preset(
         str(TINY / "llama-3"), layer=2, sae=str(TINY / "llama-3-sae" / "topk"), common=EMBEDDED,
         lora={"adapt": ("all",), "tokens": 600_000, **EMBEDDED_LORA}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
@@ -85,7 +85,7 @@ PRESETS = {
     "gemma-2-2b": Preset(
         "google/gemma-2-2b", layer=12, mirror="unsloth/gemma-2-2b",
         sae="google/gemma-scope-2b-pt-res", width="16k", l0=82,
-        lora={"adapt": ("after",), "data": "pile"}, sae_training={"data": "redpajama-v2"}),
+        lora={"adapt": ("after",), "data": "pile"}, sae_training={"data": "redpajama-v2", "dtype": "float32"}),
     "gemma-2-9b": Preset(
         "google/gemma-2-9b", layer=20, mirror="unsloth/gemma-2-9b",
         sae="google/gemma-scope-9b-pt-res", width="131k", l0=62,

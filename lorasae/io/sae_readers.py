@@ -204,7 +204,7 @@ def read_sae_lens(folder, layer=None):
     if kind == "topk":
         parts.k = k
     elif kind in BATCH_TOPK:
-        parts.threshold = zeros + file.number("topk_threshold", float)
+        parts.threshold = zeros + _learnt_threshold(file, "topk_threshold")
     elif kind == "standard":
         parts.threshold = zeros
     elif "log_threshold" in file:
@@ -299,15 +299,17 @@ def read_dictionary_learning(folder, layer=None):
     elif kind == "JumpReluAutoEncoder":
         parts.threshold = file["threshold"]
     else:
-        parts.threshold = zeros + _learnt_threshold(file)
+        parts.threshold = zeros + _learnt_threshold(file, "threshold")
     return parts
 
 
-def _learnt_threshold(file):
-    """θ of a BatchTopK. It starts at -1, where dictionary_learning keeps every positive latent: no one means that."""
-    theta = file.number("threshold", float)
-    if theta < 0:
-        raise InputError(f"{file.path}: threshold is {theta:g}, so this BatchTopK SAE has not learnt one yet: take a "
+def _learnt_threshold(file, name):
+    """θ of a BatchTopK. It starts at -1 (dictionary_learning) or 0 (SAELens), where every positive latent would be active:
+    no one means that.
+    """
+    theta = file.number(name, float)
+    if theta <= 0:
+        raise InputError(f"{file.path}: {name} is {theta:g}, so this BatchTopK SAE has not learnt one yet: take a "
                          "later checkpoint")
     return theta
 

@@ -93,7 +93,8 @@ def arguments(argv):
     add("--only", help="parts, figures or tables, comma-separated, such as fig3,table1 (default: all)")
     add("--list", action="store_true", help="say what there is, and stop")
     add("--quick", action="store_true", help="few tokens, one seed")
-    add("--dry-run", action="store_true", help="say what would be done and how long it takes, by a short timing, and stop")
+    add("--dry-run", action="store_true", help="say what would be done and how long it takes, by a short timing (of real "
+        "models it fetches the main one), and stop")
     for name, what in TOKENS.items():
         option = "--" + name.replace("_", "-")
         add(option, type=count, help=f"tokens {what} (default: {MINIATURE[name]:,}; of real models the paper's)")
@@ -115,6 +116,9 @@ def study_of(args):
     scale = {}
     if args.model.startswith("tiny-"):
         scale |= QUICK if args.quick else MINIATURE
+    elif args.quick or args.beyond_tokens or args.recipe_tokens:
+        raise InputError("--quick, --beyond-tokens and --recipe-tokens are of the embedded models: leave them out, and pass "
+                         "--lora-tokens and the others for a smaller replication")
     for name in (*TOKENS, "recipe"):
         given = getattr(args, name)
         if given is not None:

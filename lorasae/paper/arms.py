@@ -7,6 +7,7 @@
 Shapes: n sequences, T tokens.
 """
 import copy
+import math
 import time
 from dataclasses import replace
 from typing import NamedTuple
@@ -75,10 +76,13 @@ def asked(case, tokens, seed, **how):
     return replace(case.config, tokens=tokens, seed=seed, **how)
 
 
-def lessons(case, config, first, saes):
-    """The frozen model's part of every step, over the training text in the seed's order, again and again if it must be."""
+def lessons(case, config, first, saes, start=0):
+    """The frozen model's part of every step, over the training text in the seed's order, again and again if it must be.
+
+    start: steps that an arm's training before this one took, of the same order.
+    """
     order = np.random.default_rng(config.seed).permutation(len(case.text))
-    for step in range(config.steps):
+    for step in range(start, start + config.steps):
         places = np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(order)
         yield adapt.teach(case.model, saes, case.text[order[places]], first)
 
@@ -105,10 +109,11 @@ def adapted(case, config):
     return [Trained(student, case.sae, seconds) for student in students]
 
 
-def finetuned(case, config, sae_lr, student=None, train_adapters=False):
+def finetuned(case, config, sae_lr, student=None, train_adapters=False, start=0):
     """A copy of the SAE, trained on config.objective -> Trained.
 
-    student: adapters to be attached. With train_adapters they learn too, at config.lr; else they stay as they are.
+    student: adapters to be attached. With train_adapters they learn too, at config.lr; else they stay as they are, and
+    start is the number of steps that made them.
     """
     model, sae = case.model, copy.deepcopy(case.sae).requires_grad_(True)
     seen = dictionary.observe(model, sae, case.layer, case.tuning[:16], end_to_end=False)
@@ -120,7 +125,7 @@ def finetuned(case, config, sae_lr, student=None, train_adapters=False):
         parameter.requires_grad_(train_adapters)
 
     optimizer = finetune.adamw(adapters, sae, held, config, sae_lr)
-    source = lessons(case, config, finetune.first_trained(model, case.layer), {})
+    source = lessons(case, config, finetune.first_trained(model, case.layer), {}, start)
     started = time.perf_counter()
     finish(finetune.train(model, case.layer, sae, held, adapters, source, optimizer, config))
     seconds = time.perf_counter() - started
@@ -142,17 +147,26 @@ def measured(case, trained):
     numbers = fidelity.summary(fidelity.measure(model, {layer: trained.sae}, batches, ("base", "adapted", "lora")))
     dead = sae_training.dead_latents(model, trained.sae, layer, batches)
     detach_lora(model)
-    return {"ce_base": numbers["ce_base"], "ce": numbers["ce_adapted"], "kl": numbers["kl_adapted"],
-            "kl_without_sae": numbers["kl_lora"], "l0": numbers["l0"][layer], "fvu": 1 - numbers["explained_variance"][layer],
-            "dead_latents": dead}
+    return {
+        "ce_base": numbers["ce_base"],
+        "ce": numbers["ce_adapted"],
+        "kl": numbers["kl_adapted"],
+        "kl_without_sae": numbers["kl_lora"],
+        "l0": numbers["l0"][layer],
+        "fvu": 1 - numbers["explained_variance"][layer],
+        "dead_latents": dead,
+    }
 
 
-def tuning_kl(case, trained):
-    """The KL of an arm on the tuning text, in nats a token: by this, and nothing else, rates are chosen."""
+def on_tuning_text(case, trained):
+    """An arm on the tuning text, {kl: nats a token, or None where it diverged; l0}: by this KL, and nothing else, rates are
+    chosen.
+    """
     model = attached(case, trained)
-    found = fidelity.measure(model, {case.layer: trained.sae}, case.tuning.split(8), ("adapted",))
+    found = fidelity.measure(model, {case.layer: trained.sae}, case.tuning.split(8), ("adapted",))["adapted"]
     detach_lora(model)
-    return found["adapted"]["kl"].mean().item()
+    kl = found["kl"].mean().item()
+    return {"kl": kl if math.isfinite(kl) else None, "l0": found["l0"][case.layer]}
 
 
 def attached(case, trained):
@@ -191,5 +205,5 @@ def same_plan(folder, plan, file="plan.json"):
     before = once(folder / file, lambda: plan)
     for name in plan:
         if before.get(name) != plan[name]:
-            raise InputError(f"{folder} was begun with {name} {before.get(name)}, not {plan[name]}: pass another --out, or the "
-                             "same arguments to continue")
+            raise InputError(f"{folder} was begun with {name} {before.get(name)}, not {plan[name]}: pass another --out, or "
+                             "the same arguments to continue")

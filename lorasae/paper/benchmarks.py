@@ -29,7 +29,7 @@ def trainings(study):
 
 def cost(study):
     """{kind of work: tokens}: every choice of every question, in four settings."""
-    return {"forward": 800_000}
+    return {"forward": 800_000 if study.miniature else 40_000_000}
 
 
 def measure(study):

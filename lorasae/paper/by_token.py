@@ -7,7 +7,8 @@ from lorasae.paper.study import around_topk_of_seeds, opened
 TITLE = "Change of loss by token"
 FIGURES = ("fig8",)
 ABOUT = ("The change of every held-out token's loss, CE with SAE - CE with SAE and adapters, around a TopK SAE with "
-         "adapters on all blocks. The picture is the first seed's.")
+         "adapters on all blocks, on the text that the SAE's run holds out (the paper took the Pile). The picture is the "
+         "first seed's.")
 
 LARGER = ("the SAE of so small a model costs several times more nats a token than the paper's, and most of the improvement "
           "comes from changes of more than 1 nat")
@@ -18,7 +19,7 @@ trainings = around_topk_of_seeds
 
 def cost(study):
     """{kind of work: tokens}: with the SAE and with adapters."""
-    return {"forward": 2 * len(study.seeds) * (study.eval_tokens or 0)}
+    return {"forward": 2 * len(study.seeds) * study.held_out}
 
 
 def measure(study):

@@ -9,12 +9,15 @@ FIGURES = ("fig9",)
 ABOUT = ("CE improvement of adapters (rank 64) on one block after the preset's JumpReLU SAE alone, and its share of the "
          "improvement by adapters on all blocks after it. Each is trained on its own, with the same tokens and rate.")
 
+GEMMA_2_2B_BLOCKS = 26                                  # known without asking the Hub
+
 
 def blocks_of(study):
     """(the SAE's block, those after it)"""
     model = study.models.main
     layer = PRESETS[model].layer
-    return layer, range(layer + 1, load_config(model).num_hidden_layers)
+    depth = load_config(model).num_hidden_layers if study.miniature else GEMMA_2_2B_BLOCKS
+    return layer, range(layer + 1, depth)
 
 
 def adapters_of(study, block, seed):

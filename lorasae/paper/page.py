@@ -47,7 +47,7 @@ def introduction(study, claims, command):
             counts[claim.verdict] += 1
     said = ", ".join(f"{counts[verdict]} × {verdict}" for verdict in VERDICTS if counts[verdict])
 
-    where = study.model
+    where = f"{study.model} and the models that its figures set beside it"
     if study.miniature:
         where = "embedded models of 0.4M to 2.5M parameters, trained on Python's standard library"
     what = (f"Every figure and table of the paper on {where}, beside the paper's own figures. "
@@ -159,14 +159,15 @@ MINIATURE = ("These models have 0.4M to 2.5M parameters and 4 to 6 blocks, their
 TUNED = ("Rates of the adapters are those of the tuned recipe, found on other text of the same kind, not the paper's: with "
          "so few tokens the published rate would move little.")
 REAL = "Times are of this machine and comparable only among themselves."
+RULE = ("Rates of the adapters are those of the tuned recipe, a rule from models of 0.4M to 2.5M parameters, not the "
+        "paper's.")
 SEEDS = "Figures of a single seed say nothing about how they would vary."
 
 
 def limits(study):
-    if not study.miniature:
-        sentences = [REAL, SEEDS]
-    elif study.recipe == "tuned":
-        sentences = [MINIATURE, TUNED, SEEDS]
+    tuned = study.recipe == "tuned"
+    if study.miniature:
+        sentences = [MINIATURE, TUNED, SEEDS] if tuned else [MINIATURE, SEEDS]
     else:
-        sentences = [MINIATURE, SEEDS]
+        sentences = [REAL, RULE, SEEDS] if tuned else [REAL, SEEDS]
     return html.section([html.heading("Limits", 2), html.paragraph(" ".join(sentences))])

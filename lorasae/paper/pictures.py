@@ -60,7 +60,8 @@ def arrow(axes, start, end):
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("study", nargs="?", type=Path, help="folder of python -m lorasae.paper, whose pictures become the README's")
+    parser.add_argument("study", nargs="?", type=Path,
+                        help="folder of python -m lorasae.paper, whose pictures become the README's")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     with answering():
         for name in FOUND if args.study else ():

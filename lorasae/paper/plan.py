@@ -120,11 +120,20 @@ def work(study, name):
     parts = parts_of(study)
     part_name, _, piece = name.partition("/")
     if part_name in ("saes", "adapters"):
-        train(study, trainings_of(study, parts)[name])
+        train(study, training_called(study, parts, name))
     elif piece:
         measure_piece(study, name, parts[part_name], piece)
     else:
         measure_part(study, name, parts[name])
+
+
+def training_called(study, parts, name):
+    """The Training of that name, of the first part that needs it."""
+    for part in parts.values():
+        for training in part.trainings(study):
+            if training.name == name:
+                return training
+    raise ValueError(f"no part needs a training {name}")
 
 
 def measure_piece(study, name, part, piece):
@@ -166,9 +175,7 @@ def cost(study, training):
 
     Several ranks share the teacher, about two fifths of a step; each has the rest of its own.
     """
-    given = training.given
-    known = PRESETS[given["model"]]
-    eval_tokens = given["eval_tokens"] or known.common.get("eval_tokens", Config.eval_tokens)
+    given, eval_tokens = training.given, study.held_out
     method = given.get("method", "lora")
     if method != "lora":
         return {method: tokens_of(training), "forward": 3 * eval_tokens}
@@ -217,6 +224,7 @@ def measured_rates(study, jobs, processes):
 def time_one(study, kind):
     """Writes the tokens a second of a kind of work, by a few steps or one evaluation."""
     training = shortest(study, kind)
+    training = training._replace(given={**training.given, "compile": False})        # which would take most of the time
     train(study, training)
     if kind == "forward":
         rate = forward_rate(opened(study, training))

@@ -1,18 +1,20 @@
-"""How to train adapters: rate x batch x rank x optimiser, against the published recipe (beyond the paper).
+"""How to train adapters: rate x schedule x batch x rank x optimiser, against the published recipe (beyond the paper).
 
     python -m lorasae.paper.recipe                      the embedded models around both kinds of SAE
     python -m lorasae.paper.recipe --quick              seconds: that it runs, not what it finds
 
-How many tokens does a recipe need to close as much of the KL gap as the published one does with its whole budget? Every
-recipe's rate falls to 0, so it is trained anew at every budget; all rates and ranks of a budget, a batch size and an
-optimiser train side by side in one pass. Everything is measured on a tuning split of the training text, never on the
-held-out one, so what is chosen here (io/presets.py: --recipe tuned) may still be tested there.
+How many tokens does a recipe need to close as much of the KL gap as the published one does with its whole budget? A rate
+that falls to 0 does so at the end of the budget, so every recipe is trained anew at every budget; all rates and ranks of
+a budget, a batch size, an optimiser and a schedule train side by side in one pass. Everything is measured on a tuning
+split of the training text, never on the held-out one, so what is chosen here (io/presets.py: --recipe tuned) may still be
+tested there.
 
 OUT/ gets a file for each pass, recipe.json and, with matplotlib, recipe.png. Interrupted, the same command continues.
 """
 import math
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from lorasae.evals.common import percent
 from lorasae.evals.figures import save_figure
@@ -20,8 +22,8 @@ from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
 from lorasae.io.presets import PAPER
 from lorasae.paper import arms
-from lorasae.paper.arms import (KINDS, MODELS, TUNING, adapted, asked, finetuned, load_case, once, same_plan, tuning_kl,
-                                untouched)
+from lorasae.paper.arms import (KINDS, MODELS, TUNING, adapted, asked, finetuned, load_case, on_tuning_text, once,
+                                same_plan, untouched)
 from lorasae.paper.findings import Claim, Table, show
 from lorasae.paper.model_or_sae import new_student
 from lorasae.runs.config import OPTIMIZERS
@@ -29,9 +31,24 @@ from lorasae.runs.config import OPTIMIZERS
 TOKENS = 300_000                                        # of the published recipe
 BUDGETS = (24, 12, 6)                                   # parts of these tokens
 RATES = (3e-3, 5e-3)
+SCHEDULES = ("falling", "constant")                     # linearly to 0, or not at all
 BATCHES = (1,)                                          # sequences a step
 RANKS = (64,)
 SAE_RATES = (2.5e-4,)
+
+
+class Recipe(NamedTuple):
+    """How adapters are trained."""
+    optimizer: str
+    lr: float
+    schedule: str                                       # of SCHEDULES
+    batch: int                                          # sequences a step
+    rank: int
+    sae_lr: float | None = None                         # of the SAE that is trained too, or None
+
+    def __str__(self):
+        both = "" if self.sae_lr is None else f", SAE {self.sae_lr:g}"
+        return f"{self.optimizer} {self.lr:g} {self.schedule}, batch {self.batch}, rank {self.rank}{both}"
 
 
 # ---- Trying ------------------------------------------------------------------------------------------------------------
@@ -42,68 +59,88 @@ def closed(found, kl):
 
 
 def search(case, folder, plan, seed):
-    """Every recipe at every budget -> {"before", "paper", "tried": [a `trial`]}, KL in nats."""
-    before = once(folder / "before.json", lambda: tuning_kl(case, untouched(case)))
+    """Every recipe at every budget -> {"before", "l0", "paper", "tried": [a `trial`]}, KL in nats."""
+    untrained = once(folder / "before.json", lambda: on_tuning_text(case, untouched(case)))
     paper = once(folder / f"paper-{seed}.json", lambda: published(case, plan["tokens"], seed))
 
     tried = []
-    for part in BUDGETS:
+    for part in plan["budgets"]:
         tokens = plan["tokens"] // part
-        for optimizer, batch in product(plan["optimizers"], plan["batches"]):
-            path = folder / f"{optimizer}-{batch}-{part}-{seed}.json"
-            tried += once(path, lambda: side_by_side(case, plan, tokens, optimizer, batch, seed))
+        for optimizer, schedule, batch in product(plan["optimizers"], plan["schedules"], plan["batches"]):
+            path = folder / f"{optimizer}-{schedule}-{batch}-{part}-{seed}.json"
+            tried += once(path, lambda: side_by_side(case, plan, tokens, optimizer, schedule, batch, seed))
         for sae_lr in plan["sae_rates"]:
             path = folder / f"both-{sae_lr}-{part}-{seed}.json"
             tried += once(path, lambda: together(case, plan, tokens, sae_lr, seed))
         print(f"{case.name}, seed {seed}: 1/{part} of the tokens done", flush=True)
-    return {"before": before, "paper": paper, "tried": tried}
+    return {"before": untrained["kl"], "l0": untrained["l0"], "paper": paper, "tried": tried}
 
 
 def published(case, tokens, seed):
     """KL after the published recipe."""
     trained, = adapted(case, asked(case, tokens, seed, rank=(64,), micro_batch=None, **PAPER))
-    return tuning_kl(case, trained)
+    return on_tuning_text(case, trained)["kl"]
 
 
-def side_by_side(case, plan, tokens, optimizer, batch, seed):
+def side_by_side(case, plan, tokens, optimizer, schedule, batch, seed):
     """A trial of every rate and rank, in one pass."""
     pairs = [(lr, rank) for lr in plan["rates"] for rank in plan["ranks"]]
     rates, ranks = zip(*pairs)
-    config = asked(case, tokens, seed, optimizer=optimizer, rank=ranks, lr=rates, batch_size=batch, micro_batch=None)
+    config = asked(case, tokens, seed, optimizer=optimizer, lr_decay=schedule == "falling", rank=ranks, lr=rates,
+                   batch_size=batch, micro_batch=None)
     students = adapted(case, config)
+
     trials = []
     for (lr, rank), trained in zip(pairs, students):
-        trials.append(trial(optimizer, lr, batch, rank, None, tokens, tuning_kl(case, trained)))
+        recipe = Recipe(optimizer, lr, schedule, batch, rank)
+        trials.append(trial(recipe, config, on_tuning_text(case, trained)))
     return trials
 
 
 def together(case, plan, tokens, sae_lr, seed):
-    """A trial with the SAE trained too, both by AdamW: the first rate, batch size and rank."""
+    """A trial with the SAE trained too, both by AdamW, at falling rates: the first rate, batch size and rank."""
     lr, batch, rank = plan["rates"][0], plan["batches"][0], plan["ranks"][0]
     config = asked(case, tokens, seed, rank=(rank,), lr=lr, objective="kl", batch_size=batch, micro_batch=None)
     trained = finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True)
-    return [trial("adamw", lr, batch, rank, sae_lr, tokens, tuning_kl(case, trained))]
+    recipe = Recipe("adamw", lr, "falling", batch, rank, sae_lr)
+    return [trial(recipe, config, on_tuning_text(case, trained))]
 
 
-def trial(optimizer, lr, batch, rank, sae_lr, tokens, kl):
-    return {"optimizer": optimizer, "lr": lr, "batch": batch, "rank": rank, "sae_lr": sae_lr, "tokens": tokens, "kl": kl}
+def trial(recipe, config, found):
+    """What is kept of a training: its recipe, its tokens in whole steps, and {kl, l0} on the tuning text."""
+    return {**recipe._asdict(), "tokens": config.trained_tokens, **found}
 
 
 # ---- What comes out ----------------------------------------------------------------------------------------------------
 
 def recipes(found):
-    """{(optimizer, lr, batch, rank, sae_lr): [(tokens, KL)] by budget}"""
+    """{Recipe: [(tokens, KL)] by budget, without those that diverged}"""
     curves = {}
     for trial in found["tried"]:
-        key = tuple(trial[name] for name in ("optimizer", "lr", "batch", "rank", "sae_lr"))
-        curves.setdefault(key, []).append((trial["tokens"], trial["kl"]))
-    return {key: sorted(curve) for key, curve in curves.items()}
+        curve = curves.setdefault(recipe_of(trial), [])
+        if trial["kl"] is not None:
+            curve.append((trial["tokens"], trial["kl"]))
+    return {recipe: sorted(curve) for recipe, curve in curves.items()}
+
+
+def recipe_of(trial):
+    return Recipe(*(trial[name] for name in Recipe._fields))
+
+
+def change_of_l0(numbers, recipe):
+    """By how much training moved L0 at most, as a part of it: 0 where the SAE stays as it came."""
+    changes = []
+    for seeds in numbers["cases"].values():
+        for found in seeds:
+            changes += [abs(trial["l0"] / found["l0"] - 1) for trial in found["tried"] if recipe_of(trial) == recipe]
+    return max(changes)
 
 
 def needed(curve, kl):
     """Tokens at which a curve [(tokens, KL)] is down to kl, or None if it never is.
 
-    Between budgets it is the line over log tokens. Where the smallest budget is enough already, that one: fewer were not tried.
+    Between budgets it is the line over log tokens. Where the smallest budget is enough already, it is that one: fewer were
+    not tried.
     """
     less, above = None, None                            # the budget before, and its KL
     for tokens, value in curve:
@@ -116,25 +153,19 @@ def needed(curve, kl):
     return None
 
 
-def ratio(found, key, tokens):
+def ratio(found, recipe, tokens):
     """How many times fewer tokens than the published recipe's a recipe needs; None where no budget was enough."""
-    enough = needed(recipes(found)[key], found["paper"])
+    enough = needed(recipes(found)[recipe], found["paper"])
     return None if enough is None else tokens / enough
 
 
-def named(key):
-    optimizer, lr, batch, rank, sae_lr = key
-    both = "" if sae_lr is None else f", SAE {sae_lr:g}"
-    return f"{optimizer} {lr:g}, batch {batch}, rank {rank}{both}"
-
-
 def rows(numbers):
-    """[(recipe's key, [its ratio a case, or None], the least of them or None)], the best first."""
+    """[(Recipe, [its ratio a case and seed, or None], the least of them or None)], the best first."""
     searches = [found for seeds in numbers["cases"].values() for found in seeds]
     table = []
-    for key in recipes(searches[0]):
-        ratios = [ratio(found, key, numbers["plan"]["tokens"]) for found in searches]
-        table.append((key, ratios, None if None in ratios else min(ratios)))
+    for recipe in recipes(searches[0]):
+        ratios = [ratio(found, recipe, numbers["plan"]["tokens"]) for found in searches]
+        table.append((recipe, ratios, None if None in ratios else min(ratios)))
     return sorted(table, key=lambda row: -(row[2] or 0))
 
 
@@ -146,12 +177,13 @@ def draw(numbers, figure):
     """KL gap closed against tokens, a panel a case, the best recipes and the published one's level."""
     cases = numbers["cases"]
     figure.set_size_inches(3.6 * len(cases), 3.4)
-    best = [key for key, _, _ in rows(numbers)[:4]]
+    best = [recipe for recipe, _, _ in rows(numbers)[:4]]
     for axes, (name, seeds) in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases.items()):
         found = seeds[0]
-        for key in best:
-            tokens, kl = zip(*recipes(found)[key])
-            axes.semilogx(tokens, [100 * closed(found, value) for value in kl], marker="o", label=named(key))
+        for recipe in best:
+            curve = recipes(found)[recipe]
+            tokens = [tokens for tokens, _ in curve]
+            axes.semilogx(tokens, [100 * closed(found, kl) for _, kl in curve], marker="o", label=str(recipe))
         axes.axhline(100 * closed(found, found["paper"]), color="grey", linestyle="--", label="published, all its tokens")
         axes.set(xlabel="tokens", ylabel="KL gap closed (%)")
         axes.set_title(name, fontsize=10)
@@ -202,13 +234,17 @@ def measure(study, found):
     return {"plan": plan_of(study.recipe_tokens), "cases": cases}
 
 
-def plan_of(tokens, rates=RATES, optimizers=OPTIMIZERS, batches=BATCHES, ranks=RANKS, sae_rates=SAE_RATES,
-            tuning_tokens=TUNING):
-    """tokens: of the published recipe; the others are tried in every combination, sae_rates with the first of each."""
+def plan_of(tokens, budgets=BUDGETS, rates=RATES, optimizers=OPTIMIZERS, schedules=SCHEDULES[:1], batches=BATCHES,
+            ranks=RANKS, sae_rates=SAE_RATES, tuning_tokens=TUNING):
+    """tokens: of the published recipe; budgets: parts of them. The others are tried in every combination, but for
+    sae_rates: with the first rate, batch size and rank alone.
+    """
     return {
         "tokens": tokens,
+        "budgets": list(budgets),
         "rates": list(rates),
         "optimizers": list(optimizers),
+        "schedules": list(schedules),
         "batches": list(batches),
         "ranks": list(ranks),
         "sae_rates": list(sae_rates),
@@ -217,38 +253,37 @@ def plan_of(tokens, rates=RATES, optimizers=OPTIMIZERS, batches=BATCHES, ranks=R
 
 
 def tables(numbers):
-    names = list(numbers["cases"])
-
-    shares = []
-    for seeds in numbers["cases"].values():
-        first = seeds[0]
-        shares.append(percent(closed(first, first["paper"])))
+    names, shares = [], []                              # of a case, or of several seeds of each with its seed
+    for name, seeds in numbers["cases"].items():
+        for seed, found in enumerate(seeds):
+            names.append(name if len(seeds) == 1 else f"{name}, seed {seed}")
+            shares.append(percent(closed(found, found["paper"])))
     tokens = f"{numbers['plan']['tokens']:,}"
     of_published = Table(f"KL gap closed by the published recipe with {tokens} tokens", ["", *names],
                          [["published", *shares]])
 
     shown = []
-    for key, ratios, least in rows(numbers):
-        shown.append([named(key), *map(times, ratios), times(least)])
-    caption = (f"Times fewer tokens for the same gap (-: 1/{BUDGETS[-1]} of them was not enough; "
-               f"at most {BUDGETS[0]}x, as fewer were not tried)")
-    return [of_published, Table(caption, ["recipe", *names, "least"], shown)]
+    for recipe, ratios, least in rows(numbers):
+        shown.append([str(recipe), *map(times, ratios), times(least), percent(change_of_l0(numbers, recipe))])
+    budgets = numbers["plan"]["budgets"]
+    caption = (f"Times fewer tokens for the same gap (-: 1/{min(budgets)} of them was not enough; "
+               f"at most {max(budgets)}x, as fewer were not tried)")
+    return [of_published, Table(caption, ["recipe", *names, "least", "L0 moved by"], shown)]
 
 
 def claims(numbers):
     """Nobody's yet: how many times fewer tokens the best recipe needs, with adapters alone and with the SAE trained too."""
-    alone, with_sae = [], []                            # (recipe's key, its ratio in the worst case), the best first
-    for key, _, least in rows(numbers):
+    alone, with_sae = [], []                            # (Recipe, its ratio in the worst case), the best first
+    for recipe, _, least in rows(numbers):
         if least is None:
             continue
-        *_, sae_lr = key
-        found = alone if sae_lr is None else with_sae
-        found.append((key, least))
+        found = alone if recipe.sae_lr is None else with_sae
+        found.append((recipe, least))
 
     best = by_sae = "none in every case"
     if alone:
-        key, least = alone[0]
-        best = f"at least {times(least)} fewer in every case ({named(key)})"
+        recipe, least = alone[0]
+        best = f"at least {times(least)} fewer in every case ({recipe})"
     if with_sae:
         _, least = with_sae[0]
         by_sae = f"at least {times(least)} fewer in every case"
@@ -260,9 +295,9 @@ def claims(numbers):
 
 
 def saving(says, ours, found, goal):
-    """The Claim that the best of some recipes, found: [(key, ratio)], needs `goal` times fewer tokens."""
+    """The Claim that the best of some recipes, found: [(Recipe, ratio)], needs `goal` times fewer tokens."""
     reached = bool(found) and found[0][1] >= goal
-    return Claim(says, "not measured", ours, direction=reached, why="" if reached else STEPS, of_paper=False)
+    return Claim(says, "not measured", f"{ours}, one seed", direction=reached, why="" if reached else STEPS, of_paper=False)
 
 
 # ---- The command -------------------------------------------------------------------------------------------------------
@@ -272,8 +307,10 @@ def arguments(argv):
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: both)")
     add("--tokens", type=count, help="the published recipe's budget (default: 300k; quick: 12k)")
+    add("--budgets", type=int, nargs="+", default=list(BUDGETS), help="what to divide these tokens by (default: %(default)s)")
     add("--rates", type=float, nargs="+", default=list(RATES), help="of the adapters (default: %(default)s)")
     add("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="(default: both)")
+    add("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES[:1]), help="of the rate (default: %(default)s)")
     add("--batches", type=int, nargs="+", default=list(BATCHES), help="sequences a step (default: %(default)s)")
     add("--ranks", type=int, nargs="+", default=list(RANKS), help="(default: %(default)s)")
     add("--sae-rates", type=float, nargs="*", default=list(SAE_RATES), help="of the SAE, trained together with adapters of "
@@ -282,8 +319,12 @@ def arguments(argv):
     add("--quick", action="store_true", help="the smallest that runs")
     add("--out", type=Path, help="folder (default: runs/recipe, or runs/recipe-quick)")
     args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error(f"--seeds {args.seeds}: pass at least 1")
+    for name, least in ("seeds", args.seeds), ("budgets", min(args.budgets)):
+        if least < 1:
+            parser.error(f"--{name} {least}: pass at least 1")
+    for name, rates in ("rates", args.rates), ("sae-rates", args.sae_rates):
+        if min(rates, default=1) <= 0:
+            parser.error(f"--{name} {min(rates):g}: pass rates above 0")
     return args
 
 
@@ -291,7 +332,8 @@ def main(argv=None):
     args = arguments(argv)
     folder = args.out or Path("runs") / ("recipe-quick" if args.quick else "recipe")
     tokens, tuning_tokens = (12_000, 1_000) if args.quick else (TOKENS, TUNING)
-    plan = plan_of(args.tokens or tokens, args.rates, args.optimizers, args.batches, args.ranks, args.sae_rates, tuning_tokens)
+    plan = plan_of(args.tokens or tokens, args.budgets, args.rates, args.optimizers, args.schedules, args.batches,
+                   args.ranks, args.sae_rates, tuning_tokens)
     with answering("interrupted: the same command continues"):
         same_plan(folder, plan)
         cases = {}

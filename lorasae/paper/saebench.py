@@ -30,9 +30,9 @@ def piece(study, name):
     options = Namespace(
         labelled="stdlib" if study.miniature else "saebench",
         seeds=len(study.seeds),
-        words=2000,
+        words=2000 if study.miniature else 8000,
         judge=None,
-        judge_latents=300,
+        judge_latents=300 if study.miniature else 1000,
         judge_seeds=len(study.seeds),
         latents=None,
         chat_model=None,
@@ -42,8 +42,10 @@ def piece(study, name):
 
 
 def cost(study):
-    """{kind of work: tokens} of a piece: mostly probes, whose time is given in tokens read meanwhile."""
-    return {"forward": 500_000}
+    """{kind of work: tokens} of a piece: in miniature mostly probes, whose time is given in tokens read meanwhile; of the
+    real data sets mostly their texts, about.
+    """
+    return {"forward": 500_000 if study.miniature else 5_000_000}
 
 
 def measure(study, found):
@@ -118,13 +120,16 @@ def claims(numbers):
 
 def claim(label, paper, ours, half):
     """The paper's difference, of a single seed, against ours with its interval."""
-    beyond = half is not None and abs(ours) > half
-    alike = (ours > 0) == (paper > 0)
+    direction, why = (ours > 0) == (paper > 0), ""
+    if half is None:
+        direction, why = None, "one seed has no interval"
+    elif abs(ours) <= half:
+        direction, why = None, "no difference beyond the interval; the paper's own are within SAEBench's tolerance"
     return Claim(f"{label}: adapted less base",
                  f"{paper:+.3f}, one seed",
                  written(ours, half, "+.3f"),
-                 direction=alike if beyond else None,
-                 why="" if beyond else "no difference beyond the interval; the paper's own are within SAEBench's tolerance")
+                 direction=direction,
+                 why=why)
 
 
 def draw(numbers, figure):

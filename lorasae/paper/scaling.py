@@ -163,9 +163,7 @@ def closed(found):
 
 
 def claims(numbers):
-    rows = []
-    for axis in AXES:
-        rows += numbers[axis]
+    rows = distinct(numbers)
     shares = [share(row) for row in rows]
     if None in shares:
         return [Claim("At least 30 % and up to 55 % of the gap is closed, at every point",
@@ -180,6 +178,15 @@ def claims(numbers):
         middle_layers(numbers["layer"]),
         larger_models(numbers["size"]),
     ]
+
+
+def distinct(numbers):
+    """The points of all axes, those where axes cross once."""
+    found = {}
+    for axis in AXES:
+        for row in numbers[axis]:
+            found[row["model"], row["layer"], row["width"], row["l0"]] = row
+    return list(found.values())
 
 
 def everywhere(shares):
@@ -225,7 +232,7 @@ def middle_layers(rows):
     ends = f"ends {share(first):.0%} and {share(last):.0%}"
     return Claim("Middle layers gain most, though mostly unaffected by layer",
                  "layer 9 of 26, of 6 to 18",
-                 f"layer {best['layer']} of 0 to {last['layer']}: {share(best):.0%}, {ends}",
+                 f"layer {best['layer']} of {first['layer']} to {last['layer']}: {share(best):.0%}, {ends}",
                  direction=best not in (first, last))
 
 

@@ -3,7 +3,7 @@ from argparse import Namespace
 
 from lorasae.evals import steering
 from lorasae.paper.findings import Claim, Table, over_seeds, sign
-from lorasae.paper.study import around_jumprelu, opened
+from lorasae.paper.study import adapters, around_jumprelu, new_sae, opened
 
 TITLE = "Steering with latents"
 FIGURES = ("table4", "fig7", "fig10")
@@ -11,23 +11,35 @@ ABOUT = ("x ← x + α (x·v) v with a latent's decoder row v, in both models; d
          "units where the unsteered texts span 100. α is tuned for each model on half of the texts, the table is of the "
          "other half. Latents and texts (held-out passages where the latent fires, and others) are found here, where the "
          "paper had texts about its four latents written by a language model (eval.py --suite steering --positives does "
-         "that). The published code scores the current token for the next one, and adapts at rank 1, so the paper's levels "
+         "that). Adapters on the blocks after the SAE: in miniature of rank 64 around a JumpReLU SAE, at real size of rank 1 "
+         "around a TopK one, as in the published code. That scores the current token for the next one, so the paper's levels "
          "cannot be compared. One seed; intervals are over texts.")
 
 
 def trainings(study):
-    return [around_jumprelu(study, study.seeds[0])]
+    seed = study.seeds[0]
+    if study.miniature:
+        return [around_jumprelu(study, seed)]
+    model = study.models.main
+    sae = new_sae(study, "topk", model)
+    name = f"{model}-steered-seed-{seed}"
+    return [adapters(study, name, model, [sae], tokens=study.long_tokens, seed=seed, rank=(1,), adapt=("after",))]
+
+
+def examples(study):
+    """Texts of each kind a latent."""
+    return 100 if study.miniature else 500
 
 
 def cost(study):
     """{kind of work: tokens}: texts at every alpha of the grid, in both models."""
-    return {"forward": 400_000}
+    return {"forward": 4_000 * examples(study)}
 
 
 def measure(study):
     """What evals/steering.py finds."""
     training, = trainings(study)
-    options = Namespace(latents=None, examples=100, positives=None, negatives=None, chat_model=None)
+    options = Namespace(latents=None, examples=examples(study), positives=None, negatives=None, chat_model=None)
     return steering.evaluate(opened(study, training), options)
 
 

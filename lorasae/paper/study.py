@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from lorasae.errors import InputError
 from lorasae.io.disk import read_json
 from lorasae.io.presets import PRESETS
 from lorasae.runs.adaptation import adapt_model
-from lorasae.runs.config import read_config
+from lorasae.runs.config import Config, read_config
 from lorasae.runs.defaults import configure
 from lorasae.runs.folder import Run
 from lorasae.runs.opening import open_run
+from lorasae.runs.preflight import check_memory
 from lorasae.runs.sae_training import train_sae
 from lorasae.runs.setting import load_setting
 
@@ -71,6 +74,11 @@ class Study:
     def miniature(self):
         return self.model.startswith("tiny-")
 
+    @property
+    def held_out(self):
+        """Tokens that an evaluation reads, about."""
+        return self.eval_tokens or Config.eval_tokens
+
 
 # ---- Trainings -------------------------------------------------------------------------------------------------------
 
@@ -88,6 +96,7 @@ def train(study, training):
     check_same(config, folder)
     if (folder / "results.json").exists():
         return
+    check_memory(config)
 
     begun = (folder / "config.json").exists()
     run = Run.resume(folder) if begun else Run.create(folder, config)
@@ -97,6 +106,8 @@ def train(study, training):
             adapt_model(setting, run)
         else:
             train_sae(setting, run)
+    if config.compile:
+        torch.compiler.reset()                          # the next training's blocks are others, and graphs are counted
 
 
 def check_same(config, folder):
@@ -203,7 +214,7 @@ def around_topk_of_seeds(study):
 
 
 def around_jumprelu(study, seed):
-    """Adapters on the blocks after a JumpReLU SAE, the preset's: Gemma Scope (Table 4 with Figures 7 and 10; Table 5)."""
+    """Adapters on the blocks after a JumpReLU SAE, the preset's: Gemma Scope (Table 5; in miniature Table 4 too)."""
     model = study.models.main
     name = f"{model}-jumprelu-seed-{seed}"
     return adapters(study, name, model, [], tokens=study.long_tokens, seed=seed, rank=(64,))

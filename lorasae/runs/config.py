@@ -132,8 +132,15 @@ WHOLE = ("k", "tokens", "eval_tokens", "context", "batch_size", "micro_batch", "
 POSITIVE = ("alpha", "clip", "l0", "sae_lr")
 NOT_NEGATIVE = ("dropout", "weight_decay", "seed")
 SWITCHES = ("auxk", "lr_decay", "compile", "shard", "train_sae")
-CHOICES = {"method": METHODS, "optimizer": OPTIMIZERS, "llama_scope": LLAMA_SCOPE, "dtype": DTYPES, "sae_dtype": DTYPES, "objective": OBJECTIVES,
-           "thresholds": THRESHOLDS}
+CHOICES = {
+    "method": METHODS,
+    "objective": OBJECTIVES,
+    "optimizer": OPTIMIZERS,
+    "thresholds": THRESHOLDS,
+    "llama_scope": LLAMA_SCOPE,
+    "dtype": DTYPES,
+    "sae_dtype": DTYPES,
+}
 LARGEST_SEED = 2 ** 63 - 1
 
 
@@ -198,8 +205,11 @@ def check_lists(config, refuse):
 def check_students(config, refuse):
     """The ranks and rates that train side by side."""
     rates = config.lr if isinstance(config.lr, tuple) else (config.lr,)
+    of_its_own = config.method not in ("lora", "finetune")     # SAEs from scratch, whose rate follows from their width
     for lr in rates:
-        if lr is not None and (not is_number(lr) or lr <= 0) or lr is None and len(rates) > 1:
+        if lr is None and of_its_own and len(rates) == 1:
+            continue
+        if not is_number(lr) or lr <= 0:
             refuse("lr", "a positive number, or several")
     if not rates:
         refuse("lr", "at least one rate")
@@ -211,8 +221,8 @@ def check_students(config, refuse):
     if several:
         pairs = [(variant.rank, variant.lr) for variant in config.variants]
         if len(set(pairs)) < len(pairs):
-            name, values = ("rank", config.rank) if len(config.rank) > 1 else ("lr", rates)
-            raise InputError(f"{option(name)} {' '.join(map(str, values))} names a {'rate' if name == 'lr' else 'rank'} twice")
+            name, what, values = ("rank", "rank", config.rank) if len(config.rank) > 1 else ("lr", "rate", rates)
+            raise InputError(f"{option(name)} {' '.join(map(str, values))} names a {what} twice")
         if config.method != "lora":
             raise InputError(f"--method {config.method} trains at one --lr: several are for adapters")
     if config.shard and (config.method != "lora" or several):
@@ -228,6 +238,8 @@ def check_trained_sae(config):
         raise InputError("--train-sae trains one SAE with one adapter: pass one --rank and one --lr, without --shard")
     if config.optimizer != "adamw":
         raise InputError(f"--optimizer {config.optimizer}: {asked} trains with adamw; leave it out")
+    if config.train_sae and config.sae_lr is None:
+        raise InputError("--train-sae: the SAE needs a rate; pass --sae-lr")
     if len(config.layer) > 1:
         raise InputError(f"--layer {' '.join(map(str, config.layer))}: {asked} trains the SAE of one layer")
     if config.micro_batch < config.batch_size:

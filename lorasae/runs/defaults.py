@@ -49,20 +49,25 @@ def adapting(given):
     """The fields of a run that adapts the model to an SAE, or finetunes the SAE."""
     given = dict(given)
     recipe = given.pop("recipe", None)
-    model = given.get("model", Config.model)
+    model, optimizer = given.get("model", Config.model), given.get("optimizer", "muon")
     known = preset(model)
     if known is None:
         load_config(model)                              # that there is no such model is said first
         defaults = dict(UNKNOWN)
     else:
         defaults = {"layer": (known.layer,), **known.common, **known.lora}
+    usual = defaults.pop("recipe", None)                # of this model, where none is asked for
     of_sae = {**FINETUNE, **(known.finetune if known else {})}
     if given.get("method") == "finetune":
         defaults = {name: value for name, value in defaults.items() if name not in OF_ADAPTERS} | of_sae
     else:
         train_sae = given.get("train_sae", False)
-        defaults |= known.both if known and train_sae else {}
-        defaults |= recipe_of(recipe, model, given.get("optimizer", "muon"), train_sae) if recipe else {}
+        if usual is not None:
+            defaults = {**recipe_of(usual, model, optimizer, train_sae=False), **defaults}
+        if known is not None and train_sae:
+            defaults |= known.both
+        if recipe is not None:
+            defaults |= recipe_of(recipe, model, optimizer, train_sae)
 
     if given.get("method") == "finetune" or given.get("train_sae"):
         defaults.pop("sae_dtype", None)                 # what trains is float32

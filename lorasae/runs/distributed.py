@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 8 train.py --batch-size 8 ...             each process takes its share of every batch
     torchrun --nproc-per-node 8 train.py --batch-size 8 --shard ...     and holds its share of the frozen blocks (FSDP2)
 
-Only the adapters (or the SAE) train, and every process keeps all of them and of their optimiser: the gradients of the shares
-are summed, in one message a step, so N processes take the very steps of one (with dropout: with other masks). Process 0 writes every file and does the talking.
-Without torchrun there is one process, and all of this does nothing.
+Only the adapters (or the SAE) train, and every process keeps all of them and of their optimiser: the gradients of the
+shares are summed, in one message a step, so N processes take the very steps of one (with dropout: with other masks).
+Process 0 writes every file and does the talking. Without torchrun there is one process, and all of this does nothing.
 """
 import os
 import signal
