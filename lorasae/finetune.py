@@ -115,6 +115,22 @@ class InTraining:
         return x.index_put((self.learned,), self.x_hat.to(x.dtype))
 
 
+class Learners(NamedTuple):
+    """What learns, and where."""
+    layer: int                              # the block whose output the SAE replaces
+    sae: torch.nn.Module
+    held: Held
+    adapters: list                          # parameters of the adapters that learn too; the model may have others, which stay
+
+
+def of_sae(sae):
+    """What the SAE trains: ([matrices], [vectors])."""
+    trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() == 2]
+    vectors = [parameter for parameter in trained if parameter.dim() == 1]
+    return matrices, vectors
+
+
 # ---- One step ----------------------------------------------------------------------------------------------------------
 
 def first_trained(model, layer):
@@ -122,11 +138,12 @@ def first_trained(model, layer):
     return first_differing(model, {layer: None})
 
 
-def learn(model, layer, sae, held, lesson, first, config, everywhere=alone):
+def learn(model, learners, lesson, first, config, everywhere=alone):
     """The student's part: a Lesson, made by adapt.teach without SAEs -> (loss, {name: value}), both a token's.
 
-    Differentiable in the adapters and in the SAE at `layer`. config: objective, compile.
+    Differentiable in the adapters and in the SAE. config: objective, compile.
     """
+    layer, sae, held, _ = learners
     learned = learned_positions(sae, lesson.special)
     training = InTraining(sae, held, learned)
     x = training(lesson.x) if first == layer + 1 else lesson.x
@@ -150,19 +167,20 @@ def learn(model, layer, sae, held, lesson, first, config, everywhere=alone):
     return loss, {name: value.detach() for name, value in values.items() if value is not None}
 
 
-def adamw(adapters, sae, held, config, sae_lr):
+def adamw(learners, config, sae_lr):
     """The optimiser, a group for the adapters' parameters, if any, for the SAE's matrices, and for its vectors.
 
     A JumpReLU's vectors have the scale of its activations, so their rate does too (dictionary.begin). Weight decay is the
     adapters' alone: it would shrink an SAE's rows and thresholds, whose sizes mean something.
     """
-    trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.dim() == 2]
-    vectors = [parameter for parameter in trained if parameter.dim() == 1]
-    groups = [{"params": matrices, "rate": sae_lr, "weight_decay": 0.0},
-              {"params": vectors, "rate": sae_lr * held.unit, "weight_decay": 0.0}]
-    if adapters:
-        groups.insert(0, {"params": adapters, "rate": config.lr, "weight_decay": config.weight_decay})
+    groups = []
+    if learners.adapters:
+        groups.append({"params": learners.adapters, "rate": config.lr, "weight_decay": config.weight_decay})
+    matrices, vectors = of_sae(learners.sae)
+    groups += [
+        {"params": matrices, "rate": sae_lr, "weight_decay": 0.0},
+        {"params": vectors, "rate": sae_lr * learners.held.unit, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=sae_lr, fused=True)
 
 
@@ -171,27 +189,26 @@ def trained_parameters(optimizer):
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def take_step(model, layer, sae, held, adapters, lesson, first, optimizer, config, everywhere=alone, all_reduce=None):
+def take_step(model, learners, lesson, first, optimizer, config, everywhere=alone, all_reduce=None):
     """One step on a lesson. Returns {name: value}: the losses a token, and the gradients' norms before clipping.
 
     As in adapt.take_step a loss is summed over a sequence's tokens, and `clip` bounds the gradient of that. Adapters and
     SAE are clipped apart, each by its own norm, so that neither's step depends on how large the other's gradient is.
     """
-    loss, values = learn(model, layer, sae, held, lesson, first, config, everywhere)
+    loss, values = learn(model, learners, lesson, first, config, everywhere)
     (loss * lesson.special.shape[1]).backward()
-    parameters = trained_parameters(optimizer)
     if all_reduce is not None:
-        all_reduce([parameter.grad for parameter in parameters])
+        all_reduce([parameter.grad for parameter in trained_parameters(optimizer)])
 
-    along_sphere(sae, held)
-    own = parameters[len(adapters):]
-    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(own, config.clip)
-    if adapters:
-        values["grad_norm_lora"] = torch.nn.utils.clip_grad_norm_(adapters, config.clip)
+    along_sphere(learners.sae, learners.held)
+    matrices, vectors = of_sae(learners.sae)
+    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(matrices + vectors, config.clip)
+    if learners.adapters:
+        values["grad_norm_lora"] = torch.nn.utils.clip_grad_norm_(learners.adapters, config.clip)
 
     optimizer.step()
     optimizer.zero_grad()
-    back_to_norms(sae, held)
+    back_to_norms(learners.sae, learners.held)
     return values
 
 
@@ -214,20 +231,18 @@ def back_to_norms(sae, held):
 
 # ---- The loop ----------------------------------------------------------------------------------------------------------
 
-def train(model, layer, sae, held, adapters, lessons, optimizer, config, start=0, everywhere=alone, all_reduce=None,
-          process=0):
+def train(model, learners, lessons, optimizer, config, start=0, everywhere=alone, all_reduce=None, process=0):
     """The loop: a step a lesson, from step `start` on. Yields (steps done, {name: value}) after each.
 
-    adapters: the adapters' parameters, where they are trained; the model may have others, which then stay as they are.
     config: steps, lr_decay, clip, seed, objective, compile (runs.config.Config has all of these).
     """
-    first = first_trained(model, layer)
-    model.train(bool(adapters))                                 # dropout is of adapters that learn
+    first = first_trained(model, learners.layer)
+    model.train(bool(learners.adapters))                        # dropout is of adapters that learn
     with compiled_blocks(model) if config.compile else nullcontext():
         for step, lesson in zip(range(start, config.steps), lessons):
             torch.manual_seed(step_seed(config.seed, step, process))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(group["rate"], step, config)
-            values = take_step(model, layer, sae, held, adapters, lesson, first, optimizer, config, everywhere, all_reduce)
+            values = take_step(model, learners, lesson, first, optimizer, config, everywhere, all_reduce)
             yield step + 1, values
     model.eval()

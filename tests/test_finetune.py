@@ -49,6 +49,11 @@ def prepared(model, sae, tokens):
     return hold(sae, seen.x[seen.learned]), teach(model, {}, tokens, first), first
 
 
+def alone(sae, held):
+    """The SAE is trained without adapters."""
+    return finetune.Learners(LAYER, sae, held, [])
+
+
 def close(found, expected, rtol=2e-4):
     assert found.keys() == expected.keys()
     for name in expected:
@@ -86,7 +91,7 @@ def test_value_and_every_gradient_are_those_of_the_naive_formula(model, tokens, 
     held, lesson, first = prepared(model, sae, tokens)
     if kind == "jumprelu":
         sae.threshold.requires_grad_(False)
-    loss, values = learn(model, LAYER, sae, held, lesson, first, Config(objective=objective))
+    loss, values = learn(model, alone(sae, held), lesson, first, Config(objective=objective))
     expected = naive_loss(model, {LAYER: sae}, tokens, objective)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert values["l0"].item() == pytest.approx(held.l0, rel=1e-5)
@@ -112,7 +117,7 @@ def test_thresholds_follow_the_straight_through_gradient_and_the_penalty_of_l0(m
     sae = random_sae("jumprelu", model.config.hidden_size)
     held, lesson, first = prepared(model, sae, tokens)
     held = held._replace(l0=0.8 * held.l0, bandwidth=10 * held.bandwidth)
-    loss, _ = learn(model, LAYER, sae, held, lesson, first, Config(objective=objective))
+    loss, _ = learn(model, alone(sae, held), lesson, first, Config(objective=objective))
 
     notes = []
     stand_in = surrogate(sae, held.bandwidth, notes)
@@ -125,7 +130,7 @@ def test_thresholds_follow_the_straight_through_gradient_and_the_penalty_of_l0(m
 
 
 def loss_of(model, sae, held, lesson, first):
-    return learn(model, LAYER, sae, held, lesson, first, Config(objective="kl"))[0]
+    return learn(model, alone(sae, held), lesson, first, Config(objective="kl"))[0]
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
@@ -145,8 +150,8 @@ def test_in_training_an_sae_does_to_the_model_what_it_does_in_place(model, token
 def fit(model, sae, tokens, steps=8, **how):
     held, lesson, _ = prepared(model, sae, tokens)
     config = Config(method="finetune", tokens=steps * 48, batch_size=2, context=24, lr=1e-2, lr_decay=True, **how)
-    optimizer = finetune.adamw([], sae, held, config, config.lr)
-    steps = finetune.train(model, LAYER, sae, held, [], [lesson] * steps, optimizer, config)
+    optimizer = finetune.adamw(alone(sae, held), config, config.lr)
+    steps = finetune.train(model, alone(sae, held), [lesson] * steps, optimizer, config)
     return [values for _, values in steps], optimizer
 
 

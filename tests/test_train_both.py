@@ -47,7 +47,8 @@ def test_every_gradient_of_both_is_that_of_equation_7(model, tokens, kind):
     first = finetune.first_trained(model, LAYER)
     assert first == (0 if kind == "topk" else LAYER + 1)
     lesson = teach(model, {}, tokens, first)
-    loss, _ = finetune.learn(model, LAYER, sae, held, lesson, first, Config())
+    learners = finetune.Learners(LAYER, sae, held, lora_parameters(model))
+    loss, _ = finetune.learn(model, learners, lesson, first, Config())
     expected = adapt.naive_loss(model, {LAYER: sae}, tokens) / tokens.numel()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -62,9 +63,10 @@ def test_every_gradient_of_both_is_that_of_equation_7(model, tokens, kind):
 def take_steps(model, sae, held, adapters, tokens, steps, sae_lr, **how):
     config = Config(tokens=48 * steps, batch_size=2, context=24, lr=1e-2, **how)
     lesson = teach(model, {}, tokens, finetune.first_trained(model, LAYER))
-    optimizer = finetune.adamw(adapters, sae, held, config, sae_lr)
+    learners = finetune.Learners(LAYER, sae, held, adapters)
+    optimizer = finetune.adamw(learners, config, sae_lr)
     values = [values for _, values in
-              finetune.train(model, LAYER, sae, held, adapters, [lesson] * steps, optimizer, config)]
+              finetune.train(model, learners, [lesson] * steps, optimizer, config)]
     return values, optimizer, config
 
 

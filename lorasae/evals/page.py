@@ -36,9 +36,10 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line) }
 th { font-weight: 600; color: var(--quiet) }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td .quiet { font-size: inherit }
 td code { overflow-wrap: anywhere }
-@media (max-width: 36rem) { table { font-size: .8rem } th, td { padding-right: .5rem; overflow-wrap: anywhere } }
-@media (max-width: 36rem) { td.number, th.number { white-space: normal } }
+@media (max-width: 36rem) { table { font-size: .75rem } th, td { padding-right: .4rem } .number { white-space: normal } }
+@media (max-width: 36rem) { section { padding: .6rem } }
 @media (max-width: 36rem) { .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.2rem } }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1.5rem }
 code, .passage { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: .85rem }
@@ -59,6 +60,10 @@ mark.peak { outline: 1px solid; outline-offset: 1px }
   .columns { grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)) }
   .passages { grid-template-columns: 1fr 1fr }
   body { max-width: none; font-size: .8rem }
+  .wide { overflow: visible }
+  table { font-size: .62rem }
+  th, td { padding-right: .4rem }
+  .number { white-space: normal }
   section { border: 0; border-top: 2px solid; border-radius: 0; padding: .5rem 0 }
   mark { -webkit-print-color-adjust: exact; print-color-adjust: exact }
   h2, h3 { break-after: avoid }

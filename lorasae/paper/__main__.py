@@ -51,13 +51,13 @@ MINIATURE = {
     "recipe": "tuned",
 }
 QUICK = {
-    "sae_tokens": 30_000,
-    "frontier_tokens": 30_000,
+    "sae_tokens": 20_000,
+    "frontier_tokens": 20_000,
     "lora_tokens": 4_000,
     "long_tokens": 8_000,
     "eval_tokens": 4_000,
-    "beyond_tokens": 4_000,
-    "recipe_tokens": 12_000,
+    "beyond_tokens": 2_000,
+    "recipe_tokens": 6_000,
     "seeds": (0,),
     "recipe": "tuned",
 }

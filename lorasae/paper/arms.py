@@ -76,6 +76,13 @@ def asked(case, tokens, seed, **how):
     return replace(case.config, tokens=tokens, seed=seed, **how)
 
 
+def new_student(case, config):
+    """Fresh adapters, off the model."""
+    student, = adaptation.new_students(case.model, case.blocks, config)
+    detach_lora(case.model)
+    return student
+
+
 def lessons(case, config, first, saes, start=0):
     """The frozen model's part of every step, over the training text in the seed's order, again and again if it must be.
 
@@ -118,16 +125,18 @@ def finetuned(case, config, sae_lr, student=None, train_adapters=False, start=0)
     model, sae = case.model, copy.deepcopy(case.sae).requires_grad_(True)
     seen = dictionary.observe(model, sae, case.layer, case.tuning[:16], end_to_end=False)
     held = finetune.hold(sae, seen.x[seen.learned])
+
     if student is not None:
         attach_lora(model, student)
     adapters = lora_parameters(student) if train_adapters else []
     for parameter in lora_parameters(student or {}):
         parameter.requires_grad_(train_adapters)
 
-    optimizer = finetune.adamw(adapters, sae, held, config, sae_lr)
+    learners = finetune.Learners(case.layer, sae, held, adapters)
+    optimizer = finetune.adamw(learners, config, sae_lr)
     source = lessons(case, config, finetune.first_trained(model, case.layer), {}, start)
     started = time.perf_counter()
-    finish(finetune.train(model, case.layer, sae, held, adapters, source, optimizer, config))
+    finish(finetune.train(model, learners, source, optimizer, config))
     seconds = time.perf_counter() - started
     detach_lora(model)
     return Trained(student, sae.requires_grad_(False), seconds)

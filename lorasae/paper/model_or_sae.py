@@ -27,9 +27,8 @@ from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
 from lorasae.paper.findings import Claim, Table, opposite, show, sign, with_interval
 from lorasae.paper import arms
-from lorasae.paper.arms import (KINDS, MODELS, adapted, asked, finetuned, load_case, measured, on_tuning_text, once, same_plan,
-                                untouched)
-from lorasae.runs import adaptation
+from lorasae.paper.arms import (KINDS, MODELS, adapted, asked, finetuned, load_case, measured, new_student, on_tuning_text,
+                                once, same_plan, untouched)
 from lorasae.runs.config import OBJECTIVES
 
 ARMS = {"adapters": "adapters", "sae": "SAE", "both": "both", "then": "adapters, then SAE"}
@@ -57,13 +56,6 @@ def train_arm(case, arm, rates, tokens, seed, objective):
     before, = adapted(case, config)
     after = finetuned(case, config, sae_lr, before.student, start=config.steps)
     return after._replace(seconds=before.seconds + after.seconds)
-
-
-def new_student(case, config):
-    """Fresh adapters, off the model."""
-    student, = adaptation.new_students(case.model, case.blocks, config)
-    adaptation.detach_lora(case.model)
-    return student
 
 
 def best_rates(case, folder, tokens, objective):

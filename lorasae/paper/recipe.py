@@ -22,10 +22,9 @@ from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
 from lorasae.io.presets import PAPER
 from lorasae.paper import arms
-from lorasae.paper.arms import (KINDS, MODELS, TUNING, adapted, asked, finetuned, load_case, on_tuning_text, once,
-                                same_plan, untouched)
+from lorasae.paper.arms import (KINDS, MODELS, TUNING, adapted, asked, finetuned, load_case, new_student, on_tuning_text,
+                                once, same_plan, untouched)
 from lorasae.paper.findings import Claim, Table, show
-from lorasae.paper.model_or_sae import new_student
 from lorasae.runs.config import OPTIMIZERS
 
 TOKENS = 300_000                                        # of the published recipe
@@ -166,7 +165,11 @@ def rows(numbers):
     for recipe in recipes(searches[0]):
         ratios = [ratio(found, recipe, numbers["plan"]["tokens"]) for found in searches]
         table.append((recipe, ratios, None if None in ratios else min(ratios)))
-    return sorted(table, key=lambda row: -(row[2] or 0))
+
+    def worst_case_then_all(row):
+        _, ratios, least = row
+        return least or 0, sum(ratio or 0 for ratio in ratios)
+    return sorted(table, key=worst_case_then_all, reverse=True)
 
 
 def times(ratio):
@@ -176,8 +179,8 @@ def times(ratio):
 def draw(numbers, figure):
     """KL gap closed against tokens, a panel a case, the best recipes and the published one's level."""
     cases = numbers["cases"]
-    figure.set_size_inches(3.6 * len(cases), 3.4)
-    best = [recipe for recipe, _, _ in rows(numbers)[:4]]
+    figure.set_size_inches(3.6 * len(cases), 3.6)
+    best = [recipe for recipe, _, _ in rows(numbers)[:5]]
     for axes, (name, seeds) in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases.items()):
         found = seeds[0]
         for recipe in best:
@@ -187,7 +190,7 @@ def draw(numbers, figure):
         axes.axhline(100 * closed(found, found["paper"]), color="grey", linestyle="--", label="published, all its tokens")
         axes.set(xlabel="tokens", ylabel="KL gap closed (%)")
         axes.set_title(name, fontsize=10)
-        axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 # ---- As a part of the whole paper (findings.py) --------------------------------------------------------------------------
@@ -306,6 +309,7 @@ def arguments(argv):
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: both)")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of SAEs (default: both)")
     add("--tokens", type=count, help="the published recipe's budget (default: 300k; quick: 12k)")
     add("--budgets", type=int, nargs="+", default=list(BUDGETS), help="what to divide these tokens by (default: %(default)s)")
     add("--rates", type=float, nargs="+", default=list(RATES), help="of the adapters (default: %(default)s)")
@@ -338,7 +342,7 @@ def main(argv=None):
         same_plan(folder, plan)
         cases = {}
         for model in args.models:
-            for kind in KINDS:
+            for kind in args.kinds:
                 case = load_case(model, kind, plan["tokens"], eval_tokens=1000, tuning_tokens=plan["tuning_tokens"])
                 place = folder / f"{model}-{kind}"
                 cases[case.name] = [search(case, place, plan, seed) for seed in range(args.seeds)]

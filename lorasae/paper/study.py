@@ -196,6 +196,9 @@ def opened(study, training):
 
 # ---- The adapters that the evaluations of §5 and §6 look at ----------------------------------------------------------
 
+TO_STEER = 12_000                                       # held-out tokens, of which steering cuts its texts
+
+
 def around_topk(study, seed):
     """Adapters on all blocks, around a TopK SAE (Tables 3 and 6; Figures 8 and 11)."""
     model = study.models.main
@@ -217,4 +220,8 @@ def around_jumprelu(study, seed):
     """Adapters on the blocks after a JumpReLU SAE, the preset's: Gemma Scope (Table 5; in miniature Table 4 too)."""
     model = study.models.main
     name = f"{model}-jumprelu-seed-{seed}"
-    return adapters(study, name, model, [], tokens=study.long_tokens, seed=seed, rank=(64,))
+    training = adapters(study, name, model, [], tokens=study.long_tokens, seed=seed, rank=(64,))
+    if study.eval_tokens is None:
+        return training
+    held_out = max(study.eval_tokens, TO_STEER)
+    return training._replace(given={**training.given, "eval_tokens": held_out})

@@ -111,7 +111,8 @@ def train(setting, run, adapters):
     model, corpus, config = setting.model, setting.corpus, setting.config
     layer, sae = only_sae(setting.saes)
     held = finetune.hold(sae, sample(setting))          # of the SAE as it was: before a checkpoint is restored
-    optimizer = finetune.adamw(adapters, sae, held, config, config.sae_lr if adapters else config.lr)
+    learners = finetune.Learners(layer, sae, held, adapters)
+    optimizer = finetune.adamw(learners, config, config.sae_lr if adapters else config.lr)
     parameters = finetune.trained_parameters(optimizer)
     start, position = run.restore(parameters, optimizer)
 
@@ -123,7 +124,7 @@ def train(setting, run, adapters):
 
     with corpus.batches(config.batch_size, position) as batches:
         lessons = Ahead(batches, start, config, frozen)
-        updates = finetune.train(model, layer, sae, held, adapters, lessons, optimizer, config, start,
+        updates = finetune.train(model, learners, lessons, optimizer, config, start,
                                  distributed.everywhere, distributed.all_reduce, distributed.process())
         for step, values in run.watch(updates, start):
             run.log(step, **values)
