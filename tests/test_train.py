@@ -245,7 +245,8 @@ def test_what_cannot_be_resumed_or_merged_is_one_clear_line(command, arguments, 
     assert "not written by train.py" in one_line(command("train.py", "--merge", "other"))
     (tmp_path / "other" / "config.json").write_text('{"model": "tiny-gemma-2", "method": "topk", "layer": [2], "data": "stdlib"}')
     assert "nothing to merge" in one_line(command("train.py", "--merge", "other"))
-    (tmp_path / "other" / "config.json").write_text('{"model": "tiny-gemma-2", "method": "lora", "layer": [2], "data": "stdlib"}')
+    (tmp_path / "other" / "config.json").write_text(
+        '{"model": "tiny-gemma-2", "method": "lora", "layer": [2], "data": "stdlib", "lr": 5e-5}')
     assert "--resume other" in one_line(command("train.py", "--merge", "other"))
 
 
