@@ -202,8 +202,8 @@ ABOUT = ("How many times fewer tokens a recipe needs to close as much of the KL 
          "rates side by side. Measured on a part of the training text that nothing trains on, not on the held-out text. "
          "One seed.")
 
-STEPS = ("a small budget leaves a tuned run too few steps; against 900k tokens, on tiny-gemma-2 around its JumpReLU SAE, "
-         "75k and 45k were enough (io/presets.py)")
+STEPS = ("a small budget leaves a tuned run too few steps; against 900k tokens, on tiny-gemma-2 around its JumpReLU SAE, it "
+         "was 14.9 times fewer, and 20 with the SAE (one seed)")
 
 
 trainings, pieces = arms.trainings, arms.pieces
