@@ -90,6 +90,11 @@ def opposite(direction):
     return None if direction is None else not direction
 
 
+def unless_said(direction):
+    """The reason of a difference of which nothing can be said; "" where something can."""
+    return "the difference is within its interval" if direction is None else ""
+
+
 def rising(values):
     """Whether every value is larger than the one before."""
     return all(after > before for before, after in pairwise(values))

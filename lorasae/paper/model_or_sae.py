@@ -25,7 +25,7 @@ from lorasae.evals.common import interval, percent, plus_minus
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
-from lorasae.paper.findings import Claim, Table, opposite, show, sign, with_interval
+from lorasae.paper.findings import Claim, Table, opposite, show, sign, unless_said, with_interval
 from lorasae.paper import arms
 from lorasae.paper.arms import (KINDS, MODELS, adapted, asked, finetuned, load_case, measured, new_student, on_tuning_text,
                                 once, same_plan, untouched)
@@ -309,9 +309,8 @@ def claims(numbers):
 
 def claim(says, other, ours, direction):
     """A Claim of others, or of nobody yet; ours: parts of the KL gap that are closed more than by adapters alone."""
-    why = "the difference is within its interval" if direction is None else ""
     shown = f"{with_interval(ours, '+.1%')} of the KL gap, over models and seeds"
-    return Claim(says, other, shown, direction=direction, why=why, of_paper=False)
+    return Claim(says, other, shown, direction=direction, why=unless_said(direction), of_paper=False)
 
 
 def against(cases, arm):

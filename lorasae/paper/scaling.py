@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lorasae.evals.common import percent
-from lorasae.paper.findings import Claim, Table, rising
+from lorasae.paper.findings import Claim, Table, rising, unless_said
 from lorasae.paper.study import adapters, new_sae, results
 
 TITLE = "Scaling laws for the downstream loss"
@@ -17,7 +17,6 @@ ABOUT = ("CE improvement = CE with SAE - CE with SAE and adapters, in nats a tok
 
 RANKS = (1, 4, 16, 64, 256)
 MAIN_RANK = 64                                          # whose figures the claims are about
-WITHIN = "the difference is within its interval"
 AXES = {"l0": "sparsity (L0)", "width": "width (latents)", "layer": "layer", "size": "parameters"}
 
 
@@ -217,12 +216,12 @@ def sparsity_and_width(sparsity, width):
               "falls from L0 22 to 445",
               between(sparsity, "L0 {l0:.0f}"),
               direction=by_sparsity,
-              why=WITHIN if by_sparsity is None else ""),
+              why=unless_said(by_sparsity)),
         Claim("... and at low width",
               "falls from 16k to 524k, a little",
               between(width, "{width} latents"),
               direction=by_width,
-              why=WITHIN if by_width is None else ""),
+              why=unless_said(by_width)),
     ]
 
 
@@ -242,7 +241,7 @@ def larger_models(rows):
                  "rises from 2B to 27B",
                  " → ".join(f"{share(row):.0%}" for row in rows),
                  direction=better,
-                 why=WITHIN if better is None else "")
+                 why=unless_said(better))
 
 
 def share(row):

@@ -219,9 +219,8 @@ def around_topk_of_seeds(study):
 def around_jumprelu(study, seed):
     """Adapters on the blocks after a JumpReLU SAE, the preset's: Gemma Scope (Table 5; in miniature Table 4 too)."""
     model = study.models.main
+    held_out = study.eval_tokens
+    if held_out is not None:
+        held_out = max(held_out, TO_STEER)
     name = f"{model}-jumprelu-seed-{seed}"
-    training = adapters(study, name, model, [], tokens=study.long_tokens, seed=seed, rank=(64,))
-    if study.eval_tokens is None:
-        return training
-    held_out = max(study.eval_tokens, TO_STEER)
-    return training._replace(given={**training.given, "eval_tokens": held_out})
+    return adapters(study, name, model, [], tokens=study.long_tokens, seed=seed, rank=(64,), eval_tokens=held_out)
