@@ -25,6 +25,7 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.lora import blocks_with_adapters, base, lora_parameters
+from lorasae.muon import Muon
 from lorasae.objectives import linear_kl
 from lorasae.sae import JumpReLU, splice
 
@@ -87,15 +88,10 @@ def adamw(parameters, config):
 
 
 def new_optimizer(parameters, config):
-    """The optimiser that config.optimizer names: AdamW, as published, or PyTorch's Muon (beyond the paper).
-
-    Muon (Jordan 2024) gives the momentum of every matrix singular values of about 1, so that all its directions learn at
-    one speed. Its steps are scaled to the size of AdamW's (arXiv 2502.16982), and so are its rates. On a CPU it takes the
-    time of about 60 tokens a step with the embedded models, where AdamW takes that of one.
-    """
+    """The optimiser that config.optimizer names: AdamW, as published, or Muon (beyond the paper)."""
     if config.optimizer == "adamw":
         return adamw(parameters, config)
-    return torch.optim.Muon(parameters, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return Muon(parameters, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 def take_step(model, saes, lesson, first, optimizer, config, all_reduce=None):

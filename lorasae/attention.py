@@ -106,11 +106,12 @@ def fused_attention(q, k, v, scale):
 def blockwise_attention(q, k, v, scale, softcap=None, window=None, rows=64):
     """naive_attention for `rows` queries at a time: half the work under a causal mask, in pieces for a CPU's cache.
 
-    Keys that no query of a piece may see, behind its last one or out of its first one's window, are never touched.
+    Keys that no query of a piece may see, behind its last one or out of its first one's window, are never touched. The
+    soft-cap is cap · tanh(u) + cap = 2 cap · σ(2u): no softmax sees the constant, and a CPU takes a sixth of the time for σ.
     """
     T, S = q.shape[2], k.shape[2]
     k, v = repeat_heads(k, q).transpose(-1, -2), repeat_heads(v, q)
-    q = q * (scale if softcap is None else scale / softcap)
+    q = q * (scale if softcap is None else 2 * scale / softcap)
     parts = []
 
     for start in range(0, T, rows):
@@ -121,9 +122,9 @@ def blockwise_attention(q, k, v, scale, softcap=None, window=None, rows=64):
 
         scores = (q[:, :, start:stop] @ k[..., first_key:last_key]).float()
         if softcap is not None:
-            scores = softcap * scores.tanh()
+            scores = 2 * softcap * scores.sigmoid()
         hidden = ~causal_mask(stop - start, last_key - first_key, window, q.device)
-        scores = scores.masked_fill_(hidden, -torch.inf)            # in place: no backward needs the scores before it
+        scores += torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, -torch.inf)   # small, and spread by the sum
 
         weights = scores.softmax(dim=-1).to(q.dtype)
         parts.append(weights @ v[:, :, first_key:last_key])

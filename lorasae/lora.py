@@ -40,16 +40,33 @@ class LoRALinear(Linear):
         self.enabled = True
 
     def forward(self, x):
-        y = linear(x, self.weight)
         if not self.enabled:
-            return y
-        x = F.dropout(x, self.dropout, self.training)
-        return y + self.low_rank(x)
+            return linear(x, self.weight)
+        if self.sum_is_cheaper(x):
+            return linear(x, self.weight + self.delta())
+        dropped = F.dropout(x, self.dropout, self.training)
+        return linear(x, self.weight) + self.low_rank(dropped)
 
     def low_rank(self, x):
         """(alpha / R) · B A x"""
         low = linear(x, self.lora_A.weight.to(x.dtype))
         return linear(low * self.scale, self.lora_B.weight.to(x.dtype))
+
+    def delta(self):
+        """(alpha / R) · B A, [out, in] fp32"""
+        return self.scale * (self.lora_B.weight @ self.lora_A.weight)
+
+    def sum_is_cheaper(self, x):
+        """Whether (W + (alpha / R) B A) x takes fewer multiplications than W x + (alpha / R) B A x: in small layers alone.
+
+        For N tokens and R ranks the sum takes 3 R · in · out, to make B A and the gradients of A and B from that of the
+        whole matrix, which takes N · in · out. The low-rank path takes 3 N R (in + out), forward and backward. In bf16
+        the sum would round B A away, and under dropout W and B A see different x.
+        """
+        exact = x.dtype == self.weight.dtype == torch.float32 and not (self.training and self.dropout)
+        whole = self.in_features * self.out_features
+        rank, tokens = self.lora_A.out_features, x.numel() // self.in_features
+        return exact and (tokens + 3 * rank) * whole < 3 * tokens * rank * (self.in_features + self.out_features)
 
 
 # ---- Attaching ---------------------------------------------------------------------------------------------------------
@@ -138,8 +155,7 @@ def attach_lora(model, modules):
 def merge_lora(model):
     """Folds each adapter into its weight, W ← W + (alpha / R) B A, leaving plain linears; returns the model."""
     for module in detach_lora(model).values():
-        delta = module.scale * (module.lora_B.weight @ module.lora_A.weight)
-        module.weight.copy_(module.weight.float() + delta)
+        module.weight.copy_(module.weight.float() + module.delta())
     return model
 
 

@@ -138,7 +138,7 @@ def test_every_preset_gives_a_configuration_of_every_method(name, method):
 def test_what_is_given_goes_before_the_preset_and_the_preset_before_the_default():
     config = configure({**EMBEDDED, "lr": 0.5, "rank": (3,), "layer": (1,), "adapt": None, "device": "cpu"})
     assert (config.lr, config.rank, config.layer, config.adapt) == (0.5, (3,), (1,), ("after",))
-    assert (config.tokens, config.weight_decay) == (900_000, 0.01)
+    assert (config.tokens, config.weight_decay) == (700_000, 0.01)
 
 
 def test_an_sae_of_ones_own_decides_about_the_blocks_itself():

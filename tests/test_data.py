@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from lorasae.io import corpus as corpus_file
 from lorasae.io import documents, order, packing, streams
 from lorasae.io.corpus import Corpus
 from lorasae.model import special_positions
@@ -126,14 +127,26 @@ def test_validation_is_the_start_of_the_permuted_documents(tmp_path):
     assert torch.equal(corpus.validation, torch.from_numpy(np.stack(chunks[:7])))      # 100 tokens round up to 7 chunks
 
 
-def test_training_continues_the_same_order_after_the_last_validation_document(tmp_path):
+def test_training_mixes_chunks_of_the_same_order_after_the_last_validation_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_file, "MIXED", 8 * 16)                       # eight chunks
     texts = [numbered(i) for i in range(100)]
     corpus = corpus_of(write_documents(tmp_path / "a.jsonl", texts), seed=42)
     turns = np.random.default_rng(42).permutation(100)
     held = max(i for i in range(100) if turns[i] in sources_of(corpus.validation)) + 1
     expected = [chunk for chunk, _ in pack([texts[i] for i in turns[held:]], NUMBERED, BOS, EOS, 16)]
-    batches = corpus.batches(2)
-    assert torch.equal(take(batches, 10).flatten(0, 1), torch.from_numpy(np.stack(expected[:20])))
+    found = take(corpus.batches(2), 12).flatten(0, 1).tolist()
+    for mix in range(0, 24, 8):
+        in_order = [chunk.tolist() for chunk in expected[mix:mix + 8]]
+        assert sorted(found[mix:mix + 8]) == sorted(in_order) and found[mix:mix + 8] != in_order
+
+
+def test_chunks_of_one_long_document_do_not_follow_one_another(tmp_path):
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i, 4000) for i in range(6)])
+    corpus = corpus_of(path)
+    chunks = take(corpus.batches(1), 400)[:, 0]
+    sources = [min(sources_of(chunk)) for chunk in chunks]
+    changes = sum(source != following for source, following in zip(sources, sources[1:]))
+    assert changes > 0.5 * len(sources)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -186,7 +199,8 @@ def kept(position):
 @pytest.fixture(params=["in memory", "stream", "sixteen files", "one long text"])
 def several_passes(request, tmp_path, monkeypatch):
     """A folder of text that 30 batches of 4 chunks use up several times, in every kind of order."""
-    if request.param != "in memory":
+    if request.param != "in memory":                    # there a mix is all of an epoch
+        monkeypatch.setattr(corpus_file, "MIXED", 16 * 7)
         monkeypatch.setattr(order, "IN_MEMORY", 0)
         monkeypatch.setattr(order, "SEGMENT", 2000)
     if request.param == "sixteen files":
@@ -238,6 +252,7 @@ def test_nothing_before_the_position_is_tokenised_or_read_again(tmp_path, monkey
     monkeypatch.setattr(order, "IN_MEMORY", 0)
     monkeypatch.setattr(order, "SEGMENT", 5000)
     monkeypatch.setattr(packing, "BATCH", 1000)
+    monkeypatch.setattr(corpus_file, "MIXED", 16 * 8)
     text = b"".join(json.dumps({"text": numbered(i)}).encode() + b"\n" for i in range(400))
     (tmp_path / "a.jsonl").write_bytes(text)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.replace(b"d", b"d1")))
@@ -431,6 +446,7 @@ def test_an_unreadable_line_deep_in_the_text_reaches_the_training_loop(tmp_path,
     monkeypatch.setattr(order, "IN_MEMORY", 0)                               # a stream: the line is met while training
     monkeypatch.setattr(order, "SEGMENT", 1000)
     monkeypatch.setattr(packing, "BATCH", 100)
+    monkeypatch.setattr(corpus_file, "MIXED", 16 * 8)
     path = write_documents(tmp_path / "a.jsonl", [numbered(i % 500) for i in range(2000)])
     with path.open("a") as file:
         file.write("{broken\n")

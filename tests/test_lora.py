@@ -4,15 +4,17 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import GEMMA, write_model
 from lorasae.io.checkpoint import load_model, save_model
 from helpers import moved
 from lorasae.errors import InputError
 from lorasae.io.disk import write_json
-from lorasae.linear import linear
+from lorasae.linear import Linear, linear
 from lorasae.io.adapters import load_adapter, save_adapter
-from lorasae.lora import blocks_with_adapters, adapters, add_lora, attach_lora, base, detach_lora, lora_parameters, merge_lora
+from lorasae.lora import (LoRALinear, adapters, add_lora, attach_lora, base, blocks_with_adapters, detach_lora,
+                          lora_parameters, merge_lora)
 
 
 KEY = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
@@ -37,6 +39,50 @@ def test_forward_is_equation_1(model):
     x = torch.randn(5, module.in_features)
     expected = x @ module.weight.T + 12 / 3 * (x @ module.lora_A.weight.T) @ module.lora_B.weight.T
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width, out, rank, tokens", [(64, 96, 16, 200), (64, 64, 32, 40), (16, 80, 4, 7)])
+def test_the_sum_of_the_weights_has_the_values_and_gradients_of_the_low_rank_path(monkeypatch, width, out, rank, tokens):
+    torch.manual_seed(0)
+    module = LoRALinear(Linear(width, out, bias=False).requires_grad_(False), rank, alpha=32, dropout=0.0)
+    torch.nn.init.normal_(module.lora_B.weight)
+    x = torch.randn(2, tokens, width, requires_grad=True)
+    direction = torch.randn(2, tokens, out)
+    wanted = (x, module.lora_A.weight, module.lora_B.weight)
+
+    found = {}
+    for cheaper in (True, False):
+        monkeypatch.setattr(module, "sum_is_cheaper", lambda x: cheaper)
+        y = module(x)
+        found[cheaper] = (y.detach(), *torch.autograd.grad(y, wanted, direction))
+    for by_sum, by_rank in zip(found[True], found[False]):
+        torch.testing.assert_close(by_sum, by_rank, rtol=1e-4, atol=1e-5 * by_rank.abs().max().item())
+
+
+@pytest.mark.parametrize("width, out, rank, tokens", [
+    (192, 352, 64, 512), (352, 192, 64, 512), (192, 64, 64, 512), (192, 352, 64, 256), (192, 352, 8, 512),
+    (192, 128, 64, 1), (2304, 9216, 64, 1024), (2304, 9216, 256, 8192), (2048, 512, 256, 1024)])
+def test_the_cheaper_of_both_paths_by_counted_flops_is_taken(monkeypatch, width, out, rank, tokens):
+    with torch.device("meta"):
+        module = LoRALinear(Linear(width, out, bias=False).requires_grad_(False), rank, alpha=32, dropout=0.0)
+        x = torch.empty(tokens, width, requires_grad=True)
+    chosen = module.sum_is_cheaper(x)
+
+    flops = {}
+    for cheaper in (True, False):
+        monkeypatch.setattr(module, "sum_is_cheaper", lambda x: cheaper)
+        with FlopCounterMode(display=False) as counted:
+            module(x).sum().backward()
+        flops[cheaper] = counted.get_total_flops()
+    assert chosen == (flops[True] < flops[False])
+
+
+def test_the_weights_are_not_added_in_bf16_nor_under_dropout():
+    module = LoRALinear(Linear(64, 64, bias=False).requires_grad_(False), 64, alpha=32, dropout=0.5)
+    x = torch.randn(500, 64)
+    assert not module.train().sum_is_cheaper(x) and module.eval().sum_is_cheaper(x)
+    assert not module.sum_is_cheaper(x.bfloat16())
+    assert not module.to(torch.bfloat16).sum_is_cheaper(x)
 
 
 def test_dropout_acts_on_the_adapters_input_in_training_only(model):
@@ -138,8 +184,8 @@ def test_we_load_pefts_adapter(model_folder, tokens, tmp_path, options):
     oracle.save_pretrained(tmp_path / "adapter")
     model = load_adapter(load_model(model_folder), tmp_path / "adapter")
     assert sorted(adapters(model)) == sorted(names)
-    with torch.no_grad():
-        assert (oracle(tokens).logits - model(tokens)).abs().max() <= 1e-5 * max(1, model(tokens).abs().max())
+    with torch.no_grad():                               # random adapters enlarge the rounding of a soft-capped score, 3e-6
+        assert (oracle(tokens).logits - model(tokens)).abs().max() <= 5e-5 * max(1, model(tokens).abs().max())
 
 
 def test_transformers_loads_the_merged_checkpoint(model_folder, raw_config, tokens, tmp_path):

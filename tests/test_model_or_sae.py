@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from lorasae.adapt import blocks_to_adapt
+from lorasae.errors import InputError
 from lorasae.evals.figures import save_figure
 from lorasae.io.disk import read_json
 from lorasae.lora import adapters
@@ -124,6 +125,9 @@ def test_tuning_training_and_held_out_text_are_disjoint_and_rates_are_chosen_on_
     tuning, text, held_out = texts
     assert len(tuning) == 8 and len(text) == 79 and len(held_out) == 4
     assert not tuning & text and not tuning & held_out and not text & held_out
+
+    with pytest.raises(InputError, match="--eval-tokens 50001: at most 50,000"):
+        arms.load_case("tiny-gemma-2", "jumprelu", 1000, eval_tokens=50_001)
 
     found = arms.on_tuning_text(case._replace(text=None, held_out=None), untouched(case))
     broken = case.sae.W_dec * torch.nan

@@ -6,8 +6,13 @@
         for tokens, position in batches: ...            # [8, 256] int64, and where the next batch begins
     corpus.batches(8, position)                         # goes on there, at once, with the very same batches
 
-Order: that of order.py. Split: the first documents of this order, as many as give `eval_tokens`, are for validation.
-Training takes the others, less any with the very text of one of those. (The standard library is split by file name.)
+Split: the first documents in the order of order.py, as many as give `eval_tokens`, are for validation. Training takes
+the others, less any with the very text of one of those. (The standard library is split by file name.)
+
+Order: that of the documents, and of every 4M tokens in it the chunks are permuted. One after the other, the chunks of a
+long document teach little that is new: with 150k tokens of the standard library's files as they are, adapters closed
+16 % of the gap in cross-entropy, with chunks drawn from all of them 25 %. Web pages have about one chunk each, so for the
+paper's data this changes nothing.
 """
 import itertools
 from collections import deque
@@ -25,18 +30,27 @@ from lorasae.io.prefetch import Prefetch
 from lorasae.io.console import say
 from lorasae.io.streams import files, fingerprints, held_out
 
+MIXED = 2 ** 22                                         # tokens whose chunks are permuted together; they wait in memory
+
 
 class Position(NamedTuple):
     """Between two training chunks. `saved` is what a checkpoint keeps of it: plain numbers, strings and tensors."""
     epoch: int = 0                                      # how often the text has been used up
-    chunks: int = 0                                     # of this epoch so far
-    place: Place = Place()
-    rest: Rest = Rest()
+    chunks: int = 0                                     # of this epoch, to the beginning of the mix
+    place: Place = Place()                              # there
+    rest: Rest = Rest()                                 # there
+    taken: int = 0                                      # chunks of the mix so far
 
     def saved(self, text):
         segment = self.place.segment.saved if self.place.segment else {}
         return {"text": text, "epoch": self.epoch, "chunks": self.chunks, "used": self.place.used, "segment": segment,
-                "begun": self.rest.begun, "rest": torch.tensor(self.rest.tokens)}
+                "begun": self.rest.begun, "rest": torch.tensor(self.rest.tokens), "taken": self.taken}
+
+    @staticmethod
+    def load(saved):
+        place = Place(Segment.load(saved["segment"]) if saved["segment"] else None, saved["used"])
+        rest = Rest(saved["begun"], saved["rest"].numpy())
+        return Position(saved["epoch"], saved["chunks"], place, rest, saved["taken"])
 
 
 class Corpus:
@@ -115,7 +129,7 @@ class Corpus:
         if position is None:
             position = Position().saved(text)
         self._check_unchanged(position["text"], text)
-        chunks = self._training(position)
+        chunks = self._training(Position.load(position))
 
         def batches():
             while True:
@@ -130,36 +144,47 @@ class Corpus:
         ahead.start = position
         return ahead
 
-    def _training(self, saved):
-        """Yields (chunk, the Position after it), from a saved Position on."""
-        epoch, count = saved["epoch"], saved["chunks"]
-        place = Place(Segment.load(saved["segment"]) if saved["segment"] else None, saved["used"])
-        rest = Rest(saved["begun"], saved["rest"].numpy())
-        held = {row.tobytes() for row in self.held_out["digests"].numpy()}
-
+    def _training(self, begin):
+        """Yields (chunk, the Position after it), from a Position on: mix after mix, epoch after epoch."""
         while True:
-            begun = rest.begun
-            following = deque()                         # the places after the documents that the packer was given
+            in_order = self._epoch(begin)
+            while mix := list(itertools.islice(in_order, max(1, MIXED // self.context))):
+                _, end = mix[-1]
+                turns = np.random.default_rng([self.seed, begin.epoch, begin.chunks]).permutation(len(mix))
+                for taken in range(begin.taken, len(mix)):
+                    chunk, _ = mix[turns[taken]]
+                    last = taken + 1 == len(mix)
+                    yield chunk, end if last else begin._replace(taken=taken + 1)
+                begin = end
 
-            def fresh():
-                for text, after in self._documents(self.training_files, epoch, place):
-                    if digest(text) not in held:
-                        following.append(after)
-                        yield text
+            if begin.chunks == 0:
+                raise self._too_short(self._fresh(begin), "training beside the validation text", self.context)
+            if begin.epoch == 0:
+                say(f"warning: {self.source} has text for only {begin.chunks:,} training chunks of {self.context:,} "
+                    "tokens: it is used again, each time in a new order")
+            begin = Position(begin.epoch + 1)
 
-            for chunk, rest in self._pack(fresh(), rest):
-                while begun < rest.begun:
-                    place = following.popleft()
-                    begun += 1
-                count += 1
-                yield chunk, Position(epoch, count, place, rest)
+    def _epoch(self, begin):
+        """Yields (chunk, the Position after it) in the order of the documents, from a Position to the end of its epoch."""
+        epoch, count, place, rest, _ = begin
+        begun = rest.begun
+        following = deque()                             # the places after the documents that the packer was given
 
-            if count == 0:
-                raise self._too_short(fresh(), "training beside the validation text", self.context)
-            if epoch == 0:
-                say(f"warning: {self.source} has text for only {count:,} training chunks of {self.context:,} tokens: "
-                    "it is used again, each time in a new order")
-            epoch, count, place, rest = epoch + 1, 0, Place(), Rest()
+        for chunk, rest in self._pack(self._fresh(begin, following), rest):
+            while begun < rest.begun:
+                place = following.popleft()
+                begun += 1
+            count += 1
+            yield chunk, Position(epoch, count, place, rest)
+
+    def _fresh(self, begin, following=None):
+        """Yields the documents from a Position on that are not held out; the Place after each goes into `following`."""
+        held = {row.tobytes() for row in self.held_out["digests"].numpy()}
+        for text, after in self._documents(self.training_files, begin.epoch, begin.place):
+            if digest(text) not in held:
+                if following is not None:
+                    following.append(after)
+                yield text
 
     def _check_unchanged(self, then, now):
         for before, after in itertools.zip_longest(then, now):

@@ -70,7 +70,7 @@ EMBEDDED_FINETUNE = {"lr": 1e-3, "batch_size": 4}       # its penalty on L0 is a
 PRESETS = {
     "tiny-gemma-2": Preset(
         str(TINY / "gemma-2"), layer=2, sae=str(TINY / "gemma-2-sae" / "jumprelu"), common=EMBEDDED,
-        lora={"adapt": ("after",), "tokens": 900_000, **EMBEDDED_LORA}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
+        lora={"adapt": ("after",), "tokens": 700_000, **EMBEDDED_LORA}, sae_training=EMBEDDED_SAE, e2e=EMBEDDED_E2E,
         both=EMBEDDED_BOTH, finetune=EMBEDDED_FINETUNE),
     "tiny-gemma-2-medium": Preset(                              # these two for Figure 4, around SAEs of one's own
         str(TINY / "gemma-2-medium"), layer=1, common=EMBEDDED,

@@ -1,8 +1,8 @@
 """What the experiments beyond the paper share: embedded models around SAEs, three splits of text, arms trained in memory.
 
-    tuning      training text on which rates are chosen; nothing trains on it
-    training    the rest of the training text, in an order of each seed's
+    training    the training text, in an order of each seed's
     held out    what results are measured on; nothing is chosen by it
+    tuning      text after it, of files that nothing trains on either; rates are chosen on it
 
 Shapes: n sequences, T tokens.
 """
@@ -29,7 +29,8 @@ from lorasae.runs.setting import load_setting
 
 MODELS = ("tiny-gemma-2", "tiny-llama-3")
 KINDS = ("jumprelu", "topk")
-TUNING = 10_000                                         # tokens of the tuning text
+HELD_OUT = 50_000                                       # tokens that results may be measured on
+TUNING = 10_000                                         # tokens of the tuning text, after these
 
 
 class Case(NamedTuple):
@@ -46,20 +47,24 @@ class Case(NamedTuple):
 
 
 def load_case(model, kind, tokens, eval_tokens, tuning_tokens=TUNING):
-    """The Case of an embedded model and a kind of SAE, with `tokens` to train on at hand."""
+    """The Case of an embedded model and a kind of SAE, with `tokens` to train on at hand; eval_tokens: up to HELD_OUT."""
+    if eval_tokens > HELD_OUT:
+        raise InputError(f"--eval-tokens {eval_tokens}: at most {HELD_OUT:,}, after which comes the text that rates are chosen on")
     source = TINY / f"{model.removeprefix('tiny-')}-sae" / kind
-    config = configure({"model": model, "sae": (str(source),), "eval_tokens": eval_tokens, "optimizer": "adamw",
-                        "batch_size": 1, "lr_decay": True, "dropout": 0.0, "device": "cpu"})
+    config = configure({"model": model, "sae": (str(source),), "eval_tokens": HELD_OUT + tuning_tokens,
+                        "optimizer": "adamw", "batch_size": 1, "lr_decay": True, "dropout": 0.0, "device": "cpu"})
     setting = load_setting(config)
     (layer, sae), = setting.saes.items()
     blocks = adapt.blocks_to_adapt((), setting.saes, len(setting.model.layers))
 
-    own = -(-tuning_tokens // config.context)           # sequences
-    wanted = own + -(-tokens // config.context)
-    with setting.corpus.batches(1) as batches:
-        sequences = torch.cat([batch for (batch, _), _ in zip(batches, range(wanted))])
-    return Case(f"{model} {kind}", setting.model, sae, layer, blocks, config, sequences[:own], sequences[own:],
-                setting.corpus.validation)
+    def sequences(tokens):
+        return -(-tokens // config.context)
+
+    held_out = setting.corpus.validation[:sequences(eval_tokens)]
+    tuning = setting.corpus.validation[sequences(HELD_OUT):]
+    with setting.corpus.batches(sequences(tokens)) as batches:
+        text, _ = next(batches)
+    return Case(f"{model} {kind}", setting.model, sae, layer, blocks, config, tuning, text, held_out)
 
 
 # ---- Training ----------------------------------------------------------------------------------------------------------
