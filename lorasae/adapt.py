@@ -91,7 +91,7 @@ def new_optimizer(parameters, config):
     """The optimiser that config.optimizer names: AdamW, as published, or Muon (beyond the paper)."""
     if config.optimizer == "adamw":
         return adamw(parameters, config)
-    return Muon(parameters, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return Muon(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def take_step(model, saes, lesson, first, optimizer, config, all_reduce=None):

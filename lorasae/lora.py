@@ -60,10 +60,10 @@ class LoRALinear(Linear):
         """Whether (W + (alpha / R) B A) x takes fewer multiplications than W x + (alpha / R) B A x: in small layers alone.
 
         For N tokens and R ranks the sum takes 3 R · in · out, to make B A and the gradients of A and B from that of the
-        whole matrix, which takes N · in · out. The low-rank path takes 3 N R (in + out), forward and backward. In bf16
-        the sum would round B A away, and under dropout W and B A see different x.
+        whole matrix, which takes N · in · out. The low-rank path takes 3 N R (in + out), forward and backward. In bf16,
+        and in the TF32 of GPUs, the sum would round B A away, and under dropout W and B A see different x.
         """
-        exact = x.dtype == self.weight.dtype == torch.float32 and not (self.training and self.dropout)
+        exact = x.dtype == self.weight.dtype == torch.float32 and not x.is_cuda and not (self.training and self.dropout)
         whole = self.in_features * self.out_features
         rank, tokens = self.lora_A.out_features, x.numel() // self.in_features
         return exact and (tokens + 3 * rank) * whole < 3 * tokens * rank * (self.in_features + self.out_features)

@@ -15,7 +15,10 @@ SMALLEST = 1e-7                                         # norm to divide by: the
 
 
 class Muon(torch.optim.Muon):
-    """The steps of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), and its state; products in fp32, where it takes bf16."""
+    """The steps of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), and its state; products of fp32, where it takes bf16."""
+
+    def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.95, ns_steps=5):
+        super().__init__(parameters, lr, weight_decay, momentum, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self):
@@ -37,7 +40,7 @@ class Muon(torch.optim.Muon):
 
 
 def naive_orthogonal(matrix, steps=5):
-    """U = P S Qᵀ -> P S' Qᵀ, S' between 0.7 and 1.2 wherever S is not far below its largest: Newton-Schulz.
+    """U = P S Qᵀ -> P S' Qᵀ, S' between 0.6 and 1.3 wherever S is not far below its largest: Newton-Schulz.
 
     Every step takes the singular values through s ← a s + b s³ + c s⁵, which lifts small ones the fastest.
     """

@@ -275,6 +275,38 @@ def test_nothing_before_the_position_is_tokenised_or_read_again(tmp_path, monkey
     assert sorted(first_lines.values()) == sorted(line + 1 for _, line in places) and min(first_lines.values()) > 20
 
 
+def test_within_a_mix_a_run_goes_on_without_the_next_segment(tmp_path, monkeypatch):
+    """Which may be far down a compressed file."""
+    monkeypatch.setattr(order, "IN_MEMORY", 0)
+    monkeypatch.setattr(order, "SEGMENT", 3000)
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(400)])
+    whole = list(itertools.islice(corpus_of(path).batches(1), 250))
+    saved = kept(corpus_of(path).held_out)
+
+    def unreachable(self, size):
+        raise InputError("the next segment was needed")
+
+    monkeypatch.setattr(order.Mix, "take", unreachable)
+    lengths = set()
+    for number, (_, position) in enumerate(whole):
+        if position["taken"] and position["segment"]:
+            left = position["mixed"] - position["taken"]
+            expected = whole[number + 1:number + 1 + left]
+            with corpus_of(path, saved=saved).batches(1, kept(position)) as batches:
+                found = [next(batches) for _ in expected]
+            assert all(torch.equal(tokens, before) for (tokens, _), (before, _) in zip(found, expected))
+            lengths.add(position["mixed"])
+    assert len(lengths) > 1 and min(lengths) > 5
+
+
+def test_a_position_of_an_earlier_version_is_refused(tmp_path):
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(60)])
+    _, position = next(corpus_of(path).batches(1))
+    del position["mixed"]
+    with pytest.raises(InputError, match="written by an earlier version.*start again with another --out"):
+        corpus_of(path).batches(1, position)
+
+
 def test_validation_chunks_and_what_they_exclude_can_be_kept(tmp_path):
     path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(60)])
     corpus = corpus_of(path)

@@ -1,5 +1,6 @@
 """LoRA: the identity at the start, Eq. 1 after, PEFT's files both ways, and what is refused."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,11 +78,12 @@ def test_the_cheaper_of_both_paths_by_counted_flops_is_taken(monkeypatch, width,
     assert chosen == (flops[True] < flops[False])
 
 
-def test_the_weights_are_not_added_in_bf16_nor_under_dropout():
+def test_the_weights_are_not_added_in_bf16_nor_under_dropout_nor_on_a_gpu():
     module = LoRALinear(Linear(64, 64, bias=False).requires_grad_(False), 64, alpha=32, dropout=0.5)
     x = torch.randn(500, 64)
     assert not module.train().sum_is_cheaper(x) and module.eval().sum_is_cheaper(x)
     assert not module.sum_is_cheaper(x.bfloat16())
+    assert not module.sum_is_cheaper(SimpleNamespace(dtype=x.dtype, numel=x.numel, is_cuda=True))
     assert not module.to(torch.bfloat16).sum_is_cheaper(x)
 
 

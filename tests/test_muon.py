@@ -37,13 +37,17 @@ def test_no_gradient_moves_nothing():
     assert torch.equal(found, torch.zeros(3, 5))
 
 
-def weights_of(optimiser_class, steps=4, state=None, **options):
+def theirs(weights, **options):
+    return torch.optim.Muon(weights, adjust_lr_fn="match_rms_adamw", **options)
+
+
+def weights_of(made_by, weight_decay=0.0, state=None):
     """Matrices after some steps on gradients of a fixed seed, and the optimiser."""
     weights = [torch.nn.Parameter(matrix) for matrix in matrices()]
-    optimiser = optimiser_class(weights, lr=0.01, adjust_lr_fn="match_rms_adamw", **options)
+    optimiser = made_by(weights, lr=0.01, weight_decay=weight_decay)
     if state is not None:
         optimiser.load_state_dict(state)
-    for step in range(steps):
+    for step in range(4):
         for weight, gradient in zip(weights, matrices(seed=step + 1)):
             weight.grad = gradient
         optimiser.step()
@@ -52,20 +56,20 @@ def weights_of(optimiser_class, steps=4, state=None, **options):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_its_steps_are_those_of_pytorch_to_the_rounding_of_bf16(weight_decay):
-    ours, _ = weights_of(Muon, weight_decay=weight_decay)
-    theirs, _ = weights_of(torch.optim.Muon, weight_decay=weight_decay)
-    for found, expected, before in zip(ours, theirs, matrices()):
+    ours, _ = weights_of(Muon, weight_decay)
+    pytorchs, _ = weights_of(theirs, weight_decay)
+    for found, expected, before in zip(ours, pytorchs, matrices()):
         assert (found - expected).norm() < 0.02 * (expected - before).norm()
 
 
 def test_its_state_is_that_of_pytorch():
-    _, theirs = weights_of(torch.optim.Muon)
+    _, other_optimiser = weights_of(theirs)
     _, ours = weights_of(Muon)
-    for mine, other in zip(ours.state_dict()["state"].values(), theirs.state_dict()["state"].values()):
+    for mine, other in zip(ours.state_dict()["state"].values(), other_optimiser.state_dict()["state"].values()):
         assert mine.keys() == other.keys()
         torch.testing.assert_close(mine["momentum_buffer"], other["momentum_buffer"])
 
-    continued, _ = weights_of(Muon, state=theirs.state_dict())
+    continued, _ = weights_of(Muon, state=other_optimiser.state_dict())
     anew, _ = weights_of(Muon)
     assert not any(torch.equal(a, b) for a, b in zip(continued, anew))      # it went on with the momentum
 
@@ -74,7 +78,7 @@ def test_a_group_of_its_own_has_the_same_bits_and_its_own_rate():
     """As students side by side have."""
     alone, _ = weights_of(Muon)
     first, second = ([torch.nn.Parameter(matrix) for matrix in matrices()] for _ in range(2))
-    optimiser = Muon([{"params": first}, {"params": second, "lr": 0.02}], lr=0.01, adjust_lr_fn="match_rms_adamw")
+    optimiser = Muon([{"params": first}, {"params": second, "lr": 0.02}], lr=0.01)
     for step in range(4):
         for weights in (first, second):
             for weight, gradient in zip(weights, matrices(seed=step + 1)):
@@ -87,5 +91,5 @@ def test_a_group_of_its_own_has_the_same_bits_and_its_own_rate():
 def test_a_weight_without_gradient_is_left_alone():
     still, moving = (torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2))
     moving.grad = torch.randn(3, 4)
-    Muon([still, moving], lr=0.1, adjust_lr_fn="match_rms_adamw").step()
+    Muon([still, moving], lr=0.1).step()
     assert torch.equal(still, torch.ones(3, 4)) and not torch.equal(moving, torch.ones(3, 4))

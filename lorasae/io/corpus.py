@@ -10,9 +10,9 @@ Split: the first documents in the order of order.py, as many as give `eval_token
 the others, less any with the very text of one of those. (The standard library is split by file name.)
 
 Order: that of the documents, and of every 4M tokens in it the chunks are permuted. One after the other, the chunks of a
-long document teach little that is new: with 150k tokens of the standard library's files as they are, adapters closed
-16 % of the gap in cross-entropy, with chunks drawn from all of them 25 %. Web pages have about one chunk each, so for the
-paper's data this changes nothing.
+long document teach little that is new: with 150k tokens of the standard library's files as they come, adapters closed
+16 % of the gap in cross-entropy, with chunks drawn from all of them 25 %. (The published code takes them as they come;
+most documents of its data are no longer than a chunk or two.)
 """
 import itertools
 from collections import deque
@@ -26,7 +26,7 @@ import torch
 from lorasae.errors import InputError
 from lorasae.io.order import Place, Segment, ordered
 from lorasae.io.packing import Rest, encodings, pack
-from lorasae.io.prefetch import Prefetch
+from lorasae.io.prefetch import Prefetch, check
 from lorasae.io.console import say
 from lorasae.io.streams import files, fingerprints, held_out
 
@@ -36,21 +36,27 @@ MIXED = 2 ** 22                                         # tokens whose chunks ar
 class Position(NamedTuple):
     """Between two training chunks. `saved` is what a checkpoint keeps of it: plain numbers, strings and tensors."""
     epoch: int = 0                                      # how often the text has been used up
-    chunks: int = 0                                     # of this epoch, to the beginning of the mix
+    chunks: int = 0                                     # of this epoch, to where a mix begins
     place: Place = Place()                              # there
     rest: Rest = Rest()                                 # there
-    taken: int = 0                                      # chunks of the mix so far
+    taken: int = 0                                      # chunks of the mix that had their turn,
+    mixed: int = 0                                      # of so many; 0 before the first
+
+    @property
+    def segment(self):
+        """The number of the stretch of text that the documents come from."""
+        return self.place.segment.number if self.place.segment else 0
 
     def saved(self, text):
         segment = self.place.segment.saved if self.place.segment else {}
         return {"text": text, "epoch": self.epoch, "chunks": self.chunks, "used": self.place.used, "segment": segment,
-                "begun": self.rest.begun, "rest": torch.tensor(self.rest.tokens), "taken": self.taken}
+                "begun": self.rest.begun, "rest": torch.tensor(self.rest.tokens), "taken": self.taken, "mixed": self.mixed}
 
     @staticmethod
     def load(saved):
         place = Place(Segment.load(saved["segment"]) if saved["segment"] else None, saved["used"])
         rest = Rest(saved["begun"], saved["rest"].numpy())
-        return Position(saved["epoch"], saved["chunks"], place, rest, saved["taken"])
+        return Position(saved["epoch"], saved["chunks"], place, rest, saved["taken"], saved["mixed"])
 
 
 class Corpus:
@@ -129,6 +135,9 @@ class Corpus:
         if position is None:
             position = Position().saved(text)
         self._check_unchanged(position["text"], text)
+        if "mixed" not in position:
+            raise InputError("the checkpoint was written by an earlier version, which took the text in another order, and "
+                             "cannot be continued: start again with another --out")
         chunks = self._training(Position.load(position))
 
         def batches():
@@ -147,26 +156,51 @@ class Corpus:
     def _training(self, begin):
         """Yields (chunk, the Position after it), from a Position on: mix after mix, epoch after epoch."""
         while True:
-            in_order = self._epoch(begin)
-            while mix := list(itertools.islice(in_order, max(1, MIXED // self.context))):
-                _, end = mix[-1]
-                turns = np.random.default_rng([self.seed, begin.epoch, begin.chunks]).permutation(len(mix))
-                for taken in range(begin.taken, len(mix)):
-                    chunk, _ = mix[turns[taken]]
-                    last = taken + 1 == len(mix)
-                    yield chunk, end if last else begin._replace(taken=taken + 1)
-                begin = end
+            for mix in self._mixes(begin):
+                yield from self._mixed(mix, begin)
+                _, begin = mix[-1]
 
+            check()                                     # the run may be over, and nothing be used again
             if begin.chunks == 0:
-                raise self._too_short(self._fresh(begin), "training beside the validation text", self.context)
+                raise self._too_short(self._fresh(begin, deque()), "training beside the validation text", self.context)
             if begin.epoch == 0:
                 say(f"warning: {self.source} has text for only {begin.chunks:,} training chunks of {self.context:,} "
                     "tokens: it is used again, each time in a new order")
             begin = Position(begin.epoch + 1)
 
+    def _mixes(self, begin):
+        """Yields lists of (chunk, the Position after it): what is mixed, from a Position to the end of its epoch.
+
+        All chunks of a mix come from one segment of a stream, but for the chunk between two segments, which is alone. So a
+        run that goes on within a mix has all of it at hand; the next segment may be long in coming.
+        """
+        in_order = self._epoch(begin)
+        if begin.taken:
+            mix = list(itertools.islice(in_order, begin.mixed))
+            yield mix
+            _, begin = mix[-1]
+
+        def segments(step):
+            (_, before), (_, after) = step
+            return before.segment, after.segment
+
+        steps = itertools.pairwise(itertools.chain([(None, begin)], in_order))
+        for _, of_one_segment in itertools.groupby(steps, segments):
+            while mix := [found for _, found in itertools.islice(of_one_segment, -(-MIXED // self.context))]:
+                yield mix
+
+    def _mixed(self, mix, begin):
+        """Yields (chunk, the Position after it) of a mix that begins there, permuted; those that had their turn are left out."""
+        _, end = mix[-1]
+        turns = np.random.default_rng([self.seed, begin.epoch, begin.chunks]).permutation(len(mix))
+        for taken in range(begin.taken, len(mix)):
+            chunk, _ = mix[turns[taken]]
+            last = taken + 1 == len(mix)
+            yield chunk, end if last else begin._replace(taken=taken + 1, mixed=len(mix))
+
     def _epoch(self, begin):
         """Yields (chunk, the Position after it) in the order of the documents, from a Position to the end of its epoch."""
-        epoch, count, place, rest, _ = begin
+        epoch, count, place, rest = begin[:4]
         begun = rest.begun
         following = deque()                             # the places after the documents that the packer was given
 
@@ -175,16 +209,21 @@ class Corpus:
                 place = following.popleft()
                 begun += 1
             count += 1
+            check()                                     # a run may be over while its next mix is made
             yield chunk, Position(epoch, count, place, rest)
 
-    def _fresh(self, begin, following=None):
-        """Yields the documents from a Position on that are not held out; the Place after each goes into `following`."""
+    def _fresh(self, begin, following):
+        """Yields the documents from a Position on that are not held out; the Place after each goes into `following`.
+
+        And None where a segment ends: what is there is to be packed before the next one is waited for.
+        """
         held = {row.tobytes() for row in self.held_out["digests"].numpy()}
         for text, after in self._documents(self.training_files, begin.epoch, begin.place):
             if digest(text) not in held:
-                if following is not None:
-                    following.append(after)
+                following.append(after)
                 yield text
+            if after.used == len(after.segment.texts):
+                yield None
 
     def _check_unchanged(self, then, now):
         for before, after in itertools.zip_longest(then, now):

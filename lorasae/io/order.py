@@ -82,6 +82,8 @@ def segments(files, field, seed, epoch, segment=None):
     number, place = 0, None
     if segment is not None:
         yield segment
+        if segment.following is None:                   # it is all there is
+            return
         number, place = segment.number + 1, segment.following
 
     with Mix(files, field, MIXED, place) as mix:

@@ -47,12 +47,16 @@ def encodings(documents, tokenizer):
 
 
 def batches_of_text(documents):
-    """Lists of documents: short ones at first, so that a run begins soon, then of BATCH characters for all cores."""
+    """Lists of documents: short ones at first, for those who want little, then of BATCH characters for all cores.
+
+    None among the documents: those before it are not to wait for those behind it.
+    """
     batch, size, enough = [], 0, BATCH // 16
     for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= enough:
+        if text is not None:
+            batch.append(text)
+            size += len(text)
+        if batch and (text is None or size >= enough):
             yield batch
             batch, size, enough = [], 0, min(2 * enough, BATCH)
     if batch:

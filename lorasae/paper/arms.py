@@ -2,7 +2,7 @@
 
     training    the training text, in an order of each seed's
     held out    what results are measured on; nothing is chosen by it
-    tuning      text after it, of files that nothing trains on either; rates are chosen on it
+    tuning      what rates are chosen on: the text after it, of files that nothing trains on either
 
 Shapes: n sequences, T tokens.
 """
@@ -31,6 +31,7 @@ MODELS = ("tiny-gemma-2", "tiny-llama-3")
 KINDS = ("jumprelu", "topk")
 HELD_OUT = 50_000                                       # tokens that results may be measured on
 TUNING = 10_000                                         # tokens of the tuning text, after these
+TEXT = "chunks mixed, tuning on held-out files"         # an experiment that was begun on another cannot go on
 
 
 class Case(NamedTuple):
@@ -49,19 +50,22 @@ class Case(NamedTuple):
 def load_case(model, kind, tokens, eval_tokens, tuning_tokens=TUNING):
     """The Case of an embedded model and a kind of SAE, with `tokens` to train on at hand; eval_tokens: up to HELD_OUT."""
     if eval_tokens > HELD_OUT:
-        raise InputError(f"--eval-tokens {eval_tokens}: at most {HELD_OUT:,}, after which comes the text that rates are chosen on")
+        raise InputError(f"--eval-tokens {eval_tokens}: at most {HELD_OUT:,}, as the text after them is for choosing rates")
     source = TINY / f"{model.removeprefix('tiny-')}-sae" / kind
-    config = configure({"model": model, "sae": (str(source),), "eval_tokens": HELD_OUT + tuning_tokens,
-                        "optimizer": "adamw", "batch_size": 1, "lr_decay": True, "dropout": 0.0, "device": "cpu"})
-    setting = load_setting(config)
-    (layer, sae), = setting.saes.items()
-    blocks = adapt.blocks_to_adapt((), setting.saes, len(setting.model.layers))
+    config = configure({"model": model, "sae": (str(source),), "optimizer": "adamw", "batch_size": 1, "lr_decay": True,
+                        "dropout": 0.0, "device": "cpu"})
 
     def sequences(tokens):
         return -(-tokens // config.context)
 
+    first_of_tuning = sequences(HELD_OUT)
+    both = first_of_tuning + sequences(tuning_tokens)
+    setting = load_setting(replace(config, eval_tokens=both * config.context))
+    (layer, sae), = setting.saes.items()
+    blocks = adapt.blocks_to_adapt((), setting.saes, len(setting.model.layers))
+
     held_out = setting.corpus.validation[:sequences(eval_tokens)]
-    tuning = setting.corpus.validation[sequences(HELD_OUT):]
+    tuning = setting.corpus.validation[first_of_tuning:]
     with setting.corpus.batches(sequences(tokens)) as batches:
         text, _ = next(batches)
     return Case(f"{model} {kind}", setting.model, sae, layer, blocks, config, tuning, text, held_out)

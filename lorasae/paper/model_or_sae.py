@@ -271,6 +271,7 @@ def plan_of(tokens, eval_tokens, seeds, objective="balanced"):
         "lora_rates": list(LORA_RATES),
         "sae_rates": list(SAE_RATES),
         "eval_tokens": eval_tokens,
+        "text": arms.TEXT,
         "seeds": list(range(seeds)),
     }
 

@@ -5,8 +5,8 @@
 
 How many tokens does a recipe need to close as much of the KL gap as the published one does with its whole budget? A rate
 that falls to 0 does so at the end of the budget, so every recipe is trained anew at every budget; all rates and ranks of
-a budget, a batch size, an optimiser and a schedule train side by side in one pass. Everything is measured on a tuning
-split of the training text, never on the held-out one, so what is chosen here (io/presets.py: --recipe tuned) may still be
+a budget, a batch size, an optimiser and a schedule train side by side in one pass. Everything is measured on the tuning
+text of arms.py, never on what results are measured on, so what is chosen here (io/presets.py: --recipe tuned) may still be
 tested there.
 
 OUT/ gets a file for each pass, recipe.json and, with matplotlib, recipe.png. Interrupted, the same command continues.
@@ -199,7 +199,7 @@ TITLE = "How to train adapters"
 FIGURES = ()
 ABOUT = ("How many times fewer tokens a recipe needs to close as much of the KL gap as the published one (5e-5 constant, "
          "dropout 0.1, one sequence a step) does with its whole budget; every recipe trained anew at every budget, all "
-         "rates side by side. Measured on a part of the training text that nothing trains on, not on the held-out text. "
+         "rates side by side. Measured on text that nothing trains on, after the held-out text that results are measured on. "
          "One seed.")
 
 STEPS = ("a small budget leaves a tuned run too few steps; against 900k tokens, on tiny-gemma-2 around its JumpReLU SAE, it "
@@ -252,6 +252,7 @@ def plan_of(tokens, budgets=BUDGETS, rates=RATES, optimizers=OPTIMIZERS, schedul
         "ranks": list(ranks),
         "sae_rates": list(sae_rates),
         "tuning_tokens": tuning_tokens,
+        "text": arms.TEXT,
     }
 
 

@@ -131,7 +131,7 @@ def adapter_parameters(config, blocks, ranks):
 # ---- Bytes a token ---------------------------------------------------------------------------------------------------
 
 def attention_scores(config, T, size, device):
-    """Scores that a blockwise attention keeps for backward: tanh and softmax in fp32 (and cast), half masked."""
+    """Scores that a blockwise attention keeps for backward: sigmoid and softmax in fp32 (and cast), half masked."""
     if device == "cuda" or config.attn_logit_softcapping is None:
         return 0                                        # fused kernels make them again
     visible = min(T / 2 + 32, config.sliding_window or T)
