@@ -203,7 +203,7 @@ ABOUT = ("How many times fewer tokens a recipe needs to close as much of the KL 
          "One seed.")
 
 STEPS = ("a small budget leaves a tuned run too few steps; against 900k tokens, on tiny-gemma-2 around its JumpReLU SAE, it "
-         "was 14.9 times fewer, and 20 with the SAE (one seed)")
+         "was 14.9 times fewer, and 20 with the SAE (one seed, with chunks of a third of the text)")
 
 
 trainings, pieces = arms.trainings, arms.pieces
