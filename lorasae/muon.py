@@ -17,8 +17,8 @@ SMALLEST = 1e-7                                         # norm to divide by: the
 class Muon(torch.optim.Muon):
     """The steps of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), and its state; products of fp32, where it takes bf16."""
 
-    def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.95, ns_steps=5):
-        super().__init__(parameters, lr, weight_decay, momentum, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw")
+    def __init__(self, parameters, lr, weight_decay=0.0):
+        super().__init__(parameters, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self):

@@ -54,6 +54,9 @@ class Position(NamedTuple):
 
     @staticmethod
     def load(saved):
+        if "mixed" not in saved:
+            raise InputError("the checkpoint was written by an earlier version, which took the text in another order, and "
+                             "cannot be continued: start again with another --out")
         place = Place(Segment.load(saved["segment"]) if saved["segment"] else None, saved["used"])
         rest = Rest(saved["begun"], saved["rest"].numpy())
         return Position(saved["epoch"], saved["chunks"], place, rest, saved["taken"], saved["mixed"])
@@ -135,9 +138,6 @@ class Corpus:
         if position is None:
             position = Position().saved(text)
         self._check_unchanged(position["text"], text)
-        if "mixed" not in position:
-            raise InputError("the checkpoint was written by an earlier version, which took the text in another order, and "
-                             "cannot be continued: start again with another --out")
         chunks = self._training(Position.load(position))
 
         def batches():
