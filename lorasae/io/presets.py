@@ -37,8 +37,8 @@ PAPER = {"optimizer": "adamw", "lr": 5e-5, "lr_decay": False, "dropout": 0.1, "b
 # 19.1, with four sequences 18.8, rank 32 17.8, alpha 128 16.7, a rate of B four times that of A 15.8 and a quarter of
 # it 19.5, momentum 0.9 19.7 %. On more tuning text, where it closes 21.2 %, one sequence closes 21.9, four 18.7, rank
 # 128 21.8, no clip 20.9, three steps of Newton-Schulz in place of five 21.2, momentum 0.97 (one sequence) 19.8, 0.9 20.8 and
-# NorMuon with it 20.7 %; with 900k tokens 3e-3 closes 38.5 and 5e-3 38.7 %. Against 100k published tokens with chunks of all the text:
-# README.
+# NorMuon with it 20.7 %; with 900k tokens 3e-3 closes 38.5 and 5e-3 38.7 %. Against 100k published tokens with chunks of
+# all the text: README.
 TUNED = {"lr_decay": True, "dropout": 0.0, "batch_size": 1}
 TUNED_LR = {"muon": 5e-3, "adamw": 3e-3}
 TUNED_SAE_LR = 2.5e-4                                   # of an SAE that is trained with adapters, both by AdamW
