@@ -7,12 +7,12 @@
     MSE         ‖x - x̂‖² over the variance of x             §3.1
     balanced    ½ (MSE + KL · sg[MSE / KL])                 Karvonen (2025), arXiv 2503.17272: sg stops the gradient, so that
                                                             both parts have the size of the MSE, whatever the SAE
-    + L0        (L0 / what it was - 1)²                     §3.3, of a JumpReLU: its thresholds follow the straight-through
+    + L0        (L0 / L0 of the SAE as it came - 1)²        §3.3, of a JumpReLU: its thresholds follow the straight-through
                                                             gradient, and its L0 stays; of frozen thresholds it is free
 
     naive_loss      all of it as it is written
     learn           the same without waste, as adapt.learn
-    take_step       one step of AdamW on adapters, SAE, or both
+    take_step       one step on adapters, SAE, or both
     train           the loop
 
 What stays: every decoder row keeps the norm it came with, so that latents before and after can be compared. A JumpReLU
@@ -27,13 +27,14 @@ from typing import NamedTuple
 import torch
 
 from lorasae import dictionary
-from lorasae.adapt import compiled_blocks, first_differing, learning_rate, objective, step_seed
+from lorasae.adapt import compiled_blocks, first_differing, learning_rate, new_optimizer, objective, step_seed
 from lorasae.dictionary import alone, fvu, l0_penalty
 from lorasae.errors import InputError
+from lorasae.linear import linear
 from lorasae.lora import base
 from lorasae.sae import JumpReLU, learned_positions
 
-L0_WEIGHT = 10.0        # of (L0 / what it was - 1)²: with 1, L0 stays where the pulls of both losses are equal
+L0_WEIGHT = 10.0        # of the penalty: with 1, L0 stays where the pulls of both losses are equal
 
 
 # ---- The objective -----------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def naive_loss(model, saes, tokens, name):
 class Held(NamedTuple):
     """What stays as it was while an SAE is trained, and what its thresholds need."""
     norms: torch.Tensor                     # [M, 1] of the decoder's rows
-    l0: float                               # active latents a position
+    gates: tuple | None                     # W_enc [M, D], b_enc [M], θ [M] of a JumpReLU as it came, if its θ learns
     unit: float                             # rms distance of the activations from b_dec: of a JumpReLU's biases and thresholds
     bandwidth: torch.Tensor                 # [M] ε of the straight-through gradient
 
@@ -89,13 +90,29 @@ def hold(sae, x):
     Raises InputError for an SAE that is silent on x.
     """
     norms = sae.W_dec.norm(dim=1, keepdim=True)
-    active = sum((sae.encode(rows) > 0).sum().item() for rows in x.split(256))
-    if active == 0:
+    if not any((sae.encode(rows) > 0).any() for rows in x.split(256)):
         raise InputError(f"no latent of the SAE is active at any of {len(x):,} positions, so there is nothing to train: "
                          "is it of this model and layer?")
-    unit = (x - sae.b_dec).square().sum(1).mean().sqrt().item() if isinstance(sae, JumpReLU) else 1.0
+
+    gates, unit = None, 1.0
+    if isinstance(sae, JumpReLU):
+        unit = (x - sae.b_dec).square().sum(1).mean().sqrt().item()
+        if sae.threshold.requires_grad:
+            gates = tuple(parameter.detach().clone() for parameter in (sae.W_enc, sae.b_enc, sae.threshold))
     bandwidth = dictionary.BANDWIDTH * unit / norms[:, 0].clamp(min=torch.finfo(norms.dtype).tiny)
-    return Held(norms, active / len(x), unit, bandwidth)
+    return Held(norms, gates, unit, bandwidth)
+
+
+@torch.no_grad()
+def active_as_it_came(held, x):
+    """How many latents the JumpReLU as it came has active on x [N, D], in all: at least 1, to divide by.
+
+    The L0 that is wanted is that of the very text of the step. Against a number fixed for all text, the penalty would
+    also press on how L0 varies from text to text, which it can do only by a smaller L0.
+    """
+    W_enc, b_enc, threshold = held.gates
+    active = sum((linear(rows, W_enc, b_enc) > threshold).sum() for rows in x.split(256))
+    return active.clamp(min=1).float()
 
 
 class InTraining:
@@ -159,29 +176,56 @@ def learn(model, learners, lesson, first, config, everywhere=alone):
     mse = fvu(training.x_hat, training.x, everywhere)
     loss = combined(config.objective, kl, mse)
 
-    l0 = everywhere(training.active) / everywhere(mse.new_full((), len(training.x)))
-    if isinstance(sae, JumpReLU) and sae.threshold.requires_grad:
-        loss = loss + L0_WEIGHT * l0_penalty(l0, held.l0)
+    active = everywhere(training.active)
+    if held.gates is not None:
+        wanted = everywhere(active_as_it_came(held, training.x))
+        loss = loss + L0_WEIGHT * l0_penalty(active, wanted)
 
-    values = {"kl": kl, "fvu": mse, "l0": l0}
+    values = {"kl": kl, "fvu": mse, "l0": active / everywhere(mse.new_full((), len(training.x)))}
     return loss, {name: value.detach() for name, value in values.items() if value is not None}
 
 
-def adamw(learners, config, sae_lr):
-    """The optimiser, a group for the adapters' parameters, if any, for the SAE's matrices, and for its vectors.
+class Optimizers:
+    """Several optimisers as one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state):
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+
+
+def optimizers(learners, config, sae_lr):
+    """AdamW on the SAE, a group for its matrices and one for its vectors, and before it the adapters' optimiser, if any learn.
 
     A JumpReLU's vectors have the scale of its activations, so their rate does too (dictionary.begin). Weight decay is the
     adapters' alone: it would shrink an SAE's rows and thresholds, whose sizes mean something.
     """
-    groups = []
-    if learners.adapters:
-        groups.append({"params": learners.adapters, "rate": config.lr, "weight_decay": config.weight_decay})
     matrices, vectors = of_sae(learners.sae)
-    groups += [
-        {"params": matrices, "rate": sae_lr, "weight_decay": 0.0},
-        {"params": vectors, "rate": sae_lr * learners.held.unit, "weight_decay": 0.0},
+    groups = [
+        {"params": matrices, "rate": sae_lr},
+        {"params": vectors, "rate": sae_lr * learners.held.unit},
     ]
-    return torch.optim.AdamW(groups, lr=sae_lr, fused=True)
+    parts = [torch.optim.AdamW(groups, lr=sae_lr, weight_decay=0.0, fused=True)]
+    if learners.adapters:
+        parts.insert(0, new_optimizer([{"params": learners.adapters, "rate": config.lr}], config))
+    return Optimizers(*parts)
 
 
 def trained_parameters(optimizer):

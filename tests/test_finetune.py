@@ -94,8 +94,15 @@ def test_value_and_every_gradient_are_those_of_the_naive_formula(model, tokens, 
     loss, values = learn(model, alone(sae, held), lesson, first, Config(objective=objective))
     expected = naive_loss(model, {LAYER: sae}, tokens, objective)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert values["l0"].item() == pytest.approx(held.l0, rel=1e-5)
+    assert values["l0"].item() == pytest.approx(l0_of(model, sae, tokens), rel=1e-5)
     close(gradients(loss, sae), gradients(expected, sae))
+
+
+def l0_of(model, sae, tokens):
+    """Active latents at a position that the SAE learns from."""
+    x = model.run(model.embed(tokens), 0, LAYER + 1)
+    learned = ~model.special(tokens) | sae.on_special
+    return (sae.encode(x[learned]) > 0).sum(-1).float().mean().item()
 
 
 def surrogate(sae, bandwidth, notes):
@@ -116,14 +123,19 @@ def surrogate(sae, bandwidth, notes):
 def test_thresholds_follow_the_straight_through_gradient_and_the_penalty_of_l0(model, tokens, objective):
     sae = random_sae("jumprelu", model.config.hidden_size)
     held, lesson, first = prepared(model, sae, tokens)
-    held = held._replace(l0=0.8 * held.l0, bandwidth=10 * held.bandwidth)
+    as_it_came = random_sae("jumprelu", model.config.hidden_size)
+    as_it_came.threshold.data += 1.5
+    gates = as_it_came.W_enc, as_it_came.b_enc, as_it_came.threshold
+    held = held._replace(gates=gates, bandwidth=10 * held.bandwidth)
     loss, _ = learn(model, alone(sae, held), lesson, first, Config(objective=objective))
 
     notes = []
     stand_in = surrogate(sae, held.bandwidth, notes)
     expected = naive_loss(model, {LAYER: stand_in}, tokens, objective)
     l0 = notes[0][~model.special(tokens)].mean()
-    expected = expected + finetune.L0_WEIGHT * (l0 / held.l0 - 1) ** 2
+    wanted = l0_of(model, as_it_came, tokens)
+    assert wanted < 0.9 * l0.item()
+    expected = expected + finetune.L0_WEIGHT * (l0 / wanted - 1) ** 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     close(gradients(loss, sae), gradients(expected, sae))
     assert gradients(loss_of(model, sae, held, lesson, first), sae)["threshold"].abs().sum() > 0
@@ -150,7 +162,7 @@ def test_in_training_an_sae_does_to_the_model_what_it_does_in_place(model, token
 def fit(model, sae, tokens, steps=8, **how):
     held, lesson, _ = prepared(model, sae, tokens)
     config = Config(method="finetune", tokens=steps * 48, batch_size=2, context=24, lr=1e-2, lr_decay=True, **how)
-    optimizer = finetune.adamw(alone(sae, held), config, config.lr)
+    optimizer = finetune.optimizers(alone(sae, held), config, config.lr)
     steps = finetune.train(model, alone(sae, held), [lesson] * steps, optimizer, config)
     return [values for _, values in steps], optimizer
 
@@ -177,6 +189,22 @@ def test_frozen_thresholds_stay_to_the_bit_and_trained_ones_hold_l0(model, token
     values, _ = fit(model, sae, tokens, steps=60, objective="kl")
     assert not torch.equal(sae.threshold, before)
     assert values[-1]["l0"].item() == pytest.approx(values[0]["l0"].item(), rel=0.05)
+
+
+def test_the_l0_of_texts_that_differ_is_held_without_a_bias(model):
+    """Against one number for all text, the penalty would be least for an L0 below it."""
+    texts = torch.randint(3, 97, (24, 1, 8), generator=torch.Generator().manual_seed(1))
+    sae, as_it_came = (random_sae("jumprelu", model.config.hidden_size) for _ in range(2))
+    x = model.run(model.embed(texts[:, 0]), 0, LAYER + 1)
+    held = hold(sae, x.flatten(0, 1))
+    l0 = torch.tensor([l0_of(model, as_it_came, text) for text in texts])
+    assert l0.max() > 1.1 * l0.min()
+
+    for each in x:
+        stand_in = finetune.InTraining(sae, held, torch.ones(1, 8, dtype=torch.bool))
+        stand_in(each[None])
+        penalty = dictionary.l0_penalty(stand_in.active, finetune.active_as_it_came(held, stand_in.x))
+        assert penalty == 0 and torch.autograd.grad(penalty, sae.threshold)[0].abs().sum() == 0
 
 
 def test_rates_fall_linearly_and_those_of_a_jumprelus_vectors_have_the_scale_of_its_activations(model, tokens):

@@ -13,7 +13,8 @@ from lorasae.paper.arms import Case, adapted, asked, finetuned, measured, same_p
 from lorasae.runs.config import Config
 from test_finetune import LAYER, random_sae
 
-PLAN = {"tokens": 512, "objective": "balanced", "eval_tokens": 128, "seeds": [0, 1]}
+PLAN = {"tokens": 512, "objective": "balanced", "eval_tokens": 128, "seeds": [0, 1], "lora_rates": [1e-3, 1e-2],
+        "sae_rates": [1e-3]}
 pytestmark = pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 
 
@@ -59,8 +60,6 @@ def test_the_measure_of_an_arm_without_adapters_has_no_kl_without_its_sae(case):
 
 
 def test_an_experiment_is_whole_continues_from_its_files_and_says_what_its_figures_say(case, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(model_or_sae, "LORA_RATES", (1e-3, 1e-2))
-    monkeypatch.setattr(model_or_sae, "SAE_RATES", (1e-3,))
     found = model_or_sae.compare(case, tmp_path, PLAN)
     assert {len(results) for budget in found["arms"].values() for results in budget.values()} == {2}
     assert found["arms"]["time"]["adapters"] == found["arms"]["tokens"]["adapters"]
@@ -100,7 +99,7 @@ def test_a_search_finds_the_tokens_that_every_recipe_needs(case, tmp_path, monke
     show(recipe.tables({"plan": plan, "cases": {"a case": [found, found]}}))
     assert found["l0"] > 0 and {trial["l0"] == found["l0"] for trial in found["tried"] if trial["sae_lr"] is None} == {True}
     shown = capsys.readouterr().out
-    assert "muon 0.01 falling, batch 4, rank 2" in shown and "adamw 0.001 falling, batch 1, rank 2, SAE 0.001" in shown
+    assert "muon 0.01 falling, batch 4, rank 2" in shown and "muon 0.01 falling, batch 1, rank 2, SAE 0.001" in shown
     assert "a case, seed 1" in shown
 
 

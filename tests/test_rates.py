@@ -104,8 +104,9 @@ def test_a_recipe_decides_what_is_not_given_and_no_recipe_leaves_the_presets():
     assert {name: getattr(found, name) for name in expected} == expected and found.sae_lr is None
     assert found.tokens == preset.lora["tokens"]
     both, expected = configure({"recipe": "tuned", "train_sae": True}), tuned(192, 6, train_sae=True)
-    assert {name: getattr(both, name) for name in expected} == expected and both.optimizer == "adamw"
-    assert configure({"recipe": "paper", "train_sae": True}).sae_lr == preset.both["sae_lr"]
+    assert {name: getattr(both, name) for name in expected} == expected and both.optimizer == "muon"
+    assert configure({"recipe": "paper", "train_sae": True}).sae_lr == configure({"train_sae": True}).sae_lr == both.sae_lr
+    assert configure({"optimizer": "adamw", "train_sae": True}).lr == tuned(192, 6, "adamw")["lr"] != both.lr
     assert configure({"method": "finetune", "sae": (preset.sae,)}).lr == preset.finetune["lr"]
 
 
@@ -137,8 +138,8 @@ def test_a_step_of_muon_moves_a_matrix_in_all_its_directions_at_about_one_speed(
     assert 0.5 < speeds.min() and speeds.max() < 1.5
 
 
-def test_an_sae_and_adapters_are_trained_by_adamw():
-    assert "--train-sae trains with adamw" in refusal("--train-sae", "--optimizer", "muon")
+def test_an_sae_is_not_trained_by_the_adapters_optimiser():
+    assert "--optimizer has no effect" in refusal("--method", "finetune", "--optimizer", "muon")
     assert "--optimizer has no effect" in refusal("--method", "topk", "--optimizer", "muon")
 
 

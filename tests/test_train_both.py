@@ -13,6 +13,7 @@ from lorasae.adapt import adamw, first_differing, teach
 from lorasae.finetune import hold, naive_loss
 from lorasae.io.sae_formats import load_sae
 from lorasae.lora import add_lora, lora_parameters
+from lorasae.muon import Muon
 from lorasae.runs.config import Config, read_config
 from test_finetune import LAYER, close, command, gradients, random_sae, read, refusal
 
@@ -64,15 +65,17 @@ def take_steps(model, sae, held, adapters, tokens, steps, sae_lr, **how):
     config = Config(tokens=48 * steps, batch_size=2, context=24, lr=1e-2, **how)
     lesson = teach(model, {}, tokens, finetune.first_trained(model, LAYER))
     learners = finetune.Learners(LAYER, sae, held, adapters)
-    optimizer = finetune.adamw(learners, config, sae_lr)
+    optimizer = finetune.optimizers(learners, config, sae_lr)
     values = [values for _, values in
               finetune.train(model, learners, [lesson] * steps, optimizer, config)]
     return values, optimizer, config
 
 
-def test_each_has_its_own_rate_and_both_fall(model, tokens):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_each_has_its_own_rate_and_both_fall(model, tokens, name):
     sae, held, adapters = setting(model, "topk", tokens)
-    values, optimizer, _ = take_steps(model, sae, held, adapters, tokens, 4, sae_lr=1e-3, lr_decay=True)
+    values, optimizer, _ = take_steps(model, sae, held, adapters, tokens, 4, sae_lr=1e-3, lr_decay=True, optimizer=name)
+    assert isinstance(optimizer.parts[0], Muon) == (name == "muon")
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2.5e-3, 2.5e-4, 2.5e-4])
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0, 0]
     assert values[-1]["kl"] < values[0]["kl"]
@@ -148,9 +151,10 @@ def test_the_adapters_files_are_those_of_a_run_without_the_sae(arguments, tmp_pa
     assert {name: tensor.shape for name, tensor in found.items()} == {name: tensor.shape for name, tensor in expected.items()}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("raw_config", ["llama"], indirect=True)
-def test_an_interrupted_run_resumes_to_the_bit(arguments, tmp_path):
-    arguments += ["--checkpoint-every", 4]
+def test_an_interrupted_run_resumes_to_the_bit(arguments, tmp_path, optimizer):
+    arguments += ["--checkpoint-every", 4, "--optimizer", optimizer]
     command(training, *arguments, "--out", tmp_path / "whole")
     with interrupted_after(6, finetune, "take_step"), pytest.raises(SystemExit):
         command(training, *arguments, "--out", tmp_path / "cut")

@@ -198,13 +198,15 @@ class InTurn:
                 **{f"{name} {i}": value for i, answer in enumerate(answers) for name, value in answer.items()}}
 
 
-def flops_per_token(case, recipe):
+def flops_per_token(case, recipe=False, students=1):
     """FLOPs of a step over its tokens, counted on the meta device, where nothing is computed.
 
     recipe: the published one, which runs the whole model twice, with every attention score, all logits and a dense SAE.
+    students: how many train side by side in the step, without the recipe.
     """
     model, sae, tokens = random_setting(replace(case, ahead=1), "meta")
-    attach_lora(model, random_adapter(model, case.blocks, case.rank))
+    side_by_side = [random_adapter(model, case.blocks, case.rank) for _ in range(students)]
+    attach_lora(model, side_by_side[0])
     saes, first = {case.layer: sae}, first_differing(model, {case.layer: sae})
     with FlopCounterMode(display=False) as counter:
         if recipe:
@@ -214,5 +216,5 @@ def flops_per_token(case, recipe):
                 log_q = model(tokens, {case.layer: lambda x: sae.decode(sae.encode(x))}).log_softmax(-1)
                 F.kl_div(log_q, p, reduction="batchmean").backward()
         else:
-            adapt.learn(model, saes, teach(model, saes, tokens, first), first).backward()
+            sweep.learn(model, saes, teach(model, saes, tokens, first), first, side_by_side).sum().backward()
     return counter.get_total_flops() / tokens.numel()

@@ -1,4 +1,4 @@
-"""What the experiments beyond the paper share: embedded models around SAEs, three splits of text, arms trained in memory.
+"""What the experiments beyond the paper share: models around SAEs, three splits of text, arms trained in memory.
 
     training    the training text, in an order of each seed's
     held out    what results are measured on; nothing is chosen by it
@@ -8,6 +8,7 @@ Shapes: n sequences, T tokens.
 """
 import copy
 import math
+import re
 import time
 from dataclasses import replace
 from typing import NamedTuple
@@ -46,14 +47,26 @@ class Case(NamedTuple):
     text: torch.Tensor                                  # [n, T] to train on
     held_out: torch.Tensor                              # [n, T]
 
+    @property
+    def folder(self):
+        """The name as that of a folder."""
+        return re.sub(r"[^\w.-]+", "-", self.name)
 
-def load_case(model, kind, tokens, eval_tokens, tuning_tokens=TUNING):
-    """The Case of an embedded model and a kind of SAE, with `tokens` to train on at hand; eval_tokens: up to HELD_OUT."""
+
+def load_case(model, sae, tokens, eval_tokens, tuning_tokens=TUNING, device="cpu"):
+    """The Case of a model around an SAE, with `tokens` to train on at hand; eval_tokens: up to HELD_OUT.
+
+    sae: of KINDS, an embedded model's; any other source that `train.py --sae` takes; None: the model's public one.
+    """
     if eval_tokens > HELD_OUT:
         raise InputError(f"--eval-tokens {eval_tokens}: at most {HELD_OUT:,}, as the text after them is for choosing rates")
-    source = TINY / f"{model.removeprefix('tiny-')}-sae" / kind
-    config = configure({"model": model, "sae": (str(source),), "optimizer": "adamw", "batch_size": 1, "lr_decay": True,
-                        "dropout": 0.0, "device": "cpu"})
+    asked_for = {"model": model, "optimizer": "adamw", "batch_size": 1, "lr_decay": True, "dropout": 0.0, "device": device,
+                 "sae_dtype": "float32"}                # as arms train it
+    if model in MODELS and sae in KINDS:
+        asked_for["sae"] = (str(TINY / f"{model.removeprefix('tiny-')}-sae" / sae),)
+    elif sae is not None:
+        asked_for["sae"] = (sae,)
+    config = configure(asked_for)
 
     def sequences(tokens):
         return -(-tokens // config.context)
@@ -61,14 +74,15 @@ def load_case(model, kind, tokens, eval_tokens, tuning_tokens=TUNING):
     first_of_tuning = sequences(HELD_OUT)
     both = first_of_tuning + sequences(tuning_tokens)
     setting = load_setting(replace(config, eval_tokens=both * config.context))
-    (layer, sae), = setting.saes.items()
+    (layer, loaded), = setting.saes.items()
     blocks = adapt.blocks_to_adapt((), setting.saes, len(setting.model.layers))
 
     held_out = setting.corpus.validation[:sequences(eval_tokens)]
     tuning = setting.corpus.validation[first_of_tuning:]
     with setting.corpus.batches(sequences(tokens)) as batches:
         text, _ = next(batches)
-    return Case(f"{model} {kind}", setting.model, sae, layer, blocks, config, tuning, text, held_out)
+    name = f"{model} {sae or 'public SAE'}"
+    return Case(name, setting.model, loaded, layer, blocks, config, tuning, text, held_out)
 
 
 # ---- Training ----------------------------------------------------------------------------------------------------------
@@ -100,7 +114,7 @@ def lessons(case, config, first, saes, start=0):
     order = np.random.default_rng(config.seed).permutation(len(case.text))
     for step in range(start, start + config.steps):
         places = np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(order)
-        yield adapt.teach(case.model, saes, case.text[order[places]], first)
+        yield adapt.teach(case.model, saes, case.text[order[places]].to(case.model.device), first)
 
 
 def adapted(case, config):
@@ -142,7 +156,7 @@ def finetuned(case, config, sae_lr, student=None, train_adapters=False, start=0)
         parameter.requires_grad_(train_adapters)
 
     learners = finetune.Learners(case.layer, sae, held, adapters)
-    optimizer = finetune.adamw(learners, config, sae_lr)
+    optimizer = finetune.optimizers(learners, config, sae_lr)
     source = lessons(case, config, finetune.first_trained(model, case.layer), {}, start)
     started = time.perf_counter()
     finish(finetune.train(model, learners, source, optimizer, config))
@@ -207,6 +221,24 @@ def trainings(study):
 def pieces(study):
     """A case each."""
     return [f"{model} {kind}" for model in MODELS for kind in KINDS]
+
+
+# ---- As commands -------------------------------------------------------------------------------------------------------
+
+def add_cases(parser):
+    """The options that say which cases."""
+    add = parser.add_argument
+    add("--models", nargs="+", default=list(MODELS), help="as of train.py --model (default: the embedded %(default)s)")
+    add("--saes", nargs="+", help=f"kinds of an embedded model's, {' and '.join(KINDS)}, or sources, as of train.py --sae "
+        "(default: both kinds; of other models the public one)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+
+
+def cases(args, tokens, eval_tokens, tuning_tokens=TUNING):
+    """The Case of every model around every SAE that the options name, one after another."""
+    for model in args.models:
+        for sae in args.saes or (KINDS if model in MODELS else [None]):
+            yield load_case(model, sae, tokens, eval_tokens, tuning_tokens, args.device)
 
 
 # ---- Files -------------------------------------------------------------------------------------------------------------

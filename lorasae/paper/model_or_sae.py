@@ -27,8 +27,8 @@ from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
 from lorasae.paper.findings import Claim, Table, opposite, show, sign, unless_said, with_interval
 from lorasae.paper import arms
-from lorasae.paper.arms import (KINDS, MODELS, adapted, asked, finetuned, load_case, measured, new_student, on_tuning_text,
-                                once, same_plan, untouched)
+from lorasae.paper.arms import (adapted, asked, finetuned, load_case, measured, new_student, on_tuning_text, once, same_plan,
+                                untouched)
 from lorasae.runs.config import OBJECTIVES
 
 ARMS = {"adapters": "adapters", "sae": "SAE", "both": "both", "then": "adapters, then SAE"}
@@ -58,13 +58,13 @@ def train_arm(case, arm, rates, tokens, seed, objective):
     return after._replace(seconds=before.seconds + after.seconds)
 
 
-def best_rates(case, folder, tokens, objective):
-    """{arm: its best rates}, after `tokens` of training."""
+def best_rates(case, folder, plan):
+    """{arm: its best rates}, after half the tokens."""
     def best(arm, candidates):
-        return best_of(case, folder, arm, candidates, tokens, objective)
+        return best_of(case, folder, arm, candidates, plan["tokens"] // 2, plan["objective"])
 
-    adapters = best("adapters", [{"lr": lr} for lr in LORA_RATES])
-    sae = best("sae", [{"sae_lr": sae_lr} for sae_lr in SAE_RATES])
+    adapters = best("adapters", [{"lr": lr} for lr in plan["lora_rates"]])
+    sae = best("sae", [{"sae_lr": sae_lr} for sae_lr in plan["sae_rates"]])
 
     # Where both learn, each may want to go slower than alone.
     lr, sae_lr = adapters["lr"], sae["sae_lr"]
@@ -103,7 +103,7 @@ def compare(case, folder, plan):
     """All arms of a case -> {"before", "rates", "arms": {budget: {arm: [a seed's numbers]}}}."""
     tokens, objective = plan["tokens"], plan["objective"]
     before = once(folder / "before.json", lambda: measured(case, untouched(case)))
-    rates = best_rates(case, folder, tokens // 2, objective)
+    rates = best_rates(case, folder, plan)
 
     def results(arm, budget, tokens):
         found = []
@@ -255,7 +255,7 @@ def piece(study, name):
 
     model, kind = name.split()
     case = load_case(model, kind, LARGEST * plan["tokens"], plan["eval_tokens"])
-    return compare(case, folder / f"{model}-{kind}", plan)
+    return compare(case, folder / case.folder, plan)
 
 
 def measure(study, cases):
@@ -263,13 +263,13 @@ def measure(study, cases):
     return finished(plan_for(study), cases)
 
 
-def plan_of(tokens, eval_tokens, seeds, objective="balanced"):
+def plan_of(tokens, eval_tokens, seeds, objective="balanced", lora_rates=LORA_RATES, sae_rates=SAE_RATES):
     """tokens: of every arm, at equal tokens; seeds: how many."""
     return {
         "tokens": tokens,
         "objective": objective,
-        "lora_rates": list(LORA_RATES),
-        "sae_rates": list(SAE_RATES),
+        "lora_rates": list(lora_rates),
+        "sae_rates": list(sae_rates),
         "eval_tokens": eval_tokens,
         "text": arms.TEXT,
         "seeds": list(range(seeds)),
@@ -327,16 +327,21 @@ def against(cases, arm):
 def arguments(argv):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: both)")
+    arms.add_cases(parser)
     add("--tokens", type=count, help="training tokens of every arm, at equal tokens (default: 100k; quick: 4k)")
     add("--seeds", type=int, help="number of seeds (default: 3; quick: 1)")
     add("--eval-tokens", type=count, help="held-out tokens (default: 20k; quick: 2k)")
     add("--objective", choices=OBJECTIVES, default="balanced", help="of the SAE's finetune (default: %(default)s)")
+    add("--lora-rates", type=float, nargs="+", default=list(LORA_RATES), help="to choose from (default: %(default)s)")
+    add("--sae-rates", type=float, nargs="+", default=list(SAE_RATES), help="to choose from (default: %(default)s)")
     add("--quick", action="store_true", help="the smallest that runs")
     add("--out", type=Path, help="folder (default: runs/model-or-sae, or runs/model-or-sae-quick)")
     args = parser.parse_args(argv)
     if args.seeds is not None and args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: pass at least 1")
+    for name, rates in ("lora-rates", args.lora_rates), ("sae-rates", args.sae_rates):
+        if min(rates) <= 0:
+            parser.error(f"--{name} {min(rates):g}: pass rates above 0")
     return args
 
 
@@ -344,14 +349,13 @@ def main(argv=None):
     args = arguments(argv)
     folder = args.out or Path("runs") / ("model-or-sae-quick" if args.quick else "model-or-sae")
     tokens, eval_tokens, seeds = (4_000, 2_000, 1) if args.quick else (100_000, 20_000, 3)
-    plan = plan_of(args.tokens or tokens, args.eval_tokens or eval_tokens, args.seeds or seeds, args.objective)
+    plan = plan_of(args.tokens or tokens, args.eval_tokens or eval_tokens, args.seeds or seeds, args.objective,
+                   args.lora_rates, args.sae_rates)
     with answering("interrupted: the same command continues"):
         same_plan(folder, plan)
         cases = {}
-        for model in args.models:
-            for kind in KINDS:
-                case = load_case(model, kind, LARGEST * plan["tokens"], plan["eval_tokens"])
-                cases[case.name] = compare(case, folder / f"{model}-{kind}", plan)
+        for case in arms.cases(args, LARGEST * plan["tokens"], plan["eval_tokens"]):
+            cases[case.name] = compare(case, folder / case.folder, plan)
         numbers = finished(plan, cases)
         write_json(folder / "model_or_sae.json", numbers)
         show(tables(numbers))

@@ -22,8 +22,8 @@ from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
 from lorasae.io.presets import PAPER
 from lorasae.paper import arms
-from lorasae.paper.arms import (KINDS, MODELS, TUNING, adapted, asked, finetuned, load_case, new_student, on_tuning_text,
-                                once, same_plan, untouched)
+from lorasae.paper.arms import (TUNING, adapted, asked, finetuned, load_case, new_student, on_tuning_text, once, same_plan,
+                                untouched)
 from lorasae.paper.findings import Claim, Table, show
 from lorasae.runs.config import OPTIMIZERS
 
@@ -33,7 +33,7 @@ RATES = (3e-3, 5e-3)
 SCHEDULES = ("falling", "constant")                     # linearly to 0, or not at all
 BATCHES = (1,)                                          # sequences a step
 RANKS = (64,)
-SAE_RATES = (2.5e-4,)
+SAE_RATES = (4e-4,)
 
 
 class Recipe(NamedTuple):
@@ -97,11 +97,12 @@ def side_by_side(case, plan, tokens, optimizer, schedule, batch, seed):
 
 
 def together(case, plan, tokens, sae_lr, seed):
-    """A trial with the SAE trained too, both by AdamW, at falling rates: the first rate, batch size and rank."""
-    lr, batch, rank = plan["rates"][0], plan["batches"][0], plan["ranks"][0]
-    config = asked(case, tokens, seed, rank=(rank,), lr=lr, objective="kl", batch_size=batch, micro_batch=None)
+    """A trial with the SAE trained too, at falling rates: the last optimiser and rate, the first batch size and rank."""
+    optimizer, lr, batch, rank = plan["optimizers"][-1], plan["rates"][-1], plan["batches"][0], plan["ranks"][0]
+    config = asked(case, tokens, seed, optimizer=optimizer, rank=(rank,), lr=lr, objective="kl", batch_size=batch,
+                   micro_batch=None)
     trained = finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True)
-    recipe = Recipe("adamw", lr, "falling", batch, rank, sae_lr)
+    recipe = Recipe(optimizer, lr, "falling", batch, rank, sae_lr)
     return [trial(recipe, config, on_tuning_text(case, trained))]
 
 
@@ -228,7 +229,7 @@ def piece(study, name):
 
     model, kind = name.split()
     case = load_case(model, kind, plan["tokens"], eval_tokens=1000, tuning_tokens=plan["tuning_tokens"])
-    return search(case, folder / f"{model}-{kind}", plan, seed=0)
+    return search(case, folder / case.folder, plan, seed=0)
 
 
 def measure(study, found):
@@ -240,7 +241,7 @@ def measure(study, found):
 def plan_of(tokens, budgets=BUDGETS, rates=RATES, optimizers=OPTIMIZERS, schedules=SCHEDULES[:1], batches=BATCHES,
             ranks=RANKS, sae_rates=SAE_RATES, tuning_tokens=TUNING):
     """tokens: of the published recipe; budgets: parts of them. The others are tried in every combination, but for
-    sae_rates: with the first rate, batch size and rank alone.
+    sae_rates: with the last optimiser and rate, and the first batch size and rank, alone.
     """
     return {
         "tokens": tokens,
@@ -254,6 +255,33 @@ def plan_of(tokens, budgets=BUDGETS, rates=RATES, optimizers=OPTIMIZERS, schedul
         "tuning_tokens": tuning_tokens,
         "text": arms.TEXT,
     }
+
+
+def by_budget(numbers):
+    """[Table] of the part of the KL gap that every recipe closes, in the mean over seeds; one a budget, the best first."""
+    cases, searches = numbers["cases"], next(iter(numbers["cases"].values()))
+    over = "one seed" if len(searches) == 1 else f"mean of {len(searches)} seeds"
+    made = []
+    for tokens in sorted({trial["tokens"] for trial in searches[0]["tried"]}, reverse=True):
+        shown = []
+        for recipe in recipes(searches[0]):
+            means = [mean_closed(seeds, recipe, tokens) for seeds in cases.values()]
+            if all(mean is not None for mean in means):
+                shown.append((sum(means), [str(recipe), *map(percent, means)]))
+        shown.sort(reverse=True)
+        made.append(Table(f"KL gap closed with {tokens:,} tokens, {over}", ["recipe", *cases], [row for _, row in shown]))
+    return made
+
+
+def mean_closed(seeds, recipe, tokens):
+    """The part of the KL gap that a recipe closes with so many tokens, in the mean over seeds; None if one diverged."""
+    parts = []
+    for found in seeds:
+        kl = dict(recipes(found)[recipe]).get(tokens)
+        if kl is None:
+            return None
+        parts.append(closed(found, kl))
+    return sum(parts) / len(parts)
 
 
 def tables(numbers):
@@ -272,7 +300,7 @@ def tables(numbers):
     budgets = numbers["plan"]["budgets"]
     caption = (f"Times fewer tokens for the same gap (-: 1/{min(budgets)} of them was not enough; "
                f"at most {max(budgets)}x, as fewer were not tried)")
-    return [of_published, Table(caption, ["recipe", *names, "least", "L0 moved by"], shown)]
+    return [of_published, Table(caption, ["recipe", *names, "least", "L0 moved by"], shown), *by_budget(numbers)]
 
 
 def claims(numbers):
@@ -309,8 +337,7 @@ def saving(says, ours, found, goal):
 def arguments(argv):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: both)")
-    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of SAEs (default: both)")
+    arms.add_cases(parser)
     add("--tokens", type=count, help="the published recipe's budget (default: 300k; quick: 12k)")
     add("--budgets", type=int, nargs="+", default=list(BUDGETS), help="what to divide these tokens by (default: %(default)s)")
     add("--rates", type=float, nargs="+", default=list(RATES), help="of the adapters (default: %(default)s)")
@@ -318,8 +345,8 @@ def arguments(argv):
     add("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES[:1]), help="of the rate (default: %(default)s)")
     add("--batches", type=int, nargs="+", default=list(BATCHES), help="sequences a step (default: %(default)s)")
     add("--ranks", type=int, nargs="+", default=list(RANKS), help="(default: %(default)s)")
-    add("--sae-rates", type=float, nargs="*", default=list(SAE_RATES), help="of the SAE, trained together with adapters of "
-        "the first rate, batch size and rank; none: leave that out (default: %(default)s)")
+    add("--sae-rates", type=float, nargs="*", default=list(SAE_RATES), help="of the SAE, trained together with adapters by "
+        "the last optimizer and rate; none: leave that out (default: %(default)s)")
     add("--seeds", type=int, default=1, help="number of seeds (default: %(default)s)")
     add("--quick", action="store_true", help="the smallest that runs")
     add("--out", type=Path, help="folder (default: runs/recipe, or runs/recipe-quick)")
@@ -342,11 +369,8 @@ def main(argv=None):
     with answering("interrupted: the same command continues"):
         same_plan(folder, plan)
         cases = {}
-        for model in args.models:
-            for kind in args.kinds:
-                case = load_case(model, kind, plan["tokens"], eval_tokens=1000, tuning_tokens=plan["tuning_tokens"])
-                place = folder / f"{model}-{kind}"
-                cases[case.name] = [search(case, place, plan, seed) for seed in range(args.seeds)]
+        for case in arms.cases(args, plan["tokens"], eval_tokens=1000, tuning_tokens=plan["tuning_tokens"]):
+            cases[case.name] = [search(case, folder / case.folder, plan, seed) for seed in range(args.seeds)]
         numbers = {"plan": plan, "cases": cases}
         write_json(folder / "recipe.json", numbers)
         show(tables(numbers))

@@ -236,8 +236,6 @@ def check_trained_sae(config):
     asked = "--train-sae" if config.train_sae else "--method finetune"
     if config.train_sae and (len(config.variants) > 1 or config.shard):
         raise InputError("--train-sae trains one SAE with one adapter: pass one --rank and one --lr, without --shard")
-    if config.optimizer != "adamw":
-        raise InputError(f"--optimizer {config.optimizer}: {asked} trains with adamw; leave it out")
     if config.train_sae and config.sae_lr is None:
         raise InputError("--train-sae: the SAE needs a rate; pass --sae-lr")
     if len(config.layer) > 1:

@@ -63,9 +63,7 @@ def adapting(given):
     else:
         train_sae = given.get("train_sae", False)
         if usual is not None:
-            defaults = {**recipe_of(usual, model, optimizer, train_sae=False), **defaults}
-        if known is not None and train_sae:
-            defaults |= known.both
+            defaults = {**recipe_of(usual, model, optimizer, train_sae), **defaults}
         if recipe is not None:
             defaults |= recipe_of(recipe, model, optimizer, train_sae)
 

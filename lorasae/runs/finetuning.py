@@ -112,7 +112,7 @@ def train(setting, run, adapters):
     layer, sae = only_sae(setting.saes)
     held = finetune.hold(sae, sample(setting))          # of the SAE as it was: before a checkpoint is restored
     learners = finetune.Learners(layer, sae, held, adapters)
-    optimizer = finetune.adamw(learners, config, config.sae_lr if adapters else config.lr)
+    optimizer = finetune.optimizers(learners, config, config.sae_lr if adapters else config.lr)
     parameters = finetune.trained_parameters(optimizer)
     start, position = run.restore(parameters, optimizer)
 

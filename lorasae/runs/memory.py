@@ -63,7 +63,11 @@ def estimate(config, *, method, blocks=(), ranks=(), latents=(), kinds="jumprelu
     # Always there.
     model = size * model_parameters(config)
     sae_parameters = sum(2 * M * D + 2 * M + D for M in latents)
-    saes = 0 if trains_sae or method == "finetune" else sae_size * sae_parameters
+    saes = sae_size * sae_parameters
+    if trains_sae or method == "finetune":
+        saes = 0
+    if method == "finetune" and kind == "jumprelu":
+        saes = FP32 * sum(M * D for M in latents)       # its encoder as it came (finetune.Held)
     trained = adapter_parameters(config, blocks, ranks)
     if trains_sae or method == "finetune":
         trained += sae_parameters
