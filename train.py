@@ -82,7 +82,7 @@ def arguments(argv):
     add("--objective", choices=OBJECTIVES, help="finetune: the loss (default: balanced, ½ (MSE + KL · sg[MSE / KL]), where sg "
         "stops the gradient)")
     add("--train-sae", action="store_true", default=None, help="lora: train the SAE together with the adapters")
-    add("--sae-lr", type=float, help="--train-sae: the SAE's learning rate (default: the preset's; else 5e-5, the published "
+    add("--sae-lr", type=float, help="--train-sae: the SAE's learning rate (default: the recipe's; else 5e-5, the published "
         "finetune's)")
     add("--thresholds", choices=THRESHOLDS, help="a JumpReLU's thresholds: trained, with its L0 held at what it was, or frozen "
         f"(default: {Config.thresholds})")

@@ -77,7 +77,7 @@ def naive_loss(model, saes, tokens, name):
 class Held(NamedTuple):
     """What stays as it was while an SAE is trained, and what its thresholds need."""
     norms: torch.Tensor                     # [M, 1] of the decoder's rows
-    gates: tuple | None                     # W_enc [M, D], b_enc [M], θ [M] of a JumpReLU as it came, if its θ learns
+    encoder: tuple | None                   # W_enc [M, D], b_enc [M], θ [M] of a JumpReLU as it came, if its θ learns
     unit: float                             # rms distance of the activations from b_dec: of a JumpReLU's biases and thresholds
     bandwidth: torch.Tensor                 # [M] ε of the straight-through gradient
 
@@ -94,25 +94,24 @@ def hold(sae, x):
         raise InputError(f"no latent of the SAE is active at any of {len(x):,} positions, so there is nothing to train: "
                          "is it of this model and layer?")
 
-    gates, unit = None, 1.0
+    encoder, unit = None, 1.0
     if isinstance(sae, JumpReLU):
         unit = (x - sae.b_dec).square().sum(1).mean().sqrt().item()
         if sae.threshold.requires_grad:
-            gates = tuple(parameter.detach().clone() for parameter in (sae.W_enc, sae.b_enc, sae.threshold))
+            encoder = tuple(parameter.detach().clone() for parameter in (sae.W_enc, sae.b_enc, sae.threshold))
     bandwidth = dictionary.BANDWIDTH * unit / norms[:, 0].clamp(min=torch.finfo(norms.dtype).tiny)
-    return Held(norms, gates, unit, bandwidth)
+    return Held(norms, encoder, unit, bandwidth)
 
 
 @torch.no_grad()
 def active_as_it_came(held, x):
-    """How many latents the JumpReLU as it came has active on x [N, D], in all: at least 1, to divide by.
+    """How many latents the JumpReLU as it came has active on x [N, D], in all.
 
     The L0 that is wanted is that of the very text of the step. Against a number fixed for all text, the penalty would
     also press on how L0 varies from text to text, which it can do only by a smaller L0.
     """
-    W_enc, b_enc, threshold = held.gates
-    active = sum((linear(rows, W_enc, b_enc) > threshold).sum() for rows in x.split(256))
-    return active.clamp(min=1).float()
+    W_enc, b_enc, threshold = held.encoder
+    return sum((linear(rows, W_enc, b_enc) > threshold).sum() for rows in x.split(256)).float()
 
 
 class InTraining:
@@ -177,11 +176,13 @@ def learn(model, learners, lesson, first, config, everywhere=alone):
     loss = combined(config.objective, kl, mse)
 
     active = everywhere(training.active)
-    if held.gates is not None:
-        wanted = everywhere(active_as_it_came(held, training.x))
-        loss = loss + L0_WEIGHT * l0_penalty(active, wanted)
+    positions = everywhere(mse.new_full((), len(training.x)))
+    l0 = active / positions
+    if held.encoder is not None:
+        as_it_came = everywhere(active_as_it_came(held, training.x)).clamp(min=1)      # to divide by
+        loss = loss + L0_WEIGHT * l0_penalty(l0, as_it_came / positions)
 
-    values = {"kl": kl, "fvu": mse, "l0": active / everywhere(mse.new_full((), len(training.x)))}
+    values = {"kl": kl, "fvu": mse, "l0": l0}
     return loss, {name: value.detach() for name, value in values.items() if value is not None}
 
 
@@ -207,6 +208,9 @@ class Optimizers:
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state):
+        if "parts" not in state:
+            raise InputError("the checkpoint was written by an earlier version, which cannot be continued: start the run anew, "
+                             "with another --out")
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
 

@@ -41,8 +41,9 @@ def losses(folder, name="kl"):
     return [line[name] for line in metrics(folder)]
 
 
-@pytest.mark.parametrize("more", [[], ["--shard"], ["--adapt", "after", "--micro-batch", 1, "--ahead", 8], ["--rank", 1, 4]],
-                         ids=["data parallel", "sharded", "parts", "ranks"])
+@pytest.mark.parametrize("more", [[], ["--shard"], ["--adapt", "after", "--micro-batch", 1, "--ahead", 8], ["--rank", 1, 4],
+                                  ["--train-sae", "--sae-lr", 1e-5, "--optimizer", "muon"]],
+                         ids=["data parallel", "sharded", "parts", "ranks", "with the SAE"])
 def test_two_processes_take_the_steps_of_one(arguments, tmp_path, more):
     one, two = tmp_path / "one", tmp_path / "two"
     output = run(2, *arguments, *more, "--out", two)

@@ -4,6 +4,7 @@ import torch
 
 from lorasae.adapt import blocks_to_adapt
 from lorasae.errors import InputError
+from lorasae.evals.common import percent
 from lorasae.evals.figures import save_figure
 from lorasae.io.disk import read_json
 from lorasae.lora import adapters
@@ -96,10 +97,14 @@ def test_a_search_finds_the_tokens_that_every_recipe_needs(case, tmp_path, monke
     assert read_json(tmp_path / "paper-0.json") == found["paper"] < found["before"]
     monkeypatch.setattr(recipe, "adapted", None)
     assert recipe.search(case, tmp_path, plan, seed=0) == found
+    _, _, *by_budget = recipe.tables({"plan": plan, "cases": {"a case": [found, found]}})
+    assert [len(table.rows) for table in by_budget] == [2 * 2 * 2 * 2 + 1] * 2
+    of_falling, = (row for row in by_budget[0].rows if row[0] == str(falling))
+    assert of_falling[1] == percent(recipe.closed(found, losses[falling]))
     show(recipe.tables({"plan": plan, "cases": {"a case": [found, found]}}))
     assert found["l0"] > 0 and {trial["l0"] == found["l0"] for trial in found["tried"] if trial["sae_lr"] is None} == {True}
     shown = capsys.readouterr().out
-    assert "muon 0.01 falling, batch 4, rank 2" in shown and "muon 0.01 falling, batch 1, rank 2, SAE 0.001" in shown
+    assert "muon 0.01 falling, batch 4, rank 2" in shown and ", batch 1, rank 2, SAE 0.001" in shown
     assert "a case, seed 1" in shown
 
 

@@ -104,7 +104,7 @@ def test_a_recipe_decides_what_is_not_given_and_no_recipe_leaves_the_presets():
     assert {name: getattr(found, name) for name in expected} == expected and found.sae_lr is None
     assert found.tokens == preset.lora["tokens"]
     both, expected = configure({"recipe": "tuned", "train_sae": True}), tuned(192, 6, train_sae=True)
-    assert {name: getattr(both, name) for name in expected} == expected and both.optimizer == "muon"
+    assert {name: getattr(both, name) for name in expected} == expected and both.optimizer == "muon" and both.batch_size == 1
     assert configure({"recipe": "paper", "train_sae": True}).sae_lr == configure({"train_sae": True}).sae_lr == both.sae_lr
     assert configure({"optimizer": "adamw", "train_sae": True}).lr == tuned(192, 6, "adamw")["lr"] != both.lr
     assert configure({"method": "finetune", "sae": (preset.sae,)}).lr == preset.finetune["lr"]

@@ -2,7 +2,7 @@
 
     training    the training text, in an order of each seed's
     held out    what results are measured on; nothing is chosen by it
-    tuning      what rates are chosen on: the text after it, of files that nothing trains on either
+    tuning      what rates are chosen on: the text after it, that nothing trains on either
 
 Shapes: n sequences, T tokens.
 """
@@ -23,16 +23,18 @@ from lorasae.io.disk import read_json, write_json
 from lorasae.io.presets import TINY
 from lorasae.lora import attach_lora, detach_lora, lora_parameters
 from lorasae.model import Transformer
-from lorasae.runs import adaptation, sae_training, sweep
+from lorasae.runs import adaptation, distributed, sae_training, sweep
 from lorasae.runs.config import Config
 from lorasae.runs.defaults import configure
+from lorasae.runs.preflight import check_memory
 from lorasae.runs.setting import load_setting
 
 MODELS = ("tiny-gemma-2", "tiny-llama-3")
 KINDS = ("jumprelu", "topk")
 HELD_OUT = 50_000                                       # tokens that results may be measured on
 TUNING = 10_000                                         # tokens of the tuning text, after these
-TEXT = "chunks mixed, tuning on held-out files"         # an experiment that was begun on another cannot go on
+TEXT = "chunks mixed, tuning on held-out files"         # an experiment that was begun on another cannot go on,
+L0 = "held at that of the same text"                    # nor one that was begun with another penalty
 
 
 class Case(NamedTuple):
@@ -52,21 +54,32 @@ class Case(NamedTuple):
         """The name as that of a folder."""
         return re.sub(r"[^\w.-]+", "-", self.name)
 
+    @property
+    def model_size(self):
+        """d_model and the number of blocks."""
+        return self.model.config.hidden_size, len(self.model.layers)
+
+
+def case_config(model, sae, device):
+    """The Config of a model around an SAE, from which every arm's follows.
+
+    sae: of KINDS, an embedded model's; another source that holds one SAE, as `train.py --sae` takes it; None: the model's
+    public one. Blocks are not compiled: every arm would be, anew.
+    """
+    given = {"model": model, "optimizer": "adamw", "batch_size": 1, "lr_decay": True, "dropout": 0.0, "device": device,
+             "compile": False, "sae_dtype": "float32"}
+    if model in MODELS and sae in KINDS:
+        given["sae"] = (str(TINY / f"{model.removeprefix('tiny-')}-sae" / sae),)
+    elif sae is not None:
+        given["sae"] = (sae,)
+    return configure(given)
+
 
 def load_case(model, sae, tokens, eval_tokens, tuning_tokens=TUNING, device="cpu"):
-    """The Case of a model around an SAE, with `tokens` to train on at hand; eval_tokens: up to HELD_OUT.
-
-    sae: of KINDS, an embedded model's; any other source that `train.py --sae` takes; None: the model's public one.
-    """
+    """The Case of a `case_config`, with `tokens` to train on at hand; eval_tokens: up to HELD_OUT."""
     if eval_tokens > HELD_OUT:
         raise InputError(f"--eval-tokens {eval_tokens}: at most {HELD_OUT:,}, as the text after them is for choosing rates")
-    asked_for = {"model": model, "optimizer": "adamw", "batch_size": 1, "lr_decay": True, "dropout": 0.0, "device": device,
-                 "sae_dtype": "float32"}                # as arms train it
-    if model in MODELS and sae in KINDS:
-        asked_for["sae"] = (str(TINY / f"{model.removeprefix('tiny-')}-sae" / sae),)
-    elif sae is not None:
-        asked_for["sae"] = (sae,)
-    config = configure(asked_for)
+    config = case_config(model, sae, device)
 
     def sequences(tokens):
         return -(-tokens // config.context)
@@ -75,7 +88,7 @@ def load_case(model, sae, tokens, eval_tokens, tuning_tokens=TUNING, device="cpu
     both = first_of_tuning + sequences(tuning_tokens)
     setting = load_setting(replace(config, eval_tokens=both * config.context))
     (layer, loaded), = setting.saes.items()
-    blocks = adapt.blocks_to_adapt((), setting.saes, len(setting.model.layers))
+    blocks = adapt.blocks_to_adapt(config.adapt, setting.saes, len(setting.model.layers))
 
     held_out = setting.corpus.validation[:sequences(eval_tokens)]
     tuning = setting.corpus.validation[first_of_tuning:]
@@ -166,9 +179,11 @@ def finetuned(case, config, sae_lr, student=None, train_adapters=False, start=0)
 
 
 def finish(updates):
-    """Takes every step."""
+    """Takes every step, and waits for the last one."""
     for _ in updates:
         pass
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 # ---- Measuring ---------------------------------------------------------------------------------------------------------
@@ -228,17 +243,30 @@ def pieces(study):
 def add_cases(parser):
     """The options that say which cases."""
     add = parser.add_argument
-    add("--models", nargs="+", default=list(MODELS), help="as of train.py --model (default: the embedded %(default)s)")
-    add("--saes", nargs="+", help=f"kinds of an embedded model's, {' and '.join(KINDS)}, or sources, as of train.py --sae "
-        "(default: both kinds; of other models the public one)")
+    add("--models", nargs="+", default=list(MODELS), help="as of train.py --model (default: %(default)s)")
+    add("--saes", nargs="+", help=f"{' or '.join(KINDS)} of these two models, or, as of train.py --sae, sources that hold one SAE "
+        "(default: both kinds; of another model the public one)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
 
 
-def cases(args, tokens, eval_tokens, tuning_tokens=TUNING):
-    """The Case of every model around every SAE that the options name, one after another."""
+def wanted(args):
+    """[(model, SAE)] that the options name: what load_case takes. Raises InputError, before any work, for what is not there."""
+    found = []
     for model in args.models:
         for sae in args.saes or (KINDS if model in MODELS else [None]):
-            yield load_case(model, sae, tokens, eval_tokens, tuning_tokens, args.device)
+            config = case_config(model, sae, args.device)
+            distributed.local(config.device)
+            check_memory(replace(config, train_sae=True, sae_lr=config.lr))             # the arm that needs most
+            found.append((model, sae))
+    return found
+
+
+def check_rates(parser, **options):
+    """Ends the command where a rate is none."""
+    for name, rates in options.items():
+        for rate in rates:
+            if not 0 < rate < math.inf:
+                parser.error(f"--{name.replace('_', '-')} {rate:g}: pass rates above 0")
 
 
 # ---- Files -------------------------------------------------------------------------------------------------------------

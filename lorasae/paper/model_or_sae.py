@@ -1,4 +1,4 @@
-"""Adapt the model, the SAE, or both? Four arms on the embedded models, at equal tokens and at equal time (beyond the paper).
+"""Adapt the model, the SAE, or both? Four arms, at equal tokens and at equal time (beyond the paper).
 
     python -m lorasae.paper.model_or_sae                two families, two kinds of SAE, three seeds
     python -m lorasae.paper.model_or_sae --quick        seconds: that it runs, not what it finds
@@ -229,7 +229,7 @@ TITLE = "Adapt the model, the SAE, or both?"
 FIGURES = ()
 ABOUT = ("Four arms at equal tokens and at equal time, each at its own best rates, chosen by KL on text that no arm trains "
          "or is measured on: adapters (the paper), the SAE finetuned (Karvonen 2025), both together, and adapters first, "
-         "then the SAE. L0 is held, by a penalty on that of a step's one sequence. Intervals are 90 % over seeds.")
+         "then the SAE. L0 is held at that of the SAE as it came, on the same text. Intervals are 90 % over seeds.")
 
 
 trainings, pieces = arms.trainings, arms.pieces
@@ -272,6 +272,7 @@ def plan_of(tokens, eval_tokens, seeds, objective="balanced", lora_rates=LORA_RA
         "sae_rates": list(sae_rates),
         "eval_tokens": eval_tokens,
         "text": arms.TEXT,
+        "l0": arms.L0,
         "seeds": list(range(seeds)),
     }
 
@@ -339,9 +340,7 @@ def arguments(argv):
     args = parser.parse_args(argv)
     if args.seeds is not None and args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: pass at least 1")
-    for name, rates in ("lora-rates", args.lora_rates), ("sae-rates", args.sae_rates):
-        if min(rates) <= 0:
-            parser.error(f"--{name} {min(rates):g}: pass rates above 0")
+    arms.check_rates(parser, lora_rates=args.lora_rates, sae_rates=args.sae_rates)
     return args
 
 
@@ -352,9 +351,11 @@ def main(argv=None):
     plan = plan_of(args.tokens or tokens, args.eval_tokens or eval_tokens, args.seeds or seeds, args.objective,
                    args.lora_rates, args.sae_rates)
     with answering("interrupted: the same command continues"):
-        same_plan(folder, plan)
+        wanted = arms.wanted(args)
+        same_plan(folder, {**plan, "device": args.device})
         cases = {}
-        for case in arms.cases(args, LARGEST * plan["tokens"], plan["eval_tokens"]):
+        for model, sae in wanted:
+            case = load_case(model, sae, LARGEST * plan["tokens"], plan["eval_tokens"], device=args.device)
             cases[case.name] = compare(case, folder / case.folder, plan)
         numbers = finished(plan, cases)
         write_json(folder / "model_or_sae.json", numbers)

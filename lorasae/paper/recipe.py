@@ -20,7 +20,7 @@ from lorasae.evals.common import percent
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
-from lorasae.io.presets import PAPER
+from lorasae.io.presets import PAPER, tuned
 from lorasae.paper import arms
 from lorasae.paper.arms import (TUNING, adapted, asked, finetuned, load_case, new_student, on_tuning_text, once, same_plan,
                                 untouched)
@@ -97,12 +97,11 @@ def side_by_side(case, plan, tokens, optimizer, schedule, batch, seed):
 
 
 def together(case, plan, tokens, sae_lr, seed):
-    """A trial with the SAE trained too, at falling rates: the last optimiser and rate, the first batch size and rank."""
-    optimizer, lr, batch, rank = plan["optimizers"][-1], plan["rates"][-1], plan["batches"][0], plan["ranks"][0]
-    config = asked(case, tokens, seed, optimizer=optimizer, rank=(rank,), lr=lr, objective="kl", batch_size=batch,
-                   micro_batch=None)
+    """A trial with the SAE trained too, and the adapters by --recipe tuned, with the first rank."""
+    how, rank = tuned(*case.model_size), plan["ranks"][0]
+    config = asked(case, tokens, seed, rank=(rank,), objective="kl", micro_batch=None, **how)
     trained = finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True)
-    recipe = Recipe(optimizer, lr, "falling", batch, rank, sae_lr)
+    recipe = Recipe(config.optimizer, config.lr, "falling", config.batch_size, rank, sae_lr)
     return [trial(recipe, config, on_tuning_text(case, trained))]
 
 
@@ -241,7 +240,7 @@ def measure(study, found):
 def plan_of(tokens, budgets=BUDGETS, rates=RATES, optimizers=OPTIMIZERS, schedules=SCHEDULES[:1], batches=BATCHES,
             ranks=RANKS, sae_rates=SAE_RATES, tuning_tokens=TUNING):
     """tokens: of the published recipe; budgets: parts of them. The others are tried in every combination, but for
-    sae_rates: with the last optimiser and rate, and the first batch size and rank, alone.
+    sae_rates: with the adapters of --recipe tuned alone.
     """
     return {
         "tokens": tokens,
@@ -254,34 +253,40 @@ def plan_of(tokens, budgets=BUDGETS, rates=RATES, optimizers=OPTIMIZERS, schedul
         "sae_rates": list(sae_rates),
         "tuning_tokens": tuning_tokens,
         "text": arms.TEXT,
+        "l0": arms.L0,
     }
 
 
 def by_budget(numbers):
     """[Table] of the part of the KL gap that every recipe closes, in the mean over seeds; one a budget, the best first."""
-    cases, searches = numbers["cases"], next(iter(numbers["cases"].values()))
+    plan, cases = numbers["plan"], numbers["cases"]
+    searches = next(iter(cases.values()))
     over = "one seed" if len(searches) == 1 else f"mean of {len(searches)} seeds"
     made = []
-    for tokens in sorted({trial["tokens"] for trial in searches[0]["tried"]}, reverse=True):
+    for part in sorted(plan["budgets"]):
         shown = []
         for recipe in recipes(searches[0]):
-            means = [mean_closed(seeds, recipe, tokens) for seeds in cases.values()]
-            if all(mean is not None for mean in means):
-                shown.append((sum(means), [str(recipe), *map(percent, means)]))
+            means = [mean_closed(plan, seeds, recipe, part) for seeds in cases.values()]
+            cells = ["diverged" if mean is None else percent(mean) for mean in means]
+            shown.append((sum(mean or 0 for mean in means), [str(recipe), *cells]))
         shown.sort(reverse=True)
-        made.append(Table(f"KL gap closed with {tokens:,} tokens, {over}", ["recipe", *cases], [row for _, row in shown]))
+        made.append(Table(f"KL gap closed with 1/{part} of these tokens, {over}", ["recipe", *cases], [row for _, row in shown]))
     return made
 
 
-def mean_closed(seeds, recipe, tokens):
-    """The part of the KL gap that a recipe closes with so many tokens, in the mean over seeds; None if one diverged."""
-    parts = []
-    for found in seeds:
-        kl = dict(recipes(found)[recipe]).get(tokens)
-        if kl is None:
-            return None
-        parts.append(closed(found, kl))
-    return sum(parts) / len(parts)
+def mean_closed(plan, seeds, recipe, part):
+    """The part of the KL gap that a recipe closes at a budget, in the mean over seeds; None if one diverged."""
+    found = []
+    for search in seeds:
+        for trial in search["tried"]:
+            if recipe_of(trial) == recipe and budget_of(plan, trial) == part:
+                found.append(None if trial["kl"] is None else closed(search, trial["kl"]))
+    return None if None in found else sum(found) / len(found)
+
+
+def budget_of(plan, trial):
+    """The budget of a trial, whose tokens fill whole steps."""
+    return min(plan["budgets"], key=lambda part: abs(trial["tokens"] - plan["tokens"] / part))
 
 
 def tables(numbers):
@@ -345,8 +350,8 @@ def arguments(argv):
     add("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES[:1]), help="of the rate (default: %(default)s)")
     add("--batches", type=int, nargs="+", default=list(BATCHES), help="sequences a step (default: %(default)s)")
     add("--ranks", type=int, nargs="+", default=list(RANKS), help="(default: %(default)s)")
-    add("--sae-rates", type=float, nargs="*", default=list(SAE_RATES), help="of the SAE, trained together with adapters by "
-        "the last optimizer and rate; none: leave that out (default: %(default)s)")
+    add("--sae-rates", type=float, nargs="*", default=list(SAE_RATES), help="of the SAE, trained together with adapters of "
+        "the first rank by --recipe tuned; none: leave that out (default: %(default)s)")
     add("--seeds", type=int, default=1, help="number of seeds (default: %(default)s)")
     add("--quick", action="store_true", help="the smallest that runs")
     add("--out", type=Path, help="folder (default: runs/recipe, or runs/recipe-quick)")
@@ -354,9 +359,7 @@ def arguments(argv):
     for name, least in ("seeds", args.seeds), ("budgets", min(args.budgets)):
         if least < 1:
             parser.error(f"--{name} {least}: pass at least 1")
-    for name, rates in ("rates", args.rates), ("sae-rates", args.sae_rates):
-        if min(rates, default=1) <= 0:
-            parser.error(f"--{name} {min(rates):g}: pass rates above 0")
+    arms.check_rates(parser, rates=args.rates, sae_rates=args.sae_rates)
     return args
 
 
@@ -367,9 +370,11 @@ def main(argv=None):
     plan = plan_of(args.tokens or tokens, args.budgets, args.rates, args.optimizers, args.schedules, args.batches,
                    args.ranks, args.sae_rates, tuning_tokens)
     with answering("interrupted: the same command continues"):
+        wanted = arms.wanted(args)
         same_plan(folder, plan)
         cases = {}
-        for case in arms.cases(args, plan["tokens"], eval_tokens=1000, tuning_tokens=plan["tuning_tokens"]):
+        for model, sae in wanted:
+            case = load_case(model, sae, plan["tokens"], 1000, plan["tuning_tokens"], args.device)
             cases[case.name] = [search(case, folder / case.folder, plan, seed) for seed in range(args.seeds)]
         numbers = {"plan": plan, "cases": cases}
         write_json(folder / "recipe.json", numbers)

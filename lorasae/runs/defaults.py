@@ -63,7 +63,8 @@ def adapting(given):
     else:
         train_sae = given.get("train_sae", False)
         if usual is not None:
-            defaults = {**recipe_of(usual, model, optimizer, train_sae), **defaults}
+            decided = recipe_of(usual, model, optimizer, train_sae)
+            defaults = {**decided, **defaults} if not train_sae else {**defaults, **decided}
         if recipe is not None:
             defaults |= recipe_of(recipe, model, optimizer, train_sae)
 

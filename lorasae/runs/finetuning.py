@@ -16,7 +16,7 @@ from lorasae.runs.ahead import Ahead
 from lorasae.runs.measure import cost, evaluate, evaluate_once, peak_memory_bytes
 from lorasae.sae import JumpReLU
 
-SAMPLE = 16                                             # training sequences that tell the L0 which is to be held
+SAMPLE = 16                                             # training sequences that tell the scale of the activations
 
 
 def finetune_sae(setting, run):

@@ -26,7 +26,7 @@ MASTER = 4 * FP32                                       # a trained number, its 
 class Memory(NamedTuple):
     """Bytes. The first three are there throughout; of the next three only the largest is, at the peak."""
     model: int
-    saes: int                                           # frozen ones
+    saes: int                                           # frozen ones; of a JumpReLU that is finetuned its encoder as it came
     training: int                                       # what is trained, its gradients and optimiser states
     ahead: int                                          # the frozen part, run for several sequences at once
     step: int                                           # activations that backward needs, gradients, logits
@@ -63,11 +63,10 @@ def estimate(config, *, method, blocks=(), ranks=(), latents=(), kinds="jumprelu
     # Always there.
     model = size * model_parameters(config)
     sae_parameters = sum(2 * M * D + 2 * M + D for M in latents)
-    saes = sae_size * sae_parameters
-    if trains_sae or method == "finetune":
-        saes = 0
-    if method == "finetune" and kind == "jumprelu":
-        saes = FP32 * sum(M * D for M in latents)       # its encoder as it came (finetune.Held)
+    if method == "finetune":
+        saes = FP32 * D * sum(latents) if kind == "jumprelu" else 0                     # finetune.Held
+    else:
+        saes = 0 if trains_sae else sae_size * sae_parameters
     trained = adapter_parameters(config, blocks, ranks)
     if trains_sae or method == "finetune":
         trained += sae_parameters
