@@ -124,14 +124,15 @@ def test_what_is_claimed_of_recipes_follows_from_the_tokens_they_need(model):
 
 
 def test_tuning_training_and_held_out_text_are_disjoint_and_rates_are_chosen_on_the_first(model):
-    case = arms.load_case("tiny-gemma-2", "jumprelu", 20_000, eval_tokens=1000, tuning_tokens=2000)
+    config = arms.case_config("tiny-gemma-2", "jumprelu")
+    case = arms.load_case("a case", config, 20_000, eval_tokens=1000, tuning_tokens=2000)
     texts = [{tuple(row.tolist()) for row in text} for text in (case.tuning, case.text, case.held_out)]
     tuning, text, held_out = texts
     assert len(tuning) == 8 and len(text) == 79 and len(held_out) == 4
     assert not tuning & text and not tuning & held_out and not text & held_out
 
     with pytest.raises(InputError, match="--eval-tokens 50001: at most 50,000"):
-        arms.load_case("tiny-gemma-2", "jumprelu", 1000, eval_tokens=50_001)
+        arms.load_case("a case", config, 1000, eval_tokens=50_001)
 
     found = arms.on_tuning_text(case._replace(text=None, held_out=None), untouched(case))
     broken = case.sae.W_dec * torch.nan
@@ -159,6 +160,28 @@ def test_between_budgets_the_tokens_needed_lie_on_a_line_over_their_logarithm(mo
     curve = [(100, 0.5), (1000, 0.3)]
     assert recipe.needed(curve, 0.4) == pytest.approx(100 * 10 ** 0.5)
     assert recipe.needed(curve, 0.6) == 100 and recipe.needed(curve, 0.2) is None
+
+
+def test_the_cases_are_those_that_the_options_name(model, sae_folder, whole_model):
+    def named(*words):
+        return arms.wanted(recipe.arguments([*map(str, words), "--device", "cpu"]))
+    assert list(named()) == [f"{name} {kind}" for name in arms.MODELS for kind in arms.KINDS]
+    found = named("--models", whole_model, "--saes", sae_folder, "--layer", 1)
+    assert list(found) == [f"{whole_model} {sae_folder}"] and found[f"{whole_model} {sae_folder}"].layer == (1,)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--models", "tiny-gemma-2", "nosuch"], "nosuch"), (["--saes", "jumprelu", "nosuch"], "nosuch"),
+    (["--models", "tiny-gemma-2-small", "--saes", "topk"], "topk"), (["--models", "tiny-gemma-2-small"], "no public SAE"),
+    (["--device", "nosuch"], "--device nosuch"), (["--sae-rates", "nan"], "--sae-rates nan: pass rates above 0"),
+])
+@pytest.mark.parametrize("experiment", [recipe, model_or_sae])
+def test_what_is_not_there_is_said_before_any_work(model, tmp_path, monkeypatch, capsys, experiment, words, message):
+    monkeypatch.setattr(experiment, "load_case", None)
+    with pytest.raises(SystemExit) as stopped:
+        experiment.main([*words, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err if stopped.value.code == 2 else stopped.value.code
+    assert message in said.splitlines()[-1] and not (tmp_path / "out").exists()
 
 
 def test_an_experiment_begun_with_other_arguments_is_refused_in_one_line(model, tmp_path):

@@ -60,11 +60,12 @@ class Case(NamedTuple):
         return self.model.config.hidden_size, len(self.model.layers)
 
 
-def case_config(model, sae, device):
+def case_config(model, sae, layer=None, device="cpu"):
     """The Config of a model around an SAE, from which every arm's follows.
 
     sae: of KINDS, an embedded model's; another source that holds one SAE, as `train.py --sae` takes it; None: the model's
-    public one. Blocks are not compiled: every arm would be, anew.
+    public one. layer: None: that of the run that made the SAE, or of the model's preset. Blocks are not compiled: every arm
+    would be, anew.
     """
     given = {"model": model, "optimizer": "adamw", "batch_size": 1, "lr_decay": True, "dropout": 0.0, "device": device,
              "compile": False, "sae_dtype": "float32"}
@@ -72,14 +73,15 @@ def case_config(model, sae, device):
         given["sae"] = (str(TINY / f"{model.removeprefix('tiny-')}-sae" / sae),)
     elif sae is not None:
         given["sae"] = (sae,)
+    if layer is not None:
+        given["layer"] = (layer,)
     return configure(given)
 
 
-def load_case(model, sae, tokens, eval_tokens, tuning_tokens=TUNING, device="cpu"):
+def load_case(name, config, tokens, eval_tokens, tuning_tokens=TUNING):
     """The Case of a `case_config`, with `tokens` to train on at hand; eval_tokens: up to HELD_OUT."""
     if eval_tokens > HELD_OUT:
         raise InputError(f"--eval-tokens {eval_tokens}: at most {HELD_OUT:,}, as the text after them is for choosing rates")
-    config = case_config(model, sae, device)
 
     def sequences(tokens):
         return -(-tokens // config.context)
@@ -87,15 +89,14 @@ def load_case(model, sae, tokens, eval_tokens, tuning_tokens=TUNING, device="cpu
     first_of_tuning = sequences(HELD_OUT)
     both = first_of_tuning + sequences(tuning_tokens)
     setting = load_setting(replace(config, eval_tokens=both * config.context))
-    (layer, loaded), = setting.saes.items()
+    (layer, sae), = setting.saes.items()
     blocks = adapt.blocks_to_adapt(config.adapt, setting.saes, len(setting.model.layers))
 
     held_out = setting.corpus.validation[:sequences(eval_tokens)]
     tuning = setting.corpus.validation[first_of_tuning:]
     with setting.corpus.batches(sequences(tokens)) as batches:
         text, _ = next(batches)
-    name = f"{model} {sae or 'public SAE'}"
-    return Case(name, setting.model, loaded, layer, blocks, config, tuning, text, held_out)
+    return Case(name, setting.model, sae, layer, blocks, config, tuning, text, held_out)
 
 
 # ---- Training ----------------------------------------------------------------------------------------------------------
@@ -246,18 +247,19 @@ def add_cases(parser):
     add("--models", nargs="+", default=list(MODELS), help="as of train.py --model (default: %(default)s)")
     add("--saes", nargs="+", help=f"{' or '.join(KINDS)} of these two models, or, as of train.py --sae, sources that hold one SAE "
         "(default: both kinds; of another model the public one)")
+    add("--layer", type=int, help="the SAE replaces the output of this block, counted from 0 (default: as of train.py)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
 
 
 def wanted(args):
-    """[(model, SAE)] that the options name: what load_case takes. Raises InputError, before any work, for what is not there."""
-    found = []
+    """{name: Config} of the cases that the options name. Raises InputError, before any work, for what is not there."""
+    distributed.local(args.device)
+    found = {}
     for model in args.models:
         for sae in args.saes or (KINDS if model in MODELS else [None]):
-            config = case_config(model, sae, args.device)
-            distributed.local(config.device)
+            config = case_config(model, sae, args.layer, args.device)
             check_memory(replace(config, train_sae=True, sae_lr=config.lr))             # the arm that needs most
-            found.append((model, sae))
+            found[f"{model} {sae or 'public SAE'}"] = config
     return found
 
 

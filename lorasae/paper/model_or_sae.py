@@ -27,8 +27,8 @@ from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
 from lorasae.paper.findings import Claim, Table, opposite, show, sign, unless_said, with_interval
 from lorasae.paper import arms
-from lorasae.paper.arms import (adapted, asked, finetuned, load_case, measured, new_student, on_tuning_text, once, same_plan,
-                                untouched)
+from lorasae.paper.arms import (adapted, asked, case_config, finetuned, load_case, measured, new_student, on_tuning_text, once,
+                                same_plan, untouched)
 from lorasae.runs.config import OBJECTIVES
 
 ARMS = {"adapters": "adapters", "sae": "SAE", "both": "both", "then": "adapters, then SAE"}
@@ -253,8 +253,7 @@ def piece(study, name):
     folder = study.folder / "model-or-sae"
     same_plan(folder, plan)
 
-    model, kind = name.split()
-    case = load_case(model, kind, LARGEST * plan["tokens"], plan["eval_tokens"])
+    case = load_case(name, case_config(*name.split()), LARGEST * plan["tokens"], plan["eval_tokens"])
     return compare(case, folder / case.folder, plan)
 
 
@@ -352,11 +351,11 @@ def main(argv=None):
                    args.lora_rates, args.sae_rates)
     with answering("interrupted: the same command continues"):
         wanted = arms.wanted(args)
-        same_plan(folder, {**plan, "device": args.device})
+        same_plan(folder, {**plan, "layer": args.layer, "device": args.device})
         cases = {}
-        for model, sae in wanted:
-            case = load_case(model, sae, LARGEST * plan["tokens"], plan["eval_tokens"], device=args.device)
-            cases[case.name] = compare(case, folder / case.folder, plan)
+        for name, config in wanted.items():
+            case = load_case(name, config, LARGEST * plan["tokens"], plan["eval_tokens"])
+            cases[name] = compare(case, folder / case.folder, plan)
         numbers = finished(plan, cases)
         write_json(folder / "model_or_sae.json", numbers)
         show(tables(numbers))

@@ -22,8 +22,8 @@ from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
 from lorasae.io.presets import PAPER, tuned
 from lorasae.paper import arms
-from lorasae.paper.arms import (TUNING, adapted, asked, finetuned, load_case, new_student, on_tuning_text, once, same_plan,
-                                untouched)
+from lorasae.paper.arms import (TUNING, adapted, asked, case_config, finetuned, load_case, new_student, on_tuning_text, once,
+                                same_plan, untouched)
 from lorasae.paper.findings import Claim, Table, show
 from lorasae.runs.config import OPTIMIZERS
 
@@ -226,8 +226,7 @@ def piece(study, name):
     folder = study.folder / "recipe"
     same_plan(folder, plan)
 
-    model, kind = name.split()
-    case = load_case(model, kind, plan["tokens"], eval_tokens=1000, tuning_tokens=plan["tuning_tokens"])
+    case = load_case(name, case_config(*name.split()), plan["tokens"], 1000, plan["tuning_tokens"])
     return search(case, folder / case.folder, plan, seed=0)
 
 
@@ -371,11 +370,11 @@ def main(argv=None):
                    args.ranks, args.sae_rates, tuning_tokens)
     with answering("interrupted: the same command continues"):
         wanted = arms.wanted(args)
-        same_plan(folder, plan)
+        same_plan(folder, {**plan, "layer": args.layer})
         cases = {}
-        for model, sae in wanted:
-            case = load_case(model, sae, plan["tokens"], 1000, plan["tuning_tokens"], args.device)
-            cases[case.name] = [search(case, folder / case.folder, plan, seed) for seed in range(args.seeds)]
+        for name, config in wanted.items():
+            case = load_case(name, config, plan["tokens"], eval_tokens=1000, tuning_tokens=plan["tuning_tokens"])
+            cases[name] = [search(case, folder / case.folder, plan, seed) for seed in range(args.seeds)]
         numbers = {"plan": plan, "cases": cases}
         write_json(folder / "recipe.json", numbers)
         show(tables(numbers))
