@@ -105,7 +105,7 @@ def test_a_search_finds_the_tokens_that_every_recipe_needs(case, tmp_path, monke
     assert found["l0"] > 0 and {trial["l0"] == found["l0"] for trial in found["tried"] if trial["sae_lr"] is None} == {True}
     shown = capsys.readouterr().out
     assert "muon 0.01 falling, batch 4, rank 2" in shown and ", batch 1, rank 2, SAE 0.001" in shown
-    assert "a case, seed 1" in shown
+    assert "mean of 2 seeds" in shown and recipe.spread([None, 12.0]) == "- to 12.0x" and recipe.spread([15.04]) == "15.0x"
 
 
 def test_what_is_claimed_of_recipes_follows_from_the_tokens_they_need(model):

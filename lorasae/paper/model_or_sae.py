@@ -1,6 +1,7 @@
 """Adapt the model, the SAE, or both? Four arms, at equal tokens and at equal time (beyond the paper).
 
     python -m lorasae.paper.model_or_sae                two families, two kinds of SAE, three seeds
+    python -m lorasae.paper.model_or_sae --models gemma-2-2b --tokens 1M --lora-rates 2e-4 6e-4 --sae-rates 2e-5 5e-5
     python -m lorasae.paper.model_or_sae --quick        seconds: that it runs, not what it finds
 
     adapters    the paper: the SAE as it came, adapters trained on Eq. 7
