@@ -69,7 +69,7 @@ def arguments(argv):
     add("--rank", type=int, nargs="+", help="rank of every adapter; several, as in 1 4 16 64 256, train side by side in one "
         "pass and end as runs of their own would (default: 64, the paper's)")
     add("--alpha", type=float, help=f"the adapters are scaled by alpha / rank (default: {Config.alpha} at every rank)")
-    add("--dropout", type=float, help="dropout probability on the adapters' input (default: the preset's; else 0.1, the "
+    add("--dropout", type=float, help="dropout probability on the adapters' input (default: the recipe's; else 0.1, the "
         "paper's)")
     add("--adapt", nargs="+", metavar="BLOCKS", help="after (the SAE), all, next, or block numbers "
         "(default: the preset's around its own SAEs; else after for JumpReLU SAEs, whose L0 would move otherwise, and all for "
@@ -82,8 +82,8 @@ def arguments(argv):
     add("--objective", choices=OBJECTIVES, help="finetune: the loss (default: balanced, ½ (MSE + KL · sg[MSE / KL]), where sg "
         "stops the gradient)")
     add("--train-sae", action="store_true", default=None, help="lora: train the SAE together with the adapters")
-    add("--sae-lr", type=float, help="--train-sae: the SAE's learning rate (default: the recipe's; else 5e-5, the published "
-        "finetune's)")
+    add("--sae-lr", type=float, help="--train-sae: the SAE's learning rate (default: the recipe's; else that of the "
+        "preset's finetune; else 5e-5, the published finetune's)")
     add("--thresholds", choices=THRESHOLDS, help="a JumpReLU's thresholds: trained, with its L0 held at what it was, or frozen "
         f"(default: {Config.thresholds})")
 
@@ -98,15 +98,16 @@ def arguments(argv):
         "what the model holds)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=int, help="sequences a step (default: the preset's; else 1, the paper's)")
+    add("--batch-size", type=int, help="sequences a step (default: the recipe's, or the preset's; else 1, the paper's)")
     add("--micro-batch", type=int, help="sequences that pass through the model at once; less memory, same step but for "
         "dropout's masks (default: the whole batch)")
     add("--lr", type=float, nargs="+", help="learning rate; several for adapters, as in 5e-5 2e-4 1e-3, train side by side in "
-        "one pass, with one --rank or as many (default: the preset's; else the paper's, 5e-5 for adapters and a finetune, "
+        "one pass, with one --rank or as many (default: the recipe's, or the preset's; else the paper's, 5e-5 for adapters and "
+        "a finetune, "
         "2e-4 / √(latents / 2^14) for an SAE)")
     add("--lr-decay", action=SWITCH, help="let it fall linearly to 0: better where steps are few "
-        "(default: the preset's; paper: --no-lr-decay)")
-    add("--optimizer", choices=OPTIMIZERS, help="of adapters (default: the preset's; else adamw, the paper's)")
+        "(default: the recipe's, or the preset's; paper: --no-lr-decay)")
+    add("--optimizer", choices=OPTIMIZERS, help="of adapters (default: the recipe's; else adamw, the paper's)")
     add("--weight-decay", type=float, help=f"the optimiser's weight decay (default: {Config.weight_decay})")
     add("--clip", type=float, help="bound on the gradient norm of the KL summed over a sequence "
         f"(default: {Config.clip})")

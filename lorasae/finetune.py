@@ -10,7 +10,7 @@
     + L0        (L0 / L0 of the SAE as it came - 1)²        §3.3, of a JumpReLU: its thresholds follow the straight-through
                                                             gradient, and its L0 stays; of frozen thresholds it is free
 
-    naive_loss      all of it as it is written
+    naive_loss      KL, MSE or both balanced as they are written, without the penalty
     learn           the same without waste, as adapt.learn
     take_step       one step on adapters, SAE, or both
     train           the loop
@@ -58,7 +58,7 @@ def combined(name, kl, mse):
 def naive_loss(model, saes, tokens, name):
     """The objective of that name of the SAE of {layer: SAE}, a token's, for tokens [B, T], with all logits and in plain autograd.
 
-    The gradient is the whole one for TopK, and for a JumpReLU all but that of its thresholds, which is none.
+    Autograd through it gives every gradient but that of a JumpReLU's thresholds, which the formula does not have.
     """
     (layer, sae), = saes.items()
     with torch.no_grad(), base(model):

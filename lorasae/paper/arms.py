@@ -160,7 +160,7 @@ def finetuned(case, config, sae_lr, student=None, train_adapters=False, start=0)
     start is the number of steps that made them.
     """
     model, sae = case.model, copy.deepcopy(case.sae).requires_grad_(True)
-    seen = dictionary.observe(model, sae, case.layer, case.tuning[:16], end_to_end=False)
+    seen = dictionary.observe(model, sae, case.layer, case.tuning[:16], end_to_end=False)       # for the scale alone
     held = finetune.hold(sae, seen.x[seen.learned])
 
     if student is not None:
@@ -251,14 +251,17 @@ def add_cases(parser):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
 
 
-def wanted(args):
-    """{name: Config} of the cases that the options name. Raises InputError, before any work, for what is not there."""
+def wanted(args, **side_by_side):
+    """{name: Config} of the cases that the options name. Raises InputError, before any work, for what is not there or does
+    not fit: an SAE in training, or the adapters that train side by side, fields of Config.
+    """
     distributed.local(args.device)
     found = {}
     for model in args.models:
         for sae in args.saes or (KINDS if model in MODELS else [None]):
             config = case_config(model, sae, args.layer, args.device)
-            check_memory(replace(config, train_sae=True, sae_lr=config.lr))             # the arm that needs most
+            check_memory(replace(config, **side_by_side))
+            check_memory(replace(config, train_sae=True, sae_lr=config.lr))
             found[f"{model} {sae or 'public SAE'}"] = config
     return found
 

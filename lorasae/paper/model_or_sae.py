@@ -9,8 +9,8 @@
     both        adapters and SAE together, on Eq. 7
     then        half the tokens for the adapters, then half for the SAE around the adapted model
 
-Each arm has its own best rates, chosen by KL on text that no arm trains or is measured on. The L0 of a JumpReLU is held
-(finetune.py), that of a TopK is held by construction. At equal time every arm takes the seconds that the adapters took,
+Each arm has the best of a few rates, tried on one seed with half the tokens, by KL on text that no arm trains or is measured
+on. A penalty keeps the L0 of a JumpReLU near that of the SAE as it came (finetune.py; the tables say how near). At equal time every arm takes the seconds that the adapters took,
 by the speeds measured at equal tokens (of each arm the quickest seed's, which other work on the machine disturbs least).
 Intervals are 90 %, over seeds.
 
@@ -228,9 +228,9 @@ def draw(numbers, figure):
 
 TITLE = "Adapt the model, the SAE, or both?"
 FIGURES = ()
-ABOUT = ("Four arms at equal tokens and at equal time, each at its own best rates, chosen by KL on text that no arm trains "
-         "or is measured on: adapters (the paper), the SAE finetuned (Karvonen 2025), both together, and adapters first, "
-         "then the SAE. L0 is held at that of the SAE as it came, on the same text. Intervals are 90 % over seeds.")
+ABOUT = ("Four arms at equal tokens and at equal time, each at the best of a few rates, chosen by KL on text that no arm "
+         "trains or is measured on: adapters (the paper), the SAE finetuned (Karvonen 2025), both together, and adapters first, "
+         "then the SAE. A penalty keeps L0 near that of the SAE as it came. Intervals are 90 % over seeds.")
 
 
 trainings, pieces = arms.trainings, arms.pieces
@@ -351,7 +351,7 @@ def main(argv=None):
     plan = plan_of(args.tokens or tokens, args.eval_tokens or eval_tokens, args.seeds or seeds, args.objective,
                    args.lora_rates, args.sae_rates)
     with answering("interrupted: the same command continues"):
-        wanted = arms.wanted(args)
+        wanted = arms.wanted(args, lr=tuple(args.lora_rates))
         same_plan(folder, {**plan, "layer": args.layer, "device": args.device})
         cases = {}
         for name, config in wanted.items():

@@ -40,7 +40,7 @@ SAE_RATES = (4e-4,)
 class Recipe(NamedTuple):
     """How adapters are trained."""
     optimizer: str
-    lr: float
+    lr: float | None                                    # None: by the rule of --recipe tuned, which depends on the model
     schedule: str                                       # of SCHEDULES
     batch: int                                          # sequences a step
     rank: int
@@ -48,7 +48,8 @@ class Recipe(NamedTuple):
 
     def __str__(self):
         both = "" if self.sae_lr is None else f", SAE {self.sae_lr:g}"
-        return f"{self.optimizer} {self.lr:g} {self.schedule}, batch {self.batch}, rank {self.rank}{both}"
+        lr = "by the rule" if self.lr is None else f"{self.lr:g}"
+        return f"{self.optimizer} {lr} {self.schedule}, batch {self.batch}, rank {self.rank}{both}"
 
 
 # ---- Trying ------------------------------------------------------------------------------------------------------------
@@ -68,10 +69,12 @@ def search(case, folder, plan, seed):
         tokens = plan["tokens"] // part
         for optimizer, schedule, batch in product(plan["optimizers"], plan["schedules"], plan["batches"]):
             path = folder / f"{optimizer}-{schedule}-{batch}-{part}-{seed}.json"
-            tried += once(path, lambda: side_by_side(case, plan, tokens, optimizer, schedule, batch, seed))
+            found = once(path, lambda: side_by_side(case, plan, tokens, optimizer, schedule, batch, seed))
+            tried += [{**trial, "part": part} for trial in found]
         for sae_lr in plan["sae_rates"]:
             path = folder / f"both-{sae_lr}-{part}-{seed}.json"
-            tried += once(path, lambda: together(case, plan, tokens, sae_lr, seed))
+            found = once(path, lambda: together(case, plan, tokens, sae_lr, seed))
+            tried += [{**trial, "part": part} for trial in found]
         print(f"{case.name}, seed {seed}: 1/{part} of the tokens done", flush=True)
     return {"before": untrained["kl"], "l0": untrained["l0"], "paper": paper, "tried": tried}
 
@@ -102,7 +105,7 @@ def together(case, plan, tokens, sae_lr, seed):
     how, rank = tuned(*case.model_size), plan["ranks"][0]
     config = asked(case, tokens, seed, rank=(rank,), objective="kl", micro_batch=None, **how)
     trained = finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True)
-    recipe = Recipe(config.optimizer, config.lr, "falling", config.batch_size, rank, sae_lr)
+    recipe = Recipe(config.optimizer, None, "falling", config.batch_size, rank, sae_lr)
     return [trial(recipe, config, on_tuning_text(case, trained))]
 
 
@@ -192,7 +195,7 @@ def draw(numbers, figure):
     best = [recipe for recipe, _, _ in rows(numbers)[:5]]
     for axes, (name, seeds) in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases.items()):
         for recipe in best:
-            means = {plan["tokens"] / part: mean_closed(plan, seeds, recipe, part) for part in plan["budgets"]}
+            means = {plan["tokens"] / part: mean_closed(seeds, recipe, part) for part in plan["budgets"]}
             curve = sorted((tokens, 100 * mean) for tokens, mean in means.items() if mean is not None)
             axes.semilogx(*zip(*curve), marker="o", label=str(recipe))
         axes.axhline(100 * mean_published(seeds), color="grey", linestyle="--", label="published, all its tokens")
@@ -272,7 +275,7 @@ def by_budget(numbers):
     for part in sorted(plan["budgets"]):
         shown = []
         for recipe in recipes(first[0]):
-            means = [mean_closed(plan, seeds, recipe, part) for seeds in cases.values()]
+            means = [mean_closed(seeds, recipe, part) for seeds in cases.values()]
             cells = ["diverged" if mean is None else percent(mean) for mean in means]
             shown.append((sum(mean or 0 for mean in means), [str(recipe), *cells]))
         shown.sort(reverse=True)
@@ -287,23 +290,18 @@ def over_seeds(numbers):
     return "one seed" if len(first) == 1 else f"mean of {len(first)} seeds"
 
 
-def mean_closed(plan, seeds, recipe, part):
+def mean_closed(seeds, recipe, part):
     """The part of the KL gap that a recipe closes at a budget, in the mean over seeds; None if one diverged."""
     found = []
     for search in seeds:
         for trial in search["tried"]:
-            if recipe_of(trial) == recipe and budget_of(plan, trial) == part:
+            if recipe_of(trial) == recipe and trial["part"] == part:
                 found.append(None if trial["kl"] is None else closed(search, trial["kl"]))
     return None if None in found else sum(found) / len(found)
 
 
 def mean_published(seeds):
     return sum(closed(found, found["paper"]) for found in seeds) / len(seeds)
-
-
-def budget_of(plan, trial):
-    """The budget of a trial, whose tokens fill whole steps."""
-    return min(plan["budgets"], key=lambda part: abs(trial["tokens"] - plan["tokens"] / part))
 
 
 def tables(numbers):
@@ -382,7 +380,8 @@ def main(argv=None):
     plan = plan_of(args.tokens or tokens, args.budgets, args.rates, args.optimizers, args.schedules, args.batches,
                    args.ranks, args.sae_rates, tuning_tokens)
     with answering("interrupted: the same command continues"):
-        wanted = arms.wanted(args)
+        rates, ranks = zip(*product(args.rates, args.ranks))
+        wanted = arms.wanted(args, rank=ranks, lr=rates, batch_size=max(args.batches), micro_batch=None)
         same_plan(folder, {**plan, "layer": args.layer})
         cases = {}
         for name, config in wanted.items():

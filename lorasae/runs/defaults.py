@@ -2,8 +2,8 @@
 
     config = configure({"model": "gemma-2-2b", "layer": (12,), "rank": (64,)})
 
-A value comes from the first of these that has one: what is given; the run that made the SAE (`--sae RUN_DIR`); the
-model's preset (io/presets.py); the paper's, which are the defaults of Config's fields.
+A value comes from the first of these that has one: what is given; the run that made the SAE (`--sae RUN_DIR`); the recipe
+that is asked for; the model's preset (io/presets.py); the paper's, which are the defaults of Config's fields.
 """
 from os.path import basename, dirname, isdir, isfile, join
 
