@@ -103,8 +103,7 @@ def arguments(argv):
         "dropout's masks (default: the whole batch)")
     add("--lr", type=float, nargs="+", help="learning rate; several for adapters, as in 5e-5 2e-4 1e-3, train side by side in "
         "one pass, with one --rank or as many (default: the recipe's, or the preset's; else the paper's, 5e-5 for adapters and "
-        "a finetune, "
-        "2e-4 / √(latents / 2^14) for an SAE)")
+        "a finetune, 2e-4 / √(latents / 2^14) for an SAE)")
     add("--lr-decay", action=SWITCH, help="let it fall linearly to 0: better where steps are few "
         "(default: the recipe's, or the preset's; paper: --no-lr-decay)")
     add("--optimizer", choices=OPTIMIZERS, help="of adapters (default: the recipe's; else adamw, the paper's)")

@@ -226,10 +226,11 @@ def optimizers(learners, config, sae_lr):
         {"params": matrices, "rate": sae_lr},
         {"params": vectors, "rate": sae_lr * learners.held.unit},
     ]
-    parts = [torch.optim.AdamW(groups, lr=sae_lr, weight_decay=0.0, fused=True)]
-    if learners.adapters:
-        parts.insert(0, new_optimizer([{"params": learners.adapters, "rate": config.lr}], config))
-    return Optimizers(*parts)
+    of_the_sae = torch.optim.AdamW(groups, lr=sae_lr, weight_decay=0.0, fused=True)
+    if not learners.adapters:
+        return Optimizers(of_the_sae)
+    of_the_adapters = new_optimizer([{"params": learners.adapters, "rate": config.lr}], config)
+    return Optimizers(of_the_adapters, of_the_sae)
 
 
 def trained_parameters(optimizer):

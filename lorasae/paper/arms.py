@@ -54,11 +54,6 @@ class Case(NamedTuple):
         """The name as that of a folder."""
         return re.sub(r"[^\w.-]+", "-", self.name)
 
-    @property
-    def model_size(self):
-        """d_model and the number of blocks."""
-        return self.model.config.hidden_size, len(self.model.layers)
-
 
 def case_config(model, sae, layer=None, device="cpu"):
     """The Config of a model around an SAE, from which every arm's follows.

@@ -21,11 +21,12 @@ from lorasae.evals.common import percent
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, answering, count
 from lorasae.io.disk import write_json
-from lorasae.io.presets import PAPER, tuned
+from lorasae.io.presets import PAPER
 from lorasae.paper import arms
 from lorasae.paper.arms import (TUNING, adapted, asked, case_config, finetuned, load_case, new_student, on_tuning_text, once,
                                 same_plan, untouched)
 from lorasae.paper.findings import Claim, Table, show
+from lorasae.runs import defaults
 from lorasae.runs.config import OPTIMIZERS
 
 TOKENS = 300_000                                        # of the published recipe
@@ -67,14 +68,16 @@ def search(case, folder, plan, seed):
     tried = []
     for part in plan["budgets"]:
         tokens = plan["tokens"] // part
+
+        def trials(name, work):
+            found = once(folder / f"{name}-{part}-{seed}.json", work)
+            return [{**trial, "part": part} for trial in found]
+
         for optimizer, schedule, batch in product(plan["optimizers"], plan["schedules"], plan["batches"]):
-            path = folder / f"{optimizer}-{schedule}-{batch}-{part}-{seed}.json"
-            found = once(path, lambda: side_by_side(case, plan, tokens, optimizer, schedule, batch, seed))
-            tried += [{**trial, "part": part} for trial in found]
+            tried += trials(f"{optimizer}-{schedule}-{batch}",
+                            lambda: side_by_side(case, plan, tokens, optimizer, schedule, batch, seed))
         for sae_lr in plan["sae_rates"]:
-            path = folder / f"both-{sae_lr}-{part}-{seed}.json"
-            found = once(path, lambda: together(case, plan, tokens, sae_lr, seed))
-            tried += [{**trial, "part": part} for trial in found]
+            tried += trials(f"both-{sae_lr}", lambda: together(case, plan, tokens, sae_lr, seed))
         print(f"{case.name}, seed {seed}: 1/{part} of the tokens done", flush=True)
     return {"before": untrained["kl"], "l0": untrained["l0"], "paper": paper, "tried": tried}
 
@@ -85,16 +88,20 @@ def published(case, tokens, seed):
     return on_tuning_text(case, trained)["kl"]
 
 
+def students_of(plan):
+    """(rates, ranks) of the adapters that train side by side: every rate at every rank."""
+    return zip(*product(plan["rates"], plan["ranks"]))
+
+
 def side_by_side(case, plan, tokens, optimizer, schedule, batch, seed):
     """A trial of every rate and rank, in one pass."""
-    pairs = [(lr, rank) for lr in plan["rates"] for rank in plan["ranks"]]
-    rates, ranks = zip(*pairs)
+    rates, ranks = students_of(plan)
     config = asked(case, tokens, seed, optimizer=optimizer, lr_decay=schedule == "falling", rank=ranks, lr=rates,
                    batch_size=batch, micro_batch=None)
     students = adapted(case, config)
 
     trials = []
-    for (lr, rank), trained in zip(pairs, students):
+    for lr, rank, trained in zip(rates, ranks, students):
         recipe = Recipe(optimizer, lr, schedule, batch, rank)
         trials.append(trial(recipe, config, on_tuning_text(case, trained)))
     return trials
@@ -102,7 +109,7 @@ def side_by_side(case, plan, tokens, optimizer, schedule, batch, seed):
 
 def together(case, plan, tokens, sae_lr, seed):
     """A trial with the SAE trained too, and the adapters by --recipe tuned, with the first rank."""
-    how, rank = tuned(*case.model_size), plan["ranks"][0]
+    how, rank = defaults.recipe_of("tuned", case.config.model, "muon", train_sae=False), plan["ranks"][0]
     config = asked(case, tokens, seed, rank=(rank,), objective="kl", micro_batch=None, **how)
     trained = finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True)
     recipe = Recipe(config.optimizer, None, "falling", config.batch_size, rank, sae_lr)
@@ -380,7 +387,7 @@ def main(argv=None):
     plan = plan_of(args.tokens or tokens, args.budgets, args.rates, args.optimizers, args.schedules, args.batches,
                    args.ranks, args.sae_rates, tuning_tokens)
     with answering("interrupted: the same command continues"):
-        rates, ranks = zip(*product(args.rates, args.ranks))
+        rates, ranks = students_of(plan)
         wanted = arms.wanted(args, rank=ranks, lr=rates, batch_size=max(args.batches), micro_batch=None)
         same_plan(folder, {**plan, "layer": args.layer})
         cases = {}

@@ -64,7 +64,10 @@ def adapting(given):
         train_sae = given.get("train_sae", False)
         if usual is not None:
             decided = recipe_of(usual, model, optimizer, train_sae)
-            defaults = {**decided, **defaults} if not train_sae else {**defaults, **decided}
+            if train_sae:                               # found with the recipe's batch size, which the preset's would replace
+                defaults |= decided
+            else:
+                defaults = {**decided, **defaults}
         if recipe is not None:
             defaults |= recipe_of(recipe, model, optimizer, train_sae)
 
