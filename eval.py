@@ -19,8 +19,8 @@ from lorasae.errors import InputError
 from lorasae.evals import (absorption, autointerp, benchmarks, distances, fidelity, latents, probing, scr, steering,
                            tokens, tpp)
 from lorasae.evals.figures import save_figure
-from lorasae.io.console import Parser, answering
-from lorasae.io.disk import read_json, write_bytes, write_json
+from lorasae.io.console import Parser, one_line_errors
+from lorasae.io.files import read_json, write_bytes, write_json
 from lorasae.runs.opening import open_run, runs_in
 
 SUITES = {"fidelity": fidelity, "tokens": tokens, "distances": distances, "steering": steering,
@@ -73,7 +73,7 @@ def illustrate(name, folder):
 
 def main(argv=None):
     args = arguments(sys.argv[1:] if argv is None else argv)
-    with answering():
+    with one_line_errors():
         for folder in runs_in(args.run):
             setting = None if args.draw else open_run(folder, args.device)
             for name in args.suite:

@@ -19,17 +19,17 @@ from lorasae.errors import InputError
 from lorasae.evals import fidelity
 from lorasae.evals.common import print_table
 from lorasae.io.adapters import load_adapter
-from lorasae.io.checkpoint import copy_beside_weights, load_model, save_model
-from lorasae.io.console import Parser, answering, count, tell
-from lorasae.io.disk import read_json
+from lorasae.io.models import copy_beside_weights, load_model, save_model
+from lorasae.io.console import Parser, one_line_errors, count, progress_line
+from lorasae.io.files import read_json
 from lorasae.io.hub import model_files
 from lorasae.io.presets import PRESETS
 from lorasae.lora import merge_lora
 from lorasae.runs import distributed
-from lorasae.runs.adaptation import adapt_model, student_names
+from lorasae.runs.adapting import adapt_model, student_names
 from lorasae.runs.config import LLAMA_SCOPE, METHODS, OBJECTIVES, OPTIMIZERS, RECIPES, THRESHOLDS, Config, read_config
 from lorasae.runs.defaults import configure
-from lorasae.runs.finetuning import adapt_with_sae, finetune_sae
+from lorasae.beyond.finetuning import adapt_with_sae, finetune_sae
 from lorasae.runs.folder import Run
 from lorasae.runs.lock import new_folder
 from lorasae.runs.preflight import check_memory, dry_run
@@ -236,7 +236,7 @@ def speed(results):
 
 def main(argv=None):
     args = arguments(sys.argv[1:] if argv is None else argv)
-    with answering("interrupted: --resume RUN_DIR continues from the last checkpoint"):
+    with one_line_errors("interrupted: --resume RUN_DIR continues from the last checkpoint"):
         if args.merge is not None:
             return merge(Path(args.merge))
         if args.dry_run:
@@ -244,7 +244,7 @@ def main(argv=None):
 
         run = open_run(args)
         try:
-            tell(f"{run.folder}/ is where this run writes")
+            progress_line(f"{run.folder}/ is where this run writes")
             setting = load_setting(run.config, run.folder)
             if run.config.train_sae:
                 report_both(adapt_with_sae(setting, run), run.folder)

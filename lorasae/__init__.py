@@ -6,11 +6,11 @@
 
 adapt.py is the method; the README says in which order to read the rest.
 """
-from lorasae.io.checkpoint import load_model, load_tokenizer, save_model
+from lorasae.io.models import load_model, load_tokenizer, save_model
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter, save_adapter
 from lorasae.lora import add_lora, base, merge_lora
-from lorasae.io.sae_formats import load_sae, save_sae
+from lorasae.io.saes import load_sae, save_sae
 from lorasae import objectives, topk
 
 __all__ = ["InputError", "add_lora", "base", "load_adapter", "load_model", "load_sae", "load_tokenizer", "merge_lora",

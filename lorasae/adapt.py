@@ -2,7 +2,7 @@
 
     naive_loss      Eq. 7 as it is written: two whole forward passes and all their logits
     teach, learn    the same loss without waste: the blocks before the SAE run once for both models, and no logits are kept
-    take_step       one step of AdamW, or Muon, on gradients clipped as the published code clips them
+    take_step       one optimiser step on gradients clipped as the published code clips them
     train           the loop
 
 Exercised by `python train.py`. What the words and symbols stand for:
@@ -25,7 +25,6 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.lora import blocks_with_adapters, base, lora_parameters
-from lorasae.muon import Muon
 from lorasae.objectives import linear_kl
 from lorasae.sae import JumpReLU, splice
 
@@ -85,13 +84,6 @@ def objective(model, lesson, hidden, compiled=False):
 def adamw(parameters, config):
     """The optimiser of the paper's released recipe, over the adapters alone."""
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-def new_optimizer(parameters, config):
-    """The optimiser that config.optimizer names: AdamW, as published, or Muon (beyond the paper)."""
-    if config.optimizer == "adamw":
-        return adamw(parameters, config)
-    return Muon(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def take_step(model, saes, lesson, first, optimizer, config, all_reduce=None):

@@ -30,7 +30,7 @@ LLAMA = {
 
 def random_weights(raw, seed=0, scale=0.2):
     """{name: tensor} for a configuration, large enough that soft-caps bite and every detail shows in the logits."""
-    from lorasae.io.checkpoint import parse_config
+    from lorasae.io.models import parse_config
     from lorasae.model import Transformer
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -41,7 +41,7 @@ def random_weights(raw, seed=0, scale=0.2):
 
 def write_model(folder, raw, seed=0, scale=0.2):
     """A single-file Hugging Face folder with random weights."""
-    from lorasae.io.disk import write_json
+    from lorasae.io.files import write_json
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", raw)
     save_file(random_weights(raw, seed, scale), folder / "model.safetensors", {"format": "pt"})
@@ -61,7 +61,7 @@ def model_folder(raw_config, tmp_path):
 @pytest.fixture
 def model(raw_config):
     """A random frozen Transformer of each family."""
-    from lorasae.io.checkpoint import parse_config
+    from lorasae.io.models import parse_config
     from lorasae.model import Transformer
     model = Transformer(parse_config(raw_config, "the test"))
     model.load_state_dict(random_weights(raw_config, scale=0.15), strict=True)
@@ -112,7 +112,7 @@ def whole_model(model_folder, raw_config, text_folder):
 def sae_folder(whole_model, raw_config, tmp_path):
     """A random TopK SAE of that model, in SAELens's format."""
     from lorasae.sae import TopK
-    from lorasae.io.sae_formats import save_sae
+    from lorasae.io.saes import save_sae
     torch.manual_seed(0)
     sae = TopK(raw_config["hidden_size"], 128, 8)
     torch.nn.init.normal_(sae.W_enc)

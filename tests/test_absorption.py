@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from lorasae.errors import InputError
 from lorasae.evals import absorption
 from lorasae.evals.absorption import absorbs, ask, f1, letter, letter_probes, prompt, scores, split_count, words
-from lorasae.io.checkpoint import load_model
+from lorasae.io.models import load_model
 from lorasae.io.presets import TINY
-from lorasae.io.sae_formats import load_sae
+from lorasae.io.saes import load_sae
 from lorasae.lora import add_lora
 from lorasae.sae import JumpReLU
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from conftest import GEMMA, LLAMA
 from lorasae import attention as module
 from lorasae.attention import attention, blockwise_attention, flex_mask, fused_attention, naive_attention, positions
-from lorasae.io.checkpoint import parse_config
+from lorasae.io.models import parse_config
 from on_cuda import on_cuda
 
 HEADS, GROUPS, WIDTH = 4, 2, 16                     # two query heads a key-value head, as in Gemma-2

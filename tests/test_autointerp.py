@@ -77,16 +77,16 @@ def planted(count=40, length=128, latent_places=60, seed=0):
 
 def test_rows_are_bos_and_the_next_tokens_of_a_chunk():
     chunks = torch.arange(600).view(2, 300)
-    rows = firing.rows_of(SimpleNamespace(validation=chunks, bos=7))
+    rows = firing.rows_of(SimpleNamespace(held_out=chunks, bos=7))
     assert rows.shape == (4, 128) and (rows[:, 0] == 7).all()
     assert rows[0, 1:].tolist() == list(range(1, 128)) and rows[1, 1:].tolist() == list(range(128, 255))
     assert rows[2, 1] == 301                                                    # what is too short for a row is left
-    assert firing.rows_of(SimpleNamespace(validation=chunks[:, :40], bos=7)).shape == (2, 40)
+    assert firing.rows_of(SimpleNamespace(held_out=chunks[:, :40], bos=7)).shape == (2, 40)
 
 
 def test_firings_and_rates_are_those_of_the_dense_activations(setting):
     model, sae = setting.model, setting.saes[1]
-    rows = firing.rows_of(setting.corpus)
+    rows = firing.rows_of(setting.text)
     with torch.no_grad(), base(model):
         z = sae.encode(model.run(model.embed(rows), 0, 2))
         z[model.special(rows)] = 0
@@ -413,7 +413,7 @@ def test_adapters_after_the_sae_have_nothing_to_be_judged(setting, model):
     after = {name: module for name, module in detach_lora(model).items() if int(name.split(".")[2]) > 1}
     attach_lora(model, after)
     assert firing.reads_nothing_new(setting)
-    rows, sae = firing.rows_of(setting.corpus), setting.saes[1]
+    rows, sae = firing.rows_of(setting.text), setting.saes[1]
     adapted = firing.firings(model, sae, 1, rows, [3])[3]
     with base(model):
         plain = firing.firings(model, sae, 1, rows, [3])[3]
@@ -495,11 +495,11 @@ def test_named_latents_are_judged(setting):
 
 @one_family
 def test_too_little_text_is_one_clear_line(setting):
-    corpus = setting.corpus
-    short = SimpleNamespace(validation=corpus.validation[:2], bos=corpus.bos, tokenizer=corpus.tokenizer)
-    setting.corpus = short
+    corpus = setting.text
+    short = SimpleNamespace(held_out=corpus.held_out[:2], bos=corpus.bos, tokenizer=corpus.tokenizer)
+    setting.text = short
     with pytest.raises(InputError, match="--eval-tokens|too rarely"):
         autointerp.evaluate(setting, options())
-    setting.corpus = SimpleNamespace(validation=short.validation[:, :20], bos=short.bos, tokenizer=short.tokenizer)
+    setting.text = SimpleNamespace(held_out=short.held_out[:, :20], bos=short.bos, tokenizer=short.tokenizer)
     with pytest.raises(InputError, match="--context"):
         autointerp.evaluate(setting, options())

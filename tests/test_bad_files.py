@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import GEMMA, LLAMA, random_weights, write_model                          # noqa: E402
 from lorasae.errors import InputError                                                   # noqa: E402
 from lorasae.io.adapters import load_adapter, save_adapter                              # noqa: E402
-from lorasae.io.checkpoint import load_model, parse_config                              # noqa: E402
-from lorasae.io.sae_formats import load_sae                                             # noqa: E402
+from lorasae.io.models import load_model, parse_config                              # noqa: E402
+from lorasae.io.saes import load_sae                                             # noqa: E402
 from lorasae.lora import add_lora, adapters                                             # noqa: E402
 from lorasae.model import Transformer                                                   # noqa: E402
 

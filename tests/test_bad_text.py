@@ -162,7 +162,7 @@ def test_windows_files_are_good(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n"))
     (tmp_path / "b.jsonl").write_bytes(GOOD)
     one, other = (Corpus(tmp_path / name, NUMBERED, BOS, EOS, context=16, eval_tokens=64) for name in ("a.jsonl", "b.jsonl"))
-    assert one.validation.tolist() == other.validation.tolist()
+    assert one.held_out.tolist() == other.held_out.tolist()
 
 
 @pytest.mark.parametrize("field, words", [

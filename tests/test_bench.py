@@ -11,7 +11,7 @@ from lorasae.bench import __main__ as bench
 from lorasae.bench import gpu, loss, sparse, step
 from lorasae.bench import race
 from lorasae.errors import InputError
-from lorasae.io.disk import read_json
+from lorasae.io.files import read_json
 from lorasae.io.presets import PRESETS
 from lorasae.lora import LoRALinear
 from lorasae.runs import sweep

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import GEMMA, LLAMA, random_weights, write_model, write_tokenizer
 from lorasae.errors import InputError
-from lorasae.io.checkpoint import check_tokenizer, copy_beside_weights, load_model, load_tokenizer, parse_config
-from lorasae.io.disk import write_json
+from lorasae.io.models import check_tokenizer, copy_beside_weights, load_model, load_tokenizer, parse_config
+from lorasae.io.files import write_json
 
 RAW = {"gemma2": GEMMA, "llama": LLAMA}
 TIED = [GEMMA, {**LLAMA, "tie_word_embeddings": True}]

@@ -8,7 +8,7 @@ import pytest
 import train
 from conftest import write_model
 from lorasae.errors import InputError
-from lorasae.io.disk import write_json
+from lorasae.io.files import write_json
 from lorasae.io.presets import PRESETS
 from lorasae.runs.config import CHOICES, SWITCHES, Config, option, read_config
 from lorasae.runs.defaults import configure, recipe_of, latents

@@ -108,7 +108,7 @@ def test_a_tokenizer_file_that_truncates_and_pads_is_used_whole(tmp_path):
     tokenizer.enable_padding(length=50)
     path = write_documents(tmp_path / "a.jsonl", [numbered(i, 40) for i in range(20)])
     settings = dict(context=16, eval_tokens=64, seed=0)
-    assert torch.equal(Corpus(path, tokenizer, BOS, EOS, **settings).validation, corpus_of(path).validation)
+    assert torch.equal(Corpus(path, tokenizer, BOS, EOS, **settings).held_out, corpus_of(path).held_out)
 
 
 def test_special_positions_marks_bos_and_eos():
@@ -123,8 +123,8 @@ def test_validation_is_the_start_of_the_permuted_documents(tmp_path):
     corpus = corpus_of(write_documents(tmp_path / "a.jsonl", texts), eval_tokens=100, seed=42)
     permuted = [texts[i] for i in np.random.default_rng(42).permutation(100)]
     chunks = [chunk for chunk, _ in pack(permuted, NUMBERED, BOS, EOS, 16)]
-    assert corpus.validation.dtype == torch.int64
-    assert torch.equal(corpus.validation, torch.from_numpy(np.stack(chunks[:7])))      # 100 tokens round up to 7 chunks
+    assert corpus.held_out.dtype == torch.int64
+    assert torch.equal(corpus.held_out, torch.from_numpy(np.stack(chunks[:7])))      # 100 tokens round up to 7 chunks
 
 
 def test_training_mixes_chunks_of_the_same_order_after_the_last_validation_document(tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_training_mixes_chunks_of_the_same_order_after_the_last_validation_docum
     texts = [numbered(i) for i in range(100)]
     corpus = corpus_of(write_documents(tmp_path / "a.jsonl", texts), seed=42)
     turns = np.random.default_rng(42).permutation(100)
-    held = max(i for i in range(100) if turns[i] in sources_of(corpus.validation)) + 1
+    held = max(i for i in range(100) if turns[i] in sources_of(corpus.held_out)) + 1
     expected = [chunk for chunk, _ in pack([texts[i] for i in turns[held:]], NUMBERED, BOS, EOS, 16)]
     found = take(corpus.batches(2), 12).flatten(0, 1).tolist()
     for mix in range(0, 24, 8):
@@ -157,7 +157,7 @@ def test_no_document_is_in_both_parts_however_often_the_text_starts_again(tmp_pa
     for part in range(4):
         write_documents(tmp_path / f"{part}.jsonl", [numbered(i) for i in range(part, 60, 4)])
     corpus = corpus_of(tmp_path)
-    held, seen = sources_of(corpus.validation), sources_of(take(corpus.batches(4), 60))      # six times through
+    held, seen = sources_of(corpus.held_out), sources_of(take(corpus.batches(4), 60))      # six times through
     assert held and not held & seen and len(held | seen) >= 59      # the end of a group, dropped, may hide a document
 
 
@@ -165,7 +165,7 @@ def test_a_text_that_is_in_validation_under_another_name_is_left_out_of_training
     write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(50)])
     write_documents(tmp_path / "b.jsonl", [numbered(i) for i in range(50)])
     corpus = corpus_of(tmp_path)
-    assert not sources_of(corpus.validation) & sources_of(take(corpus.batches(4), 50))
+    assert not sources_of(corpus.held_out) & sources_of(take(corpus.batches(4), 50))
 
 
 def test_both_parts_are_the_same_for_the_same_arguments_alone(tmp_path):
@@ -173,8 +173,8 @@ def test_both_parts_are_the_same_for_the_same_arguments_alone(tmp_path):
     first, again, other = corpus_of(path), corpus_of(path), corpus_of(path, seed=1)
     trained = take(first.batches(4), 30)
     assert torch.equal(take(again.batches(4), 30), trained)             # here asked for before validation
-    assert torch.equal(again.validation, first.validation)
-    assert not torch.equal(other.validation, first.validation)
+    assert torch.equal(again.held_out, first.held_out)
+    assert not torch.equal(other.held_out, first.held_out)
     assert not torch.equal(take(other.batches(4), 30), trained)
 
 
@@ -183,7 +183,7 @@ def test_the_standard_library_is_split_by_file_name():
     names = {file.name for file in files("stdlib")}
     assert {file.name for file in corpus.validation_files} == {name for name in names if held_out(name)}
     assert {file.name for file in corpus.training_files} == {name for name in names if not held_out(name)}
-    assert 0.03 < len(corpus.validation_files) / len(names) < 0.1 and corpus.validation.shape == (10, 16)
+    assert 0.03 < len(corpus.validation_files) / len(names) < 0.1 and corpus.held_out.shape == (10, 16)
 
 
 # ---- Order, ends and resuming ----------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_nothing_before_the_position_is_tokenised_or_read_again(tmp_path, monkey
     corpus = corpus_of(tmp_path)
     with corpus.batches(4) as batches:
         position = kept(list(itertools.islice(batches, 60))[-1][1])
-    saved = kept(corpus.held_out)
+    saved = kept(corpus.held)
     first_lines, original = {}, documents.text_of
 
     def parse(line, where, *more):
@@ -281,7 +281,7 @@ def test_within_a_mix_a_run_goes_on_without_the_next_segment(tmp_path, monkeypat
     monkeypatch.setattr(order, "SEGMENT", 3000)
     path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(400)])
     whole = list(itertools.islice(corpus_of(path).batches(1), 250))
-    saved = kept(corpus_of(path).held_out)
+    saved = kept(corpus_of(path).held)
 
     def unreachable(self, size):
         raise InputError("the next segment was needed")
@@ -310,11 +310,11 @@ def test_a_position_of_an_earlier_version_is_refused(tmp_path):
 def test_validation_chunks_and_what_they_exclude_can_be_kept(tmp_path):
     path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(60)])
     corpus = corpus_of(path)
-    saved = kept(corpus.held_out)
+    saved = kept(corpus.held)
     again = corpus_of(path, saved=saved)
     assert torch.equal(take(again.batches(4), 20), take(corpus.batches(4), 20))
     path.unlink()
-    assert torch.equal(again.validation, corpus.validation)
+    assert torch.equal(again.held_out, corpus.held_out)
 
 
 def test_a_position_is_small_and_plain(tmp_path, monkeypatch):

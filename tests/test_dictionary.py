@@ -8,8 +8,8 @@ from lorasae import dictionary
 from lorasae.adapt import naive_loss
 from lorasae.dictionary import aux_loss, fit_biases, fvu, geometric_median, jump, l0_penalty, new_sae, schedule, target_l0
 from lorasae.errors import InputError
-from lorasae.io.checkpoint import parse_config
-from lorasae.io.sae_formats import load_sae
+from lorasae.io.models import parse_config
+from lorasae.io.saes import load_sae
 from lorasae.model import Transformer
 from lorasae.objectives import naive_kl
 from lorasae.runs.config import Config

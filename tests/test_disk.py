@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lorasae.errors import InputError
-from lorasae.io import disk
-from lorasae.io.disk import Fields, read_bytes, read_json, read_object, whole, write_bytes, write_json
-from lorasae.io.tensors import is_finite
+from lorasae.io import files as disk
+from lorasae.io.files import Fields, read_bytes, read_json, read_object, whole, write_bytes, write_json
+from lorasae.io.files import is_finite
 
 FULL = OSError(28, "No space left on device")
 

@@ -11,7 +11,7 @@ from conftest import GEMMA, LLAMA, TEXT, write_model, write_tokenizer
 from helpers import adapted, command, misuse, random_sae, read, refusal
 from lorasae.evals import distances, fidelity, tokens as token_suite
 from lorasae.evals.common import evaluating, interval, ratio, t_quantile
-from lorasae.io.sae_formats import save_sae
+from lorasae.io.saes import save_sae
 from lorasae.lora import add_lora, base
 
 ALL = tuple(fidelity.SETTINGS)

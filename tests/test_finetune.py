@@ -8,11 +8,12 @@ from torch.nn.functional import normalize
 import eval as evaluation
 import train as training
 from helpers import counted, interrupted_after
-from lorasae import dictionary, finetune
+from lorasae import dictionary
+from lorasae.beyond import finetune
 from lorasae.adapt import teach
 from lorasae.errors import InputError
-from lorasae.finetune import combined, hold, learn, naive_loss
-from lorasae.io.sae_formats import load_sae, save_sae
+from lorasae.beyond.finetune import combined, hold, learn, naive_loss
+from lorasae.io.saes import load_sae, save_sae
 from lorasae.runs.config import Config, read_config
 from lorasae.sae import JumpReLU, TopK, splice
 

@@ -9,9 +9,9 @@ from conftest import GEMMA, LLAMA, TEXT, write_model, write_tokenizer
 from helpers import adapted, command, random_sae, read, refusal
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter, save_adapter
-from lorasae.io.checkpoint import load_model
-from lorasae.io.disk import write_json
-from lorasae.io.sae_formats import save_sae
+from lorasae.io.models import load_model
+from lorasae.io.files import write_json
+from lorasae.io.saes import save_sae
 
 pytest.importorskip("lm_eval", reason="the benchmarks are lm-eval's")
 from lm_eval import simple_evaluate

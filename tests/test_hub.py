@@ -14,7 +14,7 @@ from lorasae.io import hub
 from lorasae.errors import InputError
 from lorasae.io.hub import model_files, model_plan, sae_choice, sae_files, sae_plan
 from lorasae.io.presets import PRESETS, TINY, preset
-from lorasae.io.sae_formats import load_sae
+from lorasae.io.saes import load_sae
 
 L0S = (22, 41, 62, 114, 445)
 MODEL = {"config.json": b"{}", "tokenizer.json": b"{ }", "model.safetensors.index.json": b"[]", "README.md": b"read me",

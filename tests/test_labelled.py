@@ -10,9 +10,9 @@ import pytest
 
 from lorasae.errors import InputError
 from lorasae.evals.saebench import class_sets, pair_sets
-from lorasae.io import labelled_saebench, labelled_stdlib
-from lorasae.io.labelled import file_classes, file_pair, split_texts
-from lorasae.io.labelled_stdlib import PACKAGES, PAIRS, cut_passages, passages, split_source
+from lorasae.evals import labelled_saebench, labelled_stdlib
+from lorasae.evals.labelled import file_classes, file_pair, split_texts
+from lorasae.evals.labelled_stdlib import PACKAGES, PAIRS, cut_passages, passages, split_source
 from lorasae.io.streams import held_out, standard_library
 
 

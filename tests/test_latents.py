@@ -122,7 +122,7 @@ def test_a_latent_that_does_not_fire_has_no_effect(model):
 
 def test_rates_passages_and_effects_are_those_of_both_models(setting):
     numbers = latents.evaluate(setting, options(5, 9))
-    model, sae, rows = setting.model, setting.saes[1], firing.rows_of(setting.corpus)
+    model, sae, rows = setting.model, setting.saes[1], firing.rows_of(setting.text)
     json.dumps(numbers, allow_nan=False)
     assert [row["latent"] for row in numbers["rows"]] == [5, 9] and numbers["chosen"] == "named by --latents"
     assert numbers["adapted_blocks"] == [0, 1, 2, 3] and numbers["tokens"] == (~model.special(rows)).sum()
@@ -174,7 +174,7 @@ def test_a_latent_that_never_fires_is_said_to_be_silent(setting):
 
 def test_a_latent_that_only_adapting_awakens_has_its_passages(model, raw_config, tmp_path):
     setting = make_setting(model, raw_config, tmp_path, kind="jumprelu")
-    sae, rows = setting.saes[1], firing.rows_of(setting.corpus)
+    sae, rows = setting.saes[1], firing.rows_of(setting.text)
     with torch.no_grad():
         top = {}
         for name in ("base", "lora"):
@@ -193,7 +193,7 @@ def test_without_autointerp_the_hardest_firing_of_the_rare_are_shown(setting, mo
     sae = setting.saes[1]
     monkeypatch.setattr(latents, "RARE", 0.2)
     with base(setting.model):
-        rates = firing.rates(setting.model, sae, 1, firing.rows_of(setting.corpus))
+        rates = firing.rates(setting.model, sae, 1, firing.rows_of(setting.text))
     numbers = latents.evaluate(setting, options())
     shown = [row["latent"] for row in numbers["rows"]]
     strength = rates.total / rates.fired * sae.W_dec.double().norm(dim=1)

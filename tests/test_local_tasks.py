@@ -13,7 +13,7 @@ from lorasae.errors import InputError
 from lorasae.evals import benchmarks, local_tasks
 from lorasae.evals.benchmarks import SETTINGS
 from lorasae.evals.local_tasks import CONTEXT, FOLLOWING, held_out_sources, passages, question, questions
-from lorasae.io.checkpoint import parse_config
+from lorasae.io.models import parse_config
 from lorasae.io.presets import TINY
 from lorasae.io.streams import held_out, standard_library
 from lorasae.model import Transformer

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import GEMMA, write_model
-from lorasae.io.checkpoint import load_model, save_model
+from lorasae.io.models import load_model, save_model
 from helpers import moved
 from lorasae.errors import InputError
-from lorasae.io.disk import write_json
+from lorasae.io.files import write_json
 from lorasae.linear import Linear, linear
 from lorasae.io.adapters import load_adapter, save_adapter
 from lorasae.lora import (LoRALinear, adapters, add_lora, attach_lora, base, blocks_with_adapters, detach_lora,

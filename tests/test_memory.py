@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from conftest import GEMMA, LLAMA, write_model
-from lorasae.io.checkpoint import load_config, parse_config
+from lorasae.io.models import load_config, parse_config
 from lorasae.lora import add_lora, lora_parameters
 from lorasae.model import Transformer
-from lorasae.io.sae_formats import save_sae
+from lorasae.io.saes import save_sae
 from lorasae.sae import JumpReLU
 from lorasae.runs.memory import adapter_parameters, estimate, kept_by_block, model_parameters
 

@@ -6,7 +6,7 @@ from lorasae.adapt import blocks_to_adapt
 from lorasae.errors import InputError
 from lorasae.evals.common import percent
 from lorasae.evals.figures import save_figure
-from lorasae.io.disk import read_json
+from lorasae.io.files import read_json
 from lorasae.lora import adapters
 from lorasae.paper import arms, model_or_sae, recipe
 from lorasae.paper.findings import show

@@ -8,9 +8,9 @@ from torch import nn
 from safetensors.torch import save_file
 
 from conftest import GEMMA, LLAMA, random_weights, write_model
-from lorasae.io.checkpoint import load_model, parse_config, save_model
+from lorasae.io.models import load_model, parse_config, save_model
 from lorasae.errors import InputError
-from lorasae.io.disk import read_json, write_json
+from lorasae.io.files import read_json, write_json
 from lorasae.attention import Cache, attention, causal_mask, naive_attention, rotary_frequencies
 from lorasae.llama3 import RopeScaling
 from lorasae.sae import JumpReLU, TopK

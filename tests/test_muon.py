@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from lorasae.muon import Muon, naive_orthogonal, orthogonal
+from lorasae.beyond.muon import Muon, naive_orthogonal, orthogonal
 
 SHAPES = [(6, 20), (20, 6), (6, 20), (6, 6), (3, 40), (20, 20)]
 

@@ -12,7 +12,7 @@ import pytest
 from helpers import command, misuse, random_sae, read, refusal
 from lorasae.errors import InputError
 from lorasae.io import presets
-from lorasae.io.sae_formats import save_sae
+from lorasae.io.saes import save_sae
 from lorasae.paper import benchmarks, frontier, one_block, plan, saebench, scaling, several, study
 from lorasae.paper.findings import Claim, with_interval
 from lorasae.paper.frontier import levels, reached

@@ -12,8 +12,8 @@ from lorasae.errors import InputError
 from lorasae.evals import absorption, probing, saebench, scr, scr_tpp, tpp
 from lorasae.evals.probes import Task, accuracy, hold_out, logistic, train_probes
 from lorasae.evals.saebench import Means, Texts, one_against_rest, read_means
-from lorasae.io.labelled import Cut
-from lorasae.io.sae_formats import load_sae
+from lorasae.evals.labelled import Cut
+from lorasae.io.saes import load_sae
 from lorasae.lora import add_lora, adapters, base
 
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train as training
 from helpers import counted, interrupted_after
-from lorasae.adapt import new_optimizer
+from lorasae.beyond.muon import new_optimizer
 from lorasae.io.presets import PAPER, PRESETS, tuned
 from lorasae.runs.config import Config, read_config
 from lorasae.runs.defaults import FINETUNE, configure

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorasae.io import sae_formats, sae_readers
+from lorasae.io import sae_readers, saes as sae_formats
 from lorasae.errors import InputError
 from lorasae.sae import JumpReLU, TopK
-from lorasae.io.sae_formats import check_fits, load_sae, save_sae, save_sparsify
+from lorasae.io.saes import check_fits, load_sae, save_sae, save_sparsify
 
 D, M, K, THETA = 24, 96, 7, 2.5
 BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")

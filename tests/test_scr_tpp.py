@@ -7,7 +7,7 @@ from lorasae.evals import saebench, scr, tpp
 from lorasae.evals.probes import accuracy
 from lorasae.evals.saebench import Means, one_against_rest
 from lorasae.evals.scr_tpp import THRESHOLDS, ablate, concept_probes, naive_ablate, strongest
-from lorasae.io.labelled import Cut
+from lorasae.evals.labelled import Cut
 from lorasae.sae import JumpReLU, TopK
 
 

@@ -279,7 +279,7 @@ def test_the_picture_and_the_table_show_every_latent(setting, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="draws the pictures")
     from lorasae.evals.figures import save_figure
     latents = steering.choose_latents(setting.model, setting.saes[1], 1, steering.windows(
-        setting.corpus.validation, setting.corpus.bos, setting.corpus.eos), 2, least=16)
+        setting.text.held_out, setting.text.bos, setting.text.eos), 2, least=16)
     numbers = steering.measure(setting, tmp_path, latents, count=16)
     steering.show(numbers)
     shown = capsys.readouterr().out

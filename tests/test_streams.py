@@ -283,8 +283,8 @@ def test_the_corpus_of_a_stream_survives_a_bad_connection(hub):
     expected = take(calm.batches(4), 20)
     hub.faults = ["drop", None, "cut", "whole", None, None, "busy"] * 5
     rough = Corpus("pile", NUMBERED, 0, 1, **settings)
-    assert (take(rough.batches(4), 20) == expected).all() and (rough.validation == calm.validation).all()
-    assert not sources_of(expected) & sources_of(calm.validation)
+    assert (take(rough.batches(4), 20) == expected).all() and (rough.held_out == calm.held_out).all()
+    assert not sources_of(expected) & sources_of(calm.held_out)
 
 
 @pytest.mark.parametrize("name, pack", [("a.jsonl", bytes), ("a.jsonl.gz", gzip_compress), ("a.jsonl.zst", zstd_compress)])
@@ -298,7 +298,7 @@ def test_a_stream_goes_on_at_a_position_over_a_bad_connection(hub, monkeypatch, 
         whole = list(itertools.islice(batches, 40))                        # about twice through
     for done in (1, 12, 30):
         hub.faults = ["drop", None, "cut", "whole", None, None, "busy"] * 3
-        again = Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, saved=first.held_out, **settings)
+        again = Corpus("hf://datasets/owner/name", NUMBERED, 0, 1, saved=first.held, **settings)
         with again.batches(4, whole[done - 1][1]) as batches:
             assert [tokens.tolist() for tokens, _ in itertools.islice(batches, 40 - done)] == [t.tolist() for t, _ in whole[done:]]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from lorasae.io.checkpoint import load_model
+from lorasae.io.models import load_model
 from lorasae.io.corpus import Corpus
-from lorasae.io.disk import read_json
+from lorasae.io.files import read_json
 from lorasae.io.streams import held_out
 from lorasae.tiny import make
 
@@ -25,7 +25,7 @@ def tokenizer_of(name):
 
 
 def held_out_tokens(name, count):
-    return Corpus("stdlib", tokenizer_of(name), make.BOS, make.EOS, context=256, eval_tokens=count).validation
+    return Corpus("stdlib", tokenizer_of(name), make.BOS, make.EOS, context=256, eval_tokens=count).held_out
 
 
 @every

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import metrics, misuse, read, refusal
-from lorasae.io.sae_formats import save_sae
+from lorasae.io.saes import save_sae
 from lorasae.runs import folder as run_folder
 from lorasae.sae import TopK
 

@@ -8,12 +8,13 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train as training
 from helpers import counted, interrupted_after
-from lorasae import adapt, finetune
+from lorasae import adapt
+from lorasae.beyond import finetune
 from lorasae.adapt import adamw, first_differing, teach
-from lorasae.finetune import hold, naive_loss
-from lorasae.io.sae_formats import load_sae
+from lorasae.beyond.finetune import hold, naive_loss
+from lorasae.io.saes import load_sae
 from lorasae.lora import add_lora, lora_parameters
-from lorasae.muon import Muon
+from lorasae.beyond.muon import Muon
 from lorasae.runs.config import Config, read_config
 from test_finetune import LAYER, close, command, gradients, random_sae, read, refusal
 

@@ -31,7 +31,7 @@ from lorasae.bench.table import table
 from lorasae.bench.text import bench_data
 from lorasae.bench.training import bench_sae
 from lorasae.errors import InputError
-from lorasae.io.disk import write_json
+from lorasae.io.files import write_json
 
 SECTIONS = {"kl": bench_kl, "topk": bench_topk, "step": bench_step, "sae": bench_sae, "data": bench_data}
 

@@ -31,7 +31,7 @@ from lorasae.bench.sparse import bench_topk
 from lorasae.bench.step import differing_steps, load_peers, lora_contenders, matmul_peak, with_rates
 from lorasae.bench.training import bench_sae
 from lorasae.bench.workloads import REAL, TINY, Ours, precision_of_train, random_adapter, random_setting
-from lorasae.io.disk import read_json
+from lorasae.io.files import read_json
 
 LIMIT = 600                                             # seconds a part may take
 

@@ -66,7 +66,7 @@ def evaluate(setting, options):
     layer, sae = saebench.reading(setting, "absorption")
     if options.seeds < 1 or options.words < LEAST_WORDS:
         raise InputError(f"--seeds {options.seeds} --words {options.words}: expected 1 and {LEAST_WORDS}, or more")
-    model, corpus = setting.model, setting.corpus
+    model, corpus = setting.model, setting.text
     vocabulary = words(corpus.tokenizer)
     if len(vocabulary) < LEAST_WORDS:
         raise InputError(f"the tokenizer has {len(vocabulary)} tokens of ASCII letters alone, too few to ask for first "

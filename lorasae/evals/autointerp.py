@@ -128,7 +128,7 @@ def evaluate(setting, options):
         raise InputError(f"--judge-latents {options.judge_latents} and --judge-seeds {options.judge_seeds}: expected "
                          "at least 1 of each")
     model, (layer, sae) = setting.model, next(iter(setting.saes.items()))
-    rows = firing.rows_of(setting.corpus)
+    rows = firing.rows_of(setting.text)
     if rows.shape[1] <= 2 * AROUND:
         raise InputError(f"the run's context gives rows of {rows.shape[1]} tokens, but a window takes {2 * AROUND + 1}"
                          ": evaluate a run with a longer --context")
@@ -181,7 +181,7 @@ def judge_name(options):
 
 def judge_of(setting, options, latent):
     """judge(shown, scored, rng) -> Verdict. What an endpoint answers about a latent is kept in the run's folder."""
-    tokenizer = setting.corpus.tokenizer
+    tokenizer = setting.text.tokenizer
     if not options.judge:
         return lambda shown, scored, rng: lexical(shown, scored, tokenizer)
     ask = partial(chat, options.judge, options.chat_model, temperature=None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from lorasae.errors import InputError
 from lorasae.evals.common import evaluating, plus_minus, print_table
 from lorasae.evals.local_tasks import local_tasks
-from lorasae.io.console import say
+from lorasae.io.console import note
 from lorasae.io.presets import TINY, preset
 
 SETTINGS = {                                            # the columns of Table 5: (SAEs spliced in, adapters on)
@@ -65,7 +65,7 @@ def evaluate(setting, options):
     require_lm_eval()
     names = options.tasks or default_tasks(setting.config.model)
     tasks = load_tasks(names.split(","))
-    return measure(setting.model, setting.saes, setting.corpus.tokenizer, tasks, limit=options.limit)
+    return measure(setting.model, setting.saes, setting.text.tokenizer, tasks, limit=options.limit)
 
 
 def default_tasks(model):
@@ -73,7 +73,7 @@ def default_tasks(model):
     known = preset(model)
     if known is None or not Path(known.repo).is_relative_to(TINY):
         return TASKS
-    say(f"{model} is an embedded model: --tasks {LOCAL}, on held-out files of the standard library (the paper's: "
+    note(f"{model} is an embedded model: --tasks {LOCAL}, on held-out files of the standard library (the paper's: "
         f"--tasks {TASKS})")
     return LOCAL
 
@@ -101,7 +101,7 @@ def measure(model, saes, tokenizer, tasks, limit=None):
     numbers = {"lm_eval": version("lm_eval"), "limit": limit}
     with evaluating(model):
         for setting, (label, spliced, lora) in SETTINGS.items():
-            say(f"{label}:")
+            note(f"{label}:")
             for task in tasks["tasks"].values():
                 task.set_fewshot_seed(SEED)             # else every setting would draw other examples
             lm = SplicedLM(model, tokenizer, saes if spliced else {}, lora=lora)

@@ -18,7 +18,7 @@ POSITIONS = {"all": "all positions", "without_0": "without position 0"}
 
 
 def evaluate(setting, options):
-    batches = setting.corpus.validation.split(setting.config.eval_batch)
+    batches = setting.text.held_out.split(setting.config.eval_batch)
     return measure(setting.model, setting.saes, batches)
 
 

@@ -41,7 +41,7 @@ def evaluate(setting, options):
     """Every setting that the run has -> what eval-fidelity.json holds."""
     adapts = setting.config.method == "lora"
     settings = ("base", "sae", "adapted", "lora", "zero") if adapts else ("base", "sae", "zero")
-    held_out = setting.corpus.validation
+    held_out = setting.text.held_out
     results = measure(setting.model, setting.saes, held_out.split(setting.config.eval_batch), settings)
     return {**summary(results), "eval_tokens": held_out.numel(), "training": training_curve(setting.folder)}
 

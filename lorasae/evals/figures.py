@@ -5,7 +5,7 @@
 """
 import io
 
-from lorasae.io.disk import write_bytes
+from lorasae.io.files import write_bytes
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")        # Okabe & Ito's, for any eye
 

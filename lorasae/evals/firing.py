@@ -76,7 +76,7 @@ def rows_of(corpus):
 
     SAEBench overwrites every 128th token by BOS; here BOS is put before, and no token is lost.
     """
-    chunks = corpus.validation[:, 1:]
+    chunks = corpus.held_out[:, 1:]
     length = min(ROW - 1, chunks.shape[1])
     text = chunks[:, :chunks.shape[1] // length * length].reshape(-1, length)
     return torch.cat([torch.full((len(text), 1), corpus.bos), text], 1)

@@ -28,9 +28,8 @@ import torch
 from lorasae.errors import InputError
 from lorasae.evals import firing
 from lorasae.evals.common import evaluating, print_table, progress
-from lorasae.evals.latents_page import page                # eval.py writes page(numbers) as eval-latents.html
 from lorasae.evals.page import visible
-from lorasae.io.disk import read_json
+from lorasae.io.files import read_json
 from lorasae.linear import linear
 from lorasae.lora import blocks_with_adapters
 from lorasae.sae import splice
@@ -114,9 +113,9 @@ def byte_alphabet():
 
 def evaluate(setting, options):
     """All that the page shows of the first SAE's latents."""
-    model, tokenizer = setting.model, setting.corpus.tokenizer
+    model, tokenizer = setting.model, setting.text.tokenizer
     layer, sae = next(iter(setting.saes.items()))
-    rows = firing.rows_of(setting.corpus)
+    rows = firing.rows_of(setting.text)
     explained = explanations(setting.folder, layer)
     names = ["base"] if firing.reads_nothing_new(setting) else ["base", "lora"]        # the readings that differ
 
@@ -167,7 +166,7 @@ def effects(setting, layer, sae, latent, rows, places):
     for name in ("base", "lora") if blocks_with_adapters(model) else ("base",):
         with firing.as_model(model, name):
             values[name], use = effect(model, sae, layer, latent, tokens, at)
-        out[name] = {**extremes(values[name], setting.corpus.tokenizer), "use": use}
+        out[name] = {**extremes(values[name], setting.text.tokenizer), "use": use}
     if "lora" in values:
         out["agreement"] = torch.corrcoef(torch.stack([values["base"], values["lora"]]))[0, 1].nan_to_num().item()
     return out

@@ -18,8 +18,8 @@ from lorasae.errors import InputError
 from lorasae.evals import firing
 from lorasae.evals.common import evaluating, interval, plus_minus, print_table, progress
 from lorasae.evals.probes import Task
-from lorasae.io import labelled_saebench, labelled_stdlib
-from lorasae.io.labelled import DataSet, file_classes, file_pair
+from lorasae.evals import labelled_saebench, labelled_stdlib
+from lorasae.evals.labelled import DataSet, file_classes, file_pair
 from lorasae.lora import base
 
 LENGTH = 128                                            # tokens of a text, BOS included
@@ -148,7 +148,7 @@ def compare(setting, options, suite, sets, measure):
     order of its dicts.
     """
     layer, sae = reading(setting, suite)
-    model, corpus = setting.model, setting.corpus
+    model, corpus = setting.model, setting.text
     if options.seeds < 1:
         raise InputError(f"--seeds {options.seeds}: expected 1 or more")
     jobs = [(data, seed) for data in sets for seed in range(FIRST_SEED, FIRST_SEED + options.seeds)]

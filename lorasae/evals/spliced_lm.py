@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lorasae.attention import Cache
 from lorasae.errors import InputError
 from lorasae.evals.common import progress
-from lorasae.io.console import say
+from lorasae.io.console import note
 from lorasae.lora import base
 from lorasae.objectives import capped, chunk_rows, to_logits
 
@@ -98,7 +98,7 @@ class SplicedLM(TemplateLM):
 
     def warn_of_cuts(self, count):
         if count:
-            say(f"warning: {count} requests exceed the model's {self.max_length} tokens and lose their beginning")
+            note(f"warning: {count} requests exceed the model's {self.max_length} tokens and lose their beginning")
 
     # ---- What lm-eval asks -------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lorasae.errors import InputError
 from lorasae.evals.chat import chat
 from lorasae.evals.common import evaluating, interval, plus_minus, print_table, progress
-from lorasae.io.disk import read_json, write_json
+from lorasae.io.files import read_json, write_json
 from lorasae.lora import base
 from lorasae.objectives import token_losses
 
@@ -219,7 +219,7 @@ def measure(setting, folder, latents=None, count=100, positives=None, negatives=
     latent_ID.json each; or `ask`, a chat model, whose answers are kept in `folder`. negatives: None (text where the
     latent is silent), or files, the first for tuning.
     """
-    model, saes, corpus = setting.model, setting.saes, setting.corpus
+    model, saes, corpus = setting.model, setting.saes, setting.text
     layer, sae = next(iter(saes.items()))
     if positives and not latents:
         raise InputError("--positives from files needs --latents, to say what they are positive for")
@@ -232,7 +232,7 @@ def measure(setting, folder, latents=None, count=100, positives=None, negatives=
         return [[corpus.bos, *encoding.ids] for encoding in ids]
 
     files = [encode(read_texts(path)) for path in negatives or []]
-    texts = windows(corpus.validation, corpus.bos, corpus.eos)
+    texts = windows(corpus.held_out, corpus.bos, corpus.eos)
     latents = latents or choose_latents(model, sae, layer, texts)
     for latent in latents:
         if not 0 <= latent < len(sae.W_dec):

@@ -20,7 +20,7 @@ SIZES = (0, 1e-4, 1e-3, 1e-2, 1e-1, 1, math.inf)        # the table's
 
 def evaluate(setting, options):
     """Both losses of every held-out token -> statistics()."""
-    batches = setting.corpus.validation.split(setting.config.eval_batch)
+    batches = setting.text.held_out.split(setting.config.eval_batch)
     return statistics(changes(setting.model, setting.saes, batches))
 
 

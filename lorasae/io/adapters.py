@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from lorasae.errors import InputError
-from lorasae.io.disk import read_object, shown, write_json
-from lorasae.io.tensors import Tensors, is_finite, write_tensors
+from lorasae.io.files import read_object, shown, write_json
+from lorasae.io.files import Tensors, is_finite, write_tensors
 from lorasae.lora import TARGETS, LoRALinear, adapters, replace_module
 
 PREFIX = "base_model.model."                                        # how PEFT names a wrapped model's modules

@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from lorasae.errors import InputError
 
 
-def say(line):
+def note(line):
     """A note to the user, beside the results."""
     print(line, file=sys.stderr, flush=True)
 
 
-def tell(line):
+def progress_line(line):
     """A line of progress. Where nobody reads it any more, the work goes on in silence: its results are files."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
         mute()
-        say("note: nobody reads the output any more; the work goes on, and its results will be in its files")
+        note("note: nobody reads the output any more; the work goes on, and its results will be in its files")
 
 
 def mute():
@@ -46,7 +46,7 @@ def any_terminal():
 
 
 @contextmanager
-def answering(interrupted="interrupted"):
+def one_line_errors(interrupted="interrupted"):
     """Ends the command in one line, with a status other than 0, for what the user can mend; anything else is a bug.
 
     A reader that left (`... | head`) is no error of ours.

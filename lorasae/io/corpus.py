@@ -1,7 +1,7 @@
 """Text -> chunks [BOS + (context - 1) tokens]: the held-out ones, and training ones without end (Section 4).
 
     corpus = Corpus("stdlib", tokenizer, bos=2, eos=1, context=256, eval_tokens=50_000)
-    corpus.validation                                   # [196, 256] int64: from the same arguments always the same
+    corpus.held_out                                   # [196, 256] int64: from the same arguments always the same
     with corpus.batches(8) as batches:                  # made ahead in a background thread
         for tokens, position in batches: ...            # [8, 256] int64, and where the next batch begins
     corpus.batches(8, position)                         # goes on there, at once, with the very same batches
@@ -27,7 +27,7 @@ from lorasae.errors import InputError
 from lorasae.io.order import Place, Segment, ordered
 from lorasae.io.packing import Rest, encodings, pack
 from lorasae.io.prefetch import Prefetch, check
-from lorasae.io.console import say
+from lorasae.io.console import note
 from lorasae.io.streams import files, fingerprints, held_out
 
 MIXED = 2 ** 22                                         # tokens whose chunks are permuted together; they wait in memory
@@ -69,7 +69,7 @@ class Corpus:
     eval_tokens those held out (rounded up to chunks), field the JSON field with the text. InputError where there is no
     such source, too little text or no such token. The tokenizer's truncation and padding are switched off.
 
-    saved: the `held_out` of an earlier Corpus of the same arguments, which this one then need not read again.
+    saved: the `held` of an earlier Corpus of the same arguments, which this one then need not read again.
     """
 
     def __init__(self, source, tokenizer, bos, eos, *, context=1024, eval_tokens=1_000_000, seed=42, field=None,
@@ -93,17 +93,17 @@ class Corpus:
             self.validation_files = [file for file in self.training_files if held_out(file.name)]
             self.training_files = [file for file in self.training_files if not held_out(file.name)]
         if saved is not None:
-            self.held_out = saved
+            self.held = saved
 
     # ---- Validation ----
 
     @property
-    def validation(self):
+    def held_out(self):
         """[ceil(eval_tokens / context), context] int64: the held-out chunks."""
-        return self.held_out["chunks"]
+        return self.held["chunks"]
 
     @cached_property
-    def held_out(self):
+    def held(self):
         """For a checkpoint: "chunks", those of validation, and "digests" [documents, 16] uint8, of what is in them."""
         count = -(-self.eval_tokens // self.context)
         chunks, documents = [], []
@@ -164,7 +164,7 @@ class Corpus:
             if begin.chunks == 0:
                 raise self._too_short(self._fresh(begin, deque()), "training beside the validation text", self.context)
             if begin.epoch == 0:
-                say(f"warning: {self.source} has text for only {begin.chunks:,} training chunks of {self.context:,} "
+                note(f"warning: {self.source} has text for only {begin.chunks:,} training chunks of {self.context:,} "
                     "tokens: it is used again, each time in a new order")
             begin = Position(begin.epoch + 1)
 
@@ -217,7 +217,7 @@ class Corpus:
 
         And None where a segment ends: what is there is to be packed before the next one is waited for.
         """
-        held = {row.tobytes() for row in self.held_out["digests"].numpy()}
+        held = {row.tobytes() for row in self.held["digests"].numpy()}
         for text, after in self._documents(self.training_files, begin.epoch, begin.place):
             if digest(text) not in held:
                 following.append(after)

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidation
                                     LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError)
 
 from lorasae.errors import InputError
-from lorasae.io.disk import check_name, shown
+from lorasae.io.files import check_name, shown
 from lorasae.io.presets import PRESETS, preset
 
 PAPER_L0 = 70       # of several L0s the paper takes the nearest to this; SAELens' "canonical" is the nearest to 100

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 
 from lorasae.errors import InputError
-from lorasae.io.disk import read_object, shown
-from lorasae.io.tensors import Tensors
+from lorasae.io.files import read_object, shown
+from lorasae.io.files import Tensors
 
 ROWS = 8192                                             # latents converted at a time
 BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")      # SAELens's names

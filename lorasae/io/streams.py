@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from lorasae.errors import InputError
-from lorasae.io.console import say
+from lorasae.io.console import note
 from lorasae.io.documents import EXPECTED, KNOWN, opened
 from lorasae.io.prefetch import check, pause
 
@@ -72,7 +72,7 @@ def local_files(source, path):
     if not known:
         raise InputError(f"{source} holds no readable text: none of its {len(found):,} files ends in {EXPECTED}")
     if len(known) < len(found):
-        say(f"note: {len(found) - len(known):,} of the {len(found):,} files in {source} are not text and are skipped")
+        note(f"note: {len(found) - len(known):,} of the {len(found):,} files in {source} are not text and are skipped")
     return sorted((local(path) for path in known), key=lambda file: file.name)
 
 
@@ -160,7 +160,7 @@ def hub_files(url):
         found = [] if isinstance(error, FileNotFoundError) else _cached(parts)
         if not found:
             raise _refusal(error, path) from error
-        say(f"note: cannot reach {url} ({_first_line(error)}); reading its {len(found):,} files in the Hub's cache")
+        note(f"note: cannot reach {url} ({_first_line(error)}); reading its {len(found):,} files in the Hub's cache")
         return found
     if not known:
         kinds = ", ".join(sorted({Path(name).suffix for name in names} - {""})) or "no files"
@@ -237,7 +237,7 @@ class HubFile(io.RawIOBase):
     def seekable(self):
         return True
 
-    def tell(self):
+    def progress_line(self):
         return self.position
 
     def seek(self, offset, whence=io.SEEK_SET):
@@ -272,5 +272,5 @@ class HubFile(io.RawIOBase):
             if wait is None:
                 raise InputError(f"{self.name}: nothing after byte {self.position:,} of {self.size:,} ({problem}): "
                                  "check the network and run again, with --resume to continue")
-            say(f"note: {self.name}, byte {self.position:,}: {problem}; asking again in {wait} s")
+            note(f"note: {self.name}, byte {self.position:,}: {problem}; asking again in {wait} s")
             pause(wait)

@@ -19,8 +19,8 @@ import torch
 from lorasae.errors import InputError
 from lorasae.evals.common import print_table
 from lorasae.evals.figures import save_figure
-from lorasae.io.console import Parser, answering, count, tell
-from lorasae.io.disk import read_json, write_bytes
+from lorasae.io.console import Parser, one_line_errors, count, progress_line
+from lorasae.io.files import read_json, write_bytes
 from lorasae.paper.arms import same_plan
 from lorasae.paper.findings import show
 from lorasae.paper.jobs import Progress, run_all
@@ -66,7 +66,7 @@ QUICK = {
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args = arguments(words)
-    with answering("interrupted: the same command continues"):
+    with one_line_errors("interrupted: the same command continues"):
         study = study_of(args)
         parts = chosen(study, names_in(args.only))
         processes = args.jobs or processes_for(study)
@@ -78,7 +78,7 @@ def main(argv=None):
             show_plan(study, parts, seconds_of(study, jobs, processes), processes)
         else:
             same_study(study)
-            tell(f"{study.folder}/ is where this writes; index.html there is the page")
+            progress_line(f"{study.folder}/ is where this writes; index.html there is the page")
             failed = do(study, jobs_of(study, parts), processes)
             report(study, parts, failed, command_for_all(words, args.only))
             refuse_missing(parts, failed)
@@ -205,10 +205,10 @@ def do(study, jobs, processes):
     """Does the jobs, behind a line of progress -> {name: why it could not be done}."""
     if not jobs:
         return {}
-    tell("timing this machine")
+    progress_line("timing this machine")
     expected = seconds_of(study, jobs, processes)
     whole = sum(expected.values()) / processes
-    tell(f"{len(jobs)} jobs, {processes} at a time: about {minutes(whole)} minutes")
+    progress_line(f"{len(jobs)} jobs, {processes} at a time: about {minutes(whole)} minutes")
     return run_all(jobs, work, study, processes, Progress(expected, processes))
 
 

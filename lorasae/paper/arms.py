@@ -16,14 +16,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lorasae import adapt, dictionary, finetune
+from lorasae import adapt, dictionary
+from lorasae.beyond import finetune
+from lorasae.beyond.muon import new_optimizer
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.io.disk import read_json, write_json
+from lorasae.io.files import read_json, write_json
 from lorasae.io.presets import TINY
 from lorasae.lora import attach_lora, detach_lora, lora_parameters
 from lorasae.model import Transformer
-from lorasae.runs import adaptation, distributed, sae_training, sweep
+from lorasae.runs import adapting, distributed, sae_training, sweep
 from lorasae.runs.config import Config
 from lorasae.runs.defaults import configure
 from lorasae.runs.preflight import check_memory
@@ -87,9 +89,9 @@ def load_case(name, config, tokens, eval_tokens, tuning_tokens=TUNING):
     (layer, sae), = setting.saes.items()
     blocks = adapt.blocks_to_adapt(config.adapt, setting.saes, len(setting.model.layers))
 
-    held_out = setting.corpus.validation[:sequences(eval_tokens)]
-    tuning = setting.corpus.validation[first_of_tuning:]
-    with setting.corpus.batches(sequences(tokens)) as batches:
+    held_out = setting.text.held_out[:sequences(eval_tokens)]
+    tuning = setting.text.held_out[first_of_tuning:]
+    with setting.text.batches(sequences(tokens)) as batches:
         text, _ = next(batches)
     return Case(name, setting.model, sae, layer, blocks, config, tuning, text, held_out)
 
@@ -110,7 +112,7 @@ def asked(case, tokens, seed, **how):
 
 def new_student(case, config):
     """Fresh adapters, off the model."""
-    student, = adaptation.new_students(case.model, case.blocks, config)
+    student, = adapting.new_students(case.model, case.blocks, config)
     detach_lora(case.model)
     return student
 
@@ -132,9 +134,9 @@ def adapted(case, config):
     The seconds are those of the whole pass.
     """
     model, saes = case.model, {case.layer: case.sae}
-    students = adaptation.new_students(model, case.blocks, config)
+    students = adapting.new_students(model, case.blocks, config)
     groups = [{"params": lora_parameters(student)} for student in students]
-    optimizer = adapt.new_optimizer(groups, config.variants[0])
+    optimizer = new_optimizer(groups, config.variants[0])
     first = adapt.first_differing(model, saes)
     source = lessons(case, config, first, saes)
     started = time.perf_counter()

@@ -7,8 +7,8 @@ LoRA point is that of its SAE so far plus that of its adapters.
 from typing import NamedTuple
 
 from lorasae.evals import fidelity
-from lorasae.io.disk import read_json
-from lorasae.io.sae_formats import load_sae
+from lorasae.io.files import read_json
+from lorasae.io.saes import load_sae
 from lorasae.paper.findings import Claim, Table
 from lorasae.paper.study import adapters, new_sae, results
 from lorasae.runs.config import read_config
@@ -91,7 +91,7 @@ def curves(study, model):
         "k": config.k,
         "sae_tokens": config.trained_tokens,
         "lora_tokens": last["train_tokens"],
-        "eval_tokens": setting.corpus.validation.numel(),
+        "eval_tokens": setting.text.held_out.numel(),
         "ce_base": last["ce_base"],
         **points,
         "levels": levels(points),
@@ -100,7 +100,7 @@ def curves(study, model):
 
 def sae_curve(study, setting, config, sae):
     """[{percent, seconds, ce}] of an SAE as it was after each tenth of its training."""
-    held_out = setting.corpus.validation.split(config.eval_batch)
+    held_out = setting.text.held_out.split(config.eval_batch)
     curve = []
     for percent in TENTHS:
         folder = tenth(study, sae, percent)

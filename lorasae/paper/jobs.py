@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from lorasae.errors import InputError
-from lorasae.io.console import tell
+from lorasae.io.console import progress_line
 
 
 class Job(NamedTuple):
@@ -93,7 +93,7 @@ class Progress:
         self.expected_of_done = 0.0                     # of those that were done
         self.taken = 0.0                                # the seconds that these took
 
-    def tell(self, name, reason, seconds):
+    def progress_line(self, name, reason, seconds):
         """A job has ended: done, or not for a reason."""
         self.ended += 1
         self.over += self.expected[name]
@@ -105,7 +105,7 @@ class Progress:
         left = pace * (self.whole - self.over) / self.processes
         came = f"{seconds:.0f} s" if reason is None else f"left out: {reason}"
         jobs = f"[{self.ended} of {len(self.expected)}]"
-        tell(f"{self.over / self.whole:4.0%}  {jobs}  {name}: {came}; about {left / 60:.0f} min left")
+        progress_line(f"{self.over / self.whole:4.0%}  {jobs}  {name}: {came}; about {left / 60:.0f} min left")
 
 
 # ---- The processes ---------------------------------------------------------------------------------------------------

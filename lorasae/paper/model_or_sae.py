@@ -24,8 +24,8 @@ import torch
 from lorasae.errors import InputError
 from lorasae.evals.common import interval, percent, plus_minus
 from lorasae.evals.figures import save_figure
-from lorasae.io.console import Parser, answering, count
-from lorasae.io.disk import write_json
+from lorasae.io.console import Parser, one_line_errors, count
+from lorasae.io.files import write_json
 from lorasae.paper.findings import Claim, Table, opposite, show, sign, unless_said, with_interval
 from lorasae.paper import arms
 from lorasae.paper.arms import (adapted, asked, case_config, finetuned, load_case, measured, new_student, on_tuning_text, once,
@@ -350,7 +350,7 @@ def main(argv=None):
     tokens, eval_tokens, seeds = (4_000, 2_000, 1) if args.quick else (100_000, 20_000, 3)
     plan = plan_of(args.tokens or tokens, args.eval_tokens or eval_tokens, args.seeds or seeds, args.objective,
                    args.lora_rates, args.sae_rates)
-    with answering("interrupted: the same command continues"):
+    with one_line_errors("interrupted: the same command continues"):
         wanted = arms.wanted(args, lr=tuple(args.lora_rates))
         same_plan(folder, {**plan, "layer": args.layer, "device": args.device})
         cases = {}

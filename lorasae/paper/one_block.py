@@ -1,5 +1,5 @@
 """Which block's adapters matter (§6.3, Figure 9): on one block after the SAE, against on all of them."""
-from lorasae.io.checkpoint import load_config
+from lorasae.io.models import load_config
 from lorasae.io.presets import PRESETS
 from lorasae.paper.findings import Claim, Table, over_seeds, rising, with_interval
 from lorasae.paper.study import adapters, results

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lorasae.errors import InputError
 from lorasae.evals.figures import save_figure
-from lorasae.io.console import Parser, answering
-from lorasae.io.disk import write_bytes
+from lorasae.io.console import Parser, one_line_errors
+from lorasae.io.files import write_bytes
 
 HERE = Path(__file__).parent / "pictures"
 FOUND = ("frontier", "scaling")
@@ -63,7 +63,7 @@ def main(argv=None):
     parser.add_argument("study", nargs="?", type=Path,
                         help="folder of python -m lorasae.paper, whose pictures become the README's")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    with answering():
+    with one_line_errors():
         for name in FOUND if args.study else ():
             write_bytes(HERE / f"{name}.png", read_bytes(args.study / "pictures" / f"{name}.png"))
         save_figure(draw_method, None, HERE / "method.png", "python -m lorasae.paper.pictures")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.io.disk import read_json, write_json
+from lorasae.io.files import read_json, write_json
 from lorasae.io.presets import PRESETS
 from lorasae.paper import benchmarks, by_distance, by_token, frontier, model_or_sae, one_block, recipe
 from lorasae.paper import saebench, scaling, several, steered
@@ -246,6 +246,6 @@ def shortest(study, kind):
 def forward_rate(setting):
     """Tokens a second without gradient, of the model alone and with its SAE."""
     started = time.perf_counter()
-    validation = setting.corpus.validation
+    validation = setting.text.held_out
     fidelity.measure(setting.model, setting.saes, validation.split(setting.config.eval_batch), ("base", "sae"))
     return 2 * validation.numel() / (time.perf_counter() - started)

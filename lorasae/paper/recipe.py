@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from lorasae.evals.common import percent
 from lorasae.evals.figures import save_figure
-from lorasae.io.console import Parser, answering, count
-from lorasae.io.disk import write_json
+from lorasae.io.console import Parser, one_line_errors, count
+from lorasae.io.files import write_json
 from lorasae.io.presets import PAPER
 from lorasae.paper import arms
 from lorasae.paper.arms import (TUNING, adapted, asked, case_config, finetuned, load_case, new_student, on_tuning_text, once,
@@ -386,7 +386,7 @@ def main(argv=None):
     tokens, tuning_tokens = (12_000, 1_000) if args.quick else (TOKENS, TUNING)
     plan = plan_of(args.tokens or tokens, args.budgets, args.rates, args.optimizers, args.schedules, args.batches,
                    args.ranks, args.sae_rates, tuning_tokens)
-    with answering("interrupted: the same command continues"):
+    with one_line_errors("interrupted: the same command continues"):
         rates, ranks = students_of(plan)
         wanted = arms.wanted(args, rank=ranks, lr=rates, batch_size=max(args.batches), micro_batch=None)
         same_plan(folder, {**plan, "layer": args.layer})

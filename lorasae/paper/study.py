@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 
 from lorasae.errors import InputError
-from lorasae.io.disk import read_json
+from lorasae.io.files import read_json
 from lorasae.io.presets import PRESETS
-from lorasae.runs.adaptation import adapt_model
+from lorasae.runs.adapting import adapt_model
 from lorasae.runs.config import Config, read_config
 from lorasae.runs.defaults import configure
 from lorasae.runs.folder import Run

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from lorasae.errors import InputError
-from lorasae.io.disk import read_object
+from lorasae.io.files import read_object
 
 METHODS = ("lora", "topk", "jumprelu", "e2e", "finetune")
 LLAMA_SCOPE = ("openmoss", "sae_lens", "sae_lens_legacy")

@@ -8,8 +8,8 @@ that is asked for; the model's preset (io/presets.py); the paper's, which are th
 from os.path import basename, dirname, isdir, isfile, join
 
 from lorasae.errors import InputError
-from lorasae.io.checkpoint import load_config
-from lorasae.io.console import say
+from lorasae.io.models import load_config
+from lorasae.io.console import note
 from lorasae.io.hub import sae_choice
 from lorasae.io.presets import PAPER, preset, tuned
 from lorasae.runs.config import RECIPES, Config, option, read_config
@@ -113,7 +113,7 @@ def made_by(sources, with_tokens):
     names = ["data", "field", "context", "dtype", "eval_tokens"] + ["tokens"] * with_tokens
     values = {name: getattr(made[0], name) for name in names if getattr(made[0], name) is not None}
     values["layer"] = tuple(run.layer[0] for run in made)
-    say(f"note: {', '.join(names)} and layer as in the run that made the SAE, {sources[0]}, where no option says otherwise")
+    note(f"note: {', '.join(names)} and layer as in the run that made the SAE, {sources[0]}, where no option says otherwise")
     return values
 
 
@@ -134,11 +134,11 @@ def fitted(values, given, known):
     context, holds = values.get("context", Config.context), load_config(model).max_position_embeddings
     if "context" not in given and context > holds:
         values["context"] = holds
-        say(f"note: --context {holds}, as {model} holds no more")
+        note(f"note: --context {holds}, as {model} holds no more")
     chosen = {name: values.get(name, getattr(Config, name)) for name in ("data", "tokens", "eval_tokens") if name not in given}
     if chosen:
         shown = " ".join(f"{option(name)} {value}" for name, value in chosen.items())
-        say(f"note: {model} is no preset, so {shown}: text that every machine has, and the paper's numbers of tokens")
+        note(f"note: {model} is no preset, so {shown}: text that every machine has, and the paper's numbers of tokens")
     return values
 
 

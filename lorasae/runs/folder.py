@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from lorasae.errors import InputError
-from lorasae.io.console import say, tell
-from lorasae.io.disk import whole, write_bytes, write_json
+from lorasae.io.console import note, progress_line
+from lorasae.io.files import whole, write_bytes, write_json
 from lorasae.runs import distributed
 from lorasae.runs.config import read_config
 from lorasae.runs.lock import Lock, check_free
@@ -95,7 +95,7 @@ class Run:
             except InputError:
                 raise
             except ValueError as damage:
-                say(f"{path} is damaged ({damage}): trying the one before it, else from the start")
+                note(f"{path} is damaged ({damage}): trying the one before it, else from the start")
                 if distributed.process() == 0:
                     path.rename(path.with_suffix(".damaged"))           # it must not crowd out the ones to come
                 continue
@@ -169,7 +169,7 @@ class Run:
         seconds = time.perf_counter() - self.started
         remaining = (steps - step) * seconds / step
         parts = [f"{step / steps:4.0%}", f"step {step:,} of {steps:,}", self.latest, f"{remaining:,.0f} s left"]
-        tell("  ".join(part for part in parts if part))
+        progress_line("  ".join(part for part in parts if part))
 
     def log(self, step, **values):
         """Notes a step's values (floats or 0-dim tensors); every LOG_EVERY steps they are read and written as a line."""

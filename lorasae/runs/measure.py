@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from lorasae.evals import fidelity
-from lorasae.io.disk import read_json, write_json
+from lorasae.io.files import read_json, write_json
 from lorasae.runs import distributed
 from lorasae.runs.setting import keep_held_out
 
@@ -23,11 +23,11 @@ def evaluate(model, saes, batches, settings):
 
 def evaluate_once(run, setting, settings):
     """`evaluate` on the held-out text. Results and text stay in the run's folder, where a resumed run finds them."""
-    model, saes, corpus = setting.model, setting.saes, setting.corpus
+    model, saes, corpus = setting.model, setting.saes, setting.text
     path = run.folder / "before.json"
     if distributed.agree(path.exists()):
         return read_results(path, saes)
-    results = evaluate(model, saes, corpus.validation.split(run.config.eval_batch), settings)
+    results = evaluate(model, saes, corpus.held_out.split(run.config.eval_batch), settings)
     run.begin()                                         # nothing is written before everything has been read
     if distributed.process() == 0:
         keep_held_out(corpus, run.folder)
@@ -53,7 +53,7 @@ def read_results(path, saes):
 def cost(run, corpus):
     """What a run's results cost."""
     tokens = run.config.trained_tokens
-    return {"eval_tokens": corpus.validation.numel(), "train_tokens": tokens, "tokens_per_second": tokens / run.seconds,
+    return {"eval_tokens": corpus.held_out.numel(), "train_tokens": tokens, "tokens_per_second": tokens / run.seconds,
             "seconds": run.seconds}
 
 

@@ -3,9 +3,9 @@ from dataclasses import replace
 from os.path import isdir, isfile
 
 from lorasae.errors import InputError
-from lorasae.io.disk import read_json
+from lorasae.io.files import read_json
 from lorasae.io.presets import preset
-from lorasae.runs.adaptation import student_names
+from lorasae.runs.adapting import student_names
 from lorasae.runs.config import read_config
 from lorasae.runs.setting import load_setting
 

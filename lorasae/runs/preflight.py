@@ -10,10 +10,10 @@ import torch
 
 from lorasae.adapt import blocks_to_adapt
 from lorasae.errors import InputError
-from lorasae.io.checkpoint import load_config
+from lorasae.io.models import load_config
 from lorasae.io.hub import model_plan, sae_files, sae_plan
-from lorasae.io.sae_formats import load_sae
-from lorasae.io.tensors import DTYPES
+from lorasae.io.saes import load_sae
+from lorasae.io.files import DTYPES
 from lorasae.runs import distributed
 from lorasae.runs.defaults import latents
 from lorasae.runs.memory import adapter_parameters, estimate, model_parameters

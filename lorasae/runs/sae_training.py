@@ -12,9 +12,9 @@ import torch
 from lorasae import dictionary
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.io.console import tell
-from lorasae.io.disk import write_json
-from lorasae.io.sae_formats import save_sae
+from lorasae.io.console import progress_line
+from lorasae.io.files import write_json
+from lorasae.io.saes import save_sae
 from lorasae.runs import distributed
 from lorasae.runs.ahead import Ahead
 from lorasae.runs.measure import cost, evaluate, peak_memory_bytes
@@ -42,10 +42,10 @@ def train_sae(setting, run):
     torch.manual_seed(config.seed)
     sae = dictionary.new_sae(config.method, model.config.hidden_size, config.width, config.k).to(model.device)
     active = f"L0 {config.l0:g}" if config.method == "jumprelu" else f"k {sae.k}"
-    tell(f"training an SAE ({config.method}, {active}) of {config.width:,} latents on block {layer} of {config.model}: "
+    progress_line(f"training an SAE ({config.method}, {active}) of {config.width:,} latents on block {layer} of {config.model}: "
           f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens")
 
-    held_out = corpus.validation.split(config.eval_batch)
+    held_out = corpus.held_out.split(config.eval_batch)
     run.begin()                                         # nothing is written before everything has been read
     if distributed.process() == 0:
         keep_held_out(corpus, run.folder)
@@ -59,7 +59,7 @@ def train_sae(setting, run):
 
 def train(setting, run, sae):
     """Takes the run's steps, from its last checkpoint on."""
-    model, corpus, config = setting.model, setting.corpus, run.config
+    model, corpus, config = setting.model, setting.text, run.config
     layer, end_to_end = config.layer[0], config.method == "e2e"
     training = dictionary.begin(sae, config)
     start, position = run.restore(training.tensors, training.optimizer)

@@ -6,10 +6,10 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter
-from lorasae.io.checkpoint import load_model, load_tokenizer
+from lorasae.io.models import load_model, load_tokenizer
 from lorasae.io.corpus import Corpus
-from lorasae.io.sae_formats import check_fits, load_sae
-from lorasae.io.tensors import Tensors, write_tensors
+from lorasae.io.saes import check_fits, load_sae
+from lorasae.io.files import Tensors, write_tensors
 from lorasae.model import Transformer
 from lorasae.runs import distributed
 from lorasae.runs.config import Config
@@ -19,7 +19,7 @@ class Setting(NamedTuple):
     """All that a run trains or evaluates with."""
     model: Transformer
     saes: dict                                          # {layer: SAE}, frozen
-    corpus: Corpus
+    text: Corpus
     config: Config
     folder: Path | None = None                          # of the run
 
@@ -89,7 +89,7 @@ HELD_OUT = "held-out.safetensors"
 
 def keep_held_out(corpus, folder):
     """Writes the held-out chunks into the run's folder: what resumes or evaluates it need not read the text for them."""
-    write_tensors(Path(folder) / HELD_OUT, corpus.held_out)
+    write_tensors(Path(folder) / HELD_OUT, corpus.held)
 
 
 def read_held_out(folder):

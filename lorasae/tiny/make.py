@@ -29,10 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lorasae.io.checkpoint import load_model, parse_config, save_model
+from lorasae.io.models import load_model, parse_config, save_model
 from lorasae.io.corpus import Corpus
 from lorasae.errors import InputError
-from lorasae.io.disk import write_bytes, write_json
+from lorasae.io.files import write_bytes, write_json
 from lorasae.model import Transformer
 from lorasae.io.streams import held_out, standard_library
 
@@ -222,7 +222,7 @@ def make_model(name, folder, seed, *, minutes=None, tokens=None):
     raw = CONFIGS[name]
     tokenizer = make_tokenizer(raw["vocab_size"])
     write_bytes(folder / "tokenizer.json", tokenizer.to_str().encode())
-    held = Corpus("stdlib", tokenizer, BOS, EOS, context=CONTEXT, eval_tokens=EVAL_TOKENS).validation
+    held = Corpus("stdlib", tokenizer, BOS, EOS, context=CONTEXT, eval_tokens=EVAL_TOKENS).held_out
     stream = training_stream(tokenizer)
     model = new_model(raw)
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from lorasae.io.disk import write_bytes, write_json
-from lorasae.io.sae_formats import load_sae, save_sae, save_sparsify
+from lorasae.io.files import write_bytes, write_json
+from lorasae.io.saes import load_sae, save_sae, save_sparsify
 from lorasae.runs import sae_training
 from lorasae.runs.defaults import configure
 from lorasae.runs.folder import Run
@@ -91,7 +91,7 @@ def sample(config):
     """Activations of some training text without BOS and EOS [N, D]."""
     setting = load_setting(config)
     model = setting.model
-    with setting.corpus.batches(SAMPLE) as batches:
+    with setting.text.batches(SAMPLE) as batches:
         tokens, _ = next(iter(batches))
     x = model.run(model.embed(tokens), 0, config.layer[0] + 1)
     return x[~model.special(tokens)].float()
@@ -123,7 +123,7 @@ def make_saes(name, folder, seed=0):
 def measure(config, sae):
     """What the SAE costs on held-out text."""
     setting = load_setting(config)
-    return sae_training.measure(setting.model, sae, config.layer[0], setting.corpus.validation.split(8))
+    return sae_training.measure(setting.model, sae, config.layer[0], setting.text.held_out.split(8))
 
 
 def main():

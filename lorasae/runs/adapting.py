@@ -7,10 +7,11 @@
 import torch
 
 from lorasae import adapt
+from lorasae.beyond.muon import new_optimizer
 from lorasae.evals import fidelity
 from lorasae.io.adapters import save_adapter
-from lorasae.io.console import tell
-from lorasae.io.disk import write_json
+from lorasae.io.console import progress_line
+from lorasae.io.files import write_json
 from lorasae.lora import add_lora, attach_lora, detach_lora, lora_parameters
 from lorasae.runs import distributed, sweep
 from lorasae.runs.ahead import Ahead
@@ -25,7 +26,7 @@ def adapt_model(setting, run):
     students = new_students(model, blocks, config)
     if config.shard:
         distributed.shard(model, distributed.local(config.device))
-    tell(f"adapting blocks {', '.join(map(str, blocks))} of {config.model} around the SAE at layer "
+    progress_line(f"adapting blocks {', '.join(map(str, blocks))} of {config.model} around the SAE at layer "
           f"{', '.join(map(str, saes))}: {sum(p.numel() for p in parameters_of(students)):,} trainable parameters, "
           f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens")
 
@@ -33,7 +34,7 @@ def adapt_model(setting, run):
     train(setting, run, students)
     folders = save(model, run, students)
 
-    held_out = corpus.validation.split(config.eval_batch)
+    held_out = corpus.held_out.split(config.eval_batch)
     results = {}
     for folder, student in zip(folders, students):
         attach_lora(model, student)
@@ -73,7 +74,7 @@ def train(setting, run, students):
     model, saes, corpus, config, _ = setting
     parameters = parameters_of(students)
     groups = [{"params": lora_parameters(student)} for student in students]
-    optimizer = adapt.new_optimizer(groups, config.variants[0]) # its rate; each group's own is set before every step
+    optimizer = new_optimizer(groups, config.variants[0]) # its rate; each group's own is set before every step
     start, position = run.restore(parameters, optimizer)
     first = adapt.first_differing(model, saes)
 

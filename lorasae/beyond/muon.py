@@ -10,6 +10,8 @@ Shapes: N matrices, r their short side, c their long one.
 """
 import torch
 
+from lorasae.adapt import adamw
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)                # a, b, c of Newton-Schulz, Jordan's
 SMALLEST = 1e-7                                         # norm to divide by: the first gradient of A is 0, as B is
 
@@ -84,3 +86,10 @@ def is_lying(matrix):
 
 def lying(matrix):
     return matrix if is_lying(matrix) else matrix.T
+
+
+def new_optimizer(parameters, config):
+    """The optimiser that config.optimizer names: AdamW, as published, or Muon (beyond the paper)."""
+    if config.optimizer == "adamw":
+        return adamw(parameters, config)
+    return Muon(parameters, lr=config.lr, weight_decay=config.weight_decay)

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 
 from lorasae.errors import InputError
 from lorasae.gemma2 import Gemma2Config
-from lorasae.io.disk import Fields, read_bytes, read_object, shown, write_bytes, write_json
+from lorasae.io.files import Fields, read_bytes, read_object, shown, write_bytes, write_json
 from lorasae.io.hub import BESIDE_WEIGHTS, config_file, model_files
-from lorasae.io.tensors import DTYPES, Tensors, as_dtype, is_finite, write_tensors
+from lorasae.io.files import DTYPES, Tensors, as_dtype, is_finite, write_tensors
 from lorasae.llama3 import Llama3Config, RopeScaling
 from lorasae.lora import adapters
 from lorasae.model import Transformer

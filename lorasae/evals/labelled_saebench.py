@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from lorasae.errors import InputError
-from lorasae.io.labelled import SCR_TEST, SCR_TRAIN, TEST, TRAIN, Cut, DataSet
+from lorasae.evals.labelled import SCR_TEST, SCR_TRAIN, TEST, TRAIN, Cut, DataSet
 
 BIOS, AMAZON = "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5"
 BIOS_COLUMNS = "hard_text", "profession", "gender"

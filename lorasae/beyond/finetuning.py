@@ -6,12 +6,13 @@
 """
 import torch
 
-from lorasae import adapt, dictionary, finetune
+from lorasae import adapt, dictionary
+from lorasae.beyond import finetune
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.io.console import tell
+from lorasae.io.console import progress_line
 from lorasae.lora import lora_parameters
-from lorasae.runs import adaptation, distributed, sae_training
+from lorasae.runs import adapting, distributed, sae_training
 from lorasae.runs.ahead import Ahead
 from lorasae.runs.measure import cost, evaluate, evaluate_once, peak_memory_bytes
 from lorasae.sae import JumpReLU
@@ -21,14 +22,14 @@ SAMPLE = 16                                             # training sequences tha
 
 def finetune_sae(setting, run):
     """Finetunes the SAE of a run from its beginning, or from its last checkpoint -> the numbers of results.json."""
-    model, corpus, config = setting.model, setting.corpus, setting.config
+    model, corpus, config = setting.model, setting.text, setting.config
     layer, sae = only_sae(setting.saes)
     make_trainable(sae, config)
-    tell(f"finetuning an SAE of {len(sae.W_enc):,} latents at layer {layer} of {config.model} on {config.objective}, "
+    progress_line(f"finetuning an SAE of {len(sae.W_enc):,} latents at layer {layer} of {config.model} on {config.objective}, "
           f"{about_l0(sae, config)}: {config.steps:,} steps of {config.batch_size} x {config.context} tokens")
 
     was = evaluate_once(run, setting, ("base", "sae"))
-    held_out = corpus.validation.split(config.eval_batch)
+    held_out = corpus.held_out.split(config.eval_batch)
     before = sae_training.numbers_of(was, model, sae, layer, held_out)
     train(setting, run, [])
     sae_training.keep(run, sae, config.steps)
@@ -46,21 +47,21 @@ def adapt_with_sae(setting, run):
     Those of fidelity.summary are of the SAE as it has become, as eval.py finds it; "before" is of the SAE as it was, and
     "closed" is what both together close of its gaps.
     """
-    model, corpus, config = setting.model, setting.corpus, setting.config
+    model, corpus, config = setting.model, setting.text, setting.config
     layer, sae = only_sae(setting.saes)
     blocks = adapt.blocks_to_adapt(config.adapt, setting.saes, len(model.layers))
     make_trainable(sae, config)
-    adapters, = adaptation.new_students(model, blocks, config)
+    adapters, = adapting.new_students(model, blocks, config)
     count = sum(parameter.numel() for parameter in lora_parameters(adapters))
-    tell(f"adapting blocks {', '.join(map(str, blocks))} of {config.model} ({count:,} parameters, rate {config.lr:g}) together "
+    progress_line(f"adapting blocks {', '.join(map(str, blocks))} of {config.model} ({count:,} parameters, rate {config.lr:g}) together "
           f"with the SAE of {len(sae.W_enc):,} latents at layer {layer} (rate {config.sae_lr:g}), {about_l0(sae, config)}: "
           f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens")
 
     was = evaluate_once(run, setting, ("base", "sae"))
-    held_out = corpus.validation.split(config.eval_batch)
+    held_out = corpus.held_out.split(config.eval_batch)
     before = sae_training.numbers_of(was, model, sae, layer, held_out)  # fresh adapters change nothing
     train(setting, run, lora_parameters(adapters))
-    adaptation.save(model, run, [adapters])
+    adapting.save(model, run, [adapters])
     sae_training.keep(run, sae, config.steps)
 
     now = evaluate(model, {layer: sae}, held_out, ("base", "sae", "adapted", "lora"))
@@ -108,7 +109,7 @@ def closed(was, now):
 
 def train(setting, run, adapters):
     """Takes the run's steps, from its last checkpoint on. adapters: their parameters; none where the SAE is finetuned alone."""
-    model, corpus, config = setting.model, setting.corpus, setting.config
+    model, corpus, config = setting.model, setting.text, setting.config
     layer, sae = only_sae(setting.saes)
     held = finetune.hold(sae, sample(setting))          # of the SAE as it was: before a checkpoint is restored
     learners = finetune.Learners(layer, sae, held, adapters)
@@ -135,7 +136,7 @@ def train(setting, run, adapters):
 def sample(setting):
     """Activations of some training text, at the positions that the SAE learns from [N, D]."""
     model, (layer, sae) = setting.model, only_sae(setting.saes)
-    with setting.corpus.batches(SAMPLE) as batches:
+    with setting.text.batches(SAMPLE) as batches:
         tokens, _ = next(iter(batches))
     found = []
     for part in tokens.split(setting.config.micro_batch):

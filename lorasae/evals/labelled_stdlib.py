@@ -13,7 +13,7 @@ from functools import cache, partial
 from hashlib import sha256
 from typing import NamedTuple
 
-from lorasae.io.labelled import Cut, DataSet, draw, equal
+from lorasae.evals.labelled import Cut, DataSet, draw, equal
 from lorasae.io.streams import held_out, standard_library
 
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")       # large, and part of every Python

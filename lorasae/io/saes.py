@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from lorasae.errors import InputError
-from lorasae.io.disk import write_json
+from lorasae.io.files import write_json
 from lorasae.io.hub import SAE_FILES, sae_files
 from lorasae.io.sae_readers import (ROWS, check_length, read_dictionary_learning, read_gemma_scope, read_llama_scope,
                                     read_sae_lens, read_sparsify)
-from lorasae.io.tensors import as_dtype, dtype_name, is_finite, write_tensors
+from lorasae.io.files import as_dtype, dtype_name, is_finite, write_tensors
 from lorasae.sae import JumpReLU, TopK
 
 

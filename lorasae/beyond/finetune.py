@@ -27,7 +27,8 @@ from typing import NamedTuple
 import torch
 
 from lorasae import dictionary
-from lorasae.adapt import compiled_blocks, first_differing, learning_rate, new_optimizer, objective, step_seed
+from lorasae.beyond.muon import new_optimizer
+from lorasae.adapt import compiled_blocks, first_differing, learning_rate, objective, step_seed
 from lorasae.dictionary import alone, fvu, l0_penalty
 from lorasae.errors import InputError
 from lorasae.linear import linear
