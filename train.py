@@ -242,7 +242,7 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(config_of(args))
 
-        run = open_run(args)
+        run, setting = open_run(args), None
         try:
             progress_line(f"{run.folder}/ is where this run writes")
             setting = load_setting(run.config, run.folder)
@@ -256,6 +256,8 @@ def main(argv=None):
             else:
                 report_sae(train_sae(setting, run), run.folder)
         finally:
+            if setting is not None:
+                setting.text.close()
             run.close()
         distributed.stop()
 

@@ -115,7 +115,7 @@ def train(setting, run, adapters):
     learners = finetune.Learners(layer, sae, held, adapters)
     optimizer = finetune.optimizers(learners, config, config.sae_lr if adapters else config.lr)
     parameters = finetune.trained_parameters(optimizer)
-    start, position = run.restore(parameters, optimizer)
+    start = run.restore(parameters, optimizer)
 
     first = finetune.first_trained(model, layer)
 
@@ -123,21 +123,21 @@ def train(setting, run, adapters):
         tokens = tokens.to(model.device, non_blocking=True)
         return adapt.teach(model, {}, tokens, first)    # the SAE is not frozen, so it is no part of this
 
-    with corpus.batches(config.batch_size, position) as batches:
-        lessons = Ahead(batches, start, config, frozen)
-        updates = finetune.train(model, learners, lessons, optimizer, config, start,
-                                 distributed.everywhere, distributed.all_reduce, distributed.process())
-        for step, values in run.watch(updates, start):
-            run.log(step, **values)
-            run.save_if_due(step, parameters, optimizer, lessons.position)
+    lessons = Ahead(corpus.batch, start, config, frozen)
+    updates = finetune.train(model, learners, lessons, optimizer, config, start,
+                             distributed.everywhere, distributed.all_reduce, distributed.process())
+    for step, values in run.watch(updates, start):
+        run.log(step, **values)
+        run.save_if_due(step, parameters, optimizer)
 
 
 @torch.no_grad()
 def sample(setting):
     """Activations of some training text, at the positions that the SAE learns from [N, D]."""
     model, (layer, sae) = setting.model, only_sae(setting.saes)
-    with setting.text.batches(SAMPLE) as batches:
-        tokens, _ = next(iter(batches))
+    text, config = setting.text, setting.config
+    steps = range(-(-SAMPLE // config.batch_size))
+    tokens = torch.cat([text.batch(step) for step in steps])[:SAMPLE]
     found = []
     for part in tokens.split(setting.config.micro_batch):
         seen = dictionary.observe(model, sae, layer, part, end_to_end=False)

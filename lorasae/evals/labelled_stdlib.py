@@ -14,7 +14,7 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from lorasae.evals.labelled import Cut, DataSet, draw, equal
-from lorasae.io.streams import held_out, standard_library
+from lorasae.io.text import held_out, standard_library
 
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")       # large, and part of every Python
 PAIRS = (("asyncio", "email"), ("multiprocessing", "unittest"), ("logging", "importlib"), ("xml", "asyncio"))

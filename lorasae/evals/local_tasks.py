@@ -19,7 +19,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from lorasae.errors import InputError
-from lorasae.io.streams import held_out, standard_library
+from lorasae.io.text import held_out, standard_library
 
 SEED = 42
 CONTEXT, FOLLOWING = 120, 80                            # characters, or the few more that fill a line: 40 and 30 tokens

@@ -75,7 +75,7 @@ def train(setting, run, students):
     parameters = parameters_of(students)
     groups = [{"params": lora_parameters(student)} for student in students]
     optimizer = new_optimizer(groups, config.variants[0]) # its rate; each group's own is set before every step
-    start, position = run.restore(parameters, optimizer)
+    start = run.restore(parameters, optimizer)
     first = adapt.first_differing(model, saes)
 
     def frozen(tokens):
@@ -84,16 +84,15 @@ def train(setting, run, students):
         tokens = tokens.to(model.device, non_blocking=True)
         return adapt.teach(model, saes, tokens, first)
 
-    with corpus.batches(config.batch_size, position) as batches:
-        lessons = Ahead(batches, start, config, frozen)
-        how = dict(config=config, start=start, all_reduce=distributed.all_reduce, process=distributed.process())
-        if len(students) == 1:
-            updates = adapt.train(model, saes, lessons, optimizer, **how)
-        else:
-            updates = sweep.train(model, saes, lessons, optimizer, students, **how)
-        for step, loss, norm in run.watch(updates, start):
-            run.log(step, **named(config, loss, norm))
-            run.save_if_due(step, parameters, optimizer, lessons.position)
+    lessons = Ahead(corpus.batch, start, config, frozen)
+    how = dict(config=config, start=start, all_reduce=distributed.all_reduce, process=distributed.process())
+    if len(students) == 1:
+        updates = adapt.train(model, saes, lessons, optimizer, **how)
+    else:
+        updates = sweep.train(model, saes, lessons, optimizer, students, **how)
+    for step, loss, norm in run.watch(updates, start):
+        run.log(step, **named(config, loss, norm))
+        run.save_if_due(step, parameters, optimizer)
 
 
 def named(config, loss, norm):

@@ -11,45 +11,25 @@ from lorasae.runs import distributed
 
 
 class Ahead:
-    """Iterates over work(tokens) of every batch [B, T] from the start-th on, which it calls for several batches at once.
+    """Iterates over work(tokens) of every step from `start` on, which it calls for several steps at once.
 
-    work(tokens) returns a NamedTuple of tensors [B, ...] (or None) that depend on nothing that is trained. batches: an
-    iterator of (tokens, position of the batch after them); `.start` is its own position. Of several processes each works
-    on its share of every batch.
-
-    `position`: where a run that is resumed after the last step has to begin. Its groups must hold the same batches, so
-    within a group that is the group's beginning, and the batches that were done already are worked on again and skipped.
+    work(tokens) returns a NamedTuple of tensors [B, ...] (or None) that depend on nothing that is trained. batch(step) gives
+    the tokens of a step. Of several processes each works on its share of every batch.
     """
 
-    def __init__(self, batches, start, config, work):
-        self.batches, self.work = batches, work
+    def __init__(self, batch, start, config, work):
+        self.batch, self.start, self.work, self.steps = batch, start, work, config.steps
         self.at_once = max(config.ahead, config.micro_batch)
         self.share = len(distributed.share(range(config.batch_size)))      # rows of a batch that are this process's
         self.group = max(1, self.at_once // self.share)                    # batches that are worked on together
-        self.done = start % self.group
-        self.position = batches.start
 
     def __iter__(self):
-        begin = self.batches.start
-        while True:
-            tokens, after = self.take_group()
-            if not tokens:
-                return
-            found = self.work_on(torch.cat(tokens))
-            for number in range(self.done, len(tokens)):
-                last = number + 1 == self.group
-                self.position = after if last else begin
-                yield self.rows_of(found, number)
-            self.done, begin = 0, after
-
-    def take_group(self):
-        """([this process's share of each of the next batches], the position after them)."""
-        tokens, after = [], None
-        for batch, after in self.batches:
-            tokens.append(distributed.share(batch))
-            if len(tokens) == self.group:
-                break
-        return tokens, after
+        for begin in range(self.start - self.start % self.group, self.steps, self.group):
+            steps = range(begin, min(begin + self.group, self.steps))
+            tokens = torch.cat([distributed.share(self.batch(step)) for step in steps])
+            found = self.work_on(tokens)
+            for step in range(max(begin, self.start), steps.stop):
+                yield self.rows_of(found, step - begin)
 
     @torch.no_grad()
     def work_on(self, tokens):

@@ -1,8 +1,8 @@
 """A run's folder: what was asked (config.json), what happened (metrics.jsonl, checkpoint/), what came out (results.json).
 
 Every file is whole or absent, and one process at a time writes. A killed run loses the steps since its last checkpoint
-and, resumed, ends where the uninterrupted one would have: parameters, optimiser and the position in the text come from the
-checkpoint, and the random numbers of a step follow from its number. Of several processes (distributed.py) the first
+and, resumed, ends where the uninterrupted one would have: parameters and optimiser come from the checkpoint, text
+and random numbers of a step follow from its number. Of several processes (distributed.py) the first
 does all the writing.
 """
 import json
@@ -85,7 +85,7 @@ class Run:
     # ---- Checkpoints ---------------------------------------------------------------------------------------------------
 
     def restore(self, tensors, optimizer):
-        """Loads the newest whole checkpoint into tensors and optimiser -> (steps done, position in the text); (0, None)."""
+        """Loads the newest whole checkpoint into tensors and optimiser -> steps done."""
         if distributed.process() == 0:
             for unfinished in self.folder.rglob("*.part"):              # what a killed process was writing
                 unfinished.unlink()
@@ -100,9 +100,9 @@ class Run:
                     path.rename(path.with_suffix(".damaged"))           # it must not crowd out the ones to come
                 continue
             self.take_up(state, tensors, optimizer, path)
-            return state["step"], state["position"]
+            return state["step"]
         self.forget_metrics_after(0)
-        return 0, None
+        return 0
 
     def take_up(self, state, tensors, optimizer, path):
         """Puts a checkpoint's state in place."""
@@ -115,13 +115,13 @@ class Run:
         self.seconds = state["seconds"]
         self.forget_metrics_after(state["step"])
 
-    def save(self, step, tensors, optimizer, position):
+    def save(self, step, tensors, optimizer):
         """Writes checkpoint/step-N.pt, keeping the one before it. Only ever called with finite losses behind it."""
         self.flush()
         if distributed.process() > 0:
             return
         state = {"step": step, "parameters": [tensor.detach() for tensor in tensors], "optimizer": optimizer.state_dict(),
-                 "seconds": self.seconds, "position": position}
+                 "seconds": self.seconds}
         with whole(self.folder / "checkpoint" / f"step-{step:08d}.pt") as file:
             torch.save({**state, "checksum": checksum(state)}, file)
         for old in self.checkpoints()[:-2]:
@@ -131,7 +131,7 @@ class Run:
         """Their files, oldest first."""
         return sorted((self.folder / "checkpoint").glob("step-*.pt"))
 
-    def save_if_due(self, step, tensors, optimizer, position):
+    def save_if_due(self, step, tensors, optimizer):
         """Every `checkpoint_every` steps, or else every minute; and after the last step."""
         every = self.config.checkpoint_every
         if every is not None:
@@ -139,7 +139,7 @@ class Run:
         else:
             due = time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
         if due or step == self.config.steps:
-            self.save(step, tensors, optimizer, position)
+            self.save(step, tensors, optimizer)
             self.saved = time.perf_counter()
 
     # ---- Progress ------------------------------------------------------------------------------------------------------

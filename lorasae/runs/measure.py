@@ -7,7 +7,6 @@ import torch
 from lorasae.evals import fidelity
 from lorasae.io.files import read_json, write_json
 from lorasae.runs import distributed
-from lorasae.runs.setting import keep_held_out
 
 try:
     import resource
@@ -30,7 +29,6 @@ def evaluate_once(run, setting, settings):
     results = evaluate(model, saes, corpus.held_out.split(run.config.eval_batch), settings)
     run.begin()                                         # nothing is written before everything has been read
     if distributed.process() == 0:
-        keep_held_out(corpus, run.folder)
         write_json(path, {name: plain(values) for name, values in results.items()})
     return results
 

@@ -34,9 +34,9 @@ def open_run(folder, device=None):
         raise InputError(f"{folder} has no {product.relative_to(folder).parts[0]} yet: finish the run with "
                          f"python train.py --resume {folder}")
     if config.method != "lora":
-        return load_setting(config, folder)
+        return load_setting(config, folder, trains=False)
 
     made_for = read_json(product).get("base_model_name_or_path")
     if made_for and (preset(made_for) or made_for) != (preset(config.model) or config.model):
         raise InputError(f"{product.parent} is an adapter of {made_for}, but {folder} is a run of {config.model}")
-    return load_setting(config, folder, adapter=product.parent)
+    return load_setting(config, folder, adapter=product.parent, trains=False)

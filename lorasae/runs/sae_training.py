@@ -18,7 +18,7 @@ from lorasae.io.saes import save_sae
 from lorasae.runs import distributed
 from lorasae.runs.ahead import Ahead
 from lorasae.runs.measure import cost, evaluate, peak_memory_bytes
-from lorasae.runs.setting import check_layer, keep_held_out
+from lorasae.runs.setting import check_layer
 
 
 def resolved(config, model):
@@ -47,8 +47,6 @@ def train_sae(setting, run):
 
     held_out = corpus.held_out.split(config.eval_batch)
     run.begin()                                         # nothing is written before everything has been read
-    if distributed.process() == 0:
-        keep_held_out(corpus, run.folder)
     train(setting, run, sae)
     keep(run, sae, config.steps)
     results = {**measure(model, sae, layer, held_out), **cost(run, corpus),
@@ -62,25 +60,22 @@ def train(setting, run, sae):
     model, corpus, config = setting.model, setting.text, run.config
     layer, end_to_end = config.layer[0], config.method == "e2e"
     training = dictionary.begin(sae, config)
-    start, position = run.restore(training.tensors, training.optimizer)
+    start = run.restore(training.tensors, training.optimizer)
 
     def frozen(tokens):
         return dictionary.observe(model, sae, layer, tokens, end_to_end)
 
     if start == 0:
-        with corpus.batches(config.batch_size) as batches:
-            tokens, _ = next(iter(batches))
-        dictionary.fit(sae, training, dictionary.observe(model, sae, layer, tokens, end_to_end=False), config.l0)
+        dictionary.fit(sae, training, dictionary.observe(model, sae, layer, corpus.batch(0), end_to_end=False), config.l0)
 
-    with corpus.batches(config.batch_size, position) as batches:
-        observations = Ahead(batches, start, config, frozen)
-        updates = dictionary.train(model, sae, layer, observations, training, config, start,
-                                   everywhere=distributed.everywhere, all_reduce=distributed.all_reduce)
-        for step, values in run.watch(updates, start):
-            run.log(step, **values)
-            if ends_a_tenth(step, config.steps) and step < config.steps:
-                keep(run, sae, step)
-            run.save_if_due(step, training.tensors, training.optimizer, observations.position)
+    observations = Ahead(corpus.batch, start, config, frozen)
+    updates = dictionary.train(model, sae, layer, observations, training, config, start,
+                               everywhere=distributed.everywhere, all_reduce=distributed.all_reduce)
+    for step, values in run.watch(updates, start):
+        run.log(step, **values)
+        if ends_a_tenth(step, config.steps) and step < config.steps:
+            keep(run, sae, step)
+        run.save_if_due(step, training.tensors, training.optimizer)
 
 
 def ends_a_tenth(step, steps):

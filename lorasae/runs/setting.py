@@ -7,9 +7,8 @@ import torch
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter
 from lorasae.io.models import load_model, load_tokenizer
-from lorasae.io.corpus import Corpus
+from lorasae.io.shards import Text, open_held_out
 from lorasae.io.saes import check_fits, load_sae
-from lorasae.io.files import Tensors, write_tensors
 from lorasae.model import Transformer
 from lorasae.runs import distributed
 from lorasae.runs.config import Config
@@ -19,16 +18,16 @@ class Setting(NamedTuple):
     """All that a run trains or evaluates with."""
     model: Transformer
     saes: dict                                          # {layer: SAE}, frozen
-    text: Corpus
+    text: Text                                          # or a HeldOut, of an evaluation
     config: Config
     folder: Path | None = None                          # of the run
 
 
-def load_setting(config, folder=None, adapter=None):
+def load_setting(config, folder=None, adapter=None, trains=True):
     """The Setting of a configuration, with the adapter folder's adapters, if given.
 
-    folder: of the run; held-out text that it has kept is not read from its source again. With `shard` the model is left on
-    the CPU, for distributed.shard to spread.
+    folder: of the run. trains: whether it needs more than the held-out text that the folder keeps. With `shard` the model
+    is left on the CPU, for distributed.shard to spread.
     """
     device = distributed.local(config.device)
     if device.type == "cuda":
@@ -38,7 +37,7 @@ def load_setting(config, folder=None, adapter=None):
     saes = load_saes(config, model, device)
     if adapter is not None:
         load_adapter(model, adapter)
-    return Setting(model, saes, load_corpus(config, model.config, folder), config, folder)
+    return Setting(model, saes, load_text(config, model.config, folder, trains), config, folder)
 
 
 def check_context(config, model_config):
@@ -76,25 +75,13 @@ def check_layer(model, layer, depth):
         raise InputError(f"--layer {layer} is out of range: {model} has blocks 0 to {depth - 1}")
 
 
-def load_corpus(config, model_config, folder=None):
+def load_text(config, model_config, folder=None, trains=True):
     tokenizer = load_tokenizer(config.model, model_config)
-    return Corpus(config.data, tokenizer, model_config.bos_token_id, model_config.eos_token_id, context=config.context,
-                  eval_tokens=config.eval_tokens, seed=config.seed, field=config.field, saved=read_held_out(folder))
-
-
-# ---- Held-out text -----------------------------------------------------------------------------------------------------
-
-HELD_OUT = "held-out.safetensors"
-
-
-def keep_held_out(corpus, folder):
-    """Writes the held-out chunks into the run's folder: what resumes or evaluates it need not read the text for them."""
-    write_tensors(Path(folder) / HELD_OUT, corpus.held)
-
-
-def read_held_out(folder):
-    """What keep_held_out wrote; None where there is nothing."""
-    if folder is None or not (Path(folder) / HELD_OUT).exists():
-        return None
-    file = Tensors(Path(folder) / HELD_OUT)
-    return {name: file.tensor(name) for name in ("chunks", "digests")}
+    bos, eos = model_config.bos_token_id, model_config.eos_token_id
+    if folder is not None and not trains:
+        for kept in (folder / "text", folder.parent / "text"):      # the second is that of a sweep
+            if (kept / "text.json").exists():
+                return open_held_out(kept, tokenizer, bos, eos)
+    return Text(config.data, tokenizer, bos, eos, context=config.context, eval_tokens=config.eval_tokens, seed=config.seed,
+                batch_size=config.batch_size, field=config.field, folder=folder and folder / "text",
+                process=distributed.process())

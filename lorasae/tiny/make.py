@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lorasae.io.models import load_model, parse_config, save_model
-from lorasae.io.corpus import Corpus
+from lorasae.io.shards import Text
 from lorasae.errors import InputError
 from lorasae.io.files import write_bytes, write_json
 from lorasae.model import Transformer
-from lorasae.io.streams import held_out, standard_library
+from lorasae.io.text import held_out, standard_library
 
 HERE = Path(__file__).parent
 PAD, EOS, BOS = range(3)                                # as Gemma numbers them
@@ -222,7 +222,8 @@ def make_model(name, folder, seed, *, minutes=None, tokens=None):
     raw = CONFIGS[name]
     tokenizer = make_tokenizer(raw["vocab_size"])
     write_bytes(folder / "tokenizer.json", tokenizer.to_str().encode())
-    held = Corpus("stdlib", tokenizer, BOS, EOS, context=CONTEXT, eval_tokens=EVAL_TOKENS).held_out
+    with Text("stdlib", tokenizer, BOS, EOS, context=CONTEXT, eval_tokens=EVAL_TOKENS) as text:
+        held = text.held_out
     stream = training_stream(tokenizer)
     model = new_model(raw)
 
