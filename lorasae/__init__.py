@@ -1,17 +1,18 @@
 """Low-rank adapting models for sparse autoencoders: the reference implementation.
 
     model = lorasae.load_model("tiny-gemma-2")
-    saes = {2: lorasae.load_sae("lorasae/tiny/gemma-2-sae/topk")}
-    logits = model(tokens, saes)                        # the SAE's reconstruction replaces block 2's output
+    saes = {2: lorasae.load_sae("tiny-gemma-2")}
+    logits = model(tokens, saes)                        # the SAE replaces block 2's output
 
 adapt.py is the method; the README says in which order to read the rest.
 """
-from lorasae.io.models import load_model, load_tokenizer, save_model
+from lorasae import objectives, topk
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter, save_adapter
-from lorasae.lora import add_lora, base, merge_lora
+from lorasae.io.models import load_model, load_tokenizer, save_model
 from lorasae.io.saes import load_sae, save_sae
-from lorasae import objectives, topk
+from lorasae.lora import add_lora, base, merge_lora
 
-__all__ = ["InputError", "add_lora", "base", "load_adapter", "load_model", "load_sae", "load_tokenizer", "merge_lora",
-           "objectives", "save_adapter", "save_model", "save_sae", "topk"]
+__all__ = [
+    "InputError", "add_lora", "base", "load_adapter", "load_model", "load_sae", "load_tokenizer",
+    "merge_lora", "objectives", "save_adapter", "save_model", "save_sae", "topk"]

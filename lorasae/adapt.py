@@ -1,191 +1,245 @@
-"""THE METHOD (paper §3.4): adapt a model to its frozen SAEs with low-rank adapters, minimising KL(base ‖ adapted with SAE).
+"""THE METHOD (paper §3.4): low-rank adapters fit a model to its frozen SAEs.
 
-    naive_loss      Eq. 7 as it is written: two whole forward passes and all their logits
-    teach, learn    the same loss without waste: the blocks before the SAE run once for both models, and no logits are kept
-    take_step       one optimiser step on gradients clipped as the published code clips them
-    train           the loop
+They minimise KL(base ‖ adapted with SAE), Eq. 7.
 
-Exercised by `python train.py`. What the words and symbols stand for:
+    naive_loss, naive_train         Eq. 7 as written, and the loop that minimises it: read these
+                                    first
+    frozen_forward, adapted_loss    the same loss without waste: the blocks before the SAE run once
+                                    for both models, and no logits are kept
+    take_step                       one optimiser step, clipped as the published code clips
+
+`python train.py` runs it; runs/training.py is the loop that resumes, logs and saves.
+What the paper's symbols are called here:
 
     paper                       here
-    M, the base model           the teacher: the model with its adapters switched off, `with base(model):`
-    M adapted, with its SAE     the student: the same model, adapters on, SAEs spliced in
+    M, the base model           the model with its adapters switched off, `with base(model):`
+    M adapted, with its SAE     the same model, adapters on, SAEs spliced in
     A, B of every W (Eq. 1)     an adapter; all of them are `lora_parameters(model)`
-    x_1 .. x_i before the SAE   the prefix: frozen blocks whose output teacher and student share
-    y, ŷ (Eq. 7)                softmax(head(target)), softmax(head(hidden)); both exist a chunk of tokens at a time
-    (none)                      a lesson: what one step needs of the frozen model, made by `teach` and read by `learn`
+    x_1 .. x_i before the SAE   the prefix: frozen blocks whose output both models share
+    y, ŷ (Eq. 7)                softmax(head(target)) and softmax(head(hidden)), which exist for
+                                one chunk of tokens at a time
+    (none)                      the frozen part of a step: what no adapter changes
 
-A layer is the number of a block, from 0. Shapes: B batch, T tokens, D d_model, S students.
+A layer is the number of a block, from 0.
+Shapes: B batch, T tokens, D d_model, S adapted models side by side.
 """
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from lorasae.errors import InputError
-from lorasae.lora import blocks_with_adapters, base, lora_parameters
+from lorasae.lora import base, blocks_with_adapters, lora_parameters
 from lorasae.objectives import linear_kl
-from lorasae.sae import JumpReLU, splice
+from lorasae.sae import splice
 
+
+# ---- As written ----------------------------------------------------------------------------------
 
 def naive_loss(model, saes, tokens):
-    """Σ_tokens KL(p_base ‖ p_adapted with SAE) in nats (Eq. 7), for tokens [B, T] and saes {layer: SAE}."""
+    """Σ_tokens KL(p_base ‖ p_adapted with SAE) in nats (Eq. 7).
+
+    tokens [B, T]; saes {layer: SAE}.
+    """
     with torch.no_grad(), base(model):
         log_p = model(tokens).float().log_softmax(-1)
     log_q = model(tokens, saes).float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-# ---- The same without waste --------------------------------------------------------------------------------------------
+def naive_train(model, saes, batches, lr=5e-5, weight_decay=0.01, clip=1.0):
+    """The whole method: trains the adapters of add_lora on batches of tokens [B, T].
 
-class Lesson(NamedTuple):
-    """What a step needs of the frozen model."""
-    x: torch.Tensor                     # [B, T, D] the student's input to the first block that differs
-    target: torch.Tensor                # [B, T, D] the teacher's final hidden state
-    special: torch.Tensor               # [B, T] bool: BOS and EOS positions
+    Yields each step's KL in nats per token.
+    """
+    parameters = lora_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+
+    model.train()                                               # dropout on
+    for tokens in batches:
+        # Eq. 7, summed over the tokens of a sequence and averaged over sequences.
+        loss = naive_loss(model, saes, tokens) / len(tokens)
+        loss.backward()
+
+        # With sums this large, the clip binds at almost every step.
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item() / tokens.shape[1]
+    model.eval()
+
+
+# ---- The same without waste ----------------------------------------------------------------------
+
+class FrozenPart(NamedTuple):
+    """Outputs of the frozen model that one training step uses."""
+    x: torch.Tensor             # [B, T, D] input of the first block that differs, SAE spliced in
+    target: torch.Tensor        # [B, T, D] the base model's final hidden state
+    special: torch.Tensor       # [B, T] bool: BOS and EOS positions
 
 
 def first_differing(model, saes):
-    """The first block that can differ between teacher and student: what comes before it is run once, for both."""
+    """The first block that can differ between base and adapted model.
+
+    The blocks before it run once, for both.
+    """
     after_saes = [layer + 1 for layer in saes]
     return min(blocks_with_adapters(model) + after_saes, default=len(model.layers))
 
 
 @torch.no_grad()
-def teach(model, saes, tokens, first):
-    """The teacher's part: tokens [B, T] -> Lesson. `first` is first_differing(model, saes)."""
-    depth = len(model.layers)
-    special = model.special(tokens)
+def frozen_forward(model, saes, tokens, first):
+    """Runs the base model: tokens [B, T] -> FrozenPart. `first` is first_differing(model, saes)."""
     with base(model):
-        x = model.run(model.embed(tokens), 0, first)            # the prefix, shared by both
-        target = model.norm(model.run(x, first, depth))         # the teacher goes on without SAE
+        # The prefix, which both models share; from there the base model goes on without SAEs.
+        x = model.run(model.embed(tokens), 0, first)
+        last = model.run(x, first, len(model.layers))
+        target = model.norm(last)
+
+    special = model.special(tokens)
     if first - 1 in saes:
         x = splice(x, saes[first - 1], special)                 # Eq. 5, where the prefix ends
-    return Lesson(x, target, special)
+    return FrozenPart(x, target, special)
 
 
-def learn(model, saes, lesson, first, compiled=False):
-    """The student's part: Lesson -> Σ_tokens KL(base ‖ adapted with SAE) in nats (Eq. 7), differentiable in the adapters."""
-    x = model.run(lesson.x, first, len(model.layers), saes, lesson.special)
-    return objective(model, lesson, model.norm(x), compiled)
+def adapted_loss(model, saes, part, first, config):
+    """Runs the adapted model on a FrozenPart -> `objective`, differentiable in the adapters."""
+    x = model.run(part.x, first, len(model.layers), saes, part.special)
+    return objective(model, part, model.norm(x), config)
 
 
-def objective(model, lesson, hidden, compiled=False):
-    """What is minimised (Eq. 7), of the student's final hidden state [B, T, D], or of several students' [S, B, T, D].
+def objective(model, part, hidden, config):
+    """What every training mode minimises (adapters, end-to-end SAEs, finetuning): Eq. 7.
 
-    All that trains on the paper's loss comes here: sweeps, end-to-end SAEs and what finetunes them included.
+    hidden: the final hidden state with adapters and SAEs, [B, T, D], or [S, B, T, D] of several
+    adapted models. Returns (loss, {name: value}): the loss is summed over tokens, a scalar or [S];
+    the values are detached sums over tokens, logged under their names.
     """
-    return linear_kl(lesson.target, hidden, model.head, model.softcap, compiled=compiled)
+    kl = linear_kl(part.target, hidden, model.head, model.softcap, compiled=config.compile)
+    return kl, {"kl": kl.detach()}
 
 
-# ---- Training ----------------------------------------------------------------------------------------------------------
+# ---- One step ------------------------------------------------------------------------------------
 
-def adamw(parameters, config):
-    """The optimiser of the paper's released recipe, over the adapters alone."""
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+class World(NamedTuple):
+    """The processes that share every batch. By default there is one, and nothing to add up."""
+    number: int = 0                                         # of this process
+    count: int = 1
+    all_reduce: Callable = lambda tensors: None             # sums each tensor, in place
+    sum: Callable = lambda value: value                     # the sum of a value, differentiable
 
 
-def take_step(model, saes, lesson, first, optimizer, config, all_reduce=None):
-    """One step on a lesson. Returns the loss, averaged over its sequences, and the gradient's norm before clipping.
+ALONE = World()
 
-    The loss of a sequence is the *sum* of its tokens' KL, and that sum is what `clip` bounds, as in the published code
-    (utils.py:521): with the paper's batch of one sequence the clip binds at almost every step, so a mean over tokens
-    would be another algorithm. Sequences pass `micro_batch` at a time with their gradients added, which changes memory
-    and not the step (but the masks of dropout, which are drawn in another order).
+
+def adamw(groups, config):
+    """The optimiser of the paper's released recipe. groups: parameters, or groups of them."""
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def take_step(model, saes, part, first, optimizer, config, world=ALONE):
+    """One optimiser step. Returns {name: value}: losses per token, gradient norm before clipping.
+
+    The loss of a sequence is the *sum* of its tokens' KL, and `clip` bounds the gradient of that
+    sum, as in the published code (utils.py:521): with the paper's batch of one sequence the clip
+    binds at almost every step, so a mean over tokens would be another algorithm.
+
+    `micro_batch` sequences are run at a time, and their gradients add up. This changes the memory
+    that a step needs, not the step (except for dropout masks, which are drawn in another order).
     """
     parameters = lora_parameters(model)
-    total = torch.zeros((), device=model.device)
-    for part in split(lesson, config.micro_batch):
-        loss = learn(model, saes, part, first, config.compile) / config.batch_size
-        loss.backward()
-        total += loss.detach()
+    totals = {}
+    for piece in split(part, config.micro_batch):
+        loss, values = adapted_loss(model, saes, piece, first, config)
+        (loss / config.batch_size).backward()
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0) + value / config.batch_size
 
-    if all_reduce is not None:                                  # of several processes each had a share of the batch
-        all_reduce([total, *(parameter.grad for parameter in parameters)])
+    # Each process ran its share of the batch: add up what they found.
+    gradients = [parameter.grad for parameter in parameters]
+    world.all_reduce([*totals.values(), *gradients])
+
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
     optimizer.step()
     optimizer.zero_grad()
-    return total, norm
+
+    tokens = part.x.shape[1]
+    per_token = {name: total / tokens for name, total in totals.items()}
+    return {**per_token, "grad_norm": norm}
 
 
-def split(lesson, size):
-    """The lesson's sequences, `size` at a time."""
-    parts = [tensor.split(size) for tensor in lesson]
-    return [Lesson(*tensors) for tensors in zip(*parts)]
-
-
-def train(model, saes, lessons, optimizer, config, start=0, all_reduce=None, process=0):
-    """The loop: a step a lesson, from step `start` on. Yields (steps done, loss, gradient norm) after each.
-
-    config: steps, lr, lr_decay, clip, batch_size, micro_batch, seed, compile (runs.config.Config has all of these).
-    all_reduce sums tensors over the processes, and process is the number of this one, where there are several. Dropout
-    stays on to the end; in the published code the first evaluation switches it off for good (utils.py:418).
-    """
-    first = first_differing(model, saes)
-    model.train()
-    with compiled_blocks(model) if config.compile else nullcontext():
-        for step, lesson in zip(range(start, config.steps), lessons):
-            torch.manual_seed(step_seed(config.seed, step, process))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.lr, step, config)
-            loss, norm = take_step(model, saes, lesson, first, optimizer, config, all_reduce)
-            yield step + 1, loss, norm
-    model.eval()
+def split(part, size):
+    """The FrozenPart's sequences, `size` at a time."""
+    pieces = [tensor.split(size) for tensor in part]
+    return [FrozenPart(*tensors) for tensors in zip(*pieces)]
 
 
 def learning_rate(lr, step, config):
-    """The rate of step 0, 1, ...: constant, as published, or falling linearly to 0 after the last step."""
-    return lr * (1 - step / config.steps) if config.lr_decay else lr
+    """The rate of step 0, 1, ...: constant, as published, or falling linearly to 0."""
+    if not config.lr_decay:
+        return lr
+    return lr * (1 - step / config.steps)
 
 
-def step_seed(seed, step, process=0):
-    """Of dropout's random numbers: a resumed step draws what the first one drew."""
-    return int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0])
+def step_seed(seed, step, number=0):
+    """Seed for the dropout of a step in process `number`: a resumed run draws the same masks."""
+    sequence = np.random.SeedSequence([seed, step, number])
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
-# ---- Which blocks ------------------------------------------------------------------------------------------------------
+# ---- Which blocks --------------------------------------------------------------------------------
 
-def blocks_to_adapt(spec, saes, depth):
-    """The blocks that get adapters: the words of --adapt -> sorted block numbers. saes: {layer: SAE}; depth: of the model.
+def blocks_to_adapt(words, saes, depth):
+    """The words of --adapt -> the sorted numbers of the blocks that get adapters.
 
-    `after`: every block after the first SAE, so no SAE but later ones sees a changed input and L0 stays what it was.
-    `all`: every block, for TopK SAEs, whose L0 cannot grow. `next`: only the block after each SAE (§6.3). Or numbers.
-    No word: `after` where one of the SAEs is a JumpReLU, whose L0 would move otherwise, else `all`, as in the paper.
+    `after`: every block after the first SAE, whose input and L0 then stay as they were.
+    `all`: every block, for SAEs whose L0 is bounded.
+    `next`: only the block after each SAE (§6.3).
+    Numbers: those blocks.
+    No words: `all` if the L0 of every SAE is bounded, else `after`, as in the paper.
+
+    saes: {layer: SAE}; depth: the number of the model's blocks.
     """
-    spec = list(spec)
-    if not spec:
-        moves = any(isinstance(sae, JumpReLU) for sae in saes.values())
-        spec = ["after"] if moves else ["all"]
+    given = " ".join(words)
+    if not given:
+        bounded = all(sae.l0_is_bounded for sae in saes.values())
+        given = "all" if bounded else "after"
 
-    if spec == ["after"]:
-        blocks = list(range(min(saes) + 1, depth))
-    elif spec == ["all"]:
-        blocks = list(range(depth))
-    elif spec == ["next"]:
-        blocks = sorted({layer + 1 for layer in saes if layer + 1 < depth})
-    elif all(word.isdecimal() for word in spec):
-        blocks = sorted({int(word) for word in spec})
+    if given == "after":
+        blocks = range(min(saes) + 1, depth)
+    elif given == "all":
+        blocks = range(depth)
+    elif given == "next":
+        blocks = [layer + 1 for layer in sorted(saes) if layer + 1 < depth]
+    elif all(word.isdecimal() for word in words):
+        blocks = sorted({int(word) for word in words})
     else:
-        raise InputError(f"--adapt {' '.join(spec)}: expected after, all, next, or block numbers")
+        raise InputError(f"--adapt {given}: expected after, all, next, "
+                         "or block numbers such as 3 4 5")
 
     if not blocks:
-        raise InputError(f"no block comes after the SAE at layer {max(saes)}: pass --adapt all, or another --layer")
-    if blocks[-1] >= depth:
-        raise InputError(f"--adapt {blocks[-1]} is out of range: the model has blocks 0 to {depth - 1}")
-    return blocks
+        raise InputError(f"no block comes after the SAE at layer {max(saes)}: "
+                         "pass --adapt all, or another --layer")
+    return list(blocks)
 
 
-# ---- Compilation -------------------------------------------------------------------------------------------------------
+# ---- Compilation ---------------------------------------------------------------------------------
 
 @contextmanager
 def compiled_blocks(model, backend="inductor"):
-    """Runs the blocks through torch.compile inside the `with`. What cannot be compiled whole fails, rather than run slowly."""
-    with torch._dynamo.config.patch(recompile_limit=64):        # a graph a kind of block, shape, and role
+    """Runs the blocks through torch.compile inside the `with`.
+
+    Graph breaks raise instead of falling back to eager.
+    """
+    # One graph per kind of block, shape and role.
+    with torch._dynamo.config.patch(recompile_limit=64):
         for block in model.layers:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+            block.forward = torch.compile(
+                block.forward, fullgraph=True, dynamic=False, backend=backend)
         try:
             yield
         finally:
             for block in model.layers:
-                del block.forward                               # the class's own is back
+                del block.forward                               # uncovers the class's own

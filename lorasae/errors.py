@@ -1,8 +1,9 @@
-"""The one exception that means "the user can mend this": the commands print its line and exit with status 1."""
+"""The exception for what the user can mend: commands print its line and exit with status 1."""
 
 
 class InputError(ValueError):
-    """Says in one line what is wrong, what was expected and what to do. Anything else that escapes is a bug."""
+    """Says in one line what is wrong, what was expected and what to do."""
 
     def __init__(self, message):
-        super().__init__(" ".join(str(message).splitlines()))           # the name of a file may hold a line break
+        one_line = " ".join(str(message).splitlines())      # a file's name may hold a line break
+        super().__init__(one_line)

@@ -1,8 +1,9 @@
-"""Gemma-2: its configuration and its block. Module names are Hugging Face's, so weights load with no mapping table.
+"""Gemma-2: its configuration and its block. Module names are Hugging Face's, so weights just load.
 
-What sets it apart from Llama-3: four norms a block that scale by (1 + w), tanh-GELU, embeddings scaled by √D, an explicit
-attention scale (query_pre_attn_scalar, not head_dim), soft-caps on attention scores and on logits, and a sliding window in
-every even block. Mind `post_attention_layernorm`: here it normalises the attention's *output*; in Llama-3 the MLP's input.
+What sets it apart from Llama-3: four norms per block that scale by (1 + w), tanh-GELU, embeddings
+scaled by √D, an explicit attention scale (query_pre_attn_scalar, not head_dim), soft-caps on
+attention scores and on logits, and a sliding window in every even block. Mind
+`post_attention_layernorm`: here it normalises the attention's *output*; in Llama-3 the MLP's input.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -11,18 +12,22 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from lorasae import family
 from lorasae.attention import MLP, Attention
+from lorasae.errors import InputError
+
+MODEL_TYPE, ARCHITECTURE = "gemma2", "Gemma2ForCausalLM"       # in Hugging Face's config.json
 
 
 @dataclass(frozen=True)
-class Gemma2Config:
+class Config:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int                                       # explicit: 27B's is not hidden_size / num_attention_heads
+    head_dim: int                                       # 27B's is not hidden_size / heads
     query_pre_attn_scalar: float
     sliding_window: int
     attn_logit_softcapping: float | None
@@ -33,13 +38,57 @@ class Gemma2Config:
     eos_token_id: int
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 8192
-    model_type: str = "gemma2"
+    model_type: str = MODEL_TYPE
 
     rope_scaling = None
 
     def embed_scale(self, dtype):
-        """√D rounded to the model's dtype, as the weights were trained with (bf16: 67.882 becomes 68 in 27B)."""
+        """√D in the model's dtype, as in training (in bf16, 27B's 67.882 becomes 68)."""
         return torch.tensor(self.hidden_size ** 0.5).to(dtype)
+
+
+Gemma2Config = Config
+
+
+DEFAULTS = {                                            # those of transformers' Gemma2Config
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256.0,
+    "sliding_window": 4096,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+
+
+def parse(fields):
+    """Config from the Fields of config.json, which it may change."""
+    # transformers reads hidden_activation; files have both keys, which must agree
+    gelu = "gelu_pytorch_tanh"
+    fields.only(hidden_activation=gelu, hidden_act=gelu, attention_bias=False)
+    if fields.take("use_bidirectional_attention", bool, None):
+        raise InputError(
+            f"{fields.where}: use_bidirectional_attention true is not supported: attention must be "
+            "causal")
+
+    values = family.common(fields, DEFAULTS)
+    layers = values["num_hidden_layers"]
+    kinds = ["sliding_attention", "full_attention"] * layers
+    if fields.take("layer_types", list, None) not in (None, kinds[:layers]):
+        raise InputError(
+            f"{fields.where}: layer_types must alternate sliding_attention and full_attention, "
+            f"{layers} in all (num_hidden_layers)")
+    theta, scaling = family.rotary(fields)
+    if scaling is not None:
+        raise InputError(f"{fields.where}: rotary scaling 'llama3' is not part of Gemma-2")
+
+    # a cap of null is none
+    for key, cap in CAPS.items():
+        values[key] = fields.take(key, float, None if key in fields else cap, above=0)
+    return Config(**values, rope_theta=theta)
 
 
 class RMSNorm(nn.Module):
@@ -51,7 +100,8 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+        scale = 1 + self.weight.float()
+        return F.rms_norm(x.float(), self.weight.shape, scale, self.eps).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -60,14 +110,16 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(config)
-        window = config.sliding_window if layer % 2 == 0 else None     # even blocks slide, odd ones see all
-        self.self_attn = Attention(config, layer, scale=config.query_pre_attn_scalar ** -0.5,
-                                   softcap=config.attn_logit_softcapping, window=window)
+        window = config.sliding_window if layer % 2 == 0 else None     # odd blocks see everything
+        self.self_attn = Attention(
+            config, layer, scale=config.query_pre_attn_scalar ** -0.5,
+            softcap=config.attn_logit_softcapping, window=window)
         self.post_attention_layernorm = RMSNorm(config)
         self.pre_feedforward_layernorm = RMSNorm(config)
         self.mlp = MLP(config, partial(F.gelu, approximate="tanh"))
         self.post_feedforward_layernorm = RMSNorm(config)
 
     def forward(self, x, positions, cache=None):
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), positions, cache))
+        attended = self.self_attn(self.input_layernorm(x), positions, cache)
+        x = x + self.post_attention_layernorm(attended)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))

@@ -1,8 +1,10 @@
-"""y = x Wᵀ + b by the faster of the two libraries that PyTorch brings for it: every matrix product of model, SAE and loss.
+"""y = x Wᵀ + b: every matrix product of model, SAE and loss. Its naive twin is F.linear.
 
-On a CPU F.linear sends fp32 to MKL, which on processors other than Intel's runs at half their speed (an AMD Zen 5: 110
-GFLOP/s a core, oneDNN 240). torch.backends.mkldnn.flags(enabled=False) brings F.linear back. Elsewhere, and in other
-dtypes, linear is F.linear.
+On a CPU, F.linear sends fp32 to MKL, which runs at half speed on processors other than Intel's
+(one core of an AMD Zen 5: 110 GFLOP/s; by oneDNN, which PyTorch brings too, 240). So `linear` asks
+oneDNN, and F.linear wherever oneDNN does not apply. On a first reading, take it for F.linear.
+
+torch.backends.mkldnn.flags(enabled=False) brings F.linear back everywhere.
 """
 import torch
 from torch import nn
@@ -11,44 +13,60 @@ from torch.autograd.function import once_differentiable
 
 
 def linear(x, weight, bias=None):
-    """x [..., in], weight [out, in], bias [out] -> x Wᵀ + b [..., out]: F.linear to rounding, gradients included."""
+    """x [..., in], weight [out, in], bias [out] -> x Wᵀ + b [..., out]: F.linear up to rounding."""
     if by_onednn(x, weight):
         return OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """y = W x"""
+    """y = W x + b"""
 
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
 
+# ---- By oneDNN -----------------------------------------------------------------------------------
+
 def by_onednn(x, weight):
-    return (not torch.compiler.is_compiling()                   # Inductor has its own, for constant weights alone
-            and x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-            and x.numel() > 0 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+    """Whether oneDNN multiplies: fp32 on a CPU, outside compiled code, which has its own."""
+    if torch.compiler.is_compiling() or x.numel() == 0:
+        return False
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    return on_cpu and x.dtype == weight.dtype == torch.float32
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """∂/∂x = g W,  ∂/∂W = gᵀ x,  ∂/∂b = Σ g. A frozen weight keeps no x."""
+    """∂/∂x = g W,  ∂/∂W = gᵀ x,  ∂/∂b = Σ g. With a frozen weight, no x is kept."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        need_x, need_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        _, weight_trains, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if weight_trains else None, weight)
         return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+
         rows = grad.reshape(-1, grad.shape[-1])
-        return (product(grad, weight.T) if ctx.needs_input_grad[0] else None,
-                product(rows.T, x.reshape(-1, x.shape[-1]).T) if ctx.needs_input_grad[1] else None,
-                rows.sum(0) if ctx.needs_input_grad[2] else None)
+        if need_x:
+            grad_x = product(grad, weight.T)
+        if need_weight:
+            grad_weight = product(rows.T, x.reshape(-1, x.shape[-1]).T)
+        if need_bias:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias
 
 
 def product(x, weight, bias=None):
-    """x Wᵀ + b by oneDNN, without autograd."""
+    """x Wᵀ + b by oneDNN, without autograd.
+
+    The operation is private: Inductor uses it, and PyTorch has no public name for it.
+    """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

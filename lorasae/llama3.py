@@ -1,7 +1,8 @@
-"""Llama-3: its configuration and its block. Module names are Hugging Face's, so weights load with no mapping table.
+"""Llama-3: its configuration and its block. Module names are Hugging Face's, so weights just load.
 
-A plain pre-norm block: RMSNorm, grouped-query attention, SwiGLU. Its one peculiarity is the rotary scaling (attention.py),
-which bends the low frequencies at every length. Mind `post_attention_layernorm`: here it normalises the MLP's *input*.
+A plain pre-norm block: RMSNorm, grouped-query attention, SwiGLU. Its one peculiarity is the rotary
+scaling (attention.py), which bends the low frequencies at every length. Mind
+`post_attention_layernorm`: here it normalises the MLP's *input*.
 """
 from dataclasses import dataclass
 
@@ -9,19 +10,15 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from lorasae import family
 from lorasae.attention import MLP, Attention
+from lorasae.family import RopeScaling
+
+MODEL_TYPE, ARCHITECTURE = "llama", "LlamaForCausalLM"         # in Hugging Face's config.json
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    factor: float                                       # 32 in Llama-3.2-1B, 8 in Llama-3.1-8B
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class Llama3Config:
+class Config:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -36,7 +33,7 @@ class Llama3Config:
     eos_token_id: int
     tie_word_embeddings: bool
     max_position_embeddings: int = 131072
-    model_type: str = "llama"
+    model_type: str = MODEL_TYPE
 
     attn_logit_softcapping = final_logit_softcapping = sliding_window = None
 
@@ -44,8 +41,30 @@ class Llama3Config:
         return 1
 
 
+Llama3Config = Config
+
+
+DEFAULTS = {                                            # those of transformers' LlamaConfig
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+}
+
+
+def parse(fields):
+    """Config from the Fields of config.json, which it may change."""
+    fields.only(hidden_act="silu", attention_bias=False, mlp_bias=False)
+    theta, scaling = family.rotary(fields)
+    values = family.common(fields, DEFAULTS)
+    return Config(**values, rope_theta=theta, rope_scaling=scaling)
+
+
 class RMSNorm(nn.Module):
-    """w · (x / √(mean x² + ε)): normalised in fp32 and cast *before* the weight, unlike Gemma-2's."""
+    """w · (x / √(mean x² + ε)): in fp32, but cast *before* the weight, unlike Gemma-2's."""
 
     def __init__(self, config):
         super().__init__()

@@ -1,10 +1,11 @@
 """Low-rank adapters (paper Eq. 1; Hu et al. 2021) on the frozen linear layers.
 
-    add_lora(model, layers=range(13, 26), rank=64)        attach to all seven projections of those blocks
-    with base(model): ...                                 the untouched model
-    merge_lora(model)                                     fold them into the weights
+    add_lora(model, layers=range(13, 26), rank=64)      attach to all projections of those blocks
+    with base(model): ...                               the untouched model
+    merge_lora(model)                                   fold them into the weights
 
-Their files, in PEFT's format, are io/adapters.py. Shapes: R rank.
+Their files, in PEFT's format, are io/adapters.py.
+Shapes: R rank.
 """
 from contextlib import contextmanager
 
@@ -15,23 +16,30 @@ import torch.nn.functional as F
 from lorasae.errors import InputError
 from lorasae.linear import Linear, linear
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = (
+    "q_proj", "k_proj", "v_proj", "o_proj",
+    "gate_proj", "up_proj", "down_proj",
+)
 
 
 class LoRALinear(Linear):
-    """y = W x + (alpha / R) · B A dropout(x)  (Eq. 1): W frozen in its own dtype, A [R, in] and B [out, R] fp32.
+    """y = W x + b + (alpha / R) · B A dropout(x)  (Eq. 1), with A [R, in] and B [out, R] in fp32.
 
-    A starts uniform in ±1/√in and B at zero, so that a fresh adapter is the identity. The low-rank product is computed in
-    the dtype of x; gradients and optimiser states stay fp32.
+    W and b, the bias if there is one, are frozen in their own dtype. A starts uniform in ±1/√in and
+    B at zero, so that a fresh adapter is the identity. The low-rank product is computed in the
+    dtype of x; gradients and optimiser states stay fp32.
     """
 
     def __init__(self, frozen, rank, alpha, dropout):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = frozen.in_features, frozen.out_features
-        self.weight, self.bias = frozen.weight, None
+        self.in_features = frozen.in_features
+        self.out_features = frozen.out_features
+        self.weight = frozen.weight
+        self.bias = frozen.bias
 
+        # nn.Linear's own initialisation is uniform in ±1/√in.
         masters = dict(bias=False, device=frozen.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Linear(self.in_features, rank, **masters)      # nn.Linear's own initialisation is ±1/√in
+        self.lora_A = nn.Linear(self.in_features, rank, **masters)
         self.lora_B = nn.Linear(rank, self.out_features, **masters)
         nn.init.zeros_(self.lora_B.weight)
 
@@ -41,11 +49,11 @@ class LoRALinear(Linear):
 
     def forward(self, x):
         if not self.enabled:
-            return linear(x, self.weight)
-        if self.sum_is_cheaper(x):
-            return linear(x, self.weight + self.delta())
+            return linear(x, self.weight, self.bias)
+        if self.sum_is_cheaper(x):                              # the same value
+            return linear(x, self.weight + self.delta(), self.bias)
         dropped = F.dropout(x, self.dropout, self.training)
-        return linear(x, self.weight) + self.low_rank(dropped)
+        return linear(x, self.weight, self.bias) + self.low_rank(dropped)
 
     def low_rank(self, x):
         """(alpha / R) · B A x"""
@@ -57,50 +65,74 @@ class LoRALinear(Linear):
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
     def sum_is_cheaper(self, x):
-        """Whether (W + (alpha / R) B A) x takes fewer multiplications than W x + (alpha / R) B A x: in small layers alone.
+        """Whether (W + (alpha / R) B A) x takes fewer multiplications than W x + (alpha / R) B A x.
 
-        For N tokens and R ranks the sum takes 3 R · in · out, to make B A and the gradients of A and B from that of the
-        whole matrix, which takes N · in · out. The low-rank path takes 3 N R (in + out), forward and backward. In bf16,
-        and in the TF32 of GPUs, the sum would round B A away, and under dropout W and B A see different x.
+        It does in small layers. For N tokens, the sum takes N · in · out for the gradient of the
+        whole matrix, and 3 R · in · out to make B A and, from that gradient, those of A and B. The
+        low-rank path takes 3 N R (in + out), forward and backward.
         """
-        exact = x.dtype == self.weight.dtype == torch.float32 and not x.is_cuda and not (self.training and self.dropout)
+        # In bf16, and in the TF32 of GPUs, the sum would round B A away.
+        if x.is_cuda or not x.dtype == self.weight.dtype == torch.float32:
+            return False
+        # Under dropout, W and B A see different x.
+        if self.training and self.dropout:
+            return False
+
+        rank = self.lora_A.out_features
+        tokens = x.numel() // self.in_features
         whole = self.in_features * self.out_features
-        rank, tokens = self.lora_A.out_features, x.numel() // self.in_features
-        return exact and (tokens + 3 * rank) * whole < 3 * tokens * rank * (self.in_features + self.out_features)
+        by_sum = (tokens + 3 * rank) * whole
+        by_rank = 3 * tokens * rank * (self.in_features + self.out_features)
+        return by_sum < by_rank
 
 
-# ---- Attaching ---------------------------------------------------------------------------------------------------------
+# ---- Attaching -----------------------------------------------------------------------------------
 
-def add_lora(model, layers, rank, alpha=32, dropout=0.1):
-    """Freezes the model and attaches adapters to the seven projections of each block in `layers`; returns the model.
+def add_lora(model, layers, rank, alpha=32, dropout=0.1, targets=TARGETS):
+    """Freezes the model and adapts the `targets` of each block in `layers`; returns the model.
 
-    alpha is 32 at every rank in the paper, so the scale alpha / R falls as the rank grows. Raises InputError for blocks
-    that the model does not have, a rank below 1, a dropout outside [0, 1), or where there are adapters already.
+    targets: names of projections, as PEFT's target_modules. alpha is 32 at every rank in the paper,
+    so the scale alpha / R falls as the rank grows.
+
+    Raises InputError for blocks or targets that the model does not have, a rank below 1, or a model
+    that has adapters already.
     """
-    layers = sorted(layers)
-    depth = len(model.layers)
+    # What cannot be done.
+    targets = [targets] if isinstance(targets, str) else targets
+    layers, depth = sorted(layers), len(model.layers)
     if rank < 1:
         raise InputError(f"rank is {rank}, but an adapter needs a rank of at least 1")
     if not layers or layers[0] < 0 or layers[-1] >= depth:
         raise InputError(f"cannot adapt blocks {layers}: the model has blocks 0 to {depth - 1}")
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout is {dropout}, but it must be at least 0 and less than 1")
     if adapters(model):
         raise InputError("the model already has adapters: merge them, or load a fresh model")
+    known = {name.split(".")[-1] for name in projections(model.layers)}
+    unknown = set(targets) - known
+    if unknown or not targets:
+        raise InputError(f"cannot adapt {sorted(unknown)}: the projections of this model are "
+                         f"{', '.join(sorted(known))}")
 
+    # An adapter takes the place of each target.
     model.requires_grad_(False)
     for layer in layers:
-        for part in (model.layers[layer].self_attn, model.layers[layer].mlp):
-            for name, frozen in list(part.named_children()):
-                if name in TARGETS:
-                    adapter = LoRALinear(frozen, rank, alpha, dropout)
-                    setattr(part, name, adapter.train(part.training))
+        block = model.layers[layer]
+        for name, frozen in projections(block).items():
+            if name.split(".")[-1] in targets:
+                adapter = LoRALinear(frozen, rank, alpha, dropout)
+                replace_module(block, name, adapter)
     return model
+
+
+def projections(module):
+    """{name: linear layer} of every linear layer inside a module, in the module's order."""
+    inside = module.named_modules()
+    return {name: layer for name, layer in inside if isinstance(layer, nn.Linear)}
 
 
 def adapters(model):
     """{module name: LoRALinear} of every adapted projection, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    inside = model.named_modules()
+    return {name: module for name, module in inside if isinstance(module, LoRALinear)}
 
 
 def blocks_with_adapters(model):
@@ -110,15 +142,20 @@ def blocks_with_adapters(model):
 
 
 def lora_parameters(model):
-    """The trainable tensors: A and B of every adapter. model: one, or the adapters that detach_lora returned."""
+    """The trainable tensors of every adapter: all but the frozen weight and bias.
+
+    model: a model, or the adapters that detach_lora returned.
+    """
     modules = model if isinstance(model, dict) else adapters(model)
     parameters = []
     for module in modules.values():
-        parameters += [module.lora_A.weight, module.lora_B.weight]
+        for name, parameter in module.named_parameters():
+            if name not in ("weight", "bias"):
+                parameters.append(parameter)
     return parameters
 
 
-# ---- Switching off, taking off, merging --------------------------------------------------------------------------------
+# ---- Switching off, taking off, merging ----------------------------------------------------------
 
 @contextmanager
 def base(model):
@@ -135,17 +172,20 @@ def base(model):
 
 
 def detach_lora(model):
-    """Takes the adapters off, leaving plain linears; returns them, {module name: LoRALinear}, for attach_lora."""
+    """Takes the adapters off, leaving plain linears.
+
+    Returns them for attach_lora: {module name: LoRALinear}.
+    """
     modules = adapters(model)
     for name, module in modules.items():
         plain = Linear(module.in_features, module.out_features, bias=False, device="meta")
-        plain.weight = module.weight
+        plain.weight, plain.bias = module.weight, module.bias
         replace_module(model, name, plain)
     return modules
 
 
 def attach_lora(model, modules):
-    """Puts the adapters of detach_lora in their places, or in those of other adapters; returns the model."""
+    """Reattaches detached adapters, replacing any that are there; returns the model."""
     for name, module in modules.items():
         replace_module(model, name, module)
     return model
@@ -153,14 +193,14 @@ def attach_lora(model, modules):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Folds each adapter into its weight, W ← W + (alpha / R) B A, leaving plain linears; returns the model."""
+    """Folds each adapter into its weight, W ← W + (alpha / R) B A; returns the model."""
     for module in detach_lora(model).values():
         module.weight.copy_(module.weight.float() + module.delta())
     return model
 
 
 def replace_module(model, name, module):
-    """Puts `module` where `name` is. It takes the mode of its surroundings: in an eval model, dropout is off."""
-    parent, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent)
+    """Replaces the module `name`. The new one inherits train or eval mode from its parent."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
     setattr(parent, child, module.train(parent.training))

@@ -4,33 +4,39 @@
     x = model.run(x, 0, depth, saes)           blocks, with the splice in one visible line
     logits = model.logits(x)                   final norm, head, soft-cap -> [B, T, V]
 
-`run` works on any range of blocks, which is what lets the teacher and the student share the frozen prefix (adapt.py).
+`run` takes any range of blocks, so the base and the adapted model share the frozen ones (adapt.py).
 Shapes: B batch, T tokens, D d_model, V vocabulary.
 """
 from torch import nn
 
 from lorasae import gemma2, llama3
 from lorasae.attention import positions
+from lorasae.errors import InputError
 from lorasae.linear import Linear, linear
 from lorasae.objectives import capped
 from lorasae.sae import splice
 
+# A family is a module with MODEL_TYPE, ARCHITECTURE, Config, parse, Block and RMSNorm.
+FAMILIES = {family.MODEL_TYPE: family for family in (gemma2, llama3)}
+
 
 class Transformer(nn.Module):
-    """x_0 = embed(tokens),  x_i = h_i(x_{i-1}),  y = softmax(head(norm(x_L)))  (Eq. 2-3); HF's names for every weight.
+    """x_0 = embed(tokens),  x_i = h_i(x_{i-1}),  y = softmax(head(norm(x_L)))  (Eq. 2-3)
 
-    `layer` counts blocks from 0, so SAE layer 12 reads the output of the 13th block. (The published code of Figure 6 hooks
-    it a block late, multiple_saes.py:196.) No buffer is registered: a model may be built on the meta device and filled
-    with weights afterwards.
+    Weights have Hugging Face's names. `layer` counts blocks from 0, so SAE layer 12 reads the
+    output of the 13th block. (The published code of Figure 6 hooks it a block late,
+    multiple_saes.py:196.)
+    There are no buffers: a model may be built on the meta device and filled with weights later.
     """
 
     def __init__(self, config):
         super().__init__()
-        family = {"gemma2": gemma2, "llama": llama3}[config.model_type]
+        family = FAMILIES[config.model_type]
         self.config = config
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(family.Block(config, layer) for layer in range(config.num_hidden_layers)),
+            "layers": nn.ModuleList(
+                family.Block(config, layer) for layer in range(config.num_hidden_layers)),
             "norm": family.RMSNorm(config),
         })
         if not config.tie_word_embeddings:
@@ -42,8 +48,9 @@ class Transformer(nn.Module):
 
     @property
     def head(self):
-        """The unembedding [V, D]: the embedding itself where the two are tied."""
-        return (self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head).weight
+        """The unembedding [V, D]: the embedding itself if the two are tied."""
+        tied = self.config.tie_word_embeddings
+        return (self.model["embed_tokens"] if tied else self.lm_head).weight
 
     @property
     def softcap(self):
@@ -63,35 +70,33 @@ class Transformer(nn.Module):
         return self.model["norm"](x)
 
     def special(self, tokens):
-        """tokens [B, T] -> bool [B, T]: BOS and EOS positions, which SAEs trained without them leave alone."""
-        return special_positions(tokens, self.config.bos_token_id, self.config.eos_token_id)
+        """tokens [B, T] -> bool [B, T]: BOS and EOS, left alone by SAEs trained without them."""
+        return (tokens == self.config.bos_token_id) | (tokens == self.config.eos_token_id)
 
     def run(self, x, start, stop, saes={}, special=None, cache=None):
         """Blocks start .. stop-1. x [B, T, D] -> [B, T, D].
 
-        saes: {layer: SAE}; the reconstruction of an SAE replaces the output of its block. special [B, T]: where BOS and
-        EOS are, `model.special(tokens)`, which SAEs trained without them need to know. cache: an attention.Cache to
-        extend; x then continues the positions it holds.
+        saes: {layer: SAE}; the reconstruction of an SAE replaces the output of its block.
+        special [B, T]: `model.special(tokens)`, needed by SAEs that were trained without BOS and
+        EOS. cache: an attention.Cache to extend; x then continues the positions it holds.
         """
         begun = cache.length if cache is not None else 0
         where = positions(self.config, begun, x)
         for layer in range(start, stop):
             x = self.layers[layer](x, where, cache)
             if layer in saes:
-                x = splice(x, saes[layer], special)             # Eq. 5: the reconstruction replaces the activation
+                x = splice(x, saes[layer], special)             # Eq. 5
         return x
 
     def logits(self, x):
-        """Residual stream after the last block [B, T, D] -> logits [B, T, V], soft-capped where the model is."""
+        """Residual stream after the last block [B, T, D] -> logits [B, T, V], soft-capped if so."""
         return capped(linear(self.norm(x), self.head), self.softcap)
 
     def forward(self, tokens, saes={}, cache=None):
         """tokens [B, T] -> logits [B, T, V], with every SAE of {layer: SAE} spliced in."""
+        if not saes.keys() <= set(range(len(self.layers))):
+            raise InputError(f"saes are for layers {sorted(saes)}, but the model has blocks 0 to "
+                             f"{len(self.layers) - 1}")
         x = self.embed(tokens)
         x = self.run(x, 0, len(self.layers), saes, self.special(tokens), cache)
         return self.logits(x)
-
-
-def special_positions(tokens, bos, eos):
-    """tokens [B, T] -> bool [B, T]: where a token is BOS or EOS."""
-    return (tokens == bos) | (tokens == eos)

@@ -1,8 +1,9 @@
-"""Sparse autoencoders: the TopK and JumpReLU equations (paper §3.1 and §3.3).
+"""Sparse autoencoders: the TopK and JumpReLU equations (paper §3.1 and §3.3), and the splice.
 
-Both hold the same four tensors, a latent being a row of both matrices, and both read and write the residual stream at the
-output of a transformer block. How the files of other projects map onto them is `sae_formats.py`; how they are trained is
-`dictionary.py`.
+Both kinds store W_enc and W_dec as [M, D], one row per latent, and both read and write the
+residual stream at the output of a transformer block. Each kind owns its equation, start, training
+step, penalty and saved form. A new kind is one class here and one line in KINDS.
+io/sae_readers.py maps the files of other projects onto them; dictionary.py trains them.
 
 Shapes: B batch, T tokens, D d_model, M latents, K active latents; N = B*T.
 """
@@ -13,21 +14,38 @@ from lorasae import topk
 from lorasae.errors import InputError
 from lorasae.linear import linear
 
+START_L0 = 4            # a fresh JumpReLU has this many times the L0 that is asked for
+
 
 class SAE(nn.Module):
-    """What the two kinds share: x̂ = z W_dec + b_dec  (Eq. 5), with z = encode(x).
+    """What all kinds share: x̂ = z W_dec + b_dec  (Eq. 5), with z = encode(x).
 
-    W_enc, W_dec [M, D]; b_enc [M]; b_dec [D]. `on_special` says whether the SAE was trained on BOS and EOS positions; where
-    it was not (Gemma Scope, Llama Scope), those positions keep their original activation when the SAE is spliced in.
+    A kind adds two methods, and overrides what is different for it:
+
+        encode(x)                       x [..., D] -> latents [..., M]
+        training_step(x, bandwidth)     x [N, D] -> x̂ [N, D]; on how many tokens each latent fired,
+                                        [M]; and their sum, with a gradient if `gates_train`
+
+    W_enc, W_dec [M, D]; b_enc [M]; b_dec [D]. k: the number of active latents, for the kinds that
+    fix it. on_special: whether the SAE was trained on BOS and EOS positions (None: as its kind is).
+    If not (Gemma Scope, Llama Scope), those positions keep their activation when the SAE is spliced
+    in.
     """
+    architecture = None                 # SAELens's name of the kind
+    on_special = True
+    l0_is_bounded = False               # whether L0 stays below a bound, whatever the input
+    centred = False                     # whether the encoder reads x - b_dec, and not x
+    gates_train = False                 # whether a gradient reaches L0, for `penalty` to hold it
 
-    def __init__(self, d_model, latents, *, on_special):
+    def __init__(self, d_model, latents, k=None, *, on_special=None):
         super().__init__()
         self.W_enc = nn.Parameter(torch.zeros(latents, d_model))
         self.b_enc = nn.Parameter(torch.zeros(latents))
         self.W_dec = nn.Parameter(torch.zeros(latents, d_model))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
-        self.on_special = on_special
+        self.k = k
+        if on_special is not None:
+            self.on_special = on_special
 
     def decode(self, latents):
         """latents [..., M] -> reconstruction [..., D] (Eq. 5)."""
@@ -37,65 +55,211 @@ class SAE(nn.Module):
         """x [..., D] -> reconstruction [..., D], in the SAE's own dtype."""
         return self.decode(self.encode(x))
 
+    def start(self, x, l0):
+        """Fits the biases of a fresh SAE to activations x [N, D]. l0: the L0 asked for."""
+        self.b_dec.copy_(geometric_median(x))
+
+    def unit(self, x):
+        """The scale of biases and thresholds on activations x [N, D]: a factor of their rate."""
+        return 1.0
+
+    def penalty(self, l0, target):
+        """(L0 / target - 1)², which asks for an L0, where Eq. 6 has λ L0 and λ has to be found."""
+        return (l0 / target - 1).square()
+
+    def after_step(self):
+        """Called after each optimiser step, to restore what must hold."""
+
+    def saved(self):
+        """(tensors, facts of cfg.json) in SAELens's format."""
+        tensors = {
+            "W_enc": self.W_enc.T,
+            "W_dec": self.W_dec,
+            "b_enc": self.b_enc,
+            "b_dec": self.b_dec,
+        }
+        facts = {
+            "architecture": self.architecture,
+            "apply_b_dec_to_input": self.centred,
+        }
+        return tensors, facts
+
 
 class TopK(SAE):
-    """z = TopK(ReLU(W_enc (x - b_dec) + b_enc))  (Eq. 4, Gao et al. 2024): the k largest latents survive.
+    """z = TopK(ReLU(W_enc (x - b_dec) + b_enc))  (Eq. 4, Gao et al. 2024): the k largest survive.
 
-    ReLU comes first, so fewer than k may be active. `forward` computes only the active latents (topk.py); `encode` and
-    `decode` are the same function written densely.
+    ReLU comes first, so fewer than k may be active. `forward` computes only the active latents
+    (topk.py); `encode` and `decode` are the same function written densely.
     """
-
-    def __init__(self, d_model, latents, k, *, on_special=True):
-        super().__init__(d_model, latents, on_special=on_special)
-        if not 1 <= k <= latents:
-            raise InputError(f"k is {k}, but a TopK SAE of {latents} latents needs 1 <= k <= {latents}")
-        self.k = k
+    architecture = "topk"
+    l0_is_bounded = True
+    centred = True
 
     def encode(self, x):
-        """x [..., D] -> latents [..., M], at most k of them positive in each row."""
-        pre = linear(x.to(self.W_enc.dtype) - self.b_dec, self.W_enc, self.b_enc).relu()
+        """At most k latents of each row are positive."""
+        x = x.to(self.W_enc.dtype)
+        pre = linear(x - self.b_dec, self.W_enc, self.b_enc).relu()
         values, indices = pre.topk(self.k, dim=-1)
         return torch.zeros_like(pre).scatter(-1, indices, values)
 
     def forward(self, x):
-        flat = x.to(self.W_enc.dtype).reshape(-1, x.shape[-1])
-        values, indices = topk.encode(flat - self.b_dec, self.W_enc, self.b_enc, self.k)
-        return (topk.decode(values.to(self.W_dec.dtype), indices, self.W_dec) + self.b_dec).view(x.shape)
+        rows = x.to(self.W_enc.dtype).reshape(-1, x.shape[-1])
+        values, indices = topk.encode(rows - self.b_dec, self.W_enc, self.b_enc, self.k)
+        x_hat = topk.decode(values, indices, self.W_dec) + self.b_dec
+        return x_hat.view(x.shape)
+
+    def training_step(self, x, bandwidth):
+        x_hat, values, latents = topk.sae_step(
+            x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k)
+
+        firing = (values > 0).flatten().to(values)
+        fired = firing.new_zeros(len(self.W_enc))
+        fired.index_add_(0, latents.flatten(), firing)
+        return x_hat, fired, firing.sum()
+
+    def saved(self):
+        tensors, facts = super().saved()
+        facts |= {"k": self.k, "rescale_acts_by_decoder_norm": False}
+        return tensors, facts
 
 
 class JumpReLU(SAE):
-    """z = pre · H(pre - θ), pre = W_enc x + b_enc  (§3.3, Rajamanoharan et al. 2024): strictly above its threshold, or zero.
+    """z = pre · H(pre - θ), pre = W_enc x + b_enc  (§3.3, Rajamanoharan et al. 2024).
 
-    θ [M] > 0 (or = 0, which is an ordinary ReLU SAE) stays fp32, whatever dtype the rest is held in: at bf16 the thresholds
-    of close latents collapse and L0 drifts. b_dec is not subtracted from the input here. θ gets no gradient from this
-    formula: dictionary.jump is the one that trains it.
+    A latent is strictly above its threshold, or zero. θ [M] > 0 (or = 0, which is an ordinary ReLU
+    SAE) stays fp32, whatever dtype the rest has: in bf16 the thresholds of close latents collapse
+    and L0 drifts. b_dec is not subtracted from the input. θ gets no gradient from `encode`, only
+    from `training_step`.
     """
+    architecture = "jumprelu"
+    on_special = False
 
-    def __init__(self, d_model, latents, *, on_special=False):
-        super().__init__(d_model, latents, on_special=on_special)
+    def __init__(self, d_model, latents, k=None, *, on_special=None):
+        super().__init__(d_model, latents, k, on_special=on_special)
         self.threshold = nn.Parameter(torch.zeros(latents))
 
+    @property
+    def gates_train(self):
+        return self.threshold.requires_grad
+
     def encode(self, x):
-        """x [..., D] -> latents [..., M]; exactly zero where the pre-activation does not exceed its threshold."""
         pre = linear(x.to(self.W_enc.dtype), self.W_enc, self.b_enc)
         return pre * (pre > self.threshold)
 
+    def start(self, x, l0):
+        """Sets thresholds at which all latents fire equally often, with L0 = START_L0 · l0.
 
-def learned_positions(sae, special):
-    """special [B, T] (BOS and EOS) -> bool [B, T]: the positions that this SAE learns from."""
-    return ~special | sae.on_special
+        If L0 were l0 from the first step, a third of the latents would fall below their thresholds
+        for good before they had trained.
+        """
+        super().start(x, l0)
+        self.b_enc.copy_(-self.W_enc @ self.b_dec)      # so that pre = W_enc (x - b_dec)
+        pre = x @ self.W_enc.T + self.b_enc
 
+        # A latent's threshold is its highest pre-activation among the tokens that should not fire
+        # it: the one after the `firing` largest.
+        firing = round(len(x) * START_L0 * l0 / len(self.W_enc))
+        highest = pre.topk(min(firing + 1, len(x)), dim=0).values
+        self.threshold.copy_(highest[-1].clamp(min=0))
+
+    def unit(self, x):
+        """The rms distance of activations from b_dec."""
+        distances = (x - self.b_dec).square().sum(1)
+        return distances.mean().sqrt().item()
+
+    def training_step(self, x, bandwidth):
+        """bandwidth: ε of the straight-through gradient, see Jump."""
+        pre = linear(x, self.W_enc, self.b_enc)
+        z, gates = Jump.apply(pre, self.threshold, bandwidth)
+        return self.decode(z), gates.detach().sum(0), gates.sum()
+
+    def after_step(self):
+        self.threshold.clamp_(min=0)
+
+    def saved(self):
+        tensors, facts = super().saved()
+        tensors["threshold"] = self.threshold
+        return tensors, facts
+
+
+KINDS = {"topk": TopK, "jumprelu": JumpReLU}
+
+
+# ---- In the model --------------------------------------------------------------------------------
 
 def splice(x, sae, special=None):
     """Replaces the residual stream x [B, T, D] by its reconstruction (Eq. 5).
 
-    An SAE that was trained without BOS and EOS (`on_special` False) leaves those positions, special [B, T], as they are,
-    as in the published training (utils.py:606); its benchmarks spare position 0 alone.
+    An SAE that was trained without BOS and EOS (`on_special` False) leaves those positions,
+    special [B, T], as they are, as in the published training (utils.py:606); the published
+    benchmarks spare only position 0.
+
+    Any callable x -> x̂ may stand in for an SAE, here and in `model(tokens, saes)`. To change what
+    is spliced, wrap the SAE: this one adds half of its error back.
+
+        class HalfError:
+            def __init__(self, sae):
+                self.sae, self.on_special = sae, sae.on_special
+
+            def __call__(self, x):
+                x_hat = self.sae(x).to(x.dtype)
+                return x_hat + 0.5 * (x - x_hat)
+
+    A callable without `on_special` replaces every position.
     """
     x_hat = sae(x).to(x.dtype)
-    if getattr(sae, "on_special", True):                        # any function may stand in for an SAE
+    if getattr(sae, "on_special", True):
         return x_hat
     if special is None:
-        raise InputError("this SAE was trained without BOS and EOS and must leave them alone: pass "
-                         "special=model.special(tokens)")
+        raise InputError("this SAE was trained without BOS and EOS and must leave them alone: "
+                         "pass special=model.special(tokens)")
     return torch.where(special[..., None], x, x_hat)
+
+
+def used_positions(sae, special):
+    """special [B, T] (BOS and EOS) -> bool [B, T]: the positions that this SAE is trained on."""
+    return ~special | sae.on_special
+
+
+# ---- The jump, and the median --------------------------------------------------------------------
+
+class Jump(torch.autograd.Function):
+    """pre [N, M], θ [M] -> latents pre · H(pre - θ) and gates H(pre - θ), both [N, M] (§3.3).
+
+    A jump has no gradient that θ could follow, so θ gets the straight-through one of Rajamanoharan
+    et al. (2024), with K the rectangle that is 1 on (-½, ½) and ε the bandwidth:
+
+        ∂z/∂θ = -(θ/ε) K((pre - θ)/ε)        ∂H/∂θ = -(1/ε) K((pre - θ)/ε)
+
+    pre gets ∂z/∂pre = H, and nothing from the gates.
+    """
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        gates = (pre > threshold).to(pre.dtype)
+        return pre * gates, gates
+
+    @staticmethod
+    def backward(ctx, d_z, d_gates):
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        d_threshold = -((threshold * d_z + d_gates) * near).sum(0) / ctx.bandwidth
+        return d_z * (pre > threshold), d_threshold, None
+
+
+def geometric_median(x, steps=100, tolerance=1e-6):
+    """The point [D] with the smallest total distance to the rows of x [N, D] (Weiszfeld).
+
+    Unlike the mean, it ignores the few positions, such as BOS, whose norm is many times that of
+    the others.
+    """
+    guess = x.mean(0)
+    for _ in range(steps):
+        distances = (x - guess).norm(dim=1)
+        weights = 1 / distances.clamp(min=torch.finfo(x.dtype).tiny)
+        last, guess = guess, weights @ x / weights.sum()
+        if (guess - last).norm() <= tolerance * last.norm():
+            break
+    return guess

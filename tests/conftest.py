@@ -1,9 +1,10 @@
-"""Tiny random models in the exact format of the real ones, written by the tests themselves: nothing is downloaded."""
+"""Tiny random models in the format of the real ones. Nothing is downloaded."""
 import os
+import shutil
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch is imported: on tiny tensors threads only cost
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch: tiny tensors need no threads
 
 import pytest
 import torch
@@ -11,32 +12,44 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+@pytest.fixture(scope="session", autouse=True)
+def text_cache(tmp_path_factory):
+    """The shards that tests write go to a cache of their own."""
+    os.environ["LORASAE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 GEMMA = {
-    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 97, "hidden_size": 48,
-    "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    "query_pre_attn_scalar": 24, "sliding_window": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 4096, "bos_token_id": 2, "eos_token_id": 1,
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 97,
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16,
+    "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0, "max_position_embeddings": 4096, "bos_token_id": 2, "eos_token_id": 1,
     "pad_token_id": 0, "hidden_activation": "gelu_pytorch_tanh", "torch_dtype": "float32",
 }
 LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97, "hidden_size": 64,
-    "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "bos_token_id": 0, "eos_token_id": 1,
-    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                     "original_max_position_embeddings": 64},
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97,
+    "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "max_position_embeddings": 8192, "bos_token_id": 0, "eos_token_id": 1,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64},
     "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "float32",
 }
 
 
 def random_weights(raw, seed=0, scale=0.2):
-    """{name: tensor} for a configuration, large enough that soft-caps bite and every detail shows in the logits."""
+    """{name: tensor}, large enough that soft-caps bite and every detail shows in the logits."""
     from lorasae.io.models import parse_config
     from lorasae.model import Transformer
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Transformer(parse_config(raw, "the test")).named_parameters()}
-    return {name: scale * torch.randn(shape, generator=generator) + (1.0 if len(shape) == 1 else 0.0)
-            for name, shape in shapes.items()}
+        model = Transformer(parse_config(raw, "the test"))
+    weights = {}
+    for name, p in model.named_parameters():
+        start = 1.0 if p.dim() == 1 else 0.0
+        weights[name] = scale * torch.randn(p.shape, generator=generator) + start
+    return weights
 
 
 def write_model(folder, raw, seed=0, scale=0.2):
@@ -73,7 +86,8 @@ def tokens():
     return torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-TEXT = "def area(width, height):\n    return width * height\n\n\nclass Shape:\n    name = 'square'\n\n"
+TEXT = ("def area(width, height):\n    return width * height\n\n\n"
+        "class Shape:\n    name = 'square'\n\n")
 
 
 @pytest.fixture(scope="session")
@@ -81,12 +95,13 @@ def text_folder(tmp_path_factory):
     """Sixty little documents, all different."""
     folder = tmp_path_factory.mktemp("text")
     for i in range(60):
-        (folder / f"part{i:02d}.txt").write_text("".join(f"x{i * j} = {j}\n{TEXT}" for j in range(12)))
+        text = "".join(f"x{i * j} = {j}\n{TEXT}" for j in range(12))
+        (folder / f"part{i:02d}.txt").write_text(text)
     return folder
 
 
 def write_tokenizer(folder, raw, text):
-    """A byte-level BPE as small as the model's vocabulary, its BOS and EOS at the ids of the configuration."""
+    """A byte-level BPE as small as the model's vocabulary, with its BOS and EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     bos, eos = raw["bos_token_id"], raw["eos_token_id"]
     special = ["<pad>"] * 3
@@ -94,28 +109,75 @@ def write_tokenizer(folder, raw, text):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(set(pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)[0][0]))
-    trainer = trainers.BpeTrainer(vocab_size=raw["vocab_size"], special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    (first, _), *_ = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    trainer = trainers.BpeTrainer(
+        vocab_size=raw["vocab_size"], special_tokens=special, initial_alphabet=sorted(set(first)),
+        show_progress=False)
     tokenizer.train_from_iterator([text], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)])
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture
 def whole_model(model_folder, raw_config, text_folder):
     """A model folder with its tokenizer."""
-    write_tokenizer(model_folder, raw_config, "".join(path.read_text() for path in sorted(text_folder.iterdir())))
+    texts = [path.read_text() for path in sorted(text_folder.iterdir())]
+    write_tokenizer(model_folder, raw_config, "".join(texts))
     return model_folder
 
 
 @pytest.fixture
 def sae_folder(whole_model, raw_config, tmp_path):
     """A random TopK SAE of that model, in SAELens's format."""
+    return write_sae(tmp_path / "sae", raw_config["hidden_size"])
+
+
+def write_sae(folder, d_model, model_name="test", scale=1.0):
+    """A random TopK SAE for layer 1, in SAELens's format. scale: of its encoder."""
     from lorasae.sae import TopK
     from lorasae.io.saes import save_sae
     torch.manual_seed(0)
-    sae = TopK(raw_config["hidden_size"], 128, 8)
+    sae = TopK(d_model, 128, 8)
     torch.nn.init.normal_(sae.W_enc)
     sae.W_dec.data = torch.nn.functional.normalize(sae.W_enc.data, dim=1)
-    save_sae(sae, tmp_path / "sae", model_name="test", layer=1, context=32)
-    return tmp_path / "sae"
+    sae.W_enc.data *= scale
+    save_sae(sae, folder, model_name=model_name, layer=1, context=32)
+    return folder
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The shards of small texts are kept in a folder of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORASAE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory, text_folder):
+    """A folder with what a run needs: gemma2/, llama/ (models), their SAEs in */sae, and text/."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(text_folder, folder / "text")
+    text = "".join(path.read_text() for path in sorted(text_folder.iterdir()))
+    for name, raw in (("gemma2", GEMMA), ("llama", LLAMA)):
+        write_tokenizer(write_model(folder / name, raw), raw, text)
+        write_sae(folder / name / "sae", raw["hidden_size"], name, scale=0.05)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(site, tmp_path_factory):
+    """finished(kind, *more): the folder of a whole run, trained once for all tests: only read it."""
+    from helpers import command, words
+    made, place = {}, tmp_path_factory.mktemp("finished")
+
+    def run(kind, *more):
+        key = (kind, *map(str, more))
+        if key not in made:
+            made[key] = place / f"{len(made)}-{kind}"
+            command("train", *words(site, kind, *more), "--out", made[key])
+        return made[key]
+    return run

@@ -1,7 +1,8 @@
-"""What several tests need: random SAEs, adapters that are not the identity, the commands, metrics, and servers on this computer."""
+"""What several tests need: SAEs, adapters, commands, metrics, local servers, text."""
 import importlib
 import io
 import json
+import multiprocessing
 import sys
 import socket
 import threading
@@ -15,16 +16,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
+from tokenizers import Tokenizer
 
 from conftest import GEMMA, TEXT, random_weights, write_tokenizer
+from lorasae.io.shards import Text
 from lorasae.lora import add_lora, adapters
 from lorasae.sae import JumpReLU, TopK
 
 
-# ---- Models ----------------------------------------------------------------------------------------------------------
+# ---- Models --------------------------------------------------------------------------------------
 
 def random_sae(kind, model, latents=None, k=8, threshold=0.5, std=None, seed=0, **how):
-    """A frozen "topk" or "jumprelu" with tied random weights, for a model or for a width; it reconstructs badly, and fires."""
+    """A frozen SAE with tied random weights, for a model or a width. It fires."""
     D = model if isinstance(model, int) else model.config.hidden_size
     latents = latents or 4 * D
     torch.manual_seed(seed)
@@ -37,7 +40,7 @@ def random_sae(kind, model, latents=None, k=8, threshold=0.5, std=None, seed=0, 
 
 
 def moved(model, std=0.05, seed=5):
-    """Moves the adapters (of a model, or what detach_lora returned) off the identity that they start as."""
+    """Moves adapters (of a model, or what detach_lora returned) off the identity."""
     torch.manual_seed(seed)
     for module in (model if isinstance(model, dict) else adapters(model)).values():
         torch.nn.init.normal_(module.lora_B.weight, std=std)
@@ -49,10 +52,10 @@ def adapted(model, blocks, rank=3, std=0.05, dropout=0.0, **how):
     return moved(add_lora(model, blocks, rank, dropout=dropout, **how), std)
 
 
-# ---- Commands --------------------------------------------------------------------------------------------------------
+# ---- Commands ------------------------------------------------------------------------------------
 
 def command(script, *words):
-    """Runs a script's or a module's main() in this process: command("train", "--model", folder, "--rank", 4)."""
+    """Runs a module's main() in this process: command("train", "--rank", 4)."""
     importlib.import_module(script).main([str(word) for word in words])
 
 
@@ -67,14 +70,16 @@ def refusal(script, *words):
 
 def lines(texts, field="text"):
     """A JSON-lines file of documents."""
-    return "".join(json.dumps({"meta": {"n": i}, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+    rows = [{"meta": {"n": i}, field: text} for i, text in enumerate(texts)]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def zstd_compress(data):
     if sys.version_info >= (3, 14):
         from compression import zstd
         return zstd.compress(data)
-    return pytest.importorskip("zstandard", reason=".zst needs zstandard before Python 3.14").compress(data)
+    reason = ".zst needs zstandard before Python 3.14"
+    return pytest.importorskip("zstandard", reason=reason).compress(data)
 
 
 def read(path):
@@ -84,13 +89,16 @@ def read(path):
 
 def metrics(folder):
     """The lines of a run's metrics.jsonl, without what differs from one machine to the next."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second")} for line in lines]
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        line.pop("seconds", None), line.pop("tokens_per_second", None)
+    return lines
 
 
 @contextmanager
 def interrupted_after(count, module, name):
-    """Inside the `with`, a function of a module is interrupted (Ctrl-C) when it is called once more than `count` times."""
+    """Inside the `with`, a function is interrupted (Ctrl-C) in its call number `count` + 1."""
     real, calls = getattr(module, name), []
 
     def interrupted(*args):
@@ -119,14 +127,89 @@ def counted(module, name):
 
 
 def misuse(capsys, script, *words):
-    """The one line with which a command refuses words that it cannot read, without its `error: `; its status is 2."""
+    """The one line with which a command refuses words that it cannot read (status 2)."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         command(script, *words)
     shown = capsys.readouterr()
     line, = shown.err.splitlines()
-    assert stopped.value.code == 2 and shown.out == "" and line.startswith("error: ") and line.endswith("(--help lists the options)")
+    assert stopped.value.code == 2 and shown.out == ""
+    assert line.startswith("error: ") and line.endswith("(--help lists the options)")
     return line.removeprefix("error: ")
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+AROUND = ["--sae", "SITE/MODEL/sae", "--dropout", 0.1, "--lr", 1e-3]
+KINDS = {                                               # of runs: the words that make each
+    "lora": [*AROUND, "--rank", 4],
+    "several": [*AROUND, "--rank", 1, 4, 16],
+    "both": [*AROUND, "--rank", 4, "--train-sae", "--sae-lr", 1e-3],
+    "finetune": ["--method", "finetune", "--sae", "SITE/MODEL/sae", "--lr", 1e-3],
+    "topk": ["--method", "topk", "--width", 96, "--k", 8, "--lr", 1e-3],
+    "jumprelu": ["--method", "jumprelu", "--width", 96, "--l0", 8, "--lr", 1e-3],
+    "e2e": ["--method", "e2e", "--width", 96, "--k", 8, "--lr", 1e-3],
+}
+
+
+def words(site, kind="lora", *more, model="gemma2"):
+    """The arguments of a short run: 20 steps of 2 x 32 tokens around block 1."""
+    common = ["--model", "SITE/MODEL", "--layer", 1, "--data", "SITE/text", "--context", 32,
+              "--tokens", 1280, "--eval-tokens", 256, "--batch-size", 2, "--dtype", "float32",
+              "--device", "cpu", "--checkpoint-every", 8]
+    found = [str(word) for word in (*common, *KINDS[kind], *more)]
+    return [word.replace("SITE", str(site)).replace("MODEL", model) for word in found]
+
+
+def products(folder):
+    """{path: bytes} of what a run made: adapters, SAEs and the texts that tell of them."""
+    paths = [path for path in sorted(folder.rglob("*"))
+             if path.parent.name.startswith(("adapter", "sae")) and path.name != "training.json"]
+    assert paths
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@contextmanager
+def stopped_at(step):
+    """Inside the `with`, a run is interrupted (Ctrl-C) in the middle of a step, as it must be."""
+    from lorasae.runs.folder import Run
+    log = Run.log
+
+    def stop(self, number, values):
+        if number == step:
+            raise KeyboardInterrupt
+        log(self, number, values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "log", stop)
+        with pytest.raises(SystemExit, match=r"interrupted: python train.py --resume \S+ goes on from step \d"):
+            yield
+
+
+COSTS = ("seconds", "tokens_per_second", "peak_memory_bytes")       # what differs from run to run
+
+
+def without_costs(nest):
+    """The numbers of a results.json, without what the run cost."""
+    if not isinstance(nest, dict):
+        return nest
+    return {name: without_costs(value) for name, value in nest.items() if name not in COSTS}
+
+
+def same_run(folder, other):
+    """Both folders hold the same products, metrics and results, to the bit."""
+    assert products(folder) == products(other)
+    assert metrics(folder) == metrics(other)
+    found, expected = (without_costs(read(run / "results.json")) for run in (folder, other))
+    assert found == expected
+    assert not list(folder.rglob("*.part"))
+
+
+def processes():
+    """Starts processes in milliseconds, as they have imported torch and train.py already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "helpers", "torch.distributed.tensor"])
+    return context
 
 
 # ---- Servers ---------------------------------------------------------------------------------------------------------
@@ -156,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """A server on this computer, from its making to `stop` or the end of its `with`; `.url`, `.requests` so far, `.sent` bytes."""
+    """A local server, until `stop` or the end of its `with`; .url, .requests, .sent (bytes)."""
 
     def __init__(self, handler):
         super().__init__(("127.0.0.1", 0), handler)
@@ -175,7 +258,7 @@ class Server(ThreadingHTTPServer):
     def stop(self):
         self.shutdown()
         self.server_close()
-        for connection in self.connections:             # those that are kept alive would be answered still
+        for connection in self.connections:             # kept alive, they would get answers
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self.thread.join()
@@ -185,17 +268,19 @@ class Server(ThreadingHTTPServer):
 
 
 class Hub(Server):
-    """Speaks what huggingface_hub asks of the Hub: listings, metadata, models' files, datasets' files by Range.
+    """Speaks what huggingface_hub asks of the Hub: listings, metadata, files of both kinds.
 
-    models, datasets: {OWNER/NAME: {path: bytes}}. refused: {OWNER/NAME: (status, error code)}, to who wants a file. requests:
-    "GET path" and "HEAD path"; ranges: where each request for a part of a dataset's file began. faults: what befalls the next of
-    these, first to last: "drop" closes the connection halfway, "cut" sends half a body as if it were whole, "whole" ignores
-    Range, "busy" answers 503, None is as it should be.
+    models, datasets: {OWNER/NAME: {path: bytes}}. refused: {OWNER/NAME: (status, error code)}, the
+    answer to who wants a file. down: answers 503 to everything. requests: "GET path" and "HEAD
+    path"; ranges: where each request for a part of a dataset's file began. faults: what happens to
+    the next of these, first to last: "drop" closes the connection halfway, "cut" sends half a body
+    as if it were whole, "whole" ignores Range, "busy" answers 503, None is as it should be.
     """
     commit = "c" * 40
 
     def __init__(self):
         self.models, self.datasets, self.refused, self.faults, self.ranges = {}, {}, {}, [], []
+        self.down = False
         super().__init__(HubHandler)
 
 
@@ -211,18 +296,21 @@ class HubHandler(Handler):
             parts = parts[1:]                           # "datasets" or "models"
         repo, rest = "/".join(parts[:2]), parts[2:]
         files = (self.server.datasets if is_dataset else self.server.models).get(repo)
-        if files is None:
+        if self.server.down:
+            self.reply(503)
+        elif files is None:
             self.refuse(401, "RepoNotFound")
         elif api and rest[:1] == ["tree"]:
             self.tree(files, "/".join(rest[2:]), "recursive=true" in self.path.lower())
         elif api:
-            self.reply_json({"id": repo, "sha": self.server.commit, "siblings": [{"rfilename": name} for name in files]})
+            siblings = [{"rfilename": name} for name in files]
+            self.reply_json({"id": repo, "sha": self.server.commit, "siblings": siblings})
         elif rest[0] == "resolve" and repo in self.server.refused:
             status, code = self.server.refused[repo]
             self.refuse(status, code, X_Repo_Commit=self.server.commit)
         elif not is_dataset:
             self.file(files.get("/".join(rest[2:])))
-        elif rest[0] == "resolve":                      # the Hub sends the client on to where its files lie
+        elif rest[0] == "resolve":                      # the Hub redirects to its files
             self.reply(302, Location=self.path.replace("/resolve/", "/stored/"))
         else:
             self.part(files["/".join(rest[2:])])
@@ -239,13 +327,15 @@ class HubHandler(Handler):
             for depth in range(1, len(tail) + 1 if recursive else 2):
                 name = "/".join(([folder] if folder else []) + tail[:depth])
                 kind, size = ("file", len(files[path])) if depth == len(tail) else ("directory", 0)
-                entries[name] = {"type": kind, "size": size, "path": name, "oid": sha1(files.get(path, b"")).hexdigest()}
+                oid = sha1(files.get(path, b"")).hexdigest()
+                entries[name] = {"type": kind, "size": size, "path": name, "oid": oid}
         self.reply_json(list(entries.values()))
 
     def file(self, data):
         if data is None:
             return self.refuse(404, "EntryNotFound", X_Repo_Commit=self.server.commit)
-        self.reply(200, data, ETag=f'"{sha256(data).hexdigest()}"', X_Repo_Commit=self.server.commit)
+        etag = f'"{sha256(data).hexdigest()}"'
+        self.reply(200, data, ETag=etag, X_Repo_Commit=self.server.commit)
 
     def part(self, data):
         first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
@@ -267,10 +357,11 @@ class HubHandler(Handler):
 
 
 def use_hub(monkeypatch, server, folder):
-    """Points huggingface_hub, in this process, at a Hub of ours, with an empty cache in `folder` and nobody logged in."""
+    """Points huggingface_hub at a Hub of ours, with an empty cache and nobody logged in."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -278,10 +369,12 @@ def use_hub(monkeypatch, server, folder):
         monkeypatch.delenv(name, raising=False)
 
 
-# ---- Gemma-2-2B and its SAEs, but small ------------------------------------------------------------------------------
+# ---- Gemma-2-2B and its SAEs, but small ----------------------------------------------------------
 
-GEMMA_2B = {**GEMMA, "num_hidden_layers": 26, "hidden_size": 32, "intermediate_size": 48, "sliding_window": 4096,
-            "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+GEMMA_2B = {
+    **GEMMA, "num_hidden_layers": 26, "hidden_size": 32, "intermediate_size": 48,
+    "sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0}
 
 
 def gemma_2b_files(folder):
@@ -291,41 +384,40 @@ def gemma_2b_files(folder):
     for i, name in enumerate(sorted(tensors)):
         shards[i % 3][name] = tensors[name].bfloat16()
     write_tokenizer(folder, GEMMA_2B, TEXT)
-    index = {"metadata": {"total_size": 1}, "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-    return {"config.json": json.dumps(GEMMA_2B).encode(), "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
-            "model.safetensors.index.json": json.dumps(index).encode(), "README.md": b"# Gemma 2",
-            **{name: save(shard, {"format": "pt"}) for name, shard in zip(names, shards)}}
+    weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    return {
+        "config.json": json.dumps(GEMMA_2B).encode(), "README.md": b"# Gemma 2",
+        "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        **{name: save(shard, {"format": "pt"}) for name, shard in zip(names, shards)}}
 
 
 def gemma_scope_files(D, M=64):
-    """The repository's layout; the SAE of layer 12, width 16k, L0 82 is a random JumpReLU that fires."""
+    """The repository's layout, with random JumpReLUs that fire."""
     rng, files = np.random.default_rng(0), {}
     for l0 in (22, 41, 82, 176, 445):
         W, buffer = rng.normal(size=(M, D)).astype("f") / D ** 0.5, io.BytesIO()
-        np.savez(buffer, W_enc=W.T, W_dec=W, b_enc=np.zeros(M, "f"), b_dec=np.zeros(D, "f"), threshold=np.full(M, 0.1, "f"))
+        np.savez(
+            buffer, W_enc=W.T, W_dec=W, b_enc=np.zeros(M, "f"), b_dec=np.zeros(D, "f"),
+            threshold=np.full(M, 0.1, "f"))
         files[f"layer_12/width_16k/average_l0_{l0}/params.npz"] = buffer.getvalue()
     return files
 
 
-class Endpoint(Server):
-    """A chat model that gives `answers` in turn (a string, or an error's status), then repeats the last.
+# ---- Text ----------------------------------------------------------------------------------------
 
-    requests: (path, Authorization, body) of each.
-    """
-
-    def __init__(self, *answers):
-        self.answers = list(answers)
-        super().__init__(EndpointHandler)
-        self.url += "/v1"
-
-
-class EndpointHandler(Handler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append((self.path, self.headers.get("Authorization"), body))
-        answers = self.server.answers
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        if isinstance(answer, int):
-            self.reply(answer)
-        else:
-            self.reply(200, answer.encode())
+def toy_text(folder, raw, words, characters, eval_tokens):
+    """The Text of 40 files of lines `word = word`, by a tokenizer that knows these characters."""
+    source = folder / "text"
+    source.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(40):
+        drawn = generator.choice(words, 150)
+        lines = [f"{a} = {b}\n" for a, b in zip(drawn, drawn[::-1])]
+        (source / f"{i}.txt").write_text("".join(lines))
+    write_tokenizer(folder, raw, f"{TEXT}{characters} = \n")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with Text(str(source), tokenizer, raw["bos_token_id"], raw["eos_token_id"], context=64,
+              eval_tokens=eval_tokens) as text:
+        return text

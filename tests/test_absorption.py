@@ -20,7 +20,7 @@ from lorasae.sae import JumpReLU
 TOKENIZER = Tokenizer.from_file(str(TINY / "gemma-2" / "tokenizer.json"))
 
 
-# ---- Words and prompts ----------------------------------------------------------------------------------------------
+# ---- Words and prompts ---------------------------------------------------------------------------
 
 def test_words_are_the_tokens_of_letters_alone():
     found = words(TOKENIZER)
@@ -31,8 +31,7 @@ def test_words_are_the_tokens_of_letters_alone():
         assert TOKENIZER.decode([token]) == word
     assert (letter(" width"), letter("Self")) == (22, 18)
 
-
-def test_a_sentencepiece_word_keeps_its_space():
+    # SentencePiece's words keep their space
     vocabulary = {"<unk>": 0, "▁snake": 1, "snake": 2, "▁": 3, "a1": 4, "é": 5}
     assert words(Tokenizer(models.WordLevel(vocabulary, "<unk>"))) == {" snake": 1, "snake": 2}
 
@@ -83,7 +82,7 @@ def test_residuals_are_read_at_that_place(model):
         torch.testing.assert_close(row, x[0, -3], atol=1e-4, rtol=1e-4)
 
 
-# ---- The criterion --------------------------------------------------------------------------------------------------
+# ---- The criterion -------------------------------------------------------------------------------
 
 def directions(*rows):
     sae = JumpReLU(len(rows[0]), len(rows))
@@ -109,13 +108,11 @@ def test_a_latent_absorbs_only_where_the_letters_own_are_silent_and_it_carries_e
 
 def test_letters_take_another_latent_only_while_f1_gains():
     assert split_count([0.5, 0.54, 0.56]) == 2
-    assert split_count([0.5, 0.52, 0.9]) == 1                               # stops at the first that does not gain
+    assert split_count([0.5, 0.52, 0.9]) == 1                # stops at the first that does not gain
     assert split_count([0.1, 0.2, 0.3]) == 3
-
-
-def test_f1():
-    assert f1(torch.tensor([True, True, False]), torch.tensor([True, False, True])).item() == pytest.approx(0.5)
-    assert f1(torch.tensor([False]), torch.tensor([False])).item() == 0
+    found, true = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+    assert f1(found, true).item() == pytest.approx(0.5) and f1(~true, ~true & found).item() == 1
+    assert f1(found & False, true & False).item() == 0
 
 
 def test_letters_without_candidates_count_zero_and_saebenchs_mean_leaves_them_out():
@@ -130,7 +127,7 @@ def test_letters_without_candidates_count_zero_and_saebenchs_mean_leaves_them_ou
     assert found["candidates"] == 6 and found["known"] == 4
 
 
-# ---- Planted SAEs ---------------------------------------------------------------------------------------------------
+# ---- Planted SAEs --------------------------------------------------------------------------------
 
 D, EACH = 64, 20
 
@@ -194,15 +191,16 @@ def test_letter_probes_find_directions_of_letters():
     assert sparse.weight.abs().sum() < 0.8 * probe.weight.abs().sum()
 
 
-# ---- The whole suite ------------------------------------------------------------------------------------------------
+# ---- The whole suite -----------------------------------------------------------------------------
 
 @pytest.fixture
 def setting(tmp_path):
     model = load_model("tiny-gemma-2", dtype="float32").requires_grad_(False)
     sae = load_sae(str(TINY / "gemma-2-sae" / "topk"), layer=2)
-    corpus = SimpleNamespace(tokenizer=TOKENIZER, bos=model.config.bos_token_id, eos=model.config.eos_token_id)
+    text = SimpleNamespace(tokenizer=TOKENIZER, bos=model.config.bos_token_id,
+                           eos=model.config.eos_token_id)
     config = SimpleNamespace(model="tiny-gemma-2", sae=("topk",), layer=(2,))
-    return SimpleNamespace(model=model, saes={2: sae}, corpus=corpus, config=config, folder=tmp_path)
+    return SimpleNamespace(model=model, saes={2: sae}, text=text, config=config, folder=tmp_path)
 
 
 def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(setting, capsys):
@@ -218,13 +216,9 @@ def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(setting, capsys):
     assert figure.axes
 
 
-def test_adapters_after_the_sae_and_too_few_words_are_refused(setting):
-    add_lora(setting.model, [3, 4, 5], 2)
-    with pytest.raises(InputError, match="--adapt all"):
-        absorption.evaluate(setting, SimpleNamespace(seeds=1, words=200))
-
-
-def test_too_few_words_are_refused(setting):
-    add_lora(setting.model, range(6), 2)
-    with pytest.raises(InputError, match="--words 10"):
-        absorption.evaluate(setting, SimpleNamespace(seeds=1, words=10))
+@pytest.mark.parametrize("blocks, count, said", [([3, 4, 5], 200, "--adapt all"),
+                                                 (range(6), 10, "--words 10")])
+def test_adapters_after_the_sae_and_too_few_words_are_refused(setting, blocks, count, said):
+    add_lora(setting.model, blocks, 2)
+    with pytest.raises(InputError, match=said):
+        absorption.evaluate(setting, SimpleNamespace(seeds=1, words=count))

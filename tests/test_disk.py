@@ -1,15 +1,19 @@
-"""Small files: whole or not at all, and every value checked where it is taken."""
+"""Files: whole or not at all, every value checked as it is taken; what commands print of errors."""
+import argparse
 import json
 import os
+import sys
 
 import pytest
 import torch
 
 from lorasae.errors import InputError
-from lorasae.io import files as disk
-from lorasae.io.files import Fields, read_bytes, read_json, read_object, whole, write_bytes, write_json
-from lorasae.io.files import is_finite
+from lorasae.io.console import Parser, count, one_line_errors
+from lorasae.io.files import (
+    Fields, Tensors, is_finite, read_json, read_object, whole, write_bytes, write_json,
+    write_tensors)
 
+DAMAGED = "is refused: not a whole file of its kind"
 FULL = OSError(28, "No space left on device")
 
 
@@ -33,117 +37,109 @@ class FullDisk:
         self.file.flush()
 
 
-# ---- Writing ---------------------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("where", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, where):
     write_json(tmp_path / "a.json", {"old": 1})
     monkeypatch.setattr(os, where, fail)
-    with pytest.raises(InputError, match=f"cannot write {tmp_path}/a.json: No space left on device"):
+    with pytest.raises(InputError, match=f"cannot write {tmp_path}/a.json: No space left"):
         write_json(tmp_path / "a.json", {"new": 2})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and read_json(tmp_path / "a.json") == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert read_json(tmp_path / "a.json") == {"old": 1}
 
 
-def test_a_disk_that_fills_up_in_the_middle_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="No space left on device"), whole(tmp_path / "a.bin") as file:
-        file = FullDisk(file, 10)
-        for _ in range(10):
-            file.write(b"123")
-    assert not list(tmp_path.iterdir())
-
-
+@pytest.mark.parametrize("save", [
+    lambda file: [file.write(b"123") for _ in range(10_000)],
+    lambda file: torch.save({"a": torch.zeros(10_000)}, file),      # hides it in a RuntimeError
+])
 @pytest.mark.parametrize("room", [0, 500, 20_000])
-def test_a_disk_that_fills_up_under_torch_save_is_one_line(tmp_path, room):
-    """torch.save turns what the file raises into a RuntimeError of its own."""
-    with pytest.raises(InputError, match="a.pt: No space left on device"), whole(tmp_path / "a.pt") as file:
-        torch.save({"a": torch.zeros(10_000)}, FullDisk(file, room))
+def test_a_disk_that_fills_up_in_the_middle_is_one_line(tmp_path, save, room):
+    with pytest.raises(InputError, match="a.pt: No space left"), whole(tmp_path / "a.pt") as file:
+        save(FullDisk(file, room))
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_the_disks_fault_passes_through(tmp_path):
-    for error in (RuntimeError("a bug"), ZeroDivisionError(), KeyboardInterrupt()):
-        with pytest.raises(type(error)), whole(tmp_path / "a.bin"):
-            raise error
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
+def test_what_is_not_the_disks_fault_passes_through(tmp_path, error):
+    with pytest.raises(type(error)), whole(tmp_path / "a.bin"):
+        raise error
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "folder", "file/below", "/".join(["y" * 200] * 30)])
+@pytest.mark.parametrize("name", ["x" * 300, "folder", "file/below", "/".join(["y" * 200] * 30)])
 def test_a_name_that_cannot_be_written_is_one_line(tmp_path, name):
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError) as error:
         write_bytes(tmp_path / name, b"data")
-    assert "\n" not in str(error.value) and not [path for path in tmp_path.rglob("*.part")]
-    assert sorted(path.name for path in tmp_path.iterdir())[:2] == ["file", "folder"]
+    assert "\n" not in str(error.value) and not list(tmp_path.rglob("*.part"))
 
 
 def test_a_name_as_long_as_a_name_may_be_is_written(tmp_path):
-    write_bytes(tmp_path / ("x" * 255), b"data")
-    assert (tmp_path / ("x" * 255)).read_bytes() == b"data"
+    write_bytes(tmp_path / ("ü" * 127), b"data")
+    assert (tmp_path / ("ü" * 127)).read_bytes() == b"data"
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("umask, mode", [(0o077, 0o600), (0o002, 0o664)])
+def test_permissions_follow_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "a.json", {})
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
+
+
+# ---- Reading -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "is not JSON"), ("", "is not JSON"), ('{"a": NaN}', "NaN is no JSON number"), ('{"a": -Infinity}', "-Infinity is no JSON"),
-    ('{"a": 1e999}', "1e999 is too large a number"), ('{"a": 1, "b": {"a": 2, "a": 3}}', "an object holds the key 'a' twice"),
-    ('{"a": ' + "9" * 10_000 + "}", "is not JSON"), ('{"a":' * 100_000 + "1" + "}" * 100_000, "nests its values too deeply"),
-    ("[" * 100_000, "nests its values too deeply"), ("[1]", r"is not a JSON object, but \[1\]"), ("null", "is not a JSON object, but None"),
-    ('{"a": "\xff"}', "is not JSON")])
-def test_what_is_no_json_object_is_one_line(tmp_path, text, message):
+    ("{", DAMAGED), ('{"a": ' + "9" * 10_000 + "}", DAMAGED), ('{"a": "\xff"}', DAMAGED),
+    ("[1]", r"is not a JSON object, but \[1\]"), ("null", "not a JSON object, but None")])
+def test_what_is_not_a_json_object_is_one_line(tmp_path, text, message):
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=message) as error:
         read_object(tmp_path / "a.json")
-    assert str(tmp_path / "a.json") in str(error.value) and len(str(error.value)) < 300 + len(str(tmp_path))
+    assert str(tmp_path / "a.json") in str(error.value)
+    assert len(str(error.value)) < 300 + len(str(tmp_path))
 
 
-def test_what_is_no_plain_file_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "dangling").symlink_to("nothing")
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "file").write_text("{}")
-    for name, message in {"folder": "it is a folder or a device", "pipe": "it is a folder or a device", "none": "has no none",
-                          "loop": "cannot read .*loop: ", "dangling": "has no dangling", "a\0b": "a NUL character",
-                          "x" * 300: "File name too long", "file/below": "Not a directory"}.items():
-        with pytest.raises(InputError, match=message):
-            read_bytes(tmp_path / name)
-    monkeypatch.setattr(disk.os, "stat", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(InputError, match="cannot read .*file: Permission denied"):
-        read_json(tmp_path / "file")
+# ---- Taking --------------------------------------------------------------------------------------
 
-
-def test_json_comes_back_as_it_was_written(tmp_path):
-    value = {"a": [1, 2.5, None, True, "ü"], "b": {}}
-    write_json(tmp_path / "a.json", value)
-    assert read_object(tmp_path / "a.json") == value and json.loads((tmp_path / "a.json").read_text()) == value
-
-
-# ---- Taking ----------------------------------------------------------------------------------------------------------
-
-FIELDS = Fields({"int": 3, "float": 2.5, "bool": True, "str": "s", "null": None, "list": [1, 2], "mixed": [1, "x"],
-                 "dict": {"inner": "7"}, "long": "x" * 10_000, "huge": 10**400}, "a.json")
+FIELDS = Fields({
+    "int": 3, "float": 2.5, "bool": True, "str": "s", "null": None, "list": [1, 2],
+    "dict": {"inner": "7"}, "long": "x" * 10_000, "huge": 10**400, "nan": float("nan"),
+    "inf": float("inf")}, "a.json")
 
 
 @pytest.mark.parametrize("key, kind, how, value", [
-    ("int", int, {}, 3), ("int", float, {}, 3.0), ("float", float, {"above": 0}, 2.5), ("bool", bool, {}, True), ("str", str, {}, "s"),
-    ("list", [int], {"at_least": 1}, [1, 2]), ("absent", int, {"default": 7}, 7), ("absent", int, {"default": None}, None),
-    ("null", int, {"default": None}, None), ("null", float, {"default": 5.0, "nullable": True}, None),
-    ("int", int, {"at_least": 3, "at_most": 3, "above": 2, "below": 4}, 3), ("huge", int, {}, 10**400)])
+    ("int", int, {}, 3), ("int", float, {}, 3.0), ("float", float, {"above": 0}, 2.5),
+    ("bool", bool, {}, True), ("str", str, {"one_of": ["s", "t"]}, "s"), ("list", list, {}, [1, 2]),
+    ("absent", int, {"default": 7}, 7), ("null", int, {"default": None}, None),
+    ("list", list, {"default": None}, [1, 2]),
+    ("int", int, {"at_least": 3, "above": 2, "below": 4}, 3)])
 def test_a_right_value_is_taken_as_its_kind(key, kind, how, value):
     taken = FIELDS.take(key, kind, **how)
     assert taken == value and type(taken) is type(value)
 
 
 @pytest.mark.parametrize("key, kind, how, message", [
-    ("absent", int, {}, "a.json lacks absent"), ("null", int, {}, "a.json: null is None, but should be a whole number"),
-    ("null", int, {"default": 5}, "null is None"), ("bool", int, {}, "bool is True, but should be a whole number"),
-    ("bool", float, {}, "should be a number"), ("int", bool, {}, "int is 3, but should be true or false"),
-    ("float", int, {}, "float is 2.5, but should be a whole number"), ("str", float, {}, "str is 's', but should be a number"),
-    ("int", str, {}, "should be a string"), ("list", dict, {}, "should be an object"), ("dict", [int], {}, "should be a list, each of it"),
-    ("mixed", [int], {"at_least": 0}, "mixed is .*, but should be a list, each of it a whole number, at least 0"),
-    ("int", int, {"at_least": 4}, "at least 4"), ("int", int, {"above": 3}, "above 3"), ("int", int, {"at_most": 2}, "at most 2"),
-    ("int", int, {"below": 3}, "below 3"), ("huge", float, {}, "huge is 1000"), ("long", int, {}, "long is 'xxx")])
+    ("absent", int, {}, "a.json lacks absent"),
+    ("null", int, {}, "a.json: null is None, but should be a whole number"),
+    ("null", int, {"default": 5}, "null is None"),
+    ("bool", int, {}, "bool is True, but should be a whole number"),
+    ("bool", float, {}, "should be a number"),
+    ("int", bool, {}, "int is 3, but should be true or false"),
+    ("float", int, {}, "float is 2.5, but should be a whole number"),
+    ("str", float, {}, "str is 's', but should be a number"),
+    ("int", str, {}, "should be a string"), ("list", dict, {}, "should be an object"),
+    ("dict", list, {}, "should be a list"), ("list", int, {}, "a whole number"),
+    ("str", str, {"one_of": ["t", "u"]}, r"a string, one of \['t', 'u'\]"),
+    ("int", int, {"at_least": 4}, "at least 4"), ("int", int, {"above": 3}, "above 3"),
+    ("int", int, {"below": 3}, "below 3"), ("huge", float, {}, "huge is 1000"),
+    ("huge", int, {}, "huge is 1000"), ("nan", float, {}, "nan is nan"),
+    ("inf", float, {}, "inf is inf"), ("long", int, {}, "long is 'xxx")])
 def test_a_wrong_value_is_a_line_that_names_file_and_key(key, kind, how, message):
     with pytest.raises(InputError, match=message) as error:
         FIELDS.take(key, kind, **how)
@@ -151,29 +147,79 @@ def test_a_wrong_value_is_a_line_that_names_file_and_key(key, kind, how, message
 
 
 def test_an_inner_object_knows_where_it_stands():
-    with pytest.raises(InputError, match="a.json, dict: inner is '7', but should be a whole number"):
-        FIELDS.take("dict", dict).take("inner", int)
+    inner = FIELDS.take("dict", dict)
+    with pytest.raises(InputError, match="a.json, dict: inner is '7', but should be a whole"):
+        inner.take("inner", int)
     with pytest.raises(InputError, match="a.json, dict lacks other"):
-        FIELDS.take("dict", dict).take("other", int)
+        inner.take("other", int)
 
 
 def test_only_and_stated_refuse_other_values_and_stated_absent_ones():
     FIELDS.only(str="s", bool=True, absent=1)
     for wrong in ({"str": "t"}, {"bool": 1}, {"int": True}, {"null": False}):
-        with pytest.raises(InputError, match="a.json: .* is not supported, only"):
+        with pytest.raises(InputError, match="a.json: .* but should be .*, equal to"):
             FIELDS.only(**wrong)
     FIELDS.stated(str="s")
     with pytest.raises(InputError, match="a.json lacks absent"):
         FIELDS.stated(str="s", absent=1)
 
 
-# ---- Tensors ---------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_finite_is_what_isfinite_says(dtype):
     x = torch.randn(5, 7).to(dtype)
-    assert is_finite(x) and is_finite(x[:0])
+    assert is_finite(x)
     for value in (float("nan"), float("inf"), -float("inf")):
         y = x.clone()
         y[2, 3] = value
         assert not is_finite(y) and not is_finite(y.T)
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+def read_damaged(path):
+    path.write_bytes(b"<html>")
+    Tensors(path)
+
+
+@pytest.mark.parametrize("work, message", [
+    (lambda folder: open(folder), ": Is a directory"),
+    (lambda folder: read_json(folder / "a\nb"), "a b: No such file or directory"),
+    (lambda folder: read_damaged(folder / "a.safetensors"), f"/a.safetensors {DAMAGED}"),
+    (lambda folder: read_damaged(folder / "a.npz"), f"/a.npz {DAMAGED}"),
+    (lambda folder: read_damaged(folder / "a.pt"), f"/a.pt {DAMAGED}"),
+    (lambda folder: json.loads("{"), "Expecting property name"),
+    (lambda folder: fail(), "No space left on device"),
+])
+def test_a_file_that_cannot_be_read_ends_a_command_in_one_line(tmp_path, work, message):
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        work(tmp_path)
+    line = stopped.value.code
+    assert line.startswith("error: ") and message in line and "\n" not in line
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        sys.exit(1 // 0)
+
+
+@pytest.mark.parametrize("text, tokens", [
+    ("15M", 15_000_000), ("2.01M", 2_010_000), ("1.07B", 1_070_000_000), ("16.1k", 16_100),
+    ("1.5e6", 1_500_000), ("15_000_000", 15_000_000), ("7", 7)])
+def test_token_counts_are_read_as_people_write_them(text, tokens):
+    assert count(text) == tokens and type(count(text)) is int
+
+
+@pytest.mark.parametrize("text", [
+    "", "M", "0", "-1", "1.5", "1.0001k", "nan", "inf", "1e30", "1e999999", "many", "٣M"])
+def test_what_is_not_a_count_of_tokens_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="not a positive number of tokens"):
+        count(text)
+
+
+def test_options_have_no_abbreviations(capsys):
+    parser = Parser()
+    parser.add_argument("--resume")
+    assert parser.parse_args(["--resume", "RUN"]).resume == "RUN"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--res", "RUN"])
+    assert "unrecognized arguments: --res RUN" in capsys.readouterr().err

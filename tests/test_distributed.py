@@ -1,92 +1,246 @@
-"""Two processes on the CPU: the steps of one, one writer, and an end that is clear when one of them dies."""
+"""Several processes on a CPU: the steps of one, one writer, and a clear end if one of them dies."""
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from helpers import metrics, read
+import train
+from helpers import (
+    command, metrics, processes, read, refusal, stopped_at, without_costs, words)
+from lorasae.adapt import World
+from lorasae.errors import InputError
+from lorasae.io.shards import Text
+from lorasae.runs import distributed
+from lorasae.runs.config import Config
+from lorasae.runs.training import frozen_parts
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
+PLAIN = ("--batch-size", 4, "--dropout", 0)             # masks differ from process to process
 
 
-@pytest.fixture
-def arguments(whole_model, sae_folder, text_folder):
-    return [str(word) for word in (
-        "--model", whole_model, "--sae", sae_folder, "--layer", 1, "--data", text_folder, "--context", 32, "--tokens", 2560,
-        "--eval-tokens", 256, "--batch-size", 4, "--lr", 1e-3, "--dropout", 0, "--rank", 4, "--dtype", "float32", "--device", "cpu")]
+# ---- Who sees what -------------------------------------------------------------------------------
+
+class Part(NamedTuple):
+    """What `Echo` makes of tokens."""
+    x: torch.Tensor
+    nothing: None
+    half: torch.Tensor
 
 
-def start(processes, *words):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", "localhost:0"] if processes > 1 else [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=environment)
+class Echo:
+    """A kind of step whose frozen part is the tokens themselves."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def frozen(self, tokens):
+        self.sizes.append(len(tokens))
+        return Part(tokens, None, tokens[:, 0] / 2)
 
 
-def run(processes, *words):
-    process = start(processes, *words)
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return output
+def batch(step):
+    return torch.arange(4 * step, 4 * step + 4)[:, None].repeat(1, 2)
 
 
-def losses(folder, name="kl"):
-    return [line[name] for line in metrics(folder)]
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("ahead", [1, 3, 8])
+def test_every_batch_is_seen_exactly_once_from_any_step_by_any_number_of_processes(ahead, count):
+    config = Config(batch_size=4, context=2, tokens=8 * 11, micro_batch=1, ahead=ahead)
+    for start in range(11):
+        seen = []
+        for number in range(count):
+            kind = Echo()
+            parts = frozen_parts(kind, batch, config, start, World(number, count))
+            seen.append([next(parts) for _ in range(start, config.steps)])
+            assert max(kind.sizes) <= max(ahead, 1)
+        for step, shares in enumerate(zip(*seen, strict=True), start):
+            assert torch.equal(torch.cat([part.x for part in shares]), batch(step))
+            assert torch.equal(torch.cat([part.half for part in shares]), batch(step)[:, 0] / 2)
+            assert all(part.nothing is None for part in shares)
 
 
-@pytest.mark.parametrize("more", [[], ["--shard"], ["--adapt", "after", "--micro-batch", 1, "--ahead", 8], ["--rank", 1, 4],
-                                  ["--train-sae", "--sae-lr", 1e-5, "--optimizer", "muon"]],
-                         ids=["data parallel", "sharded", "parts", "ranks", "with the SAE"])
-def test_two_processes_take_the_steps_of_one(arguments, tmp_path, more):
+def test_text_that_a_resumed_run_reads_is_kept(site, tmp_path, monkeypatch):
+    """It begins with a whole group of steps that are computed together, before its checkpoint."""
+    asked, kept, real = [], [0], Text.batch
+    monkeypatch.setattr(Text, "batch", lambda self, step: asked.append(step) or real(self, step))
+    monkeypatch.setattr(Text, "keep_from", lambda self, step: kept.append(step))
+    how = ("--checkpoint-every", 3, "--ahead", 8)       # groups of four steps
+    with stopped_at(13):
+        command("train", *words(site, "lora", *how), "--out", tmp_path / "run")
+    (tmp_path / "run/checkpoint/step-00000012.pt").write_bytes(b"damaged")
+    first, asked[:] = kept[-1], []
+    command("train", "--resume", tmp_path / "run")
+    later = [step for step in asked if step > 0]        # step 0 shows that there is enough text
+    assert 0 < first <= min(later) <= 9 and later[-1] >= 19
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_held_out_sequences_keep_their_order_whatever_the_number_of_processes(monkeypatch, count):
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
+    model.layers = model["layers"]
+    monkeypatch.setattr(distributed, "count", lambda: count)
+    for length in range(10):
+        batches, nests = list(range(length)), []
+        for number in range(count):
+            monkeypatch.setattr(distributed, "number", lambda: number)
+            own = distributed.portion(batches, model)
+            assert len(own) in (length // count, -(-length // count))
+            nests.append({"base": {"ce": own, "kl": [-value for value in own]}})
+
+        def gather(places, nest):
+            places[:] = nests
+        monkeypatch.setattr(dist, "all_gather_object", gather)
+        merged = distributed.merge(nests[-1] if count > 1 else nests[0], model)
+        assert merged == {"base": {"ce": batches, "kl": [-value for value in batches]}}
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(InputError, match="2 processes cannot share the 3 sequences of a step"):
+        distributed.share(torch.zeros(3, 2), World(0, 2))
+
+
+def test_an_environment_of_half_a_torchrun_is_one_clear_line(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    handler = signal.getsignal(signal.SIGTERM)
+    line = refusal("train", *words(site), "--out", tmp_path / "run")
+    signal.signal(signal.SIGTERM, handler)
+    assert "WORLD_SIZE is set, but RANK is None" in line and not (tmp_path / "run").exists()
+
+
+# ---- Real processes ------------------------------------------------------------------------------
+
+def work(number, count, port, arguments, log):
+    """What each process does, as torchrun starts it; what it prints goes to files."""
+    if count > 1:
+        os.environ.update(WORLD_SIZE=str(count), RANK=str(number), LOCAL_RANK=str(number),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        stream.flush()
+        os.dup2(os.open(f"{log}-{number}.{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
+    torch.set_num_threads(1)
+    train.main(arguments)
+
+
+class Processes:
+    """`count` processes of one run; their output is in files LOG-NUMBER.out and .err."""
+
+    def __init__(self, count, arguments, log):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.log, arguments = log, [str(word) for word in arguments]
+        self.all = [processes().Process(target=work, args=(number, count, port, arguments, log))
+                    for number in range(count)]
+        for process in self.all:
+            process.start()
+
+    def join(self):
+        """Waits for their ends -> [exit code]"""
+        for process in self.all:
+            process.join()
+        return [process.exitcode for process in self.all]
+
+    def said(self, name):
+        return [Path(f"{self.log}-{number}.{name}").read_text() for number in range(len(self.all))]
+
+
+def run(count, folder, *arguments):
+    them = Processes(count, arguments, folder.with_suffix(""))
+    assert them.join() == [0] * count, them.said("err")
+    return them.said("out")
+
+
+@pytest.fixture(scope="module")
+def pair(site, tmp_path_factory):
+    """A whole run of two processes: (its folder, what each said)."""
+    folder = tmp_path_factory.mktemp("pair") / "run"
+    return folder, run(2, folder, *words(site, "lora", *PLAIN), "--out", folder)
+
+
+def close(folder, other, tolerance):
+    """The tensors of two runs differ by less than this part of their norms."""
+    paths = [path for path in sorted(other.rglob("*.safetensors")) if "pct" not in str(path)]
+    for path in paths:
+        found, expected = load_file(folder / path.relative_to(other)), load_file(path)
+        for name in expected:
+            error = (found[name] - expected[name]).norm()
+            assert error <= tolerance * expected[name].norm(), (name, error)
+    assert paths
+
+
+def numbers(nest):
+    """All numbers of a results.json, in order."""
+    if isinstance(nest, dict):
+        return [number for value in nest.values() for number in numbers(value)]
+    return [nest] if isinstance(nest, float) else []
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("lora", ["--dropout", 0]), ("lora", ["--dropout", 0, "--shard"]),
+    ("several", ["--dropout", 0, "--adapt", "after", "--micro-batch", 1, "--ahead", 8]),
+    ("both", ["--dropout", 0, "--optimizer", "muon"]), ("jumprelu", [])],
+    ids=["data parallel", "sharded", "several", "with the SAE", "an SAE"])
+def test_two_processes_take_the_steps_of_one(site, tmp_path, pair, kind, more):
     one, two = tmp_path / "one", tmp_path / "two"
-    output = run(2, *arguments, *more, "--out", two)
-    run(1, *arguments, *[word for word in more if word != "--shard"], "--out", one)
-    name = "kl_r4" if "--rank" in more else "kl"
-    assert losses(two, name) == pytest.approx(losses(one, name), rel=1e-4) and len(losses(two, name)) == 2
-    place = "rank-4/adapter" if "--rank" in more else "adapter"
-    found, expected = (load_file(folder / place / "adapter_model.safetensors") for folder in (two, one))
-    for key in expected:
-        assert (found[key] - expected[key]).norm() <= 1e-3 * expected[key].norm(), key
-    results, alone = (read(folder / "results.json") for folder in (two, one))
-    if "--rank" in more:
-        results, alone = results["ranks"]["4"], alone["ranks"]["4"]
-    for key in ("ce_base", "ce_sae", "ce_adapted", "kl_adapted", "kl_gap_closed"):
-        assert results[key] == pytest.approx(alone[key], rel=1e-4)
-    assert results["l0"] == alone["l0"]
-    assert output.count("adapting blocks") == 1 and not list(two.rglob("*.part"))       # one of them speaks and writes
+    arguments = words(site, kind, "--batch-size", 4, "--tokens", 1280, *more)
+    if kind == "lora" and "--shard" not in more:
+        two, said = pair
+    else:
+        said = run(2, two, *arguments, "--out", two)
+    command("train", *[word for word in arguments if word != "--shard"], "--out", one)
+
+    lines, expected = metrics(two), metrics(one)
+    assert lines[-1]["step"] == 10
+    for line, alone in zip(lines, expected, strict=True):
+        assert line == pytest.approx(alone, rel=1e-3)
+    close(two, one, 1e-3)
+    found, alone = (without_costs(read(folder / "results.json")) for folder in (two, one))
+    assert numbers(found) == pytest.approx(numbers(alone), rel=1e-3, abs=1e-4)
+    assert said[0].startswith("writing to") and said[1] == ""           # one speaks and writes
+    assert not list(two.rglob("*.part"))
 
 
-def test_a_killed_process_ends_the_run_and_the_run_resumes(arguments, tmp_path):
-    arguments += ["--tokens", "6400", "--checkpoint-every", "5"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(2, *arguments, "--out", whole)
-    process = start(2, *arguments, "--out", killed)
-    while not list(killed.glob("checkpoint/step-*10.pt")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    _, errors = process.communicate()
-    assert process.returncode != 0 and "another process of this run ended" in errors
-    run(2, "--resume", killed)
-    assert (killed / "adapter/adapter_model.safetensors").read_bytes() == (whole / "adapter/adapter_model.safetensors").read_bytes()
-    assert metrics(killed) == metrics(whole)
+@pytest.fixture(scope="module")
+def killed(site, tmp_path_factory):
+    """A run of two processes of which one was killed after a checkpoint at step 4."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    arguments = words(site, "lora", *PLAIN, "--checkpoint-every", 2)
+    them = Processes(2, [*arguments, "--out", folder], folder.with_suffix(""))
+    while not (folder / "checkpoint/step-00000004.blake2b").exists():
+        assert them.all[0].is_alive(), them.said("err")
+        time.sleep(0.005)
+    them.all[1].kill()
+    assert them.join() == [1, -signal.SIGKILL]
+    line, = them.said("err")[0].splitlines()
+    assert line.startswith("error: lost another process of this run (")
+    assert line.endswith("--resume RUN_DIR continues from the last checkpoint")
+    return folder
 
 
-@pytest.mark.parametrize("more, message", [(["--batch-size", 3], "multiple of 2"), (["--rank", 1, 4, "--shard"], "one rank")])
-def test_what_two_processes_cannot_do_is_one_clear_line(arguments, tmp_path, more, message):
-    process = start(2, *arguments, *more, "--out", tmp_path / "run")
-    _, errors = process.communicate()
-    assert process.returncode != 0 and message in errors
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_run_that_lost_a_process_goes_on_with_any_number_to_the_same_end(
+        killed, pair, tmp_path, count):
+    folder = Path(shutil.copytree(killed, tmp_path / "run"))
+    run(count, folder, "--resume", folder)
+    whole, _ = pair
+    close(folder, whole, 1e-5)
+    assert metrics(folder)[-1]["tokens"] == metrics(whole)[-1]["tokens"] == 1280
 
 
-def test_sharding_needs_several_processes(arguments, tmp_path):
-    process = start(1, *arguments, "--shard", "--out", tmp_path / "run")
-    assert "torchrun" in process.communicate()[1] and process.returncode == 1
+def test_torchrun_starts_it_and_a_mistake_is_one_line_of_each(site, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "train.py"]
+    arguments = words(site, "lora", "--batch-size", 3, "--out", tmp_path / "run")
+    process = subprocess.run([*launcher, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode != 0 and not (tmp_path / "run/config.json").exists()
+    assert "2 processes cannot share the 3 sequences of a step" in process.stderr

@@ -13,20 +13,21 @@ from lorasae.evals.saebench import class_sets, pair_sets
 from lorasae.evals import labelled_saebench, labelled_stdlib
 from lorasae.evals.labelled import file_classes, file_pair, split_texts
 from lorasae.evals.labelled_stdlib import PACKAGES, PAIRS, cut_passages, passages, split_source
-from lorasae.io.streams import held_out, standard_library
-
+from lorasae.io.text import held_out, standard_library
 
 NAMES = re.compile("|".join(PACKAGES), re.IGNORECASE)
 
 
-# ---- The standard library -----------------------------------------------------------------------------------------
+# ---- The standard library ------------------------------------------------------------------------
 
 def all_texts(cut):
     return [text for side in cut for texts in side.values() for text in texts]
 
 
 def test_packages_have_enough_texts_and_equally_many():
-    cut = class_sets("stdlib", "tpp")[0].cut(42)
+    data = class_sets("stdlib", "tpp")[0]
+    cut = data.cut(42)
+    assert cut == data.cut(42) != data.cut(43)
     assert list(cut.train) == list(PACKAGES)
     assert {len(texts) for texts in cut.train.values()} == {240}
     assert min(len(texts) for texts in cut.test.values()) >= 60
@@ -58,18 +59,12 @@ def test_texts_of_one_file_are_all_for_training_or_all_for_testing():
         assert side.test and not set(side.train) & set(side.test)
 
     held = [file for file in standard_library() if file.name.startswith("email/") and held_out(file.name)]
-    assert held                                                             # no run has trained on these
+    assert held                                                        # no run has trained on these
     for file in held:
         with file.open() as stream:
             lines, _ = split_source(stream.read().decode())
         for text in cut_passages([line for line in lines if line and not NAMES.search(line)]):
             assert text in found.code.test
-
-
-def test_a_seed_draws_the_same_texts_again_and_another_seed_others():
-    data = class_sets("stdlib", "tpp")[0]
-    assert data.cut(42) == data.cut(42)
-    assert data.cut(42) != data.cut(43)
 
 
 def test_a_file_is_split_into_code_and_documentation():
@@ -80,7 +75,7 @@ def test_a_file_is_split_into_code_and_documentation():
     assert [line for line in documentation if line] == ["Width", "times height.", "a product"]
 
 
-# ---- The user's file ------------------------------------------------------------------------------------------------
+# ---- The user's file -----------------------------------------------------------------------------
 
 def write(tmp_path, rows):
     path = tmp_path / "texts.jsonl"
@@ -113,27 +108,20 @@ def test_the_test_texts_of_a_users_file_are_the_same_with_every_seed(tmp_path):
         assert len(set(first[label]) & set(second[label])) >= 0.8 * len(first[label])   # but for making classes equal
 
 
-@pytest.mark.parametrize("lines, expected", [
-    (['{"text": "a", "label": 1}', "{oops"], "line 2: not JSON"),
-    (['{"text": "a"}'], "line 1: expected"),
-    (["[1]"], "line 1: expected"),
-    ([], "is empty"),
-    (rows(labels="a"), "the one label 'a'"),
-    (rows(20), "at least 16 are needed"),
+@pytest.mark.parametrize("reader, lines, expected", [
+    (file_classes, ['{"text": "a", "label": 1}', "{oops"], "line 2: not JSON"),
+    (file_classes, ['{"text": "a"}'], "line 1: expected"),
+    (file_classes, ["[1]"], "line 1: expected"),
+    (file_classes, [], "is empty"),
+    (file_classes, rows(labels="a"), "the one label 'a'"),
+    (file_classes, rows(20), "at least 16 are needed"),
+    (file_pair, rows(attributes="xyz"), "two labels, two attributes.*attributes x, y, z"),
+    (file_pair, [{"text": "a", "label": "b"}], "no attribute"),
 ])
-def test_a_bad_file_of_classes_is_refused_in_one_line(lines, expected, tmp_path):
+def test_a_bad_file_is_refused_in_one_line(reader, lines, expected, tmp_path):
     with pytest.raises(InputError, match=expected) as error:
-        file_classes(write(tmp_path, lines), 0)
+        reader(write(tmp_path, lines), 0)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("lines, expected", [
-    (rows(attributes="xyz"), "two labels, two attributes.*attributes x, y, z"),
-    ([{"text": "a", "label": "b"}], "no attribute"),
-])
-def test_a_bad_file_of_pairs_is_refused_in_one_line(lines, expected, tmp_path):
-    with pytest.raises(InputError, match=expected):
-        file_pair(write(tmp_path, lines), 0)
 
 
 def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
@@ -143,7 +131,7 @@ def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path):
         class_sets("imdb", "tpp")
 
 
-# ---- SAEBench's data sets -------------------------------------------------------------------------------------------
+# ---- SAEBench's data sets ------------------------------------------------------------------------
 
 def bios_split(per_quadrant, seed):
     """Rows of all professions and both genders, shuffled, as columns: what load_dataset returns, column by column."""
@@ -206,7 +194,7 @@ def test_scr_takes_the_first_rows_of_each_quadrant_in_their_order(fakes):
     columns = data["test"]
     first = [text for text, p, g in zip(*columns.values()) if (p, g) == (13, 1)][:250]
     assert cut.test["13", "1"] == first
-    assert len(cut.train["21", "0"]) == 1500                                # fewer than 2,000: all there are
+    assert len(cut.train["21", "0"]) == 1500                       # fewer than 2,000: all there are
 
 
 def test_languages_and_code_are_the_first_of_a_stream_shuffled_one_after_the_other(fakes):

@@ -8,38 +8,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tokenizers import Tokenizer
+
 from conftest import TEXT, write_tokenizer
+from helpers import adapted, random_sae
 from lorasae.errors import InputError
 from lorasae.evals import firing, latents, page
-from lorasae.lora import adapters, add_lora, base
-from lorasae.sae import JumpReLU, TopK
+from lorasae.lora import base
 
 EVIL = "<script>alert(1)</script>"
 
 
 def perturbed(model, blocks):
     """The model with adapters on those blocks, far from the identity."""
-    add_lora(model, blocks, 3, dropout=0.0)
-    torch.manual_seed(5)
-    for module in adapters(model).values():
-        torch.nn.init.normal_(module.lora_B.weight, std=0.1)
-    return model
+    return adapted(model, blocks, std=0.1)
 
 
 def make_sae(model, kind):
-    D = model.config.hidden_size
-    sae = TopK(D, 40, 4) if kind == "topk" else JumpReLU(D, 40)
-    torch.manual_seed(2)
-    torch.nn.init.normal_(sae.W_enc)
+    sae = random_sae(kind, model, 40, k=4, threshold=3, std=1, seed=2)
     torch.nn.init.normal_(sae.b_dec, std=0.1)
     sae.W_dec.data = F.normalize(sae.W_enc.data, dim=1)
-    if kind == "jumprelu":
-        sae.threshold.data += 3
-    return sae.requires_grad_(False)
+    return sae
 
 
 def make_setting(model, raw, folder, blocks=(0, 1, 2, 3), kind="topk"):
-    from tokenizers import Tokenizer
     write_tokenizer(folder, raw, TEXT + "x0123456789 = <>&/")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     bos, eos = model.config.bos_token_id, model.config.eos_token_id
@@ -47,12 +39,12 @@ def make_setting(model, raw, folder, blocks=(0, 1, 2, 3), kind="topk"):
     chunks = torch.randint(3, 90, (40, 64), generator=generator)
     chunks[:, 0] = bos
     chunks[::5, 30] = eos
-    corpus = SimpleNamespace(validation=chunks, tokenizer=tokenizer, bos=bos, eos=eos)
+    text = SimpleNamespace(held_out=chunks, tokenizer=tokenizer, bos=bos, eos=eos)
     (folder / "run").mkdir()
     if blocks:
         perturbed(model, blocks)
     saes = {1: make_sae(model, kind)}
-    return SimpleNamespace(model=model, saes=saes, corpus=corpus, config=None, folder=folder / "run")
+    return SimpleNamespace(model=model, saes=saes, text=text, config=None, folder=folder / "run")
 
 
 @pytest.fixture
@@ -64,18 +56,14 @@ def options(*named):
     return SimpleNamespace(latents=list(named) or None)
 
 
-# ---- Effects ---------------------------------------------------------------------------------------------------------
+# ---- Effects -------------------------------------------------------------------------------------
 
 def test_the_direct_effect_is_the_decoder_row_through_norm_and_head(model):
     v = torch.randn(model.config.hidden_size)
     rms = v.square().mean().sqrt()
-    logits = (model.norm(v[None])[0] * rms) @ model.head.T                      # the norm divides by the rms: undone
-    torch.testing.assert_close(latents.direct_effect(model, v), logits - logits.mean(), rtol=1e-4, atol=1e-4)
-
-
-def test_adapters_do_not_change_the_direct_effect(model):
-    v = torch.randn(model.config.hidden_size)
+    logits = (model.norm(v[None])[0] * rms) @ model.head.T     # the norm divides by the rms: undone
     before = latents.direct_effect(model, v)
+    torch.testing.assert_close(before, logits - logits.mean(), rtol=1e-4, atol=1e-4)
     assert torch.equal(latents.direct_effect(perturbed(model, range(4)), v), before)
 
 
@@ -110,15 +98,7 @@ def test_an_effect_is_that_of_running_the_model_with_and_without_the_latent(mode
     assert use == pytest.approx(kl.item(), rel=1e-3, abs=1e-6)
 
 
-def test_a_latent_that_does_not_fire_has_no_effect(model):
-    sae = make_sae(model, "jumprelu")
-    sae.threshold.data[7] = 1e9
-    tokens = torch.randint(3, 97, (2, 10), generator=torch.Generator().manual_seed(3))
-    found, use = latents.effect(model, sae, 1, 7, tokens, torch.tensor([4, 9]))
-    assert found.abs().max() < 1e-5 and abs(use) < 1e-6
-
-
-# ---- What is listed --------------------------------------------------------------------------------------------------
+# ---- What is listed ------------------------------------------------------------------------------
 
 def test_rates_passages_and_effects_are_those_of_both_models(setting):
     numbers = latents.evaluate(setting, options(5, 9))
@@ -160,12 +140,12 @@ def test_adapters_after_the_sae_leave_one_reading_and_two_effects(model, raw_con
     assert "the same before and after adapting" in latents.page(numbers)
 
 
-def test_a_run_without_adapters_has_the_base_model_alone(model, raw_config, tmp_path):
-    numbers = latents.evaluate(make_setting(model, raw_config, tmp_path, blocks=()), options(5))
-    assert "lora" not in numbers["rows"][0]["effect"] and "adapted model" not in latents.page(numbers)
-
-
-def test_a_latent_that_never_fires_is_said_to_be_silent(setting):
+def test_without_adapters_the_base_model_is_alone_and_a_latent_can_be_silent(
+        model, raw_config, tmp_path):
+    setting = make_setting(model, raw_config, tmp_path, blocks=())
+    numbers = latents.evaluate(setting, options(5))
+    assert "lora" not in numbers["rows"][0]["effect"]
+    assert "adapted model" not in latents.page(numbers)
     setting.saes[1].b_enc.data[5] = -1e9
     numbers = latents.evaluate(setting, options(5))
     assert numbers["rows"][0]["effect"] is None and "fires nowhere" in latents.page(numbers)
@@ -216,31 +196,26 @@ def test_after_autointerp_the_best_explained_are_shown_with_their_explanations(s
     numbers = latents.evaluate(setting, options())
     assert [row["latent"] for row in numbers["rows"]] == [9, 5, 3] and "judge predicts best" in numbers["chosen"]
     text = latents.page(numbers)
-    assert "explains 9" in text and "a judge" in text and "otherwise &lt;script&gt;" in text and "<script" not in text
-
-
-def test_explanations_of_another_layer_are_not_taken(setting):
+    assert all(part in text for part in ("explains 9", "a judge", "otherwise &lt;script&gt;"))
+    assert "<script" not in text
     (setting.folder / "eval-autointerp.json").write_text(json.dumps(autointerp_results(layer=2)))
-    assert latents.evaluate(setting, options(9))["rows"][0]["explanation"] is None
+    assert latents.evaluate(setting, options(9))["rows"][0]["explanation"] is None      # of another layer
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"layer": 1, "rows": [{}], "judge": ""}'])
-def test_a_damaged_file_of_explanations_is_one_clear_line(setting, content):
+def test_a_damaged_file_or_a_latent_that_is_not_there_is_one_clear_line(setting, content):
     (setting.folder / "eval-autointerp.json").write_text(content)
     with pytest.raises(InputError, match="eval-autointerp.json"):
         latents.evaluate(setting, options(5))
+    (setting.folder / "eval-autointerp.json").unlink()
+    for latent in (-1, 40):
+        with pytest.raises(InputError, match="0 to 39"):
+            latents.evaluate(setting, options(latent))
 
 
-@pytest.mark.parametrize("latent", [-1, 40])
-def test_a_latent_that_is_not_there_is_one_clear_line(setting, latent):
-    with pytest.raises(InputError, match="0 to 39"):
-        latents.evaluate(setting, options(latent))
+# ---- Tokens as text ------------------------------------------------------------------------------
 
-
-# ---- Tokens as text --------------------------------------------------------------------------------------------------
-
-def test_tokens_that_are_parts_of_characters_are_shown_as_bytes(raw_config, tmp_path):
-    from tokenizers import Tokenizer
+def test_parts_of_characters_are_shown_as_bytes_by_the_alphabet_of_tokenizers(raw_config, tmp_path):
     write_tokenizer(tmp_path, raw_config, TEXT + "€")
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ids = {tokenizer.id_to_token(i): i for i in range(tokenizer.get_vocab_size())}
@@ -248,8 +223,6 @@ def test_tokens_that_are_parts_of_characters_are_shown_as_bytes(raw_config, tmp_
     assert latents.token_text(tokenizer, ids["Ġ"]) == " " and latents.token_text(tokenizer, ids["<bos>"]) == "<bos>"
     assert latents.token_text(tokenizer, 5000) == "(id 5000)"
 
-
-def test_the_byte_alphabet_is_that_of_byte_level_tokenizers():
     from tokenizers.pre_tokenizers import ByteLevel
     alphabet = latents.byte_alphabet()
     assert set(alphabet) == set(ByteLevel.alphabet()) and sorted(alphabet.values()) == list(range(256))
@@ -257,7 +230,7 @@ def test_the_byte_alphabet_is_that_of_byte_level_tokenizers():
     assert bytes(alphabet[character] for character in encoded) == "€ \n".encode()
 
 
-# ---- The page --------------------------------------------------------------------------------------------------------
+# ---- The page ------------------------------------------------------------------------------------
 
 class Reader(html.parser.HTMLParser):
     """Checks that tags are balanced; collects the text as a browser's search sees it, tags, and attributes."""
@@ -285,7 +258,7 @@ class Reader(html.parser.HTMLParser):
 
 def test_the_page_is_whole_and_asks_for_nothing_from_elsewhere(setting):
     numbers = latents.evaluate(setting, options(5, 9))
-    text = latents.page(json.loads(json.dumps(numbers)))                        # from the file as well
+    text = latents.page(json.loads(json.dumps(numbers)))                     # from the file as well
     reader = Reader(text)
     assert not {"script", "link", "img", "iframe", "object", "form"} & set(reader.seen)
     for needed in ("default-src 'none'", "width=device-width", "prefers-color-scheme", "@media print"):
@@ -313,17 +286,14 @@ def test_tokens_that_look_like_html_are_harmless_text(setting):
     assert set(reader.seen) == set(plain.seen)
     assert not any(tag in text for tag in ("<script", "<img", "<!--"))
     assert {name for name, _ in reader.attributes} == {name for name, _ in plain.attributes}
-    assert all(token in reader.text for token in nasty)                         # and it reads as it is
+    assert all(token in reader.text for token in nasty)                      # and it reads as it is
 
 
-def test_a_search_finds_phrases_across_tokens():
+def test_a_passage_reads_as_its_text_and_is_shaded_from_the_faintest_to_the_hottest():
     texts = [" return", " self", ".", "value", "\n", "    ", "x"]
     html_ = page.passage(texts, [0, 3.0, 0, 0, 1.5, 0, 0], 3.0, 1)
     assert Reader(html_).text == " return self.value\n    x"
     assert '<mark class="a9 peak" title="3.00"> self</mark>' in html_ and 'class="a5"' in html_
-
-
-def test_shading_goes_from_the_faintest_that_fires_to_the_hottest():
     assert 'class="a1"' in page.passage(["a", "b"], [1e-6, 9.0], 9.0, 1)
     assert "mark" not in page.passage(["a"], [0.0], 9.0, 5)
     assert page.passage(["", "€"], [5.0, 0.0], 5.0, 0).count("<mark") == 1      # a part of a character lends its shade

@@ -1,4 +1,4 @@
-"""The chunked objectives against their naive twins in float64: values and gradients, soft-cap, precision, memory."""
+"""The chunked objectives against their naive twins in float64: values and every gradient."""
 import os
 import shutil
 
@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from lorasae import objectives
-from lorasae.objectives import capped, chunk_rows, kl_and_gradient, linear_kl, naive_kl, pieces, token_losses
+from lorasae.objectives import (
+    capped, chunk_rows, kl_and_gradient, linear_kl, naive_kl, pieces, token_losses)
 from on_cuda import OnCuda, on_cuda
 
 
-def problem(N=37, D=24, V=101, dtype=torch.float32, distance=0.3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def problem(N=37, D=24, V=101, dtype=torch.float32, distance=0.3):
+    generator = torch.Generator().manual_seed(0)
     target = torch.randn(N, D, generator=generator)
     hidden = target + distance * torch.randn(N, D, generator=generator)
     weight = torch.randn(V, D, generator=generator)
@@ -22,43 +23,52 @@ def problem(N=37, D=24, V=101, dtype=torch.float32, distance=0.3, seed=0):
 def float64_truth(target, hidden, weight, softcap):
     """Autograd through torch's own kl_div in float64."""
     wide = hidden.detach().double().requires_grad_()
-    log_p, log_q = (capped(h @ weight.double().T, softcap).log_softmax(-1) for h in (target.double(), wide))
+    log_p, log_q = (capped(h @ weight.double().T, softcap).log_softmax(-1)
+                    for h in (target.double(), wide))
     loss = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     loss.backward()
     return loss.item(), wide.grad
 
 
+def in_chunks_of(rows, monkeypatch):
+    monkeypatch.setattr(objectives, "chunk_rows", lambda weight: rows)
+
+
 @pytest.mark.parametrize("softcap", [None, 30.0, 2.0])
 @pytest.mark.parametrize("chunk", [1, 8, 37, 1000])
-def test_linear_kl_and_its_gradient_match_float64_autograd(softcap, chunk):
+def test_linear_kl_and_its_gradient_match_float64_autograd(monkeypatch, softcap, chunk):
+    """As F.kl_div, which fixes the direction: the base first."""
+    in_chunks_of(chunk, monkeypatch)
     target, hidden, weight = problem()
-    loss = linear_kl(target, hidden, weight, softcap, chunk)
+    loss = linear_kl(target, hidden, weight, softcap)
     loss.backward()
     true_loss, true_gradient = float64_truth(target, hidden, weight, softcap)
-    assert loss.item() == pytest.approx(true_loss, rel=1e-5)
+    assert loss.item() == pytest.approx(true_loss, rel=1e-5) and true_loss > 1
     assert (hidden.grad - true_gradient).norm() <= 1e-5 * true_gradient.norm()
+    assert abs(linear_kl(target, target.clone(), weight, softcap).item()) < 1e-4
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_the_loss_and_its_gradient_are_the_same():
-    target, hidden, weight = problem(N=32)                              # two chunks of one shape: one graph
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")),
+                    reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_the_loss_and_its_gradient_are_the_same(monkeypatch):
+    in_chunks_of(16, monkeypatch)
+    target, hidden, weight = problem(N=32)  # two chunks of one shape: one graph
     losses, gradients = [], []
     for compiled in (False, True):
-        losses.append(linear_kl(target, hidden, weight, 30.0, 16, compiled=compiled))
+        losses.append(linear_kl(target, hidden, weight, 30.0, compiled=compiled))
         gradients += torch.autograd.grad(losses[-1], hidden)
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_naive_kl_is_the_same_function_with_its_logits_written_out():
-    target, hidden, weight = problem()
+    target, hidden, weight = problem(N=36)
     naive = naive_kl(target, hidden, weight, 5.0)
-    naive.backward()
-    expected, hidden.grad = hidden.grad.clone(), None
-    fast = linear_kl(target, hidden, weight, 5.0, 8)
-    (3 * fast).backward()                                               # the upstream gradient is honoured
+    expected, = torch.autograd.grad(naive, hidden)
+    fast = linear_kl(target.view(4, 9, -1), hidden.view(4, 9, -1), weight, 5.0)
+    found, = torch.autograd.grad(3 * fast, hidden)      # the upstream gradient is honoured
     assert fast.item() == pytest.approx(naive.item(), rel=1e-5)
-    torch.testing.assert_close(hidden.grad, 3 * expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, 3 * expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("distance", [0.02, 0.3])
@@ -70,70 +80,45 @@ def test_bf16_weights_keep_the_gradient_within_half_a_percent(distance):
     assert (hidden.grad.double() - true_gradient).norm() <= 5e-3 * true_gradient.norm()
 
 
-def test_kl_is_zero_between_equals_and_positive_otherwise():
-    target, hidden, weight = problem()
-    assert abs(linear_kl(target, target.clone(), weight, 30.0).item()) < 1e-4
-    assert linear_kl(target, hidden, weight, 30.0).item() > 1
-
-
-def test_direction_is_base_first():
-    """KL(p ‖ q) and KL(q ‖ p) differ: swapping the arguments must change the value."""
-    target, hidden, weight = problem(distance=1.0)
-    forward = linear_kl(target, hidden, weight).item()
-    backward = linear_kl(hidden, target.requires_grad_(), weight).item()
-    assert forward == pytest.approx(float64_truth(target.detach(), hidden, weight, None)[0], rel=1e-5)
-    assert abs(forward - backward) > 1e-2 * forward
-
-
-def test_token_losses_are_cross_entropy_and_kl_of_each_token():
-    target, hidden, weight = problem()
-    labels = torch.randint(0, 101, (37,))
-    losses = token_losses(hidden, labels, weight, 3.0, target, chunk=5)
-    log_q = capped(hidden @ weight.T, 3.0).log_softmax(-1)
-    torch.testing.assert_close(losses.ce, F.cross_entropy(log_q, labels, reduction="none").detach())
-    assert losses.kl.sum().item() == pytest.approx(linear_kl(target, hidden, weight, 3.0).item(), rel=1e-4)
-    assert token_losses(hidden, labels, weight).kl is None
-
-
-def test_batched_shapes_are_flattened_and_restored():
+def test_token_losses_are_cross_entropy_and_kl_of_each_token(monkeypatch):
+    in_chunks_of(5, monkeypatch)
     target, hidden, weight = problem(N=36)
-    flat = linear_kl(target, hidden, weight)
-    batched = linear_kl(target.view(4, 9, -1), hidden.view(4, 9, -1), weight)
-    assert batched.item() == pytest.approx(flat.item())
-    assert token_losses(hidden.view(4, 9, -1), torch.zeros(4, 9, dtype=torch.long), weight).ce.shape == (4, 9)
-
-
-def test_a_frozen_student_asks_for_no_gradient():
-    target, hidden, weight = problem()
-    loss = linear_kl(target, hidden.detach(), weight)
-    assert not loss.requires_grad
+    target, hidden = target.view(4, 9, -1), hidden.view(4, 9, -1)
+    labels = torch.randint(101, (4, 9))
+    losses = token_losses(hidden, labels, weight, 3.0, target)
+    log_q = capped(hidden @ weight.T, 3.0).log_softmax(-1).detach()
+    torch.testing.assert_close(
+        losses.ce, F.cross_entropy(log_q.mT, labels, reduction="none"))
+    for row in range(4):
+        expected = linear_kl(target[row], hidden[row].detach(), weight, 3.0)
+        assert not expected.requires_grad
+        assert losses.kl[row].sum().item() == pytest.approx(expected.item(), rel=1e-4)
+    assert token_losses(hidden, labels, weight).kl is None
 
 
 @pytest.mark.parametrize("V, D", [(101, 24), (4096, 16)])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_students_side_by_side_have_the_bits_of_each_alone(V, D, softcap, dtype):
+def test_models_side_by_side_have_the_bits_of_each_alone_and_share_one_softmax_of_the_base(
+        monkeypatch, V, D, softcap, dtype):
     target, hidden, weight = problem(N=1100 if V > 1000 else 37, D=D, V=V)
-    students = torch.stack([target + distance * torch.randn_like(target) for distance in (0.01, 0.3, 2.0)])
+    models = torch.stack([target + distance * torch.randn_like(target)
+                          for distance in (0.01, 0.3, 2.0)])
     target, weight = target.to(dtype), weight.to(dtype)
-    students = students.to(dtype).requires_grad_()
+    models = models.to(dtype).requires_grad_()
 
-    together = linear_kl(target, students, weight, softcap)
-    gradients, = torch.autograd.grad(together.sum(), students)
+    shared, exact = [], objectives.log_probabilities
+    monkeypatch.setattr(
+        objectives, "log_probabilities", lambda u, *cap: shared.append(len(u)) or exact(u, *cap))
+    together = linear_kl(target, models, weight, softcap)
+    assert sum(shared) == len(target)
+    gradients, = torch.autograd.grad(together.sum(), models)
     assert together.shape == (3,)
     for s in range(3):
-        alone = linear_kl(target, students[s], weight, softcap)
-        gradient, = torch.autograd.grad(alone, students)
+        alone = linear_kl(target, models[s], weight, softcap)
+        gradient, = torch.autograd.grad(alone, models)
         assert torch.equal(alone, together[s])
         assert torch.equal(gradient[s], gradients[s]) and gradients[s].any()
-
-
-def test_several_students_take_the_softmax_of_the_base_once(monkeypatch):
-    calls, exact = [], objectives.log_probabilities
-    monkeypatch.setattr(objectives, "log_probabilities", lambda *inputs: calls.append(1) or exact(*inputs))
-    target, hidden, weight = problem()
-    linear_kl(target, hidden.detach().expand(5, 37, 24), weight, 30.0)
-    assert len(calls) == 1
 
 
 def test_kl_and_gradient_leaves_the_gradient_where_the_logits_were():
@@ -142,31 +127,33 @@ def test_kl_and_gradient_leaves_the_gradient_where_the_logits_were():
     log_p, log_q = capped(u_p, 3.0).log_softmax(-1), capped(leaf, 3.0).log_softmax(-1)
     expected = (log_p.exp() * (log_p - log_q)).sum()
     expected.backward()
-    for p in (log_p.exp(), None):
-        logits = u_q.clone()
-        assert kl_and_gradient(log_p, p, logits, 3.0).item() == pytest.approx(expected.item(), rel=1e-5)
-        torch.testing.assert_close(logits, leaf.grad, rtol=1e-4, atol=1e-6)
+    found = kl_and_gradient(log_p, u_q, 3.0)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(u_q, leaf.grad, rtol=1e-4, atol=1e-6)
 
 
-# ---- The ways of CUDA ------------------------------------------------------------------------------------------------
+# ---- The ways of CUDA ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_ways_of_cuda_give_the_same_losses_and_gradients(monkeypatch, dtype, tolerance, compiled):
+def test_the_ways_of_cuda_give_the_same_losses_and_gradients(
+        monkeypatch, dtype, tolerance, compiled):
     """compiled: the function that torch.compile would be given, run as it is."""
+    in_chunks_of(8, monkeypatch)
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     objectives.compiled_kl.cache_clear()
     target, hidden, weight = problem(dtype=dtype)
-    students = torch.stack([hidden, target]).detach()
+    models = torch.stack([hidden, target]).detach()
     losses, gradients = [], []
     for place in (on_cuda, torch.clone):
-        leaf = place(students).requires_grad_()
-        losses.append(linear_kl(place(target), leaf, place(weight), 5.0, 8, compiled=compiled and place is on_cuda))
+        leaf = place(models).requires_grad_()
+        losses.append(linear_kl(
+            place(target), leaf, place(weight), 5.0, compiled=compiled and place is on_cuda))
         gradients += torch.autograd.grad(losses[-1].sum(), leaf)
     objectives.compiled_kl.cache_clear()
-    torch.testing.assert_close(*(loss.as_subclass(torch.Tensor) for loss in losses), rtol=1e-4, atol=1e-4)
-    plain = [gradient.as_subclass(torch.Tensor) for gradient in gradients]
-    torch.testing.assert_close(*plain, rtol=tolerance, atol=tolerance)
+    for found, bound in ((losses, 1e-4), (gradients, tolerance)):
+        plain = [tensor.as_subclass(torch.Tensor) for tensor in found]
+        torch.testing.assert_close(*plain, rtol=bound, atol=bound)
 
 
 def test_chunks_on_cuda_are_multiples_of_128_rows():

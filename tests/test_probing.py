@@ -1,4 +1,4 @@
-"""Probes against scikit-learn, means over the right positions, and what adapting can and cannot change."""
+"""Probes against scikit-learn, means over the right positions, what adapting can change."""
 import importlib
 import json
 from types import SimpleNamespace
@@ -8,16 +8,17 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from helpers import adapted
 from lorasae.errors import InputError
-from lorasae.evals import absorption, probing, saebench, scr, scr_tpp, tpp
+from lorasae.evals import probing, saebench, scr_tpp
 from lorasae.evals.probes import Task, accuracy, hold_out, logistic, train_probes
-from lorasae.evals.saebench import Means, Texts, one_against_rest, read_means
+from lorasae.evals.saebench import Means, one_against_rest, read_means
 from lorasae.evals.labelled import Cut
 from lorasae.io.saes import load_sae
-from lorasae.lora import add_lora, adapters, base
+from lorasae.lora import add_lora, base
 
 
-# ---- Logistic regression --------------------------------------------------------------------------------------------
+# ---- Logistic regression -------------------------------------------------------------------------
 
 def golden():
     rng = np.random.default_rng(0)
@@ -37,14 +38,15 @@ def test_logistic_regression_reaches_the_known_minimum(balanced, weight, bias):
     assert found.bias.item() == pytest.approx(bias, abs=2e-7)
 
 
-@pytest.mark.parametrize("features, balanced, C", [(1, False, 1), (10, True, 1), (30, False, .1), (30, True, 100)])
+@pytest.mark.parametrize("features, balanced, C", [
+    (1, False, 1), (10, True, 1), (30, False, .1), (30, True, 100)])
 def test_logistic_regression_is_scikit_learns(features, balanced, C):
     linear_model = pytest.importorskip("sklearn.linear_model", reason="the oracle")
     generator = torch.Generator().manual_seed(features)
     x = torch.randn(120, features, generator=generator, dtype=torch.float64) * 3
     y = x[:, 0] + torch.randn(120, generator=generator) > 1
-    class_weight = "balanced" if balanced else None
-    oracle = linear_model.LogisticRegression(C=C, class_weight=class_weight, tol=1e-10, max_iter=10_000)
+    oracle = linear_model.LogisticRegression(
+        C=C, class_weight="balanced" if balanced else None, tol=1e-10, max_iter=10_000)
     oracle.fit(x.numpy(), y.numpy())
     found = logistic(x[None], y[None], C=C, balanced=balanced)
     assert found.weight[0].tolist() == pytest.approx(oracle.coef_[0].tolist(), rel=1e-5, abs=1e-5)
@@ -63,7 +65,7 @@ def test_several_regressions_at_once_are_those_alone_even_where_the_classes_sepa
     assert both.weight.isfinite().all()
 
 
-# ---- Probes by gradient ---------------------------------------------------------------------------------------------
+# ---- Probes by gradient --------------------------------------------------------------------------
 
 def test_the_epoch_is_the_best_on_held_out_texts():
     x, y = golden()
@@ -71,7 +73,8 @@ def test_the_epoch_is_the_best_on_held_out_texts():
     task, opposite = Task(rows, y[None].long()), Task(rows, 1 - y[None].long())
     settings = dict(lr=0.1, batch=8, epochs=20, seed=0)
     good = accuracy(train_probes(x, task, task, **settings), x, task)
-    first = accuracy(train_probes(x, task, opposite, **settings), x, task)      # any learning is worse for these
+    # any learning is worse for these
+    first = accuracy(train_probes(x, task, opposite, **settings), x, task)
     assert good.item() > 0.9 > first.item()
 
 
@@ -95,7 +98,7 @@ def test_a_class_meets_as_many_texts_of_the_others_evenly_drawn():
     assert not torch.equal(task.rows, one_against_rest([30, 30, 30, 30], seed=4).rows)
 
 
-# ---- Means ----------------------------------------------------------------------------------------------------------
+# ---- Means ---------------------------------------------------------------------------------------
 
 @pytest.fixture
 def sae(sae_folder):
@@ -103,60 +106,43 @@ def sae(sae_folder):
 
 
 @pytest.fixture
-def corpus(whole_model, raw_config):
+def text_of_run(whole_model, raw_config):
     tokenizer = Tokenizer.from_file(str(whole_model / "tokenizer.json"))
-    return SimpleNamespace(tokenizer=tokenizer, bos=raw_config["bos_token_id"], eos=raw_config["eos_token_id"])
+    bos, eos = raw_config["bos_token_id"], raw_config["eos_token_id"]
+    return SimpleNamespace(tokenizer=tokenizer, bos=bos, eos=eos)
 
 
-STRINGS = ["def area(width):", "x = 1", "class Shape:\n    name = 'square'\n" * 20, "return width * height <eos> x1"]
+STRINGS = ["def area(width):", "x = 1", "class Shape:\n    name = 'square'\n" * 20,
+           "return width * height <eos> x1"]
 
 
-def test_padding_bos_and_eos_never_count(model, sae, corpus):
-    texts = saebench.tokenise(corpus, model, STRINGS)
+def test_padding_bos_and_eos_never_count(model, sae, text_of_run):
+    texts = saebench.tokenise(text_of_run, model, STRINGS)
     found = read_means(model, sae, 1, texts, batch=3)
     assert texts.tokens.shape[1] == saebench.LENGTH
+    tokenizer, bos, eos = text_of_run.tokenizer, text_of_run.bos, text_of_run.eos
     for i, text in enumerate(STRINGS):
-        ids = [corpus.bos, *corpus.tokenizer.encode(text, add_special_tokens=False).ids][:saebench.LENGTH]
+        ids = [bos, *tokenizer.encode(text, add_special_tokens=False).ids][:saebench.LENGTH]
         x = model.run(model.embed(torch.tensor([ids])), 0, 2)[0]
-        kept = [t for t, token in enumerate(ids) if token not in (corpus.bos, corpus.eos)]
+        kept = [t for t, token in enumerate(ids) if token not in (bos, eos)]
         assert found.counted[i] == len(kept) < len(ids)
-        torch.testing.assert_close(found.residual[i], x[kept].mean(0), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(found.latents[i], sae.encode(x[kept]).mean(0), atol=1e-4, rtol=1e-4)
+        means = x[kept].mean(0), sae.encode(x[kept]).mean(0)
+        for mean, expected in zip((found.residual[i], found.latents[i]), means):
+            torch.testing.assert_close(mean, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_neither_more_padding_nor_the_batch_changes_a_text(model, sae, corpus):
-    texts = saebench.tokenise(corpus, model, STRINGS[:2])
-    more = Texts(*(torch.cat([part, torch.zeros(2, 50, dtype=part.dtype)], 1) for part in texts))
-    for other in (read_means(model, sae, 1, more), read_means(model, sae, 1, texts, batch=1)):
-        for a, b in zip(read_means(model, sae, 1, texts), other):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+# ---- Base and adapted ----------------------------------------------------------------------------
 
-
-# ---- Base and adapted -----------------------------------------------------------------------------------------------
-
-def adapt(model, layers, std=0.3):
-    add_lora(model, layers, 3, dropout=0.0)
-    generator = torch.Generator().manual_seed(5)
-    for module in adapters(model).values():
-        torch.nn.init.normal_(module.lora_B.weight, std=std, generator=generator)
-    return model.eval()
-
-
-def test_adapters_after_the_sae_change_nothing_and_adapters_before_it_do(model, sae, corpus):
-    texts = saebench.tokenise(corpus, model, STRINGS)
-    adapt(model, [2, 3])
+@pytest.mark.parametrize("blocks, same", [([2, 3], True), ([1], False)])
+def test_adapters_change_what_the_sae_reads_unless_they_are_after_it(
+        model, sae, text_of_run, blocks, same):
+    texts = saebench.tokenise(text_of_run, model, STRINGS)
+    adapted(model, blocks, std=0.3)
     with base(model):
         before = read_means(model, sae, 1, texts)
     after = read_means(model, sae, 1, texts)
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
-
-
-def test_adapters_up_to_the_sae_change_what_it_reads(model, sae, corpus):
-    texts = saebench.tokenise(corpus, model, STRINGS)
-    adapt(model, [1])
-    with base(model):
-        before = read_means(model, sae, 1, texts)
-    assert not torch.allclose(before.latents, read_means(model, sae, 1, texts).latents)
+    assert torch.equal(before.latents, after.latents) == same
+    assert torch.equal(before.residual, after.residual) == same
 
 
 @pytest.fixture
@@ -166,29 +152,32 @@ def labelled(tmp_path):
     for i in range(600):
         label, attribute = "ab"[i % 2], "xy"[i // 2 % 2]
         word = {"a": "width", "b": "class"}[label] + {"x": " return", "y": " name ="}[attribute]
-        lines.append(json.dumps({"text": f"{word} {i * 7919 % 1000} {word}", "label": label, "attribute": attribute}))
+        text = f"{word} {i * 7919 % 1000} {word}"
+        lines.append(json.dumps({"text": text, "label": label, "attribute": attribute}))
     path.write_text("\n".join(lines))
     return str(path)
 
 
 @pytest.fixture
-def setting(model, sae, corpus, tmp_path):
+def setting(model, sae, text_of_run, tmp_path):
     config = SimpleNamespace(model="tiny-gemma-2", sae=("sae-folder",), layer=(1,))
-    return SimpleNamespace(model=model, saes={1: sae}, corpus=corpus, config=config, folder=tmp_path)
+    return SimpleNamespace(model=model, saes={1: sae}, text=text_of_run, config=config,
+                           folder=tmp_path)
 
 
-def test_a_run_with_adapters_after_the_sae_is_refused_in_one_line_that_says_what_to_run(setting, labelled):
-    adapt(setting.model, [2, 3])
+def test_adapters_after_the_sae_are_refused_in_one_line(setting, labelled):
+    adapted(setting.model, [2, 3])
     with pytest.raises(InputError, match="after it.*--adapt all") as error:
         probing.evaluate(setting, SimpleNamespace(labelled=labelled, seeds=1))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("suite", ["probing", "scr", "tpp"])
-def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(suite, setting, labelled, capsys, monkeypatch):
-    monkeypatch.setattr(scr_tpp, "LEAST_STEPS", 50)                             # quick, and good enough for this
+def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(
+        suite, setting, labelled, capsys, monkeypatch):
+    monkeypatch.setattr(scr_tpp, "LEAST_STEPS", 50)     # quick, and good enough for this
     module = importlib.import_module(f"lorasae.evals.{suite}")
-    add_lora(setting.model, [0, 1, 2, 3], 3, dropout=0.0)                       # B is zero
+    add_lora(setting.model, [0, 1, 2, 3], 3, dropout=0.0)       # B is zero
     numbers = module.evaluate(setting, SimpleNamespace(labelled=labelled, seeds=2))
     assert numbers == json.loads(json.dumps(numbers, allow_nan=False))
     assert all(row["difference"] == 0 == row["ci90"] for row in numbers["rows"].values())
@@ -198,18 +187,6 @@ def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(suite, setting, label
     figure = pytest.importorskip("matplotlib.figure", reason="draws the picture").Figure()
     module.draw(numbers, figure)
     assert figure.axes
-
-
-@pytest.mark.parametrize("suite, table_3", [
-    (probing, ["sae_top_1", "sae_all"]),
-    (scr, ["max", "average"]),
-    (tpp, ["max", "average"]),
-    (absorption, ["saebench"]),
-])
-def test_the_papers_differences_are_no_larger_than_what_reruns_differ_by(suite, table_3):
-    for metric in table_3:
-        lora, without = suite.PAPER[metric]
-        assert abs(lora - without) <= suite.TOLERANCE + 1e-9
 
 
 def test_one_planted_latent_is_all_that_probing_needs():

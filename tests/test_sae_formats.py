@@ -1,5 +1,4 @@
-"""Every SAE format against its formula, written a second time in float64, and against the projects' own packages."""
-import json
+"""Every SAE format against its formula in float64, and against the projects' own packages."""
 import math
 import os
 import pickle
@@ -10,23 +9,32 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorasae.io.files import write_json, write_tensors
 from lorasae.io import sae_readers, saes as sae_formats
 from lorasae.errors import InputError
 from lorasae.sae import JumpReLU, TopK
-from lorasae.io.saes import check_fits, load_sae, save_sae, save_sparsify
+from lorasae.io.saes import check_fits, load_sae, save_sae
+from lorasae.tiny.saes import save_sparsify
 
 D, M, K, THETA = 24, 96, 7, 2.5
 BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
+HOOK = "blocks.3.hook_resid_post"
 WHAT = {"model_name": "m", "layer": 3, "context": 64}
 
 
 @pytest.fixture
 def t():
-    """Random tensors in float32, a row a latent, biases large enough to matter, decoder rows of many lengths."""
+    return random_tensors()
+
+
+def random_tensors():
+    """Random tensors, one row per latent, biases that matter, decoder rows of many lengths."""
     g = torch.Generator().manual_seed(0)
-    rand = lambda *shape: torch.randn(*shape, generator=g)                                                # noqa: E731
-    return {"x": 2 * rand(3, 17, D), "W_enc": rand(M, D), "b_enc": rand(M), "W_dec": rand(M, D) * rand(M, 1).exp(),
-            "b_dec": rand(D), "threshold": 4 * torch.rand(M, generator=g)}
+    rand = lambda *shape: torch.randn(*shape, generator=g)                              # noqa: E731
+    return {
+        "x": 2 * rand(3, 17, D), "W_enc": rand(M, D), "b_enc": rand(M),
+        "W_dec": rand(M, D) * rand(M, 1).exp(), "b_dec": rand(D),
+        "threshold": 4 * torch.rand(M, generator=g)}
 
 
 def f64(t):
@@ -39,40 +47,31 @@ def topk64(pre, k=K):
 
 
 def agrees(sae, x, z, x_hat):
-    """The SAE's latents and reconstruction (dense, and by forward) equal z and x̂ [float64] to 1e-5 of the largest."""
-    assert 0 < (z != 0).double().mean() < 0.7                           # the formula's sparsity is put to the test
+    """Latents and reconstruction (dense and by forward) equal z and x̂ to 1e-5 of the largest."""
+    assert 0 < (z != 0).double().mean() < 0.7           # its sparsity is put to the test
     for got, expected in ((sae.encode(x), z), (sae.decode(sae.encode(x)), x_hat), (sae(x), x_hat)):
         assert got.shape == expected.shape
         assert (got.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-def write_tensors(path, tensors):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-
-# ---- The files as each project writes them --------------------------------------------------------------------------
+# ---- The files as each project writes them -------------------------------------------------------
 
 def gemma_scope(folder, t, lower=False, **more):
     W = "w" if lower else "W"
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "params.npz", **{f"{W}_enc": t["W_enc"].T.numpy(), f"{W}_dec": t["W_dec"].numpy()},
-             **{name: t[name].numpy() for name in ("b_enc", "b_dec", "threshold")}, **more)
+    arrays = {name: t[name].numpy() for name in ("b_enc", "b_dec", "threshold")}
+    arrays |= {f"{W}_enc": t["W_enc"].T.numpy(), f"{W}_dec": t["W_dec"].numpy()}
+    np.savez(folder / "params.npz", **arrays, **more)
     return folder
 
 
 def llama_scope(folder, t, theta=0.6, n_in=2.5, n_out=2.5, **more):
     write_json(folder / "hyperparams.json", {
-        "d_model": D, "d_sae": M, "hook_point_in": "blocks.3.hook_resid_post",
-        "hook_point_out": "blocks.3.hook_resid_post", "act_fn": "jumprelu", "jump_relu_threshold": theta,
-        "norm_activation": "dataset-wise", "use_decoder_bias": True,
-        "dataset_average_activation_norm": {"in": n_in, "out": n_out}, "apply_decoder_bias_to_pre_encoder": False,
-        "sparsity_include_decoder_norm": True, "use_glu_encoder": False, "top_k": 50, **more})
+        "d_model": D, "d_sae": M, "hook_point_in": HOOK, "hook_point_out": HOOK,
+        "act_fn": "jumprelu", "jump_relu_threshold": theta, "norm_activation": "dataset-wise",
+        "use_decoder_bias": True, "dataset_average_activation_norm": {"in": n_in, "out": n_out},
+        "apply_decoder_bias_to_pre_encoder": False, "sparsity_include_decoder_norm": True,
+        "use_glu_encoder": False, "top_k": 50, **more})
     write_tensors(folder / "checkpoints" / "final.safetensors", {
         "encoder.weight": t["W_enc"], "encoder.bias": t["b_enc"],
         "decoder.weight": t["W_dec"].T, "decoder.bias": t["b_dec"]})
@@ -80,11 +79,14 @@ def llama_scope(folder, t, theta=0.6, n_in=2.5, n_out=2.5, **more):
 
 
 def sparsify(folder, t, dropped=(), **cfg):
-    write_json(folder / "cfg.json", {"expansion_factor": M // D, "normalize_decoder": True, "num_latents": 0, "k": K,
-                                     "multi_topk": False, "d_in": D, **cfg})
-    write_tensors(folder / "sae.safetensors", {name: tensor for name, tensor in {
-        "encoder.weight": t["W_enc"], "encoder.bias": t["b_enc"], "W_dec": t["W_dec"], "b_dec": t["b_dec"]}.items()
-        if name not in dropped})
+    write_json(folder / "cfg.json", {
+        "expansion_factor": M // D, "normalize_decoder": True, "num_latents": 0, "k": K,
+        "multi_topk": False, "d_in": D, **cfg})
+    tensors = {
+        "encoder.weight": t["W_enc"], "encoder.bias": t["b_enc"], "W_dec": t["W_dec"],
+        "b_dec": t["b_dec"]}
+    write_tensors(folder / "sae.safetensors", {
+        name: tensor for name, tensor in tensors.items() if name not in dropped})
     return folder
 
 
@@ -92,11 +94,13 @@ def sae_lens_6(folder, t, architecture, metadata=None, **cfg):
     cfg |= {"k": K} if architecture == "topk" else {}
     write_json(folder / "cfg.json", {
         "architecture": architecture, "d_in": D, "d_sae": M, "dtype": "float32", "device": "cpu",
-        "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
-        "metadata": {"sae_lens_version": "6.18.0", "hook_name": "blocks.3.hook_resid_post", **(metadata or {})}, **cfg})
+        "apply_b_dec_to_input": True, "normalize_activations": "none",
+        "reshape_activations": "none", **cfg,
+        "metadata": {"sae_lens_version": "6.18.0", "hook_name": HOOK, **(metadata or {})}})
     names = ["b_enc", "b_dec"] + ["threshold"] * (architecture == "jumprelu")
-    if architecture in BATCH_TOPK:                                      # a checkpoint of their training
-        t, names = {**t, "topk_threshold": torch.tensor(THETA, dtype=torch.float64)}, [*names, "topk_threshold"]
+    if architecture in BATCH_TOPK:                      # a checkpoint of their training
+        t = {**t, "topk_threshold": torch.tensor(THETA, dtype=torch.float64)}
+        names.append("topk_threshold")
     write_tensors(folder / "sae_weights.safetensors", {
         "W_enc": t["W_enc"].T, "W_dec": t["W_dec"], **{name: t[name] for name in names}})
     return folder
@@ -105,22 +109,27 @@ def sae_lens_6(folder, t, architecture, metadata=None, **cfg):
 def sae_lens_5(folder, t, architecture, **cfg):
     sae_lens_6(folder, t, architecture)
     write_json(folder / "cfg.json", {
-        "architecture": architecture, "d_in": D, "d_sae": M, "dtype": "float32", "device": "cpu", "model_name": "m",
-        "hook_name": "blocks.3.hook_resid_post", "hook_layer": 3, "hook_head_index": None, "context_size": 64,
-        "prepend_bos": True, "activation_fn_str": "relu", "activation_fn_kwargs": {},
-        "finetuning_scaling_factor": False,
-        "apply_b_dec_to_input": True, "normalize_activations": "none", "dataset_path": "", "neuronpedia_id": None,
-        "dataset_trust_remote_code": True, "sae_lens_training_version": None, **cfg})
+        "architecture": architecture, "d_in": D, "d_sae": M, "dtype": "float32", "device": "cpu",
+        "model_name": "m", "hook_name": HOOK, "hook_layer": 3, "hook_head_index": None,
+        "context_size": 64, "prepend_bos": True, "activation_fn_str": "relu",
+        "activation_fn_kwargs": {}, "finetuning_scaling_factor": False,
+        "apply_b_dec_to_input": True, "normalize_activations": "none", "dataset_path": "",
+        "neuronpedia_id": None, "dataset_trust_remote_code": True,
+        "sae_lens_training_version": None, **cfg})
     return folder
 
 
-def dictionary_learning(folder, t, dict_class, **buffer):
+def dictionary_learning(folder, t, dict_class, place="resid_post_layer_3", **buffer):
     write_json(folder / "config.json", {
-        "trainer": {"dict_class": dict_class, "activation_dim": D, "dict_size": M, "k": K, "layer": 3, "lm_name": "m"},
+        "trainer": {
+            "dict_class": dict_class, "activation_dim": D, "dict_size": M, "k": K, "layer": 3,
+            "lm_name": "m", "submodule_name": place},
         "buffer": {"ctx_len": 64, **buffer}})
-    plain = {"W_enc": t["W_enc"].T, **{name: t[name] for name in ("W_dec", "b_enc", "b_dec", "threshold")}}
+    plain = {name: t[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+    plain["W_enc"] = t["W_enc"].T
     one = {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(THETA)}
-    state = {"encoder.weight": t["W_enc"], "encoder.bias": t["b_enc"], "decoder.weight": t["W_dec"].T}
+    state = {
+        "encoder.weight": t["W_enc"], "encoder.bias": t["b_enc"], "decoder.weight": t["W_dec"].T}
     if dict_class == "AutoEncoder":
         state |= {"bias": t["b_dec"]}
     elif dict_class == "AutoEncoderTopK":
@@ -135,16 +144,18 @@ def dictionary_learning(folder, t, dict_class, **buffer):
     return folder
 
 
-# ---- Each against its formula ---------------------------------------------------------------------------------------
+# ---- Each against its formula --------------------------------------------------------------------
 
-@pytest.mark.parametrize("lower", [False, True])
-def test_gemma_scope_is_its_formula(tmp_path, t, lower):
+@pytest.mark.parametrize("lower, shift", [(False, 0), (True, 0), (False, -3)])
+def test_gemma_scope_is_its_formula(tmp_path, t, lower, shift):
+    t["threshold"] += shift                             # negative ones act as ReLU
     sae = load_sae(gemma_scope(tmp_path, t, lower, scaling_factor=np.ones(M)))
     x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
     pre = x @ W_enc.T + b_enc
     z = pre.relu() * (pre > theta)
     agrees(sae, t["x"], z, z @ W_dec + b_dec)
-    assert isinstance(sae, JumpReLU) and not sae.on_special and not any(p.requires_grad for p in sae.parameters())
+    assert isinstance(sae, JumpReLU) and not sae.on_special
+    assert not any(p.requires_grad for p in sae.parameters())
 
 
 def test_an_npz_of_any_name_is_gemma_scope(tmp_path, t):
@@ -153,50 +164,40 @@ def test_an_npz_of_any_name_is_gemma_scope(tmp_path, t):
     assert torch.equal(load_sae(tmp_path / "mine.npz").W_enc, t["W_enc"])
 
 
-@pytest.mark.parametrize("n_out", [2.5, 4.0])
-def test_llama_scope_is_the_closed_form_of_its_authors(tmp_path, t, n_out):
-    sae = load_sae(llama_scope(tmp_path, t, n_out=n_out))
+@pytest.mark.parametrize("n_out, norms, variant", [
+    (2.5, True, "openmoss"), (4.0, True, "openmoss"), (4.0, False, "openmoss"),
+    (4.0, True, "sae_lens")])
+def test_llama_scope_is_the_closed_form_of_its_authors(tmp_path, t, n_out, norms, variant):
+    folder = llama_scope(tmp_path, t, n_out=n_out, sparsity_include_decoder_norm=norms)
+    sae = load_sae(folder, llama_scope=variant)
     x, W_e, b_e, W_d, b_d, _ = f64(t).values()
     f_in, f_out = math.sqrt(D) / 2.5, math.sqrt(D) / n_out
-    pre, c = f_in * (x @ W_e.T) + b_e, W_d.norm(dim=1) * f_in / f_out
-    pre = pre * (pre * c / f_in > 0.6)
-    agrees(sae, t["x"], pre * c / f_in, (pre @ W_d + b_d) / f_out)
+    pre = f_in * (x @ W_e.T) + b_e
+    if variant == "sae_lens":
+        z = pre.relu() * (pre > 0.6 * f_in)
+        agrees(sae, t["x"], z, (z @ W_d + b_d) / f_in)
+    else:
+        c = W_d.norm(dim=1) * f_in / f_out if norms else torch.ones(M).double()
+        pre = pre * (pre * c / f_in > 0.6)
+        agrees(sae, t["x"], pre * c / f_in, (pre @ W_d + b_d) / f_out)
+        assert not norms or (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
     assert not sae.on_special
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(M))
 
 
 def test_llama_scope_is_also_what_its_authors_do_to_the_weights(tmp_path, t):
     sae = load_sae(llama_scope(tmp_path, t))
     x, W_e, b_e, W_d, b_d, _ = f64(t).values()
     f = math.sqrt(D) / 2.5
-    b_e, b_d = b_e / f, b_d / f                                         # the dataset's scale taken into the biases
-    n = W_d.norm(dim=1)                                                 # then the decoder's norms into the encoder
+    b_e, b_d = b_e / f, b_d / f                         # the dataset's scale goes into the biases
+    n = W_d.norm(dim=1)                                 # then the decoder's norms into the encoder
     h = x @ (W_e * n[:, None]).T + b_e * n
     z = torch.where(h > 0.6, h, 0)
     agrees(sae, t["x"], z, z @ (W_d / n[:, None]) + b_d)
 
 
-def test_llama_scope_leaves_decoder_norms_where_its_training_did(tmp_path, t):
-    sae = load_sae(llama_scope(tmp_path, t, n_out=4.0, sparsity_include_decoder_norm=False))
-    x, W_e, b_e, W_d, b_d, _ = f64(t).values()
-    f_in, f_out = math.sqrt(D) / 2.5, math.sqrt(D) / 4.0
-    h = x @ W_e.T + b_e / f_in
-    z = h * (h > 0.6)
-    agrees(sae, t["x"], z, z @ W_d * f_in / f_out + b_d / f_out)
-
-
-@pytest.mark.parametrize("variant", ["sae_lens", "sae_lens_legacy"])
-def test_llama_scope_as_sae_lens_reads_it(tmp_path, t, variant):
-    sae = load_sae(llama_scope(tmp_path, t, n_out=4.0), llama_scope=variant)
-    x, W_e, b_e, W_d, b_d, _ = f64(t).values()
-    f = math.sqrt(D) / 2.5
-    pre = f * (x @ W_e.T) + b_e
-    z = pre.relu() * (pre > (0.6 * f if variant == "sae_lens" else 0.6))
-    agrees(sae, t["x"], z, (z @ W_d + b_d) / f)
-
-
-@pytest.mark.parametrize("cfg", [{}, {"num_latents": M, "expansion_factor": 99}, {"multi_topk": True},
-                                 {"activation": "topk", "skip_connection": False, "transcode": False, "new_field": 1}])
+@pytest.mark.parametrize("cfg", [
+    {}, {"num_latents": M, "expansion_factor": 99}, {"multi_topk": True},
+    {"activation": "topk", "skip_connection": False, "transcode": False, "new_field": 1}])
 def test_sparsify_is_its_formula(tmp_path, t, cfg):
     sae = load_sae(sparsify(tmp_path, t, **cfg))
     x, W_enc, b_enc, W_dec, b_dec, _ = f64(t).values()
@@ -206,54 +207,40 @@ def test_sparsify_is_its_formula(tmp_path, t, cfg):
 
 
 @pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("kind", ["topk", "jumprelu", "standard", "rescaled"])
-def test_sae_lens_is_its_formula(tmp_path, t, kind, centred):
-    rescaled = kind == "rescaled"
-    sae = load_sae(sae_lens_6(tmp_path, t, "topk" if rescaled else kind, apply_b_dec_to_input=centred,
-                              rescale_acts_by_decoder_norm=rescaled))
-    x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
-    pre, n = (x - b_dec * centred) @ W_enc.T + b_enc, W_dec.norm(dim=1) if rescaled else torch.ones(M).double()
-    z = {"jumprelu": pre.relu() * (pre > theta), "standard": pre.relu()}.get(kind, topk64(pre * n))
-    agrees(sae, t["x"], z, z / n @ W_dec + b_dec)
+@pytest.mark.parametrize("kind, rescaled", [
+    ("topk", False), ("topk", True), ("jumprelu", None), ("standard", None),
+    *[(kind, rescaled) for kind in BATCH_TOPK for rescaled in (True, False, None)]])
+def test_sae_lens_is_its_formula(tmp_path, t, kind, rescaled, centred):
+    """With n the decoder's norms or 1: z selects among n pre, x̂ = (z/n) W_dec + b_dec.
 
-
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("rescaled", [True, False, None])
-@pytest.mark.parametrize("kind", BATCH_TOPK)
-def test_a_batch_topk_checkpoint_of_sae_lens_is_one_threshold(tmp_path, t, kind, rescaled, centred):
-    """z = ReLU(n pre) · H(n pre - θ), x̂ = (z/n) W_dec + b_dec, n the decoder's norms or 1. Not said: the norms, its default."""
+    A BatchTopK checkpoint that does not say means the norms.
+    """
     said = {} if rescaled is None else {"rescale_acts_by_decoder_norm": rescaled}
-    sae = load_sae(sae_lens_6(tmp_path, t, kind, apply_b_dec_to_input=centred, k=7.5, matryoshka_widths=[M // 2, M], **said))
-    x, W_enc, b_enc, W_dec, b_dec, _ = f64(t).values()
-    n = torch.ones(M).double() if rescaled is False else W_dec.norm(dim=1)
+    sae = load_sae(sae_lens_6(tmp_path, t, kind, apply_b_dec_to_input=centred, **said))
+    x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
+    by_norm = kind in BATCH_TOPK if rescaled is None else rescaled
+    n = W_dec.norm(dim=1) if by_norm else torch.ones(M).double()
     pre = ((x - b_dec * centred) @ W_enc.T + b_enc) * n
-    z = pre.relu() * (pre > THETA)
+    other = {"topk": topk64(pre), "jumprelu": pre.relu() * (pre > theta), "standard": pre.relu()}
+    z = other.get(kind, pre.relu() * (pre > THETA))
     agrees(sae, t["x"], z, z / n @ W_dec + b_dec)
-    assert isinstance(sae, JumpReLU) and sae.on_special
+    assert isinstance(sae, TopK) is (kind == "topk")
+    assert sae.on_special is (kind == "topk" or kind in BATCH_TOPK)
 
 
-def test_a_jumprelu_checkpoint_of_older_training_has_the_logarithm_of_its_threshold(tmp_path, t):
+def test_an_older_jumprelu_checkpoint_has_the_logarithm_of_its_threshold(tmp_path, t):
     sae_lens_6(tmp_path, t, "jumprelu")
     expected = load_sae(tmp_path).threshold
     tensors = load_file(tmp_path / "sae_weights.safetensors")
-    save_file({"log_threshold": tensors.pop("threshold").log(), **tensors}, tmp_path / "sae_weights.safetensors")
+    tensors["log_threshold"] = tensors.pop("threshold").log()
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
     torch.testing.assert_close(load_sae(tmp_path).threshold, expected)
 
 
 def test_a_batch_topk_saved_for_inference_was_trained_with_bos(tmp_path, t):
-    for kind in BATCH_TOPK:
-        assert load_sae(sae_lens_6(tmp_path, t, "jumprelu", {"training_architecture": kind})).on_special
-    assert not load_sae(sae_lens_6(tmp_path, t, "jumprelu", {"training_architecture": "jumprelu"})).on_special
-
-
-@pytest.mark.parametrize("dict_class", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
-def test_a_batch_topk_of_dictionary_learning_is_one_threshold(tmp_path, t, dict_class):
-    sae = load_sae(dictionary_learning(tmp_path, t, dict_class), layer=3)
-    x, W_enc, b_enc, W_dec, b_dec, _ = f64(t).values()
-    z = ((x - b_dec) @ W_enc.T + b_enc).relu()
-    z = z * (z > THETA)
-    agrees(sae, t["x"], z, z @ W_dec + b_dec)
-    assert isinstance(sae, JumpReLU) and sae.on_special and (sae.threshold == THETA).all()
+    for kind in (*BATCH_TOPK, "jumprelu"):
+        folder = sae_lens_6(tmp_path, t, "jumprelu", {"training_architecture": kind})
+        assert load_sae(folder).on_special is (kind in BATCH_TOPK)
 
 
 def test_the_threshold_is_strict_and_an_activation_equal_to_it_is_none(tmp_path, t):
@@ -270,62 +257,69 @@ def test_the_threshold_is_strict_and_an_activation_equal_to_it_is_none(tmp_path,
 
 def test_a_batch_topk_that_has_learnt_no_threshold_is_refused(tmp_path, t):
     for dict_class in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        folder = dictionary_learning(tmp_path / dict_class, t, dict_class)
-        state = torch.load(folder / "ae.pt")
-        torch.save({**state, "threshold": torch.tensor(-1.0)}, folder / "ae.pt")
-        with pytest.raises(InputError, match="threshold is -1, so this BatchTopK SAE has not learnt one yet"):
-            load_sae(folder)
-        del state["threshold"]
-        torch.save(state, folder / "ae.pt")
-        with pytest.raises(InputError, match="ae.pt lacks the tensor threshold"):
-            load_sae(folder)
-
+        path = dictionary_learning(tmp_path / dict_class, t, dict_class) / "ae.pt"
+        torch.save({**torch.load(path), "threshold": torch.tensor(-1.0)}, path)
+        with pytest.raises(InputError, match="threshold is -1.0, but should be a number, above 0"):
+            load_sae(path.parent)
     for kind in BATCH_TOPK:
-        folder = sae_lens_6(tmp_path / kind, t, kind)
-        tensors = load_file(folder / "sae_weights.safetensors")
-        write_tensors(folder / "sae_weights.safetensors", {**tensors, "topk_threshold": torch.tensor(0.0, dtype=torch.float64)})
-        with pytest.raises(InputError, match="topk_threshold is 0, so this BatchTopK SAE has not learnt one yet"):
-            load_sae(folder)
+        path = sae_lens_6(tmp_path / kind, t, kind) / "sae_weights.safetensors"
+        zero = torch.tensor(0.0, dtype=torch.float64)
+        write_tensors(path, {**load_file(path), "topk_threshold": zero})
+        with pytest.raises(InputError, match="topk_threshold is 0.0, but should be a numb"):
+            load_sae(path.parent)
 
 
 def test_sae_lens_5_is_its_formula(tmp_path, t):
     x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
     pre = (x - b_dec) @ W_enc.T + b_enc
-    agrees(load_sae(sae_lens_5(tmp_path / "r", t, "standard")), t["x"], pre.relu(), pre.relu() @ W_dec + b_dec)
+    standard = load_sae(sae_lens_5(tmp_path / "r", t, "standard"))
+    agrees(standard, t["x"], pre.relu(), pre.relu() @ W_dec + b_dec)
     z = pre.relu() * (pre > theta)
     agrees(load_sae(sae_lens_5(tmp_path / "j", t, "jumprelu")), t["x"], z, z @ W_dec + b_dec)
-    topk = sae_lens_5(tmp_path / "k", t, "standard", activation_fn_str="topk", activation_fn_kwargs={"k": K})
+    topk = sae_lens_5(
+        tmp_path / "k", t, "standard", activation_fn_str="topk", activation_fn_kwargs={"k": K})
     agrees(load_sae(topk), t["x"], topk64(pre), topk64(pre) @ W_dec + b_dec)
 
 
-@pytest.mark.parametrize("dict_class", ["AutoEncoder", "AutoEncoderTopK", "JumpReluAutoEncoder"])
+@pytest.mark.parametrize("dict_class", sae_readers.DICTIONARIES)
 def test_dictionary_learning_is_its_formula(tmp_path, t, dict_class):
-    sae = load_sae(dictionary_learning(tmp_path, t, dict_class))
+    sae = load_sae(dictionary_learning(tmp_path, t, dict_class), layer=3)
     x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
-    pre = (x - b_dec * (dict_class != "JumpReluAutoEncoder")) @ W_enc.T + b_enc
-    z = {"AutoEncoder": pre.relu(), "AutoEncoderTopK": topk64(pre), "JumpReluAutoEncoder": pre.relu() * (pre > theta)}
-    agrees(sae, t["x"], z[dict_class], z[dict_class] @ W_dec + b_dec)
-    assert sae.on_special and not load_sae(dictionary_learning(tmp_path, t, dict_class, remove_bos=True)).on_special
-
-
-def test_negative_thresholds_act_as_relu(tmp_path, t):
-    t["threshold"] -= 3
-    sae = load_sae(gemma_scope(tmp_path, t))
-    x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
-    pre = x @ W_enc.T + b_enc
-    z = pre.relu() * (pre > theta)
+    if dict_class == "JumpReluAutoEncoder":
+        pre = x @ W_enc.T + b_enc
+        z = pre.relu() * (pre > theta)
+    else:
+        pre = (x - b_dec) @ W_enc.T + b_enc
+        one_threshold = pre.relu() * (pre > THETA)
+        z = {"AutoEncoder": pre.relu(), "AutoEncoderTopK": topk64(pre)}.get(
+            dict_class, one_threshold)
     agrees(sae, t["x"], z, z @ W_dec + b_dec)
+    assert sae.on_special and isinstance(sae, TopK) is (dict_class == "AutoEncoderTopK")
+    assert not load_sae(dictionary_learning(tmp_path, t, dict_class, remove_bos=True)).on_special
 
 
 def test_special_tokens_follow_the_file_else_the_family(tmp_path, t):
-    for kind, excluded, expected in (("topk", None, True), ("topk", [1], False),
-                                     ("jumprelu", None, False), ("jumprelu", False, True)):
+    for kind, excluded, expected in (
+            ("topk", None, True), ("topk", [1], False), ("jumprelu", None, False),
+            ("jumprelu", False, True)):
         metadata = {"exclude_special_tokens": excluded}
         assert load_sae(sae_lens_6(tmp_path, t, kind, metadata)).on_special is expected
     assert load_sae(sae_lens_5(tmp_path, t, "jumprelu")).on_special is False
 
 
-# ---- Precision and memory -------------------------------------------------------------------------------------------
+def test_an_sae_knows_its_model_if_the_file_says_so(tmp_path, t):
+    for folder, expected in (
+            (sae_lens_6(tmp_path / "6", t, "topk", {"model_name": "gemma-2-2b"}), "gemma-2-2b"),
+            (sae_lens_6(tmp_path / "n", t, "topk"), None),
+            (sae_lens_5(tmp_path / "5", t, "jumprelu"), "m"),
+            (dictionary_learning(tmp_path / "d", t, "AutoEncoder"), "m"),
+            (gemma_scope(tmp_path / "g", t), None), (sparsify(tmp_path / "s", t), None)):
+        assert load_sae(folder).model_name == expected
+    save_sae(ours(t, "topk"), tmp_path / "o", **WHAT)
+    assert load_sae(tmp_path / "o").model_name == WHAT["model_name"]
+
+
+# ---- Precision and memory ------------------------------------------------------------------------
 
 class LargestFloat32(TorchDispatchMode):
     bytes = 0
@@ -333,36 +327,42 @@ class LargestFloat32(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in (out if isinstance(out, (list, tuple)) else [out]):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.device.type == "cpu":
+            on_cpu = isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
+            if on_cpu and tensor.dtype == torch.float32:
                 self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
         return out
 
 
-@pytest.mark.parametrize("write", [llama_scope, lambda folder, t: sae_lens_6(folder, t, "jumprelu"), sparsify])
+@pytest.mark.parametrize("write", [
+    llama_scope, lambda folder, t: sae_lens_6(folder, t, "jumprelu"), sparsify])
 def test_a_bfloat16_sae_never_exists_in_float32(tmp_path, t, monkeypatch, write):
     monkeypatch.setattr(sae_formats, "ROWS", 8)
     monkeypatch.setattr(sae_readers, "ROWS", 8)
     write(tmp_path, {name: tensor.bfloat16() for name, tensor in t.items()})
     with LargestFloat32() as largest:
         sae = load_sae(tmp_path, dtype=torch.bfloat16)
-    assert 0 < largest.bytes <= max(8 * D, M) * 4                       # a slice of a matrix, or a vector
-    assert {name for name, p in sae.named_parameters() if p.dtype != torch.bfloat16} <= {"threshold"}
+    assert 0 < largest.bytes <= max(8 * D, M) * 4       # a slice of a matrix, or a vector
+    exact = {name for name, p in sae.named_parameters() if p.dtype != torch.bfloat16}
+    assert exact <= {"threshold"}
 
 
 def test_bfloat16_rounds_weights_once_and_thresholds_not_at_all(tmp_path, t):
     gemma_scope(tmp_path, t)
     sae = load_sae(tmp_path, dtype="bfloat16")
-    assert torch.equal(sae.W_enc, t["W_enc"].bfloat16()) and torch.equal(sae.W_dec, t["W_dec"].bfloat16())
+    assert torch.equal(sae.W_enc, t["W_enc"].bfloat16())
+    assert torch.equal(sae.W_dec, t["W_dec"].bfloat16())
     assert torch.equal(sae.threshold, t["threshold"])
     llama_scope(tmp_path / "l", t)
     exact, rounded = (load_sae(tmp_path / "l", dtype=dtype) for dtype in (None, torch.bfloat16))
-    assert torch.equal(exact.W_enc.bfloat16(), rounded.W_enc) and torch.equal(exact.threshold, rounded.threshold)
+    assert torch.equal(exact.W_enc.bfloat16(), rounded.W_enc)
+    assert torch.equal(exact.threshold, rounded.threshold)
 
 
-# ---- Writing --------------------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
 def ours(t, kind, on_special=True):
-    sae = TopK(D, M, K, on_special=on_special) if kind == "topk" else JumpReLU(D, M, on_special=on_special)
+    topk = kind == "topk"
+    sae = TopK(D, M, K, on_special=on_special) if topk else JumpReLU(D, M, on_special=on_special)
     sae.load_state_dict({name: t[name] for name in sae.state_dict()})
     return sae.requires_grad_(False)
 
@@ -372,7 +372,8 @@ def ours(t, kind, on_special=True):
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path, t, kind, on_special):
     def comes_back(sae, back):
         assert type(back) is type(sae)
-        assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in sae.state_dict().items())
+        for name, tensor in sae.state_dict().items():
+            assert torch.equal(tensor, back.state_dict()[name])
 
     sae = ours(t, kind, on_special)
     save_sae(sae, tmp_path / "run" / "sae", **WHAT, dataset_path="pile")
@@ -383,24 +384,15 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, t, kind, on_special):
     if kind == "topk":
         save_sparsify(sae, tmp_path / "s")
         comes_back(sae, load_sae(tmp_path / "s"))
-    else:
-        with pytest.raises(InputError, match="TopK SAEs only"):
-            save_sparsify(sae, tmp_path / "s")
 
 
-def test_a_full_disk_leaves_no_part_of_a_file(tmp_path, t, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(InputError, match="No space left"):
-        save_sae(ours(t, "topk"), tmp_path / "sae", **WHAT)
-    assert list((tmp_path / "sae").iterdir()) == []
+# ---- Against the packages themselves -------------------------------------------------------------
 
-
-# ---- Against the packages themselves --------------------------------------------------------------------------------
-
+@torch.no_grad()
 def equal(ours, theirs, x):
-    """theirs: (latents, reconstruction) as that package computes them."""
+    """theirs: an SAE of that package, or its (latents, reconstruction)."""
+    if not isinstance(theirs, tuple):
+        theirs = theirs.encode(x), theirs(x)
     for got, expected in zip((ours.encode(x), ours(x)), theirs):
         assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert 0 < (theirs[0] != 0).float().mean() < 0.7
@@ -416,40 +408,42 @@ def test_sae_lens_loads_what_we_save(tmp_path, t, sae_lens, kind):
     sae = ours(t, kind, on_special=False)
     save_sae(sae, tmp_path, **WHAT)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
-    assert theirs.cfg.architecture() == kind and theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
-    assert theirs.cfg.metadata.context_size == 64 and theirs.cfg.metadata.exclude_special_tokens is True
-    with torch.no_grad():
-        equal(sae, (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+    assert theirs.cfg.architecture() == kind and theirs.cfg.metadata.hook_name == HOOK
+    assert theirs.cfg.metadata.context_size == 64
+    assert theirs.cfg.metadata.exclude_special_tokens is True
+    equal(sae, theirs, t["x"])
 
 
-@pytest.mark.parametrize("cfg", [{}, {"apply_b_dec_to_input": False}, {"rescale_acts_by_decoder_norm": True}])
-@pytest.mark.parametrize("kind", ["topk", "jumprelu", "standard"])
+@pytest.mark.parametrize("kind, cfg", [
+    *[(kind, {"apply_b_dec_to_input": centred}) for kind in ("topk", "jumprelu", "standard")
+      for centred in (True, False)],
+    ("topk", {"rescale_acts_by_decoder_norm": True})])
 def test_we_load_what_sae_lens_saves(tmp_path, t, sae_lens, kind, cfg):
-    cfg = {key: value for key, value in cfg.items() if kind == "topk" or key != "rescale_acts_by_decoder_norm"}
     theirs = sae_lens.SAE.load_from_disk(sae_lens_6(tmp_path / "a", t, kind, **cfg))
     theirs.save_model(tmp_path / "b")
-    with torch.no_grad():
-        equal(load_sae(tmp_path / "b"), (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+    equal(load_sae(tmp_path / "b"), theirs, t["x"])
 
 
-@pytest.mark.parametrize("cfg", [{}, {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}])
+@pytest.mark.parametrize("cfg", [
+    {}, {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}])
 def test_we_read_version_5_as_sae_lens_does(tmp_path, t, sae_lens, cfg):
     sae_lens_5(tmp_path, t, "standard", **cfg)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
-    with torch.no_grad():
-        equal(load_sae(tmp_path), (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+    equal(load_sae(tmp_path), theirs, t["x"])
 
 
 @pytest.fixture
 def their_hub(sae_lens, tmp_path, monkeypatch):
     """SAELens' readers of files on the Hub, pointed at tmp_path."""
     from sae_lens.loading import pretrained_sae_loaders as loaders
-    monkeypatch.setattr(loaders, "hf_hub_download", lambda repo_id, filename, subfolder=None, **_: str(
-        tmp_path / (subfolder or "") / filename))
+    monkeypatch.setattr(
+        loaders, "hf_hub_download", lambda repo_id, filename, subfolder=None, **_: str(
+            tmp_path / (subfolder or "") / filename))
 
     def load(reader, repo, folder, **overrides):
         def converter(path, device, cfg_overrides):
-            return getattr(loaders, reader)(repo, folder, device, False, {"dtype": "float32", **overrides})[:2]
+            how = {"dtype": "float32", **overrides}
+            return getattr(loaders, reader)(repo, folder, device, False, how)[:2]
         return sae_lens.SAE.load_from_disk(tmp_path, converter=converter)
     return load
 
@@ -457,32 +451,30 @@ def their_hub(sae_lens, tmp_path, monkeypatch):
 def test_gemma_scope_as_sae_lens_reads_it(tmp_path, t, their_hub):
     folder = "layer_3/width_16k/average_l0_82"
     gemma_scope(tmp_path / folder, t)
-    theirs = their_hub("gemma_2_sae_huggingface_loader", "google/gemma-scope-2b-pt-res", folder, d_in=D, d_sae=M)
-    with torch.no_grad():
-        equal(load_sae(tmp_path, layer=3), (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+    repo = "google/gemma-scope-2b-pt-res"
+    theirs = their_hub("gemma_2_sae_huggingface_loader", repo, folder, d_in=D, d_sae=M)
+    equal(load_sae(tmp_path, layer=3), theirs, t["x"])
 
 
 def test_llama_scope_as_sae_lens_itself_reads_it(tmp_path, t, their_hub):
-    folder = "Llama3_1-8B-Base-L3R-32x"
+    folder, repo = "Llama3_1-8B-Base-L3R-32x", "fnlp/Llama3_1-8B-Base-LXR-32x"
     llama_scope(tmp_path / folder, t)
-    theirs = their_hub("llama_scope_sae_huggingface_loader", "fnlp/Llama3_1-8B-Base-LXR-32x", folder)
+    theirs = their_hub("llama_scope_sae_huggingface_loader", repo, folder)
     theirs.fold_activation_norm_scaling_factor(math.sqrt(D) / 2.5)
-    with torch.no_grad():
-        equal(load_sae(tmp_path, layer=3, llama_scope="sae_lens"), (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+    equal(load_sae(tmp_path, layer=3, llama_scope="sae_lens"), theirs, t["x"])
 
 
 @pytest.mark.parametrize("dict_class", ["AutoEncoder", "AutoEncoderTopK", "JumpReluAutoEncoder"])
 def test_dictionary_learning_as_sae_lens_reads_it(tmp_path, t, their_hub, dict_class):
     dictionary_learning(tmp_path / "a", t, dict_class)
     theirs = their_hub("dictionary_learning_sae_huggingface_loader_1", "a/b", "a")
-    with torch.no_grad():
-        equal(load_sae(tmp_path / "a"), (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+    equal(load_sae(tmp_path / "a"), theirs, t["x"])
 
 
 def test_sparsify_loads_what_we_save_and_we_what_it_saves(tmp_path, t):
-    theirs_is = pytest.importorskip("sparsify", reason="the oracle eai-sparsify is not installed").SparseCoder
+    sparsify = pytest.importorskip("sparsify", reason="the oracle eai-sparsify is not installed")
     save_sparsify(ours(t, "topk"), tmp_path / "a")
-    theirs = theirs_is.load_from_disk(tmp_path / "a")
+    theirs = sparsify.SparseCoder.load_from_disk(tmp_path / "a")
     theirs.save_to_disk(tmp_path / "b")
     with torch.no_grad():
         x = t["x"].flatten(0, 1)
@@ -494,12 +486,14 @@ def test_sparsify_loads_what_we_save_and_we_what_it_saves(tmp_path, t):
 @pytest.mark.parametrize("rescaled", [True, False])
 @pytest.mark.parametrize("kind", BATCH_TOPK)
 def test_batch_topk_is_what_sae_lens_makes_of_it(tmp_path, t, sae_lens, kind, rescaled):
-    """Its training class with our tensors, saved both ways; its own inference class is the oracle for both."""
+    """Its training class with our tensors, saved both ways; its inference class is the oracle."""
     sae_class, config_class = sae_lens.registry.get_sae_training_class(kind)
     more = {"matryoshka_widths": [M // 2, M]} if kind == "matryoshka_batchtopk" else {}
-    training = sae_class(config_class(d_in=D, d_sae=M, k=6.5, rescale_acts_by_decoder_norm=rescaled, **more))
-    tensors = {"W_enc": t["W_enc"].T.contiguous(), **{name: t[name] for name in ("W_dec", "b_enc", "b_dec")}}
-    training.load_state_dict({**tensors, "topk_threshold": torch.tensor(THETA, dtype=torch.float64)})
+    training = sae_class(config_class(
+        d_in=D, d_sae=M, k=6.5, rescale_acts_by_decoder_norm=rescaled, **more))
+    training.load_state_dict({
+        "W_enc": t["W_enc"].T.contiguous(), "W_dec": t["W_dec"], "b_enc": t["b_enc"],
+        "b_dec": t["b_dec"], "topk_threshold": torch.tensor(THETA, dtype=torch.float64)})
     training.save_model(tmp_path / "checkpoint")
     training.save_inference_model(tmp_path / "inference")
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "inference")
@@ -507,11 +501,10 @@ def test_batch_topk_is_what_sae_lens_makes_of_it(tmp_path, t, sae_lens, kind, re
     for folder in ("checkpoint", "inference"):
         sae = load_sae(tmp_path / folder)
         assert isinstance(sae, JumpReLU) and sae.on_special
-        with torch.no_grad():
-            equal(sae, (theirs.encode(t["x"]), theirs(t["x"])), t["x"])
+        equal(sae, theirs, t["x"])
 
 
-# ---- Bad input: one line each, nothing executed ---------------------------------------------------------------------
+# ---- Bad input: one line each, nothing executed --------------------------------------------------
 
 class Bomb:
     def __reduce__(self):
@@ -527,10 +520,10 @@ def bomb(tmp_path):
 
 def test_pickles_are_refused_and_not_executed(tmp_path, t, bomb):
     gemma_scope(tmp_path / "a", t, scaling_factor=np.array([bomb], dtype=object))
-    with pytest.raises(InputError, match="params.npz: cannot read scaling_factor .Object arrays cannot be loaded"):
+    with pytest.raises(InputError, match="params.npz: scaling_factor is refused: .*Object arrays"):
         load_sae(tmp_path / "a")
     (tmp_path / "a" / "params.npz").write_bytes(pickle.dumps(bomb))
-    with pytest.raises(InputError, match="params.npz is refused: not a whole file of named tensors"):
+    with pytest.raises(InputError, match="params.npz is refused: not a whole file"):
         load_sae(tmp_path / "a")
     dictionary_learning(tmp_path / "b", t, "AutoEncoder")
     torch.save({"encoder.weight": bomb}, tmp_path / "b" / "ae.pt")
@@ -538,36 +531,15 @@ def test_pickles_are_refused_and_not_executed(tmp_path, t, bomb):
         load_sae(tmp_path / "b")
 
 
-@pytest.mark.parametrize("write, name", [
-    (gemma_scope, "params.npz"), (llama_scope, "checkpoints/final.safetensors"), (sparsify, "sae.safetensors"),
-    (lambda folder, t: dictionary_learning(folder, t, "AutoEncoder"), "ae.pt")])
-@pytest.mark.parametrize("damage", ["cut", "emptied", "overwritten"])
-def test_a_damaged_file_is_named(tmp_path, t, write, name, damage):
-    path = write(tmp_path, t) / name
-    data = path.read_bytes()
-    path.write_bytes({"cut": data[:len(data) // 2], "emptied": b"", "overwritten": b"<html>no such page" * 50}[damage])
-    with pytest.raises(InputError, match=path.name):
-        load_sae(tmp_path)
-
-
-def test_flipped_bytes_in_an_archive_are_noticed(tmp_path, t):
-    path = gemma_scope(tmp_path, t) / "params.npz"
-    data = bytearray(path.read_bytes())
-    data[2000:2004] = bytes(255 - byte for byte in data[2000:2004])
-    path.write_bytes(data)
-    with pytest.raises(InputError, match="params.npz: cannot read .*CRC"):
-        load_sae(tmp_path)
-
-
 def put(name, value):
     return lambda t: t | {name: value(t[name])}
 
 
 @pytest.mark.parametrize("change, message", [
-    (put("b_enc", lambda b: b[:-1]), r"b_enc is \[95\], but W_enc implies \[96\]"),
-    (put("b_dec", lambda b: b[:-1]), r"b_dec is \[23\], but W_enc implies \[24\]"),
-    (put("W_dec", lambda W: W[:-1]), r"W_dec is \[95, 24\] as \[M, D\], but W_enc implies \[96, 24\]"),
-    (put("threshold", lambda b: b[:1]), r"threshold is \[1\], but W_enc implies \[96\]"),
+    (put("b_enc", lambda b: b[:-1]), r"b_enc is \[95\], but should be \[96\]"),
+    (put("b_dec", lambda b: b[:-1]), r"b_dec is \[23\], but should be \[24\]"),
+    (put("W_dec", lambda W: W[:-1]), r"W_dec is \[95, 24\], but should be \[96, 24\]"),
+    (put("threshold", lambda b: b[:1]), r"threshold is \[1\], but should be \[96\]"),
     (put("W_enc", lambda W: W[0]), "W_enc is \\[24\\], but should be a matrix"),
     (put("W_dec", lambda W: W / 0), "W_dec holds values that are not finite"),
 ])
@@ -577,89 +549,50 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, t, change, message):
         load_sae(gemma_scope(tmp_path, change(t)))
 
 
-@pytest.mark.parametrize("write, message", [
-    (lambda f, t: gemma_scope(f, t, scaling_factor=np.full(M, 2.0)), "scaling_factor other than 1"),
-    (lambda f, t: sparsify(f, t, dropped=["W_dec"]), "lacks the tensor W_dec; it has b_dec, encoder.bias, encoder.w"),
-    (lambda f, t: sparsify(f, t, num_latents=7), r"W_enc is \[96, 24\] as \[M, D\], but should be \[7, 24\]"),
-    (lambda f, t: sparsify(f, t, skip_connection=True), "skip_connection True is not supported"),
-    (lambda f, t: sparsify(f, t, transcode=True), "transcode True is not supported"),
-    (lambda f, t: sparsify(f, t, activation="groupmax"), "activation 'groupmax' is not supported"),
-    (lambda f, t: sparsify(f, t, signed=True), "signed True is not supported"),
-    (lambda f, t: sparsify(f, t, k="many"), "cfg.json: k is 'many', but should be a whole number, at least 1"),
-    (lambda f, t: sparsify(f, t, k=M + 1), "1 <= k <= 96"),
-    (lambda f, t: sae_lens_6(f, t, "gated"), "architecture 'gated'"),
-    (lambda f, t: sae_lens_6(f, t, "topk", normalize_activations="layer_norm"), "normalize_activations 'layer_norm'"),
-    (lambda f, t: sae_lens_6(f, t, "topk", reshape_activations="hook_z"), "reshape_activations 'hook_z'"),
-    (lambda f, t: sae_lens_6(f, t, "topk", {"hook_name": "blocks.3.hook_mlp_out"}), "reads 'blocks.3.hook_mlp_out'; on"),
-    (lambda f, t: sae_lens_5(f, t, "standard", activation_fn_str="tanh-relu"), "activation 'tanh-relu'"),
-    (lambda f, t: sae_lens_5(f, t, "standard", normalize_activations=True), "normalize_activations True"),
-    (lambda f, t: sae_lens_5(f, t, "standard", activation_fn_str="topk", activation_fn_kwargs={"k": K, "signed": True}),
-     "signed True is not supported"),
-    (lambda f, t: llama_scope(f, t, use_decoder_bias=False), "use_decoder_bias False"),
-    (lambda f, t: llama_scope(f, t, norm_activation="token-wise"), "norm_activation 'token-wise'"),
-    (lambda f, t: llama_scope(f, t, hook_point_out="blocks.3.hook_mlp_out"), "hook_point_out 'blocks.3.hook_mlp_out'"),
-    (lambda f, t: llama_scope(f, t, jump_relu_threshold=None), "jump_relu_threshold is None, but should be a number, at least 0"),
-    (lambda f, t: sparsify(f, t, k=7.0), "cfg.json: k is 7.0, but should be a whole number, at least 1"),
-    (lambda f, t: sparsify(f, t, k=True), "cfg.json: k is True, but should be a whole number"),
-    (lambda f, t: sparsify(f, t, k=0), "cfg.json: k is 0, but should be a whole number, at least 1"),
-    (lambda f, t: sae_lens_6(f, t, "topk", hook_head_index=0), "hook_head_index 0 is not supported"),
-    (lambda f, t: sae_lens_6(f, t, "topk", {"hook_name": "blocks.0.hook_resid_pre"}), "the embeddings; only a block's output"),
-    (lambda f, t: sae_lens_6(f, t, "jumprelu_transcoder"), "architecture 'jumprelu_transcoder'"),
-    (lambda f, t: dictionary_learning(f, t, "GatedAutoEncoder"), "dict_class 'GatedAutoEncoder' is not supported"),
+MLP = "blocks.3.hook_mlp_out"
+SIGNED = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K, "signed": True}}
+
+
+@pytest.mark.parametrize("write, how, cfg, message", [
+    (gemma_scope, [], {"scaling_factor": np.full(M, 2.0)}, "scaling_factor other than 1"),
+    (sparsify, [["W_dec"]], {}, "lacks the tensor W_dec"),
+    (sparsify, [], {"num_latents": 7}, r"W_enc is \[96, 24\], but should be \[7, 24\]"),
+    (sparsify, [], {"activation": "groupmax"}, "activation is 'groupmax'"),
+    (sparsify, [], {"signed": True}, "signed is True"),
+    (sparsify, [], {"k": M + 1}, "k is 97, but should be .*, below 97"),
+    (sae_lens_6, ["gated"], {}, "architecture is 'gated'"),
+    (sae_lens_6, ["jumprelu_transcoder"], {}, "architecture is 'jumprelu_transcoder'"),
+    (sae_lens_6, ["topk"], {"normalize_activations": "layer_norm"}, "activations 'layer_norm' is"),
+    (sae_lens_6, ["topk"], {"reshape_activations": "hook_z"}, "reshape_activations 'hook_z'"),
+    (sae_lens_6, ["topk"], {"hook_head_index": 0}, "hook_head_index 0 is not supported"),
+    (sae_lens_6, ["topk", {"hook_name": MLP}], {}, f"reads '{MLP}'; only a block's output"),
+    (sae_lens_6, ["topk", {"hook_name": "blocks.0.hook_resid_pre"}], {}, "0.hook_resid_pre'; only"),
+    (sae_lens_5, ["standard"], {"activation_fn_str": "tanh-relu"}, "str is 'tanh-relu'"),
+    (sae_lens_5, ["standard"], {"normalize_activations": True}, "normalize_activations True"),
+    (sae_lens_5, ["standard"], SIGNED, "signed is True"),
+    (llama_scope, [], {"norm_activation": "token-wise"}, "norm_activation is 'token-wise'"),
+    (llama_scope, [], {"hook_point_out": MLP}, f"hook_point_out is '{MLP}'"),
+    (dictionary_learning, ["AutoEncoder", "mlp_out"], {}, "reads 'mlp_out'; only a block's output"),
+    (dictionary_learning, ["GatedAutoEncoder"], {}, "dict_class is 'GatedAutoEncoder'"),
 ])
-def test_what_is_not_supported_is_refused_by_name(tmp_path, t, write, message):
+def test_what_is_not_supported_is_refused_by_name(tmp_path, t, write, how, cfg, message):
     with pytest.raises(InputError, match=message) as error:
-        load_sae(write(tmp_path, t))
+        load_sae(write(tmp_path, t, *how, **cfg))
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("change, message", [
-    (put("W_enc", lambda W: W.to(torch.int8)), "W_enc is int8, but only float32, bfloat16, float16 and float64 are read"),
-    (put("b_enc", lambda b: b > 0), "b_enc is bool, but only"), (put("b_dec", lambda b: b.to(torch.complex64)), "b_dec is complex64"),
-    (put("threshold", lambda b: b.long()), "threshold is int64, but only"),
-    (put("threshold", lambda b: b - torch.inf), "threshold holds values that are not finite"),
-    (lambda t: t | {"W_enc": t["W_enc"][:0], "W_dec": t["W_dec"][:0], "b_enc": t["b_enc"][:0], "threshold": t["b_enc"][:0]},
-     r"W_enc is \[0, 24\] as \[M, D\], but should be .*, neither one 0"),
-])
-def test_codes_and_empty_saes_are_refused_and_not_cast(tmp_path, t, change, message):
-    with pytest.raises(InputError, match=message):
-        load_sae(gemma_scope(tmp_path, change(t)))
-
-
-def test_fp8_is_refused_and_a_fractional_k_of_a_tensor_too(tmp_path, t):
-    sparsify(tmp_path / "s", t)
-    tensors = load_file(tmp_path / "s" / "sae.safetensors")
-    save_file({**tensors, "W_dec": tensors["W_dec"].to(torch.float8_e5m2)}, tmp_path / "s" / "sae.safetensors")
-    with pytest.raises(InputError, match="W_dec is float8_e5m2, but only float32"):
-        load_sae(tmp_path / "s")
-    for k in (torch.tensor(7.0), torch.tensor(True), torch.tensor([7, 7])):
-        folder = dictionary_learning(tmp_path / "d", t, "AutoEncoderTopK")
-        torch.save({**torch.load(folder / "ae.pt"), "k": k}, folder / "ae.pt")
-        with pytest.raises(InputError, match="ae.pt: k is .*, but should be one whole number"):
-            load_sae(folder)
 
 
 def test_a_pt_file_of_something_else_than_tensors_is_one_line(tmp_path, t):
     folder = dictionary_learning(tmp_path, t, "AutoEncoder")
     state = torch.load(folder / "ae.pt")
-    for wrong in ({**state, "bias": 7}, {**state, "bias": state["bias"].to_sparse()}, {**state, "bias": {"a": state["bias"]}}):
-        torch.save(wrong, folder / "ae.pt")
-        with pytest.raises(InputError, match="ae.pt: bias is no plain tensor") as error:
+    for wrong in (7, state["bias"].to_sparse(), {"a": state["bias"]}):
+        torch.save({**state, "bias": wrong}, folder / "ae.pt")
+        with pytest.raises(InputError, match="ae.pt: bias is not a dense tensor") as error:
             load_sae(folder)
         assert "\n" not in str(error.value)
     for wrong in ([state["bias"]], state["bias"], 7):
         torch.save(wrong, folder / "ae.pt")
         with pytest.raises(InputError, match="ae.pt is refused|lacks the tensor"):
             load_sae(folder)
-
-
-def test_a_dictionary_of_another_place_than_a_blocks_output_is_refused(tmp_path, t):
-    folder = dictionary_learning(tmp_path, t, "AutoEncoder")
-    cfg = json.loads((folder / "config.json").read_text())
-    cfg["trainer"]["submodule_name"] = "mlp_out_layer_3"
-    write_json(folder / "config.json", cfg)
-    with pytest.raises(InputError, match="reads 'mlp_out_layer_3'; only a block's output"):
-        load_sae(folder)
 
 
 def test_a_layer_that_the_file_contradicts_is_refused(tmp_path, t):
@@ -669,26 +602,17 @@ def test_a_layer_that_the_file_contradicts_is_refused(tmp_path, t):
         with pytest.raises(InputError, match="was trained on block 3, not 5: pass --layer 3"):
             load_sae(folder, layer=5)
     before = sae_lens_6(tmp_path / "pre", t, "topk", {"hook_name": "blocks.3.hook_resid_pre"})
-    assert load_sae(before, layer=2).k == K                             # the input of block 3 is the output of block 2
+    assert load_sae(before, layer=2).k == K             # block 3's input is block 2's output
 
 
 def test_other_mistakes_are_one_line(tmp_path, t):
-    with pytest.raises(InputError, match="but the model's have 32: it was trained on another model"):
-        check_fits(ours(t, "topk"), 32)
-    check_fits(ours(t, "topk"), D)
+    with pytest.raises(InputError, match="model's have 32: it was trained on another model"):
+        check_fits(ours(t, "topk").W_enc.shape[1], 32)
+    check_fits(ours(t, "topk").W_enc.shape[1], D)
     with pytest.raises(InputError, match="dtype 'float7'"):
         load_sae(gemma_scope(tmp_path / "a", t), dtype="float7")
     with pytest.raises(InputError, match="llama_scope 'own' is not one of"):
         load_sae(llama_scope(tmp_path / "b", t), llama_scope="own")
     gemma_scope(sparsify(tmp_path / "d", t), t)
-    with pytest.raises(InputError, match=r"several formats \(gemma_scope, sparsify\): keep each"):
+    with pytest.raises(InputError, match=r"several SAEs that fit: . \(gemma_scope\), . \(sparsi"):
         load_sae(tmp_path / "d")
-    (tmp_path / "c").mkdir()
-    with pytest.raises(InputError, match="holds no SAE of a known format: expected params.npz"):
-        load_sae(tmp_path / "c")
-    (tmp_path / "b" / "hyperparams.json").write_text("[1]")
-    with pytest.raises(InputError, match="is not a JSON object"):
-        load_sae(tmp_path / "b")
-    (tmp_path / "b" / "hyperparams.json").write_text("{")
-    with pytest.raises(InputError, match="is not JSON"):
-        load_sae(tmp_path / "b")

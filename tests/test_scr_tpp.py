@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from lorasae.evals import saebench, scr, tpp
 from lorasae.evals.probes import accuracy
 from lorasae.evals.saebench import Means, one_against_rest
-from lorasae.evals.scr_tpp import THRESHOLDS, ablate, concept_probes, naive_ablate, strongest
+from lorasae.evals.scr_tpp import ablate, concept_probes, naive_ablate, strongest
 from lorasae.evals.labelled import Cut
 from lorasae.sae import JumpReLU, TopK
 
@@ -23,35 +23,25 @@ def as_means(sae, x):
     return Means(x, sae.encode(x), torch.ones(len(x)))
 
 
-# ---- The formulas ---------------------------------------------------------------------------------------------------
+# ---- The formulas --------------------------------------------------------------------------------
 
-def test_scr_reports_the_direction_in_which_the_biased_probe_is_worse():
+def test_scr_reports_the_direction_in_which_the_biased_probe_is_worse_and_tpp_a_difference():
     dir1, dir2, reported = scr.shift(clean=(0.90, 0.95), biased=(0.70, 0.80), ablated=(0.78, 0.88))
     assert (dir1, dir2) == (pytest.approx(0.53333, abs=1e-5), pytest.approx(0.4))
     assert reported == dir2
-    assert scr.shift(clean=(0.9, 0.95), biased=(0.8, 0.7), ablated=(0.9, 0.8))[2] == pytest.approx(0.4)
-
-
-def test_a_biased_probe_that_is_not_worse_leaves_nothing_to_cure():
+    other = scr.shift(clean=(0.9, 0.95), biased=(0.8, 0.7), ablated=(0.9, 0.8))
+    assert other[2] == pytest.approx(0.4)
+    # A biased probe that is not worse leaves nothing to cure
     assert scr.shift(clean=(0.9, 0.8), biased=(0.9, 0.8), ablated=(0.7, 0.9)) == (0, 0, 0)
 
-
-def test_tpp_is_the_intended_drop_less_the_unintended_one():
+    # TPP is the intended drop less the unintended one
     clean = torch.tensor([0.9, 0.8, 0.95])
     ablated = torch.tensor([[0.6, 0.79, 0.95], [0.9, 0.7, 0.93], [0.88, 0.8, 0.65]])
     total, intended, unintended = tpp.perturbation(clean, ablated)
     assert (total, intended, unintended) == pytest.approx((0.225, 0.233333, 0.008333), abs=1e-6)
 
 
-def test_the_average_over_thresholds_is_the_papers():
-    values = [scr.PAPER[f"top_{n}"] for n in THRESHOLDS]
-    for model in (0, 1):
-        column = [value[model] for value in values]
-        assert max(column) == scr.PAPER["max"][model]
-        assert sum(column) / 7 == pytest.approx(scr.PAPER["average"][model], abs=6e-4)
-
-
-# ---- Ablation -------------------------------------------------------------------------------------------------------
+# ---- Ablation ------------------------------------------------------------------------------------
 
 @pytest.fixture
 def texts():
@@ -93,16 +83,11 @@ def test_the_published_ablation_counts_padding(texts):
     published = (padded.sum(1) - (z[..., chosen] @ sae.W_dec[chosen]).sum(1)) / counted.sum(1, keepdim=True)
     means = means_of(sae, x, counted)
     torch.testing.assert_close(ablate(sae, means, chosen, count_padding=True), published, atol=1e-5, rtol=1e-4)
+    nothing = torch.tensor([], dtype=torch.long)
+    for count_padding in (False, True):
+        assert torch.equal(ablate(sae, means, nothing, count_padding), means.residual)
     moved = (published - ablate(sae, means, chosen)).norm(dim=1)
     assert moved.argmax() == counted.sum(1).argmin()                        # the shortest text most
-
-
-def test_ablating_nothing_changes_nothing(texts):
-    sae, (x, counted) = random_sae(), texts
-    means = means_of(sae, x, counted)
-    nothing = torch.tensor([], dtype=torch.long)
-    assert torch.equal(ablate(sae, means, nothing), means.residual)
-    assert torch.equal(ablate(sae, means, nothing, count_padding=True), means.residual)
 
 
 def test_as_many_latents_are_ablated_as_have_an_effect():
@@ -111,7 +96,7 @@ def test_as_many_latents_are_ablated_as_have_an_effect():
     assert sorted(strongest(effects, 50).tolist()) == [1, 3, 4]
 
 
-# ---- Planted concepts -----------------------------------------------------------------------------------------------
+# ---- Planted concepts ----------------------------------------------------------------------------
 
 CLASSES, EACH, D = 10, 90, 32
 
@@ -131,16 +116,13 @@ def tpp_of(sae):
     return tpp.measure(sae, as_means(sae, train), as_means(sae, test), Cut(cut, cut), seed=42)
 
 
-def test_tpp_is_nearly_its_maximum_where_a_latent_is_a_class():
-    found = tpp_of(dictionary(torch.eye(D)))
-    assert found["clean"] > 0.98
-    assert found["top_2"] > 0.4                                             # at most clean - 0.5
-    assert abs(found["unintended_2"]) < 0.05
-
-
-def test_tpp_is_nearly_zero_for_a_shuffled_dictionary():
+def test_tpp_is_nearly_its_maximum_where_a_latent_is_a_class_and_zero_for_a_shuffled_dictionary():
     sae = dictionary(torch.eye(D))
-    sae.W_dec.data = sae.W_dec.data.roll(CLASSES, 0)                        # fires on a class, writes into the noise
+    found = tpp_of(sae)
+    assert found["clean"] > 0.98
+    assert found["top_2"] > 0.4                         # at most clean - 0.5
+    assert abs(found["unintended_2"]) < 0.05
+    sae.W_dec.data = sae.W_dec.data.roll(CLASSES, 0)    # fires on a class, writes into the noise
     assert abs(tpp_of(sae)["top_2"]) < 0.03
 
 
@@ -163,18 +145,14 @@ def scr_of(sae):
     return scr.measure(sae, as_means(sae, train), as_means(sae, test), Cut(train_cut, test_cut), seed=42)
 
 
-def test_scr_is_nearly_one_where_latents_are_the_concepts():
-    axes = torch.eye(D)[:2]
-    found = scr_of(dictionary(torch.cat([axes, -axes])))
-    assert found["biased"] < found["clean"] - 0.2
-    assert found["top_2"] > 0.9
-    assert found["top_2"] == found["dir1_2"]                                # it is worse at the class
-
-
-def test_scr_is_nearly_zero_for_a_shuffled_dictionary():
+def test_scr_is_nearly_one_where_latents_are_the_concepts_and_zero_for_a_shuffled_dictionary():
     axes = torch.eye(D)[:2]
     sae = dictionary(torch.cat([axes, -axes]))
-    sae.W_dec.data = torch.eye(D)[2:6]                                      # fires on a concept, writes into the noise
+    found = scr_of(sae)
+    assert found["biased"] < found["clean"] - 0.2
+    assert found["top_2"] > 0.9
+    assert found["top_2"] == found["dir1_2"]            # it is worse at the class
+    sae.W_dec.data = torch.eye(D)[2:6]                  # fires on a concept, writes into the noise
     assert abs(scr_of(sae)["top_2"]) < 0.05
 
 

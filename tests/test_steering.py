@@ -1,4 +1,4 @@
-"""Steering: likelihoods of the right tokens, the change by steering, how α is chosen, and where the examples come from."""
+"""Steering: likelihoods, the change by steering, how α is chosen, where the examples come from."""
 import importlib
 import json
 
@@ -7,14 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import TEXT, write_tokenizer
-from helpers import Endpoint, adapted, random_sae, read
+from helpers import adapted, random_sae, read, toy_text
 from lorasae.errors import InputError
-from lorasae.evals import chat as chat_module, steering
-from lorasae.evals.chat import chat
+from lorasae.evals import steering
 from lorasae.evals.common import interval
 from lorasae.evals.steering import Examples
-from lorasae.io.corpus import Corpus
 from lorasae.lora import adapters, add_lora, base
 from lorasae.runs.config import Config
 from lorasae.runs.setting import Setting
@@ -25,22 +22,21 @@ def unit(D, seed=0):
 
 
 def texts_of(lengths, model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [[model.config.bos_token_id, *torch.randint(3, 97, (n,), generator=generator).tolist()] for n in lengths]
+    generator, bos = torch.Generator().manual_seed(seed), model.config.bos_token_id
+    return [[bos, *torch.randint(3, 97, (n,), generator=generator).tolist()] for n in lengths]
 
 
 def adapt(model):
     return adapted(model, [2, 3], std=0.1)
 
 
-# ---- Likelihoods -----------------------------------------------------------------------------------------------------
+# ---- Likelihoods ---------------------------------------------------------------------------------
 
 def test_a_likelihood_scores_each_token_by_the_row_before_it():
     log_probs = torch.tensor(np.random.default_rng(0).normal(size=(6, 5))).log_softmax(-1)
     tokens = torch.tensor([0, 3, 1, 1, 4, 2])
-    assert steering.naive_log_likelihood(log_probs, tokens).item() == pytest.approx(-1.4169129, abs=1e-7)
-    published = log_probs[1:].gather(-1, tokens[1:, None]).mean()               # a row too late: p(next = current)
-    assert published.item() == pytest.approx(-1.9523935, abs=1e-7)
+    found = steering.naive_log_likelihood(log_probs, tokens).item()
+    assert found == pytest.approx(-1.4169129, abs=1e-7)     # a row too late it is -1.9523935
 
 
 @pytest.mark.parametrize("alpha", [0, 2.5])
@@ -49,36 +45,38 @@ def test_batched_likelihoods_are_those_of_each_text_alone(model, alpha):
     found = steering.log_likelihoods(model, texts, layer, v, (alpha, 0), batch=3)
     for i, text in enumerate(texts):
         tokens = torch.tensor([text])
-        logits = model(tokens, {layer: lambda x: x + alpha * torch.outer(x[0] @ v, v)[None]})       # every position
+        every = {layer: lambda x: x + alpha * torch.outer(x[0] @ v, v)[None]}
+        logits = model(tokens, every)
         expected = steering.naive_log_likelihood(logits[0].double().log_softmax(-1), tokens[0])
         assert found[0, i].item() == pytest.approx(expected.item(), abs=1e-5)
     assert torch.equal(found[0], found[1]) == (alpha == 0)
 
 
-def test_steering_multiplies_what_lies_along_the_latent_and_nothing_else():
+def test_steering_multiplies_what_lies_along_the_latent_and_has_its_units():
     x, v = torch.randn(2, 3, 8), unit(8)
     steered = steering.steer(x, v, 2.0)
     torch.testing.assert_close(steered @ v, 3 * (x @ v))
     torch.testing.assert_close(steered - x, (x @ v)[..., None] * 2 * v)
     assert torch.equal(steering.steer(x, v, 0), x)
 
-
-def test_a_change_is_in_units_where_the_unsteered_texts_span_100():
+    # A change is in units where the unsteered texts span 100
     unsteered = torch.tensor([-5.0, -3.0, -1.0])
     assert steering.change(unsteered, unsteered).tolist() == [0, 0, 0]
     assert steering.change(torch.tensor([-3.0, -3.0, 0.0]), unsteered).tolist() == [50, 0, 25]
 
 
 def test_alpha_raises_positives_and_not_negatives():
-    flat = torch.tensor([0.0, 1.0])                                             # unsteered: a span of 1
+    flat = torch.tensor([0.0, 1.0])                                         # unsteered: a span of 1
     raised = lambda *by: torch.stack([flat + amount for amount in by])
     alphas = (0, 1, 2, 3)
-    assert steering.tune(raised(0, 1, 3, 4), raised(0, 0, 0, 2), alphas) == 2           # 3 gains 1 and costs 2
-    assert steering.tune(raised(0, 1, 3, 4), raised(0, -1, -5, -9), alphas) == 3        # lowering negatives costs nothing
-    assert steering.tune(raised(0, -1, -2, -3), raised(0, -1, -2, -3), alphas) == 0     # nothing helps
+    for positives, negatives, best in (
+            ((0, 1, 3, 4), (0, 0, 0, 2), 2),                # 3 gains 1 and costs 2
+            ((0, 1, 3, 4), (0, -1, -5, -9), 3),             # lowering negatives costs nothing
+            ((0, -1, -2, -3), (0, -1, -2, -3), 0)):         # nothing helps
+        assert steering.tune(raised(*positives), raised(*negatives), alphas) == best
 
 
-# ---- The comparison --------------------------------------------------------------------------------------------------
+# ---- The comparison ------------------------------------------------------------------------------
 
 def examples(model):
     return Examples(*(texts_of([10] * 6, model, seed) for seed in range(4)))
@@ -89,7 +87,8 @@ def test_fresh_adapters_steer_exactly_as_the_base_model(model):
     row = steering.compare(model, 1, unit(model.config.hidden_size), examples(model))
     assert row["alpha_base"] == row["alpha_lora"]
     for side in ("positive", "negative"):
-        assert row[side]["base"] == row[side]["lora"] and row[side]["delta"] == row[side]["ci90"] == 0
+        assert row[side]["base"] == row[side]["lora"]
+        assert row[side]["delta"] == row[side]["ci90"] == 0
 
 
 def test_table_4_pairs_the_models_text_by_text_each_at_its_own_alpha(model):
@@ -98,10 +97,10 @@ def test_table_4_pairs_the_models_text_by_text_each_at_its_own_alpha(model):
     for side, texts in (("positive", sets.positive), ("negative", sets.negative)):
         d = {}
         for name in ("base", "lora"):
-            modules = list(adapters(model).values())
-            for module in modules:
+            for module in adapters(model).values():
                 module.enabled = name == "lora"
-            unsteered, steered = steering.log_likelihoods(model, texts, 1, v, (0, row[f"alpha_{name}"]))
+            alphas = (0, row[f"alpha_{name}"])
+            unsteered, steered = steering.log_likelihoods(model, texts, 1, v, alphas)
             d[name] = 100 * (steered - unsteered) / (unsteered.max() - unsteered.min())
             assert row[side][name]["d"] == d[name].tolist()
             assert row[side][name]["nats"] == pytest.approx((steered - unsteered).mean().item())
@@ -111,19 +110,21 @@ def test_table_4_pairs_the_models_text_by_text_each_at_its_own_alpha(model):
 def test_alpha_is_chosen_on_the_tuning_half_alone(model):
     v, sets = unit(model.config.hidden_size, 3), examples(adapt(model))
     row = steering.compare(model, 1, v, sets)
-    other = steering.compare(model, 1, v, sets._replace(positive=sets.negative, negative=sets.positive))
+    exchanged = sets._replace(positive=sets.negative, negative=sets.positive)
+    other = steering.compare(model, 1, v, exchanged)
     assert (row["alpha_base"], row["alpha_lora"]) == (other["alpha_base"], other["alpha_lora"])
     with base(model):
-        likelihoods = [steering.log_likelihoods(model, texts, 1, v, steering.ALPHAS) for texts in sets[:2]]
+        likelihoods = [steering.log_likelihoods(model, texts, 1, v, steering.ALPHAS)
+                       for texts in sets[:2]]
     assert row["alpha_base"] == steering.tune(*likelihoods)
 
 
-# ---- Latents and examples --------------------------------------------------------------------------------------------
+# ---- Latents and examples ------------------------------------------------------------------------
 
 def test_windows_are_distinct_stretches_of_one_document():
     chunks = torch.arange(100).repeat(2, 1) + 3
     chunks[:, 0] = 2
-    chunks[:, 30] = 1                                                           # an end of document in the third window
+    chunks[:, 30] = 1                                       # an end of document in the third window
     found = steering.windows(chunks, bos=2, eos=1, length=10)
     assert found.shape == (8, 11) and (found[:, 0] == 2).all() and not (found[:, 1:] < 3).any()
     assert found[0].tolist() == [2, *range(4, 14)] and len(found.unique(dim=0)) == 8
@@ -136,8 +137,9 @@ def planted(model):
     texts = torch.tensor(texts_of([12] * 300, model))
     with torch.no_grad():
         x = model.run(model.embed(texts), 0, 2)
-        pre = torch.stack([F.linear(row[1:], sae.W_enc) for row in x])          # [300, 12, 40], without BOS
-        sae.threshold.data = pre.flatten(0, 1).sort(0).values[-3 * torch.arange(1, 41), torch.arange(40)].clamp(min=0.1)
+        pre = torch.stack([F.linear(row[1:], sae.W_enc) for row in x])  # [300, 12, 40], without BOS
+        sorted_ = pre.flatten(0, 1).sort(0).values          # latent i is to fire 3 (i + 1) times
+        sae.threshold.data = sorted_[-3 * torch.arange(1, 41), torch.arange(40)].clamp(min=0.1)
         peak = torch.where(pre > sae.threshold, pre, 0).amax(1)
     return sae, texts, peak
 
@@ -156,10 +158,11 @@ def test_examples_are_where_a_latent_fires_most_and_where_it_does_not_fire(model
 def test_the_latents_chosen_fire_hard_in_enough_texts_but_in_few(model, planted):
     sae, texts, peak = planted
     fired = (peak > 0).sum(0)
-    assert (fired < 16).any() and (fired > 30).any()                            # there is something to leave out
+    assert (fired < 16).any() and (fired > 30).any()               # there is something to leave out
     eligible = [i for i in range(40) if 16 <= fired[i] <= 30]
     strength = {i: peak[:, i].sum().item() / fired[i].item() for i in eligible}
-    assert steering.choose_latents(model, sae, 1, texts, 3, least=16) == sorted(eligible, key=strength.get)[:-4:-1]
+    chosen = steering.choose_latents(model, sae, 1, texts, 3, least=16)
+    assert chosen == sorted(eligible, key=strength.get)[:-4:-1]
     with pytest.raises(InputError, match="--latents"):
         steering.choose_latents(model, sae, 1, texts, 3, least=299)
 
@@ -172,76 +175,32 @@ def test_texts_are_read_from_json_and_from_lines(tmp_path):
         assert steering.read_texts(tmp_path / name) == ["one", "two"]
     (tmp_path / "d.json").write_text("{}")
     (tmp_path / "e.txt").write_bytes(b"\xff\xfe\xff")
-    for name, message in (("d.json", "JSON list"), ("e.txt", "utf-8"), ("f.txt", "No such file"), ("g.json", "no g.json")):
+    for name, message in (("d.json", "JSON list"), ("e.txt", "utf-8"), ("f.txt", "No such file"),
+                          ("g.json", "g.json")):
         with pytest.raises(InputError, match=message):
             steering.read_texts(tmp_path / name)
 
 
-# ---- The endpoint ----------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    """A chat model on this computer, of which nobody waits for the next try."""
-    monkeypatch.setattr(chat_module, "WAITS", (0, 0))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Endpoint() as server:
-        yield server
-
-
-def completion(text):
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
-
-
-def test_the_endpoint_is_asked_in_openais_format_and_again_while_it_is_busy(endpoint, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    endpoint.answers = [429, 503, completion("hello")]
-    assert chat(endpoint.url, "a-model", [{"role": "user", "content": "hi"}], max_tokens=7) == "hello"
-    assert len(endpoint.requests) == 3
-    path, key, body = endpoint.requests[-1]
-    assert path == "/v1/chat/completions" and key == "Bearer secret"
-    assert body == {"model": "a-model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 7, "temperature": 0.8}
-
-
-@pytest.mark.parametrize("answer, asked", [(401, 1), (500, 3), ("no JSON", 1), ("{}", 1), ('{"choices": []}', 1)])
-def test_an_endpoint_that_does_not_answer_is_one_clear_line(endpoint, answer, asked):
-    endpoint.answers = [answer]
-    with pytest.raises(InputError, match="OpenAI-compatible") as refused:
-        chat(endpoint.url, "a-model", [], max_tokens=7)
-    assert "\n" not in str(refused.value) and len(endpoint.requests) == asked
-
-
-def test_an_unreachable_endpoint_is_one_clear_line(endpoint, monkeypatch):
-    with pytest.raises(InputError, match="OpenAI-compatible"):
-        chat("http://127.0.0.1:9/v1", "a-model", [], max_tokens=7)
-
+# ---- The whole evaluation ------------------------------------------------------------------------
 
 def test_generated_texts_lose_their_numbering_and_their_doubles():
-    answers = iter(["1. A line.\n2) \"Another\"\n\n- A line.\n", "* third\n4th of July\n", "Another"] + ["third"] * 9)
+    answers = iter(['1. A line.\n2) "Another"\n\n- A line.\n', "* third\n4th of July\n"])
     prompts = []
 
     def ask(messages, max_tokens):
         prompts.append(messages[0]["content"])
         return next(answers)
 
-    assert steering.generate(ask, ["seed one", "seed two"], 4) == ["A line.", "Another", "third", "4th of July"]
+    found = steering.generate(ask, ["seed one", "seed two"], 4)
+    assert found == ["A line.", "Another", "third", "4th of July"]
     assert len(prompts) == 2 and "seed one\nseed two" in prompts[0]
 
 
-# ---- The whole evaluation --------------------------------------------------------------------------------------------
-
 @pytest.fixture
 def setting(model, raw_config, tmp_path, planted):
-    (tmp_path / "text").mkdir()
-    generator = np.random.default_rng(0)
-    for i in range(40):
-        words = generator.integers(0, 1000, 150)
-        (tmp_path / "text" / f"{i}.txt").write_text("".join(f"x{a} = {b}\n" for a, b in zip(words, words[::-1])))
-    from tokenizers import Tokenizer
-    write_tokenizer(tmp_path, raw_config, TEXT + "x0123456789 = ")
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    config = model.config
-    corpus = Corpus(str(tmp_path / "text"), tokenizer, config.bos_token_id, config.eos_token_id, context=64, eval_tokens=20_000)
-    return Setting(adapt(model), {1: planted[0]}, corpus, Config(), tmp_path)
+    words = [f"x{i}" for i in range(1000)]
+    text = toy_text(tmp_path, raw_config, words, "x0123456789", eval_tokens=14_000)
+    return Setting(adapt(model), {1: planted[0]}, text, Config(), tmp_path)
 
 
 def test_positives_from_a_folder_and_negatives_from_files_are_what_is_steered(setting, tmp_path):
@@ -267,8 +226,9 @@ def test_an_endpoints_texts_are_kept_for_the_next_time(setting, tmp_path):
 
 
 @pytest.mark.parametrize("how, message", [
-    ({"latents": [40]}, "0 to 39"), ({"latents": [-1]}, "0 to 39"), ({"positives": "file.txt"}, "needs --latents"),
-    ({"negatives": ["one.txt"]}, "two files"), ({"latents": [5], "count": 4}, "fewer than 8"),
+    ({"latents": [40]}, "0 to 39"), ({"latents": [-1]}, "0 to 39"),
+    ({"positives": "file.txt"}, "needs --latents"), ({"negatives": ["one.txt"]}, "two files"),
+    ({"latents": [5], "count": 4}, "fewer than 8"),
     ({"latents": [5], "positives": "nowhere.txt"}, "nowhere.txt")])
 def test_what_cannot_be_steered_is_one_clear_line(setting, tmp_path, how, message):
     with pytest.raises(InputError, match=message):
@@ -292,10 +252,14 @@ def test_the_command_asks_for_what_its_options_say(setting, monkeypatch):
     """An address goes to the endpoint, a path to the files; the rest as it is."""
     arguments, seen = importlib.import_module("eval").arguments, {}
     monkeypatch.setattr(steering, "measure", lambda *given, **how: seen.update(how, given=given))
-    steering.evaluate(setting, arguments(["run", "--positives", "http://host/v1", "--chat-model", "m"]))
-    assert seen["given"] == (setting, setting.folder, None, 100) and set(seen) == {"given", "negatives", "ask"}
+    words = ["run", "--positives", "http://host/v1", "--chat-model", "m"]
+    steering.evaluate(setting, arguments(words))
+    assert seen["given"] == (setting, setting.folder, None, 100)
+    assert set(seen) == {"given", "negatives", "ask"}
     assert seen["ask"].args == ("http://host/v1", "m")
     seen.clear()
-    steering.evaluate(setting, arguments(["run", "--positives", "folder", "--negatives", "a", "b", "--latents", "5", "7", "--examples", "9"]))
-    assert seen == {"given": (setting, setting.folder, [5, 7], 9), "positives": "folder", "negatives": ["a", "b"]}
+    words = "run --positives folder --negatives a b --latents 5 7 --examples 9"
+    steering.evaluate(setting, arguments(words.split()))
+    assert seen == {"given": (setting, setting.folder, [5, 7], 9), "positives": "folder",
+                    "negatives": ["a", "b"]}
     assert arguments(["run"]).chat_model == "gpt-4o-mini"

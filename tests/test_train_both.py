@@ -1,22 +1,24 @@
-"""Adapters and SAE trained together: every gradient, two rates, and a run that evaluates, merges and resumes as others do."""
-import json
+"""Adapters and SAE trained together: every gradient, two rates, and what the run says of both."""
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import eval as evaluation
-import train as training
-from helpers import counted, interrupted_after
+from conftest import write_sae
+from helpers import command, metrics, moved, random_sae, read, words
 from lorasae import adapt
+from lorasae.adapt import adamw, first_differing
 from lorasae.beyond import finetune
-from lorasae.adapt import adamw, first_differing, teach
-from lorasae.beyond.finetune import hold, naive_loss
+from lorasae.beyond.finetuning import Finetuning, make_trainable
+from lorasae.beyond.muon import Muon, muon
 from lorasae.io.saes import load_sae
-from lorasae.lora import add_lora, lora_parameters
-from lorasae.beyond.muon import Muon
-from lorasae.runs.config import Config, read_config
-from test_finetune import LAYER, close, command, gradients, random_sae, read, refusal
+from lorasae.lora import add_lora, attach_lora, detach_lora, lora_parameters
+from lorasae.runs.config import Config
+
+LAYER = 1
 
 
 @pytest.fixture
@@ -26,151 +28,128 @@ def tokens(model):
     return tokens
 
 
-def setting(model, kind, tokens, dropout=0.0):
-    """(SAE, Held, adapters' parameters): adapters that are not the identity, where the paper puts them."""
-    sae = random_sae(kind, model.config.hidden_size)
-    learned = ~model.special(tokens) | sae.on_special
-    held = hold(sae, model.run(model.embed(tokens), 0, LAYER + 1)[learned])
+def kind_of(model, sae_kind, sample, dropout=0.0, optimizer=adamw, **how):
+    """A Finetuning with adapters that are not the identity, where the paper puts them."""
+    sae = random_sae(sae_kind, model)
     torch.manual_seed(0)
-    blocks = range(4) if kind == "topk" else range(LAYER + 1, 4)
-    parameters = lora_parameters(add_lora(model, blocks, rank=3, dropout=dropout))
-    for parameter in parameters[1::2]:
-        torch.nn.init.normal_(parameter, std=0.05)
-    return sae, held, parameters
+    blocks = range(4) if sae_kind == "topk" else range(LAYER + 1, 4)
+    adapters = moved(detach_lora(add_lora(model, blocks, rank=3, dropout=dropout)))
+    attach_lora(model, adapters)
+    config = Config(train_sae=True, batch_size=2, context=24, lr=1e-2, **{"sae_lr": 1e-3, **how})
+    make_trainable(sae, config)
+    return Finetuning(model.train(), LAYER, sae, adapters, config, sample, optimizer)
 
 
-# ---- One step ----------------------------------------------------------------------------------------------------------
+def copies(parameters):
+    return [parameter.detach().clone() for parameter in parameters]
 
-@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
-def test_every_gradient_of_both_is_that_of_equation_7(model, tokens, kind):
-    sae, held, adapters = setting(model, kind, tokens)
-    if kind == "jumprelu":
-        sae.threshold.requires_grad_(False)
-    first = finetune.first_trained(model, LAYER)
-    assert first == (0 if kind == "topk" else LAYER + 1)
-    lesson = teach(model, {}, tokens, first)
-    learners = finetune.Learners(LAYER, sae, held, lora_parameters(model))
-    loss, _ = finetune.learn(model, learners, lesson, first, Config())
+
+# ---- One step ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sae_kind", ["topk", "jumprelu"])
+def test_every_gradient_of_both_is_that_of_equation_7(model, tokens, sae_kind):
+    # Eq. 7 has no gradient for thresholds: they are frozen.
+    how = {"thresholds": "frozen"} if sae_kind == "jumprelu" else {}
+    kind = kind_of(model, sae_kind, tokens, **how)
+    sae = kind.trained.sae
+    assert kind.first == (0 if sae_kind == "topk" else LAYER + 1)
+    part = kind.frozen(tokens)
+    loss, values = finetune.loss_of(model, kind.trained, part, kind.first, kind.config)
     expected = adapt.naive_loss(model, {LAYER: sae}, tokens) / tokens.numel()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-
-    of_adapters = torch.autograd.grad(loss, adapters, retain_graph=True)
-    for found, gradient in zip(of_adapters, torch.autograd.grad(expected, adapters, retain_graph=True)):
-        assert (found - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7
-    close(gradients(loss, sae), gradients(expected, sae))
-    naive = naive_loss(model, {LAYER: sae}, tokens, "kl")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4) == values["kl"].item()
+    naive = finetune.naive_loss(model, {LAYER: sae}, tokens, "kl")
     assert naive.item() == pytest.approx(expected.item(), rel=1e-5)
 
-
-def take_steps(model, sae, held, adapters, tokens, steps, sae_lr, **how):
-    config = Config(tokens=48 * steps, batch_size=2, context=24, lr=1e-2, **how)
-    lesson = teach(model, {}, tokens, finetune.first_trained(model, LAYER))
-    learners = finetune.Learners(LAYER, sae, held, adapters)
-    optimizer = finetune.optimizers(learners, config, sae_lr)
-    values = [values for _, values in
-              finetune.train(model, learners, [lesson] * steps, optimizer, config)]
-    return values, optimizer, config
+    trained = lora_parameters(model) + [p for p in sae.parameters() if p.requires_grad]
+    gradients = (torch.autograd.grad(value, trained) for value in (loss, expected))
+    for found, gradient in zip(*gradients, strict=True):
+        assert (found - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_each_has_its_own_rate_and_both_fall(model, tokens, name):
-    sae, held, adapters = setting(model, "topk", tokens)
-    values, optimizer, _ = take_steps(model, sae, held, adapters, tokens, 4, sae_lr=1e-3, lr_decay=True, optimizer=name)
-    assert isinstance(optimizer.parts[0], Muon) == (name == "muon")
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2.5e-3, 2.5e-4, 2.5e-4])
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0, 0]
+    kind = kind_of(model, "topk", tokens, optimizer={"adamw": adamw, "muon": muon}[name],
+                   lr_decay=True, tokens=4 * 48)
+    part = kind.frozen(tokens)
+    values = [kind.step(part, step) for step in range(4)]
+    groups = kind.optimizer.param_groups
+    of_adapters = getattr(kind.optimizer.parts[0], "parts", [])
+    assert [type(part) for part in of_adapters] == [Muon] * (name == "muon")
+    assert [group["lr"] for group in groups] == pytest.approx([2.5e-3, 2.5e-4, 2.5e-4])
+    assert [group["weight_decay"] for group in groups] == [0.01, 0, 0]
     assert values[-1]["kl"] < values[0]["kl"]
 
 
-@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
-def test_beside_an_sae_that_stands_still_adapters_train_as_they_do_alone(model, tokens, kind):
-    sae, held, adapters = setting(model, kind, tokens, dropout=0.1)
-    before = [parameter.detach().clone() for parameter in adapters]
-    _, _, config = take_steps(model, sae, held, adapters, tokens, 3, sae_lr=1e-12)
-    together = [parameter.detach().clone() for parameter in adapters]
+@pytest.mark.parametrize("sae_kind", ["topk", "jumprelu"])
+def test_beside_an_sae_that_stands_still_adapters_train_as_they_do_alone(model, tokens, sae_kind):
+    kind = kind_of(model, sae_kind, tokens, dropout=0.1, sae_lr=1e-12)
+    parameters, sae = lora_parameters(model), kind.trained.sae
+    before = copies(parameters)
+    torch.manual_seed(0)
+    for step in range(3):
+        kind.step(kind.frozen(tokens), step)
+    together = copies(parameters)
 
     with torch.no_grad():
-        for parameter, value in zip(adapters, before):
+        for parameter, value in zip(parameters, before):
             parameter.copy_(value)
-    saes = {LAYER: sae.requires_grad_(False)}
-    lesson = teach(model, saes, tokens, first_differing(model, saes))
-    for _ in adapt.train(model, saes, [lesson] * 3, adamw(adapters, config), config):
-        pass
-    for found, alone, start in zip(together, adapters, before):
+    saes, optimizer = {LAYER: sae.requires_grad_(False)}, adamw(parameters, kind.config)
+    first = first_differing(model, saes)
+    torch.manual_seed(0)
+    for _ in range(3):
+        part = adapt.frozen_forward(model, saes, tokens, first)
+        adapt.take_step(model, saes, part, first, optimizer, kind.config)
+    for found, alone, start in zip(together, parameters, before):
         assert (found - alone).norm() <= 0.02 * (alone - start).norm() + 1e-6
 
 
-def test_frozen_adapters_stay_while_the_sae_learns_around_them(model, tokens):
-    sae, held, adapters = setting(model, "jumprelu", tokens, dropout=0.5)
-    model.requires_grad_(False)
-    before = [parameter.clone() for parameter in adapters]
-    values, _, _ = take_steps(model, sae, held, [], tokens, 6, sae_lr=1e-2)
-    assert all(torch.equal(parameter, value) for parameter, value in zip(adapters, before))
+def test_frozen_adapters_stay_while_the_sae_trains_around_them(model, tokens):
+    kind = kind_of(model, "jumprelu", tokens, dropout=0.5)
+    parameters = lora_parameters(model.requires_grad_(False).eval())
+    config = Config(method="finetune", objective="kl", batch_size=2, context=24, lr=1e-2)
+    kind = Finetuning(model, LAYER, kind.trained.sae, {}, config, tokens)
+    before, part = copies(parameters), kind.frozen(tokens)
+    values = [kind.step(part, step) for step in range(6)]
+    assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, before))
     assert values[-1]["kl"] < values[0]["kl"]
 
 
-# ---- The run -----------------------------------------------------------------------------------------------------------
+# ---- The run -------------------------------------------------------------------------------------
 
-@pytest.fixture
-def arguments(whole_model, sae_folder, text_folder):
-    return ["--train-sae", "--model", whole_model, "--sae", sae_folder, "--layer", LAYER, "--data", text_folder, "--context", 32,
-            "--tokens", 640, "--eval-tokens", 256, "--batch-size", 2, "--rank", 3, "--lr", 3e-3, "--sae-lr", 1e-3, "--dropout", 0.1,
-            "--dtype", "float32", "--device", "cpu"]
-
-
-@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
-def test_a_run_leaves_both_which_eval_opens_and_merge_tells_apart(arguments, sae_folder, tmp_path, capsys):
-    run = tmp_path / "run"
-    command(training, *arguments, "--out", run)
-    results = read(run / "results.json")
-    assert results["kl_adapted"] < results["before"]["kl_sae"] and results["closed"]["kl_gap_closed"] > 0
-    assert {path.name for path in (run / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert not torch.equal(load_sae(run).W_enc, load_sae(sae_folder).W_enc)
-    names = {line["step"]: set(line) for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}[10]
-    assert {"kl", "l0", "fvu", "grad_norm", "grad_norm_lora"} <= names
-
-    command(evaluation, run)
-    again = read(run / "eval-fidelity.json")
-    for name in ("ce_base", "ce_sae", "ce_adapted", "kl_sae", "kl_adapted", "kl_lora", "kl_gap_closed"):
-        assert again[name] == pytest.approx(results[name], rel=1e-6), name
-
-    capsys.readouterr()
-    command(training, "--merge", run)
-    said = capsys.readouterr().out
-    assert f"the SAE that was trained with them is {run}/sae/" in said
+def test_a_run_leaves_both_and_merge_tells_them_apart(site, finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished("both"), tmp_path / "run"))
+    assert not torch.equal(load_sae(run).W_enc, load_sae(site / "gemma2/sae").W_enc)
+    assert metrics(run)[0].keys() == {
+        "step", "tokens", "kl", "fvu", "l0", "grad_norm", "grad_norm_lora"}
+    command("train", "--merge", run)
+    assert f"the SAE trained with them is {run}/sae/" in capsys.readouterr().out
     assert (run / "merged/model.safetensors").exists()
 
-
-@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
-def test_the_adapters_files_are_those_of_a_run_without_the_sae(arguments, tmp_path):
-    command(training, *arguments, "--out", tmp_path / "both")
-    alone = [word for i, word in enumerate(arguments) if word not in ("--train-sae", "--sae-lr") and arguments[i - 1] != "--sae-lr"]
-    command(training, *alone, "--out", tmp_path / "alone")
-    both, one = (tmp_path / name / "adapter" for name in ("both", "alone"))
+    both, one = (folder / "adapter" for folder in (run, finished("lora")))
     assert (both / "adapter_config.json").read_bytes() == (one / "adapter_config.json").read_bytes()
-    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (both, one))
-    assert {name: tensor.shape for name, tensor in found.items()} == {name: tensor.shape for name, tensor in expected.items()}
+    shapes = [{name: tensor.shape for name, tensor in load_file(path).items()}
+              for path in (both / "adapter_model.safetensors", one / "adapter_model.safetensors")]
+    assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("raw_config", ["llama"], indirect=True)
-def test_an_interrupted_run_resumes_to_the_bit(arguments, tmp_path, optimizer):
-    arguments += ["--checkpoint-every", 4, "--optimizer", optimizer]
-    command(training, *arguments, "--out", tmp_path / "whole")
-    with interrupted_after(6, finetune, "take_step"), pytest.raises(SystemExit):
-        command(training, *arguments, "--out", tmp_path / "cut")
-    with counted(finetune, "take_step") as steps:
-        command(training, "--resume", tmp_path / "cut")
-    assert len(steps) == read_config(tmp_path / "cut").steps - 4        # from the checkpoint, not from the beginning
-    for file in ("adapter/adapter_model.safetensors", "sae/sae_weights.safetensors"):
-        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+def test_there_is_one_gap_and_it_is_that_of_the_sae_as_it_came(site, tmp_path, capsys):
+    """What the terminal says, what results.json says, and what eval says, are one number."""
+    run, sae = tmp_path / "run", write_sae(tmp_path / "sae", 48, "gemma2")
+    arguments = words(site, "both", "--sae", sae, "--lr", 1e-2, "--eval-tokens", 512)
+    command("train", *arguments, "--out", run)
+    results = read(run / "results.json")
+    gap = results["ce_before"] - results["ce_base"]
+    closed = (results["ce_before"] - results["ce_adapted"]) / gap
+    assert gap > 0 and results["gap_closed"] == pytest.approx(closed)
+    assert results["ce_before"] == pytest.approx(read_before(run)) and "before" in results
+    command("eval", run)
+    again = read(run / "eval-fidelity.json")
+    assert again["gap_closed"] == results["gap_closed"]
+    found = re.findall(r"(?<!KL )gap closed (-?[\d.]+%)", capsys.readouterr().out)
+    assert found == [f"{results['gap_closed']:.1%}"] * 2
 
 
-@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
-def test_what_cannot_be_trained_together_is_refused_in_one_line(arguments):
-    assert "without --train-sae" in refusal(*arguments[1:])
-    assert "one --rank and one --lr" in refusal(*arguments, "--rank", 2, 4)
-    assert "one --rank and one --lr" in refusal(*arguments, "--lr", 1e-3, 1e-2)
-    assert "--objective has no effect" in refusal(*arguments, "--objective", "mse")
-    assert "--micro-batch 1" in refusal(*arguments, "--micro-batch", 1)
-    assert "has none" in refusal(*arguments, "--thresholds", "frozen")
+def read_before(run):
+    """CE with the SAE as it came, from before.json."""
+    sequences = read(run / "before.json")["sae"]["ce"]
+    return sum(sequences) / len(sequences)

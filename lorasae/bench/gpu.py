@@ -1,14 +1,16 @@
 """A rented GPU's hour: python -m lorasae.bench gpu --json gpu.json
 
     environment     what the figures depend on: hardware, driver, versions
-    peak            FLOP/s of a square matrix product in each precision: what utilisation is measured by
-    headline        the step of `train.py --model gemma-2-2b`: tokens/s, utilisation, memory, launches,
-                    synchronisations, kernels; compiled against plain; L0 with and without TF32
+    peak            FLOP/s of a square matrix product in each precision, for the utilisation
+    headline        the step of `train.py --model gemma-2-2b`: tokens/s, utilisation, memory,
+                    launches, synchronisations, kernels; compiled against plain; L0 with and
+                    without TF32
     peers           the same step beside transformers + peft
     sae kl topk     the sections of that name
 
-Every part runs in a process of its own, of at most ten minutes, so that each survives the failure of another, and its
-rows are kept as soon as it is done. --part PART ... runs some of them in this process.
+Every part runs in a process of its own, of at most ten minutes, so that each survives the failure
+of another, and its rows are kept as soon as it is done. --part PART ... runs some of them in this
+process.
 """
 import os
 import platform
@@ -30,21 +32,24 @@ from lorasae.bench.race import race, synchronise
 from lorasae.bench.sparse import bench_topk
 from lorasae.bench.step import differing_steps, load_peers, lora_contenders, matmul_peak, with_rates
 from lorasae.bench.training import bench_sae
-from lorasae.bench.workloads import REAL, TINY, Ours, precision_of_train, random_adapter, random_setting
+from lorasae.bench.workloads import (
+    REAL, TINY, Ours, precision_of_train, random_adapter, random_setting)
 from lorasae.io.files import read_json
 
 LIMIT = 600                                             # seconds a part may take
 
 
 def bench_gpu(device, quick, chosen, keep):
-    """Runs the parts, hands each one's rows to keep("gpu PART", rows), and returns the names of those that failed."""
+    """Runs the parts, hands each one's rows to keep("gpu PART", rows), and returns the names of
+    those that failed.
+    """
     failed = []
     for name in chosen or PARTS:
         print(f"---- {name}", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:
             rows = PARTS[name](device, quick) if chosen else in_a_process(name, device, quick)
-        except Exception as error:                      # whatever it was: the other parts have been paid for too
+        except Exception as error:  # whatever it was: the other parts have been paid for too
             traceback.print_exc()
             rows = [{"what": name, "error": f"{type(error).__name__}: {str(error)[:300]}"}]
             failed.append(name)
@@ -59,13 +64,14 @@ def in_a_process(name, device, quick):
         path = Path(folder) / "part.json"
         command = [sys.executable, "-m", "lorasae.bench", "gpu", "--part", name]
         command += ["--device", device, "--json", str(path)]
-        done = subprocess.run(command + ["--quick"] * quick, timeout=LIMIT, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command + ["--quick"] * quick, timeout=LIMIT,
+                              stdout=subprocess.DEVNULL)
         if done.returncode != 0:
             raise RuntimeError(f"its process ended with status {done.returncode}, as said above")
-        return read_json(path)["sections"][f"gpu {name}"][:-1]          # the last row is its own time
+        return read_json(path)["sections"][f"gpu {name}"][:-1]  # the last row is its own time
 
 
-# ---- environment -----------------------------------------------------------------------------------------------------
+# ---- environment ---------------------------------------------------------------------------------
 
 def environment(device, quick):
     """One row a fact."""
@@ -74,8 +80,10 @@ def environment(device, quick):
         facts[package] = version(package)
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        facts |= {"memory_gb": properties.total_memory / 1e9, "multiprocessors": properties.multi_processor_count,
-                  "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda,
+        facts |= {"memory_gb": properties.total_memory / 1e9,
+                  "multiprocessors": properties.multi_processor_count,
+                  "capability": f"{properties.major}.{properties.minor}",
+                  "cuda": torch.version.cuda,
                   "driver": nvidia_smi("driver_version"), "clock": nvidia_smi("clocks.max.sm"),
                   "power": nvidia_smi("power.limit")}
     return [{"what": name, "value": value} for name, value in facts.items()]
@@ -118,12 +126,13 @@ def nvidia_smi(field):
     return lines[0].strip() if found.returncode == 0 and lines else None
 
 
-# ---- peak ------------------------------------------------------------------------------------------------------------
+# ---- peak ----------------------------------------------------------------------------------------
 
 def peak(device, quick):
     """FLOP/s of a square product; "high" is TF32 on a GPU, and not asked for on a CPU."""
     size, rows = 256 if quick else 8192, []
-    for dtype, precision in ((torch.bfloat16, "highest"), (torch.float32, "highest"), (torch.float32, "high")):
+    for dtype, precision in ((torch.bfloat16, "highest"), (torch.float32, "highest"),
+                             (torch.float32, "high")):
         if device == "cpu" and precision == "high":
             continue
         before = torch.get_float32_matmul_precision()
@@ -131,23 +140,26 @@ def peak(device, quick):
         flops = matmul_peak(device, dtype, size)
         torch.set_float32_matmul_precision(before)
         name = str(dtype).removeprefix("torch.") + (" by TF32" if precision == "high" else "")
-        rows.append({"what": f"product of {size} x {size}", "contender": name, "tflops": flops / 1e12})
+        rows.append({"what": f"product of {size} x {size}", "contender": name,
+                     "tflops": flops / 1e12})
     return rows
 
 
-# ---- headline --------------------------------------------------------------------------------------------------------
+# ---- headline ------------------------------------------------------------------------------------
 
 def headline(device, quick):
     """The step of the headline run, as train.py makes it and varied."""
     case = TINY["tiny gemma"] if quick else REAL["gemma-2-2b"]
     best = matmul_peak(device, case.dtype, 256 if quick else 8192)
     model, sae, tokens = random_setting(case, device)
-    student = random_adapter(model, case.blocks, case.rank)
-    ours = partial(Ours, case, model, sae, tokens, [student])
+    adapters = random_adapter(model, case.blocks, case.rank)
+    ours = partial(Ours, case, model, sae, tokens, [adapters])
 
     rows = []
-    for name, dropout, tf32 in (("as train.py runs it", 0.1, True), ("no dropout", 0.0, True), ("no TF32", 0.1, False)):
-        rows.append(measured_step(name, ours(dropout=dropout, tf32=tf32), case, best, device, 2 if quick else 6))
+    for name, dropout, tf32 in (("as train.py runs it", 0.1, True), ("no dropout", 0.0, True),
+                                ("no TF32", 0.1, False)):
+        rows.append(measured_step(name, ours(dropout=dropout, tf32=tf32), case, best, device, 2
+                                  if quick else 6))
     rows += compiled_and_plain(ours(), device)
     rows += [{"what": "L0 of the SAE", "contender": name, "value": value}
              for name, value in l0_by_precision(model, sae, tokens, case.layer).items()]
@@ -155,7 +167,9 @@ def headline(device, quick):
 
 
 def measured_step(name, ours, case, best, device, rounds):
-    """A row: the step's time, rate, utilisation of `best` FLOP/s, memory, launches and synchronisations."""
+    """A row: the step's time, rate, utilisation of `best` FLOP/s, memory, launches and
+    synchronisations.
+    """
     start = time.perf_counter()
     ours()
     ours()
@@ -169,13 +183,17 @@ def measured_step(name, ours, case, best, device, rounds):
     for _ in range(rounds):
         start = time.perf_counter()
         ours()
-        issued.append((time.perf_counter() - start) / steps)            # until the processor has said all it has to say
+        # until the processor has said all it has to say
+        issued.append((time.perf_counter() - start) / steps)
         synchronise(device)
         seconds.append((time.perf_counter() - start) / steps)
 
-    row = {"what": "headline step", "contender": f"lorasae, {name}", "ms": 1e3 * statistics.median(seconds),
-           "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds), "issue_ms": 1e3 * statistics.median(issued)}
-    rated = with_rates({**row, "ms": row["ms"] * steps}, case, best)    # its times are of all the steps of a call
+    row = {"what": "headline step", "contender": f"lorasae, {name}",
+           "ms": 1e3 * statistics.median(seconds),
+           "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds),
+           "issue_ms": 1e3 * statistics.median(issued)}
+    # its times are of all the steps of a call
+    rated = with_rates({**row, "ms": row["ms"] * steps}, case, best)
     row |= {key: rated[key] for key in ("tokens_per_s", "s_15M", "utilisation")}
     row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
     row["launches"] = launches(ours) / steps
@@ -216,15 +234,19 @@ def compiled_and_plain(ours, device):
         answer = ours.answer()
         loss = answer.pop("loss").sum()
         gradients.append(torch.cat([gradient.flatten() for gradient in answer.values()]))
-        rows.append({"what": "loss", "contender": "compiled" if compiled else "plain", "value": loss.item()})
+        rows.append({"what": "loss", "contender": "compiled" if compiled else "plain",
+                     "value": loss.item()})
     error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
-    rows.append({"what": "relative distance of gradients", "contender": "compiled, plain", "value": error.item()})
+    rows.append({"what": "relative distance of gradients", "contender": "compiled, plain",
+                 "value": error.item()})
     return rows
 
 
 @torch.no_grad()
 def l0_by_precision(model, sae, tokens, layer):
-    """{precision: L0} of the SAE on the model's activations: thresholds are sharp, so rounding could move it."""
+    """{precision: L0} of the SAE on the model's activations: thresholds are sharp, so rounding
+    could move it.
+    """
     x = model.run(model.embed(tokens), 0, layer + 1).flatten(0, 1)
     found = {}
     for name in ("fp32", "TF32"):
@@ -241,25 +263,31 @@ def kernels(ours, device, most=20):
         ours()
         synchronise(device)
     key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    events = [event for event in found.key_averages() if device == "cpu" or not event.self_cpu_time_total]
+    events = [event for event in found.key_averages() if device == "cpu"
+              or not event.self_cpu_time_total]
     whole = sum(getattr(event, key) for event in events)
     events.sort(key=lambda event: getattr(event, key), reverse=True)
 
     rows = []
     for event in events[:most]:
         spent = getattr(event, key)
-        rows.append({"what": "part of the time", "contender": event.key[:90], "ms": spent / 1e3, "count": event.count,
+        rows.append({"what": "part of the time", "contender": event.key[:90], "ms": spent / 1e3,
+                     "count": event.count,
                      "part": spent / whole})
     return rows
 
 
-# ---- peers -----------------------------------------------------------------------------------------------------------
+# ---- peers ---------------------------------------------------------------------------------------
 
 def peers(device, quick):
-    """The LoRA step of the headline model beside transformers + peft; ours alone where those are not installed."""
+    """The LoRA step of the headline model beside transformers + peft; ours alone where those are
+    not installed.
+    """
     case = TINY["tiny gemma"] if quick else REAL["gemma-2-2b"]
-    rows = race("LoRA step, headline", partial(lora_contenders, case, load_peers()), partial(differing_steps, case),
-                2 if quick else 5, device, memory=not quick, answer=lambda contender: contender.answer(), warm=1)
+    rows = race("LoRA step, headline", partial(lora_contenders, case, load_peers()),
+                partial(differing_steps, case),
+                2 if quick else 5, device, memory=not quick,
+                answer=lambda contender: contender.answer(), warm=1)
     best = matmul_peak(device, case.dtype, 256 if quick else 8192)
     return [with_rates(row, case, best) for row in rows]
 

@@ -11,9 +11,12 @@ from lorasae.bench.race import differing_tensors, race
 
 
 def bench_kl(device, quick):
-    """KL(base ‖ adapted) and its gradient: the vocabulary of Gemma-2, a quarter of its width, one sequence."""
+    """KL(base ‖ adapted) and its gradient: the vocabulary of Gemma-2, a quarter of its width, one
+    sequence.
+    """
     N, D, V = (64, 32, 4096) if quick else (1024, 576, 256_000)
-    return race(f"KL, N {N} D {D} V {V}", partial(kl_contenders, N, D, V), differing_tensors, 3, device, not quick)
+    return race(f"KL, N {N} D {D} V {V}", partial(kl_contenders, N, D, V), differing_tensors, 3,
+                device, not quick)
 
 
 def kl_contenders(N, D, V, device):

@@ -1,4 +1,5 @@
-"""Races: contenders that must give the same answer, timed in turns, and the memory that one call of each adds.
+"""Races: contenders that must give the same answer, timed in turns, and the memory that one call of
+each adds.
 
 Exercised by `python -m lorasae.bench`.
 """
@@ -7,22 +8,25 @@ import multiprocessing
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
-from lorasae.runs.measure import resident
+from lorasae.runs.training import resident
 
 
-def race(what, build, differ, rounds, device, memory=True, answer=lambda contender: contender(), warm=0):
+def race(what, build, differ, rounds, device, memory=True, answer=lambda contender: contender(),
+         warm=0):
     """Rows, one a contender: their answers compared, then their times, then their memory.
 
-    build(device) -> {name: function of no argument}, the last one ours; picklable, as another process measures memory.
-    differ(answer, reference) -> what is wrong with an answer, or None; the reference is the first contender's.
-    answer(contender): what to compare, if not what it returns. warm: calls of each that are not timed.
+    build(device) -> {name: function of no argument}, the last one ours; picklable, as another
+    process measures memory. differ(answer, reference) -> what is wrong with an answer, or None; the
+    reference is the first contender's. answer(contender): what to compare, if not what it returns.
+    warm: calls of each that are not timed.
     """
     print(what, "...", file=sys.stderr, flush=True)
-    torch.compiler.reset()                                  # graphs of earlier races would count against the limit
+    torch.compiler.reset()  # graphs of earlier races would count against the limit
     contenders = build(device)
     names = list(contenders)
 
@@ -53,7 +57,8 @@ def race(what, build, differ, rounds, device, memory=True, answer=lambda contend
         median = statistics.median(times)
         row = {"what": what, "contender": name,
                "ms": 1e3 * median, "ms_min": 1e3 * min(times), "ms_max": 1e3 * max(times),
-               "ours_faster": median / statistics.median(seconds[ours]), "peak_mb": None, "ours_memory": None}
+               "ours_faster": median / statistics.median(seconds[ours]), "peak_mb": None,
+               "ours_memory": None}
         if peaks[name]:
             row["peak_mb"], row["ours_memory"] = peaks[name] / 1e6, peaks[ours] / peaks[name]
         rows.append(row)
@@ -62,7 +67,8 @@ def race(what, build, differ, rounds, device, memory=True, answer=lambda contend
 
 def speed(what, seconds, tokens):
     """A row for something that has no contender: `tokens` in each of the measured `seconds`."""
-    return {"what": what, "contender": "lorasae", "ms": 1e3 * statistics.median(seconds), "ms_min": 1e3 * min(seconds),
+    return {"what": what, "contender": "lorasae", "ms": 1e3 * statistics.median(seconds),
+            "ms_min": 1e3 * min(seconds),
             "ms_max": 1e3 * max(seconds), "tokens_per_s": tokens / statistics.median(seconds)}
 
 
@@ -84,15 +90,16 @@ def peak_memory(build, name, device):
     """Bytes that one call of a contender adds at its peak; None where this cannot be known."""
     if device == "cuda":
         function = build(device)[name]
-        function()                                                      # cuBLAS's workspace is no contender's own
+        function()  # cuBLAS's workspace is no contender's own
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
     if not sys.platform.startswith("linux"):
         return None
-    with multiprocessing.get_context("spawn").Pool(1) as pool:      # a fresh process: nothing was freed there before
-        return pool.apply(added_resident, (build, name, torch.get_num_threads()))
+    # a fresh process: nothing was freed there before. If it dies, this raises
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(added_resident, build, name, torch.get_num_threads()).result()
 
 
 def added_resident(build, name, threads):
@@ -100,7 +107,7 @@ def added_resident(build, name, threads):
     function = build("cpu")[name]
     small = torch.randn(64, 64)
     small @ small                                                       # loads the BLAS
-    Path("/proc/self/clear_refs").write_text("5")                       # the high-water mark starts from here
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
     before = resident("VmRSS")
     function()
     return resident("VmHWM") - before
@@ -109,7 +116,8 @@ def added_resident(build, name, threads):
 def differing_tensors(answer, reference, tolerance=None):
     """None where each tensor is the reference's to a relative error of `tolerance` (in norm).
 
-    Left out, it is 1e-5, and 1e-4 on CUDA, whose sums over 256,000 terms run in another order than a CPU's.
+    Left out, it is 1e-5, and 1e-4 on CUDA, whose sums over 256,000 terms run in another order than
+    a CPU's.
     """
     errors = {}
     for name, expected in reference.items():

@@ -10,7 +10,7 @@ from lorasae.runs.config import Config
 
 
 def bench_sae(device, quick):
-    """dictionary.train itself, frozen model included: a TopK, a JumpReLU and an end-to-end SAE."""
+    """dictionary.take_step, frozen model included: a TopK, a JumpReLU and an end-to-end SAE."""
     real = replace(REAL["gemma-2-2b"], width=8 * 2304)
     case = TINY["tiny gemma"] if quick else real if device == "cuda" else SMALL["small gemma"]
     model, _, tokens = random_setting(case, device)
@@ -18,7 +18,8 @@ def bench_sae(device, quick):
     for method in ("topk", "jumprelu", "e2e"):
         sae = dictionary.new_sae(method, D, case.width, k=64).to(device)
         with precision_of_train(device):
-            seconds, values = timed_groups(model, sae, case, tokens, method, groups=3 if quick else 7)
+            seconds, values = timed_groups(model, sae, case, tokens, method, groups=3 if quick
+                                           else 7)
         for name, value in values.items():
             if not math.isfinite(value):
                 raise RuntimeError(f"SAE training, {method}: {name} is {float(value)}")
@@ -27,18 +28,19 @@ def bench_sae(device, quick):
 
 
 def timed_groups(model, sae, case, tokens, method, groups):
-    """(seconds of each group of `ahead` sequences, what the last step logged). A first group is not counted."""
+    """(seconds per group of `ahead` sequences but the first, what the last step logged)."""
     end_to_end, size = method == "e2e", case.ahead // case.batch
     config = Config(method=method, lr=1e-4, l0=64, batch_size=case.batch, context=case.context,
                     tokens=(1 + groups) * tokens.numel(), device=tokens.device.type)
-    training = dictionary.begin(sae, config)
     seen = dictionary.observe(model, sae, case.layer, tokens[:case.batch], end_to_end=False)
-    dictionary.fit(sae, training, seen, config.l0)
+    training = dictionary.begin(sae, seen, config)
 
     seconds, values, begun = [], {}, time.perf_counter()
     observations = repeated(model, sae, case, tokens, end_to_end)
-    for step, values in dictionary.train(model, sae, case.layer, observations, training, config):
-        if step % size == 0:
+    for step in range(config.steps):
+        seen = next(observations)
+        values = dictionary.take_step(model, sae, case.layer, seen, step, training, config)
+        if (step + 1) % size == 0:
             synchronise(tokens.device.type)
             now = time.perf_counter()
             seconds.append(now - begun)
@@ -47,7 +49,7 @@ def timed_groups(model, sae, case, tokens, method, groups):
 
 
 def repeated(model, sae, case, tokens, end_to_end):
-    """The Observations of the same tokens again and again, the frozen part of all of them at once."""
+    """Observations of the same tokens again and again, the frozen part of all at once."""
     while True:
         seen = dictionary.observe(model, sae, case.layer, tokens, end_to_end)
         tensors = seen if end_to_end else seen[:2]

@@ -1,65 +1,66 @@
-"""Beyond the paper: an SAE that is there already, trained on, alone or together with the adapters.
+"""Beyond the paper: finetuning an existing SAE, alone or together with the adapters.
 
-    python train.py --method finetune --sae SOURCE          the SAE alone, the model as it is     (Karvonen 2025)
-    python train.py --method lora --train-sae               both at once, on Eq. 7
+    python train.py --method finetune --sae SOURCE      the SAE alone, the model as it is
+    python train.py --method lora --train-sae           both at once, on Eq. 7
 
-    KL          KL(base ‖ with SAE)                         Eq. 7; without adapters it is the end-to-end loss of §3.2
-    MSE         ‖x - x̂‖² over the variance of x             §3.1
-    balanced    ½ (MSE + KL · sg[MSE / KL])                 Karvonen (2025), arXiv 2503.17272: sg stops the gradient, so that
-                                                            both parts have the size of the MSE, whatever the SAE
-    + L0        (L0 / L0 of the SAE as it came - 1)²        §3.3, of a JumpReLU: its thresholds follow the straight-through
-                                                            gradient, and its L0 stays; of frozen thresholds it is free
+    KL          KL(base ‖ with SAE)             Eq. 7; without adapters the end-to-end loss of §3.2
+    MSE         ‖x - x̂‖² / variance of x        §3.1
+    balanced    ½ (MSE + KL · sg[MSE / KL])     Karvonen (2025), arXiv 2503.17272: sg stops the
+                                                gradient, so both parts have the size of the MSE
+    + L0        (L0 / original L0 - 1)²         §3.3, of a JumpReLU: its thresholds follow the
+                                                straight-through gradient, and its L0 stays. With
+                                                frozen thresholds, L0 is free
 
     naive_loss      KL, MSE or both balanced as they are written, without the penalty
-    learn           the same without waste, as adapt.learn
+    loss_of         the same without waste, as adapt.adapted_loss
     take_step       one step on adapters, SAE, or both
-    train           the loop
 
-What stays: every decoder row keeps the norm it came with, so that latents before and after can be compared. A JumpReLU
-loses nothing by it, as a row's norm and the scale of its latent are one and the same freedom. The norms of a foreign SAE,
-which need not be 1, are not touched.
+Every decoder row keeps its original norm, so that latents before and after can be compared. A
+JumpReLU loses nothing by it: a row's norm and the scale of its latent are one and the same freedom.
+So an SAE whose rows do not have norm 1 may be finetuned too.
 
-Shapes: B batch, T tokens, D d_model, M latents, N positions that the SAE learns from.
+Shapes: B batch, T tokens, D d_model, M latents, N positions that the SAE is trained on.
 """
-from contextlib import nullcontext
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
 
-from lorasae import dictionary
-from lorasae.beyond.muon import new_optimizer
-from lorasae.adapt import compiled_blocks, first_differing, learning_rate, objective, step_seed
-from lorasae.dictionary import alone, fvu, l0_penalty
+from lorasae.adapt import ALONE, adamw, first_differing, objective
+from lorasae.beyond.muon import Optimizers
+from lorasae.dictionary import BANDWIDTH, InTraining, fvu, project_out_norm_gradient
 from lorasae.errors import InputError
-from lorasae.linear import linear
 from lorasae.lora import base
-from lorasae.sae import JumpReLU, learned_positions
+from lorasae.sae import SAE, splice, used_positions
 
-L0_WEIGHT = 10.0        # of the penalty: with 1, L0 stays where the pulls of both losses are equal
+L0_WEIGHT = 10.0        # of the penalty; with 1, L0 drifts to where both losses pull equally hard
+ROWS = 256              # positions encoded at once to count active latents
 
 
-# ---- The objective -----------------------------------------------------------------------------------------------------
+# ---- The objective -------------------------------------------------------------------------------
 
 def combined(name, kl, mse):
-    """The objective `kl`, `mse` or `balanced` of the two losses a token.
+    """The objective `kl`, `mse` or `balanced` of both losses per token.
 
-    The MSE is in units of the activations' variance (the FVU), so that one weight of the L0 penalty serves every model;
-    the balance, and Adam, do not see a constant. Raises InputError where there is no KL to balance.
+    The MSE is in units of the activations' variance (the FVU), so that one weight of the L0 penalty
+    serves every model. Raises InputError if there is no KL to balance.
     """
     if name == "kl":
         return kl
     if name == "mse":
         return mse
     if kl <= 0:
-        raise InputError(f"the KL of a step is {kl.item():g}, so the balanced loss ½ (MSE + KL · MSE / KL) has nothing to "
-                         "balance: with this SAE the model is as without; pass --objective mse")
+        raise InputError(f"the KL of a step is {kl.item():g}, so the balanced loss "
+                         "½ (MSE + KL · MSE / KL) has nothing to balance: this SAE does not change "
+                         "the model's predictions; pass --objective mse")
     return (mse + kl * (mse / kl).detach()) / 2
 
 
 def naive_loss(model, saes, tokens, name):
-    """The objective of that name of the SAE of {layer: SAE}, a token's, for tokens [B, T], with all logits and in plain autograd.
+    """The objective `name` per token, with all logits and in plain autograd.
 
-    Autograd through it gives every gradient but that of a JumpReLU's thresholds, which the formula does not have.
+    tokens [B, T]; saes {layer: SAE}, one of them. Autograd gives every gradient but that of a
+    JumpReLU's thresholds, which the formula does not have.
     """
     (layer, sae), = saes.items()
     with torch.no_grad(), base(model):
@@ -68,231 +69,175 @@ def naive_loss(model, saes, tokens, name):
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
     x = model.run(model.embed(tokens), 0, layer + 1)
-    learned = learned_positions(sae, model.special(tokens))
-    mse = fvu(sae(x[learned]), x[learned])
+    used = used_positions(sae, model.special(tokens))
+    mse = fvu(sae(x[used]), x[used])
     return combined(name, kl, mse)
 
 
-# ---- The SAE in training -----------------------------------------------------------------------------------------------
+# ---- What trains, and what stays -----------------------------------------------------------------
 
-class Held(NamedTuple):
-    """What stays as it was while an SAE is trained, and what its thresholds need."""
+class Reference(NamedTuple):
+    """The SAE as it was loaded: what training keeps, and the scale of its thresholds."""
     norms: torch.Tensor                     # [M, 1] of the decoder's rows
-    encoder: tuple | None                   # W_enc [M, D], b_enc [M], θ [M] of a JumpReLU as it came, if its θ learns
-    unit: float                             # rms distance of the activations from b_dec: of a JumpReLU's biases and thresholds
+    original: SAE | None                    # a frozen copy, if L0 is to be held; W_dec not copied
+    unit: float                             # sae.unit: the scale of biases and thresholds
     bandwidth: torch.Tensor                 # [M] ε of the straight-through gradient
 
 
 @torch.no_grad()
-def hold(sae, x):
-    """The Held of an SAE that is to be trained on activations such as x [N, D].
+def reference_of(sae, x):
+    """The Reference of an SAE that is to be trained on activations such as x [N, D].
 
-    A latent's values are in units of 1 / its row's norm, so its bandwidth is too. A TopK has no thresholds: its unit is 1.
-    Raises InputError for an SAE that is silent on x.
+    A latent's values are in units of 1 / its row's norm, and so is its bandwidth. Raises
+    InputError for an SAE that is silent on x.
     """
-    norms = sae.W_dec.norm(dim=1, keepdim=True)
-    if not any((sae.encode(rows) > 0).any() for rows in x.split(256)):
-        raise InputError(f"no latent of the SAE is active at any of {len(x):,} positions, so there is nothing to train: "
-                         "is it of this model and layer?")
+    if active_latents(sae, x) == 0:
+        raise InputError(f"no latent of the SAE is active at any of {len(x):,} positions, so there "
+                         "is nothing to train: is it of this model and layer?")
 
-    encoder, unit = None, 1.0
-    if isinstance(sae, JumpReLU):
-        unit = (x - sae.b_dec).square().sum(1).mean().sqrt().item()
-        if sae.threshold.requires_grad:
-            encoder = tuple(parameter.detach().clone() for parameter in (sae.W_enc, sae.b_enc, sae.threshold))
-    bandwidth = dictionary.BANDWIDTH * unit / norms[:, 0].clamp(min=torch.finfo(norms.dtype).tiny)
-    return Held(norms, encoder, unit, bandwidth)
+    norms = sae.W_dec.norm(dim=1, keepdim=True)
+    unit = sae.unit(x)
+    bandwidth = BANDWIDTH * unit / not_zero(norms)[:, 0]
+
+    original = None
+    if sae.gates_train:
+        shared = {id(sae.W_dec): sae.W_dec}             # counting latents does not read it
+        original = deepcopy(sae, shared)
+    return Reference(norms, original, unit, bandwidth)
 
 
 @torch.no_grad()
-def active_as_it_came(held, x):
-    """How many latents the JumpReLU as it came has active on x [N, D], in all.
+def active_latents(sae, x):
+    """How many latents are active on x [N, D], in all.
 
-    The L0 that is wanted is that of the very text of the step. Against a number fixed for all text, the penalty would
-    also press on how L0 varies from text to text, which it can do only by a smaller L0.
+    The L0 that the penalty asks for is the original SAE's on the same text. Against one number for
+    all text, the penalty would also press on how L0 varies from text to text, which it can do only
+    by a smaller L0.
     """
-    W_enc, b_enc, threshold = held.encoder
-    return sum((linear(rows, W_enc, b_enc) > threshold).sum() for rows in x.split(256)).float()
+    return sum((sae.encode(rows) > 0).sum() for rows in x.split(ROWS)).float()
 
 
-class InTraining:
-    """An SAE in its place in the model: x [B, T, D] -> x̂, with every gradient that training needs.
-
-    It works on the positions that the SAE learns from, learned [B, T] bool, and leaves the others alone. `x`, `x_hat`
-    [N, D] and `active` say afterwards what it did.
-    """
-    on_special = True                       # it looks after BOS and EOS itself
-
-    def __init__(self, sae, held, learned):
-        self.sae, self.held, self.learned = sae, held, learned
-
-    def __call__(self, x):
-        self.x = x[self.learned].float()
-        self.x_hat, _, self.active = dictionary.reconstruct(self.sae, self.x, self.held.bandwidth)
-        return x.index_put((self.learned,), self.x_hat.to(x.dtype))
-
-
-class Learners(NamedTuple):
-    """What learns, and where."""
+class Trained(NamedTuple):
+    """What trains, and where."""
     layer: int                              # the block whose output the SAE replaces
-    sae: torch.nn.Module
-    held: Held
-    adapters: list                          # parameters of the adapters that learn too; the model may have others, which stay
+    sae: SAE
+    reference: Reference
+    adapters: list                          # parameters that train too; other adapters stay
 
 
-def of_sae(sae):
-    """What the SAE trains: ([matrices], [vectors])."""
-    trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.dim() == 2]
-    vectors = [parameter for parameter in trained if parameter.dim() == 1]
+def trainable_of(sae):
+    """The SAE's parameters that train: ([matrices], [vectors])."""
+    trainable = [parameter for parameter in sae.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if parameter.dim() == 2]
+    vectors = [parameter for parameter in trainable if parameter.dim() == 1]
     return matrices, vectors
 
 
-# ---- One step ----------------------------------------------------------------------------------------------------------
+def optimizers(trained, config, sae_lr, of_adapters=adamw):
+    """AdamW for the SAE, in groups of matrices and of vectors, after the adapters' optimiser.
 
-def first_trained(model, layer):
-    """The first block that differs between teacher and student. An SAE in training is none of the shared prefix's."""
-    return first_differing(model, {layer: None})
-
-
-def learn(model, learners, lesson, first, config, everywhere=alone):
-    """The student's part: a Lesson, made by adapt.teach without SAEs -> (loss, {name: value}), both a token's.
-
-    Differentiable in the adapters and in the SAE. config: objective, compile.
+    of_adapters(groups, config) makes the latter. A group's `rate` is its learning rate at the
+    start. A JumpReLU's vectors have the scale of its activations, and so has their rate (see
+    dictionary.begin). Only adapters decay: the sizes of an SAE's rows and thresholds matter.
     """
-    layer, sae, held, _ = learners
-    learned = learned_positions(sae, lesson.special)
-    training = InTraining(sae, held, learned)
-    x = training(lesson.x) if first == layer + 1 else lesson.x
-    reads_on = config.objective != "mse"                        # what comes after the SAE does not concern its MSE
-    stop = len(model.layers) if reads_on else layer + 1
-    x = model.run(x, first, stop, {layer: training}, lesson.special)
-
-    kl = None
-    if reads_on:
-        hidden = model.norm(x)
-        total = objective(model, lesson, hidden, config.compile)
-        kl = everywhere(total) / everywhere(total.new_full((), learned.numel()))
-    mse = fvu(training.x_hat, training.x, everywhere)
-    loss = combined(config.objective, kl, mse)
-
-    active = everywhere(training.active)
-    positions = everywhere(mse.new_full((), len(training.x)))
-    l0 = active / positions
-    if held.encoder is not None:
-        as_it_came = everywhere(active_as_it_came(held, training.x)).clamp(min=1)      # to divide by
-        loss = loss + L0_WEIGHT * l0_penalty(l0, as_it_came / positions)
-
-    values = {"kl": kl, "fvu": mse, "l0": l0}
-    return loss, {name: value.detach() for name, value in values.items() if value is not None}
-
-
-class Optimizers:
-    """Several optimisers as one."""
-
-    def __init__(self, *parts):
-        self.parts = parts
-
-    @property
-    def param_groups(self):
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self):
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self):
-        for part in self.parts:
-            part.zero_grad()
-
-    def state_dict(self):
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state):
-        if "parts" not in state:
-            raise InputError("the checkpoint was written by an earlier version, which cannot be continued: start the run anew, "
-                             "with another --out")
-        for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
-
-
-def optimizers(learners, config, sae_lr):
-    """AdamW on the SAE, a group for its matrices and one for its vectors, and before it the adapters' optimiser, if any learn.
-
-    A JumpReLU's vectors have the scale of its activations, so their rate does too (dictionary.begin). Weight decay is the
-    adapters' alone: it would shrink an SAE's rows and thresholds, whose sizes mean something.
-    """
-    matrices, vectors = of_sae(learners.sae)
+    matrices, vectors = trainable_of(trained.sae)
     groups = [
         {"params": matrices, "rate": sae_lr},
-        {"params": vectors, "rate": sae_lr * learners.held.unit},
+        {"params": vectors, "rate": sae_lr * trained.reference.unit},
     ]
-    of_the_sae = torch.optim.AdamW(groups, lr=sae_lr, weight_decay=0.0, fused=True)
-    if not learners.adapters:
-        return Optimizers(of_the_sae)
-    of_the_adapters = new_optimizer([{"params": learners.adapters, "rate": config.lr}], config)
-    return Optimizers(of_the_adapters, of_the_sae)
+    of_sae = torch.optim.AdamW(groups, lr=sae_lr, weight_decay=0.0, fused=True)
+    if not trained.adapters:
+        return Optimizers(of_sae)
+
+    groups = [{"params": trained.adapters, "rate": config.lr}]
+    return Optimizers(of_adapters(groups, config), of_sae)
 
 
 def trained_parameters(optimizer):
-    """All that an optimiser trains, in its order."""
+    """All parameters of an optimiser, in its order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def take_step(model, learners, lesson, first, optimizer, config, everywhere=alone, all_reduce=None):
-    """One step on a lesson. Returns {name: value}: the losses a token, and the gradients' norms before clipping.
+# ---- One step ------------------------------------------------------------------------------------
 
-    As in adapt.take_step a loss is summed over a sequence's tokens, and `clip` bounds the gradient of that. Adapters and
-    SAE are clipped apart, each by its own norm, so that neither's step depends on how large the other's gradient is.
+def first_trained(model, layer):
+    """The first block that can differ from the base model; the shared prefix ends before it."""
+    return first_differing(model, {layer: None})
+
+
+def loss_of(model, trained, part, first, config, world=ALONE):
+    """A FrozenPart, made without SAEs -> (loss, {name: value}), both per token.
+
+    The loss is differentiable in the adapters and in the SAE. config: objective, compile.
     """
-    loss, values = learn(model, learners, lesson, first, config, everywhere)
-    (loss * lesson.special.shape[1]).backward()
-    if all_reduce is not None:
-        all_reduce([parameter.grad for parameter in trained_parameters(optimizer)])
+    layer, sae, reference = trained.layer, trained.sae, trained.reference
+    used = used_positions(sae, part.special)
+    stand_in = InTraining(sae, used, reference.bandwidth)
 
-    along_sphere(learners.sae, learners.held)
-    matrices, vectors = of_sae(learners.sae)
-    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(matrices + vectors, config.clip)
-    if learners.adapters:
-        values["grad_norm_lora"] = torch.nn.utils.clip_grad_norm_(learners.adapters, config.clip)
+    # The adapted model, with the trainable SAE spliced in; the MSE needs nothing that comes after.
+    x = part.x
+    if first == layer + 1:
+        x = splice(x, stand_in)
+    needs_logits = config.objective != "mse"
+    stop = len(model.layers) if needs_logits else layer + 1
+    x = model.run(x, first, stop, {layer: stand_in}, part.special)
+
+    # Eq. 7 and the MSE, over all processes.
+    kl, values = None, {}
+    if needs_logits:
+        total, sums = objective(model, part, model.norm(x), config)
+        tokens = world.sum(total.new_full((), used.numel()))
+        kl = world.sum(total) / tokens
+        values = {name: world.sum(value) / tokens for name, value in sums.items()}
+    mse = fvu(stand_in.x_hat, stand_in.x, world)
+    loss = combined(config.objective, kl, mse)
+
+    # The penalty holds L0 where it was on this text.
+    positions = world.sum(mse.new_full((), len(stand_in.x)))
+    l0 = world.sum(stand_in.active) / positions
+    if reference.original is not None:
+        active = world.sum(active_latents(reference.original, stand_in.x))
+        target = active.clamp(min=1) / positions        # to divide by
+        loss = loss + L0_WEIGHT * sae.penalty(l0, target)
+
+    values |= {"fvu": mse.detach(), "l0": l0.detach()}
+    return loss, values
+
+
+def take_step(model, trained, part, first, optimizer, config, world=ALONE):
+    """One optimiser step -> {name: value}: losses per token, gradient norms before clipping.
+
+    As in adapt.take_step, the loss is summed over a sequence's tokens and `clip` bounds the
+    gradient of that sum. Adapters and SAE are clipped apart, each by its own norm, so that the step
+    of one does not depend on the size of the other's gradient.
+    """
+    loss, values = loss_of(model, trained, part, first, config, world)
+    (loss * part.special.shape[1]).backward()
+    world.all_reduce([parameter.grad for parameter in trained_parameters(optimizer)])
+
+    # Clip.
+    sae, norms = trained.sae, trained.reference.norms
+    project_out_norm_gradient(sae.W_dec, sae.W_dec.detach() / not_zero(norms))
+    matrices, vectors = trainable_of(sae)
+    clip = torch.nn.utils.clip_grad_norm_
+    values["grad_norm"] = clip(matrices + vectors, config.clip)
+    if trained.adapters:
+        values["grad_norm_lora"] = clip(trained.adapters, config.clip)
 
     optimizer.step()
     optimizer.zero_grad()
-    back_to_norms(learners.sae, learners.held)
+    restore_decoder_norms(sae, norms)
     return values
 
 
 @torch.no_grad()
-def along_sphere(sae, held):
-    """Takes out of the decoder's gradient what would only change the norms of its rows."""
-    rows = sae.W_dec / held.norms.clamp(min=torch.finfo(held.norms.dtype).tiny)
-    gradient = sae.W_dec.grad
-    gradient -= (gradient * rows).sum(1, keepdim=True) * rows
+def restore_decoder_norms(sae, norms):
+    """Gives every decoder row its original norm."""
+    now = sae.W_dec.norm(dim=1, keepdim=True)
+    sae.W_dec *= norms / not_zero(now)
+    sae.after_step()
 
 
-@torch.no_grad()
-def back_to_norms(sae, held):
-    """Gives every decoder row the norm it came with. A threshold stays at least 0."""
-    now = sae.W_dec.norm(dim=1, keepdim=True).clamp(min=torch.finfo(held.norms.dtype).tiny)
-    sae.W_dec *= held.norms / now
-    if isinstance(sae, JumpReLU):
-        sae.threshold.clamp_(min=0)
-
-
-# ---- The loop ----------------------------------------------------------------------------------------------------------
-
-def train(model, learners, lessons, optimizer, config, start=0, everywhere=alone, all_reduce=None, process=0):
-    """The loop: a step a lesson, from step `start` on. Yields (steps done, {name: value}) after each.
-
-    config: steps, lr_decay, clip, seed, objective, compile (runs.config.Config has all of these).
-    """
-    first = first_trained(model, learners.layer)
-    model.train(bool(learners.adapters))                        # dropout is of adapters that learn
-    with compiled_blocks(model) if config.compile else nullcontext():
-        for step, lesson in zip(range(start, config.steps), lessons):
-            torch.manual_seed(step_seed(config.seed, step, process))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(group["rate"], step, config)
-            values = take_step(model, learners, lesson, first, optimizer, config, everywhere, all_reduce)
-            yield step + 1, values
-    model.eval()
+def not_zero(norms):
+    """Norms to divide by."""
+    return norms.clamp(min=torch.finfo(norms.dtype).tiny)

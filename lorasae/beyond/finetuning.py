@@ -1,145 +1,127 @@
-"""A whole run that trains an SAE which is there already: --method finetune, or --method lora --train-sae.
+"""A run that trains an existing SAE: --method finetune, or --method lora --train-sae.
 
     RUN_DIR/sae/            the SAE afterwards, in SAELens's format
-    RUN_DIR/adapter/        of --train-sae: the adapters, in PEFT's format
-    RUN_DIR/results.json    what splicing it in costs, before and after; FVU, L0, dead latents
+    RUN_DIR/adapter/        with --train-sae: the adapters, in PEFT's format
+    RUN_DIR/before.json     the base model and the SAE as it came, sequence by sequence
+    RUN_DIR/results.json    what splicing the SAE in costs, before and after; FVU, L0, dead latents
 """
 import torch
 
 from lorasae import adapt, dictionary
+from lorasae.adapt import ALONE
 from lorasae.beyond import finetune
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
 from lorasae.io.console import progress_line
+from lorasae.io.files import write_json
 from lorasae.lora import lora_parameters
-from lorasae.runs import adapting, distributed, sae_training
-from lorasae.runs.ahead import Ahead
-from lorasae.runs.measure import cost, evaluate, evaluate_once, peak_memory_bytes
-from lorasae.sae import JumpReLU
+from lorasae.runs import adapting, distributed, sae_training, training
+from lorasae.runs.setting import load_saes
 
-SAMPLE = 16                                             # training sequences that tell the scale of the activations
+SAMPLE = 16                                             # sequences that give the activations' scale
 
 
-def finetune_sae(setting, run):
-    """Finetunes the SAE of a run from its beginning, or from its last checkpoint -> the numbers of results.json."""
-    model, corpus, config = setting.model, setting.text, setting.config
-    layer, sae = only_sae(setting.saes)
-    make_trainable(sae, config)
-    progress_line(f"finetuning an SAE of {len(sae.W_enc):,} latents at layer {layer} of {config.model} on {config.objective}, "
-          f"{about_l0(sae, config)}: {config.steps:,} steps of {config.batch_size} x {config.context} tokens")
+def finetune_sae(setting, run, optimizer=adapt.adamw):
+    """Trains the SAE of a run, and with --train-sae adapters too -> the numbers of results.json.
 
-    was = evaluate_once(run, setting, ("base", "sae"))
-    held_out = corpus.held_out.split(config.eval_batch)
-    before = sae_training.numbers_of(was, model, sae, layer, held_out)
-    train(setting, run, [])
-    sae_training.keep(run, sae, config.steps)
-
-    now = evaluate(model, {layer: sae}, held_out, ("base", "sae"))
-    results = {**sae_training.numbers_of(now, model, sae, layer, held_out), "before": before, "closed": closed(was, now["sae"]),
-               **cost(run, corpus), "peak_memory_bytes": peak_memory_bytes(config.device)}
-    run.finish(results)
-    return results
-
-
-def adapt_with_sae(setting, run):
-    """Trains adapters and SAE of a run together -> the numbers of results.json.
-
-    Those of fidelity.summary are of the SAE as it has become, as eval.py finds it; "before" is of the SAE as it was, and
-    "closed" is what both together close of its gaps.
+    "before" in them is of the SAE as it came; the gap is always that SAE's. optimizer: of adapters.
     """
-    model, corpus, config = setting.model, setting.text, setting.config
-    layer, sae = only_sae(setting.saes)
-    blocks = adapt.blocks_to_adapt(config.adapt, setting.saes, len(model.layers))
+    model, config = setting.model, setting.config
+    (layer, sae), = setting.saes.items()
     make_trainable(sae, config)
-    adapters, = adapting.new_students(model, blocks, config)
-    count = sum(parameter.numel() for parameter in lora_parameters(adapters))
-    progress_line(f"adapting blocks {', '.join(map(str, blocks))} of {config.model} ({count:,} parameters, rate {config.lr:g}) together "
-          f"with the SAE of {len(sae.W_enc):,} latents at layer {layer} (rate {config.sae_lr:g}), {about_l0(sae, config)}: "
-          f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens")
+    adapters = {}
+    if config.train_sae:
+        blocks = adapt.blocks_to_adapt(config.adapt, setting.saes, len(model.layers))
+        adapters, = adapting.new_adapters(model, blocks, config)
+    progress_line(first_line(config, layer, sae, adapters))
 
-    was = evaluate_once(run, setting, ("base", "sae"))
-    held_out = corpus.held_out.split(config.eval_batch)
-    before = sae_training.numbers_of(was, model, sae, layer, held_out)  # fresh adapters change nothing
-    train(setting, run, lora_parameters(adapters))
-    adapting.save(model, run, [adapters])
+    world = distributed.world()
+    training.look_before(setting)
+    sample = setting.text.first(SAMPLE)
+    kind = Finetuning(model, layer, sae, adapters, config, sample, optimizer, world)
+    run.begin()
+    training.train(run, kind, setting.text, world)
+    if adapters:
+        adapting.save(model, run, [adapters])
     sae_training.keep(run, sae, config.steps)
 
-    now = evaluate(model, {layer: sae}, held_out, ("base", "sae", "adapted", "lora"))
+    # The SAE as it came and the SAE as it is now, on the same text.
+    original = load_saes(config, model.config, model.device)
+    before = training.evaluate(setting, original, ("base", "sae"))
+    if run.writes:
+        write_json(run.folder / "before.json", fidelity.as_json(before))
+    settings = ("base", "sae", "adapted", "lora") if adapters else ("base", "sae")
+    now = training.evaluate(setting, {layer: sae}, settings)
+
+    numbers = sae_training.numbers_of(now, setting, sae)
+    if adapters:
+        del numbers["l0"]                               # the adapted model's is in the summary
     results = {
-        **fidelity.summary(now), "before": before, "closed": closed(was, now["adapted"]),
-        "dead_latents": sae_training.dead_latents(model, sae, layer, held_out), **cost(run, corpus),
-        "trainable_parameters": count + sum(p.numel() for p in sae.parameters() if p.requires_grad),
-        "peak_memory_bytes": peak_memory_bytes(config.device)}
+        **fidelity.summary(now, setting.text.documents, before), **numbers,
+        "before": sae_training.numbers_of(before, setting, original[layer]),
+        **training.cost(run, setting),
+        "trainable_parameters": sum(p.numel() for p in finetune.trained_parameters(kind.optimizer))}
     run.finish(results)
     return results
 
 
-def only_sae(saes):
-    """(layer, SAE) of the one that is trained."""
-    (layer, sae), = saes.items()
-    return layer, sae
+class Finetuning:
+    """The kind of step that trains an existing SAE: finetune.take_step.
+
+    adapters: {module name: LoRALinear} that train too, or {}. sample: tokens [B, T] whose
+    activations give the scale of the SAE's thresholds. optimizer: of the adapters.
+    """
+
+    def __init__(self, model, layer, sae, adapters, config, sample, optimizer=adapt.adamw,
+                 world=ALONE):
+        self.model, self.config, self.world = model, config, world
+        activations = []
+        for tokens in sample.split(config.micro_batch):
+            seen = dictionary.observe(model, sae, layer, tokens, end_to_end=False)
+            activations.append(seen.x[seen.used].float())
+        reference = finetune.reference_of(sae, torch.cat(activations))
+        self.trained = finetune.Trained(layer, sae, reference, lora_parameters(adapters))
+        sae_lr = config.sae_lr if adapters else config.lr
+        self.optimizer = finetune.optimizers(self.trained, config, sae_lr, optimizer)
+        self.tensors = finetune.trained_parameters(self.optimizer)
+        self.first = finetune.first_trained(model, layer)
+
+    def frozen(self, tokens):
+        tokens = tokens.to(self.model.device, non_blocking=True)
+        return adapt.frozen_forward(self.model, {}, tokens, self.first)     # the SAE is not frozen
+
+    def step(self, part, step):
+        for group in self.optimizer.param_groups:
+            group["lr"] = adapt.learning_rate(group["rate"], step, self.config)
+        return finetune.take_step(self.model, self.trained, part, self.first, self.optimizer,
+                                  self.config, self.world)
+
+    def after(self, step):
+        pass
+
+
+def first_line(config, layer, sae, adapters):
+    """What a run trains, in words."""
+    if sae.l0_is_bounded:
+        l0 = "L0 bounded by its kind"
+    elif config.thresholds == "frozen":
+        l0 = "thresholds frozen, so that L0 is free"
+    else:
+        l0 = "thresholds trained, L0 held where it was"
+    what = f"an SAE of {len(sae.W_enc):,} latents at layer {layer} of {config.model}, {l0}"
+    how = f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens"
+    if not adapters:
+        return f"finetuning {what}, on {config.objective} at {config.lr:g}: {how}"
+    size = sum(parameter.numel() for parameter in lora_parameters(adapters))
+    return (f"recipe {config.recipe}: {config.optimizer} at {adapting.training_rates(config)} for "
+            f"{size:,} parameters of adapters, together with (at {config.sae_lr:g}) {what}: {how}")
 
 
 def make_trainable(sae, config):
-    """Lets the SAE learn: all of it, or all but its thresholds."""
-    if config.thresholds == "frozen" and not isinstance(sae, JumpReLU):
-        raise InputError("--thresholds frozen: this SAE is a TopK, which has none; leave it out")
-    for name, parameter in sae.named_parameters():
-        parameter.requires_grad_(not (name == "threshold" and config.thresholds == "frozen"))
-
-
-def about_l0(sae, config):
-    """How the run treats the SAE's L0, in words."""
-    if not isinstance(sae, JumpReLU):
-        return f"L0 at most its k of {sae.k}"
-    if config.thresholds == "frozen":
-        return "thresholds frozen, so that L0 is free"
-    return "thresholds trained, L0 held at what it was"
-
-
-def closed(was, now):
-    """What training has closed of the gaps of the SAE as it was, with intervals: what fidelity.closed puts in words.
-
-    was: fidelity.measure's base and sae before; now: the setting that was trained.
-    """
-    numbers = fidelity.summary({**was, "adapted": now})
-    names = ("gap_closed", "kl_gap_closed", "excess_sae")
-    return {**{name: numbers[name] for name in names}, "ci90": {name: numbers["ci90"][name] for name in names}}
-
-
-def train(setting, run, adapters):
-    """Takes the run's steps, from its last checkpoint on. adapters: their parameters; none where the SAE is finetuned alone."""
-    model, corpus, config = setting.model, setting.text, setting.config
-    layer, sae = only_sae(setting.saes)
-    held = finetune.hold(sae, sample(setting))          # of the SAE as it was: before a checkpoint is restored
-    learners = finetune.Learners(layer, sae, held, adapters)
-    optimizer = finetune.optimizers(learners, config, config.sae_lr if adapters else config.lr)
-    parameters = finetune.trained_parameters(optimizer)
-    start = run.restore(parameters, optimizer)
-
-    first = finetune.first_trained(model, layer)
-
-    def frozen(tokens):
-        tokens = tokens.to(model.device, non_blocking=True)
-        return adapt.teach(model, {}, tokens, first)    # the SAE is not frozen, so it is no part of this
-
-    lessons = Ahead(corpus.batch, start, config, frozen)
-    updates = finetune.train(model, learners, lessons, optimizer, config, start,
-                             distributed.everywhere, distributed.all_reduce, distributed.process())
-    for step, values in run.watch(updates, start):
-        run.log(step, **values)
-        run.save_if_due(step, parameters, optimizer)
-
-
-@torch.no_grad()
-def sample(setting):
-    """Activations of some training text, at the positions that the SAE learns from [N, D]."""
-    model, (layer, sae) = setting.model, only_sae(setting.saes)
-    text, config = setting.text, setting.config
-    steps = range(-(-SAMPLE // config.batch_size))
-    tokens = torch.cat([text.batch(step) for step in steps])[:SAMPLE]
-    found = []
-    for part in tokens.split(setting.config.micro_batch):
-        seen = dictionary.observe(model, sae, layer, part, end_to_end=False)
-        found.append(seen.x[seen.learned].float())
-    return torch.cat(found)
+    """Lets the SAE train: all of it, or all but its thresholds."""
+    parameters = dict(sae.named_parameters())
+    if config.thresholds == "frozen" and "threshold" not in parameters:
+        raise InputError("--thresholds frozen: this SAE has none; leave it out")
+    for name, parameter in parameters.items():
+        frozen = name == "threshold" and config.thresholds == "frozen"
+        parameter.requires_grad_(not frozen)

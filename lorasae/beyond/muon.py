@@ -1,10 +1,12 @@
-"""Muon (Jordan 2024; beyond the paper): the momentum of a matrix moves all of its directions at one speed.
+"""Muon (Jordan 2024; beyond the paper): every direction of a matrix moves at the same speed.
 
-    M ← μ M + (1 - μ) ∂L/∂W                             momentum, and U = μ M + (1 - μ) ∂L/∂W, a step ahead of it
-    W ← (1 - η λ) W - 0.2 η √max(out, in) · O           O = `orthogonal(U)`, whose singular values are about 1
+    M ← μ M + (1 - μ) ∂L/∂W                     momentum
+    U = μ M + (1 - μ) ∂L/∂W                     Nesterov's: one step ahead of it
+    W ← (1 - η λ) W - 0.2 η √max(out, in) · O   O = `orthogonal(U)`: singular values of about 1
 
-√max(out, in) / 5 gives O the size of a step of AdamW, and Muon AdamW's rates (arXiv 2502.16982). Adapters are many small
-matrices of a few shapes: those of one shape are multiplied together, in a third of the time of torch.optim.Muon on a CPU.
+√max(out, in) / 5 gives O the size of a step of AdamW, and Muon AdamW's rates (arXiv 2502.16982).
+Adapters are many small matrices of a few shapes: those of one shape are multiplied together, in a
+third of the time of torch.optim.Muon on a CPU.
 
 Shapes: N matrices, r their short side, c their long one.
 """
@@ -12,12 +14,60 @@ import torch
 
 from lorasae.adapt import adamw
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)                # a, b, c of Newton-Schulz, Jordan's
-SMALLEST = 1e-7                                         # norm to divide by: the first gradient of A is 0, as B is
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)        # a, b, c of Newton-Schulz, Jordan's
+SMALLEST = 1e-7                                 # norm to divide by: A's first gradient is 0
+
+
+def muon(groups, config):
+    """The optimiser that trains matrices by Muon and the rest, vectors and scalars, by AdamW.
+
+    It takes the place of adapt.adamw. groups: PyTorch's, with a list of parameters each.
+    """
+    matrices, rest = [], []
+    for group in groups:
+        flat = [parameter for parameter in group["params"] if parameter.dim() != 2]
+        wide = [parameter for parameter in group["params"] if parameter.dim() == 2]
+        if wide:
+            matrices.append({**group, "params": wide})
+        if flat:
+            rest.append({**group, "params": flat})
+
+    parts = []
+    if matrices:
+        parts.append(Muon(matrices, lr=config.lr, weight_decay=config.weight_decay))
+    if rest:
+        parts.append(adamw(rest, config))
+    return Optimizers(*parts)
+
+
+class Optimizers:
+    """Several optimisers as one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state):
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
 
 
 class Muon(torch.optim.Muon):
-    """The steps of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), and its state; products of fp32, where it takes bf16."""
+    """torch.optim.Muon(adjust_lr_fn="match_rms_adamw") and its state, in fp32 and not bf16."""
 
     def __init__(self, parameters, lr, weight_decay=0.0):
         super().__init__(parameters, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -26,13 +76,15 @@ class Muon(torch.optim.Muon):
     def step(self):
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            directions = orthogonal([self.ahead(weight, group["momentum"]) for weight in weights], group["ns_steps"])
+            updates = [self.nesterov(weight, group["momentum"]) for weight in weights]
+            directions = orthogonal(updates, group["ns_steps"])
+
             for weight, direction in zip(weights, directions):
                 size = 0.2 * max(weight.shape) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.sub_(direction, alpha=group["lr"] * size)
 
-    def ahead(self, weight, mu):
+    def nesterov(self, weight, mu):
         """U of a weight, whose momentum takes in its gradient."""
         state = self.state[weight]
         if not state:
@@ -42,9 +94,10 @@ class Muon(torch.optim.Muon):
 
 
 def naive_orthogonal(matrix, steps=5):
-    """U = P S Qᵀ -> P S' Qᵀ, S' between 0.6 and 1.3 wherever S is not far below its largest: Newton-Schulz.
+    """U = P S Qᵀ -> P S' Qᵀ, S' between 0.6 and 1.3 unless S is far below its largest.
 
-    Every step takes the singular values through s ← a s + b s³ + c s⁵, which lifts small ones the fastest.
+    Newton-Schulz: every step takes the singular values through s ← a s + b s³ + c s⁵, which lifts
+    small ones the fastest.
     """
     a, b, c = COEFFICIENTS
     x = matrix / matrix.norm().clamp(min=SMALLEST)      # no singular value is above 1
@@ -55,16 +108,16 @@ def naive_orthogonal(matrix, steps=5):
 
 
 def orthogonal(matrices, steps=5):
-    """[naive_orthogonal(U)] of matrices of any shapes; those of one shape, standing or lying, in one product."""
-    alike = {}                                          # {their shape: their places in the list}
+    """[naive_orthogonal(U)] for matrices of any shapes; those of one shape in one product."""
+    alike = {}                                          # {shape when wide: places in the list}
     for place, matrix in enumerate(matrices):
-        alike.setdefault(tuple(sorted(matrix.shape)), []).append(place)
+        alike.setdefault(as_wide(matrix).shape, []).append(place)
 
     found = list(matrices)
     for places in alike.values():
-        x = newton_schulz(torch.stack([lying(matrices[place]) for place in places]), steps)
-        for place, each in zip(places, x):
-            found[place] = each if is_lying(matrices[place]) else each.T
+        stacked = torch.stack([as_wide(matrices[place]) for place in places])
+        for place, result in zip(places, newton_schulz(stacked, steps)):
+            found[place] = result if is_wide(matrices[place]) else result.T
     return found
 
 
@@ -79,17 +132,10 @@ def newton_schulz(x, steps):
     return x
 
 
-def is_lying(matrix):
-    """Whether it is as wide as it is high, or wider: the smaller of its two Gram matrices is then U Uᵀ."""
+def is_wide(matrix):
+    """Whether U Uᵀ is the smaller of its two Gram matrices."""
     return matrix.shape[0] <= matrix.shape[1]
 
 
-def lying(matrix):
-    return matrix if is_lying(matrix) else matrix.T
-
-
-def new_optimizer(parameters, config):
-    """The optimiser that config.optimizer names: AdamW, as published, or Muon (beyond the paper)."""
-    if config.optimizer == "adamw":
-        return adamw(parameters, config)
-    return Muon(parameters, lr=config.lr, weight_decay=config.weight_decay)
+def as_wide(matrix):
+    return matrix if is_wide(matrix) else matrix.T

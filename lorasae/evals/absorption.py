@@ -32,12 +32,12 @@ from lorasae.evals.saebench import FIRST_SEED, MODELS
 from lorasae.lora import base
 
 QUESTION = " has the first letter:"
-EXAMPLES = 10                                           # words answered before the one that is asked
+EXAMPLES = 10                                          # words answered before the one that is asked
 LEAST_WORDS = 200
 MOST_LATENTS = 10                                       # that may stand for one letter
 F1_GAIN, SILENT, LEAST_COSINE, LEAST_SHARE = 0.03, 1e-8, 0.025, 0.4
 
-KNOWN = 0.6                                             # F1 of the probe; SAEBench now drops letters below
+KNOWN = 0.6                                      # F1 of the probe; SAEBench now drops letters below
 
 LABELS = {
     "absorption": "absorption",
@@ -88,7 +88,7 @@ def evaluate(setting, options):
             "rows": saebench.rows(by_seed)}
 
 
-# ---- Words and prompts ----------------------------------------------------------------------------------------------
+# ---- Words and prompts ---------------------------------------------------------------------------
 
 def words(tokenizer):
     """{word: token id} of every token that is ASCII letters alone, with or without one space before them."""
@@ -96,7 +96,7 @@ def words(tokenizer):
     for token in range(tokenizer.get_vocab_size()):
         text = tokenizer.decode([token], skip_special_tokens=False)
         piece = tokenizer.id_to_token(token) or ""
-        if piece.startswith("▁"):                                               # whose decoder may drop a first space
+        if piece.startswith("▁"):                             # whose decoder may drop a first space
             text = piece.replace("▁", " ")
         if re.fullmatch(" ?[A-Za-z]+", text):
             found.setdefault(text, token)
@@ -112,9 +112,9 @@ class Asked(NamedTuple):
     """The words of one seed, four fifths of them to train, and their prompts."""
     train: list
     test: list
-    prompts: list                                       # of train, then of test: token ids, BOS not among them
-    again: list                                         # other prompts for test, with examples from all words
-    offset: int                                         # tokens between the word and the end of a prompt
+    prompts: list                            # of train, then of test: token ids, BOS not among them
+    again: list                               # other prompts for test, with examples from all words
+    offset: int                                    # tokens between the word and the end of a prompt
 
 
 def ask(vocabulary, tokenizer, count, seed):
@@ -176,7 +176,7 @@ def read_at_word(model, layer, prompts, offset, batch=64):
     return out
 
 
-# ---- Probes ---------------------------------------------------------------------------------------------------------
+# ---- Probes --------------------------------------------------------------------------------------
 
 def letter_probes(features, letters, *, batch, weight_decay, l1=0.0, seed, epochs=50):
     """26 probes, one against the rest -> Probe, weight [26, D]. features [N, D], letters [N].
@@ -216,7 +216,7 @@ def f1(predicted, true):
     return 2 * both / either.clamp(min=1)
 
 
-# ---- One model ------------------------------------------------------------------------------------------------------
+# ---- One model -----------------------------------------------------------------------------------
 
 def one_model(model, sae, layer, asked, seed):
     """{letter: its counts} of the model as it is."""

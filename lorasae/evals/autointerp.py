@@ -35,15 +35,15 @@ from lorasae.evals.chat import Kept, chat
 from lorasae.evals.common import evaluating, interval, percent, plus_minus, print_table, progress
 from lorasae.evals.judges import LEXICAL, language_model, lexical
 
-ALIVE = 15                                              # latents that fire on no more tokens are not asked about
-AROUND = 10                                             # a window is a token and as many on either side
-TOP, TOP_SHOWN = 12, 10                                 # the strongest windows; those of them that explain
-DRAWN, DRAWN_SHOWN = 7, 5                               # windows drawn by activation²; those that explain
+ALIVE = 15                                 # latents that fire on no more tokens are not asked about
+AROUND = 10                                         # a window is a token and as many on either side
+TOP, TOP_SHOWN = 12, 10                          # the strongest windows; those of them that explain
+DRAWN, DRAWN_SHOWN = 7, 5                         # windows drawn by activation²; those that explain
 RANDOM = 10                                             # random windows, all of which score
 SCORED = (TOP - TOP_SHOWN) + (DRAWN - DRAWN_SHOWN) + RANDOM
 FLOOR = RANDOM / SCORED                                 # the score of always answering "None"
-THRESHOLD = 0.01                                        # a token fires above this share of the largest activation
-WORKERS = 8                                             # latents an endpoint is asked about at a time
+THRESHOLD = 0.01                          # a token fires above this share of the largest activation
+WORKERS = 8                                           # latents an endpoint is asked about at a time
 
 
 class Window(NamedTuple):
@@ -54,7 +54,7 @@ class Window(NamedTuple):
     active: bool                                        # SAEBench's label: a random window is not
 
 
-# ---- Windows ---------------------------------------------------------------------------------------------------------
+# ---- Windows -------------------------------------------------------------------------------------
 
 def windows(found, rows, rng):
     """One latent's (15 windows to explain, the strongest first; 14 to score, in random order); None if it is too rare.
@@ -110,7 +110,7 @@ def score(picked, scored):
     return share, balanced
 
 
-# ---- The evaluation --------------------------------------------------------------------------------------------------
+# ---- The evaluation ------------------------------------------------------------------------------
 
 def add_options(add):
     add("--judge", metavar="URL", help="OpenAI-compatible endpoint (…/v1) whose --chat-model explains and predicts; "

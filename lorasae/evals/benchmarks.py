@@ -16,11 +16,11 @@ from lorasae.evals.local_tasks import local_tasks
 from lorasae.io.console import note
 from lorasae.io.presets import TINY, preset
 
-SETTINGS = {                                            # the columns of Table 5: (SAEs spliced in, adapters on)
+SETTINGS = {                                # the columns of Table 5: (SAEs spliced in, adapters on)
     "sae": ("SAE", True, False), "adapted": ("SAE + LoRA", True, True),
     "base": ("original", False, False), "lora": ("LoRA", False, True),
 }
-TABLE_5 = {                                             # its rows; lm-eval computes more than the paper shows
+TABLE_5 = {                                   # its rows; lm-eval computes more than the paper shows
     ("mmlu", "acc"): "MMLU", ("hellaswag", "acc"): "HellaSwag", ("truthfulqa_gen", "bleu_acc"): "BLEU",
     ("truthfulqa_gen", "rouge1_acc"): "ROUGE-1", ("truthfulqa_gen", "rouge2_acc"): "ROUGE-2",
     ("truthfulqa_mc1", "acc"): "MC1",
@@ -30,7 +30,7 @@ LOCAL = "local"                                         # for `local_` before ea
 SEED = 1234                                             # lm-eval's own, of the examples that few-shot tasks draw
 
 
-# ---- Table 5 ---------------------------------------------------------------------------------------------------------
+# ---- Table 5 -------------------------------------------------------------------------------------
 
 def load_tasks(names):
     """lm-eval's tasks, with their data: names, "local", or YAML files and folders of them (with a / or ending in .yaml)."""
@@ -81,9 +81,9 @@ def default_tasks(model):
 def require_lm_eval():
     """Raises InputError where the optional package is missing."""
     try:
-        import lm_eval                                  # noqa: F401 - asks whether it can be imported
+        import lm_eval                                # noqa: F401 - asks whether it can be imported
     except ImportError as error:
-        if not (error.name or "").startswith("lm_eval"):            # something that lm-eval itself lacks
+        if not (error.name or "").startswith("lm_eval"):       # something that lm-eval itself lacks
             raise
         raise InputError('the language-model benchmarks need the lm-eval package: pip install "lm-eval>=0.4.12"') from None
 
@@ -103,7 +103,7 @@ def measure(model, saes, tokenizer, tasks, limit=None):
         for setting, (label, spliced, lora) in SETTINGS.items():
             note(f"{label}:")
             for task in tasks["tasks"].values():
-                task.set_fewshot_seed(SEED)             # else every setting would draw other examples
+                task.set_fewshot_seed(SEED)           # else every setting would draw other examples
             lm = SplicedLM(model, tokenizer, saes if spliced else {}, lora=lora)
             results = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=1000, log_samples=False)
             numbers["samples"] = {task: count["effective"] for task, count in results["n-samples"].items()}

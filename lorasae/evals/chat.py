@@ -16,7 +16,7 @@ from pathlib import Path
 from lorasae.errors import InputError
 from lorasae.io.files import read_json, write_json
 
-WAITS = (2, 4, 8, 16, 32)                               # seconds before a busy or failing server is asked again
+WAITS = (2, 4, 8, 16, 32)                   # seconds before a busy or failing server is asked again
 TIMEOUT = 300                                           # seconds without a byte from it
 
 

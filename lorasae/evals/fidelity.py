@@ -1,16 +1,26 @@
-"""Fidelity (paper §4): what splicing the SAEs in costs, and how much of that the adapters win back.
+"""Fidelity (paper §4): what splicing the SAEs in costs, and how much of that training wins back.
 
-    base     the untouched model                zero   the SAEs' layers set to zero: the worst a reconstruction can do
-    sae      the SAEs spliced in                lora   adapted, without SAEs: what adapting did to the model itself
-    adapted  SAEs spliced in and adapters on
+    base     the untouched model
+    before   SAEs that a run trained, as they came: without adapters, before the first step
+    sae      the SAEs spliced in, without adapters
+    adapted  the SAEs spliced in and the adapters on
+    lora     the adapters on, without SAEs: what adapting did to the model itself
+    zero     zeros in place of every activation that the SAEs replace: the worst reconstruction
 
-    gap closed = (CE_sae - CE_adapted) / (CE_sae - CE_base),   loss recovered = (CE_zero - CE_·) / (CE_zero - CE_base)
-    KL gap closed = (KL_sae - KL_adapted) / KL_sae
+    gap            CE_sae - CE_base, of the SAEs as they came: CE_before - CE_base if they trained
+    gap closed     (gap - (CE_end - CE_base)) / gap        end: adapted, or sae without adapters
+    KL gap closed  (KL - KL_end) / KL                      KL: of the SAEs as they came
+    won back       (CE_sae - CE_adapted) / (CE_sae - CE_base) around SAEs that trained too
+    by adapters
+    loss recovered (CE_zero - CE_·) / (CE_zero - CE_base)
 
-CE is the next-token cross-entropy and KL is KL(base ‖ ·), both in nats a token, over the T - 1 predictions of each
-sequence (BOS is a predictor, as in the paper). All SAEs are spliced in at once (§4.3's compound loss). Where an SAE does
-not raise CE by more than its interval there is no CE gap to close a part of; the KL gap is always there. Intervals are
-90 %, over sequences; differences are paired.
+"Gap" means the gap of the SAEs as they came, and nothing else. CE is the next-token cross-entropy
+and KL is KL(base ‖ ·), both in nats per token, over the T - 1 predictions of each sequence (BOS is
+a predictor, as in the paper). All SAEs are spliced in at once (§4.3's compound loss). If an SAE
+does not raise CE by more than its interval, there is no CE gap to close; there is always a KL gap.
+
+Intervals are 90 %, over documents: sequences of one document are not independent (common.py).
+Differences are paired by sequence.
 
     python eval.py RUN_DIR --suite fidelity
 
@@ -24,34 +34,57 @@ from typing import NamedTuple
 import torch
 
 from lorasae.adapt import first_differing
-from lorasae.evals.common import evaluating, interval, percent, plus_minus, print_table, progress, ratio
+from lorasae.evals.common import (count_documents, error_bar, evaluating, interval, percent,
+                                  plus_minus, print_table, progress, ratio, without_interval)
+from lorasae.io.files import read_json
 from lorasae.lora import base
 from lorasae.objectives import token_losses
 from lorasae.sae import splice
 
-SETTINGS = {"base": "base model", "sae": "with SAE", "adapted": "with SAE + LoRA", "lora": "LoRA, no SAE",
-            "zero": "SAE layers zeroed"}
+SETTINGS = {
+    "base": "base model",
+    "before": "with SAE as it came",
+    "sae": "with SAE",
+    "adapted": "with SAE + LoRA",
+    "lora": "LoRA, no SAE",
+    "zero": "SAE layers zeroed",
+}
 ADAPTED = ("adapted", "lora")                           # the settings with adapters on
 WATCHED = ("sae", "adapted")                            # the settings whose SAEs are measured too
+SUFFIX = {"before": "_before", "sae": "_sae", "adapted": ""}        # of their L0 in results.json
 
 
-# ---- Measuring ---------------------------------------------------------------------------------------------------------
+# ---- Measuring ---------------------------------------------------------------------------------
 
 def evaluate(setting, options):
-    """Every setting that the run has -> what eval-fidelity.json holds."""
-    adapts = setting.config.method == "lora"
-    settings = ("base", "sae", "adapted", "lora", "zero") if adapts else ("base", "sae", "zero")
-    held_out = setting.text.held_out
-    results = measure(setting.model, setting.saes, held_out.split(setting.config.eval_batch), settings)
-    return {**summary(results), "eval_tokens": held_out.numel(), "training": training_curve(setting.folder)}
+    """Every setting of the run -> what eval-fidelity.json holds."""
+    config, text = setting.config, setting.text
+    names = ["base", "sae", "zero"]
+    if config.method == "lora":
+        names += ["adapted", "lora"]
+    batches = text.held_out.split(config.eval_batch)
+    results = measure(setting.model, setting.saes, batches, names)
+
+    # An SAE that the run trained has changed since: what it cost as it came is on file
+    before = None
+    if config.method == "finetune" or config.train_sae:
+        before = read_results(setting.folder / "before.json")
+
+    return {
+        **summary(results, text.documents, before),
+        "eval_tokens": text.held_out.numel(),
+        "training": training_curve(setting.folder),
+    }
 
 
 def measure(model, saes, batches, settings=("base", "sae", "adapted"), gather=lambda found: found):
-    """Runs each setting over the batches of tokens [B, T]; returns {setting: {"ce": [n], "kl": [n], "l0", "ev"}}.
+    """Runs each setting over batches of tokens [B, T] -> {setting: {"ce": [n], "kl": [n], "l0",
+    "ev"}}.
 
-    ce and kl are sequence means, fp64; l0 (active latents) and ev (explained variance, 1 - Σ‖x - x̂‖² / Σ‖x - mean x‖²)
-    are {layer: value} over the positions that are not BOS or EOS, for the settings `sae` and `adapted`. gather: of
-    several processes, puts together what each found in its part of the batches (dicts of dicts of lists).
+    ce and kl are means over a sequence, fp64. l0 (active latents) and ev (explained variance,
+    1 - Σ‖x - x̂‖² / Σ‖x - mean x‖²) are {layer: value} over all positions but BOS and EOS, for the
+    settings `sae` and `adapted`. gather: of several processes, puts together what each found in
+    its part of the batches (dicts of dicts of lists).
     """
     found = {name: {"ce": [], "kl": []} for name in settings}
     seen = {name: {layer: [] for layer in saes} for name in settings}
@@ -74,7 +107,10 @@ def measure(model, saes, batches, settings=("base", "sae", "adapted"), gather=la
 
 @torch.no_grad()
 def losses_by_setting(model, saes, tokens, settings, seen=None):
-    """{setting: TokenLosses of [B, T - 1]} for tokens [B, T]. seen: {setting: {layer: a list to add Sums to}}."""
+    """{setting: TokenLosses of [B, T - 1]} for tokens [B, T].
+
+    seen: {setting: {layer: a list to add Sums to}}.
+    """
     tokens = tokens.to(model.device)
     first = first_differing(model, saes)
     with base(model):
@@ -84,12 +120,16 @@ def losses_by_setting(model, saes, tokens, settings, seen=None):
     losses = {}
     for name in settings:
         watched = seen[name] if seen is not None and name in WATCHED else None
-        with nullcontext() if name in ADAPTED else base(model):
-            hidden = target if name == "base" else final_hidden(model, saes, tokens, x, first, name, watched)
-        other = None if name == "base" else target[:, :-1]
-        losses[name] = token_losses(hidden[:, :-1], tokens[:, 1:], model.head, model.softcap, other)
-    if "base" in losses:
-        losses["base"] = losses["base"]._replace(kl=torch.zeros_like(losses["base"].ce))
+        if name == "base":
+            hidden, other = target, None
+        else:
+            with nullcontext() if name in ADAPTED else base(model):
+                hidden = final_hidden(model, saes, tokens, x, first, name, watched)
+            other = target[:, :-1]
+        found = token_losses(hidden[:, :-1], tokens[:, 1:], model.head, model.softcap, other)
+        if name == "base":
+            found = found._replace(kl=torch.zeros_like(found.ce))
+        losses[name] = found
     return losses
 
 
@@ -99,7 +139,7 @@ def final_hidden(model, saes, tokens, x, first, name, watched=None):
     if name == "lora":
         saes = {}
     elif name == "zero":
-        saes = dict.fromkeys(saes, Zero())
+        saes = {layer: Zero(sae) for layer, sae in saes.items()}
     elif watched is not None:
         saes = {layer: Watched(sae, special, watched[layer]) for layer, sae in saes.items()}
     if first - 1 in saes:
@@ -107,15 +147,32 @@ def final_hidden(model, saes, tokens, x, first, name, watched=None):
     return model.norm(model.run(x, first, len(model.layers), saes, special))
 
 
-class Zero:
-    """In place of an SAE: the worst reconstruction."""
+class InPlaceOf:
+    """Stands where an SAE stands, with another reconstruction.
+
+    `splice` alone decides which positions are replaced. Whatever it asks of the SAE (`on_special`)
+    the SAE itself answers, so that BOS and EOS are treated alike in every setting.
+    """
+
+    def __init__(self, sae):
+        self.sae = sae
+
+    def __getattr__(self, name):
+        return getattr(self.sae, name)
+
+
+class Zero(InPlaceOf):
+    """The worst reconstruction: zeros at every position that the SAE replaces.
+
+    An SAE that leaves BOS and EOS alone leaves them alone here too.
+    """
 
     def __call__(self, x):
         return torch.zeros_like(x)
 
 
 class Sums(NamedTuple):
-    """What an SAE did at the positions that are not BOS or EOS, in sums that can be added up; all fp64."""
+    """What an SAE did at all positions but BOS and EOS, in sums that can be added up; all fp64."""
     positions: torch.Tensor
     active: torch.Tensor                                # latents
     error: torch.Tensor                                 # Σ‖x - x̂‖²
@@ -138,81 +195,135 @@ def total(parts):
     return Sums(*(sum(column) for column in zip(*parts)))
 
 
-class Watched:
-    """An SAE that notes what it does: calling it adds a Sums to `notes`."""
+class Watched(InPlaceOf):
+    """The SAE itself, which notes what it does: each call adds a Sums to `notes`."""
 
     def __init__(self, sae, special, notes):
-        self.sae, self.special, self.notes = sae, special, notes
-        self.on_special = getattr(sae, "on_special", True)
+        super().__init__(sae)
+        self.special, self.notes = special, notes
 
     def __call__(self, x):
         x_hat = self.sae(x)
         read = x[~self.special].float()
         error = (x - x_hat)[~self.special].float()
-        active = sum((self.sae.encode(part) > 0).sum() for part in read.split(256))        # [256, M] at a time
+        active = sum((self.sae.encode(part) > 0).sum() for part in read.split(256))     # [256, M]
         sums = Sums(
-            positions=torch.tensor(len(read)), active=torch.as_tensor(active),
-            error=error.square().sum(dtype=torch.float64), square=read.square().sum(dtype=torch.float64),
-            x=read.sum(0, dtype=torch.float64))
+            positions=torch.tensor(len(read)),
+            active=torch.as_tensor(active),
+            error=error.square().sum(dtype=torch.float64),
+            square=read.square().sum(dtype=torch.float64),
+            x=read.sum(0, dtype=torch.float64),
+        )
         self.notes.append([value.double().cpu() for value in sums])
         return x_hat
 
 
-# ---- Summing up --------------------------------------------------------------------------------------------------------
+# ---- Results as files ---------------------------------------------------------------------------
 
-def summary(results):
-    """The plain numbers of results.json: token means, the part of the gap closed, L0 a layer, and under "ci90" the half
-    widths of their confidence intervals (None for a single sequence)."""
-    numbers, widths = {}, {}
+def as_json(results):
+    """What `measure` returns, as plain values. read_results gives back every bit of them."""
+    plain = {}
+    for name, values in results.items():
+        plain[name] = {key: value.tolist() if isinstance(value, torch.Tensor) else value
+                       for key, value in values.items()}
+    return plain
+
+
+def read_results(path):
+    """What `measure` returned, from a file of its as_json."""
+    results = {}
+    for name, values in read_json(path).items():
+        found = {loss: torch.tensor(values[loss], dtype=torch.float64) for loss in ("ce", "kl")}
+        for key in ("l0", "ev"):
+            if key in values:
+                found[key] = {int(layer): value for layer, value in values[key].items()}
+        results[name] = found
+    return results
+
+
+# ---- Summing up --------------------------------------------------------------------------------
+
+def summary(results, documents=None, before=None):
+    """The plain numbers of results.json: means over tokens, the parts of the gap closed, L0 and
+    explained variance of each layer, and under "ci90" the half widths of their intervals.
+
+    results: what `measure` found after training. documents: [n] int, the document of each
+    sequence; None: each sequence is a document of its own. before: of SAEs that trained, the
+    settings base and sae as `measure` found them before the first step.
+
+    A half width is None if there are too few documents for an interval. Then gap_closed is the
+    plain ratio of an SAE that raises CE at all.
+    """
+    if before is not None:
+        results = {**results, "before": before["sae"]}
     ce = {name: values["ce"] for name, values in results.items()}
     kl = {name: values["kl"] for name, values in results.items()}
+    numbers, widths = {}, {}
 
     def note(name, value_and_half):
         numbers[name], widths[name] = value_and_half
 
+    # What each setting costs, in nats per token
     for name in results:
-        note(f"ce_{name}", interval(ce[name]))
+        note(f"ce_{name}", interval(ce[name], documents))
         if name != "base":
-            note(f"kl_{name}", interval(kl[name]))
+            note(f"kl_{name}", interval(kl[name], documents))
         if name != "base" and "base" in ce:
-            note(f"excess_{name}", interval(ce[name] - ce["base"]))             # what the setting costs, in nats a token
+            note(f"excess_{name}", interval(ce[name] - ce["base"], documents))
         if name not in ("base", "zero") and {"base", "zero"} <= ce.keys():
-            note(f"loss_recovered_{name}", ratio(ce["zero"] - ce[name], ce["zero"] - ce["base"]))
+            recovered = ratio(ce["zero"] - ce[name], ce["zero"] - ce["base"], documents)
+            note(f"loss_recovered_{name}", recovered)
 
-    if {"base", "sae", "adapted"} <= ce.keys():
-        if costs(numbers["excess_sae"], widths["excess_sae"]):
-            note("gap_closed", ratio(ce["sae"] - ce["adapted"], ce["sae"] - ce["base"]))
-        else:
-            note("gap_closed", (None, None))
-        note("kl_gap_closed", ratio(kl["sae"] - kl["adapted"], kl["sae"]))
-    for name, suffix in (("sae", "_sae"), ("adapted", "")):
+    # What training closed of the gap of the SAEs as they came
+    start = "sae" if before is None else "before"
+    end = "adapted" if "adapted" in results else "sae"
+    if {"base", start, end} <= ce.keys() and start != end:
+        gap = ce[start] - ce["base"]
+        closed = (None, None)
+        if costs(numbers[f"excess_{start}"], widths[f"excess_{start}"]):
+            closed = ratio(ce[start] - ce[end], gap, documents)
+        note("gap_closed", closed)
+        note("kl_gap_closed", ratio(kl[start] - kl[end], kl[start], documents))
+
+    # What adapters won back of the cost of SAEs that trained beside them: no part of the gap
+    if before is not None and {"base", "sae", "adapted"} <= ce.keys():
+        won = ratio(ce["sae"] - ce["adapted"], ce["sae"] - ce["base"], documents)
+        note("won_back_by_adapters", won)
+
+    for name, suffix in SUFFIX.items():
         if name in results:
             numbers["l0" + suffix] = results[name]["l0"]
             numbers["explained_variance" + suffix] = results[name]["ev"]
+    if documents is not None:
+        numbers["documents"] = count_documents(documents)
     return {**numbers, "ci90": widths}
 
 
 def costs(excess, half):
-    """Whether the SAE raises CE at all: by more than its interval, or by anything where there is none."""
-    return excess > (half or 0)
+    """Whether SAEs raise CE beyond the interval; if there is none, whether they raise it at all."""
+    return excess > 0 if half is None else excess > half
 
 
 def training_curve(folder):
-    """The loss that metrics.jsonl holds, for a picture: {"name", "tokens": [..], "loss": [..]}; None without the file."""
+    """The losses in metrics.jsonl, for a picture: {"name", "tokens": [..], "loss": [..]}.
+
+    None if there is no such file, or no single loss in it.
+    """
     path = folder and Path(folder) / "metrics.jsonl"
     if not path or not path.exists():
         return None
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     key, label = ("fvu", "FVU") if "fvu" in lines[0] else ("kl", "KL in training (nats/token)")
     if key not in lines[0]:
-        return None                                     # several adapters in one pass: each has its own run's folder
-    return {"name": label, "tokens": [line["tokens"] for line in lines], "loss": [line[key] for line in lines]}
+        return None                                     # several adapters: each has its own folder
+    tokens = [line["tokens"] for line in lines]
+    return {"name": label, "tokens": tokens, "loss": [line[key] for line in lines]}
 
 
-# ---- Showing -----------------------------------------------------------------------------------------------------------
+# ---- Showing -----------------------------------------------------------------------------------
 
 def table(numbers):
-    """Rows and headings for print_table: one row a setting."""
+    """Rows and headings for print_table: a row for each setting."""
     half = {name: plus_minus(width) for name, width in numbers["ci90"].items()}
     zeroed = "ce_zero" in numbers
     rows = []
@@ -231,41 +342,74 @@ def table(numbers):
 
 
 def closed(numbers):
-    """The line on how much of the gap the adapters close."""
-    kl = f"KL gap closed {percent(numbers['kl_gap_closed'])} {plus_minus(numbers['ci90']['kl_gap_closed'], '.1%')}"
+    """What was closed of the gap of the SAE as it came, in one line."""
+    half = numbers["ci90"]
+
+    def part(name):
+        return f"{percent(numbers[name])} {plus_minus(half[name], '.1%')}".rstrip()
+
+    kl = f"KL gap closed {part('kl_gap_closed')}"
+    excess = numbers.get("excess_before", numbers["excess_sae"])
     if numbers["gap_closed"] is not None:
-        return f"gap closed {numbers['gap_closed']:.1%} {plus_minus(numbers['ci90']['gap_closed'], '.1%')}   {kl}"
-    if numbers["excess_sae"] < 0:
-        return f"the SAE lowers the cross-entropy here, so there is no gap in it to close   {kl}"
-    return f"the SAE costs no cross-entropy beyond its interval, so there is no gap in it to close   {kl}"
+        line = f"gap closed {part('gap_closed')}   {kl}"
+    elif excess <= 0:
+        line = f"the SAE does not raise the cross-entropy here: no gap to close   {kl}"
+    else:
+        line = f"the SAE costs no more cross-entropy than its interval: no gap to close   {kl}"
+    if "won_back_by_adapters" in numbers:
+        line += f"   of what the SAE costs now, adapters win back {part('won_back_by_adapters')}"
+    reason = no_interval(numbers)
+    return f"{line}   {reason}" if reason else line
+
+
+def no_interval(numbers):
+    """Why a summary has no intervals, in words; "" if it has them."""
+    if numbers["ci90"]["ce_base"] is not None:
+        return ""
+    return f"({without_interval(numbers.get('documents', 1))})"
 
 
 def show(numbers):
     print_table(*table(numbers))
-    sides = [side for side in ("_sae", "") if "l0" + side in numbers]
+    print()
+    print_table(*sae_table(numbers))
+    if "gap_closed" in numbers:
+        print(f"\n{closed(numbers)}")
+    elif no_interval(numbers):
+        print(f"\n{no_interval(numbers)}")
+
+
+def sae_table(numbers):
+    """Rows and headings for print_table: a row for each SAE."""
+    suffixes = {name: suffix for name, suffix in SUFFIX.items() if f"ce_{name}" in numbers}
+    headings = [""]
+    for name in suffixes:
+        of = {"before": ", as it came", "sae": "", "adapted": ", adapted"}[name]
+        headings += [f"L0{of}", "explained variance"]
     rows = []
     for layer in numbers["l0_sae"]:
         row = [f"SAE at layer {layer}"]
-        for side in sides:
-            row += [f"{numbers['l0' + side][layer]:.2f}", percent(numbers["explained_variance" + side][layer])]
+        for suffix in suffixes.values():
+            row.append(f"{numbers['l0' + suffix][layer]:.2f}")
+            row.append(percent(numbers["explained_variance" + suffix][layer]))
         rows.append(row)
-    print()
-    print_table(rows, ["", "L0", "explained variance", "L0, adapted", "explained variance"][:1 + 2 * len(sides)])
-    if "gap_closed" in numbers:
-        print(f"\n{closed(numbers)}")
+    return rows, headings
 
 
 def draw(numbers, figure):
-    """CE above the base model's and KL of each setting: one point of Figures 3, 4 and 6; and the loss during training."""
+    """CE above the base model's and KL of each setting, as in Figures 3, 4 and 6; the training."""
     training = numbers.get("training")
     figure.set_size_inches(12 if training else 8, 2.6)
     first, second, *rest = figure.subplots(1, 3 if training else 2)
-    names = [name for name in ("lora", "adapted", "sae") if f"kl_{name}" in numbers]
+    names = [name for name in ("lora", "adapted", "sae", "before") if f"kl_{name}" in numbers]
     labels = [SETTINGS[name] for name in names]
-    panels = (first, "excess", "cross-entropy above the base model's"), (second, "kl", "KL from the base model")
+    panels = [
+        (first, "excess", "cross-entropy above the base model's"),
+        (second, "kl", "KL from the base model"),
+    ]
     for axes, key, label in panels:
         values = [numbers[f"{key}_{name}"] for name in names]
-        halves = [numbers["ci90"][f"{key}_{name}"] or 0 for name in names]
+        halves = [error_bar(numbers["ci90"][f"{key}_{name}"]) for name in names]
         axes.errorbar(values, labels, xerr=halves, fmt="o", capsize=4)
         axes.axvline(0, color="grey", linewidth=1)
         axes.set_xlabel(f"{label} (nats/token)")
@@ -274,7 +418,10 @@ def draw(numbers, figure):
     for axes in rest:
         axes.plot(training["tokens"], training["loss"], linewidth=1)
         axes.set(xlabel="training tokens", ylabel=training["name"])
-    title = "Fidelity, 90 % intervals over sequences (a point of the paper's Figures 3, 4 and 6)"
+
+    title = "Fidelity, 90 % intervals over documents (a point of the paper's Figures 3, 4 and 6)"
+    if no_interval(numbers):
+        title = "Fidelity (a point of the paper's Figures 3, 4 and 6)"
     if numbers.get("kl_gap_closed") is not None:
         title += f"; {closed(numbers).replace('   ', '; ')}"
     figure.suptitle(title, fontsize=9)

@@ -24,7 +24,7 @@ class Rates(NamedTuple):
     """How often latents fire."""
     fired: torch.Tensor                                 # [M] tokens on which each fires
     total: torch.Tensor                                 # [M] the sum of its activations
-    tokens: int                                         # tokens looked at, BOS and EOS not among them
+    tokens: int                                       # tokens looked at, BOS and EOS not among them
 
 
 class Firing(NamedTuple):

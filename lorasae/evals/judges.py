@@ -16,10 +16,10 @@ WORDS = 10                                              # tokens in one of its e
 class Verdict(NamedTuple):
     """What a judge makes of a latent."""
     explanation: str
-    picked: list | None                                 # numbers from 1 of the windows where it says the latent fires
+    picked: list | None               # numbers from 1 of the windows where it says the latent fires
 
 
-# ---- The lexical judge -----------------------------------------------------------------------------------------------
+# ---- The lexical judge ---------------------------------------------------------------------------
 
 def lexical(shown, scored, tokenizer):
     """Explains a latent by the tokens that fire it, and expects it to fire wherever one of them is. No language model.
@@ -48,7 +48,7 @@ def lexical(shown, scored, tokenizer):
     return Verdict(explanation, picked)
 
 
-# ---- A language model as the judge -----------------------------------------------------------------------------------
+# ---- A language model as the judge ---------------------------------------------------------------
 
 EXPLAIN = """You describe what makes a neuron of a language model fire: a certain word, part of a word, or idea. You are
 given short documents in which it fires, the strongest first. The tokens it fires on are enclosed in << and >>.

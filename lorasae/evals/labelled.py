@@ -15,7 +15,7 @@ from lorasae.errors import InputError
 
 TRAIN, TEST = 2000, 500                                 # texts a class: SAEBench's 4,000 and 1,000 a binary task
 SCR_TRAIN, SCR_TEST = 1000, 250                         # texts a quadrant
-LEAST = 16                                              # texts of a class: fewer teach and test nothing
+LEAST = 16                                          # texts of a class: fewer train and test nothing
 
 
 class Cut(NamedTuple):
@@ -47,7 +47,7 @@ def equal(classes):
     return {label: texts[:least] for label, texts in classes.items()}
 
 
-# ---- The user's file ------------------------------------------------------------------------------------------------
+# ---- The user's file -----------------------------------------------------------------------------
 
 def file_classes(path, seed):
     """The labels of a file as classes."""

@@ -49,7 +49,7 @@ EXTENSIONS = {
 HEADER, CODE_LEAST = 150, 150 + 3 * 128                 # characters: a licence's, and the least of a file
 
 
-# ---- Loading --------------------------------------------------------------------------------------------------------
+# ---- Loading -------------------------------------------------------------------------------------
 
 FAILURES = (OSError, ValueError, RuntimeError)          # what `datasets` raises offline, or for a damaged set
 
@@ -96,7 +96,7 @@ def sampled(rows, count, seed, what):
     return rows[np.random.RandomState(seed).choice(len(rows), count, replace=False)]
 
 
-# ---- Cutting --------------------------------------------------------------------------------------------------------
+# ---- Cutting -------------------------------------------------------------------------------------
 
 def balanced_classes(repository, columns, classes, seed):
     """Of each class as many texts with either attribute (gender, or rating): 1,000 each to train, 250 each to test."""
@@ -205,7 +205,7 @@ def cut_shuffled(found, seed):
     return Cut(train, test)
 
 
-# ---- The sets of each suite -----------------------------------------------------------------------------------------
+# ---- The sets of each suite ----------------------------------------------------------------------
 
 def suite_sets(suite):
     """{name: cut} of a suite: "probing", "tpp" or "scr"."""

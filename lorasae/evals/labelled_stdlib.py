@@ -18,10 +18,10 @@ from lorasae.io.text import held_out, standard_library
 
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")       # large, and part of every Python
 PAIRS = (("asyncio", "email"), ("multiprocessing", "unittest"), ("logging", "importlib"), ("xml", "asyncio"))
-TRAIN, TEST = 240, 80                                   # texts a class: what two CPU cores read in seconds
+TRAIN, TEST = 240, 80                            # texts a class: what two CPU cores read in seconds
 SCR_TRAIN, SCR_TEST = 60, 40                            # texts a quadrant
 PASSAGE = 240                                           # characters: 60 to 80 tokens
-MARKS = re.compile(r'''^(#+|[rR]?"{3}|[rR]?'{3})|("{3}|'{3})$''')           # of comments and docstrings
+MARKS = re.compile(r'''^(#+|[rR]?"{3}|[rR]?'{3})|("{3}|'{3})$''')       # of comments and docstrings
 
 
 def class_sets(suite):
@@ -70,7 +70,7 @@ def by_both(pair, seed):
     return Cut(train, test)
 
 
-# ---- Passages of a package ------------------------------------------------------------------------------------------
+# ---- Passages of a package -----------------------------------------------------------------------
 
 class Passages(NamedTuple):
     """Of one package, each a Cut of [texts]."""
@@ -115,7 +115,7 @@ def split_source(source):
             if ast.get_docstring(node) is not None:
                 docstrings |= lines_of(node.body[0])
 
-    start = tree.body[0].end_lineno if tree.body else 0                     # its docstring, where it has one
+    start = tree.body[0].end_lineno if tree.body else 0            # its docstring, where it has one
     code, documentation = [], []
     for number, line in enumerate(source.split("\n"), 1):
         if number <= start or number in left_out:

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from lorasae.errors import InputError
-from lorasae.evals import firing
+from lorasae.evals import firing, latents_page
 from lorasae.evals.common import evaluating, print_table, progress
 from lorasae.evals.page import visible
 from lorasae.io.files import read_json
@@ -38,15 +38,17 @@ SHOWN = 20                                              # latents where none are
 PASSAGES = 10                                           # of each
 BEFORE, AFTER = 30, 15                                  # tokens shown around a passage's strongest
 TOKENS = 10                                             # most raised, and as many most lowered
-RARE = 0.01                                             # the hardest firing are chosen among those no more frequent
+RARE = 0.01             # the hardest firing are chosen among those no more frequent
+
+page = latents_page.page                                # eval.py writes it as eval-latents.html
 
 
-# ---- Effects on the next token ---------------------------------------------------------------------------------------
+# ---- Effects on the next token -------------------------------------------------------------------
 
 @torch.no_grad()
 def direct_effect(model, v):
     """head (g ⊙ v) for a direction v [D] in the residual stream -> [V] fp32, mean 0: logits, up to a factor 1/rms."""
-    gain = model.norm(torch.ones_like(v)[None])[0]      # the norm of ones is its gain: their rms is 1
+    gain = model.norm(torch.ones_like(v)[None])[0]    # the norm of ones is its gain: their rms is 1
     logits = linear((gain * v)[None], model.head)[0].float()
     return logits - logits.mean()
 
@@ -109,7 +111,7 @@ def byte_alphabet():
     return alphabet
 
 
-# ---- The evaluation --------------------------------------------------------------------------------------------------
+# ---- The evaluation ------------------------------------------------------------------------------
 
 def evaluate(setting, options):
     """All that the page shows of the first SAE's latents."""

@@ -22,9 +22,9 @@ from lorasae.errors import InputError
 from lorasae.io.text import held_out, standard_library
 
 SEED = 42
-CONTEXT, FOLLOWING = 120, 80                            # characters, or the few more that fill a line: 40 and 30 tokens
-LONGEST = 400                                           # both together: a table in one long line is no passage
-LINE, BEGUN = 40, 12                                    # characters: of a line to be ended; of what is given of it
+CONTEXT, FOLLOWING = 120, 80        # characters, or the few more that fill a line: 40 and 30 tokens
+LONGEST = 400                                # both together: a table in one long line is no passage
+LINE, BEGUN = 40, 12                     # characters: of a line to be ended; of what is given of it
 NAME = re.compile(r"(?<=\w\.)[a-z][a-z_]{2,7}\b")       # most are a single token
 NAMES, PASSAGES, LINES = 400, 200, 200                  # questions
 
@@ -66,7 +66,7 @@ def passages(sources):
     return found
 
 
-# ---- Questions -------------------------------------------------------------------------------------------------------
+# ---- Questions -----------------------------------------------------------------------------------
 
 def question(rng, query, right, others):
     """A row of a task: the right answer and three others, in any order. None where there are too few.
@@ -133,7 +133,7 @@ def questions(sources):
             "local_truthfulqa_mc1": lines, "local_truthfulqa_gen": lines}
 
 
-# ---- lm-eval's tasks -------------------------------------------------------------------------------------------------
+# ---- lm-eval's tasks -----------------------------------------------------------------------------
 
 CHOOSE = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "label",
           "target_delimiter": ""}

@@ -173,7 +173,7 @@ def listing(kind, tag, items):
     return f'<{tag} class="{kind}">\n{body}\n</{tag}>'
 
 
-# ---- Tokens ----------------------------------------------------------------------------------------------------------
+# ---- Tokens --------------------------------------------------------------------------------------
 
 def token(text):
     """One token on its own, its whitespace made visible."""

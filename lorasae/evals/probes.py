@@ -23,7 +23,7 @@ class Task(NamedTuple):
     labels: torch.Tensor                                # [P, N] 0 or 1
 
 
-# ---- Logistic regression --------------------------------------------------------------------------------------------
+# ---- Logistic regression -------------------------------------------------------------------------
 
 def objective(x, y, weights, theta):
     """Σ_i s_i · logloss_i + ½ ‖w‖² of P problems: x [P, N, K + 1], its last column ones, theta [P, K + 1] -> [P].
@@ -84,7 +84,7 @@ def logistic(x, y, C=1.0, balanced=False, iterations=100):
     return Probe(theta[:, :-1], theta[:, -1])
 
 
-# ---- Probes trained by gradient -------------------------------------------------------------------------------------
+# ---- Probes trained by gradient ------------------------------------------------------------------
 
 def train_probes(features, train, held, *, lr, batch, epochs, seed, l1=0.0, patience=None):
     """P probes side by side -> the Probe of each one's best epoch on `held`.

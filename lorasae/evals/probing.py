@@ -13,6 +13,7 @@ latent, trained by gradient. The same on the residual stream shows what there is
 import torch
 
 from lorasae.evals import saebench
+from lorasae.evals.common import error_bar
 from lorasae.evals.probes import accuracy, hold_out, logistic, train_probes
 from lorasae.evals.saebench import one_against_rest
 
@@ -107,7 +108,7 @@ def draw(numbers, figure):
             shown = [k for k in KS if f"{features}_top_{k}" in numbers["rows"]]
             points = [numbers["rows"][f"{features}_top_{k}"] for k in shown]
             means = [point[model] for point in points]
-            errors = [point[f"{model}_ci90"] or 0 for point in points]
+            errors = [error_bar(point[f"{model}_ci90"]) for point in points]
             axes.errorbar(shown, means, errors, color=colour, linestyle=style, marker="o", capsize=3,
                           label=f"{name}, {label}")
 

@@ -53,7 +53,7 @@ def pair_sets(source):
     return labelled_saebench.chosen(source, "scr")
 
 
-# ---- What the SAE reads ---------------------------------------------------------------------------------------------
+# ---- What the SAE reads --------------------------------------------------------------------------
 
 def reading(setting, suite):
     """(layer, SAE) that a suite reads. InputError where no adapter lies before it: adapting changes nothing there."""
@@ -65,7 +65,7 @@ def reading(setting, suite):
 class Texts(NamedTuple):
     """Texts as tokens, padded on the right, where a causal model cannot see it."""
     tokens: torch.Tensor                                # [N, T]
-    counted: torch.Tensor                               # [N, T] bool: neither padding nor BOS nor EOS
+    counted: torch.Tensor                             # [N, T] bool: neither padding nor BOS nor EOS
 
 
 def tokenise(corpus, model, texts, length=LENGTH):
@@ -109,7 +109,7 @@ def read_means(model, sae, layer, texts, batch=64):
     return Means(residual, latents, count.to(model.device))
 
 
-# ---- Tasks ----------------------------------------------------------------------------------------------------------
+# ---- Tasks ---------------------------------------------------------------------------------------
 
 def one_against_rest(sizes, seed, device="cpu"):
     """The task of each class: all its texts against as many of the others, drawn evenly from them.
@@ -139,7 +139,7 @@ def halves(rows, device="cpu"):
     return Task(rows, positive.long().expand_as(rows))
 
 
-# ---- Base against adapted -------------------------------------------------------------------------------------------
+# ---- Base against adapted ------------------------------------------------------------------------
 
 def compare(setting, options, suite, sets, measure):
     """{data set: {"base" and "lora": [scores of each seed]}}.

@@ -26,7 +26,7 @@ PAPER = {"max": (0.526, 0.448), "average": (0.314, 0.289), "top_2": (0.094, 0.09
          "top_10": (0.260, 0.253), "top_20": (0.336, 0.327), "top_50": (0.447, 0.448), "top_100": (0.526, 0.400),
          "top_500": (0.342, 0.325)}
 TOLERANCE = 0.08
-LEAST_GAP = 0.05                                        # between clean and biased probe, below which S is mostly noise
+LEAST_LOST = 0.05       # from clean to biased probe; below it S is mostly noise
 
 
 def evaluate(setting, options):
@@ -73,14 +73,14 @@ def shift(clean, biased, ablated):
     as the clean one to 0.001: there is nothing to cure. (So does SAEBench today; the version the paper ran divides.)
     """
     def score(concept):
-        gap = clean[concept] - biased[concept]
-        return (ablated[concept] - biased[concept]) / gap if gap >= 0.001 else 0.0
+        lost = clean[concept] - biased[concept]
+        return (ablated[concept] - biased[concept]) / lost if lost >= 0.001 else 0.0
 
     dir1, dir2 = score(CLASS), score(ATTRIBUTE)
     return dir1, dir2, dir1 if biased[CLASS] < biased[ATTRIBUTE] else dir2
 
 
-# ---- The three tasks ------------------------------------------------------------------------------------------------
+# ---- The three tasks -----------------------------------------------------------------------------
 
 def quadrant_rows(quadrants):
     """{(class, attribute): texts} -> the rows of the table of all texts that each of P m, P f, N m, N f has."""
@@ -121,9 +121,10 @@ def show(numbers):
 
     for name, models in numbers["by_set"].items():
         scores = saebench.mean_scores(models["base"])
-        gap = scores["clean"] - scores["biased"]
-        if gap < LEAST_GAP:
-            print(f"{name}: the biased probe is only {gap:.3f} worse than the clean one; S divides by it and is noise")
+        lost = scores["clean"] - scores["biased"]
+        if lost < LEAST_LOST:
+            print(f"{name}: the biased probe is only {lost:.3f} worse than the clean one; "
+                  "S divides by it and is noise")
 
 
 def draw(numbers, figure):

@@ -11,6 +11,7 @@ the published code does this.) As probes see means over tokens, and ablating is 
 import torch
 
 from lorasae.evals import saebench
+from lorasae.evals.common import error_bar
 from lorasae.evals.probes import hold_out, train_probes
 
 BATCH, LEAST_STEPS = 16, 2000                           # SAEBench's 4,000 texts make 5,000 steps
@@ -88,7 +89,7 @@ def draw(numbers, figure, title):
             axes.plot(THRESHOLDS, [one[f"top_{n}"] for n in THRESHOLDS], color=colour, linewidth=0.6, alpha=0.5)
         points = [numbers["rows"][f"top_{n}"] for n in THRESHOLDS]
         means = [point[model] for point in points]
-        errors = [point[f"{model}_ci90"] or 0 for point in points]
+        errors = [error_bar(point[f"{model}_ci90"]) for point in points]
         axes.errorbar(THRESHOLDS, means, errors, color=colour, marker="o", capsize=3, label=label)
 
     axes.axhline(0, color="grey", linewidth=1)

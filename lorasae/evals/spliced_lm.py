@@ -27,7 +27,7 @@ class Job(NamedTuple):
     """A prompt to be continued."""
     index: int                                          # of its request
     prompt: list                                        # token ids
-    stops: list                                         # strings that end the answer and are cut off
+    stops: list                                        # strings that end the answer and are cut off
     budget: int                                         # the most new tokens
 
     def size(self):
@@ -168,7 +168,7 @@ class SplicedLM(TemplateLM):
         generated = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
         cache, written, texts = Cache(), [[] for _ in jobs], [None] * len(jobs)
         for position in range(int(lengths.min()), tokens.shape[1]):
-            new = slice(cache.length, position)         # what every prompt has, at first; then one token
+            new = slice(cache.length, position)    # what every prompt has, at first; then one token
             x = self.run(tokens[:, new], cache)
             best = self.logits(x[:, -1]).argmax(-1)
             tokens[:, position] = torch.where(generated[:, position], best, tokens[:, position])

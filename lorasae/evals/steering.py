@@ -31,8 +31,8 @@ from lorasae.objectives import token_losses
 
 ALPHAS = (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 12, 20)     # 0: where no α helps, not to steer is best
 WINDOW = 24                                             # tokens of a text cut from a corpus (the paper's: twelve words)
-LEAST = 8                                               # positives and negatives without which there is no verdict
-COMMON = 0.1                                            # a latent that fires in more of the texts stands for no topic
+LEAST = 8                                # positives and negatives without which there is no verdict
+COMMON = 0.1                          # a latent that fires in more of the texts stands for no topic
 PROMPT = """The same latent of a sparse autoencoder fires strongly in each of these texts:
 
 {examples}
@@ -122,7 +122,7 @@ def compare(model, layer, v, examples):
     return out
 
 
-# ---- Where latents and examples come from --------------------------------------------------------------------
+# ---- Where latents and examples come from --------------------------------------------------------
 
 def windows(chunks, bos, eos, length=WINDOW):
     """Packed chunks [n, T] -> texts [N, 1 + length], each BOS and `length` tokens of one document, no two alike."""
@@ -189,7 +189,7 @@ def generate(ask, seeds, count):
     return list(texts)[:count]
 
 
-# ---- The evaluation ------------------------------------------------------------------------------------------
+# ---- The evaluation ------------------------------------------------------------------------------
 
 def add_options(add):
     add("--latents", type=int, nargs="+", metavar="ID", help="latents of the first SAE, also for autointerp and latents "

@@ -1,45 +1,56 @@
-"""What the commands say: notes and errors of one line each, and arguments that are wrong without a page of usage."""
+"""What the commands print: notes and errors of one line, and wrong arguments without usage."""
 import argparse
+import json
 import os
 import sys
 from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
+
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 
 from lorasae.errors import InputError
+from lorasae.io.files import first_line
+
+UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
+CLOSED = "standard output was closed"
 
 
 def note(line):
-    """A note to the user, beside the results."""
-    print(line, file=sys.stderr, flush=True)
+    """A note to the user, on stderr; of several processes the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def progress_line(line):
-    """A line of progress. Where nobody reads it any more, the work goes on in silence: its results are files."""
+    """A line of progress, on stdout. The work goes on if the pipe is closed (`... | head`)."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
         mute()
-        note("note: nobody reads the output any more; the work goes on, and its results will be in its files")
+        note(f"note: {CLOSED}; the work goes on and its results will be in its files")
 
 
 def mute():
-    """Sends standard output nowhere, so that Python does not complain of a reader that left."""
+    """Sends standard output nowhere, so that Python does not complain about a closed pipe."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose help keeps its line breaks and whose errors are one line."""
+    """argparse with line breaks in its help, errors of one line, and no abbreviated options."""
 
     def __init__(self, **how):
-        any_terminal()
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **how)
+        allow_any_encoding()
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=layout, allow_abbrev=False, **how)
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
-def any_terminal():
-    """A terminal that knows no Greek gets question marks in its place."""
+def allow_any_encoding():
+    """Prints question marks where the terminal's encoding has no such character."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -47,32 +58,36 @@ def any_terminal():
 
 @contextmanager
 def one_line_errors(interrupted="interrupted"):
-    """Ends the command in one line, with a status other than 0, for what the user can mend; anything else is a bug.
+    """Ends the command with one line and a status other than 0 for what the user can mend.
 
-    A reader that left (`... | head`) is no error of ours.
+    That is an InputError, a file that is missing, unreadable or damaged, and a Hub or network
+    error. Anything else is a bug and keeps its traceback.
     """
-    any_terminal()
+    allow_any_encoding()
     try:
         yield
         sys.stdout.flush()
-    except InputError as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(interrupted)
     except BrokenPipeError:
         mute()
-        sys.exit("error: nobody reads the output any more; what was computed is in its files")
+        sys.exit(f"error: {CLOSED}; what was computed is in its files")
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename else first_line(error)
+        sys.exit(f"error: {InputError(named)}")         # in one line
+    except (InputError, SafetensorError, json.JSONDecodeError, HTTPError) as error:
+        sys.exit(f"error: {first_line(error)}")
 
 
 def count(text):
-    """Token counts as they are written: 15M, 1.5e6, 15_000_000, 20k."""
-    units = {"k": 1e3, "m": 1e6, "b": 1e9}
-    unit = units.get(text[-1:].lower())
+    """Token counts as people write them: 15M, 4.1M, 1.5e6, 15_000_000, 20k."""
+    unit = UNITS.get(text[-1:].lower())
     digits = text if unit is None else text[:-1]
     try:
-        value = float(digits) * (unit or 1) if digits.isascii() else 0
-    except ValueError:
-        value = 0
-    if not 1 <= value < 1e18 or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of tokens, such as 15M, 1.5e6 or 15_000_000")
-    return int(value)
+        value = Decimal(digits if digits.isascii() else "none") * (unit or 1)
+        if 1 <= value < 10**18 and value == int(value):
+            return int(value)
+    except InvalidOperation:
+        pass
+    expected = "a positive number of tokens, such as 15M, 1.5e6 or 15_000_000"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")

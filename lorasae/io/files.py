@@ -1,66 +1,77 @@
-"""Small files: written whole or not at all, and read with every value checked where it is taken.
+"""Files: written whole or not at all, JSON whose values are checked as they are taken, tensors.
 
     write_json(path, value)
-    fields = read_object(path)                                      a JSON object that knows its file
-    depth = fields.take("num_hidden_layers", int, at_least=1)       InputError names the file and the key
+    fields = read_object(path)                                      an object that knows its file
+    depth = fields.take("num_hidden_layers", int, at_least=1)       errors name the file and the key
 
-Whatever is wrong with a file on the way is one InputError: a missing file, a folder in its place, a full disk.
+A missing file or a full disk is an OSError, which names the file.
 """
 import json
-import math
+import operator
 import os
-import pickle
 import reprlib
 import stat
-import struct
-import tempfile
-import zipfile
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 from lorasae.errors import InputError
 
-REQUIRED = object()                                     # the default of a key that has none
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object"}
+REQUIRED = object()                                     # the default of a key that must be there
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+LARGEST = 2**53                                         # beyond, JSON's numbers are not exact
+BOUNDS = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "below": operator.lt,
+    "equal_to": operator.eq,
+    "one_of": lambda value, choices: value in choices,
+}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-# ---- Writing ---------------------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
 @contextmanager
 def whole(path):
-    """Opens a temporary file beside `path` for binary writing and renames it.
+    """Opens a file beside `path` for binary writing and renames it to `path` at the end.
 
-    A reader sees the old file or the new, never a part.
+    A reader sees the old file or the new one, never a part. Permissions follow the umask.
     """
-    path, temporary = Path(path), None
-    check_name(path)
-
+    path = Path(path)
+    part = path.with_name(f"{path.name[:40]}.{uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name[:100], suffix=".part")
-        with os.fdopen(handle, "wb") as file:
+        with open(part, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(part, path)
 
     except (OSError, RuntimeError) as error:
-        # torch.save hides what the file raised (a full disk) behind a RuntimeError of its own
+        # torch.save hides the file's own error (a full disk) behind a RuntimeError
         failure = error if isinstance(error, OSError) else error.__context__
         if not isinstance(failure, OSError):
             raise
         raise InputError(f"cannot write {path}: {failure.strerror or failure}") from error
 
     finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        if os.path.lexists(part):
+            os.unlink(part)
 
 
 def write_bytes(path, data):
@@ -70,33 +81,50 @@ def write_bytes(path, data):
 
 
 def write_json(path, value):
-    """Writes value as indented JSON, atomically."""
+    """Writes value as indented JSON, whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+def write_tensors(path, tensors, metadata=None):
+    """Writes {name: tensor} as a .safetensors file, whole or not at all."""
+    whole_tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(whole_tensors, metadata))
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+@contextmanager
+def damage(what):
+    """Names the file when a library cannot make sense of what it holds.
+
+    Libraries raise exceptions of a dozen types over damaged files, and few of them say which file.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.filename):
+            raise
+        problem = f"not a whole file of its kind ({first_line(error)})"
+        raise InputError(f"{what} is refused: {problem}; download or save it again") from error
+
+
+def check_file(path):
+    """InputError for a folder or a device: opening a pipe would wait without end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise InputError(f"{path} is a folder or a device, but should be a file")
+
 
 def read_bytes(path):
-    """What a file holds; InputError where it is missing, is no plain file, or may not be read."""
+    """The contents of a file."""
     check_file(path)
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    return Path(path).read_bytes()
 
 
 def read_json(path):
-    """The value in a JSON file, of whatever kind. Refuses what other readers would take in different ways:
-
-    NaN and Infinity, which JSON does not have, numbers too large for a float, and a key that an object holds twice.
-    """
+    """The value in a JSON file, whatever its kind."""
     data = read_bytes(path)
-    try:
-        return json.loads(data, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_distinct)
-    except RecursionError:
-        raise InputError(f"{path} nests its values too deeply to be read") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error})") from None
+    with damage(path):
+        return json.loads(data)
 
 
 def read_object(path):
@@ -108,158 +136,74 @@ def read_object(path):
 
 
 class Fields(dict):
-    """A JSON object that knows where it was read, so that a wrong value is one line that names file and key."""
+    """A JSON object that knows its file, so that an error names the file and the key."""
 
     def __init__(self, values, where):
         super().__init__(values)
         self.where = where
 
-    def take(self, key, kind, default=REQUIRED, *, nullable=False,
-             at_least=None, above=None, at_most=None, below=None):
-        """The value of `key`, of this kind and within these bounds; `default` where the key is absent.
+    def __missing__(self, key):
+        raise InputError(f"{self.where} lacks {key}")
 
-        kind: int, float (a whole number will do and becomes one), bool, str, dict (comes back as Fields), or a list
-        of one of these: [int] is a list of whole numbers, each within the bounds. null counts as None where that is
-        the default or where it is `nullable`, and is an error elsewhere.
+    def take(self, key, kind, default=REQUIRED, **bounds):
+        """The value of `key`, of this kind and within these bounds; `default` if there is no key.
+
+        kind: int, float (takes whole numbers too), bool, str, list, or dict (comes back as Fields).
+        bounds: keys of BOUNDS. null is None if that is the default, and an error otherwise.
         """
-        if key not in self:
-            if default is REQUIRED:
-                raise InputError(f"{self.where} lacks {key}")
-            return default
+        value = self[key] if default is REQUIRED else self.get(key, default)
+        if value is default:
+            return value
 
-        value = self[key]
-        if value is None and (nullable or default is None):
-            return None
-
-        bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-        if isinstance(kind, list):
-            items = value if isinstance(value, list) else [None]
-            taken = [_checked(item, kind[0], bounds) for item in items]
-            fits = None not in taken
-        else:
-            taken = _checked(value, kind, bounds)
-            fits = taken is not None
-        if not fits:
-            raise InputError(f"{self.where}: {key} is {shown(value)}, but should be {_expected(kind, bounds)}")
-
-        return Fields(taken, f"{self.where}, {key}") if kind is dict else taken
+        # true is not a number, although it is one in Python
+        good = type(value) is kind or (kind is float and type(value) is int)
+        if good and kind in (int, float):
+            good = abs(value) <= LARGEST                # and not NaN
+        if not good or not all(BOUNDS[name](value, bound) for name, bound in bounds.items()):
+            limits = [f", {name.replace('_', ' ')} {bound}" for name, bound in bounds.items()]
+            wanted = KINDS[kind] + "".join(limits)
+            raise InputError(f"{self.where}: {key} is {shown(value)}, but should be {wanted}")
+        return Fields(value, f"{self.where}, {key}") if kind is dict else kind(value)
 
     def only(self, **supported):
-        """InputError where a key holds another value than the supported one. An absent key is fine."""
+        """InputError if a key holds another value than the supported one. It may be absent."""
         for key, value in supported.items():
-            found = self.get(key, value)
-            if type(found) is not type(value) or found != value:
-                raise InputError(f"{self.where}: {key} {shown(found)} is not supported, only {value!r}")
+            self.take(key, type(value), value, equal_to=value)
 
     def stated(self, **supported):
-        """As `only`, but the keys must be there: where leaving one out would mean something else."""
-        for key in supported:
-            if key not in self:
-                raise InputError(f"{self.where} lacks {key}")
-        self.only(**supported)
+        """Like `only`, but the keys must be there."""
+        for key, value in supported.items():
+            self.take(key, type(value), equal_to=value)
 
 
 def shown(value):
-    """A value as a message shows it: on one line, and cut where it is long."""
+    """A value for a message: on one line, and cut if it is long."""
     short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 60
-    return short.repr(value)
+    short.maxstring = 60
+    return first_line(short.repr(value))
 
 
-def check_file(path):
-    """InputError unless there is a plain file of that name: opening a pipe would wait without end."""
-    check_name(path)
-    path = Path(path)
-    try:
-        plain = stat.S_ISREG(os.stat(path).st_mode)
-    except FileNotFoundError:
-        raise InputError(f"{path.parent} has no {path.name}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    if not plain:
-        raise InputError(f"cannot read {path}: it is a folder or a device, but should be a file")
+def first_line(error):
+    """The first line of an error or a text; the error's type if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def check_name(path):
-    """InputError for a name that no file can have."""
-    if "\0" in str(path):
-        raise InputError(f"{shown(str(path))} cannot be the name of a file: it holds a NUL character")
-
-
-def _checked(value, kind, bounds):
-    """The value as that kind, or None where it is of another or out of bounds. true is no number, though Python's 1."""
-    if kind is float and type(value) in (int, float):
-        try:
-            value = float(value)
-        except OverflowError:                           # a whole number of 400 digits
-            return None
-        if not math.isfinite(value):
-            return None
-
-    if type(value) is not kind and not (kind is dict and isinstance(value, dict)):
-        return None
-
-    if bounds["at least"] is not None and value < bounds["at least"]:
-        return None
-    if bounds["above"] is not None and value <= bounds["above"]:
-        return None
-    if bounds["at most"] is not None and value > bounds["at most"]:
-        return None
-    if bounds["below"] is not None and value >= bounds["below"]:
-        return None
-    return value
-
-
-def _expected(kind, bounds):
-    """What `take` would have accepted, in words: "a whole number, at least 1"."""
-    if isinstance(kind, list):
-        return f"a list, each of it {_expected(kind[0], bounds)}"
-    limits = [f", {word} {bound}" for word, bound in bounds.items() if bound is not None]
-    return KINDS[kind] + "".join(limits)
-
-
-def _no_constant(name):
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(text):
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large a number")
-    return value
-
-
-def _distinct(pairs):
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"an object holds the key {shown(twice)} twice")
-    return values
-
-
-# ---- Tensors -----------------------------------------------------------------------------------------
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-
-# What safetensors, numpy and torch raise over a damaged file.
-DAMAGED = (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, OverflowError,
-           AssertionError, SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError)
-
+# ---- Tensors -------------------------------------------------------------------------------------
 
 class Tensors:
-    """The named tensors of a file, read when asked for; InputError names the file and the tensor."""
+    """The named tensors of a .safetensors, .npz or .pt file, each read when it is asked for.
+
+    Nothing in the file is executed.
+    """
 
     def __init__(self, path):
         self.path = path = Path(path)
         check_file(path)
-        try:
+        with damage(path):
             if path.suffix == ".safetensors":
-                self.file = safe_open(path, framework="pt")
-                self.names = set(self.file.keys())
-                self.read = self.file.get_tensor
+                file = safe_open(path, framework="pt")
+                self.names = set(file.keys())
+                self.read = file.get_tensor
 
             elif path.suffix == ".npz":
                 arrays = np.load(path, allow_pickle=False)
@@ -271,63 +215,34 @@ class Tensors:
                 self.names = set(tensors.keys())
                 self.read = tensors.__getitem__
 
-        except DAMAGED as error:
-            if isinstance(error, OSError) and error.errno:
-                raise InputError(f"cannot read {path}: {error.strerror}") from error
-            raise InputError(f"{path} is refused: not a whole file of named tensors and nothing else "
-                             f"({first_line(error)}); download or save it again") from error
-
     def __contains__(self, name):
         return name in self.names
 
     def __getitem__(self, name):
         """A tensor of weights, on the CPU, in the dtype of the file."""
         tensor = self.tensor(name)
-
         if tensor.dtype not in FLOATS:
-            raise InputError(f"{self.path}: {name} is {dtype_name(tensor)}, but only float32, bfloat16, float16 and "
-                             "float64 are read: take an unquantised copy")
+            raise InputError(
+                f"{self.path}: {name} is {dtype_name(tensor)}, but only float32, bfloat16, "
+                "float16 and float64 are read: take an unquantised copy")
         return tensor
 
-    def shape(self, name):
-        """The shape of a tensor of a .safetensors file, without reading it."""
-        self._check(name)
-        return tuple(self.file.get_slice(name).get_shape())
-
-    def number(self, name, kind):
-        """The one number that a tensor holds, as int (from a tensor of integers) or float."""
-        tensor = self.tensor(name)
-        dtypes, wanted = (INTEGERS, "one whole number") if kind is int else (FLOATS, "one number")
-        if tensor.numel() != 1 or tensor.dtype not in dtypes:
-            found = f"{list(tensor.shape)} of {dtype_name(tensor)}"
-            raise InputError(f"{self.path}: {name} is {found}, but should be {wanted}")
-        return kind(tensor.item())
-
-    def _check(self, name):
-        if name not in self.names:
-            has = ", ".join(sorted(map(str, self.names))) or "none"
-            if len(has) > 500:
-                has = f"{has[:500]} ..."
-            raise InputError(f"{self.path} lacks the tensor {name}; it has {first_line(has)}")
+    def number(self, name, kind, **bounds):
+        """The one number that a tensor holds, checked as Fields.take does."""
+        tensor = self.tensor(name) if kind is int else self[name]
+        return Fields({name: tensor.tolist()}, self.path).take(name, kind, **bounds)
 
     def tensor(self, name):
-        """A plain tensor of whatever numbers, on the CPU."""
-        self._check(name)
-        try:
+        """A dense tensor of any dtype, on the CPU."""
+        if name not in self.names:
+            raise InputError(f"{self.path} lacks the tensor {name}")
+        with damage(f"{self.path}: {name}"):
             tensor = self.read(name)
-        except DAMAGED as error:
-            raise InputError(f"{self.path}: cannot read {name} ({first_line(error)})") from error
 
-        # torch.save keeps more than plain tensors: numbers, sparse ones, those of the meta device
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise InputError(f"{self.path}: {name} is no plain tensor, but {first_line(shown(tensor))}")
+        # torch.save also keeps numbers and sparse tensors
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise InputError(f"{self.path}: {name} is not a dense tensor, but {shown(tensor)}")
         return tensor.detach()
-
-
-def write_tensors(path, tensors, metadata=None):
-    """Writes {name: tensor} as a .safetensors file, whole or not at all."""
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(on_cpu, metadata))
 
 
 def as_dtype(dtype):
@@ -338,17 +253,25 @@ def as_dtype(dtype):
     return found
 
 
+def dtype_name(tensor):
+    """float32, say."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def is_finite(tensor):
-    """Whether every value is, by the smallest and the largest: NaN if one value is. Far faster than isfinite."""
-    if not tensor.numel():
-        return True
+    """Whether all values are finite. The extremes are NaN if one value is: faster than isfinite."""
     smallest, largest = torch.aminmax(tensor)
     return bool(smallest.isfinite() & largest.isfinite())
 
 
-def dtype_name(tensor):
-    return str(tensor.dtype).removeprefix("torch.")
+def check_shape(what, tensor, shape, why="it does not fit the rest"):
+    """InputError, which begins with `what`, unless the tensor has this shape."""
+    found, expected = list(tensor.shape), list(shape)
+    if found != expected:
+        raise InputError(f"{what} is {found}, but should be {expected}: {why}")
 
 
-def first_line(error):
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def check_finite(what, tensor, why="the file is damaged, or needs a wider dtype"):
+    """InputError, which begins with `what`, unless all values are finite."""
+    if not is_finite(tensor):
+        raise InputError(f"{what} holds values that are not finite: {why}")

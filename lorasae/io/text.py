@@ -25,6 +25,7 @@ from typing import Callable, NamedTuple
 
 from lorasae.errors import InputError
 from lorasae.io.console import note
+from lorasae.io.hub import explained
 
 NAMED = {
     "pile": "hf://datasets/monology/pile-uncopyrighted/train/*.jsonl.zst",
@@ -44,7 +45,7 @@ LINE = 64 * 2 ** 20         # bytes; a longer line of JSON is refused, for memor
 BLOCK = 2 ** 18             # bytes read from a file at a time
 HUB_BLOCK = 4 * 2 ** 20     # bytes asked of the Hub at a time
 WAITS = (1, 2, 4, 8)        # seconds before a bad block is asked for again
-SAMPLE = 2 ** 16            # bytes of a local file that are looked at to recognise it
+STRETCH = 2 ** 14           # bytes of a large local file, four times, by which it is recognised
 
 
 class File(NamedTuple):
@@ -91,22 +92,22 @@ def local_files(source):
     return sorted(map(local_file, known), key=lambda file: file.name)
 
 
-def files_below(folder):
-    """All files in a folder and its subfolders that are not hidden."""
+def files_below(folder, without=()):
+    """All files in a folder and its subfolders, less hidden ones and the subfolders `without`."""
     def refuse(error):
         raise error                     # a folder that cannot be listed is not passed over
 
     found = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        folders[:] = [name for name in folders if name[0] != "." and name not in without]
+        paths = [Path(parent, name) for name in names if name[0] != "."]
         found += [path for path in paths if path.is_file()]
     return found
 
 
-def local_file(path, name=None, content=None):
+def local_file(path, name=None):
     name = printable(name or path.as_posix())
-    return File(name, path.stat().st_size, partial(path.open, "rb"), content)
+    return File(name, path.stat().st_size, partial(path.open, "rb"))
 
 
 def printable(name):
@@ -119,9 +120,9 @@ def standard_library():
     root = Path(sysconfig.get_paths()["stdlib"])
     without = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test",
                "encodings", "pydoc_data"}
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    chosen = [name for name in names if not without & set(name.split("/"))]
-    return [local_file(root / name, name) for name in chosen if is_utf8(root / name)]
+    paths = {path.relative_to(root).as_posix(): path for path in files_below(root, without)}
+    return [local_file(path, name) for name, path in sorted(paths.items())
+            if name.endswith(".py") and is_utf8(path)]
 
 
 def is_utf8(path):
@@ -140,15 +141,16 @@ def held_out(name):
 def fingerprints(files):
     """A line per file that stays the same as long as the file does: its name and its content.
 
-    The content is given as the size with the Hub's hash, or with a hash of four stretches: a file
-    of up to SAMPLE bytes is hashed whole, and a large one need not be read.
+    The content is given as the size with the Hub's hash, or with ours: of all bytes, or, if the
+    files are more than 256 MiB in all, of four stretches in each.
     """
-    lines = []
+    lines, total = [], sum(file.size for file in files)
     for file in files:
         content = file.content
         if content is None:
-            digest, stretch = sha256(), SAMPLE // 4
-            last = max(file.size, SAMPLE) - stretch     # where the last stretch begins
+            digest = sha256()
+            stretch = file.size // 4 + 1 if total <= 2 ** 28 else STRETCH
+            last = max(0, file.size - stretch)          # where the last stretch begins
             with file.open() as raw:
                 for part in range(4):
                     raw.seek(last * part // 3)
@@ -166,42 +168,25 @@ class Part(NamedTuple):
     pieces: list
 
 
-def documents(file, field=None):
-    """Yields each document of a file as one string."""
-    text = None
-    with Reader(file, field) as reader:
-        while (part := reader.next()) is not None:
-            if part.begins and text is not None:
-                yield text
-            text = "".join(part.pieces) if part.begins else text + "".join(part.pieces)
-    if text is not None:
-        yield text
-
-
 class Reader:
     """Reads one file part by part, from `place` on: (bytes of text, lines of JSON) before it.
 
     A part is all of a line of JSON, or one piece of plain text. field: the JSON field with the
-    text; without it "text" or, as in RedPajama-V2, "raw_content". end: the byte of plain text at
-    which to stop. InputError names the file and, in JSON, the line.
+    text; without it "text" or, as in RedPajama-V2, "raw_content". InputError names the file and,
+    in JSON, the line.
     """
 
-    def __init__(self, file, field=None, place=(0, 0), end=None):
+    def __init__(self, file, field=None, place=(0, 0)):
         self.name, self.size, self.field = file.name, file.size, field
         self.byte, self.line = place
-        self.plain, self.end = is_plain(file.name), end
-        self.text, self.decoder = "", codecs.getincrementaldecoder("utf-8")()
-        self.read = self.skip = self.byte
+        self.text = ""
         self.raw = file.open()
-        try:
-            stream, self.damage = decompressed(file.name, self.raw)
-            self.stream = io.BufferedReader(stream, BLOCK)
-            if stream is self.raw:
-                self.stream.seek(self.byte)
-                self.skip = 0
-        except BaseException:
-            self.raw.close()
-            raise
+        stream, self.damage = decompressed(file.name, self.raw)
+        self.stream, self.skip = io.BufferedReader(stream, BLOCK), self.byte
+        if stream is self.raw:
+            self.stream.seek(self.byte)
+            self.skip = 0
+        self.decoded = io.TextIOWrapper(self.stream, encoding="utf-8", newline="")
 
     def __enter__(self):
         return self
@@ -226,7 +211,7 @@ class Reader:
         try:
             if self.skip:
                 return self._skipped()
-            return self._next_piece() if self.plain else self._next_line()
+            return self._next_piece() if is_plain(self.name) else self._next_line()
         except self.damage as error:
             raise InputError(f"cannot read {self.name}: {error}; is it damaged or cut short?"
                              ) from error
@@ -240,30 +225,19 @@ class Reader:
         return Part(False, [])
 
     def _next_piece(self):
-        while len(self.text) <= PIECE and (block := self._block()):
-            self.text += block
+        try:
+            self.text += self.decoded.read(PIECE + 1 - len(self.text))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.name} is not UTF-8 text ({error.reason}): convert it first"
+                             ) from None
         if not self.text:
             return None
         begins, end = self.byte == 0, cut(self.text)
         piece, self.text = self.text[:end], self.text[end:]
         self.byte += len(piece.encode())
-        if begins and piece.startswith("\ufeff"):       # a byte order mark is no text
-            piece = piece[1:]
-        return Part(begins, [piece])
-
-    def _block(self):
-        """The next characters; "" at the end."""
-        size = BLOCK if self.end is None else min(BLOCK, self.end - self.read)
-        data = self.stream.read(size)
-        self.read += len(data)
-        try:
-            text = self.decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.name} is not UTF-8 text ({error.reason}): convert it first"
-                             ) from None
-        if "\0" in text:
+        if "\0" in piece:
             raise InputError(f"{self.name} is not text: it has a zero byte; is it a binary file?")
-        return text or (self._block() if data else "")  # a block may end within a character
+        return Part(begins, [piece.removeprefix("\ufeff") if begins else piece])
 
     def _next_line(self):
         while line := self.stream.readline(LINE + 1):
@@ -271,11 +245,10 @@ class Reader:
             if len(line) > LINE:
                 raise InputError(f"{where}: longer than {LINE // 2 ** 20} MiB; expected a JSON "
                                  "object per line, a document in each: cut it into several")
-            if self.byte == 0:
-                line, self.byte = line.removeprefix(codecs.BOM_UTF8), len(line)
-            else:
-                self.byte += len(line)
+            self.byte += len(line)
             self.line += 1
+            if self.line == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.isspace():
                 return Part(True, pieces(text_of(line, where, self.field)))
         return None
@@ -317,14 +290,9 @@ def text_of(line, where, field):
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 text ({error.reason})") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         end = "" if line.endswith(b"\n") else "; is the file cut short?"
-        raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno}){end}") from None
-    except RecursionError:
-        raise InputError(f"{where}: not JSON that can be read: nested too deeply") from None
-    except ValueError:
-        raise InputError(f"{where}: not JSON that can be read: a number has thousands of digits"
-                         ) from None
+        raise InputError(f"{where}: not JSON that can be read ({error}){end}") from None
 
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object with a text, found {str(record)[:40]!r}")
@@ -359,28 +327,18 @@ def cut(text, start=0):
 # ---- The Hub -------------------------------------------------------------------------------------
 
 def hub_files(url):
-    """The text files of hf://datasets/OWNER/NAME[@REVISION][/PATH or glob].
-
-    Without a network: those of them that are in the Hub's cache.
-    """
+    """The text files of hf://datasets/OWNER/NAME[@REVISION][/PATH or glob]."""
     from huggingface_hub import HfFileSystem            # slow to import; local text needs none
     parts = url.removeprefix("hf://").split("/", 3)
     if parts[0] != "datasets" or len(parts) < 3 or not all(parts[:3]):
-        raise InputError(f"{url} is no dataset: expected hf://datasets/OWNER/NAME/FILES")
-    path = "/".join(parts)
+        raise InputError(f"{url} is not a dataset: expected hf://datasets/OWNER/NAME/FILES")
+    path, repo = "/".join(parts), "/".join(parts[:3])
     filesystem = HfFileSystem(skip_instance_cache=True)
     search = filesystem.glob if any(c in path for c in "*?[") else filesystem.find
-    try:
+    with explained(repo):
         names = search(path)
         known = sorted(name for name in names if name.lower().endswith(KNOWN))
         about = [filesystem.info(name) for name in known]       # the listing has fetched them
-    except hub_errors() as error:
-        found = [] if isinstance(error, FileNotFoundError) else cached_files(parts)
-        if not found:
-            raise explained(error, path) from error
-        note(f"note: cannot reach {url} ({first_line(error)}): reading its {len(found):,} files "
-             "in the Hub's cache")
-        return found
     if not known:
         kinds = ", ".join(sorted({Path(name).suffix for name in names} - {""})) or "no files"
         raise InputError(f"{url}: found {kinds}; expected files that end in {EXPECTED}")
@@ -389,92 +347,31 @@ def hub_files(url):
     for name, info in zip(known, about):
         # a large file's hash is that of its bytes, a small one's is Git's
         content = info["lfs"]["sha256"] if info.get("lfs") else info["blob_id"]
-        found.append(File(name, info["size"], partial(open_on_hub, filesystem, name), content))
+        opener = partial(open_on_hub, filesystem, name, repo)
+        found.append(File(name, info["size"], opener, content))
     return found
 
 
-def open_on_hub(filesystem, name):
-    """The Hub's own file object, whose blocks are checked and, where need be, asked for again.
+def open_on_hub(filesystem, name, repo):
+    """The Hub's own file object, which asks again for a block that is not whole.
 
-    Without the check, a body that was cut short, or that ignores Range, would pass for the text.
+    A body that was cut short, or that ignores Range, would pass for the text otherwise.
     """
-    try:
+    with explained(repo):
         file = filesystem.open(name, "rb", block_size=HUB_BLOCK)
-    except hub_errors() as error:
-        raise explained(error, name) from error
     fetch = file.cache.fetcher
 
     def checked(start, end):
         for wait in (*WAITS, None):
-            try:
-                block = fetch(start, end)
-                if len(block) == end - start:
-                    return block
-                problem = f"{len(block):,} bytes came instead of {end - start:,}"
-            except hub_errors() as error:
-                if is_refusal(error):
-                    raise explained(error, name) from error
-                problem = first_line(error)
+            with explained(repo):
+                block = fetch(start, end)               # asks again by itself if nothing comes
+            if len(block) == end - start:
+                return block
             if wait is None:
-                raise InputError(f"{name}: nothing after byte {start:,} ({problem}): check the "
-                                 "network and continue with --resume")
-            note(f"note: {name}, byte {start:,}: {problem}; asking again in {wait} s")
+                raise InputError(f"{name}: {len(block):,} bytes came from byte {start:,} on, "
+                                 f"instead of {end - start:,}: check the network and continue with "
+                                 "--resume")
             time.sleep(wait)
 
     file.cache.fetcher = checked
     return file
-
-
-def cached_files(parts):
-    """The files of a dataset that an earlier download left in the Hub's cache."""
-    from huggingface_hub import snapshot_download
-    name, _, revision = "/".join(parts[1:3]).partition("@")
-    try:
-        folder = Path(snapshot_download(name, repo_type="dataset", revision=revision or None,
-                                        local_files_only=True))
-    except hub_errors():
-        return []
-    pattern = parts[3] if len(parts) == 4 else "."
-    is_folder = (folder / pattern).is_dir()
-    chosen = (folder / pattern).rglob("*") if is_folder else folder.glob(pattern)
-
-    found = []
-    for path in sorted(chosen):
-        if path.is_file() and path.name.lower().endswith(KNOWN):
-            # name and content as on the Hub, so that a run can continue from either
-            name = "/".join([*parts[:3], path.relative_to(folder).as_posix()])
-            found.append(local_file(path, name, content=path.resolve().name))
-    return found
-
-
-def hub_errors():
-    """What huggingface_hub raises if the network or the Hub fails, whatever its HTTP client."""
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-    return OSError, EntryNotFoundError, *HfHubHTTPError.__bases__
-
-
-def is_refusal(error):
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    return isinstance(error, (FileNotFoundError, GatedRepoError, RepositoryNotFoundError))
-
-
-def explained(error, path):
-    """The InputError that says what a failed request to the Hub means."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError
-    dataset = "/".join(path.split("/")[1:3])
-    if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
-        return InputError(f"dataset {dataset} is gated: accept its terms at "
-                          f"https://huggingface.co/datasets/{dataset}, then run: hf auth login")
-    if is_refusal(error):
-        return InputError(f"{path} is not on the Hub: check the name (a private dataset needs: "
-                          "hf auth login)")
-    if constants.HF_HUB_OFFLINE:
-        return InputError(f"{path} is not in the Hub's cache and HF_HUB_OFFLINE is set: unset it, "
-                          "or use a local file")
-    return InputError(f"cannot reach the Hub for {path} ({first_line(error)}), and its cache lacks "
-                      "it: check the network and try again, or use a local file")
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -27,7 +27,6 @@ from lorasae.paper.jobs import Progress, run_all
 from lorasae.paper.page import page
 from lorasae.paper.plan import answer, chosen, jobs_of, measured_rates, parts_of, priced, tokens_of, work
 from lorasae.paper.study import MODELS, Study
-from lorasae.runs.config import RECIPES
 from lorasae.runs.folder import RUNS
 
 TOKENS = {                                              # fields of Study, each an option: of what
@@ -84,7 +83,7 @@ def main(argv=None):
             refuse_missing(parts, failed)
 
 
-# ---- What is asked ---------------------------------------------------------------------------------------------------
+# ---- What is asked -------------------------------------------------------------------------------
 
 def arguments(argv):
     parser = Parser(description=__doc__)
@@ -99,7 +98,7 @@ def arguments(argv):
         option = "--" + name.replace("_", "-")
         add(option, type=count, help=f"tokens {what} (default: {MINIATURE[name]:,}; of real models the paper's)")
     add("--seeds", type=int, help="of adapters, where a part takes several (default: 3; quick and real models: 1)")
-    add("--recipe", choices=RECIPES, help="of adapters (default: tuned; of real models paper)")
+    add("--recipe", choices=("paper", "tuned"), help="of adapters (default: tuned; of real models paper)")
     add("--jobs", type=int, help="at a time (default: one a core, at most 4; of real models 1)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     add("--out", type=Path, help=f"folder (default: {RUNS}/paper, or {RUNS}/paper-quick, {RUNS}/paper-MODEL)")
@@ -161,7 +160,7 @@ def same_study(study):
     same_plan(study.folder, asked, "study.json")
 
 
-# ---- What there is, and what it takes --------------------------------------------------------------------------------
+# ---- What there is, and what it takes ------------------------------------------------------------
 
 def show_parts(parts):
     rows = [[name, ", ".join(part.FIGURES), part.TITLE] for name, part in parts.items()]
@@ -199,7 +198,7 @@ def minutes(seconds):
     return f"{seconds / 60:,.1f}"
 
 
-# ---- Doing it --------------------------------------------------------------------------------------------------------
+# ---- Doing it ------------------------------------------------------------------------------------
 
 def do(study, jobs, processes):
     """Does the jobs, behind a line of progress -> {name: why it could not be done}."""

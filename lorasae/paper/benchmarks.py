@@ -3,7 +3,8 @@ import math
 from argparse import Namespace
 
 from lorasae.evals import benchmarks
-from lorasae.paper.findings import Claim, Table
+from lorasae.evals.common import error_bar
+from lorasae.paper.findings import Claim, Table, written
 from lorasae.paper.study import around_jumprelu, opened
 
 TITLE = "Language-model benchmarks"
@@ -13,7 +14,7 @@ ABOUT = ("Scored by the lm-eval package, in its units, ± one standard error. In
          "since a model of this size is at chance in the real ones. Adapters on the blocks after a JumpReLU SAE; generated "
          "tokens pass the SAE too, as they do not in the published code.")
 
-PAPER = {                                               # Table 5, Gemma-2-2B: SAE, SAE + LoRA, original, LoRA, in percent
+PAPER = {                         # Table 5, Gemma-2-2B: SAE, SAE + LoRA, original, LoRA, in percent
     "MMLU": (44.2, 45.8, 49.3, 50.0),
     "HellaSwag": (50.9, 52.1, 55.0, 56.0),
     "BLEU": (29.9, 30.6, 30.4, 32.4),
@@ -39,7 +40,7 @@ def measure(study):
     return benchmarks.evaluate(opened(study, training), options)
 
 
-# ---- What it comes to ------------------------------------------------------------------------------------------------
+# ---- What it comes to ----------------------------------------------------------------------------
 
 def found_rows(numbers):
     """{label of Table 5: {setting: (value, standard error or None)}}, of the real tasks or of the local ones."""
@@ -54,7 +55,7 @@ def found_rows(numbers):
 def tables(numbers):
     rows = []
     for label, found in found_rows(numbers).items():
-        ours = [f"{value:.3f} ± {error or 0:.3f}" for value, error in found.values()]
+        ours = [written(value, error, ".3f") for value, error in found.values()]
         paper = " / ".join(f"{value:.1f}" for value in PAPER[label])
         rows.append([label, *ours, paper])
 
@@ -68,7 +69,7 @@ def claims(numbers):
 
     with_sae = [compared(row, "adapted", "sae") for row in rows]
     helps = with_sae.count("better") > with_sae.count("worse")
-    differs = set(with_sae) != {"the same"}
+    differs = bool({"better", "worse"} & set(with_sae))
 
     without = [compared(row, "lora", "base") for row in rows]
     return [
@@ -81,21 +82,24 @@ def claims(numbers):
         Claim("Without the SAE, the adapted model is not worse than the original",
               "better in 6 of 6 on Gemma-2-2B",
               counted(without),
-              direction="worse" not in without),
+              direction=None if "cannot be said" in without else "worse" not in without),
     ]
 
 
 def compared(row, first, second):
-    """better, worse, or the same within the standard error of the difference."""
+    """better, worse, the same within the standard error of the difference, or cannot be said."""
     (a, a_error), (b, b_error) = row[first], row[second]
-    error = math.hypot(a_error or 0, b_error or 0)
-    if abs(a - b) <= error:
+    if a_error is None or b_error is None:
+        return "cannot be said"
+    if abs(a - b) <= math.hypot(a_error, b_error):
         return "the same"
     return "better" if a > b else "worse"
 
 
 def counted(verdicts):
-    return ", ".join(f"{verdicts.count(word)} {word}" for word in ("better", "the same", "worse"))
+    counts = [f"{verdicts.count(word)} {word}" for word in ("better", "the same", "worse")]
+    unknown = verdicts.count("cannot be said")
+    return ", ".join(counts + [f"{unknown} without a standard error"] * (unknown > 0))
 
 
 def draw(numbers, figure):
@@ -105,7 +109,7 @@ def draw(numbers, figure):
     axes = figure.subplots()
     for i, (setting, (label, _, _)) in enumerate(benchmarks.SETTINGS.items()):
         values = [row[setting][0] for row in found.values()]
-        errors = [row[setting][1] or 0 for row in found.values()]
+        errors = [error_bar(row[setting][1]) for row in found.values()]
         places = [place + 0.2 * (i - 1.5) for place in range(len(found))]
         axes.bar(places, values, 0.2, yerr=errors, capsize=2, label=label)
 

@@ -5,12 +5,15 @@ from lorasae.paper.study import around_topk_of_seeds, opened
 
 TITLE = "Distance to the original activations"
 FIGURES = ("fig11",)
-ABOUT = ("Cosine similarity and L2 distance of each block's output to that of the original model without SAE, after "
-         "adapting less before, around a TopK SAE with adapters on all blocks, on the text that the SAE's run holds out (the "
-         "paper took the Pile). The picture is the first seed's, with intervals over sequences.")
+ABOUT = (
+    "Cosine similarity and L2 distance between each block's output and that of the original model "
+    "without SAE: after adapting minus before, around a TopK SAE with adapters on all blocks, on "
+    "the text that the SAE's run holds out (the paper took the Pile). The picture is the first "
+    "seed's, with intervals over documents.")
 
-RATE = ("the tuned rate is 60 times the published one: with that, at as many tokens (one seed), the last block's output "
-        "comes closer (cosine +0.0018, L2 -0.22), if not those before it")
+RATE = ("the tuned rate is 60 times the published one: with that one, at as many tokens (one "
+        "seed), the last block's output comes closer (cosine +0.0018, L2 -0.22), if not those "
+        "before it")
 
 
 trainings = around_topk_of_seeds
@@ -28,7 +31,7 @@ def measure(study):
 
 
 def changes(numbers, measure, positions="all"):
-    """The change by adapting, [a value a seed] of every block from the SAE's on.
+    """The change by adapting, [a value per seed] for every block from the SAE's on.
 
     measure, positions: of distances.MEASURES and distances.POSITIONS.
     """
@@ -55,14 +58,14 @@ def claims(numbers):
     distance = mean_after(numbers, "l2")
     alike, closer = sign(cosine), opposite(sign(distance))
     return [
-        claim("The adapted model's activations are closer to the original's: cosine similarity", "slightly higher",
-              cosine, "+.4f", alike),
+        claim("The adapted model's activations are closer to the original's: cosine similarity",
+              "slightly higher", cosine, "+.4f", alike),
         claim("... and L2 distance", "slightly smaller", distance, "+.3f", closer),
     ]
 
 
 def claim(says, paper, changes, form, closer):
-    """The Claim that adapting brings activations closer; changes: a value a seed."""
+    """The Claim that adapting brings activations closer; changes: a value per seed."""
     return Claim(says,
                  paper,
                  with_interval(changes, form),
@@ -72,7 +75,7 @@ def claim(says, paper, changes, form, closer):
 
 
 def mean_after(numbers, measure):
-    """The mean change over the blocks after the SAE's, a value a seed."""
+    """The mean change over the blocks after the SAE's, a value per seed."""
     after = changes(numbers, measure)[1:]
     return [sum(values) / len(values) for values in zip(*after)]
 

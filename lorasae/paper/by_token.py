@@ -6,12 +6,13 @@ from lorasae.paper.study import around_topk_of_seeds, opened
 
 TITLE = "Change of loss by token"
 FIGURES = ("fig8",)
-ABOUT = ("The change of every held-out token's loss, CE with SAE - CE with SAE and adapters, around a TopK SAE with "
-         "adapters on all blocks, on the text that the SAE's run holds out (the paper took the Pile). The picture is the "
-         "first seed's.")
+ABOUT = (
+    "The change in every held-out token's loss, CE with SAE - CE with SAE and adapters, around a "
+    "TopK SAE with adapters on all blocks, on the text that the SAE's run holds out (the paper "
+    "took the Pile). The picture is the first seed's.")
 
-LARGER = ("the SAE of so small a model costs several times more nats a token than the paper's, and most of the improvement "
-          "comes from changes of more than 1 nat")
+LARGER = ("the SAE of so small a model costs several times more nats per token than the paper's, "
+          "and most of the improvement comes from changes of more than 1 nat")
 
 
 trainings = around_topk_of_seeds
@@ -36,14 +37,14 @@ def tables(numbers):
 
     rows = [
         ["tokens that become worse", with_interval(worse)],
-        ["improvement (nats a token)", with_interval(improvement, ".4f")],
+        ["improvement (nats per token)", with_interval(improvement, ".4f")],
         ["of it, from changes of 0.01 to 1 nats", with_interval(middle)],
     ]
     return [Table("Change of the loss (± 90 % over seeds)", ["", "ours"], rows)]
 
 
 def in_the_middle(found):
-    """The part of the improvement that comes from changes of 0.01 to 1 nats; None where there is none."""
+    """The part of the improvement from changes of 0.01 to 1 nats; None without an improvement."""
     if found["improvement"] <= 0:
         return None
     middle = 0.0

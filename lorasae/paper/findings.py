@@ -30,7 +30,7 @@ class Table(NamedTuple):
     """A table of the terminal and of the page."""
     caption: str
     headings: list
-    rows: list                                          # cells: text, or numbers, which print_table rounds
+    rows: list                                   # cells: text, or numbers, which print_table rounds
 
 
 class Claim(NamedTuple):
@@ -38,10 +38,10 @@ class Claim(NamedTuple):
     says: str
     paper: str                                          # its figure there
     ours: str
-    direction: bool | None                              # whether ours points the same way; None: it cannot be said
-    size: bool | None = None                            # whether it is as large; None: not comparable
+    direction: bool | None               # whether ours points the same way; None: it cannot be said
+    size: bool | None = None                          # whether it is as large; None: not comparable
     why: str = ""                                       # where it does not agree, or cannot be said
-    why_in_miniature: str = ""                          # the same, of the embedded models with the tuned recipe alone
+    why_in_miniature: str = ""        # the same, of the embedded models with the tuned recipe alone
     of_paper: bool = True                               # False: of others, or of nobody yet
 
     @property
@@ -53,7 +53,7 @@ class Claim(NamedTuple):
         return "agrees, in size too" if self.size else "agrees in direction"
 
 
-# ---- Values of seeds -------------------------------------------------------------------------------------------------
+# ---- Values of seeds -----------------------------------------------------------------------------
 
 def over_seeds(values):
     """(mean, half of the 90 % confidence interval over seeds, or None of a single one)"""
@@ -75,7 +75,7 @@ def written(mean, half, form):
     return f"{mean:{form}} ± {half:{without_sign}}"
 
 
-# ---- Directions: True, False, or None where it cannot be said --------------------------------------------------------
+# ---- Directions: True, False, or None where it cannot be said ------------------------------------
 
 def sign(values):
     """Whether values of seeds are positive in the mean; None where it is within its interval, or of a single seed."""
@@ -100,7 +100,7 @@ def rising(values):
     return all(after > before for before, after in pairwise(values))
 
 
-# ---- The terminal ----------------------------------------------------------------------------------------------------
+# ---- The terminal --------------------------------------------------------------------------------
 
 def show(tables):
     for table in tables:

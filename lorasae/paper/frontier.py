@@ -1,8 +1,9 @@
 """Cross-entropy against training time (§4.2; Figures 1 and 5, Tables 1 and 2): TopK, e2e, and TopK + LoRA.
 
-Times are of training alone, on one machine: no loading and no evaluation. Each method does the work that it needs and
-no more: TopK stops the model at the SAE's block, e2e shares the frozen prefix with its teacher. The time of a TopK +
-LoRA point is that of its SAE so far plus that of its adapters.
+Times are of training alone, on one machine: no loading and no evaluation. Each method does the
+work that it needs and
+no more: TopK stops the model at the SAE's block, e2e shares the frozen prefix with the base model.
+The time of a TopK + LoRA point is that of its SAE so far plus that of its adapters.
 """
 from typing import NamedTuple
 
@@ -10,9 +11,8 @@ from lorasae.evals import fidelity
 from lorasae.io.files import read_json
 from lorasae.io.saes import load_sae
 from lorasae.paper.findings import Claim, Table
-from lorasae.paper.study import adapters, new_sae, results
+from lorasae.paper.study import adapters, new_sae, opened, results
 from lorasae.runs.config import read_config
-from lorasae.runs.setting import load_setting
 
 TITLE = "Loss against training time: TopK + LoRA, TopK, end to end"
 FIGURES = ("fig1", "fig5", "table1", "table2")
@@ -76,9 +76,8 @@ def curves(study, model):
     ce}] by tenths; levels: rows of the table of times}
     """
     saes = saes_of(study, model)
-    folder = study.folder / saes["topk"].name
-    config = read_config(folder)
-    setting = load_setting(config, folder)
+    config = read_config(study.folder / saes["topk"].name)
+    setting = opened(study, saes["topk"])
 
     points = {method: sae_curve(study, setting, config, sae) for method, sae in saes.items()}
     points["topk_lora"] = lora_curve(study, model, points["topk"])
@@ -125,7 +124,7 @@ def lora_curve(study, model, topk):
     return curve
 
 
-# ---- The time to a loss ----------------------------------------------------------------------------------------------
+# ---- The time to a loss --------------------------------------------------------------------------
 
 def reached(points, ce, between=True):
     """Seconds until the loss is down to ce, None if it never is; linear between points, or else the first one there.
@@ -153,7 +152,7 @@ def levels(points):
     """
     first = points["topk_lora"][0]["ce"]
     best = min(point["ce"] for name in CURVES for point in points[name])
-    e2e_begins = points["e2e"][0]["ce"]                 # its time to a higher loss is but an upper bound
+    e2e_begins = points["e2e"][0]["ce"]            # its time to a higher loss is but an upper bound
 
     rows = []
     for i in range(LEVELS):
@@ -168,7 +167,7 @@ def levels(points):
     return rows
 
 
-# ---- What it comes to ------------------------------------------------------------------------------------------------
+# ---- What it comes to ----------------------------------------------------------------------------
 
 def tables(numbers):
     made = []

@@ -23,7 +23,7 @@ from lorasae.io.console import progress_line
 class Job(NamedTuple):
     name: str
     needs: tuple                                        # names of jobs
-    work: dict                                          # {kind of work: tokens}, from which its time follows
+    work: dict                                 # {kind of work: tokens}, from which its time follows
 
 
 def run_all(jobs, work, study, processes, progress=None):
@@ -40,7 +40,7 @@ def run_all(jobs, work, study, processes, progress=None):
         else:
             failed[job.name] = reason
         if progress is not None:
-            progress.tell(job.name, reason, seconds)
+            progress.report(job.name, reason, seconds)
 
     def start(job, pool):
         waiting.remove(job)
@@ -89,15 +89,15 @@ class Progress:
         self.whole = sum(expected.values())
 
         self.ended = 0                                  # jobs
-        self.over = 0.0                                 # the expected seconds of jobs that ended, one way or the other
+        self.over = 0.0              # the expected seconds of jobs that ended, one way or the other
         self.expected_of_done = 0.0                     # of those that were done
         self.taken = 0.0                                # the seconds that these took
 
-    def progress_line(self, name, reason, seconds):
+    def report(self, name, reason, seconds):
         """A job has ended: done, or not for a reason."""
         self.ended += 1
         self.over += self.expected[name]
-        if reason is None:                              # what fails is quick, and says nothing of the pace
+        if reason is None:                       # what fails is quick, and says nothing of the pace
             self.expected_of_done += self.expected[name]
             self.taken += seconds
 
@@ -108,7 +108,7 @@ class Progress:
         progress_line(f"{self.over / self.whole:4.0%}  {jobs}  {name}: {came}; about {left / 60:.0f} min left")
 
 
-# ---- The processes ---------------------------------------------------------------------------------------------------
+# ---- The processes -------------------------------------------------------------------------------
 
 def executor(processes):
     """Does what is submitted to it, so many at a time; several share the threads of this process."""
@@ -129,7 +129,7 @@ class Here(Executor):
 
 def begin(threads):
     """The first that a process of the pool does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent answers it, and ends its processes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)     # the parent answers it, and ends its processes
     torch.set_num_threads(threads)
     threading.Thread(target=end_with_parent, daemon=True).start()
 

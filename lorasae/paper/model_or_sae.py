@@ -1,7 +1,7 @@
-"""Adapt the model, the SAE, or both? Four arms, at equal tokens and at equal time (beyond the paper).
+"""Adapt the model, the SAE, or both? Four arms, at equal tokens and at equal time.
 
     python -m lorasae.paper.model_or_sae                two families, two kinds of SAE, three seeds
-    python -m lorasae.paper.model_or_sae --models gemma-2-2b --tokens 1M --lora-rates 2e-4 6e-4 --sae-rates 2e-5 5e-5
+    python -m lorasae.paper.model_or_sae --models gemma-2-2b --tokens 1M --sae-rates 2e-5 5e-5
     python -m lorasae.paper.model_or_sae --quick        seconds: that it runs, not what it finds
 
     adapters    the paper: the SAE as it came, adapters trained on Eq. 7
@@ -9,40 +9,41 @@
     both        adapters and SAE together, on Eq. 7
     then        half the tokens for the adapters, then half for the SAE around the adapted model
 
-Each arm has the best of a few rates, tried on one seed with half the tokens, by KL on text that no arm trains or is measured
-on. A penalty keeps the L0 of a JumpReLU near that of the SAE as it came (finetune.py; the tables say how near). At equal time every arm takes the seconds that the adapters took,
-by the speeds measured at equal tokens (of each arm the quickest seed's, which other work on the machine disturbs least).
-Intervals are 90 %, over seeds.
+Each arm has the best of a few rates, tried on one seed with half the tokens, by KL on documents
+that no arm trains or is measured on. A penalty keeps the L0 of a JumpReLU near that of the SAE as
+it came (finetune.py; the tables say how near). The KL gap is that of the SAE as it came. At equal
+time every arm takes the seconds that the adapters took, by the speeds measured at equal tokens (of
+each arm the quickest seed's, which other work on the machine disturbs least). Intervals are 90 %,
+over seeds.
 
-OUT/ gets a file for each arm, model_or_sae.json and, with matplotlib, model_or_sae.png. Interrupted, the same command
-continues.
+OUT/ gets a file for each arm, model_or_sae.json and, with matplotlib, model_or_sae.png.
+Interrupted, the same command continues.
 """
 from pathlib import Path
 
 import torch
 
 from lorasae.errors import InputError
-from lorasae.evals.common import interval, percent, plus_minus
+from lorasae.evals.common import error_bar, interval, percent, plus_minus
 from lorasae.evals.figures import save_figure
 from lorasae.io.console import Parser, one_line_errors, count
 from lorasae.io.files import write_json
 from lorasae.paper.findings import Claim, Table, opposite, show, sign, unless_said, with_interval
 from lorasae.paper import arms
-from lorasae.paper.arms import (adapted, asked, case_config, finetuned, load_case, measured, new_student, on_tuning_text, once,
-                                same_plan, untouched)
-from lorasae.runs.config import OBJECTIVES
+from lorasae.paper.arms import (adapted, asked, case_config, finetuned, fresh_adapters, load_case,
+                                measured, on_tuning_text, once, same_plan, untouched)
 
 ARMS = {"adapters": "adapters", "sae": "SAE", "both": "both", "then": "adapters, then SAE"}
 BUDGETS = {"tokens": "equal tokens", "time": "equal time"}
 LORA_RATES = (1.5e-3, 3e-3, 6e-3)
 SAE_RATES = (2e-4, 6e-4, 2e-3)
-LARGEST = 3                                             # times the tokens, for the fastest arm at equal time
+LARGEST = 3                                    # times the tokens, for the fastest arm at equal time
 
 
-# ---- The arms ----------------------------------------------------------------------------------------------------------
+# ---- The arms ------------------------------------------------------------------------------------
 
 def train_arm(case, arm, rates, tokens, seed, objective):
-    """Trains an arm at its rates, {"lr", "sae_lr"} -> Trained."""
+    """Trains an arm at its rates, {"lr", "sae_lr"} -> arms.Result."""
     lr, sae_lr = rates.get("lr"), rates.get("sae_lr")
     if arm == "adapters":
         trained, = adapted(case, asked(case, tokens, seed, lr=lr))
@@ -51,11 +52,11 @@ def train_arm(case, arm, rates, tokens, seed, objective):
         return finetuned(case, asked(case, tokens, seed, objective=objective), sae_lr)
     if arm == "both":
         config = asked(case, tokens, seed, lr=lr, objective="kl")
-        return finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True)
+        return finetuned(case, config, sae_lr, fresh_adapters(case, config), train_adapters=True)
 
     config = asked(case, tokens // 2, seed, lr=lr, objective=objective)
     before, = adapted(case, config)
-    after = finetuned(case, config, sae_lr, before.student, start=config.steps)
+    after = finetuned(case, config, sae_lr, before.adapters, start=config.steps)
     return after._replace(seconds=before.seconds + after.seconds)
 
 
@@ -135,10 +136,10 @@ def result(case, arm, rates, tokens, seed, objective):
     return {"tokens": tokens, "seconds": trained.seconds, **measured(case, trained)}
 
 
-# ---- What comes out ----------------------------------------------------------------------------------------------------
+# ---- What comes out ------------------------------------------------------------------------------
 
 def gaps(case, budget, arm):
-    """The parts of the KL gap that an arm closes, one a seed [n]."""
+    """The parts of the KL gap that an arm closes, one per seed [n]: of the SAE as it came."""
     kl = torch.tensor([numbers["kl"] for numbers in case["arms"][budget][arm]], dtype=torch.float64)
     return 1 - kl / case["before"]["kl"]
 
@@ -180,18 +181,24 @@ def ranking(numbers, budget):
         average[arm] = sum(gaps(case, budget, arm).mean().item() for case in cases) / len(cases)
     order = sorted(ARMS, key=average.get, reverse=True)
     best, second = order[:2]
-    wins = sum(ahead(case, budget, best, second) for case in cases)
 
     shown = ", ".join(f"{ARMS[arm]} {average[arm]:.1%}" for arm in order)
-    beyond = "by more than the interval over seeds" if seeds > 1 else "with one seed, so without an interval,"
-    return (f"At {BUDGETS[budget]} the KL gap closed is, in the mean of the {len(cases)} cases: {shown}; {ARMS[best]} is "
-            f"ahead of {ARMS[second]} {beyond} in {wins} of {len(cases)}.")
+    found = (f"At {BUDGETS[budget]} the KL gap closed, averaged over the {len(cases)} cases, is: "
+             f"{shown}")
+    if seeds == 1:
+        return f"{found}; one seed has no interval, so nothing is said about which is ahead."
+    wins = sum(ahead(case, budget, best, second) for case in cases)
+    return (f"{found}; {ARMS[best]} is ahead of {ARMS[second]} by more than the interval over "
+            f"seeds in {wins} of {len(cases)}.")
 
 
 def ahead(case, budget, first, second):
-    """Whether an arm closes more of the gap than another by more than the interval of their difference over seeds."""
+    """Whether an arm closes more of the KL gap than another, beyond the interval over seeds.
+
+    A single seed has no interval, so it never shows this.
+    """
     difference, half = interval(gaps(case, budget, first) - gaps(case, budget, second))
-    return difference > (half or 0)
+    return half is not None and difference > half
 
 
 def price(numbers):
@@ -217,14 +224,15 @@ def draw(numbers, figure):
             for place, arm in enumerate(ARMS):
                 closed, half = interval(gaps(case, budget, arm))
                 color, name_once = ("C0" if shift < 0 else "C1"), (label if place == 0 else None)
-                axes.bar(place + shift, 100 * closed, 0.38, yerr=100 * (half or 0), capsize=3, color=color, label=name_once)
+                axes.bar(place + shift, 100 * closed, 0.38, yerr=error_bar(half, 100), capsize=3,
+                         color=color, label=name_once)
         axes.set_xticks(range(len(ARMS)), [label.replace(", ", ",\n") for label in ARMS.values()], fontsize=8)
         axes.set_title(name, fontsize=10)
     panels[0].set_ylabel("KL gap closed (%)")
     panels[0].legend(fontsize=8)
 
 
-# ---- As a part of the whole paper (findings.py) --------------------------------------------------------------------------
+# ---- As a part of the whole paper (findings.py) --------------------------------------------------
 
 TITLE = "Adapt the model, the SAE, or both?"
 FIGURES = ()
@@ -323,7 +331,7 @@ def against(cases, arm):
     return more
 
 
-# ---- The command -------------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 def arguments(argv):
     parser = Parser(description=__doc__)
@@ -332,7 +340,8 @@ def arguments(argv):
     add("--tokens", type=count, help="training tokens of every arm, at equal tokens (default: 100k; quick: 4k)")
     add("--seeds", type=int, help="number of seeds (default: 3; quick: 1)")
     add("--eval-tokens", type=count, help="held-out tokens (default: 20k; quick: 2k)")
-    add("--objective", choices=OBJECTIVES, default="balanced", help="of the SAE's finetune (default: %(default)s)")
+    add("--objective", choices=("kl", "mse", "balanced"), default="balanced",
+        help="of the SAE's finetune (default: %(default)s)")
     add("--lora-rates", type=float, nargs="+", default=list(LORA_RATES), help="to choose from (default: %(default)s)")
     add("--sae-rates", type=float, nargs="+", default=list(SAE_RATES), help="to choose from (default: %(default)s)")
     add("--quick", action="store_true", help="the smallest that runs")

@@ -1,4 +1,5 @@
 """Which block's adapters matter (§6.3, Figure 9): on one block after the SAE, against on all of them."""
+from lorasae.evals.common import error_bar
 from lorasae.io.models import load_config
 from lorasae.io.presets import PRESETS
 from lorasae.paper.findings import Claim, Table, over_seeds, rising, with_interval
@@ -6,8 +7,10 @@ from lorasae.paper.study import adapters, results
 
 TITLE = "Adapters on a single block"
 FIGURES = ("fig9",)
-ABOUT = ("CE improvement of adapters (rank 64) on one block after the preset's JumpReLU SAE alone, and its share of the "
-         "improvement by adapters on all blocks after it. Each is trained on its own, with the same tokens and rate.")
+ABOUT = (
+    "CE improvement of adapters (rank 64) on one block alone after the preset's JumpReLU SAE, and "
+    "its share of the improvement by adapters on all blocks after it. Each is trained on its own, "
+    "with the same tokens and rate.")
 
 GEMMA_2_2B_BLOCKS = 26                                  # known without asking the Hub
 
@@ -44,10 +47,10 @@ def measure(study):
     return {"sae_layer": layer, "blocks": list(after), "improvement": gains}
 
 
-# ---- What it comes to ------------------------------------------------------------------------------------------------
+# ---- What it comes to ----------------------------------------------------------------------------
 
 def share(numbers, block):
-    """Of the improvement by all blocks, a value a seed; None of a seed that all blocks did not improve."""
+    """Of the improvement by all blocks, a value per seed; None if all blocks improved nothing."""
     by_one, by_all = numbers["improvement"][str(block)], numbers["improvement"]["after"]
     return [one / whole if whole > 0 else None for one, whole in zip(by_one, by_all)]
 
@@ -60,7 +63,7 @@ def tables(numbers):
         rows.append([f"block {block}", gain, with_interval(share(numbers, block))])
 
     headings = ["adapters on", "improvement", "of all after"]
-    return [Table("CE improvement (nats a token; ± 90 % over seeds)", headings, rows)]
+    return [Table("CE improvement (nats per token; ± 90 % over seeds)", headings, rows)]
 
 
 def claims(numbers):
@@ -70,7 +73,7 @@ def claims(numbers):
                       "88 %",
                       "no improvement",
                       direction=None,
-                      why="adapters on all blocks do not improve the loss, so there is nothing to divide")]
+                      why="adapters on all blocks do not improve the loss: nothing to divide by")]
 
     means = [over_seeds(shares)[0] for shares in by_block]
     first = means[0]
@@ -93,7 +96,7 @@ def draw(numbers, figure):
     distance = [block - numbers["sae_layer"] for block in blocks]
     by_block = [over_seeds(gains[str(block)]) for block in blocks]
     means = [mean for mean, _ in by_block]
-    halves = [half or 0 for _, half in by_block]
+    halves = [error_bar(half) for _, half in by_block]
     whole, _ = over_seeds(gains["after"])
 
     figure.set_size_inches(6, 3.6)

@@ -37,7 +37,7 @@ def page(study, parts, shown, failed, command):
     return html.document(TITLE, body)
 
 
-# ---- The top ---------------------------------------------------------------------------------------------------------
+# ---- The top -------------------------------------------------------------------------------------
 
 def introduction(study, claims, command):
     """What this is, how many claims agree, and with what it was made: [paragraph]."""
@@ -105,7 +105,7 @@ def label(part):
     return " · ".join(named) or "Beyond the paper"
 
 
-# ---- A part ----------------------------------------------------------------------------------------------------------
+# ---- A part --------------------------------------------------------------------------------------
 
 def section(study, name, part, found, command):
     """A part: definition, picture, tables, what it cost, and the command that makes it again."""
@@ -150,7 +150,7 @@ def price(found, command):
     return f"{trained}{found['seconds']:,.0f} seconds of one process · {command}"
 
 
-# ---- The end ---------------------------------------------------------------------------------------------------------
+# ---- The end -------------------------------------------------------------------------------------
 
 MINIATURE = ("These models have 0.4M to 2.5M parameters and 4 to 6 blocks, their SAEs about a thousand latents, and "
              "trainings take seconds where the paper's take hours: a claim that agrees here has been seen to hold far "

@@ -1,4 +1,4 @@
-"""The pictures of the README: how a step works, and two of what `python -m lorasae.paper` found.
+"""Pictures for README and RESULTS: how a step works, and two of what `lorasae.paper` found.
 
     python -m lorasae.paper.pictures                        draws the first again
     python -m lorasae.paper.pictures runs/paper             and takes the others from there
@@ -13,11 +13,11 @@ from lorasae.io.files import write_bytes
 
 HERE = Path(__file__).parent / "pictures"
 FOUND = ("frontier", "scaling")
-FROZEN, TRAINED, SAE, LOSS = "#dce6f1", "#fbd9b5", "#cfe8cf", "#eeeeee"      # told apart by their labels too
+FROZEN, TRAINED, SAE, LOSS = "#dce6f1", "#fbd9b5", "#cfe8cf", "#eeeeee"
 
 
 def draw_method(_, figure):
-    """The shared prefix, the teacher above, the student below with its SAE, and the loss between them."""
+    """The shared prefix; the base model above, the adapted one below with its SAE; the loss."""
     figure.set_size_inches(9, 3.1)
     axes = figure.subplots()
     axes.set(xlim=(0, 18), ylim=(-1.0, 5.8))
@@ -25,9 +25,9 @@ def draw_method(_, figure):
 
     box(axes, 0.2, 2.6, 1.7, 1.2, "tokens", "white")
     box(axes, 2.7, 2.6, 3.0, 1.2, "blocks 0 … i\nshared prefix", FROZEN)
-    box(axes, 8.9, 4.4, 3.4, 1.2, "blocks i+1 … L−1\nteacher, no SAE", FROZEN)
+    box(axes, 8.9, 4.4, 3.4, 1.2, "blocks i+1 … L−1\nbase, no SAE", FROZEN)
     box(axes, 6.4, 0.8, 1.7, 1.2, "SAE\nx → x̂", SAE)
-    box(axes, 8.9, 0.8, 3.4, 1.2, "blocks i+1 … L−1\nstudent, + adapters", TRAINED)
+    box(axes, 8.9, 0.8, 3.4, 1.2, "blocks i+1 … L−1\nadapted, with SAE", TRAINED)
     box(axes, 13.2, 4.4, 1.6, 1.2, "head\np", FROZEN)
     box(axes, 13.2, 0.8, 1.6, 1.2, "head\nq", FROZEN)
     box(axes, 15.6, 2.6, 2.2, 1.2, "KL(p ‖ q)\nEq. 7", LOSS)
@@ -43,14 +43,16 @@ def draw_method(_, figure):
 
     axes.annotate("", (10.6, 0.75), (16.9, 2.55), arrowprops={
         "arrowstyle": "->", "linestyle": "--", "color": "C3", "connectionstyle": "arc3,rad=-0.5"})
-    axes.text(13.9, -0.9, "gradients reach the adapters alone", color="C3", ha="center", fontsize=9)
+    axes.text(13.9, -0.9, "gradients reach only the adapters", color="C3", ha="center", fontsize=9)
     axes.text(4.2, 2.2, "run once for both", ha="center", fontsize=9, color="0.35")
-    axes.text(16.9, 4.9, "logits exist a chunk\nof tokens at a time", ha="center", fontsize=9, color="0.35")
+    axes.text(16.9, 4.9, "logits exist for a chunk\nof tokens at a time", ha="center", fontsize=9,
+              color="0.35")
 
 
 def box(axes, x, y, width, height, text, color):
     from matplotlib.patches import FancyBboxPatch
-    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.05", facecolor=color, edgecolor="0.3"))
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.05",
+                                  facecolor=color, edgecolor="0.3"))
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10)
 
 

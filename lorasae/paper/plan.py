@@ -15,8 +15,7 @@ from lorasae.paper import benchmarks, by_distance, by_token, frontier, model_or_
 from lorasae.paper import saebench, scaling, several, steered
 from lorasae.paper.jobs import Job, run_all
 from lorasae.paper.study import adapters, new_sae, opened, results, train
-from lorasae.runs.config import Config
-from lorasae.runs.defaults import SAE_TOKENS
+from lorasae.runs.config import SAE_TOKENS, Config
 
 PARTS = {                                               # in the order of the paper
     "frontier": frontier,
@@ -32,7 +31,7 @@ PARTS = {                                               # in the order of the pa
 BEYOND = {"model_or_sae": model_or_sae, "recipe": recipe}           # on the embedded models alone
 
 
-# ---- Parts -----------------------------------------------------------------------------------------------------------
+# ---- Parts ---------------------------------------------------------------------------------------
 
 def parts_of(study):
     return {**PARTS, **BEYOND} if study.miniature else PARTS
@@ -61,7 +60,7 @@ def known(parts):
     return names
 
 
-# ---- Jobs ------------------------------------------------------------------------------------------------------------
+# ---- Jobs ----------------------------------------------------------------------------------------
 
 def trainings_of(study, parts):
     """{name: Training} of all parts, each once."""
@@ -113,7 +112,7 @@ def answer(study, name):
     return study.folder / "numbers" / f"{name.replace(' ', '-')}.json"
 
 
-# ---- Doing them ------------------------------------------------------------------------------------------------------
+# ---- Doing them ----------------------------------------------------------------------------------
 
 def work(study, name):
     """Does a job: a training, a piece of a part, or what a part measures."""
@@ -165,15 +164,15 @@ def measure_part(study, name, part):
     })
 
 
-# ---- What it takes ---------------------------------------------------------------------------------------------------
+# ---- What it takes -------------------------------------------------------------------------------
 
-STARTING = 5                                            # seconds that any job takes to load what it needs
+STARTING = 5                                      # seconds that any job takes to load what it needs
 
 
 def cost(study, training):
     """{kind of work: tokens} of a training and its evaluations.
 
-    Several ranks share the teacher, about two fifths of a step; each has the rest of its own.
+    Several ranks share the base model's part, about two fifths of a step; the rest is each one's.
     """
     given, eval_tokens = training.given, study.held_out
     method = given.get("method", "lora")
@@ -186,7 +185,7 @@ def cost(study, training):
 
 
 def tokens_of(training):
-    """What a training trains on, as runs.defaults.configure will decide."""
+    """What a training trains on, as runs.config.configure will decide."""
     given = training.given
     known = PRESETS[given["model"]]
     if given.get("method", "lora") == "lora":

@@ -1,16 +1,18 @@
-"""How to train adapters: rate x schedule x batch x rank x optimiser, against the published recipe (beyond the paper).
+"""How to train adapters: rate x schedule x batch x rank x optimiser, against the published recipe.
 
     python -m lorasae.paper.recipe                      the embedded models around both kinds of SAE
-    python -m lorasae.paper.recipe --models gemma-2-2b --tokens 15M --rates 5e-4 1e-3       a real one around its public SAE
+    python -m lorasae.paper.recipe --models gemma-2-2b --tokens 15M --rates 5e-4 1e-3
     python -m lorasae.paper.recipe --quick              seconds: that it runs, not what it finds
 
-How many tokens does a recipe need to close as much of the KL gap as the published one does with its whole budget? A rate
-that falls to 0 does so at the end of the budget, so every recipe is trained anew at every budget; all rates and ranks of
-a budget, a batch size, an optimiser and a schedule train side by side in one pass. Everything is measured on the tuning
-text of arms.py, never on what results are measured on, so what is chosen here (io/presets.py: --recipe tuned) may still be
-tested there.
+How many tokens does a recipe need to close as much of the KL gap as the published one does with
+its whole budget? A rate that falls to 0 does so at the end of the budget, so every recipe is
+trained again at every budget; all rates and ranks of a budget, a batch size, an optimiser and a
+schedule train side by side in one pass. The gap is that of the SAE as it came. Everything is
+measured on the tuning text of arms.py, never on what results are measured on, so what is chosen
+here (beyond/recipe.py: --recipe tuned) may still be tested there.
 
-OUT/ gets a file for each pass, recipe.json and, with matplotlib, recipe.png. Interrupted, the same command continues.
+OUT/ gets a file for each pass, recipe.json and, with matplotlib, recipe.png. Interrupted, the same
+command continues.
 """
 import math
 from itertools import product
@@ -23,11 +25,11 @@ from lorasae.io.console import Parser, one_line_errors, count
 from lorasae.io.files import write_json
 from lorasae.io.presets import PAPER
 from lorasae.paper import arms
-from lorasae.paper.arms import (TUNING, adapted, asked, case_config, finetuned, load_case, new_student, on_tuning_text, once,
-                                same_plan, untouched)
+from lorasae.paper.arms import (OPTIMIZERS, TUNING, adapted, asked, case_config, finetuned,
+                                fresh_adapters, load_case, on_tuning_text, once, same_plan,
+                                untouched)
 from lorasae.paper.findings import Claim, Table, show
-from lorasae.runs import defaults
-from lorasae.runs.config import OPTIMIZERS
+from lorasae.paper.study import RECIPES
 
 TOKENS = 300_000                                        # of the published recipe
 BUDGETS = (24, 12, 6)                                   # parts of these tokens
@@ -41,7 +43,7 @@ SAE_RATES = (4e-4,)
 class Recipe(NamedTuple):
     """How adapters are trained."""
     optimizer: str
-    lr: float | None                                    # None: by the rule of --recipe tuned, which depends on the model
+    lr: float | None               # None: by the rule of --recipe tuned, which depends on the model
     schedule: str                                       # of SCHEDULES
     batch: int                                          # sequences a step
     rank: int
@@ -53,7 +55,7 @@ class Recipe(NamedTuple):
         return f"{self.optimizer} {lr} {self.schedule}, batch {self.batch}, rank {self.rank}{both}"
 
 
-# ---- Trying ------------------------------------------------------------------------------------------------------------
+# ---- Trying --------------------------------------------------------------------------------------
 
 def closed(found, kl):
     """The part of the KL gap that is closed, on the tuning text; found: what `search` returns."""
@@ -88,20 +90,18 @@ def published(case, tokens, seed):
     return on_tuning_text(case, trained)["kl"]
 
 
-def students_of(plan):
+def side_by_side_of(plan):
     """(rates, ranks) of the adapters that train side by side: every rate at every rank."""
     return zip(*product(plan["rates"], plan["ranks"]))
 
 
 def side_by_side(case, plan, tokens, optimizer, schedule, batch, seed):
     """A trial of every rate and rank, in one pass."""
-    rates, ranks = students_of(plan)
+    rates, ranks = side_by_side_of(plan)
     config = asked(case, tokens, seed, optimizer=optimizer, lr_decay=schedule == "falling", rank=ranks, lr=rates,
                    batch_size=batch, micro_batch=None)
-    students = adapted(case, config)
-
     trials = []
-    for lr, rank, trained in zip(rates, ranks, students):
+    for lr, rank, trained in zip(rates, ranks, adapted(case, config)):
         recipe = Recipe(optimizer, lr, schedule, batch, rank)
         trials.append(trial(recipe, config, on_tuning_text(case, trained)))
     return trials
@@ -109,9 +109,9 @@ def side_by_side(case, plan, tokens, optimizer, schedule, batch, seed):
 
 def together(case, plan, tokens, sae_lr, seed):
     """A trial with the SAE trained too, and the adapters by --recipe tuned, with the first rank."""
-    how, rank = defaults.recipe_of("tuned", case.config.model, "muon", train_sae=False), plan["ranks"][0]
+    how, rank = RECIPES["tuned"](case.config.model, "muon", True), plan["ranks"][0]
     config = asked(case, tokens, seed, rank=(rank,), objective="kl", micro_batch=None, **how)
-    trained = finetuned(case, config, sae_lr, new_student(case, config), train_adapters=True)
+    trained = finetuned(case, config, sae_lr, fresh_adapters(case, config), train_adapters=True)
     recipe = Recipe(config.optimizer, None, "falling", config.batch_size, rank, sae_lr)
     return [trial(recipe, config, on_tuning_text(case, trained))]
 
@@ -121,7 +121,7 @@ def trial(recipe, config, found):
     return {**recipe._asdict(), "tokens": config.trained_tokens, **found}
 
 
-# ---- What comes out ----------------------------------------------------------------------------------------------------
+# ---- What comes out ------------------------------------------------------------------------------
 
 def recipes(found):
     """{Recipe: [(tokens, KL)] by budget, without those that diverged}"""
@@ -211,14 +211,15 @@ def draw(numbers, figure):
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
-# ---- As a part of the whole paper (findings.py) --------------------------------------------------------------------------
+# ---- As a part of the whole paper (findings.py) --------------------------------------------------
 
 TITLE = "How to train adapters"
 FIGURES = ()
-ABOUT = ("How many times fewer tokens a recipe needs to close as much of the KL gap as the published one (5e-5 constant, "
-         "dropout 0.1, one sequence a step) does with its whole budget; every recipe trained anew at every budget, all "
-         "rates side by side. Measured on text that nothing trains on, after the held-out text that results are measured on. "
-         "One seed.")
+ABOUT = (
+    "How many times fewer tokens a recipe needs to close as much of the KL gap as the published "
+    "one (5e-5 constant, dropout 0.1, one sequence per step) does with its whole budget; every "
+    "recipe is trained again at every budget, all rates side by side. Measured on held-out "
+    "documents that nothing trains on and no result is measured on. One seed.")
 
 STEPS = ("a small budget leaves a tuned run too few steps; against 900k tokens (three seeds) a twelfth was enough in the mean in "
          "three of the four cases, and a twentieth with the SAE trained around both JumpReLU SAEs")
@@ -232,8 +233,9 @@ def cost(study):
 
     The published recipe, and at each budget all rates and ranks side by side, and adapters and SAE together.
     """
-    students = 0.4 + 0.6 * len(RATES) * len(RANKS)      # they share the teacher, about two fifths of a step
-    passes = len(OPTIMIZERS) * len(BATCHES) * students + len(SAE_RATES)
+    # Adapters side by side share the base model's part, about two fifths of a step.
+    pass_of_all = 0.4 + 0.6 * len(RATES) * len(RANKS)
+    passes = len(OPTIMIZERS) * len(BATCHES) * pass_of_all + len(SAE_RATES)
     budgets = sum(1 / part for part in BUDGETS)
     return {"after": study.recipe_tokens * (1 + budgets * passes)}
 
@@ -254,8 +256,9 @@ def measure(study, found):
     return {"plan": plan_of(study.recipe_tokens), "cases": cases}
 
 
-def plan_of(tokens, budgets=BUDGETS, rates=RATES, optimizers=OPTIMIZERS, schedules=SCHEDULES[:1], batches=BATCHES,
-            ranks=RANKS, sae_rates=SAE_RATES, tuning_tokens=TUNING):
+def plan_of(tokens, budgets=BUDGETS, rates=RATES, optimizers=tuple(OPTIMIZERS),
+            schedules=SCHEDULES[:1], batches=BATCHES, ranks=RANKS, sae_rates=SAE_RATES,
+            tuning_tokens=TUNING):
     """tokens: of the published recipe; budgets: parts of them. The others are tried in every combination, but for
     sae_rates: with the adapters of --recipe tuned alone.
     """
@@ -327,7 +330,7 @@ def tables(numbers):
 
 def claims(numbers):
     """Nobody's yet: how many times fewer tokens the best recipe needs, with adapters alone and with the SAE trained too."""
-    alone, with_sae = [], []                            # (Recipe, its ratio in the worst case), the best first
+    alone, with_sae = [], []                 # (Recipe, its ratio in the worst case), the best first
     for recipe, _, least in rows(numbers):
         if least is None:
             continue
@@ -354,7 +357,7 @@ def saving(says, ours, found, goal):
     return Claim(says, "not measured", f"{ours}, one seed", direction=reached, why="" if reached else STEPS, of_paper=False)
 
 
-# ---- The command -------------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 def arguments(argv):
     parser = Parser(description=__doc__)
@@ -363,7 +366,8 @@ def arguments(argv):
     add("--tokens", type=count, help="the published recipe's budget (default: 300k; quick: 12k)")
     add("--budgets", type=int, nargs="+", default=list(BUDGETS), help="what to divide these tokens by (default: %(default)s)")
     add("--rates", type=float, nargs="+", default=list(RATES), help="of the adapters (default: %(default)s)")
-    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="(default: both)")
+    add("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS),
+        help="(default: both)")
     add("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES[:1]), help="of the rate (default: %(default)s)")
     add("--batches", type=int, nargs="+", default=list(BATCHES), help="sequences a step (default: %(default)s)")
     add("--ranks", type=int, nargs="+", default=list(RANKS), help="(default: %(default)s)")
@@ -387,7 +391,7 @@ def main(argv=None):
     plan = plan_of(args.tokens or tokens, args.budgets, args.rates, args.optimizers, args.schedules, args.batches,
                    args.ranks, args.sae_rates, tuning_tokens)
     with one_line_errors("interrupted: the same command continues"):
-        rates, ranks = students_of(plan)
+        rates, ranks = side_by_side_of(plan)
         wanted = arms.wanted(args, rank=ranks, lr=rates, batch_size=max(args.batches), micro_batch=None)
         same_plan(folder, {**plan, "layer": args.layer})
         cases = {}

@@ -3,15 +3,20 @@ from argparse import Namespace
 from typing import NamedTuple
 
 from lorasae.evals import absorption, autointerp, probing, scr, tpp
+from lorasae.evals.common import error_bar
 from lorasae.paper.findings import Claim, Table, written
 from lorasae.paper.study import around_topk, opened
 
 TITLE = "SAEBench"
 FIGURES = ("table3", "table6")
-ABOUT = ("The SAE reads base and adapted model (TopK, adapters on all blocks); nothing is spliced in. One seed of "
-         "training; intervals are 90 % over seeds of evaluation, of autointerp over latents, differences paired. The "
-         "judge of autointerp is lexical (eval.py --suite autointerp --judge asks a language model); in miniature the "
-         "texts are packages of the standard library.")
+ABOUT = (
+    "The SAE reads base and adapted model (TopK, adapters on all blocks); nothing is spliced in. "
+    "One seed of training; intervals are 90 % over seeds of evaluation, for autointerp over "
+    "latents, and differences are paired. The judge of autointerp is lexical (eval.py --suite "
+    "autointerp --judge asks a language model); in miniature the texts are packages of the "
+    "standard library.")
+
+WITHIN = "no difference beyond the interval; the paper's own are within SAEBench's tolerance"
 
 SUITES = {"scr": scr, "tpp": tpp, "probing": probing, "absorption": absorption}
 
@@ -42,8 +47,8 @@ def piece(study, name):
 
 
 def cost(study):
-    """{kind of work: tokens} of a piece: in miniature mostly probes, whose time is given in tokens read meanwhile; of the
-    real data sets mostly their texts, about.
+    """{kind of work: tokens} of a piece, about: in miniature mostly probes, whose time is given in
+    tokens read meanwhile; for the real data sets mostly their texts.
     """
     return {"forward": 500_000 if study.miniature else 5_000_000}
 
@@ -53,7 +58,7 @@ def measure(study, found):
     return found
 
 
-# ---- What it comes to ------------------------------------------------------------------------------------------------
+# ---- What it comes to ----------------------------------------------------------------------------
 
 class Score(NamedTuple):
     """A metric of the adapted model and of the base: ours, and the paper's, of a single seed."""
@@ -74,12 +79,14 @@ def score(numbers, name, metric):
     """The Score of a suite's metric."""
     suite, row = SUITES[name], numbers[name]["rows"][metric]
     paper_lora, paper_base = suite.PAPER[metric]
-    return Score(suite.LABELS[metric], row["lora"], row["base"], row["difference"], row["ci90"], paper_lora, paper_base)
+    return Score(suite.LABELS[metric], row["lora"], row["base"], row["difference"], row["ci90"],
+                 paper_lora, paper_base)
 
 
 def scores(numbers, name):
     """[Score] of the suite's metrics that both we and the paper have."""
-    return [score(numbers, name, metric) for metric in SUITES[name].PAPER if metric in numbers[name]["rows"]]
+    rows = numbers[name]["rows"]
+    return [score(numbers, name, metric) for metric in SUITES[name].PAPER if metric in rows]
 
 
 def tables(numbers):
@@ -100,9 +107,11 @@ def tables(numbers):
     found = numbers["autointerp"]["score"]
     lora, base = found["lora"]["mean"], found["base"]["mean"]
     ours = written(found["delta"]["mean"], found["delta"]["ci90"], "+.3f")
-    rows.append(["autointerp", "score", f"{lora:.3f}", f"{base:.3f}", ours, "0.830", "0.832", "-0.002"])
+    row = ["autointerp", "score", f"{lora:.3f}", f"{base:.3f}", ours, "0.830", "0.832", "-0.002"]
+    rows.append(row)
 
-    headings = ["suite", "metric", "LoRA", "base", "difference", "paper: LoRA", "base", "difference"]
+    headings = ["suite", "metric", "LoRA", "base", "difference", "paper: LoRA", "base",
+                "difference"]
     return [Table("Tables 3 and 6", headings, rows)]
 
 
@@ -124,7 +133,7 @@ def claim(label, paper, ours, half):
     if half is None:
         direction, why = None, "one seed has no interval"
     elif abs(ours) <= half:
-        direction, why = None, "no difference beyond the interval; the paper's own are within SAEBench's tolerance"
+        direction, why = None, WITHIN
     return Claim(f"{label}: adapted less base",
                  f"{paper:+.3f}, one seed",
                  written(ours, half, "+.3f"),
@@ -142,8 +151,11 @@ def draw(numbers, figure):
     figure.set_size_inches(8, 4)
     axes = figure.subplots()
     for place, each in zip(places, found):
-        ours, paper = ("ours", "paper (one seed)") if place == 0 else (None, None)      # in the legend once
-        axes.bar(place - 0.2, each.difference, 0.4, yerr=each.half or 0, capsize=2, color="C0", label=ours)
+        ours, paper = None, None
+        if place == 0:                                  # in the legend once
+            ours, paper = "ours", "paper (one seed)"
+        axes.bar(place - 0.2, each.difference, 0.4, yerr=error_bar(each.half), capsize=2, color="C0",
+                 label=ours)
         axes.bar(place + 0.2, each.paper_difference, 0.4, color="C1", label=paper)
 
     axes.axhline(0, color="grey", linewidth=1)

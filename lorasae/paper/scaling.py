@@ -3,17 +3,19 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from lorasae.evals.common import percent
-from lorasae.paper.findings import Claim, Table, rising, unless_said
+from lorasae.evals.common import error_bar, without_interval
+from lorasae.paper.findings import Claim, Table, rising, unless_said, written
 from lorasae.paper.study import adapters, new_sae, results
 
 TITLE = "Scaling laws for the downstream loss"
 FIGURES = ("fig3", "fig4")
-ABOUT = ("CE improvement = CE with SAE - CE with SAE and adapters, in nats a token; in percent of the gap, CE with SAE - "
-         "CE of the model alone. One JumpReLU SAE for each point, adapters on the blocks after it, all ranks side by side "
-         "in one pass. In miniature the SAEs are trained here for the asked L0; their measured one is on the axis. alpha "
-         "is 32 at every rank, as in the paper, so a rank's step size changes with it. One seed; intervals are over "
-         "held-out sequences, and a difference within them is not called one.")
+ABOUT = (
+    "CE improvement = CE with SAE - CE with SAE and adapters, in nats per token; in percent of the "
+    "gap, CE with SAE - CE of the model alone. Each point is one JumpReLU SAE, with adapters on "
+    "the blocks after it, all ranks side by side in one pass. In miniature the SAEs are trained "
+    "here for the requested L0; the axis shows the measured one. alpha is 32 at every rank, as in "
+    "the paper, so a rank's step size changes with it. One seed; intervals are over held-out "
+    "documents, and a difference within them is not called one.")
 
 RANKS = (1, 4, 16, 64, 256)
 MAIN_RANK = 64                                          # whose figures the claims are about
@@ -99,11 +101,12 @@ def measure(study):
 
 
 def measured(study, point):
-    """{model, layer, width, l0, ce_base, ce_sae, train_tokens; ranks: {rank: {improvement, gap_closed, kl_gap_closed,
-    ci90}}}
+    """{model, layer, width, l0, ce_base, ce_sae, documents, train_tokens;
+    ranks: {rank: {improvement, gap_closed, kl_gap_closed, ci90}}}
 
-    l0 is the measured one; CE and improvement in nats a token; the parts of the gap closed are of 1, ci90 is half of the
-    90 % interval of gap_closed.
+    l0 is the measured one. CE and improvement are in nats per token, the parts of the gap that are
+    closed are of 1. ci90 is half of the 90 % interval of gap_closed, over documents; None if they
+    are too few.
     """
     training = adapters_of(study, point)
     ranks = {}
@@ -117,15 +120,16 @@ def measured(study, point):
         }
     return {
         **point._asdict(),
-        "l0": found["l0"][str(point.layer)],            # without adapters, so the same of every rank
+        "l0": found["l0"][str(point.layer)],           # without adapters, so the same of every rank
         "ce_base": found["ce_base"],
         "ce_sae": found["ce_sae"],
+        "documents": found["documents"],
         "train_tokens": found["train_tokens"],
         "ranks": ranks,
     }
 
 
-# ---- What it comes to ------------------------------------------------------------------------------------------------
+# ---- What it comes to ----------------------------------------------------------------------------
 
 def place(axis, row):
     """A point's place on its axis, as text."""
@@ -150,15 +154,27 @@ def tables(numbers):
 
         first, over = ("model", "model size") if axis == "size" else (label, label)
         headings = [first, "CE base", "CE with SAE", *(f"rank {rank}" for rank in ranks)]
-        made.append(Table(f"Gap closed over {over} (± 90 % over held-out sequences)", headings, rows))
+        made.append(Table(f"Gap closed over {over} ({intervals(numbers[axis])})", headings, rows))
     return made
+
+
+def intervals(rows):
+    """What the intervals of points are over, or that some have none, in words."""
+    few = [row["documents"] for row in rows if has_no_interval(row)]
+    return without_interval(min(few)) if few else "± 90 % over documents"
+
+
+def has_no_interval(row):
+    """Whether a part of a gap was closed at a point whose text has too few documents."""
+    found = row["ranks"].values()
+    return any(each["gap_closed"] is not None and each["ci90"] is None for each in found)
 
 
 def closed(found):
     """The part of the gap that was closed, as text."""
     if found["gap_closed"] is None:
         return "no gap"
-    return f"{percent(found['gap_closed'])} ± {percent(found['ci90'])}"
+    return written(found["gap_closed"], found["ci90"], ".1%")
 
 
 def claims(numbers):
@@ -216,12 +232,12 @@ def sparsity_and_width(sparsity, width):
               "falls from L0 22 to 445",
               between(sparsity, "L0 {l0:.0f}"),
               direction=by_sparsity,
-              why=unless_said(by_sparsity)),
+              why=why(by_sparsity, sparsity)),
         Claim("... and at low width",
               "falls from 16k to 524k, a little",
               between(width, "{width} latents"),
               direction=by_width,
-              why=unless_said(by_width)),
+              why=why(by_width, width)),
     ]
 
 
@@ -241,21 +257,32 @@ def larger_models(rows):
                  "rises from 2B to 27B",
                  " → ".join(f"{share(row):.0%}" for row in rows),
                  direction=better,
-                 why=unless_said(better))
+                 why=why(better, rows))
 
 
 def share(row):
-    """The part of the gap closed at a point, by the rank that the claims are about; None where there is no gap."""
+    """The part of the gap closed at a point, at the claims' rank; None if there is no gap."""
     return of_rank(row, MAIN_RANK)["gap_closed"]
 
 
 def ahead(first, second):
-    """Whether more is closed at one point than at another; None where the difference is within its 90 % interval."""
+    """Whether more is closed at one point than at another.
+
+    None if the difference is within its 90 % interval, or has none.
+    """
     difference = share(first) - share(second)
-    halves = [of_rank(row, MAIN_RANK)["ci90"] or 0 for row in (first, second)]
-    if abs(difference) <= math.hypot(*halves):
+    halves = [of_rank(row, MAIN_RANK)["ci90"] for row in (first, second)]
+    if None in halves or abs(difference) <= math.hypot(*halves):
         return None
     return difference > 0
+
+
+def why(direction, rows):
+    """Why nothing can be said of the first and last point of an axis; "" if something can."""
+    few = [row["documents"] for row in (rows[0], rows[-1]) if has_no_interval(row)]
+    if direction is None and few:
+        return without_interval(min(few))
+    return unless_said(direction)
 
 
 def between(rows, form):
@@ -273,8 +300,8 @@ def draw(numbers, figure):
         for rank in numbers["ranks"]:
             found = [of_rank(row, rank) for row in rows]
             gains = [each["improvement"] for each in found]
-            shares = [100 * (each["gap_closed"] or 0) for each in found]
-            halves = [100 * (each["ci90"] or 0) for each in found]
+            shares = [error_bar(each["gap_closed"], 100) for each in found]
+            halves = [error_bar(each["ci90"], 100) for each in found]
             above.plot(ticks, gains, marker="o", label=f"rank {rank}")
             below.errorbar(ticks, shares, halves, marker="o", capsize=3)
 

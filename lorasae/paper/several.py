@@ -1,14 +1,19 @@
 """Several SAEs at once (§4.3, Figure 6): the compound cross-entropy, without adapters and with."""
+from lorasae.evals.common import error_bar
 from lorasae.paper.findings import Claim, Table, over_seeds, with_interval
 from lorasae.paper.study import adapters, new_sae, results
 
 TITLE = "Adapting to several SAEs at once"
 FIGURES = ("fig6",)
-ABOUT = ("Compound cross-entropy (Lai & Heimersheim 2024): that of the model with all SAEs inserted. TopK SAEs (Llama "
-         "Scope's were trained as such, and act by a threshold), adapters on all blocks, all SAEs inserted during training, "
-         "blocks chosen far apart. The published code hooks the SAE of block i at block i + 1, which inflates the paper's "
-         "losses without adapters; here it acts at block i.")
+ABOUT = (
+    "Compound cross-entropy (Lai & Heimersheim 2024): that of the model with all SAEs inserted. "
+    "TopK SAEs (Llama Scope's were trained as such, and act by a threshold), adapters on all "
+    "blocks, all SAEs inserted during training, blocks chosen far apart. The published code hooks "
+    "the SAE of block i at block i + 1, which inflates the paper's losses without adapters; here "
+    "it acts at block i.")
 
+NO_COLLAPSE = ("not faster than their number: with the SAEs at their own blocks the model does not "
+               "collapse")
 FEWER_TOKENS = "so few tokens close a part of the gap that three SAEs make, not most of it"
 MINIATURE = (                                           # blocks that have an SAE, set by set
     (2,),
@@ -54,19 +59,19 @@ def trainings(study):
 
 
 def measure(study):
-    """{"rows": [{layers, and of every seed [n]: ce_base, ce_sae, ce_adapted, gap_closed}]}, CE in nats a token.
-
-    A seed has held-out text of its own, so only differences within a seed can be compared between seeds.
+    """{"rows": [{layers, and for every seed [n]: ce_base, ce_sae, ce_adapted, gap_closed}]}, CE in
+    nats per token, all on the same held-out text.
     """
     rows = []
     for layers in layer_sets(study):
         found = [results(study, adapters_of(study, layers, seed)) for seed in study.seeds]
-        by_seed = {name: [each[name] for each in found] for name in ("ce_base", "ce_sae", "ce_adapted", "gap_closed")}
+        names = ("ce_base", "ce_sae", "ce_adapted", "gap_closed")
+        by_seed = {name: [each[name] for each in found] for name in names}
         rows.append({"layers": list(layers), **by_seed})
     return {"rows": rows}
 
 
-# ---- What it comes to ------------------------------------------------------------------------------------------------
+# ---- What it comes to ----------------------------------------------------------------------------
 
 def tables(numbers):
     rows = []
@@ -80,8 +85,10 @@ def tables(numbers):
             with_interval(improvement(row), ".4f"),
             with_interval(row["gap_closed"]),
         ])
-    headings = ["SAEs", "at blocks", "CE base", "CE with SAEs", "CE with SAEs + LoRA", "improvement", "gap closed"]
-    return [Table("Compound cross-entropy (nats a token; means and ± 90 % over seeds)", headings, rows)]
+    headings = ["SAEs", "at blocks", "CE base", "CE with SAEs", "CE with SAEs + LoRA",
+                "improvement", "gap closed"]
+    caption = "Compound cross-entropy (nats per token; means and ± 90 % over seeds)"
+    return [Table(caption, headings, rows)]
 
 
 def mean(row, name):
@@ -89,7 +96,7 @@ def mean(row, name):
 
 
 def improvement(row):
-    """CE with SAEs - CE with SAEs and adapters, a value a seed, in nats a token."""
+    """CE with SAEs - CE with SAEs and adapters, in nats per token: a value per seed."""
     return [before - after for before, after in zip(row["ce_sae"], row["ce_adapted"])]
 
 
@@ -99,7 +106,7 @@ def claims(numbers):
 
 
 def cost_of(row):
-    """What inserting the SAEs costs, without adapters, in nats a token."""
+    """The gap: what inserting the SAEs costs, without adapters, in nats per token."""
     return mean(row, "ce_sae") - mean(row, "ce_base")
 
 
@@ -111,8 +118,7 @@ def grows(rows):
                  "10 nats with 5 SAEs, worse than a unigram",
                  f"{cost_of(most):+.2f} nats with {count}, against {cost_of(fewest):+.2f} with one",
                  direction=faster,
-                 why="" if faster else "not faster than their number: with the SAEs at their own blocks the model does "
-                                       "not collapse")
+                 why="" if faster else NO_COLLAPSE)
 
 
 def is_reduced(rows):
@@ -145,11 +151,14 @@ def three_against_one(rows):
 
 
 def draw(numbers, figure):
-    """Figure 6: the compound cross-entropy against the number of SAEs; bars: the interval of the improvement."""
+    """Figure 6: the compound cross-entropy against the number of SAEs.
+
+    Bars are the interval of the improvement, over seeds.
+    """
     rows = numbers["rows"]
     count = [len(row["layers"]) for row in rows]
     adapted = [mean(row, "ce_adapted") for row in rows]
-    halves = [over_seeds(improvement(row))[1] or 0 for row in rows]
+    halves = [error_bar(over_seeds(improvement(row))[1]) for row in rows]
     alone = mean(rows[0], "ce_base")
 
     figure.set_size_inches(6, 3.8)

@@ -10,25 +10,25 @@ from typing import NamedTuple
 
 import torch
 
+from lorasae.beyond.recipe import tuned_recipe
 from lorasae.errors import InputError
 from lorasae.io.files import read_json
 from lorasae.io.presets import PRESETS
 from lorasae.runs.adapting import adapt_model
-from lorasae.runs.config import Config, read_config
-from lorasae.runs.defaults import configure
+from lorasae.runs.config import Config, configure, read_config
 from lorasae.runs.folder import Run
-from lorasae.runs.opening import open_run
-from lorasae.runs.preflight import check_memory
 from lorasae.runs.sae_training import train_sae
-from lorasae.runs.setting import load_setting
+from lorasae.runs.setting import load_setting, open_run
+
+RECIPES = {"tuned": tuned_recipe}
 
 
 class Models(NamedTuple):
     """The models of a study, by what the paper takes them for."""
     sizes: tuple                                        # of one family, small to large (Figure 4)
-    main: str                                           # Gemma-2-2B in the paper; of all parts that take one model
+    main: str                            # Gemma-2-2B in the paper; of all parts that take one model
     second: str                                         # Llama-3.2-1B in the paper (Figure 5)
-    several: str                                        # Llama-3.1-8B in the paper, with several SAEs at once (Figure 6)
+    several: str                   # Llama-3.1-8B in the paper, with several SAEs at once (Figure 6)
 
 
 MODELS = {
@@ -58,12 +58,12 @@ class Study:
     sae_tokens: int | None = None                       # to train an SAE on
     lora_tokens: int | None = None                      # to train adapters on
     frontier_tokens: int | None = None                  # to train the SAEs of Figures 1 and 5 on
-    long_tokens: int | None = None                      # the adapters that the evaluations of §5 and §6 look at
+    long_tokens: int | None = None          # the adapters that the evaluations of §5 and §6 look at
     eval_tokens: int | None = None                      # held out
     seeds: tuple = (0,)                                 # of adapters, where a part takes several
     recipe: str | None = None                           # of the adapters
     beyond_tokens: int = 0                              # of every arm of "the model, the SAE, or both"
-    recipe_tokens: int = 0                              # of the published recipe, to be beaten with fewer
+    recipe_tokens: int = 0                        # of the published recipe, to be beaten with fewer
     device: str = "cpu"
 
     @property
@@ -80,46 +80,46 @@ class Study:
         return self.eval_tokens or Config.eval_tokens
 
 
-# ---- Trainings -------------------------------------------------------------------------------------------------------
+# ---- Trainings -----------------------------------------------------------------------------------
 
 class Training(NamedTuple):
     """A run in study.folder / name."""
     name: str
-    given: dict                                         # arguments of runs.defaults.configure
+    given: dict                                         # arguments of runs.config.configure
     needs: tuple = ()                                   # names of the trainings that make its SAEs
 
 
 def train(study, training):
     """Makes a training, or what is missing of it."""
     folder = study.folder / training.name
-    config = configure(training.given)
+    config = configure(training.given, RECIPES)
     check_same(config, folder)
     if (folder / "results.json").exists():
         return
-    check_memory(config)
 
     begun = (folder / "config.json").exists()
     run = Run.resume(folder) if begun else Run.create(folder, config)
     with closing(run):
         setting = load_setting(run.config, run.folder)
-        if run.config.method == "lora":
-            adapt_model(setting, run)
-        else:
-            train_sae(setting, run)
+        with closing(setting.text):
+            if run.config.method == "lora":
+                adapt_model(setting, run)
+            else:
+                train_sae(setting, run)
     if config.compile:
-        torch.compiler.reset()                          # the next training's blocks are others, and graphs are counted
+        torch.compiler.reset()                          # the next training's blocks are others
 
 
 def check_same(config, folder):
-    """Refuses to continue in a folder whose training was another than the one that is asked for."""
+    """Refuses to continue in a folder that holds another training than the one asked for."""
     if not (folder / "config.json").exists():
         return
     before = read_config(folder)
     for name, asked in vars(config).items():
         found = getattr(before, name)
         if asked is not None and found != asked:
-            raise InputError(f"{folder} was trained with {name} {found}, not {asked}: pass another --out, or the same "
-                             "arguments to continue")
+            raise InputError(f"{folder} was trained with {name} {found}, not {asked}: pass "
+                             "another --out, or the same arguments to continue")
 
 
 def new_sae(study, method, model, layer=None, *, width=None, l0=None, tokens=None):
@@ -157,7 +157,7 @@ def new_sae(study, method, model, layer=None, *, width=None, l0=None, tokens=Non
 def adapters(study, name, model, saes, *, tokens=None, seed=None, **how):
     """The Training of adapters around SAEs: Trainings of such, or sources that exist already; none, the preset's.
 
-    how: further arguments of runs.defaults.configure. The optimiser is the paper's.
+    how: further arguments of runs.config.configure. The optimiser is the paper's.
     """
     sources, needs = [], []
     for sae in saes:
@@ -194,9 +194,9 @@ def opened(study, training):
     return open_run(study.folder / training.name)
 
 
-# ---- The adapters that the evaluations of §5 and §6 look at ----------------------------------------------------------
+# ---- The adapters that the evaluations of §5 and §6 look at --------------------------------------
 
-TO_STEER = 12_000                                       # held-out tokens, of which steering cuts its texts
+TO_STEER = 12_000                                # held-out tokens, of which steering cuts its texts
 
 
 def around_topk(study, seed):

@@ -1,11 +1,13 @@
 """Several processes, one run, on PyTorch's own engine.
 
-    torchrun --nproc-per-node 8 train.py --batch-size 8 ...             each process takes its share of every batch
-    torchrun --nproc-per-node 8 train.py --batch-size 8 --shard ...     and holds its share of the frozen blocks (FSDP2)
+    torchrun --nproc-per-node 8 train.py --batch-size 8 ...         each takes its share of a batch
+    torchrun --nproc-per-node 8 train.py --batch-size 8 --shard ... and holds its share of the
+                                                                    frozen blocks (FSDP2)
 
-Only the adapters (or the SAE) train, and every process keeps all of them and of their optimiser: the gradients of the
-shares are summed, in one message a step, so N processes take the very steps of one (with dropout: with other masks).
-Process 0 writes every file and does the talking. Without torchrun there is one process, and all of this does nothing.
+Only the adapters (or the SAE) train, and every process keeps all of them and of their optimiser:
+the gradients of the shares are summed, in one message per step, so N processes take the same steps
+as one (with dropout: with other masks). Process 0 writes every file and does the talking. Without
+torchrun there is one process, and all of this does nothing.
 """
 import os
 import signal
@@ -16,24 +18,25 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lorasae.adapt import ALONE, World
 from lorasae.errors import InputError
 
-PATIENCE = timedelta(seconds=45)                        # that the processes have for each other at the start
-LOST = "error: another process of this run ended, so this one stops: --resume RUN_DIR continues from the last checkpoint"
+JOIN_TIMEOUT = timedelta(seconds=45)                    # how long processes wait at the start
+START = "start all of them with torchrun --nproc-per-node N train.py ..., or unset WORLD_SIZE"
+RESUME = "--resume RUN_DIR continues from the last checkpoint"
 
 
 def local(device):
-    """The torch.device of a name such as cpu, cuda, cuda:1, mps; of several processes each has its own GPU."""
+    """The torch.device of a name such as cpu, cuda, cuda:1, mps; each process has its own GPU."""
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise InputError(f"--device {device} is no device that PyTorch knows: pass cpu, cuda, cuda:1 or mps") from None
-    if found.type not in ("cpu", "cuda", "mps"):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"--device {device} is not supported: pass cpu, cuda, cuda:1 or mps")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: PyTorch sees no CUDA device; pass --device cpu")
-    if found.type == "cuda" and found.index is not None and found.index >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA "
+                         "devices, counted from 0; pass --device cpu, or another number")
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: PyTorch sees no Apple GPU; pass --device cpu")
     if found.type == "cuda" and dist.is_initialized():
@@ -42,110 +45,121 @@ def local(device):
 
 
 def start(device):
-    """Joins the processes that torchrun started, if it did. Raises InputError where they do not all come."""
-    device = local(device)
-    count = environment("WORLD_SIZE", 1)
-    if count == 1 or dist.is_initialized():
+    """Joins the processes that torchrun started; raises InputError if some do not come."""
+    device, size = local(device), from_torchrun("WORLD_SIZE", 1)
+    if size == 1 or dist.is_initialized():
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(LOST))            # torchrun sends it when one of them dies
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"error: stopped by SIGTERM; {RESUME}"))
+    rank = from_torchrun("RANK")
     if device.type == "cuda":
-        torch.cuda.set_device(environment("LOCAL_RANK"))
-    store = meet(environment("RANK"), count)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=environment("RANK"),
-                            world_size=count)
-    if process() > 0:
+        torch.cuda.set_device(from_torchrun("LOCAL_RANK"))
+
+    # torch would wait for minutes: the processes meet in a store of their own first.
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store.set(f"here/{rank}", "yes")
+        store.wait([f"here/{other}" for other in range(size)], JOIN_TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"the {size} processes of this run did not meet within "
+                         f"{JOIN_TIMEOUT.seconds} s ({error}): {START}") from None
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    if rank > 0:
         sys.stdout = open(os.devnull, "w")
 
 
-def environment(name, default=None):
-    """A whole number that torchrun leaves for its processes."""
-    text = os.environ.get(name, default)
-    if text is None or not str(text).isdecimal():
-        raise InputError(f"WORLD_SIZE is set, but {name} is {text!r}: start several processes with torchrun --nproc-per-node N "
-                         "train.py ..., or unset WORLD_SIZE")
+def from_torchrun(name, default=None):
+    """A whole number that torchrun leaves in the environment of its processes."""
+    text = str(os.environ.get(name, default))
+    if not text.isdecimal():
+        raise InputError(f"WORLD_SIZE is set, but {name} is {text}: {START}")
     return int(text)
 
 
-def meet(number, count):
-    """The store through which the processes find each other, once all of them are there."""
-    try:
-        store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
-        store.set(f"here/{number}", "yes")
-        store.wait([f"here/{other}" for other in range(count)], PATIENCE)
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"the {count} processes of this run did not meet within {PATIENCE.seconds} s ({reason}): start all of "
-                         "them with torchrun --nproc-per-node N train.py ..., or unset WORLD_SIZE") from None
-    return store
-
-
 def stop():
-    """Leaves the others, when all is done."""
+    """Leaves the other processes, when all is done."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
-def process():
+def number():
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def count():
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(batch):
-    """This process's part of a batch [B, ...], B / world() rows in a row."""
-    if len(batch) % world():
-        raise InputError(f"--batch-size {len(batch)} cannot be shared by {world()} processes: make it a multiple of {world()}")
-    size = len(batch) // world()
-    return batch[process() * size:(process() + 1) * size]
+def world():
+    """The World of this run."""
+    if count() == 1:
+        return ALONE
+    return World(number(), count(), all_reduce, differentiable_sum)
+
+
+def share(batch, world):
+    """This process's part of a batch [B, ...]: B / world.count consecutive rows."""
+    if len(batch) % world.count:
+        raise InputError(f"{world.count} processes cannot share the {len(batch)} sequences of a "
+                         "step: start a number that divides them, or make --batch-size a multiple")
+    size = len(batch) // world.count
+    return batch[world.number * size:(world.number + 1) * size]
 
 
 @contextmanager
-def stop_if_lost():
+def others_may_end():
+    """Ends this process in one line if a message to the others fails: one of them has ended."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:                                       # what PyTorch raises when a connection breaks
-        sys.exit(f"{LOST} ({str(error).splitlines()[0]})")
+    except RuntimeError as error:                       # PyTorch's, for a broken connection
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: lost another process of this run ({reason}); {RESUME}")
 
 
 @torch.no_grad()
 def all_reduce(tensors):
     """Sums each tensor over the processes, in place, all of them in one message."""
-    if world() == 1:
-        return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    with stop_if_lost():
+    with others_may_end():
         dist.all_reduce(flat)
-    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, total in zip(tensors, flat.split(sizes)):
         tensor.copy_(total.view_as(tensor))
 
 
-def everywhere(value):
-    """The sum of a tensor over the processes; its gradient is that of this process's part, for all_reduce to complete."""
-    if world() == 1:
-        return value
+def differentiable_sum(value):
+    """The sum of a tensor over the processes.
+
+    Forward: the sum. Backward: this process's part only, as all_reduce adds the others' gradients.
+    """
     total = value.detach().clone()
     all_reduce([total])
-    return value + (total - value).detach()
+    others = (total - value).detach()
+    return value + others
 
 
 def portion(batches, model):
-    """This process's part of what is to be evaluated; all of it where the model is sharded, for then all compute together."""
-    return batches if sharded(model) else batches[process()::world()]
+    """This process's consecutive part of what is to be evaluated, so that `merge` keeps the order.
+
+    All of it if the model is sharded: then all processes compute together.
+    """
+    if sharded(model):
+        return batches
+    begin, end = (len(batches) * part // count() for part in (number(), number() + 1))
+    return batches[begin:end]
 
 
 def merge(nest, model):
-    """What was found in the portions: a dict of dicts ... of lists, each list followed by its namesakes of other processes."""
-    if world() == 1 or sharded(model):
+    """What the portions found, a nest of dicts of lists: each list joined over the processes."""
+    if count() == 1 or sharded(model):
         return nest
-    nests = [None] * world()
-    with stop_if_lost():
+    nests = [None] * count()
+    with others_may_end():
         dist.all_gather_object(nests, nest)
 
     def join(parts):
@@ -158,25 +172,26 @@ def merge(nest, model):
 def agree(value):
     """Process 0's value."""
     box = [value]
-    if world() > 1:
-        with stop_if_lost():
+    if count() > 1:
+        with others_may_end():
             dist.broadcast_object_list(box)
     return box[0]
 
 
 def shard(model, device):
-    """Spreads a model's frozen blocks over the processes and moves the rest of it to `device`; returns the model.
+    """Spreads a model's frozen blocks over the processes and moves the rest to `device`.
 
-    A block's weights are put together while it computes, forward and backward, and forgotten again. Adapters, embedding and
-    head are whole everywhere. Modules must not be exchanged afterwards: FSDP2 knows a weight by the module that owns it.
+    A block's weights are gathered for its forward and backward pass, then freed. Adapters,
+    embedding and head are whole everywhere. Do not replace modules afterwards: FSDP2 knows a
+    weight by the module that owns it. Returns the model.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
-    if world() == 1:
-        raise InputError("--shard spreads a model over several processes: start them with torchrun --nproc-per-node N "
-                         "train.py ...")
-    mesh = init_device_mesh(device.type, (world(),))
+    if count() == 1:
+        raise InputError("--shard spreads a model over several processes: start them with "
+                         "torchrun --nproc-per-node N train.py ...")
+    mesh = init_device_mesh(device.type, (count(),))
     for block in model.layers:
         trained = {parameter for parameter in block.parameters() if parameter.requires_grad}
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
@@ -187,8 +202,8 @@ def shard(model, device):
 
 
 def sharded(model):
-    """Whether `shard` has spread this model: all processes must then compute the same blocks at the same time."""
-    if world() == 1:
+    """Whether `shard` has spread this model: then all processes must run its blocks together."""
+    if count() == 1:
         return False
-    from torch.distributed.tensor import DTensor                        # here, for it takes a second to import
+    from torch.distributed.tensor import DTensor        # imported lazily: it takes a second
     return any(isinstance(parameter, DTensor) for parameter in model.layers.parameters())

@@ -1,283 +1,328 @@
-"""A run's folder: what was asked (config.json), what happened (metrics.jsonl, checkpoint/), what came out (results.json).
+"""A run's folder: config.json (what was asked), metrics.jsonl, checkpoint/, results.json.
 
-Every file is whole or absent, and one process at a time writes. A killed run loses the steps since its last checkpoint
-and, resumed, ends where the uninterrupted one would have: parameters and optimiser come from the checkpoint, text
-and random numbers of a step follow from its number. Of several processes (distributed.py) the first
-does all the writing.
+Every file is whole or absent, and one process at a time writes. A killed run loses the steps since
+its last checkpoint and, resumed, ends where the uninterrupted one would have: parameters and
+optimiser come from the checkpoint; the text and the random numbers of a step follow from its
+number. With several processes (distributed.py) the first does all the writing.
 """
 import json
 import math
 import platform
+import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from lorasae.errors import InputError
 from lorasae.io.console import note, progress_line
-from lorasae.io.files import whole, write_bytes, write_json
+from lorasae.io.files import first_line, whole, write_bytes, write_json
 from lorasae.runs import distributed
 from lorasae.runs.config import read_config
-from lorasae.runs.lock import Lock, check_free
 
-
-LOG_EVERY = 10                                          # steps a metrics line covers; reading their values waits for the GPU
-CHECKPOINT_SECONDS = 60                                 # a large one takes seconds to write
-RUNS = Path("runs")                                     # where runs go by default
+LOG_EVERY = 10                          # steps per metrics line: reading values waits for the GPU
+CHECKPOINT_SECONDS = 60                 # a large checkpoint takes seconds to write
+RUNS = Path("runs")                     # where runs go by default
 
 
 class Run:
     """One training run in `folder`. Build it with Run.create or Run.resume."""
 
-    def __init__(self, folder, config, lock=None):
-        self.folder, self.config, self.lock = Path(folder), config, lock
-        self.pending, self.seconds, self.bar = [], 0.0, None
-        self.latest = ""                                # what the progress bar says
+    def __init__(self, folder, config):
+        self.folder, self.config = Path(folder), config
+        self.writes = distributed.number() == 0
+        self.lock, self.made = None, []                 # the folders that were made for the run
+        self.pending, self.seconds, self.latest = [], 0.0, ""
+        self.bar = None                                 # of tqdm, while steps are taken
+        self.started = self.saved = time.perf_counter()
 
-    # ---- Beginning and end ---------------------------------------------------------------------------------------------
+    # ---- Beginning and end -----------------------------------------------------------------------
 
     @classmethod
     def create(cls, folder, config):
-        """Claims a fresh folder; refuses one that holds anything. `begin` writes the first file."""
-        folder, lock = Path(folder), None
-        if distributed.process() == 0:
-            check_free(folder)
-            lock = Lock(folder)
-        return cls(folder, config, lock)
+        """Claims a fresh folder, by default runs/MODEL-METHOD; refuses one that holds anything.
+
+        `begin` writes the first file.
+        """
+        made = []
+        if distributed.number() == 0:
+            folder, made = (Path(folder), missing(folder)) if folder else new_folder(config)
+        run = cls(distributed.agree(folder), config)
+        run.made = made
+        if not run.writes:
+            return run
+        found = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
+        if "config.json" in found and "results.json" not in found:
+            raise InputError(f"{folder} already holds a run: pass another --out, or --resume "
+                             f"{folder} alone to continue that run")
+        if found - {".lock"}:
+            raise InputError(f"{folder} already holds files: pass another --out")
+        run.claim()
+        return run
 
     @classmethod
     def resume(cls, folder, device=None):
         """The run that `folder` holds, to be continued, on another device if one is named."""
-        folder, lock = Path(folder), None
         config = read_config(folder)
         if device is not None:
-            config = replace(config, device=device)
-        if distributed.process() == 0:
-            lock = Lock(folder)
-        if (folder / "results.json").exists():
-            if lock is not None:
-                lock.release()
-            raise InputError(f"{folder} is a finished run: there is nothing to resume (python eval.py {folder} evaluates it)")
-        return cls(folder, config, lock)
+            on_gpu = device.startswith("cuda")
+            config = replace(config, device=device, compile=config.compile and on_gpu)
+        run = cls(folder, config)
+        if (run.folder / "results.json").exists():
+            raise InputError(f"{folder} is a finished run: there is nothing to resume "
+                             f"(python eval.py {folder} evaluates it)")
+        if run.writes:
+            run.claim()
+        return run
+
+    def claim(self):
+        """Makes the folder, and this process its only writer."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{self.folder} is being written by another process: wait for it to "
+                             "end, or pass another --out") from None
+        self.lock = lock
+        for unfinished in self.folder.rglob("*.part"):          # what a killed process was writing
+            unfinished.unlink()
 
     def begin(self):
-        """Writes config.json: called when everything that the run reads has been read."""
-        if distributed.process() == 0 and not (self.folder / "config.json").exists():
-            write_json(self.folder / "config.json", {**self.config.to_json(), "versions": versions()})
+        """Writes config.json: called once everything that the run reads at first has been read."""
+        if self.writes and not (self.folder / "config.json").exists():
+            write_json(self.folder / "config.json",
+                       {**self.config.to_json(), "versions": versions()})
+
+    def after_interrupt(self):
+        """How an interrupted run goes on, in words."""
+        if not (self.folder / "config.json").exists():
+            return "interrupted: nothing was written"
+        kept = self.checkpoints()
+        step = step_of(kept[-1]) if kept else 0
+        return (f"interrupted: python train.py --resume {self.folder} goes on from step {step:,} "
+                f"of {self.config.steps:,}")
 
     def finish(self, results):
         """Writes results.json, which marks the run as finished."""
-        if distributed.process() == 0:
+        if self.writes:
             write_json(self.folder / "results.json", results)
 
     def close(self):
-        """Lets go of the folder, and leaves nothing of one in which nothing was begun."""
-        if self.lock is not None:
-            self.lock.release()
-            self.lock = None
+        """Releases the lock. If the run never began, nothing of it stays."""
+        if self.lock is None:
+            return
+        begun = (self.folder / "config.json").exists()
+        if not begun:
+            shutil.rmtree(self.folder / "text", ignore_errors=True)
+        self.lock.release()
+        if not begun:
+            (self.folder / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):                     # something of the user's is in it
+                for folder in self.made:
+                    folder.rmdir()
 
-    # ---- Checkpoints ---------------------------------------------------------------------------------------------------
+    # ---- Checkpoints -----------------------------------------------------------------------------
 
     def restore(self, tensors, optimizer):
         """Loads the newest whole checkpoint into tensors and optimiser -> steps done."""
-        if distributed.process() == 0:
-            for unfinished in self.folder.rglob("*.part"):              # what a killed process was writing
-                unfinished.unlink()
-        for path in reversed(self.checkpoints()):
-            try:
-                state = read_checkpoint(path)
-            except InputError:
-                raise
-            except ValueError as damage:
-                note(f"{path} is damaged ({damage}): trying the one before it, else from the start")
-                if distributed.process() == 0:
-                    path.rename(path.with_suffix(".damaged"))           # it must not crowd out the ones to come
-                continue
-            self.take_up(state, tensors, optimizer, path)
-            return state["step"]
-        self.forget_metrics_after(0)
-        return 0
+        state = self.newest_checkpoint()
+        if state is None:
+            self.drop_metrics_after(0)
+            return 0
 
-    def take_up(self, state, tensors, optimizer, path):
-        """Puts a checkpoint's state in place."""
         if [tensor.shape for tensor in tensors] != [saved.shape for saved in state["parameters"]]:
-            raise InputError(f"{path} belongs to another run: its tensors have other shapes than this one's")
+            raise InputError(f"{self.folder}/checkpoint belongs to another run: its tensors have "
+                             "other shapes than this one's")
         with torch.no_grad():
-            for tensor, saved in zip(tensors, state["parameters"], strict=True):
+            for tensor, saved in zip(tensors, state["parameters"]):
                 tensor.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
         self.seconds = state["seconds"]
-        self.forget_metrics_after(state["step"])
+        self.drop_metrics_after(state["step"])
+        progress_line(f"resuming at step {state['step']:,} of {self.config.steps:,}")
+        return state["step"]
+
+    def newest_checkpoint(self):
+        """The state in the newest checkpoint that is whole; None if there is none."""
+        for path in reversed(self.checkpoints()):
+            try:
+                if digest(path) != path.with_suffix(".blake2b").read_text():
+                    raise ValueError("its bytes do not fit its checksum")
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as damage:                 # a damaged file can raise anything
+                note(f"warning: {path} is damaged ({first_line(damage)}): trying the one before "
+                     "it, else starting over")
+                if self.writes:
+                    path.rename(path.with_suffix(".damaged"))
+        return None
 
     def save(self, step, tensors, optimizer):
-        """Writes checkpoint/step-N.pt, keeping the one before it. Only ever called with finite losses behind it."""
+        """Writes checkpoint/step-N.pt and keeps the one before it. Losses so far are finite."""
         self.flush()
-        if distributed.process() > 0:
+        self.saved = time.perf_counter()
+        if not self.writes:
             return
-        state = {"step": step, "parameters": [tensor.detach() for tensor in tensors], "optimizer": optimizer.state_dict(),
-                 "seconds": self.seconds}
-        with whole(self.folder / "checkpoint" / f"step-{step:08d}.pt") as file:
-            torch.save({**state, "checksum": checksum(state)}, file)
+        state = {
+            "step": step,
+            "parameters": [tensor.detach() for tensor in tensors],
+            "optimizer": optimizer.state_dict(),
+            "seconds": self.seconds,
+        }
+        path = self.folder / "checkpoint" / f"step-{step:08d}.pt"
+        with whole(path) as file:
+            torch.save(state, file)
+            file.flush()
+            write_bytes(path.with_suffix(".blake2b"), digest(file.name).encode())
         for old in self.checkpoints()[:-2]:
+            old.with_suffix(".blake2b").unlink(missing_ok=True)
             old.unlink()
 
     def checkpoints(self):
         """Their files, oldest first."""
         return sorted((self.folder / "checkpoint").glob("step-*.pt"))
 
-    def save_if_due(self, step, tensors, optimizer):
-        """Every `checkpoint_every` steps, or else every minute; and after the last step."""
-        every = self.config.checkpoint_every
-        if every is not None:
-            due = step % every == 0
-        else:
-            due = time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
-        if due or step == self.config.steps:
-            self.save(step, tensors, optimizer)
-            self.saved = time.perf_counter()
+    def oldest_kept_step(self):
+        """Where a resumed run could have to start: at 0 until two checkpoints are there."""
+        kept = self.checkpoints()
+        return step_of(kept[0]) if len(kept) > 1 else 0
 
-    # ---- Progress ------------------------------------------------------------------------------------------------------
+    def is_due(self, step):
+        """Whether a checkpoint follows this step: after the last, every N steps or every minute."""
+        if step == self.config.steps:
+            return True
+        if self.config.checkpoint_every is not None:
+            return step % self.config.checkpoint_every == 0
+        return time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
 
-    def watch(self, updates, start):
-        """Yields the updates of a training from step `start` on, timing it, behind a progress bar.
+    # ---- Progress --------------------------------------------------------------------------------
 
-        Where there is no terminal, a line tells of every tenth of the way instead.
+    def progress(self, start):
+        """Yields the numbers of the steps to take, behind a progress bar.
+
+        Without a terminal, a line reports every tenth of the way instead.
         """
-        speaks = distributed.process() == 0
-        terminal = sys.stderr.isatty()
-        steps = self.config.steps
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (speaks and terminal), dynamic_ncols=True)
-        self.saved = time.perf_counter()                # when the last checkpoint was written, or would have been
+        steps, terminal = self.config.steps, sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True,
+                        disable=not (self.writes and terminal))
+        self.saved = time.perf_counter()
         self.started = self.saved - self.seconds
-        for done, update in enumerate(updates, start + 1):
-            yield update
+        for step in range(start, steps):
+            yield step
             self.bar.update()
-            if speaks and not terminal and 10 * done // steps > 10 * (done - 1) // steps:
-                self.tell(done)
+            if self.writes and not terminal and ends_a_tenth(step + 1, steps):
+                seconds = time.perf_counter() - self.started
+                left = (steps - step - 1) * seconds / (step + 1)
+                progress_line(f"{(step + 1) / steps:4.0%}  step {step + 1:,} of {steps:,}  "
+                              f"{self.latest}{left:,.0f} s left")
         self.flush()
         self.bar.close()
 
-    def tell(self, step):
-        """A line on how far the run is."""
-        steps = self.config.steps
-        seconds = time.perf_counter() - self.started
-        remaining = (steps - step) * seconds / step
-        parts = [f"{step / steps:4.0%}", f"step {step:,} of {steps:,}", self.latest, f"{remaining:,.0f} s left"]
-        progress_line("  ".join(part for part in parts if part))
-
-    def log(self, step, **values):
-        """Notes a step's values (floats or 0-dim tensors); every LOG_EVERY steps they are read and written as a line."""
+    def log(self, step, values):
+        """Keeps a step's values (numbers or 0-dim tensors); writes them every LOG_EVERY steps."""
         self.pending.append((step, values))
         if step % LOG_EVERY == 0:
             self.flush()
 
     def flush(self):
-        """Waits for the pending values, stops the run if one is not finite, and appends their means to metrics.jsonl."""
+        """Reads the pending values, stops the run if one is not finite, and logs their means."""
         self.seconds = time.perf_counter() - self.started
         if not self.pending:
             return
-        rows = [(step, {name: float(value) for name, value in values.items()}) for step, values in self.pending]
+        rows = [(step, {name: float(value) for name, value in values.items()})
+                for step, values in self.pending]
         self.pending = []
         for step, values in rows:
             for name, value in values.items():
                 if not math.isfinite(value):
-                    self.diverged(name, value, step)
+                    self.stop_diverged(name, value, step)
 
-        step = rows[-1][0]
-        means = {}
-        for name in rows[0][1]:
-            means[name] = sum(values[name] for _, values in rows) / len(rows)
-        tokens = step * self.config.tokens_per_step
+        last_step, names = rows[-1][0], rows[0][1]
+        means = {name: sum(values[name] for _, values in rows) / len(rows) for name in names}
+        tokens = last_step * self.config.tokens_per_step
         rate = tokens / self.seconds
-        self.append({"step": step, "tokens": tokens, **means, "tokens_per_second": rate, "seconds": self.seconds})
+        line = {"step": last_step, "tokens": tokens, **means, "tokens_per_second": rate,
+                "seconds": self.seconds}
+        if self.writes:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
         name, value = next(iter(means.items()))
-        self.latest = f"{name} {value:.4f}, {rate:,.0f} tok/s"
-        self.bar.set_postfix_str(self.latest)
+        self.latest = f"{name} {value:.4f}, {rate:,.0f} tok/s  "
+        self.bar.set_postfix_str(self.latest.strip())
 
-    def diverged(self, name, value, step):
+    def stop_diverged(self, name, value, step):
         kept = self.checkpoints()
-        raise InputError(f"{name} became {value} at step {step}: start again with a lower --lr or --dtype float32; the last "
-                         f"good checkpoint is {kept[-1] if kept else 'none yet'}")
+        raise InputError(f"{name} became {value} at step {step}: start again with a lower --lr or "
+                         "--dtype float32; the last good checkpoint is "
+                         f"{kept[-1] if kept else 'none yet'}")
 
-    # ---- metrics.jsonl -------------------------------------------------------------------------------------------------
-
-    def append(self, line):
-        if distributed.process() > 0:
-            return
-        path = self.folder / "metrics.jsonl"
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
-
-    def forget_metrics_after(self, step):
+    def drop_metrics_after(self, step):
         """Drops the lines of steps that will be taken again, and a half-written one."""
         path = self.folder / "metrics.jsonl"
-        if distributed.process() > 0 or not path.exists():
+        if not self.writes or not path.exists():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}") and json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        write_bytes(path, "".join(kept).encode())
+        kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
-# ---- Files -------------------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
-DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, UnpicklingError)
-
-
-def read_checkpoint(path):
-    """The state in a checkpoint. Raises ValueError, with a reason, for a file whose bytes are not those that were written.
-
-    InputError (which is a ValueError, but no damage) for one of an earlier version.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        written = state.pop("checksum", None)
-        found = checksum(state)
-    except DAMAGED as error:
-        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None
-    if written is None:
-        raise InputError(f"{path} was written by an earlier version and cannot be continued: start again with another --out")
-    if found != written:
-        raise ValueError("its contents do not fit its checksum")
-    return state
+def step_of(checkpoint):
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
-def checksum(state):
-    """A digest of every number in a nest of dicts, lists and tensors."""
-    digest = blake2b(digest_size=16)
+def ends_a_tenth(step, steps):
+    """Whether this many steps complete another tenth of them all."""
+    return 10 * step // steps > 10 * (step - 1) // steps
 
-    def feed(value):
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{list(value.shape)}".encode())
-            value = value.detach().cpu().contiguous()
-            flat = value.as_strided((value.numel(),), (1,))             # a single number may come with a stride of 0
-            digest.update(flat.view(torch.uint8).numpy().data)
-        elif isinstance(value, dict):
-            for key in value:
-                digest.update(repr(key).encode())
-                feed(value[key])
-        elif isinstance(value, (list, tuple)):
-            digest.update(b"[")
-            for item in value:
-                feed(item)
-        else:
-            digest.update(repr(value).encode())
 
-    feed(state)
-    return digest.hexdigest()
+def read_metrics(folder):
+    """The whole lines of a run's metrics.jsonl, [{name: value}]; other lines are skipped."""
+    path, lines = Path(folder) / "metrics.jsonl", []
+    if not path.is_file():
+        return lines
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue                                    # a killed process leaves half a line
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def new_folder(config):
+    """Makes runs/MODEL-METHOD, or the first free one of -2, -3, ... -> (path, folders made)."""
+    name, number = f"{Path(config.model).name}-{config.method}", 1
+    while True:
+        folder = RUNS / (name if number == 1 else f"{name}-{number}")
+        made = missing(folder)
+        try:
+            folder.mkdir(parents=True)
+            return folder, made
+        except FileExistsError:                         # also if another run makes it right now
+            number += 1
+
+
+def missing(folder):
+    """A folder and its parents that do not exist yet, innermost first."""
+    return [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+
+
+def digest(path):
+    """A checksum of a file's bytes: torch.load does not notice a flipped bit."""
+    return blake2b(numpy.memmap(path, mode="r")).hexdigest()
 
 
 def versions():
     """What a repetition needs to know about the machine's software."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": numpy.__version__}

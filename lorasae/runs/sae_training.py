@@ -1,124 +1,131 @@
-"""A whole run of --method topk, jumprelu or e2e: train the SAE (dictionary.py), keep it by tenths, measure it.
+"""A run of --method topk, jumprelu or e2e: train the SAE, keep it by tenths, measure it.
 
-    RUN_DIR/sae-10pct ... sae-90pct, RUN_DIR/sae        the SAE after every tenth of its steps, in SAELens's format, each
-                                                        with a training.json: percent, step, tokens, and the seconds of
-                                                        training so far, evaluation excluded
-    RUN_DIR/results.json                                CE and KL with the SAE spliced in, FVU, L0, dead latents
+    RUN_DIR/sae-10pct ... sae-90pct, RUN_DIR/sae    the SAE after each tenth of its steps, in
+                                                    SAELens's format, each with a training.json:
+                                                    percent, step, tokens, and seconds of training
+    RUN_DIR/results.json                            CE and KL with the SAE spliced in; FVU, L0,
+                                                    dead latents
 """
 from dataclasses import replace
 
 import torch
 
 from lorasae import dictionary
+from lorasae.adapt import ALONE
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
 from lorasae.io.console import progress_line
 from lorasae.io.files import write_json
 from lorasae.io.saes import save_sae
-from lorasae.runs import distributed
-from lorasae.runs.ahead import Ahead
-from lorasae.runs.measure import cost, evaluate, peak_memory_bytes
-from lorasae.runs.setting import check_layer
+from lorasae.runs import distributed, training
+from lorasae.runs.config import BY_K
+from lorasae.runs.folder import ends_a_tenth
+from lorasae.runs.setting import sae_sources
 
 
-def resolved(config, model):
-    """The configuration with the width and rate that depend on the model. Raises InputError for what it cannot train."""
-    layer, depth, d_model = config.layer[0], len(model.layers), model.config.hidden_size
-    if len(config.layer) > 1:
-        raise InputError(f"--layer {' '.join(map(str, config.layer))}: an SAE is trained on one layer at a time")
-    check_layer(config.model, layer, depth)
-    width = config.width or 8 * d_model
-    if config.method == "jumprelu" and not 0 < config.l0 < width:
-        raise InputError(f"--l0 {config.l0:g} cannot be reached: it must lie between 0 and the {width:,} latents")
-    lr = config.lr or 2e-4 / (width / 2 ** 14) ** 0.5           # Gao et al. (2024), as in the published code
+def resolved(config, model_config):
+    """The configuration with the width and rate that depend on the model.
+
+    Raises InputError for an SAE that cannot be trained.
+    """
+    sae_sources(config, model_config.num_hidden_layers)         # checks the layer
+    width = config.width or 8 * model_config.hidden_size
+    by_k = config.method in BY_K
+    active = config.k if by_k else config.l0
+    if active >= width + by_k:                          # all of them are possible with k
+        raise InputError(f"{active:g} active latents cannot be reached: there are {width:,}; pass "
+                         "a smaller --k or --l0, or a larger --width")
+    lr = config.lr or 2e-4 / (width / 2 ** 14) ** 0.5   # Gao et al. (2024)
     return replace(config, width=width, lr=lr)
 
 
 def train_sae(setting, run):
-    """Trains the SAE of a run from its beginning, or from its last checkpoint -> the numbers of results.json."""
-    model, _, corpus, _, _ = setting
-    config = run.config = resolved(setting.config, model)
+    """Trains the SAE of a run from its last checkpoint on -> the numbers of results.json."""
+    model = setting.model
+    config = run.config = resolved(setting.config, model.config)
+    setting = setting._replace(config=config)
     layer = config.layer[0]
     torch.manual_seed(config.seed)
-    sae = dictionary.new_sae(config.method, model.config.hidden_size, config.width, config.k).to(model.device)
-    active = f"L0 {config.l0:g}" if config.method == "jumprelu" else f"k {sae.k}"
-    progress_line(f"training an SAE ({config.method}, {active}) of {config.width:,} latents on block {layer} of {config.model}: "
-          f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens")
+    sae = dictionary.new_sae(
+        config.method, model.config.hidden_size, config.width, config.k).to(model.device)
+    active = f"k {config.k}" if config.method in BY_K else f"L0 {config.l0:g}"
+    progress_line(f"training an SAE ({config.method}, {active}) of {config.width:,} latents on "
+                  f"block {layer} of {config.model}: {config.steps:,} steps of "
+                  f"{config.batch_size} x {config.context} tokens")
 
-    held_out = corpus.held_out.split(config.eval_batch)
-    run.begin()                                         # nothing is written before everything has been read
-    train(setting, run, sae)
+    world = distributed.world()
+    kind = SAETraining(model, sae, layer, config, run, setting.text.first(config.batch_size), world)
+    run.begin()
+    training.train(run, kind, setting.text, world)
     keep(run, sae, config.steps)
-    results = {**measure(model, sae, layer, held_out), **cost(run, corpus),
-               "peak_memory_bytes": peak_memory_bytes(config.device)}
+    results = {**measure(setting, sae), **training.cost(run, setting)}
     run.finish(results)
     return results
 
 
-def train(setting, run, sae):
-    """Takes the run's steps, from its last checkpoint on."""
-    model, corpus, config = setting.model, setting.text, run.config
-    layer, end_to_end = config.layer[0], config.method == "e2e"
-    training = dictionary.begin(sae, config)
-    start = run.restore(training.tensors, training.optimizer)
+class SAETraining:
+    """The kind of step that trains an SAE from scratch: dictionary.take_step.
 
-    def frozen(tokens):
-        return dictionary.observe(model, sae, layer, tokens, end_to_end)
+    tokens [B, T]: text to which the biases of the fresh SAE are fitted. run: keeps the SAE after
+    each tenth of its steps; may be None.
+    """
 
-    if start == 0:
-        dictionary.fit(sae, training, dictionary.observe(model, sae, layer, corpus.batch(0), end_to_end=False), config.l0)
+    def __init__(self, model, sae, layer, config, run, tokens, world=ALONE):
+        self.model, self.sae, self.layer = model, sae, layer
+        self.config, self.run, self.world = config, run, world
+        seen = dictionary.observe(model, sae, layer, tokens, end_to_end=False)
+        self.state = dictionary.begin(sae, seen, config)
+        self.tensors, self.optimizer = self.state.tensors, self.state.optimizer
 
-    observations = Ahead(corpus.batch, start, config, frozen)
-    updates = dictionary.train(model, sae, layer, observations, training, config, start,
-                               everywhere=distributed.everywhere, all_reduce=distributed.all_reduce)
-    for step, values in run.watch(updates, start):
-        run.log(step, **values)
-        if ends_a_tenth(step, config.steps) and step < config.steps:
-            keep(run, sae, step)
-        run.save_if_due(step, training.tensors, training.optimizer)
+    def frozen(self, tokens):
+        return dictionary.observe(self.model, self.sae, self.layer, tokens,
+                                  end_to_end=self.config.method == "e2e")
 
+    def step(self, part, step):
+        return dictionary.take_step(self.model, self.sae, self.layer, part, step, self.state,
+                                    self.config, self.world)
 
-def ends_a_tenth(step, steps):
-    return 10 * step // steps > 10 * (step - 1) // steps
+    def after(self, step):
+        steps = self.config.steps
+        if self.run is not None and ends_a_tenth(step, steps) and step < steps:
+            keep(self.run, self.sae, step)
 
 
 def keep(run, sae, step):
     """Saves the SAE under the tenth of the training it has had, and what that took.
 
-    In the published code the "50pct" is the end of the training, and so on (trainer.py:460).
+    (In the published code the "50pct" is the end of the training, trainer.py:460.)
     """
-    run.flush()                                         # a loss that is not finite stops here, before it is saved
-    if distributed.process() > 0:
+    run.flush()                                         # a loss that is not finite stops here
+    if not run.writes:
         return
     config = run.config
     percent = 10 * (10 * step // config.steps)
     folder = run.folder / ("sae" if step == config.steps else f"sae-{percent}pct")
     save_sae(sae, folder, model_name=config.model, layer=config.layer[0], context=config.context)
     tokens = step * config.tokens_per_step
-    write_json(folder / "training.json", {"percent": percent, "step": step, "tokens": tokens, "seconds": run.seconds})
+    write_json(folder / "training.json",
+               {"percent": percent, "step": step, "tokens": tokens, "seconds": run.seconds})
 
 
-@torch.no_grad()
-def measure(model, sae, layer, batches):
-    """{ce_base, ce_sae, kl_sae in nats a token; fvu; l0; dead_latents: those that no held-out token fires}.
-
-    The last is their part of all latents, BOS and EOS tokens counted; fvu and l0 leave those out.
-    """
-    results = evaluate(model, {layer: sae}, batches, ("base", "sae"))
-    return numbers_of(results, model, sae, layer, batches)
+def measure(setting, sae):
+    """What splicing the SAE in costs on the held-out text: fidelity.summary and `numbers_of`."""
+    results = training.evaluate(setting, {setting.config.layer[0]: sae}, ("base", "sae"))
+    summary = fidelity.summary(results, setting.text.documents)
+    return {**summary, **numbers_of(results, setting, sae)}
 
 
-def numbers_of(results, model, sae, layer, batches):
-    """What `measure` returns, of the settings base and sae of fidelity.measure."""
-    numbers = fidelity.summary(results)
-    return {"ce_base": numbers["ce_base"], "ce_sae": numbers["ce_sae"], "kl_sae": numbers["kl_sae"],
-            "fvu": 1 - numbers["explained_variance_sae"][layer], "l0": numbers["l0_sae"][layer],
-            "dead_latents": dead_latents(model, sae, layer, batches)}
+def numbers_of(results, setting, sae):
+    """{fvu, l0, dead_latents} of an SAE that fidelity.measure has measured."""
+    layer, batches = setting.config.layer[0], setting.text.held_out.split(setting.config.eval_batch)
+    found = results["sae"]
+    return {"fvu": 1 - found["ev"][layer], "l0": found["l0"][layer],
+            "dead_latents": dead_latents(setting.model, sae, layer, batches)}
 
 
 @torch.no_grad()
 def dead_latents(model, sae, layer, batches):
-    """The part of the latents that no token of the batches fires."""
+    """The part of the latents that no token of the batches fires, BOS and EOS included."""
     fired = torch.zeros(len(sae.W_enc), dtype=torch.bool, device=model.device)
     for tokens in batches:
         x = model.run(model.embed(tokens.to(model.device)), 0, layer + 1).flatten(0, 1)

@@ -1,4 +1,5 @@
-"""What a configuration names, loaded: the model, its SAEs, the text."""
+"""What a configuration names, loaded: model, SAEs, text; and finished runs, reopened."""
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -6,82 +7,125 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter
+from lorasae.io.files import read_json
 from lorasae.io.models import load_model, load_tokenizer
-from lorasae.io.shards import Text, open_held_out
 from lorasae.io.saes import check_fits, load_sae
+from lorasae.io.shards import Text, open_held_out
 from lorasae.model import Transformer
 from lorasae.runs import distributed
-from lorasae.runs.config import Config
+from lorasae.runs.adapting import adapter_names
+from lorasae.runs.config import AROUND_SAE, Config, joined, read_config
+from lorasae.runs.training import same_model
 
 
 class Setting(NamedTuple):
-    """All that a run trains or evaluates with."""
+    """Model, SAEs and text of a run."""
     model: Transformer
     saes: dict                                          # {layer: SAE}, frozen
-    text: Text                                          # or a HeldOut, of an evaluation
+    text: Text                                          # after training: its held-out part only
     config: Config
     folder: Path | None = None                          # of the run
 
 
-def load_setting(config, folder=None, adapter=None, trains=True):
-    """The Setting of a configuration, with the adapter folder's adapters, if given.
+def load_setting(config, folder):
+    """The Setting of a run that trains in `folder`.
 
-    folder: of the run. trains: whether it needs more than the held-out text that the folder keeps. With `shard` the model
-    is left on the CPU, for distributed.shard to spread.
+    With `shard` the model is left on the CPU, for distributed.shard to spread.
     """
+    model, saes = load_model_and_saes(config)
+    special = model.config.bos_token_id, model.config.eos_token_id
+    text = Text(config.data, load_tokenizer(config.model), *special, context=config.context,
+                eval_tokens=config.eval_tokens, seed=config.seed, batch_size=config.batch_size,
+                field=config.field, folder=Path(folder) / "text", process=distributed.number())
+    return Setting(model, saes, text, config, Path(folder))
+
+
+def load_model_and_saes(config):
     device = distributed.local(config.device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")      # TF32 for an fp32 SAE: L0 moves less than in bf16, at thrice the speed
+        torch.set_float32_matmul_precision("high")      # TF32: L0 moves less than in bf16
     model = load_model(config.model, device="cpu" if config.shard else device, dtype=config.dtype)
     check_context(config, model.config)
-    saes = load_saes(config, model, device)
-    if adapter is not None:
-        load_adapter(model, adapter)
-    return Setting(model, saes, load_text(config, model.config, folder, trains), config, folder)
+    return model, load_saes(config, model.config, device)
 
 
 def check_context(config, model_config):
-    """Raises InputError where the model does not hold so many tokens."""
+    """Raises InputError if the model does not hold so many tokens."""
     holds = model_config.max_position_embeddings
     if config.context > holds:
-        raise InputError(f"--context {config.context} is more than {config.model} holds: pass at most {holds}")
+        raise InputError(f"--context {config.context} is more than {config.model} holds: pass at "
+                         f"most {holds}")
 
 
-def sae_sources(config):
-    """[(layer, source)] of a configuration: one source for all layers, or one a layer."""
-    layers, sources = config.layer, config.sae
-    if len(sources) == 1:
-        sources = sources * len(layers)
-    if len(sources) not in (0, len(layers)):
-        raise InputError(f"--sae names {len(sources)} SAEs for {len(layers)} layers: pass one source for all, or one a layer")
-    return list(zip(layers, sources))
-
-
-def load_saes(config, model, device):
-    """{layer: SAE}, frozen."""
+def load_saes(config, model_config, device):
+    """{layer: SAE} of a configuration, frozen."""
     saes = {}
-    for layer, source in sae_sources(config):
-        check_layer(config.model, layer, len(model.layers))
-        sae = load_sae(source, layer=layer, width=config.width, l0=config.l0, dtype=config.sae_dtype, device=device,
-                       llama_scope=config.llama_scope)
-        check_fits(sae, model.config.hidden_size)
-        saes[layer] = sae
+    for layer, source in sae_sources(config, model_config.num_hidden_layers):
+        saes[layer] = load_sae(source, layer=layer, width=config.width, l0=config.l0,
+                               dtype=config.sae_dtype, device=device,
+                               llama_scope=config.llama_scope)
+        check_fits(saes[layer].W_enc.shape[1], model_config.hidden_size)
+    if not saes and config.method in AROUND_SAE:
+        raise InputError("--sae names no SAE: pass the one that the model is to be adapted to")
     return saes
 
 
-def check_layer(model, layer, depth):
-    """Raises InputError unless the model has that block."""
-    if not 0 <= layer < depth:
-        raise InputError(f"--layer {layer} is out of range: {model} has blocks 0 to {depth - 1}")
+def sae_sources(config, depth):
+    """[(layer, source)] of a configuration: one source for all layers, or one per layer."""
+    layers, sources = config.layer, config.sae
+    for layer in layers:
+        if layer >= depth:
+            raise InputError(f"--layer {layer} is out of range: {config.model} has blocks 0 to "
+                             f"{depth - 1}")
+    if len(sources) == 1:
+        sources = sources * len(layers)
+    if len(sources) not in (0, len(layers)):
+        raise InputError(f"--sae names {len(sources)} SAEs for --layer {joined(layers)}: pass one "
+                         "source for all, or one per layer")
+    return list(zip(layers, sources))
 
 
-def load_text(config, model_config, folder=None, trains=True):
-    tokenizer = load_tokenizer(config.model, model_config)
-    bos, eos = model_config.bos_token_id, model_config.eos_token_id
-    if folder is not None and not trains:
-        for kept in (folder / "text", folder.parent / "text"):      # the second is that of a sweep
-            if (kept / "text.json").exists():
-                return open_held_out(kept, tokenizer, bos, eos)
-    return Text(config.data, tokenizer, bos, eos, context=config.context, eval_tokens=config.eval_tokens, seed=config.seed,
-                batch_size=config.batch_size, field=config.field, folder=folder and folder / "text",
-                process=distributed.process())
+# ---- Finished runs -------------------------------------------------------------------------------
+
+def runs_in(folder):
+    """The runs in a folder: one per adapter if several trained in one pass, else the folder."""
+    names = adapter_names(read_config(folder))
+    if len(names) > 1 and not (folder / "results.json").exists():
+        raise InputError(f"{folder} is not finished: python train.py --resume {folder} goes on")
+    return [Path(folder) / name for name in names]
+
+
+def open_run(folder, device=None):
+    """The Setting of a finished run: its adapter attached, its own SAE spliced in.
+
+    Held-out text is read from RUN_DIR/text/, or from that of the run which trained several.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    device = device or config.device
+    config = replace(config, device=device, shard=False,
+                     compile=config.compile and device.startswith("cuda"))
+    products = ["adapter"] * (config.method == "lora") + ["sae"] * config.trains_sae
+    for product in products:
+        if not (folder / product).is_dir():
+            raise InputError(f"{folder} has no {product} yet: finish the run with python train.py "
+                             f"--resume {folder}")
+    if config.trains_sae:
+        config = replace(config, sae=(str((folder / "sae").resolve()),))
+
+    model, saes = load_model_and_saes(config)
+    if config.method == "lora":
+        check_base(folder / "adapter", config.model)
+        load_adapter(model, folder / "adapter")
+    own = folder / "text"
+    text = open_held_out(own if own.is_dir() else folder.parent / "text",
+                         load_tokenizer(config.model), model.config.bos_token_id,
+                         model.config.eos_token_id)
+    return Setting(model, saes, text, config, folder)
+
+
+def check_base(adapter, model):
+    """Raises InputError if the adapter's file names another base model than the run's."""
+    made_for = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not same_model(made_for, model):
+        raise InputError(f"{adapter} is an adapter of {made_for}, but this is a run of {model}")

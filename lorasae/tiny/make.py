@@ -5,7 +5,7 @@
 gemma-2 and llama-3 are the defaults; gemma-2-medium and gemma-2-small, on the same text, are the other two sizes of Figure 4.
 
 Text: the .py files of Python's standard library. The tokenizer learns from its training files alone; the models read
-the library's tests too, three times as much text. Held out are the files that `streams.held_out` names by their path,
+the library's tests too, three times as much text. Held out are the files that `text.held_out` names by their path,
 tests included, so no file is on both sides. The losses are measured on the first 50,000 held-out tokens, the ones
 train.py evaluates on. A learning rate that falls to zero ends each run, and the last weights are the ones kept:
 held-out text chooses nothing.
@@ -71,7 +71,7 @@ CONFIGS = {
 }
 
 
-# ---- Text ------------------------------------------------------------------------------------------------------------
+# ---- Text ----------------------------------------------------------------------------------------
 
 def texts(tests):
     """The standard library's training files and, if asked for, those of its tests; `held_out` of the path decides."""
@@ -116,7 +116,7 @@ def batches(stream, generator):
             yield chunks[order[i:i + BATCH]]
 
 
-# ---- Losses, in nats a token -----------------------------------------------------------------------------------------
+# ---- Losses, in nats a token ---------------------------------------------------------------------
 
 def ngram_losses(stream, tokens, vocabulary):
     """(unigram, bigram) cross-entropy of tokens [n, CONTEXT], BOS excepted, fitted on stream.
@@ -146,7 +146,7 @@ def loss(model, tokens):
     return F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-# ---- The model -------------------------------------------------------------------------------------------------------
+# ---- The model -----------------------------------------------------------------------------------
 
 def new_model(raw):
     """Normal initialisation. Llama's residual branches start at zero; Gemma-2 normalises its own, which forbids it."""

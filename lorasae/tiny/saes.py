@@ -14,6 +14,7 @@ import argparse
 import io
 import math
 import tempfile
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,29 +22,38 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from lorasae.io.files import write_bytes, write_json
-from lorasae.io.saes import load_sae, save_sae, save_sparsify
-from lorasae.runs import sae_training
-from lorasae.runs.defaults import configure
+from lorasae.io.files import write_bytes, write_json, write_tensors
+from lorasae.io.saes import load_sae, save_sae
+from lorasae.runs import training
+from lorasae.runs.config import configure
 from lorasae.runs.folder import Run
-from lorasae.runs.sae_training import train_sae
+from lorasae.runs.sae_training import numbers_of, train_sae
 from lorasae.runs.setting import load_setting
 from lorasae.sae import JumpReLU
 
 HERE = Path(__file__).parent
-SAMPLE = 64                                             # training sequences for a threshold and a mean norm
+SAMPLE = 64                                     # training sequences for a threshold and a mean norm
 
 
 def settings(name, method, seed, **given):
     """The configuration of `python train.py --model tiny-NAME --method METHOD`."""
-    return configure({"model": f"tiny-{name}", "method": method, "seed": seed, "checkpoint_every": 10 ** 9, **given})
+    asked = {"model": f"tiny-{name}", "method": method, "seed": seed, "checkpoint_every": 10 ** 9}
+    return configure({**asked, **given}, recipes={})
+
+
+@contextmanager
+def loaded(config):
+    """The Setting of a configuration, in a folder that is then forgotten."""
+    with tempfile.TemporaryDirectory() as folder:
+        setting = load_setting(config, Path(folder))
+        with closing(setting.text):
+            yield setting
 
 
 def trained(config):
     """The SAE of a run made in a folder that is then forgotten, and the run's seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run.create(Path(folder) / "run", config)
-        results = train_sae(load_setting(config), run)
+    with loaded(config) as setting, closing(Run.create(setting.folder / "run", config)) as run:
+        results = train_sae(setting, run)
         return load_sae(run.folder), results["seconds"]
 
 
@@ -53,6 +63,22 @@ def save_gemma_scope(sae, folder, l0):
     np.savez(file, W_enc=sae.W_enc.T.numpy(), W_dec=sae.W_dec.numpy(), b_enc=sae.b_enc.numpy(), b_dec=sae.b_dec.numpy(),
              threshold=sae.threshold.numpy())
     write_bytes(folder / f"average_l0_{round(l0)}" / "params.npz", file.getvalue())
+
+
+def save_sparsify(sae, folder):
+    """Writes a TopK as sparsify's cfg.json and sae.safetensors."""
+    tensors = {
+        "encoder.weight": sae.W_enc,
+        "encoder.bias": sae.b_enc,
+        "W_dec": sae.W_dec,
+        "b_dec": sae.b_dec,
+    }
+    write_tensors(folder / "sae.safetensors", tensors)
+    M, D = sae.W_enc.shape
+    write_json(folder / "cfg.json", {
+        "activation": "topk", "d_in": D, "num_latents": M, "expansion_factor": max(1, M // D),
+        "k": sae.k, "normalize_decoder": True, "multi_topk": False, "skip_connection": False,
+        "transcode": False})
 
 
 def one_threshold(sae, x):
@@ -89,10 +115,8 @@ def save_llama_scope(sae, folder, layer, norm, k):
 @torch.no_grad()
 def sample(config):
     """Activations of some training text without BOS and EOS [N, D]."""
-    setting = load_setting(config)
-    model = setting.model
-    with setting.text.batches(SAMPLE) as batches:
-        tokens, _ = next(iter(batches))
+    with loaded(replace(config, batch_size=SAMPLE)) as setting:
+        model, tokens = setting.model, setting.text.batch(0)
     x = model.run(model.embed(tokens), 0, config.layer[0] + 1)
     return x[~model.special(tokens)].float()
 
@@ -122,8 +146,9 @@ def make_saes(name, folder, seed=0):
 
 def measure(config, sae):
     """What the SAE costs on held-out text."""
-    setting = load_setting(config)
-    return sae_training.measure(setting.model, sae, config.layer[0], setting.text.held_out.split(8))
+    with loaded(config) as setting:
+        results = training.evaluate(setting, {config.layer[0]: sae}, ("base", "sae"))
+        return numbers_of(results, setting, sae)
 
 
 def main():

@@ -1,0 +1,82 @@
+"""What the families of models share in reading Hugging Face's config.json.
+
+Each function takes the file's Fields (io/files.py), whose `take` returns a checked value. Sizes
+must be there; other keys have the default that transformers gives them, family by family. Values
+that would change the arithmetic in a way that is not implemented are refused.
+"""
+from dataclasses import dataclass
+
+from lorasae.errors import InputError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's scaling of the rotary frequencies (attention.py)."""
+    factor: float                                       # 32 in Llama-3.2-1B, 8 in Llama-3.1-8B
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def common(fields, defaults):
+    """{key: value} of the sizes, and of the keys that a family gives a default.
+
+    defaults: {key: default}. The default None stands for a whole number that follows from others:
+    one key-value head per query head, head_dim = hidden_size / heads.
+    """
+    fields.take("num_hidden_layers", int, below=1001)
+    values = {key: fields.take(key, int, at_least=1) for key in SIZES}
+    for key, default in defaults.items():
+        kind = int if default is None else type(default)
+        bounds = {} if kind is bool else {"above": 0}
+        if key.endswith("token_id"):
+            bounds = {"at_least": 0, "below": values["vocab_size"]}
+            if isinstance(fields.get(key), list) and fields[key]:
+                fields[key] = fields[key][0]            # of several (chat models have two EOS)
+        values[key] = fields.take(key, kind, default, **bounds)
+
+    # the heads
+    queries = values["num_attention_heads"]
+    pairs = values["num_key_value_heads"] or queries
+    if queries % pairs:
+        raise InputError(
+            f"{fields.where}: num_attention_heads {queries} is not a multiple of "
+            f"num_key_value_heads {pairs}")
+    width = values["head_dim"] or values["hidden_size"] / queries
+    if width % 2:
+        raise InputError(
+            f"{fields.where}: head_dim is {width}, but rotary embeddings need an even one")
+    return {**values, "num_key_value_heads": pairs, "head_dim": int(width)}
+
+
+def rotary(fields):
+    """-> rope_theta, RopeScaling or None. Newer files have rope_parameters for both keys."""
+    fields.only(partial_rotary_factor=1.0)
+    theta = fields.take("rope_theta", float, 10000.0, above=0)
+    older = fields.take("rope_scaling", dict, None)
+    rope = older or fields.take("rope_parameters", dict, None)      # in this order, as transformers
+    if not rope:
+        return theta, None
+    rope.only(partial_rotary_factor=1.0)
+    theta = rope.take("rope_theta", float, None, above=0) or theta
+
+    # plain, or Llama 3's
+    kind = rope.get("rope_type") or rope.get("type")
+    if kind == "default" or set(rope) <= {"rope_theta"}:
+        return theta, None
+    if kind != "llama3":
+        raise InputError(
+            f"{rope.where}: rotary scaling {str(kind)[:40]!r} is not supported, only 'llama3' or "
+            "none")
+    low = rope.take("low_freq_factor", float, above=0)
+    positions = fields.get("max_position_embeddings", 2048)
+    return theta, RopeScaling(
+        factor=rope.take("factor", float, above=0),
+        low_freq_factor=low,
+        high_freq_factor=rope.take("high_freq_factor", float, above=low),
+        original_max_position_embeddings=rope.take(
+            "original_max_position_embeddings", int, positions, at_least=1))

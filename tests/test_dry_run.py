@@ -1,0 +1,135 @@
+"""--dry-run: what a run would fetch, train and hold in memory, from configurations alone."""
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+import train
+from conftest import GEMMA, write_model, write_sae
+from helpers import command, processes, read, refusal, words
+from lorasae.io import sae_readers
+from lorasae.io.presets import PRESETS
+from lorasae.io.saes import load_sae
+from lorasae.runs import dry_run
+
+TOKENIZER = Path(__file__).parents[1] / "lorasae/tiny/gemma-2/tokenizer.json"
+
+
+@pytest.fixture
+def plan(capsys):
+    """plan(*words): the rows of the table that --dry-run prints, {name: value}."""
+    def run(*arguments):
+        capsys.readouterr()
+        command("train", *arguments, "--dry-run")
+        lines = [line for line in capsys.readouterr().out.splitlines()
+                 if not line.startswith("fetch")]
+        return {line[:16].strip(): line[16:] for line in lines}
+    return run
+
+
+def trainable(rows):
+    return int(rows["trainable"].split()[0].replace(",", ""))
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("lora", ()), ("lora", ("--targets", "q_proj", "v_proj", "--adapt", "next")), ("several", ()),
+    ("both", ()), ("finetune", ()), ("topk", ()), ("jumprelu", ())])
+def test_parameters_are_counted_as_the_run_counts_them(site, finished, plan, kind, more):
+    run = finished(kind, *more)
+    results = read(run / "results.json")
+    if kind == "several":
+        expected = sum(own["trainable_parameters"] for own in results["ranks"].values())
+    elif kind in ("topk", "jumprelu"):
+        expected = sum(parameter.numel() for parameter in load_sae(run).parameters())
+    else:
+        expected = results["trainable_parameters"]
+    assert trainable(plan(*words(site, kind, *more))) == expected
+
+
+def test_the_table_says_what_the_run_would_do_and_writes_nothing(site, plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = plan(*words(site))
+    assert rows["steps"] == "20 of 2 x 32 tokens, 1,280 in all" and rows["text"] == f"{site}/text"
+    assert rows["SAE"] == "128 latents at the output of block 1"
+    assert rows["recipe"].startswith("paper: adamw at 0.001, dropout 0.1")
+    assert "of blocks 0 to 3" in rows["adapters"]                       # around a TopK
+    assert "of blocks 2, 3" in plan(*words(site, "lora", "--adapt", "after"))["adapters"]
+    assert rows["time"].startswith("unknown") and not list(tmp_path.iterdir())
+
+
+def test_the_time_is_that_of_an_earlier_run_here(site, finished, plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished("lora"), tmp_path / "runs/earlier")
+    (tmp_path / "runs/half").mkdir()
+    (tmp_path / "runs/half/results.json").write_text("[]")              # no run of ours
+    assert "tokens/s of runs/earlier" in plan(*words(site, "lora", "--tokens", "1M"))["time"]
+    assert plan(*words(site, "topk"))["time"].startswith("unknown")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_plans_offline_for_a_gpu_that_is_not_here(name, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for method in ("lora", "topk", "jumprelu", "e2e", "finetune"):
+        if PRESETS[name].sae or method not in ("lora", "finetune"):
+            rows = plan("--model", name, "--method", method, "--device", "cuda")
+            assert rows["memory"].startswith("about ") and " on cuda" in rows["memory"]
+    if name == "gemma-2-2b":                            # the paper's headline run
+        rows = plan("--model", name)
+        assert trainable(rows) == 41_533_440 and rows["trainable"].endswith("of 2,614,341,888")
+
+
+def test_no_matrix_of_an_sae_is_read(site, plan, monkeypatch):
+    monkeypatch.setattr(sae_readers.Matrix, "read", lambda self: 1 / 0)
+    for kind in ("lora", "finetune"):
+        assert plan(*words(site, kind))["SAE"].startswith("128 latents")
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--model", "no-such-model"], "there is no model no-such-model"),
+    (["--sae", "no-such-sae"], "there is no SAE no-such-sae"),
+    (["--layer", 4], "--layer 4 is out of range"),
+    (["--adapt", 7], "cannot adapt blocks [7]: the model has blocks 0 to 3"),
+    (["--data", "no-such-text"], "no file or folder no-such-text"),
+    (["--context", 10 ** 6], "--context 1000000 is more than")])
+def test_what_the_run_would_refuse_is_refused(site, tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal("train", *words(site, "lora", *change), "--dry-run")
+
+
+def test_too_little_memory_is_a_warning_for_the_plan_and_no_matter_for_the_run(
+        site, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "memory_of", lambda device: 10 ** 6)
+    command("train", *words(site), "--dry-run")
+    assert capsys.readouterr().err.startswith("warning: cpu has 1 MB: lower --micro-batch")
+    command("train", *words(site, "lora", "--tokens", 64), "--out", tmp_path / "run")
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+def peak(folder, arguments):
+    """The most memory that a run holds in a process of its own, in bytes."""
+    process = processes().Process(target=train.main, args=([*arguments, "--out", str(folder)],))
+    process.start()
+    process.join()
+    return read(folder / "results.json")["peak_memory_bytes"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of one process")
+@pytest.mark.parametrize("kind", ["lora", "topk"])
+def test_the_estimate_is_what_a_run_holds_to_about_a_third(site, kind, tmp_path, plan):
+    raw = {**GEMMA, "hidden_size": 256, "intermediate_size": 1024, "vocab_size": 16384,
+           "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model = write_model(tmp_path / "model", raw, scale=0.02)
+    shutil.copy(TOKENIZER, model)
+    write_sae(model / "sae", 256)
+    arguments = words(tmp_path, kind, "--data", site / "text", "--context", 256, "--tokens", 1024,
+                      "--eval-tokens", 1024, model="model")
+    memory = plan(*arguments)["memory"].split()
+    estimate = float(memory[1]) * {"MB": 1e6, "GB": 1e9}[memory[2]]
+
+    almost_nothing = peak(tmp_path / "tiny", words(site, kind, "--tokens", 64))
+    measured = peak(tmp_path / "run", arguments) - almost_nothing
+    assert measured / 1.5 < estimate < 1.5 * measured, f"measured {measured / 1e6:.0f} MB"

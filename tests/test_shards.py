@@ -1,0 +1,592 @@
+"""Shards of tokens: batches by step, held-out text, caches, resuming and ends: io/shards.py."""
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from helpers import counted, lines, zstd_compress
+from lorasae.errors import InputError
+from lorasae.io import shards
+from lorasae.io.shards import Mix, Text, chunks_of, open_held_out, read_shards, tokens_of
+from lorasae.io.text import Part, Reader, files, held_out
+
+ROOT = Path(__file__).parent.parent
+BOS, EOS, FIRST_WORD = 0, 1, 3
+
+
+def word_tokenizer(words):
+    """One token per word; BOS is put first by the post-processor, as in Gemma's tokenizer.json."""
+    special = {"<bos>": BOS, "<eos>": EOS, "<unk>": 2}
+    vocabulary = special | {word: FIRST_WORD + i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<bos>", "<eos>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    return tokenizer
+
+
+NUMBERED = word_tokenizer([f"d{i}" for i in range(500)])
+
+
+def numbered(i, length=10):
+    """Document i: its own word again and again, so that a token tells which document it is from."""
+    return f"d{i} " * length
+
+
+def write_documents(path, texts):
+    path.write_bytes(lines(texts))
+    return path
+
+
+def text_of(path, **settings):
+    return Text(path, NUMBERED, BOS, EOS,
+                **{"context": 16, "eval_tokens": 64, "seed": 0, "batch_size": 4, **settings})
+
+
+def sources_of(tokens):
+    """The numbers of the documents that tokens come from."""
+    return set((np.unique(tokens) - FIRST_WORD).tolist()) - {-3, -2, -1}
+
+
+def take(text, count, start=0):
+    return torch.stack([text.batch(step) for step in range(start, start + count)])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("LORASAE_CACHE", str(folder))
+    yield folder / "text"
+    assert not [thread for thread in threading.enumerate() if thread.name == "text"], "close it"
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    for name, value in dict(FIRST=16 * 4, LARGEST=16 * 8, BATCH=100).items():
+        monkeypatch.setattr(shards, name, value)
+
+
+@pytest.fixture
+def streamed(monkeypatch, small_shards):
+    monkeypatch.setattr(shards, "SMALL", 0)
+
+
+@pytest.fixture(params=["small", "one file", "mixed files", "one long text", "long texts"])
+def source(request, tmp_path, monkeypatch, small_shards):
+    """Text that forty batches use several times; all but the first are streams."""
+    folder, texts = tmp_path / "source", [numbered(i) for i in range(80)]
+    folder.mkdir()
+    if request.param != "small":
+        monkeypatch.setattr(shards, "SMALL", 0)
+    if "long" in request.param:
+        monkeypatch.setattr("lorasae.io.text.PIECE", 100)
+        count = 1 if "one" in request.param else 6
+        for part in range(count):
+            (folder / f"{part}.txt").write_text("\n".join(texts[part::count]) * 2)
+    elif request.param == "mixed files":
+        for part in range(10):
+            (folder / f"{part}.txt").write_text(texts.pop())
+            write_documents(folder / f"{part}.jsonl", texts[part:62:10])      # two of them twice
+            (folder / f"{part}.jsonl.gz").write_bytes(gzip.compress(lines(texts[60 + part::10])))
+    else:
+        write_documents(folder / "a.jsonl", texts)
+    return folder
+
+
+# ---- A batch is a function of the step -----------------------------------------------------------
+
+def test_a_batch_depends_on_the_step_alone(source, tmp_path, cache):
+    with text_of(source) as text:
+        whole = take(text, 40)
+        assert whole.dtype == torch.int64 and whole.shape == (40, 4, 16)
+        for step in (7, 0, 39, 3):
+            assert torch.equal(text.batch(step), whole[step])
+        held = text.held_out
+
+    # resumed anywhere, in any number of processes, with an empty cache, with other batch sizes
+    run = tmp_path / "run"
+    with text_of(source, folder=run) as text:
+        assert torch.equal(take(text, 5), whole[:5])
+    for start in (3, 11, 30, 5):
+        shutil.rmtree(cache, ignore_errors=True)
+        with text_of(source, folder=run) as text, text_of(source, folder=run, process=1) as other:
+            assert torch.equal(take(text, 8, start), whole[start:start + 8])
+            assert torch.equal(take(other, 8, start), whole[start:start + 8])
+            assert torch.equal(other.held_out, held) and torch.equal(text.held_out, held)
+            documents = text.documents
+    with text_of(source, batch_size=10) as text:
+        assert torch.equal(take(text, 16).flatten(0, 1), whole.flatten(0, 1))
+
+    # what is there needs neither the source nor the tokenizer, an evaluation only the folder
+    shutil.rmtree(source)
+    with counted(Text, "_write_shard") as calls, text_of(source, folder=run) as text:
+        assert torch.equal(text.batch(5), whole[5])
+    assert len(calls) <= 1                              # the next one, in vain
+    run.rename(tmp_path / "moved")
+    kept = open_held_out(tmp_path / "moved", NUMBERED, BOS, EOS)
+    assert torch.equal(kept.held_out, held) and torch.equal(kept.documents, documents)
+    assert (kept.tokenizer, kept.bos, kept.eos) == (NUMBERED, BOS, EOS)
+
+
+def test_the_order_is_that_of_the_docstring(tmp_path, small_shards):
+    """A file's documents in their order, eos before each, pieces behind a BOS, shards permuted."""
+    texts = [numbered(i, i % 16) for i in range(120)]                   # some are empty
+    with text_of(write_documents(tmp_path / "a.jsonl", texts), seed=42) as text:
+        found, tokens = take(text, 15).flatten(0, 1), []
+        for document in texts:
+            if shards.digest(Part(True, [document])) not in text.record["held_out"]:
+                tokens += [EOS, *NUMBERED.encode(document, add_special_tokens=False).ids]
+        assert len(text.shards) > 2
+        for shard, _ in text.shards:
+            cut = [[BOS, *tokens[15 * row:15 * row + 15]] for row in range(shard.first, shard.stop)]
+            turns = np.random.default_rng([42, 0, shard.number]).permutation(shard.chunks)
+            expected = [cut[i] for i in turns][:max(0, len(found) - shard.first)]
+            assert found[shard.first:shard.stop].tolist() == expected
+
+
+def test_shards_begin_small_and_double(tmp_path, monkeypatch, capsys):
+    for name, value in dict(FIRST=16 * 10, LARGEST=16 * 40, BATCH=1).items():
+        monkeypatch.setattr(shards, name, value)
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i % 500) for i in range(400)])
+    with text_of(path, batch_size=1) as text:
+        take(text, 120)
+        assert len(text.shards) > 3
+        for (shard, _), size in zip(text.shards, (160, 320, 640, 640)):     # a document: 11 tokens
+            assert size - 15 <= 15 * shard.chunks < size + 15 + 11
+    assert capsys.readouterr().err == ""                # there is enough
+
+
+def test_writing_keeps_one_shard_ahead_and_no_more(tmp_path, streamed, monkeypatch):
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i % 500) for i in range(2000)])
+    with text_of(path) as text, counted(Text, "_write") as calls:
+        for _ in range(20):
+            text.batch(5)                               # does not begin to write again and again
+        text.writing.join()
+        newest, _ = text.shards[-1]
+        assert [shard.number for shard, _ in read_shards(text.folder)][-1] == newest.number + 1
+        assert newest.first <= 5 * 4 + 3 and len(calls) <= 3
+
+
+def test_tokens_are_those_of_the_fast_tokenizer_of_transformers():
+    reason = "the oracle of this test is transformers' fast tokenizer"
+    transformers = pytest.importorskip("transformers", reason=reason)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(NUMBERED.to_str()),
+        bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    texts = [numbered(i, 1 + i % 9) for i in range(60)]
+    expected = fast("<eos>" + "<eos>".join(texts), max_length=16, truncation=True,
+                    return_overflowing_tokens=True)["input_ids"]
+    tokens = tokens_of([Part(True, [text]) for text in texts], NUMBERED, EOS)
+    chunks, rest = chunks_of(tokens, 16, BOS)
+    assert [*chunks.tolist(), [BOS, *rest.tolist()]] == expected
+
+
+def test_a_tokenizer_file_that_truncates_and_pads_is_used_whole(tmp_path):
+    tokenizer = Tokenizer.from_str(NUMBERED.to_str())
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=50)
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i, 40) for i in range(20)])
+    settings = dict(context=16, eval_tokens=64, seed=0)
+    with Text(path, tokenizer, BOS, EOS, **settings) as one, text_of(path) as other:
+        assert torch.equal(one.held_out, other.held_out)
+        assert one.batch(0).shape == (1, 16)
+
+
+# ---- Held-out text -------------------------------------------------------------------------------
+
+def test_held_out_text_is_the_same_for_every_seed_and_never_trained_on(source, request):
+    with text_of(source) as one, text_of(source, seed=1) as other:
+        assert torch.equal(one.held_out, other.held_out)
+        assert torch.equal(one.documents, other.documents)
+        assert not torch.equal(take(one, 4), take(other, 4))
+        assert one.held_out.dtype == one.documents.dtype == torch.int64
+        assert one.held_out.shape == (4, 16) and one.documents.shape == (4,)
+        held, seen = sources_of(one.held_out), sources_of(take(one, 60))
+    assert held and len(seen) > 50
+    if "one long" not in request.node.name:             # that one holds everything twice
+        assert not held & seen
+
+
+def test_a_held_out_chunk_is_of_one_document_and_short_ones_share(tmp_path):
+    texts = [numbered(i, 40 if i % 2 else 7) for i in range(320)]
+    with text_of(write_documents(tmp_path / "a.jsonl", texts), eval_tokens=16 * 16) as text:
+        assert len(text.record["held_out"]) >= 20                # a sixteenth of them
+        for chunk, document in zip(text.held_out, text.documents.tolist()):
+            found = sources_of(chunk)
+            alike = text.held_out[text.documents == document]
+            if all(i % 2 for i in found):
+                assert len(found) == 1 and sources_of(alike) == found
+            else:                                                       # a document of its own
+                assert len(alike) == 1 and not any(i % 2 for i in found)
+        kinds = [min(sources_of(chunk)) % 2 for chunk in text.held_out]
+        assert 0 < sum(kinds) < len(kinds) and len(set(text.documents.tolist())) > 6
+
+
+def test_eos_stands_only_where_a_document_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr("lorasae.io.text.PIECE", 50)                    # many pieces in each
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i, 200) for i in range(40)])
+    with text_of(path, batch_size=1) as text:
+        chunks = torch.cat([take(text, 400)[:, 0], text.held_out])
+    assert 0 < (chunks == EOS).sum() < 45
+
+
+@pytest.mark.parametrize("most", [2 ** 28, 0])
+@pytest.mark.parametrize("piece", [200, 65_536])        # many pieces, or a single one
+def test_a_single_document_holds_out_its_last_sixteenth(tmp_path, capsys, monkeypatch, most, piece):
+    monkeypatch.setattr(shards, "SMALL", most)
+    monkeypatch.setattr("lorasae.io.text.PIECE", piece)
+    (tmp_path / "a.txt").write_text("".join(numbered(i, 20) + "\n" for i in range(480)))
+    with text_of(tmp_path, batch_size=1) as text:
+        held, train = text.held_out, take(text, 590)
+        assert set(text.documents.tolist()) == {0} and (held == EOS).sum() == 0
+    assert 445 <= max(sources_of(train)) <= min(sources_of(held)) and (train == EOS).sum() <= 1
+    assert len(sources_of(train)) > 440
+    note = f"note: {tmp_path} is a single document: its last sixteenth is held out\n"
+    assert capsys.readouterr().err == note
+
+
+def test_the_standard_library_is_split_by_file_name():
+    names = {file.name for file in files("stdlib")}
+    held = {name for name in names if held_out(name)}
+    assert 0.03 < len(held) / len(names) < 0.1
+    with Text("stdlib", NUMBERED, BOS, EOS, context=16, eval_tokens=160) as text:
+        digests = text.record["held_out"]
+        assert text.held_out.shape == (10, 16)
+        expected = {shards.digest(Reader(file).next()) for file in files("stdlib")
+                    if held_out(file.name) and file.size}
+    assert set(digests) == expected
+
+
+# ---- Caches, changes and deletion ----------------------------------------------------------------
+
+def test_runs_share_the_shards_of_a_small_source(tmp_path, monkeypatch, cache, small_shards):
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(80)])
+    with text_of(path) as text:
+        whole = take(text, 20)[:12]                     # all shards
+        text.keep_from(12)                              # deletes nothing of it
+    folder, = cache.iterdir()
+    (tmp_path / "elsewhere").mkdir()
+    moved = Path(shutil.copy(path, tmp_path / "elsewhere"))
+    with counted(Text, "_tokens") as calls, text_of(moved, folder=tmp_path / "run") as text:
+        assert torch.equal(take(text, 12), whole) and not calls
+    assert not list((tmp_path / "run").glob("shard*"))
+    for changed in (dict(seed=1), dict(context=17), dict(eval_tokens=100)):
+        text_of(path, **changed).close()
+    assert len(list(cache.iterdir())) == 4
+
+    # damaged or deleted, it is written again
+    for name in ("shard-00001.npy", "shard-00000.json", "held-out.npy", "text.json"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+        with text_of(path) as text:
+            assert torch.equal(take(text, 12), whole), name
+    (folder / "shard-00001.npy").unlink()
+    with text_of(moved, folder=tmp_path / "run") as text:               # it knows its own files
+        assert torch.equal(take(text, 1), whole[:1])
+        text.writing.join()
+        shutil.rmtree(folder)                                           # while it is in use
+        assert torch.equal(take(text, 12), whole)
+
+
+def test_runs_of_several_processes_that_begin_at_once_agree(tmp_path, small_shards):
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i % 500) for i in range(2000)])
+    found = []
+
+    def work(run, process):
+        with text_of(path, folder=tmp_path / f"run{run}", process=process) as text:
+            found.append(take(text, 100))
+
+    places = [(0, 1), (0, 0), (1, 0), (1, 1), (1, 2), (2, 0)]
+    threads = [threading.Thread(target=work, args=place) for place in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6 and all(torch.equal(tokens, found[0]) for tokens in found)
+
+
+def test_shards_that_no_checkpoint_needs_are_deleted(tmp_path, streamed):
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i % 500) for i in range(3000)])
+    run = tmp_path / "run"
+
+    def numbers():
+        return [shard.number for shard, _ in read_shards(run)]
+
+    with text_of(path, folder=run) as text, text_of(path, folder=run, process=1) as other:
+        whole = []
+        for step in range(150):
+            whole.append(text.batch(step))
+            text.keep_from(step - 2)
+            other.keep_from(step)                       # is not for it to do
+            assert len(list(run.glob("shard-*.npy"))) <= 4
+            if step in (10, 149):                       # those between come and go without it
+                assert torch.equal(other.batch(step), whole[step])
+    first = numbers()[0]
+    assert first > 10 and numbers() == list(range(first, numbers()[-1] + 1))
+    with text_of(path, folder=run) as text:
+        assert torch.equal(text.batch(148), whole[148]) and numbers()[0] == first
+        assert torch.equal(text.batch(20), whole[20]) and numbers()[0] == 0     # begun once more
+
+
+@pytest.mark.parametrize("change", ["a letter", "longer", "renamed", "one more", "one less"])
+def test_a_text_that_has_changed_is_refused_if_more_of_it_is_needed(tmp_path, streamed, change):
+    source, run = tmp_path / "source", tmp_path / "run"
+    source.mkdir()
+    for part in range(3):
+        write_documents(source / f"{part}.jsonl", [numbered(i % 500) for i in range(600)])
+    with text_of(source, folder=run) as text:
+        whole = take(text, 5)
+    path = source / "1.jsonl"
+    path.write_bytes(path.read_bytes())                                 # the same again
+    with text_of(source, folder=run) as text:
+        take(text, 15)
+    if change == "a letter":
+        path.write_text(path.read_text().replace("d7 ", "d8 ", 1))
+    elif change == "longer":
+        path.write_text(path.read_text() * 2)
+    elif change == "renamed":
+        path.rename(source / "1b.jsonl")
+    elif change == "one more":
+        write_documents(source / "1b.jsonl", ["more"])
+    else:
+        path.unlink()
+    message = r"has changed since the run began \(.*/[12]b?\.jsonl is new, missing or different\)"
+    with text_of(source, folder=run) as text:
+        with pytest.raises(InputError, match=message) as caught:
+            take(text, 100)
+        assert "\n" not in str(caught.value)
+        assert torch.equal(take(text, 2), whole[:2])                    # what is there is there
+
+
+# ---- The end of the text, too little text --------------------------------------------------------
+
+def test_finite_text_is_used_again_in_another_order_and_says_so_once(source, capsys):
+    with text_of(source, batch_size=1) as text:
+        chunks = take(text, 300)[:, 0]
+    line, = [line for line in capsys.readouterr().err.splitlines() if "single doc" not in line]
+    length = int(re.search("has text for only (.*) training chunks of 16 tokens", line).group(1))
+    one, other = chunks[:length], chunks[length:2 * length]
+    assert not torch.equal(one, other)
+    assert len(sources_of(one) & sources_of(other)) >= len(sources_of(chunks)) - 2
+
+
+@pytest.mark.parametrize("texts, message", [
+    ([], r"its held-out text makes 0 chunks of 16 tokens, 4 needed; use more text"),
+    ([numbered(0, 5)] * 3, r"its held-out text makes 1 chunks of 16 tokens, 4 needed"),
+    ([numbered(0, 30)] * 2, r"0 tokens for training beside the held-out text, 15 needed"),
+])
+def test_too_little_text_is_refused_in_one_line(tmp_path, streamed, monkeypatch, texts, message):
+    path = write_documents(tmp_path / "a.jsonl", texts)
+    for seed, most in enumerate((2 ** 28, 0)):
+        monkeypatch.setattr(shards, "SMALL", most)
+        with pytest.raises(InputError, match=rf"a\.jsonl is too short: .*{message}"):
+            with text_of(path, eval_tokens=64 if "chunks" in message else 16, seed=seed) as text:
+                text.batch(0)
+
+
+@pytest.mark.parametrize("bos, eos, name", [(9999, EOS, "BOS"), (BOS, 9999, "EOS")])
+def test_a_tokenizer_without_the_models_special_tokens_is_refused(tmp_path, bos, eos, name):
+    with pytest.raises(InputError, match=f"the tokenizer has no {name} token"):
+        Text(write_documents(tmp_path / "a.jsonl", [numbered(0)]), NUMBERED, bos, eos)
+
+
+def test_a_bad_line_deep_in_the_text_reaches_who_asks_for_it(tmp_path, streamed):
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(300)])
+    with path.open("a") as file:
+        file.write("{broken\n")
+    with text_of(path) as text:
+        with pytest.raises(InputError, match="line 301: not JSON"):
+            take(text, 100)
+        newest, _ = text.shards[-1]
+        with counted(Text, "_write") as calls:          # what was written before it is good
+            take(text, newest.stop // 4)
+        assert newest.stop > 150 and len(calls) <= 1
+
+
+# ---- Streams -------------------------------------------------------------------------------------
+
+def everything(mix):
+    return [part.pieces[0] for part in iter(mix.next, None)]
+
+
+def test_a_stream_gives_every_document_once_in_a_seeded_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "AT_ONCE", 3)
+    for part in range(5):
+        write_documents(tmp_path / f"{part}.jsonl", [f"{part} {i}" for i in range(40)])
+    sources = files(str(tmp_path))
+    one, again, other = (everything(Mix(sources, None, seed)) for seed in ([0, 0], [0, 0], [1, 0]))
+    assert one == again != other
+    assert sorted(one) == sorted(f"{part} {i}" for part in range(5) for i in range(40))
+    for count in (0, 1, 60, 130, 199):                  # another one goes on where a first stands
+        mix = Mix(sources, None, [0, 0])
+        begun = [mix.next().pieces[0] for _ in range(count)]
+        place = json.loads(json.dumps(mix.place))
+        assert begun + everything(Mix(sources, None, [0, 0], place)) == one
+
+
+def test_any_stretch_of_a_stream_has_its_files_in_proportion(tmp_path):
+    """Of a file three times as long as the other come three quarters of the characters."""
+    write_documents(tmp_path / "a.jsonl", ["a" * 1000] * 3000)
+    write_documents(tmp_path / "b.jsonl", ["b" * 250] * 4000)
+    mix = Mix(files(str(tmp_path)), None, 0)
+    stretch = "".join(mix.next().pieces[0] for _ in range(2800))
+    mix.close()
+    assert abs(stretch.count("a") / len(stretch) - 0.75) < 0.06
+
+
+# ---- Ends of the process, memory -----------------------------------------------------------------
+
+PROGRAM = """
+import atexit, os, signal, sys, time
+from lorasae.io import shards
+from test_shards import text_of
+
+shards.FIRST = shards.LARGEST = 2 ** 16
+shards.SMALL = 0
+children = []
+for way in sys.argv[2:]:                                # a process for each, to import torch once
+    children.append(os.fork())
+    if not children[-1]:
+        break
+else:
+    print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+    sys.exit()
+
+text = text_of(sys.argv[1])
+text._write_to(10 ** 9)                                 # it writes without end
+time.sleep(0.2)
+started = time.monotonic()
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a background job ignores it
+def note_delay():                                       # in one piece: they share the stream
+    os.write(2, f"\\n{time.monotonic() - started}\\n".encode())
+
+
+atexit.register(note_delay)
+exec(way)
+"""
+WAYS = {"pass": 0, "text.close()": 0, "sys.exit(3)": 3, "raise ValueError('of a user')": 1,
+        "signal.raise_signal(signal.SIGINT)": -signal.SIGINT}
+
+
+def run_program(program, *words, folder):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "MALLOC_ARENA_MAX": "2"}
+    result = subprocess.run([sys.executable, "-c", program, *words], cwd=folder, timeout=200,
+                            env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_a_process_ends_at_once_with_its_own_status_while_shards_are_written(tmp_path):
+    write_documents(tmp_path / "a.jsonl", [numbered(i % 500, 100) for i in range(9000)])
+    result = run_program(PROGRAM, "a.jsonl", *WAYS, folder=tmp_path)
+    assert result.stdout.split() == [str(int(status)) for status in WAYS.values()], result.stderr
+    assert "terminate called" not in result.stderr
+    printed = result.stderr.splitlines()
+    delays = [float(line) for line in printed if line.replace(".", "", 1).isdigit()]
+    assert len(delays) == len(WAYS) and max(delays) < 5                 # on a busy machine too
+
+
+def test_a_run_that_was_killed_while_writing_goes_on(tmp_path, small_shards, cache, monkeypatch):
+    path = write_documents(tmp_path / "a.jsonl", [numbered(i % 500) for i in range(400)])
+    real, calls = shards.whole, []
+
+    def dying(path):
+        calls.append(path)
+        return os._exit(9) if len(calls) == last else real(path)
+
+    monkeypatch.setattr(shards, "whole", dying)
+    for last in (1, 2, 4):                              # held-out text, its copy, the third shard
+        child = os.fork()
+        if child == 0:
+            with text_of(path, folder=tmp_path / "run") as text:
+                take(text, 30)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    monkeypatch.setattr(shards, "whole", real)
+    with text_of(path, folder=tmp_path / "run") as text:
+        found = take(text, 30)
+    shutil.rmtree(cache)
+    with text_of(path) as text:
+        assert torch.equal(take(text, 30), found)
+
+
+BOUNDED = """
+import re, resource, sys
+from pathlib import Path
+from lorasae.errors import InputError
+from lorasae.io import shards
+from test_shards import text_of
+
+shards.SMALL, shards.FIRST, shards.MANY = 2 ** 24, 2 ** 14, 16
+allocated = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+limit = 1024 * allocated + 300 * 2 ** 20
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+for name in sys.argv[1:]:
+    try:
+        with text_of(name, context=64, eval_tokens=640) as text:
+            for step in range(100):
+                text.batch(step)
+        print("read")
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_memory_is_bounded_whatever_a_file_holds(tmp_path):
+    """A long document, a long file, an endless line and small archives of much text: 300 MiB."""
+    words = [numbered(i, 5000) for i in range(100)]
+    text = "".join(words)
+    documents = (json.dumps({"text": f"d{i} {text * 13}"}) + "\n" for i in range(2))    # 20 MB each
+    (tmp_path / "document.jsonl").write_text("".join(documents))
+    (tmp_path / "long.txt").write_text(text * 120)                                      # 190 MB
+    with (tmp_path / "line.jsonl").open("wb") as file:
+        file.write(b'{"text": "')
+        file.truncate(10 ** 9)
+    (tmp_path / "archive.jsonl.zst").write_bytes(zstd_compress(lines(words)) * 200)
+    line = gzip.compress(b'{"text": "' + b"a" * 2 ** 27, mtime=0)
+    (tmp_path / "line.jsonl.gz").write_bytes(line)
+    names = ["document.jsonl", "long.txt", "line.jsonl", "archive.jsonl.zst", "line.jsonl.gz"]
+    too_long = ("line 1: longer than 64 MiB; expected a JSON object per line, a document in each: "
+                "cut it into several")
+    assert run_program(BOUNDED, *names, folder=tmp_path).stdout.splitlines() == [
+        "read", "read", f"line.jsonl, {too_long}", "read", f"line.jsonl.gz, {too_long}"]
+
+
+def test_the_first_sequences_stay_with_the_run_when_their_shard_is_gone(tmp_path, small_shards,
+                                                                        monkeypatch):
+    """So a resumed stream does not tokenise its text from the beginning."""
+    monkeypatch.setattr(shards, "SMALL", 0)
+    write_documents(tmp_path / "a.jsonl", [numbered(i, 40) for i in range(400)])
+    with text_of(tmp_path / "a.jsonl", folder=tmp_path / "text", batch_size=2) as text:
+        first = text.first(3)
+        assert torch.equal(first, torch.cat([text.batch(0), text.batch(1)])[:3])
+        text.batch(40)
+        text.keep_from(40)
+    written = sorted(path.name for path in (tmp_path / "text").glob("shard-*.npy"))
+    assert "shard-00000.npy" not in written
+    with text_of(tmp_path / "a.jsonl", folder=tmp_path / "text", batch_size=2) as text:
+        assert torch.equal(text.first(3), first)
+    assert written == sorted(path.name for path in (tmp_path / "text").glob("shard-*.npy"))
+
+
+def test_an_edit_in_the_middle_of_a_small_source_is_noticed(tmp_path, small_shards):
+    """The same size, and the same beginning and end."""
+    write_documents(tmp_path / "a.jsonl", texts := [numbered(i, 400) for i in range(60)])
+    with text_of(tmp_path / "a.jsonl") as text:
+        before = text.record["key"]
+    texts[40] = numbered(41, 400)
+    write_documents(tmp_path / "a.jsonl", texts)
+    with text_of(tmp_path / "a.jsonl") as text:
+        assert text.record["key"] != before
