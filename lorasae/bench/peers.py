@@ -103,7 +103,7 @@ class Peer:
 
 
 def huggingface(config, weights, attention, use_cache):
-    """transformers' model of a lorasae config around the very tensors of `weights` {Hugging Face's
+    """transformers' model of a lorasae config around the same tensors as `weights` {Hugging Face's
     name: tensor}.
     """
     fields = {**asdict(config), "use_cache": use_cache}

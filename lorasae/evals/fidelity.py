@@ -83,8 +83,8 @@ def measure(model, saes, batches, settings=("base", "sae", "adapted"), gather=la
 
     ce and kl are means over a sequence, fp64. l0 (active latents) and ev (explained variance,
     1 - Σ‖x - x̂‖² / Σ‖x - mean x‖²) are {layer: value} over all positions but BOS and EOS, for the
-    settings `sae` and `adapted`. gather: of several processes, puts together what each found in
-    its part of the batches (dicts of dicts of lists).
+    settings `sae` and `adapted`. gather: with several processes, joins what each found in its part
+    of the batches (dicts of dicts of lists).
     """
     found = {name: {"ce": [], "kl": []} for name in settings}
     seen = {name: {layer: [] for layer in saes} for name in settings}

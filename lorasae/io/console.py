@@ -17,7 +17,7 @@ CLOSED = "standard output was closed"
 
 
 def note(line):
-    """A note to the user, on stderr; of several processes the first one speaks."""
+    """A note to the user, on stderr. With several processes, the first one speaks."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
 
