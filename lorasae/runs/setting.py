@@ -9,6 +9,7 @@ from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter
 from lorasae.io.files import read_json
 from lorasae.io.models import load_model, load_tokenizer
+from lorasae.io.presets import preset
 from lorasae.io.saes import check_fits, load_sae
 from lorasae.io.shards import Text, open_held_out
 from lorasae.model import Transformer
@@ -127,5 +128,9 @@ def open_run(folder, device=None):
 def check_base(adapter, model):
     """Raises InputError if the adapter's file names another base model than the run's."""
     made_for = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not same_model(made_for, model):
+    known, same = preset(model), made_for == model
+    if known is not None:                               # an embedded model moves with the checkout
+        embedded = Path(known.repo).is_dir()
+        same = same_model(made_for, model) if embedded else preset(made_for) == known
+    if made_for and not same:
         raise InputError(f"{adapter} is an adapter of {made_for}, but this is a run of {model}")
