@@ -590,3 +590,12 @@ def test_an_edit_in_the_middle_of_a_small_source_is_noticed(tmp_path, small_shar
     write_documents(tmp_path / "a.jsonl", texts)
     with text_of(tmp_path / "a.jsonl") as text:
         assert text.record["key"] != before
+
+
+def test_a_shard_without_a_chunk_is_whole(tmp_path):
+    """The last one, if fewer tokens than a chunk were left."""
+    shards.write_array(tmp_path / "shard-00000.npy", np.empty((0, 16), np.int32))
+    shards.write_json(tmp_path / "shard-00000.json",
+                      shards.Shard(0, 0, 0, 16, True, 1, None, [])._asdict())
+    (shard, chunks), = read_shards(tmp_path)
+    assert shard.ends and chunks.shape == (0, 16)

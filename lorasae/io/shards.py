@@ -44,12 +44,13 @@ from lorasae.io.console import note
 from lorasae.io.files import damage, read_object, whole, write_json
 from lorasae.io.text import LINE, Reader, files, fingerprints, held_out, is_plain
 
-ORDER = 2                   # the version of the order described above: part of a cache's key
+ORDER = 3                   # the version of the order described above: part of a cache's key
 SMALL = 2 ** 28             # bytes of files; a larger source is a stream
 FIRST, LARGEST = 2 ** 18, 2 ** 22       # tokens of a shard
 AT_ONCE = 16                # files that are open at the same time
 BATCH = 2 ** 18             # characters read before they are tokenised
 TEXTS = 32                  # texts tokenised at a time, for memory's sake
+HEADER = 128                # bytes of a .npy file of int32 [chunks, context] before its numbers
 FIXED = 0                   # the seed of what is held out, whatever the run's seed
 MANY = 1000                 # documents that are enough to hold out, if they have the tokens
 POLL = 0.02                 # seconds between two looks for a file of another process
@@ -77,6 +78,7 @@ class Shard(NamedTuple):
     number: int
     first: int              # the number of its first chunk, counted over all shards
     chunks: int
+    context: int
     ends: bool              # whether the text ends with it
     epoch: int              # of the next shard: how often the text has been used up
     place: object           # where the next shard begins in the documents
@@ -87,7 +89,7 @@ class Shard(NamedTuple):
         return self.first + self.chunks
 
 
-NONE = Shard(-1, 0, 0, False, 0, None, [])              # what the first shard follows
+NONE = Shard(-1, 0, 0, 0, False, 0, None, [])           # what the first shard follows
 
 
 class Text:
@@ -259,7 +261,7 @@ class Text:
         # The .json comes last: it says that the shard is whole.
         turns = np.random.default_rng([self.seed, last.epoch, number]).permutation(len(chunks))
         write_array(shard_path(self.place, number), chunks[turns])
-        shard = Shard(number, first, len(chunks), ends, last.epoch + ends, place, rest)
+        shard = Shard(number, first, *chunks.shape, ends, last.epoch + ends, place, rest)
         write_json(shard_path(self.place, number).with_suffix(".json"), shard._asdict())
 
     def _go_to(self, epoch, place):
@@ -539,12 +541,14 @@ def read_shards(folder):
     for path in sorted(folder.glob("shard-*.json")):
         try:
             shard = Shard(**json.loads(path.read_bytes()))
-            chunks = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+            # np.load parses the header with Python's ast, which two threads can crash in 3.11.
+            numbers = np.memmap(path.with_suffix(".npy"), np.int32, "r", offset=HEADER)
+            chunks = numbers.reshape(shard.chunks, shard.context)
         except FileNotFoundError:                       # keep_from is deleting it
             continue
         except (OSError, ValueError, TypeError):        # damaged: it is written again
             break
-        if found and shard.number > found[-1][0].number + 1 or len(chunks) != shard.chunks:
+        if found and shard.number > found[-1][0].number + 1:
             break
         found.append((shard, chunks))
     return found
