@@ -80,9 +80,10 @@ def open_run(args):
     """The run to be made, its folder claimed, or the one to resume."""
     if "resume" in args:
         folder = args.resume.expanduser()
-        device = getattr(args, "device", None) or read_config(folder).device
+        config = read_config(folder)
+        device = getattr(args, "device", config.device)
         distributed.start(device)
-        check_share(read_config(folder))
+        check_share(config)
         return Run.resume(folder, device)
     config = config_of(args)
     distributed.start(config.device)

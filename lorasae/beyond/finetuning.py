@@ -33,7 +33,7 @@ def finetune_sae(setting, run, optimizer=adapt.adamw):
     if config.train_sae:
         blocks = adapt.blocks_to_adapt(config.adapt, setting.saes, len(model.layers))
         adapters, = adapting.new_adapters(model, blocks, config)
-    progress_line(first_line(config, layer, sae, adapters))
+    progress_line(what_trains(config, layer, sae, adapters))
 
     world = distributed.world()
     training.look_before(setting)
@@ -100,7 +100,7 @@ class Finetuning:
         pass
 
 
-def first_line(config, layer, sae, adapters):
+def what_trains(config, layer, sae, adapters):
     """What a run trains, in words."""
     if sae.l0_is_bounded:
         l0 = "L0 bounded by its kind"

@@ -26,9 +26,7 @@ Differences are paired by sequence.
 
 Shapes: B batch, T tokens, D d_model, n sequences.
 """
-import json
 from contextlib import nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -36,7 +34,7 @@ import torch
 from lorasae.adapt import first_differing
 from lorasae.evals.common import (count_documents, error_bar, evaluating, interval, percent,
                                   plus_minus, print_table, progress, ratio, without_interval)
-from lorasae.io.files import read_json
+from lorasae.io.files import read_json, read_metrics
 from lorasae.lora import base
 from lorasae.objectives import token_losses
 from lorasae.sae import splice
@@ -309,10 +307,9 @@ def training_curve(folder):
 
     None if there is no such file, or no single loss in it.
     """
-    path = folder and Path(folder) / "metrics.jsonl"
-    if not path or not path.exists():
+    lines = read_metrics(folder) if folder else []
+    if not lines:
         return None
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     key, label = ("fvu", "FVU") if "fvu" in lines[0] else ("kl", "KL in training (nats/token)")
     if key not in lines[0]:
         return None                                     # several adapters: each has its own folder

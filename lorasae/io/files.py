@@ -127,6 +127,21 @@ def read_json(path):
         return json.loads(data)
 
 
+def read_metrics(folder):
+    """The whole lines of a run's metrics.jsonl, [{name: value}]; other lines are skipped."""
+    path, lines = Path(folder) / "metrics.jsonl", []
+    if not path.is_file():
+        return lines
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue                                    # a killed process leaves half a line
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
 def read_object(path):
     """The object in a JSON file, as Fields."""
     value = read_json(path)

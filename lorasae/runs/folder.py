@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lorasae.errors import InputError
 from lorasae.io.console import note, progress_line
-from lorasae.io.files import first_line, whole, write_bytes, write_json
+from lorasae.io.files import first_line, read_metrics, whole, write_bytes, write_json
 from lorasae.runs import distributed
 from lorasae.runs.config import read_config
 
@@ -282,21 +282,6 @@ def step_of(checkpoint):
 def ends_a_tenth(step, steps):
     """Whether this many steps complete another tenth of them all."""
     return 10 * step // steps > 10 * (step - 1) // steps
-
-
-def read_metrics(folder):
-    """The whole lines of a run's metrics.jsonl, [{name: value}]; other lines are skipped."""
-    path, lines = Path(folder) / "metrics.jsonl", []
-    if not path.is_file():
-        return lines
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue                                    # a killed process leaves half a line
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
 
 
 def new_folder(config):
