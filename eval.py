@@ -1,31 +1,44 @@
-"""Evaluate a finished run from its saved files alone, on held-out text.
+"""Evaluate a finished run on its held-out text, using only the files in its folder.
 
     python eval.py runs/tiny-gemma-2-lora                       the table that training ended with
     python eval.py RUN_DIR --suite fidelity,tokens,distances    any of the evaluations
     python eval.py RUN_DIR --suite steering --latents 17 204    examples from the held-out text
     python eval.py RUN_DIR --suite probing,scr,tpp,absorption   SAEBench, base and adapted model
-    python eval.py RUN_DIR --suite autointerp,latents           latents in words; a page about them
+    python eval.py RUN_DIR --suite autointerp                   latents in words
     python eval.py RUN_DIR --suite lm --limit 100               lm-eval: MMLU, HellaSwag, TruthfulQA
                                                                 (embedded models: their own tasks)
+    python eval.py RUN_DIR --suite tenths                       an SAE after each tenth of its steps
 
 Each writes RUN_DIR/eval-NAME.json and, with matplotlib, RUN_DIR/eval-NAME.png. lorasae/evals/ has
-a file for each, all of one shape: evaluate(setting, options) gives a plain dict, show prints it,
-draw makes a picture of it or page a page; add_options says what can be asked of it.
+one module per evaluation, all with the same functions: evaluate(setting, ...) returns a plain dict,
+and its other parameters are options, which add_options declares; tables and draw show the dict.
 """
 import sys
+from inspect import signature
 from pathlib import Path
 
 from lorasae.errors import InputError
-from lorasae.evals import (absorption, autointerp, benchmarks, distances, fidelity, latents,
-                           probing, scr, steering, tokens, tpp)
-from lorasae.evals.figures import save_figure
+from lorasae.evals import (absorption, autointerp, benchmarks, distances, fidelity, probing, scr,
+                           steering, tenths, tokens, tpp)
+from lorasae.evals.report import print_tables, save_figure
 from lorasae.io.console import Parser, one_line_errors
-from lorasae.io.files import read_json, write_bytes, write_json
+from lorasae.io.files import read_json, write_json
 from lorasae.runs.setting import open_run, runs_in
 
-SUITES = {"fidelity": fidelity, "tokens": tokens, "distances": distances, "steering": steering,
-          "probing": probing, "scr": scr, "tpp": tpp, "absorption": absorption,
-          "autointerp": autointerp, "latents": latents, "lm": benchmarks}
+SUITES = {
+    "fidelity": fidelity,
+    "tokens": tokens,
+    "distances": distances,
+    "steering": steering,
+    "probing": probing,
+    "scr": scr,
+    "tpp": tpp,
+    "absorption": absorption,
+    "autointerp": autointerp,
+    "lm": benchmarks,
+    "tenths": tenths,
+}
+WITHOUT_ADAPTERS = ("fidelity", "tenths")               # suites for runs that trained only an SAE
 
 
 def arguments(argv):
@@ -36,7 +49,7 @@ def arguments(argv):
         help=f"comma-separated, of {', '.join(SUITES)} (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 (default: the run's)")
     add("--draw", action="store_true",
-        help="only draw the pictures and pages, from existing eval-NAME.json files")
+        help="only draw the pictures, from existing eval-NAME.json files")
     for name, suite in SUITES.items():
         if hasattr(suite, "add_options"):
             suite.add_options(parser.add_argument_group(name).add_argument)
@@ -50,27 +63,25 @@ def arguments(argv):
 
 
 def evaluate(name, setting, args):
-    """Runs one suite on a run, writes its numbers, and only then shows them."""
-    if setting.config.method != "lora" and name != "fidelity":
+    """Runs one suite on a run, writes its numbers, and then shows them."""
+    suite = SUITES[name]
+    if setting.config.method != "lora" and name not in WITHOUT_ADAPTERS:
         raise InputError(f"{setting.folder} trained an SAE and has no adapter, so --suite {name} "
-                         "has nothing to compare: use --suite fidelity")
-    numbers = SUITES[name].evaluate(setting, args)
+                         f"has nothing to compare: use --suite {' or '.join(WITHOUT_ADAPTERS)}")
+    _, *options = signature(suite.evaluate).parameters
+    numbers = suite.evaluate(setting, **{option: getattr(args, option) for option in options})
+
     path = setting.folder / f"eval-{name}.json"
     write_json(path, numbers)
-    print(f"---- {name} ----")
-    SUITES[name].show(numbers)
+    print_tables(suite.tables(numbers))
     print(path, flush=True)
 
 
 def illustrate(name, folder):
-    """Draws a suite's picture or writes its page, if it has one."""
-    suite, path = SUITES[name], folder / f"eval-{name}.json"
-    if hasattr(suite, "draw"):
-        save_figure(suite.draw, read_json(path), path.with_suffix(".png"))
-    if hasattr(suite, "page"):
-        page = path.with_suffix(".html")
-        write_bytes(page, suite.page(read_json(path)).encode())
-        print(page, flush=True)
+    """Draws a suite's picture."""
+    path = folder / f"eval-{name}.json"
+    again = f"python eval.py {folder} --suite {name} --draw"
+    save_figure(SUITES[name].draw, read_json(path), path.with_suffix(".png"), again)
 
 
 def take_suites(folder, args):

@@ -25,7 +25,7 @@ from lorasae.beyond.muon import muon
 from lorasae.beyond.recipe import tuned_recipe
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.evals.common import print_table
+from lorasae.evals.report import print_tables
 from lorasae.io.adapters import load_adapter
 from lorasae.io.console import Parser, one_line_errors, progress_line
 from lorasae.io.files import read_json
@@ -33,13 +33,13 @@ from lorasae.io.hub import model_files
 from lorasae.io.models import copy_beside_weights, load_model, save_model
 from lorasae.lora import merge_lora
 from lorasae.runs import distributed
-from lorasae.runs.adapting import adapt_model, adapter_names
-from lorasae.runs.config import (OPTIONS, RETRAINED, Config, add_options, configure, option,
-                                 read_config)
+from lorasae.runs.adapting import adapt_model
+from lorasae.runs.config import (
+    RETRAINED, Config, add_options, as_fields, configure, option, read_config)
 from lorasae.runs.dry_run import dry_run
 from lorasae.runs.folder import Run
 from lorasae.runs.sae_training import train_sae
-from lorasae.runs.setting import load_setting
+from lorasae.runs.setting import load_setting, runs_in
 
 RECIPES = {"tuned": tuned_recipe}
 OPTIMIZERS = {"adamw": adapt.adamw, "muon": muon}
@@ -47,14 +47,17 @@ OPTIMIZERS = {"adamw": adapt.adamw, "muon": muon}
 
 def arguments(argv):
     """The parsed arguments; what is not given is absent."""
+    def folder(text):
+        return Path(text).expanduser()
+
     parser = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     add_options(parser)
     add = parser.add_argument_group("runs").add_argument
-    add("--out", type=Path, help="folder of the run (default: runs/MODEL-METHOD, numbered if that "
-        "is taken)")
-    add("--resume", metavar="RUN_DIR", type=Path, help="continue that run from its last "
+    add("--out", type=folder, help="folder of the run (default: runs/MODEL-METHOD, numbered if "
+        "that is taken)")
+    add("--resume", metavar="RUN_DIR", type=folder, help="continue that run from its last "
         "checkpoint, with its own arguments; only --device may be given")
-    add("--merge", metavar="RUN_DIR", type=Path, help="fold that run's adapters into its model, "
+    add("--merge", metavar="RUN_DIR", type=folder, help="fold that run's adapters into its model, "
         "write RUN_DIR/merged/, and stop")
     add("--dry-run", action="store_true", help="print what would be fetched, trained and held in "
         "memory, and stop")
@@ -69,31 +72,20 @@ def arguments(argv):
 
 
 def config_of(args):
-    """The arguments -> Config."""
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(args).items() if name in OPTIONS}
-    given.setdefault("device", "cuda" if torch.cuda.is_available() else Config.device)
-    return configure(given, RECIPES)
+    """The arguments -> Config; of a run to resume, its own."""
+    if "resume" in args:
+        return read_config(args.resume, getattr(args, "device", None))
+    device = "cuda" if torch.cuda.is_available() else Config.device
+    return configure({"device": device, **as_fields(vars(args))}, RECIPES)
 
 
 def open_run(args):
     """The run to be made, its folder claimed, or the one to resume."""
-    if "resume" in args:
-        folder = args.resume.expanduser()
-        config = read_config(folder)
-        device = getattr(args, "device", config.device)
-        distributed.start(device)
-        check_share(config)
-        return Run.resume(folder, device)
     config = config_of(args)
-    distributed.start(config.device)
-    check_share(config)
-    return Run.create(args.out.expanduser() if "out" in args else None, config)
-
-
-def check_share(config):
-    """Raises InputError if the processes cannot share a step's sequences."""
-    distributed.share(range(config.batch_size), distributed.world())
+    distributed.start(config)
+    if "resume" in args:
+        return Run.resume(args.resume, config)
+    return Run.create(getattr(args, "out", None), config)
 
 
 def take_run(run):
@@ -101,14 +93,12 @@ def take_run(run):
     config = run.config
     setting = load_setting(config, run.folder)
     progress_line(f"writing to {run.folder}/")
-    try:
+    with setting.text:
         if config.mode == "lora":
             return adapt_model(setting, run, OPTIMIZERS[config.optimizer])
         if config.mode in RETRAINED:
             return {run.folder: finetune_sae(setting, run, OPTIMIZERS[config.optimizer])}
         return {run.folder: train_sae(setting, run)}
-    finally:
-        setting.text.close()
 
 
 def merge(folder):
@@ -116,12 +106,9 @@ def merge(folder):
     config, target = read_config(folder), folder / "merged"
     if config.method != "lora":
         raise InputError(f"{folder} did not train adapters: there is nothing to merge")
-    if len(config.variants) > 1:
-        raise InputError(f"{folder} holds several runs: merge one of them, such as "
-                         f"{folder / adapter_names(config)[0]}")
-    if not (folder / "adapter").is_dir():
-        raise InputError(f"{folder} has no adapter to merge: finish the run with python train.py "
-                         f"--resume {folder}")
+    first, *others = runs_in(folder)
+    if others:
+        raise InputError(f"{folder} holds several runs: merge one of them, such as {first}")
     if target.exists():
         raise InputError(f"{target} already exists: remove it to merge again")
 
@@ -139,13 +126,7 @@ def merge(folder):
 
 def report(results, folder, config):
     """The tables, the part of the gap that was closed, and where the files are."""
-    print()
-    print_table(*fidelity.table(results))
-    print()
-    print_table(*fidelity.sae_table(results))
-    if "gap_closed" in results:
-        print(f"\n{fidelity.closed(results)}")
-
+    print_tables(fidelity.tables(results))
     facts = [f"{results['tokens_per_second']:,.0f} tokens/s", f"{results['seconds']:.0f} s"]
     if results["peak_memory_bytes"]:
         facts.append(f"peak memory {results['peak_memory_bytes'] / 1e9:.2f} GB")
@@ -162,10 +143,10 @@ def report(results, folder, config):
 
 
 def main(argv=None):
-    args = arguments(sys.argv[1:] if argv is None else argv)
+    args = arguments(argv)
     with one_line_errors():
         if "merge" in args:
-            return merge(args.merge.expanduser())
+            return merge(args.merge)
         if "dry_run" in args:
             return dry_run(config_of(args))
 

@@ -170,7 +170,7 @@ def site(tmp_path_factory, text_folder):
 
 @pytest.fixture(scope="session")
 def finished(site, tmp_path_factory):
-    """finished(kind, *more): the folder of a whole run, trained once for all tests: only read it."""
+    """finished(kind, *more): the folder of a whole run, trained once for all tests to read."""
     from helpers import command, words
     made, place = {}, tmp_path_factory.mktemp("finished")
 

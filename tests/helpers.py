@@ -3,7 +3,6 @@ import importlib
 import io
 import json
 import multiprocessing
-import sys
 import socket
 import threading
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import zstandard
 from safetensors.torch import save
 from tokenizers import Tokenizer
 
@@ -75,11 +75,7 @@ def lines(texts, field="text"):
 
 
 def zstd_compress(data):
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-        return zstd.compress(data)
-    reason = ".zst needs zstandard before Python 3.14"
-    return pytest.importorskip("zstandard", reason=reason).compress(data)
+    return zstandard.compress(data)
 
 
 def read(path):
@@ -182,7 +178,8 @@ def stopped_at(step):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "log", stop)
-        with pytest.raises(SystemExit, match=r"interrupted: python train.py --resume \S+ goes on from step \d"):
+        goes_on = r"interrupted: python train.py --resume \S+ goes on from step \d"
+        with pytest.raises(SystemExit, match=goes_on):
             yield
 
 
@@ -212,7 +209,7 @@ def processes():
     return context
 
 
-# ---- Servers ---------------------------------------------------------------------------------------------------------
+# ---- Servers -------------------------------------------------------------------------------------
 
 class Handler(BaseHTTPRequestHandler):
     """Answers with reply, reply_json or refuse; `self.server` is the Server."""
@@ -273,8 +270,8 @@ class Hub(Server):
     models, datasets: {OWNER/NAME: {path: bytes}}. refused: {OWNER/NAME: (status, error code)}, the
     answer to who wants a file. down: answers 503 to everything. requests: "GET path" and "HEAD
     path"; ranges: where each request for a part of a dataset's file began. faults: what happens to
-    the next of these, first to last: "drop" closes the connection halfway, "cut" sends half a body
-    as if it were whole, "whole" ignores Range, "busy" answers 503, None is as it should be.
+    the next of these, first to last: "drop" closes the connection halfway, "busy" answers 503, None
+    is as it should be.
     """
     commit = "c" * 40
 
@@ -303,7 +300,7 @@ class HubHandler(Handler):
         elif api and rest[:1] == ["tree"]:
             self.tree(files, "/".join(rest[2:]), "recursive=true" in self.path.lower())
         elif api:
-            siblings = [{"rfilename": name} for name in files]
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
             self.reply_json({"id": repo, "sha": self.server.commit, "siblings": siblings})
         elif rest[0] == "resolve" and repo in self.server.refused:
             status, code = self.server.refused[repo]
@@ -345,10 +342,6 @@ class HubHandler(Handler):
         headers = {"Content_Range": f"bytes {first}-{first + len(body) - 1}/{len(data)}"}
         if fault == "busy":
             self.reply(503)
-        elif fault == "whole":
-            self.reply(200, data)
-        elif fault == "cut":
-            self.reply(206, body[:len(body) // 2], **headers)
         elif fault == "drop":
             self.reply(206, body[:len(body) // 2], length=len(body), **headers)
             self.close_connection = True

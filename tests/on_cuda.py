@@ -1,9 +1,9 @@
-"""Tensors of a CPU that take the ways of CUDA: the code asks `is_cuda`, and the values can be checked without a GPU."""
+"""Tensors of a CPU that say `is_cuda`, so the code's way for CUDA can be checked without one."""
 import torch
 
 
 class OnCuda(torch.Tensor):
-    """is_cuda is True; what CUDA alone can do is emulated, and what it cannot do fails as it does there."""
+    """is_cuda is True. What only CUDA can do is emulated; what it cannot do fails as there."""
     is_cuda = True
 
     @classmethod

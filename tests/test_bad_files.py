@@ -6,7 +6,6 @@ other mutation of a key that is read must be refused, and one of a key that nobo
 nothing.
 """
 import json
-import os
 import shutil
 import tempfile
 from copy import deepcopy
@@ -64,8 +63,8 @@ def write_dictionary(dict_class):
     def write(folder):
         path = dictionary_learning(folder, T, dict_class, remove_bos=False) / "ae.pt"
         state = torch.load(path)
-        unread = ["threshold"] if dict_class == "AutoEncoderTopK" else ["group_sizes", "k"]
-        torch.save({name: state[name] for name in state.keys() - set(unread)}, path)
+        unread = {"k", "threshold"} if dict_class == "AutoEncoderTopK" else {"group_sizes", "k"}
+        torch.save({name: state[name] for name in state.keys() - unread}, path)
     return write
 
 
@@ -150,34 +149,33 @@ READ = {
         "rope_scaling.low_freq_factor": {"float"}, "rope_scaling.high_freq_factor": A_NUMBER,
         "rope_scaling.original_max_position_embeddings": {"missing"}},
     "Llama Scope": {
+        **dict.fromkeys(["hook_point_in", "dataset_average_activation_norm"], NONE),
         **dict.fromkeys([
-            "d_model", "d_sae", "hook_point_in", "hook_point_out", "act_fn", "norm_activation",
-            "dataset_average_activation_norm"], NONE),
-        "jump_relu_threshold": {"zero", *A_NUMBER}, "use_decoder_bias": {"true"},
+            "hook_point_out", "act_fn", "norm_activation", "apply_decoder_bias_to_pre_encoder",
+            "use_glu_encoder"], {"missing"}),
+        **dict.fromkeys(["use_decoder_bias", "sparsity_include_decoder_norm"], {"missing", "true"}),
+        "jump_relu_threshold": {"zero", *A_NUMBER},
         "dataset_average_activation_norm.in": A_NUMBER,
-        "dataset_average_activation_norm.out": A_NUMBER,
-        "apply_decoder_bias_to_pre_encoder": {"missing"}, "use_glu_encoder": {"missing"},
-        "sparsity_include_decoder_norm": {"missing", "true"}},
+        "dataset_average_activation_norm.out": A_NUMBER},
     "sparsify": {
-        **dict.fromkeys(["num_latents", "d_in", "k"], NONE),
+        "k": NONE,
         **dict.fromkeys(["activation", "skip_connection", "transcode"], {"missing"})},
     "SAELens topk": {
-        **dict.fromkeys(["architecture", "d_in", "d_sae", "k"], NONE),
+        **dict.fromkeys(["architecture", "k"], NONE),
         "rescale_acts_by_decoder_norm": {"missing", "true"},
         "apply_b_dec_to_input": {"missing", "true"}, "normalize_activations": ABSENT,
         "reshape_activations": ABSENT, "metadata": {*ABSENT, "object", "nested"},
-        "metadata.hook_name": ABSENT, "metadata.hook_head_index": ABSENT,
+        "metadata.hook_name": {*ABSENT, "zero"}, "metadata.hook_head_index": ABSENT,
         "metadata.model_name": {*ABSENT, "string"},
-        "metadata.exclude_special_tokens": {*ABSENT, "true", "list"}},
+        "metadata.exclude_special_tokens": set(VALUES)},
     "dictionary_learning AutoEncoderTopK": {
-        **dict.fromkeys([
-            "trainer", "trainer.dict_class", "trainer.activation_dim", "trainer.dict_size"], NONE),
+        **dict.fromkeys(["trainer", "trainer.dict_class", "trainer.k"], NONE),
         "trainer.layer": ABSENT, "trainer.submodule_name": {*ABSENT, "string"},
         "trainer.lm_name": {*ABSENT, "string"}, "buffer": {*ABSENT, "object", "nested"},
         "buffer.remove_bos": {"missing", "true"}},
     "adapter": {
-        **dict.fromkeys(["peft_type", "r"], NONE), "lora_alpha": A_NUMBER,
-        "lora_dropout": {"missing", "zero"}, "bias": {"missing"},
+        "r": NONE, "lora_alpha": A_NUMBER, "lora_dropout": {"missing", "zero"},
+        "peft_type": {"missing"}, "bias": {"missing"},
         "use_rslora": {"missing", "true"},
         **dict.fromkeys(["use_dora", "modules_to_save", "fan_in_fan_out"], {*ABSENT, "zero"})},
 }
@@ -189,7 +187,8 @@ def without(kind, *keys):
 
 READ["SAELens batchtopk"] = without("SAELens topk", "k")
 READ["SAELens jumprelu"] = without("SAELens topk", "k", "rescale_acts_by_decoder_norm")
-READ["dictionary_learning MatryoshkaBatchTopKSAE"] = READ["dictionary_learning AutoEncoderTopK"]
+READ["dictionary_learning MatryoshkaBatchTopKSAE"] = without(
+    "dictionary_learning AutoEncoderTopK", "trainer.k")
 
 
 # ---- The campaign --------------------------------------------------------------------------------
@@ -251,18 +250,17 @@ def tensor_cases(path):
     for name in sorted(tensors):
         if "layers.1" in name and "lora" not in name:
             continue                                    # read as those of layer 0 are
-        integer = not tensors[name].dtype.is_floating_point
+        one_number = tensors[name].dim() == 0
         for mutation, change in TENSORS.items():
             if mutation == "fp8" and path.suffix == ".npz":
                 continue                                # numpy has none
-            if integer and mutation in ("int8", "int64"):
-                continue                                # as good a number
             spoilt = {**tensors}
             tensor = spoilt.pop(name)
             if change is not None:
                 spoilt[name] = change(tensor)
-            optional = (path.suffix, name, mutation) == (".pt", "k", "missing")     # in the JSON
-            yield f"{name}: {mutation}", partial(write_tensors, tensors=spoilt), optional, True
+            below_all = name == "threshold" and mutation == "minus infinity"        # an ReLU's
+            allowed = below_all or (one_number and mutation == "one more dimension")
+            yield f"{name}: {mutation}", partial(write_tensors, tensors=spoilt), allowed, True
 
 
 def replaced(make):
@@ -277,7 +275,6 @@ FILES = {
     "zeros": lambda path: path.write_bytes(bytes(5000)),
     "a folder": replaced(Path.mkdir),
     "a loop of links": replaced(lambda path: path.symlink_to(path.name)),
-    "a pipe": replaced(os.mkfifo),
 }
 
 

@@ -1,23 +1,28 @@
 """The configuration: one table of options, one check of every field, presets, files of runs."""
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
 import train
 from conftest import GEMMA, write_model
+from lorasae.beyond.recipe import tuned
 from lorasae.errors import InputError
 from lorasae.io.files import write_json
-from lorasae.io.presets import PRESETS
+from lorasae.io.presets import PAPER, PRESETS
 from lorasae.lora import TARGETS
 from lorasae.runs.config import (
-    DEFAULTS, METHODS, OPTIONS, SCRATCH, Config, configure, option, read_config, run_of)
+    DEFAULTS, METHODS, OPTIONS, SCRATCH, Config, configure, latents_of, option, read_config, run_of)
 
 
 def configured(**given):
     """What train.py makes of some options, by default for the embedded Gemma-2."""
     return configure({"model": "tiny-gemma-2", "device": "cpu", **given}, train.RECIPES)
+
+
+def holds(config, fields):
+    assert {name: getattr(config, name) for name in fields} == fields
 
 
 # ---- Defaults ------------------------------------------------------------------------------------
@@ -31,8 +36,7 @@ def test_the_defaults_are_the_papers():
         sae_dtype="float32", optimizer="adamw", targets=TARGETS)
     headline = configured(model="gemma-2-2b")
     for config in (Config(), headline):
-        found = asdict(config)
-        assert {name: found[name] for name in paper} == paper
+        holds(config, paper)
     assert (headline.sae, headline.width, headline.l0, headline.adapt) == (
         ("google/gemma-scope-2b-pt-res",), "16k", 82, ("after",))
 
@@ -47,33 +51,29 @@ def test_what_is_left_open_follows_from_the_rest():
     assert Config(tokens=2_000_000_000).dead_after == 10_000_000
     assert Config(tokens=5).dead_after == 1
     given = dict(device="cuda", compile=False, ahead=3, micro_batch=1, dead_after=7, batch_size=2)
-    found = asdict(Config(**given))
-    assert {name: found[name] for name in given} == given
+    holds(Config(**given), given)
 
 
 # ---- Checks --------------------------------------------------------------------------------------
 
-NUMBERS = [-1, math.nan, True, "3"]
-WRONG = {                                               # by what a kind expects
-    "a text that is not empty": ["", True], "true or false": [0, "yes"],
-    "a positive whole number": [0, 1.5, 2 ** 62, *NUMBERS], "1 to 2^20": [0, 2 ** 21, *NUMBERS],
-    "at least 2: BOS and one more": [1, *NUMBERS], "a whole number, at least 0": [1.5, *NUMBERS],
-    "0 to 2^63 - 1": [2 ** 63, *NUMBERS], "at least 0, less than 1": [1, 1.5, *NUMBERS],
-    "a positive number": [0, math.inf, 10 ** 400, *NUMBERS],
-    "a name such as 16k": ["", " ", "foo", "16 k"],
-    "at least 0": [-1e-9, math.inf, *NUMBERS], "one of": ["magic", "", 3]}
-LISTS = {                                               # beside wrong values in a list
-    "data": [" "], "layer": [[1], 1, (1, 1), ()], "rank": [4, (4, 4), ()], "adapt": ["after"],
-    "sae": ["a"], "lr": [0, (1e-3, -1), (1e-3, 1e-3), ()], "targets": ["q_proj", ()]}
+WRONG = {                                               # by the type of an option's values
+    str: [True, 3], bool: [0, "yes"], int: [-1, 1.5, math.nan, True, "3", 2 ** 62],
+    float: [-1e-9, math.nan, math.inf, 10 ** 400, True, "3"]}
+OWN = {                                                 # beside those, of one option
+    "method": ["magic", ""], "dtype": ["int8"], "width": ["", " ", "foo", "16 k", True],
+    "batch_size": [0, 2 ** 21], "ahead": [0], "micro_batch": [0], "context": [1], "tokens": [0],
+    "dropout": [1, 1.5], "l0": [0], "alpha": [0], "layer": [[1], 1, (1, 1), ()],
+    "rank": [4, (0,), (4, 4), ()], "adapt": ["after"], "sae": ["a"], "targets": ["q_proj", ()],
+    "lr": [0, (1e-3, -1), (1e-3, 1e-3), ()]}
 
 
 def wrong_values():
     for name, facts in OPTIONS.items():
-        own = next(WRONG[kind] for kind in WRONG if kind in facts["kind"].expected)
+        own = [] if name == "width" else WRONG[facts["kind"].type]
         if DEFAULTS[name] is not None and name != "lr":
             own = [*own, None]
-        values = [(value,) for value in own] if facts["many"] else own
-        yield from ((name, value) for value in [*values, *LISTS.get(name, [])])
+        values = [(value,) for value in own] if facts["several"] else own
+        yield from ((name, value) for value in [*values, *OWN.get(name, [])])
 
 
 @pytest.mark.parametrize("name, value", wrong_values(), ids=lambda value: str(value)[:20])
@@ -84,7 +84,7 @@ def test_a_value_that_no_run_could_use_is_refused_by_the_name_of_its_option(name
 
 
 @pytest.mark.parametrize("name, values", [
-    ("seed", [0, 2 ** 63 - 1]), ("dropout", [0, 0.0, 0.999]), ("weight_decay", [0]),
+    ("seed", [0, 2 ** 53]), ("dropout", [0, 0.0, 0.999]), ("weight_decay", [0]),
     ("lr", [1e-30, 1, (1e-3, 2e-3)]), ("alpha", [1, 0.5, 10 ** 9]), ("layer", [(0,), (3, 1, 2)]),
     ("rank", [(1,), (256, 1)]), ("context", [2]), ("width", [None, "16k", 16384]),
     ("l0", [None, 0.5, 70]), ("targets", [("v_proj",)])])
@@ -93,38 +93,20 @@ def test_values_at_the_edge_are_taken(name, values):
         assert getattr(Config(**{name: value}), name) == value
 
 
-SEVERAL = {"rank": (1, 4)}
-SCRATCH_SAE = {"method": "topk", "lr": None}
-
-
 @pytest.mark.parametrize("given, message", [
     ({"lr": None}, "--lr is None"),
     ({"method": "finetune", "lr": None}, "--lr is None"),
-    ({"train_sae": True}, "--train-sae: the SAE needs a learning rate; pass --sae-lr"),
     ({"method": "jumprelu"}, "pass --l0, the active latents to reach"),
     ({"method": "topk", "layer": (1, 2)}, "--layer 1 2: --method topk trains the SAE of one layer"),
-    ({"train_sae": True, "sae_lr": 1.0, "sae_dtype": "bfloat16"}, "an SAE that trains is float32"),
-    ({"shard": True, **SEVERAL}, "--shard is for adapters of one rank and one rate"),
-    ({"shard": True, **SCRATCH_SAE}, "--shard is for adapters"),
+    ({"shard": True, "rank": (1, 4)}, "--shard is for one --rank and one --lr"),
     ({"rank": (1, 4), "lr": (1e-3, 2e-3, 3e-3)}, "--rank names 2 ranks and --lr 3 rates"),
     ({"rank": (4, 4)}, "--rank 4 4 --lr 5e-05 names an adapter twice"),
-    ({"method": "finetune", **SEVERAL}, "--method finetune trains at one --rank and one --lr"),
-])
+    ({"rank": (4, 4), "lr": (1e-3, 1e-3)}, "names an adapter twice"),
+    ({"shard": True, "lr": (1e-3, 1e-2)}, "--shard is for one --rank and one --lr"),
+    ({"method": "finetune", "rank": (1, 4)}, "--method finetune is for one --rank and one --lr")])
 def test_what_does_not_go_together_is_refused(given, message):
     with pytest.raises(InputError, match=message):
         Config(**given)
-
-
-@pytest.mark.parametrize("given", [
-    {"method": "topk"}, {"method": "jumprelu", "l0": 8.0}, {"method": "e2e"},
-    {"method": "finetune"}, {"train_sae": True, "sae_lr": 1e-3}])
-def test_an_sae_trains_on_whole_batches_and_takes_no_micro_batch(given):
-    """Its losses are means over a batch: parts of it would be another algorithm, or be ignored."""
-    with pytest.raises(InputError, match="--micro-batch has no effect .* a smaller --batch-size"):
-        Config(**given, batch_size=4, micro_batch=1)
-    with pytest.raises(InputError, match="--micro-batch has no effect"):
-        configured(**given, batch_size=4, micro_batch=1)
-    assert Config(batch_size=4, micro_batch=1).micro_batch == 1
 
 
 # ---- Filling in ----------------------------------------------------------------------------------
@@ -139,33 +121,25 @@ def test_every_preset_gives_a_configuration_of_every_method(name, method):
             configured(**given)
         return
     config = configured(**given)
-    assert (config.model, config.method, config.layer) == (name, method, (known.layer,))
-
+    own = {"layer": (known.layer,), **known.common}
     if method in SCRATCH:
-        own = known.common | known.sae_training | (known.e2e if method == "e2e" else {})
-        assert config.tokens == own.get("tokens", 2_000_000_000) and config.lr == own.get("lr")
-        assert config.sae == () and (config.l0 is None) == (method != "jumprelu")
-        own = {name: own[name] for name in own if name not in ("k", "l0")}
+        own = {"tokens": 2_000_000_000, "lr": None, "sae": (), **own, **known.sae_training}
     else:
         source = name if name.startswith("tiny") else known.sae
-        assert (config.sae, config.width, config.l0) == ((source,), known.width, known.l0)
-        own = known.common | known.lora
-        if own.pop("recipe", "paper") == "tuned" and method == "lora":
-            own = {**train.RECIPES["tuned"](name, None, False), **own}
-        if method == "finetune":
-            own = {**own, "lr": 5e-5, "lr_decay": True, **known.finetune}
-            own = {name: own[name] for name in own if name not in ("adapt", "sae_dtype")}
-    assert {name: getattr(config, name) for name in own} == own
+        own |= {**known.lora, "sae": (source,), "width": known.width, "l0": known.l0}
+    if method == "finetune":
+        own |= {"lr": 5e-5, "lr_decay": True}
+    own |= {"e2e": known.e2e, "finetune": known.finetune}.get(method, {})
+    if own.get("recipe") == "tuned" and method == "lora":
+        own |= train.RECIPES["tuned"](name)
+    holds(config, {name: own[name] for name in own if method in OPTIONS[name]["read_by"]})
 
 
 def test_what_is_given_goes_before_the_preset_and_the_preset_before_the_paper():
     config = configured(lr=0.5, rank=(3,), layer=(1,), adapt=None)
     assert (config.lr, config.rank, config.layer, config.adapt) == (0.5, (3,), (1,), ("after",))
     assert (config.tokens, config.recipe, config.weight_decay) == (700_000, "tuned", 0.01)
-    own = configured(sae=("somewhere",))
-    assert own.adapt == ()                              # it depends on the SAE's kind
-    paper = configured(recipe="paper")
-    assert (paper.lr, paper.optimizer, paper.batch_size, paper.dropout) == (5e-5, "adamw", 1, 0.1)
+    assert configured(sae=("somewhere",)).adapt == ()   # it depends on the SAE's kind
 
 
 @pytest.mark.parametrize("given, name", [
@@ -175,9 +149,16 @@ def test_what_is_given_goes_before_the_preset_and_the_preset_before_the_paper():
     ({"method": "topk", "targets": ("q_proj",)}, "--targets"),
     ({"method": "topk", "sae_dtype": "float32"}, "--sae-dtype"),
     ({"method": "topk", "sae": ("a",)}, "--sae"), ({"method": "jumprelu", "k": 3}, "--k"),
+    # An SAE's losses are means over a batch: parts of one would be another algorithm.
+    *[({"method": method, "micro_batch": 1}, "--micro-batch") for method in METHODS[1:]],
+    ({"train_sae": True, "micro_batch": 1}, "--micro-batch"),
+    ({"train_sae": True, "shard": True}, "--shard"), ({"method": "topk", "shard": True}, "--shard"),
     ({"method": "e2e", "lr_decay": True}, "--lr-decay"),
     ({"method": "e2e", "adapt": ("all",)}, "--adapt"),
     ({"method": "finetune", "optimizer": "muon"}, "--optimizer"),
+    ({"method": "topk", "optimizer": "muon"}, "--optimizer"),
+    ({"method": "finetune", "recipe": "tuned"}, "--recipe"),
+    ({"method": "finetune", "sae_dtype": "bfloat16"}, "--sae-dtype"),
     ({"method": "finetune", "train_sae": True}, "--train-sae"),
     ({"train_sae": True, "objective": "mse"}, "--objective")])
 def test_what_changes_nothing_is_refused(given, name):
@@ -190,13 +171,13 @@ def test_what_changes_nothing_is_refused(given, name):
     (100, 100), ("16384", 16384), ("16k", 2 ** 14), ("65k", 2 ** 16), ("64k", 2 ** 16),
     ("131k", 2 ** 17), ("131K", 2 ** 17), ("128k", 2 ** 17), ("1m", 2 ** 20), ("1M", 2 ** 20)])
 def test_a_width_to_train_is_a_number_of_latents_or_the_name_of_a_power_of_two(width, latents):
-    assert configured(method="topk", width=width).width == latents
+    assert latents_of(width) == latents
 
 
 @pytest.mark.parametrize("width", [
     "", "k", "many", "-3", 0, "0k", "1.5k", "²", "²k", "1e4", "١٦", "1b", "100k", "20k", "1g"])
 def test_a_width_that_nobody_has_is_refused(width):
-    with pytest.raises(InputError, match="its number of latents, such as 16384, or 16k and 131k"):
+    with pytest.raises(InputError, match="a number of latents, such as 16384, or 16k and 131k"):
         configured(method="topk", width=width)
 
 
@@ -212,6 +193,49 @@ def test_for_a_model_without_a_preset_it_is_said_what_is_chosen(tmp_path, capsys
     assert capsys.readouterr().err == ""
 
 
+# ---- Recipes -------------------------------------------------------------------------------------
+
+def test_a_recipe_decides_what_is_not_given_and_the_preset_the_rest():
+    assert tuned(2304, 26)["lr"] < tuned(1024, 26)["lr"] < tuned(1024, 6)["lr"]
+    own = PRESETS["tiny-gemma-2"]
+    holds(configured(), tuned(192, 6))
+    assert (configured().batch_size, configured().tokens) == (2, own.lora["tokens"])
+    holds(configured(recipe="tuned"), tuned(192, 6))
+    holds(configured(model="tiny-gemma-2-small", sae=("an SAE",)), tuned(64, 4))
+    holds(configured(optimizer="adamw"), tuned(192, 6, "adamw"))
+    holds(configured(recipe="paper"), PAPER)
+    assert configured(recipe="paper", lr=1e-3).lr == 1e-3
+
+    both = tuned(192, 6, train_sae=True)
+    holds(configured(train_sae=True), both)
+    assert (both["optimizer"], both["batch_size"]) == ("muon", 1)
+    assert configured(recipe="paper", train_sae=True).sae_lr == own.finetune["lr"]
+    assert configured(optimizer="adamw", train_sae=True).lr == tuned(192, 6, "adamw")["lr"]
+    assert configured(method="finetune", sae=(own.sae,)).lr == own.finetune["lr"]
+
+
+def test_the_papers_models_are_trained_as_published_unless_asked_otherwise():
+    for name in ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "llama-3.1-8b"):
+        assert not PAPER.keys() & (PRESETS[name].lora.keys() | PRESETS[name].common.keys()), name
+    holds(Config(), PAPER)
+
+
+def test_an_sae_that_trains_is_float32_whatever_its_preset_says_of_frozen_ones():
+    assert PRESETS["llama-3.1-8b"].lora["sae_dtype"] == "bfloat16"
+    given = {"model": "llama-3.1-8b", "sae": ("an SAE",)}
+    alone, both = configured(**given, method="finetune"), configured(**given, train_sae=True)
+    assert alone.sae_dtype == both.sae_dtype == "float32"
+    assert alone.lr == both.sae_lr == 5e-5 and alone.lr_decay
+
+
+def test_adapters_side_by_side_have_the_configurations_of_their_own_runs():
+    assert Config(rank=(4,), lr=(1e-3,)) == Config(rank=(4,), lr=1e-3)
+    assert Config(lr=1e-3).variants == [Config(lr=1e-3)]
+    assert Config(lr=(1e-3, 1e-2)).variants == [Config(lr=1e-3), Config(lr=1e-2)]
+    assert Config(rank=(1, 2), lr=1e-2).variants == [
+        Config(rank=(1,), lr=1e-2), Config(rank=(2,), lr=1e-2)]
+
+
 # ---- Paths, and the run that made an SAE ---------------------------------------------------------
 
 def test_what_exists_here_is_recorded_by_its_full_path(tmp_path, monkeypatch):
@@ -220,14 +244,18 @@ def test_what_exists_here_is_recorded_by_its_full_path(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    given = {"model": "model", "sae": ("sae", "~/sae/", "owner/name"), "layer": (0, 1, 2),
-             "data": "text"}
-    config = configured(**given)
-    assert config.model == str(tmp_path / "model") and config.data == str(tmp_path / "text")
-    assert config.sae == (str(tmp_path / "sae"), str(tmp_path / "sae"), "owner/name")
-    assert configured(**given | {"data": "pile"}).data == "pile"          # a known text's name
+
+    def config(*words):
+        return train.config_of(train.arguments(words))
+
+    found = config(*"--model model --data text --layer 0 1 2 --sae sae ~/sae/ owner/name".split())
+    assert found.model == str(tmp_path / "model") and found.data == str(tmp_path / "text")
+    assert found.sae == (str(tmp_path / "sae"), str(tmp_path / "sae"), "owner/name")
+    assert config("--data", "pile").data == "pile"                      # a known text's name
     monkeypatch.chdir(tmp_path / "model")               # a run of `--model .` bears its name
-    assert configured(**given | {"model": "."}).model == str(tmp_path / "model")
+    assert config("--model", ".", "--sae", "sae").model == str(tmp_path / "model")
+    args = train.arguments(["--out=~/run"])
+    assert args.out == train.arguments(["--merge", "~/run"]).merge == tmp_path / "run"
 
 
 @pytest.fixture
@@ -238,7 +266,7 @@ def sae_run(tmp_path):
                     eval_tokens=999, dtype="float32", lr=None, width=64)
     write_json(folder / "config.json", config.to_json())
     (folder / "metrics.jsonl").write_text("")
-    for name in ("sae", "sae-50pct", "model"):
+    for name in ("sae", "sae-50pct"):
         (folder / name).mkdir()
     return folder
 
@@ -257,7 +285,7 @@ def test_a_models_folder_beside_an_sae_is_not_taken_for_a_run(sae_run, tmp_path)
     model = write_model(tmp_path / "model", GEMMA)
     (model / "sae-layer2").mkdir()
     assert run_of(model / "sae-layer2") is None and run_of(model) is None
-    assert run_of(sae_run / "model") is None and run_of(sae_run / "sae") == sae_run
+    assert run_of(sae_run / "sae") == sae_run
     given = {"model": "tiny-llama-3", "sae": (str(model / "sae-layer2"),)}
     assert configured(**given).context == 256           # the preset's
 
@@ -311,6 +339,15 @@ def test_what_is_not_a_configuration_is_one_line(tmp_path, text, message):
     with pytest.raises(InputError, match=message) as refused:
         read_config(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("device, compiles", [
+    (None, True), ("cuda:1", True), ("cpu", False), ("mps", False)])
+def test_a_run_of_a_gpu_goes_on_elsewhere_without_the_compiler(tmp_path, device, compiles):
+    write_json(tmp_path / "config.json", Config(device="cuda", compile=True).to_json())
+    config = read_config(tmp_path, device)
+    assert (config.device, config.compile) == (device or "cuda", compiles)
+    assert config.ahead == 8                            # as before: the same groups of steps
 
 
 # ---- The command's options -----------------------------------------------------------------------

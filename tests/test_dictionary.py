@@ -335,10 +335,10 @@ def test_the_paper_s_rate_and_width_are_the_defaults(words, raw_config, tmp_path
 
 @pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 @pytest.mark.parametrize("method, change, message", [
-    ("topk", ["--k", 97], "96"), ("topk", ["--k", 0], "--k is 0, but it must be"),
-    ("e2e", ["--k", -3], "--k is -3, but it must be"), ("topk", ["--layer", 4], "0 to 3"),
+    ("topk", ["--k", 97], "96"), ("topk", ["--k", 0], "--k is 0, but should be"),
+    ("e2e", ["--k", -3], "--k is -3, but should be"), ("topk", ["--layer", 4], "0 to 3"),
     ("topk", ["--layer", -1], "at least 0"), ("topk", ["--layer", 1, 2], "one layer"),
-    ("jumprelu", ["--l0", 0], "--l0 is 0.0, but it must be"), ("topk", ["--lr", -1], "lr"),
+    ("jumprelu", ["--l0", 0], "--l0 is 0.0, but should be"), ("topk", ["--lr", -1], "lr"),
     ("jumprelu", ["--l0", 96], "cannot be reached"), ("jumprelu", ["--l0", "nan"], "--l0 is nan"),
     ("topk", ["--width", "many"], "number of latents"), ("topk", ["--l0", 8], "no effect"),
     ("topk", ["--width", "²k"], "number of latents"), ("jumprelu", ["--k", 8], "no effect"),

@@ -1,6 +1,5 @@
 """Files: whole or not at all, every value checked as it is taken; what commands print of errors."""
 import argparse
-import json
 import os
 import sys
 
@@ -10,10 +9,9 @@ import torch
 from lorasae.errors import InputError
 from lorasae.io.console import Parser, count, one_line_errors
 from lorasae.io.files import (
-    Fields, Tensors, is_finite, read_json, read_object, whole, write_bytes, write_json,
+    Fields, Tensors, check_finite, read_json, read_object, whole, write_bytes, write_json,
     write_tensors)
 
-DAMAGED = "is refused: not a whole file of its kind"
 FULL = OSError(28, "No space left on device")
 
 
@@ -71,7 +69,7 @@ def test_what_is_not_the_disks_fault_passes_through(tmp_path, error):
 def test_a_name_that_cannot_be_written_is_one_line(tmp_path, name):
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError) as error:
+    with pytest.raises((InputError, OSError)) as error:
         write_bytes(tmp_path / name, b"data")
     assert "\n" not in str(error.value) and not list(tmp_path.rglob("*.part"))
 
@@ -95,8 +93,9 @@ def test_permissions_follow_the_umask(tmp_path, umask, mode):
 # ---- Reading -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, message", [
-    ("{", DAMAGED), ('{"a": ' + "9" * 10_000 + "}", DAMAGED), ('{"a": "\xff"}', DAMAGED),
-    ("[1]", r"is not a JSON object, but \[1\]"), ("null", "not a JSON object, but None")])
+    ("{", "cannot read "), ('{"a": ' + "9" * 10_000 + "}", "cannot read "),
+    ('{"a": "\xff"}', "cannot read "), ("[1]", r"is not a JSON object, but \[1\]"),
+    ("null", "not a JSON object, but None")])
 def test_what_is_not_a_json_object_is_one_line(tmp_path, text, message):
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=message) as error:
@@ -129,12 +128,10 @@ def test_a_right_value_is_taken_as_its_kind(key, kind, how, value):
     ("null", int, {}, "a.json: null is None, but should be a whole number"),
     ("null", int, {"default": 5}, "null is None"),
     ("bool", int, {}, "bool is True, but should be a whole number"),
-    ("bool", float, {}, "should be a number"),
-    ("int", bool, {}, "int is 3, but should be true or false"),
+    ("bool", float, {}, "should be a number"), ("int", bool, {}, "should be true or false"),
     ("float", int, {}, "float is 2.5, but should be a whole number"),
-    ("str", float, {}, "str is 's', but should be a number"),
     ("int", str, {}, "should be a string"), ("list", dict, {}, "should be an object"),
-    ("dict", list, {}, "should be a list"), ("list", int, {}, "a whole number"),
+    ("dict", list, {}, "should be a list"),
     ("str", str, {"one_of": ["t", "u"]}, r"a string, one of \['t', 'u'\]"),
     ("int", int, {"at_least": 4}, "at least 4"), ("int", int, {"above": 3}, "above 3"),
     ("int", int, {"below": 3}, "below 3"), ("huge", float, {}, "huge is 1000"),
@@ -154,24 +151,22 @@ def test_an_inner_object_knows_where_it_stands():
         inner.take("other", int)
 
 
-def test_only_and_stated_refuse_other_values_and_stated_absent_ones():
+def test_only_refuses_other_values():
     FIELDS.only(str="s", bool=True, absent=1)
     for wrong in ({"str": "t"}, {"bool": 1}, {"int": True}, {"null": False}):
         with pytest.raises(InputError, match="a.json: .* but should be .*, equal to"):
             FIELDS.only(**wrong)
-    FIELDS.stated(str="s")
-    with pytest.raises(InputError, match="a.json lacks absent"):
-        FIELDS.stated(str="s", absent=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_finite_is_what_isfinite_says(dtype):
+def test_one_value_that_is_not_finite_is_refused(dtype):
     x = torch.randn(5, 7).to(dtype)
-    assert is_finite(x)
+    check_finite("x", x)
     for value in (float("nan"), float("inf"), -float("inf")):
-        y = x.clone()
-        y[2, 3] = value
-        assert not is_finite(y) and not is_finite(y.T)
+        x[2, 3] = value
+        for tensor in (x, x.T):
+            with pytest.raises(InputError, match="x holds values that are not finite"):
+                check_finite("x", tensor)
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -182,19 +177,17 @@ def read_damaged(path):
 
 
 @pytest.mark.parametrize("work, message", [
-    (lambda folder: open(folder), ": Is a directory"),
-    (lambda folder: read_json(folder / "a\nb"), "a b: No such file or directory"),
-    (lambda folder: read_damaged(folder / "a.safetensors"), f"/a.safetensors {DAMAGED}"),
-    (lambda folder: read_damaged(folder / "a.npz"), f"/a.npz {DAMAGED}"),
-    (lambda folder: read_damaged(folder / "a.pt"), f"/a.pt {DAMAGED}"),
-    (lambda folder: json.loads("{"), "Expecting property name"),
+    (lambda folder: open(folder), "Is a directory: '/"),
+    (lambda folder: read_json(folder / "a\nb"), r"No such file or directory: '/\S+/a\\nb'"),
+    (lambda folder: read_damaged(folder / "a.safetensors"), r"cannot read /\S+/a.safetensors \("),
+    (lambda folder: read_damaged(folder / "a.npz"), r"cannot read /\S+/a.npz \("),
+    (lambda folder: read_damaged(folder / "a.pt"), r"cannot read /\S+/a.pt \("),
     (lambda folder: fail(), "No space left on device"),
 ])
 def test_a_file_that_cannot_be_read_ends_a_command_in_one_line(tmp_path, work, message):
-    with pytest.raises(SystemExit) as stopped, one_line_errors():
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as stopped, one_line_errors():
         work(tmp_path)
-    line = stopped.value.code
-    assert line.startswith("error: ") and message in line and "\n" not in line
+    assert "\n" not in stopped.value.code
 
 
 def test_a_bug_keeps_its_traceback():
@@ -210,7 +203,7 @@ def test_token_counts_are_read_as_people_write_them(text, tokens):
 
 
 @pytest.mark.parametrize("text", [
-    "", "M", "0", "-1", "1.5", "1.0001k", "nan", "inf", "1e30", "1e999999", "many", "٣M"])
+    "", "M", "0", "-1", "1.5", "1.0001k", "nan", "inf", "1e30", "1e999999", "many", "٣M", "_"])
 def test_what_is_not_a_count_of_tokens_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="not a positive number of tokens"):
         count(text)

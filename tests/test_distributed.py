@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +19,6 @@ import train
 from helpers import (
     command, metrics, processes, read, refusal, stopped_at, without_costs, words)
 from lorasae.adapt import World
-from lorasae.errors import InputError
 from lorasae.io.shards import Text
 from lorasae.runs import distributed
 from lorasae.runs.config import Config
@@ -39,9 +39,10 @@ class Part(NamedTuple):
 
 class Echo:
     """A kind of step whose frozen part is the tokens themselves."""
+    model = SimpleNamespace(device=torch.device("cpu"))
 
-    def __init__(self):
-        self.sizes = []
+    def __init__(self, config, world):
+        self.config, self.world, self.sizes = config, world, []
 
     def frozen(self, tokens):
         self.sizes.append(len(tokens))
@@ -59,8 +60,8 @@ def test_every_batch_is_seen_exactly_once_from_any_step_by_any_number_of_process
     for start in range(11):
         seen = []
         for number in range(count):
-            kind = Echo()
-            parts = frozen_parts(kind, batch, config, start, World(number, count))
+            kind = Echo(config, World(number, count))
+            parts = frozen_parts(kind, batch, start)
             seen.append([next(parts) for _ in range(start, config.steps)])
             assert max(kind.sizes) <= max(ahead, 1)
         for step, shares in enumerate(zip(*seen, strict=True), start):
@@ -86,27 +87,20 @@ def test_text_that_a_resumed_run_reads_is_kept(site, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_held_out_sequences_keep_their_order_whatever_the_number_of_processes(monkeypatch, count):
-    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
-    model.layers = model["layers"]
     monkeypatch.setattr(distributed, "count", lambda: count)
     for length in range(10):
         batches, nests = list(range(length)), []
         for number in range(count):
             monkeypatch.setattr(distributed, "number", lambda: number)
-            own = distributed.portion(batches, model)
+            own = distributed.portion(batches, whole=False)
             assert len(own) in (length // count, -(-length // count))
             nests.append({"base": {"ce": own, "kl": [-value for value in own]}})
 
         def gather(places, nest):
             places[:] = nests
         monkeypatch.setattr(dist, "all_gather_object", gather)
-        merged = distributed.merge(nests[-1] if count > 1 else nests[0], model)
+        merged = distributed.merge(nests[-1], whole=False)
         assert merged == {"base": {"ce": batches, "kl": [-value for value in batches]}}
-
-
-def test_a_batch_that_cannot_be_shared_is_refused():
-    with pytest.raises(InputError, match="2 processes cannot share the 3 sequences of a step"):
-        distributed.share(torch.zeros(3, 2), World(0, 2))
 
 
 def test_an_environment_of_half_a_torchrun_is_one_clear_line(site, tmp_path, monkeypatch):
@@ -114,7 +108,8 @@ def test_an_environment_of_half_a_torchrun_is_one_clear_line(site, tmp_path, mon
     handler = signal.getsignal(signal.SIGTERM)
     line = refusal("train", *words(site), "--out", tmp_path / "run")
     signal.signal(signal.SIGTERM, handler)
-    assert "WORLD_SIZE is set, but RANK is None" in line and not (tmp_path / "run").exists()
+    assert "environment variable RANK" in line and "or unset WORLD_SIZE" in line
+    assert not (tmp_path / "run").exists()
 
 
 # ---- Real processes ------------------------------------------------------------------------------

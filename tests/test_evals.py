@@ -1,22 +1,25 @@
-"""Fidelity, tokens and distances, and what eval.py says of folders it cannot evaluate."""
+"""Intervals, fidelity, tokens, distances and tenths; folders that eval.py cannot evaluate."""
 import json
 import math
 import shutil
 import sys
+from contextlib import nullcontext
+from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import GEMMA, LLAMA, TEXT, write_model, write_tokenizer
-from helpers import adapted, command, misuse, random_sae, read, refusal
+from helpers import adapted, command, random_sae, read, refusal
 from lorasae.evals import distances, fidelity, tokens as token_suite
-from lorasae.evals.common import error_bar, evaluating, interval, ratio, t_quantile
-from lorasae.io.files import write_json
-from lorasae.io.saes import save_sae
-from lorasae.lora import add_lora, base
+from lorasae.evals.common import (evaluating, interval, linearised, over, over_documents, ratio,
+                                  t_quantile, without_interval)
+from lorasae.evals.report import (Table, bars, error_bar, lines, plus_minus, print_tables,
+                                  with_interval)
+from lorasae.lora import adapters, add_lora, base
 
-ALL = tuple(name for name in fidelity.SETTINGS if name != "before")     # of one model
+ALL = ("base", "sae", "adapted", "lora")                # settings of one model
+NINE = torch.arange(9)                                  # documents: one for each sequence
 
 
 def sae_of(kind, model, layer=1, **how):
@@ -30,6 +33,8 @@ def adapt(model, blocks):
 
 class Identity:
     """The SAE that loses nothing."""
+    on_special = True
+
     def __call__(self, x):
         return x
 
@@ -38,11 +43,18 @@ class Identity:
 
 @pytest.fixture
 def sequences(model):
-    """[6, 32] with BOS in front, and EOS in the middle of some."""
-    tokens = torch.randint(3, 97, (6, 32), generator=torch.Generator().manual_seed(3))
+    """[9, 32] with BOS in front, and EOS in the middle of some."""
+    tokens = torch.randint(3, 97, (9, 32), generator=torch.Generator().manual_seed(3))
     tokens[:, 0] = model.config.bos_token_id
     tokens[::2, 11] = model.config.eos_token_id
     return tokens
+
+
+def setting_of(model, saes, sequences, documents=NINE, folder=None, **how):
+    """What an evaluation gets."""
+    config = SimpleNamespace(**{"method": "lora", "train_sae": False, "eval_batch": 4, **how})
+    text = SimpleNamespace(held_out=sequences, documents=documents)
+    return SimpleNamespace(model=model, saes=saes, text=text, config=config, folder=folder)
 
 
 # ---- Intervals -----------------------------------------------------------------------------------
@@ -52,7 +64,7 @@ def test_t_quantiles_are_the_tables_and_scipys():
         assert t_quantile(df) == pytest.approx(t, abs=1e-6)
     stats = pytest.importorskip("scipy.stats", reason="the oracle is scipy")
     for df in (*range(1, 40), 1.2, 4.37, 12.8, 976, 5000):
-        assert t_quantile(df) == pytest.approx(stats.t.ppf(0.95, df), rel=1e-9)
+        assert t_quantile(df) == pytest.approx(stats.t.ppf(0.95, df), rel=1e-5)
 
 
 def test_an_interval_is_students_and_one_value_has_none():
@@ -68,7 +80,8 @@ def test_a_ratio_of_paired_values_knows_that_they_move_together():
     noise = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     two = torch.full((50,), 2.0, dtype=torch.float64)
     for documents in (None, torch.arange(50) // 4):
-        assert ratio(0.3 * b, b, documents) == pytest.approx((0.3, 0), abs=1e-12)
+        mean, half = ratio(0.3 * b, b, documents)
+        assert mean == pytest.approx(0.3) and (half is None or half < 1e-12)
         expected = interval(noise / 2, documents)
         assert ratio(noise, two, documents) == pytest.approx(expected)
         assert ratio(noise, b * 0, documents) == (None, None)
@@ -114,7 +127,8 @@ SIZES = torch.tensor([34, 20, 18, 13, 10, 9, 9, 9, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3,
 
 @pytest.mark.parametrize("correlation, skewed", [(0, False), (0.5, False), (0.3, True)])
 def test_intervals_over_documents_cover_what_they_say(correlation, skewed):
-    """900 texts of a known mean, paired difference and ratio: 90 % intervals hold 87 to 93 %."""
+    """900 texts of known mean, paired difference, ratio and difference of ratios of the same
+    sequences: 87 to 93 % of the 90 % intervals hold the truth."""
     documents = torch.arange(len(SIZES)).repeat_interleave(SIZES)
     n, generator = len(documents), torch.Generator().manual_seed(1)
 
@@ -129,19 +143,22 @@ def test_intervals_over_documents_cover_what_they_say(correlation, skewed):
         of_document = draw(len(SIZES))[documents]
         return correlation ** 0.5 * of_document + (1 - correlation) ** 0.5 * chunk
 
-    covered, naive, trials = {"mean": 0, "difference": 0, "ratio": 0}, 0, 900
+    covered, naive, trials = [0, 0, 0, 0], 0, 900
     for _ in range(trials):
-        gap, change = 1 + 0.2 * values(), 0.3 * values()
-        found = {
-            "mean": (interval(gap, documents), 1),
-            "difference": (interval(gap - change, documents), 1),
-            "ratio": (ratio(0.4 * gap + change, gap, documents), 0.4),
-        }
-        for name, ((value, half), truth) in found.items():
-            covered[name] += abs(value - truth) <= half
+        gap, change, other = 1 + 0.2 * values(), 0.3 * values(), 2 + 0.3 * values()
+        won, other_won = 0.4 * gap + change, 0.3 * other + 0.5 * change
+        apart = linearised(won, gap) - linearised(other_won, other)
+        found = [
+            (interval(gap, documents), 1),
+            (interval(gap - change, documents), 1),
+            (ratio(won, gap, documents), 0.4),
+            (interval(apart, documents), 0.1),
+        ]
+        for i, ((value, half), truth) in enumerate(found):
+            covered[i] += abs(value - truth) <= half
         value, half = interval(gap)
         naive += abs(value - 1) <= half
-    for count in covered.values():
+    for count in covered:
         assert 0.87 <= count / trials <= 0.93
     assert correlation == 0 or naive / trials < 0.7     # as if sequences were independent
 
@@ -153,7 +170,32 @@ def test_too_few_documents_have_no_interval_whatever_the_number_of_sequences():
         assert interval(values, documents) == (values.mean().item(), None)
         assert ratio(values, values + 3, documents)[1] is None
     assert interval(values, torch.arange(400) % 8)[1] > 0
+
+
+def test_an_estimate_says_what_it_is_over():
+    mean, half, what = over([0.1, 0.3], "seeds")
+    assert (mean, half, what) == (pytest.approx(0.2), pytest.approx(0.6313752), "2 seeds")
+    assert over([0.5], "seeds") == (0.5, None, "1 seed")
+    assert over_documents(NINE.double(), NINE) == (*interval(NINE.double(), NINE), "9 documents")
+
+
+def test_a_missing_interval_is_neither_printed_nor_drawn(capsys):
+    assert plus_minus(None) == "" and with_interval(None, 1) == "" == with_interval(None, None)
+    assert with_interval(0.5, None, "+.2f") == "+0.50"
+    assert with_interval(2, 1, "+.1f") == "+2.0 ± 1.0"
     assert math.isnan(error_bar(None)) and error_bar(0.5, 100) == 50
+    print_tables([Table("", ["", "n"], [["one", 1.0]]), Table("two", ["x"], [["y"]], ["a note"])])
+    assert capsys.readouterr().out == "\n          n\none  1.0000\n\ntwo\n\nx\ny\n\na note\n"
+
+    figures = pytest.importorskip("matplotlib.figure", reason="draws the pictures")
+    axes = figures.Figure().subplots()
+    lines(axes, [0, 1], {"a": [(1, None), (2, 0.5)]})
+    bars(axes, ["x", "y"], {"b": [(1, None), (2, 0.5)]})
+    drawn = [found for found in axes.containers if hasattr(found, "has_yerr")]
+    assert len(drawn) == 2
+    for container in drawn:
+        none, some = container[2][0].get_segments()
+        assert len(none) == 0 and some[:, 1].tolist() == [1.5, 2.5]
 
 
 def test_evaluation_switches_dropout_off_and_training_back_on(model):
@@ -166,22 +208,15 @@ def test_evaluation_switches_dropout_off_and_training_back_on(model):
 
 # ---- Fidelity ------------------------------------------------------------------------------------
 
-def zeroed(sae, special):
-    """Zeros where the SAE replaces something: everywhere, or everywhere but at BOS and EOS."""
-    keeps = special & (not sae.on_special)
-    return lambda x: torch.where(keeps[..., None], x, 0.0)
-
-
-def naive(model, saes, tokens, setting):
-    """CE and KL of every prediction [B, T - 1] from whole forward passes."""
-    zero = {layer: zeroed(sae, model.special(tokens)) for layer, sae in saes.items()}
-    with base(model):
-        log_p = model(tokens).double().log_softmax(-1)[:, :-1]
-        logits = model(tokens, {"sae": saes, "zero": zero}.get(setting, {}))
-    if setting in ("adapted", "lora"):
-        logits = model(tokens, saes if setting == "adapted" else {})
-    log_q = logits.double().log_softmax(-1)[:, :-1]
-    return -log_q.gather(-1, tokens[:, 1:, None])[..., 0], (log_p.exp() * (log_p - log_q)).sum(-1)
+def whole_pass(model, saes, tokens, setting):
+    """The final hidden state of a setting and its log-probabilities [B, T, V], with the adapters
+    switched by hand.
+    """
+    saes = saes if setting in ("sae", "adapted") else {}
+    with base(model) if setting in ("base", "sae") else nullcontext():
+        special = model.special(tokens)
+        x = model.run(model.embed(tokens), 0, len(model.layers), saes, special)
+        return model.norm(x), model(tokens, saes).double().log_softmax(-1)
 
 
 @pytest.mark.parametrize("on_special", [False, True])
@@ -192,14 +227,24 @@ def test_every_setting_is_its_whole_forward_pass(model, sequences, kinds, blocks
     saes = {layer: sae_of(kind, model, layer, on_special=on_special)
             for layer, kind in kinds.items()}
     adapt(model, blocks)
+    hidden, log_p = zip(*(whole_pass(model, saes, sequences, name) for name in ALL))
+
+    states = fidelity.hidden_by_setting(model, saes, sequences, ALL)
+    for setting, expected, (name, state) in zip(ALL, hidden, states):
+        assert name == setting and all(module.enabled for module in adapters(model).values())
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
+    assert not any(torch.allclose(a, b) for a, b in combinations(hidden, 2))
+
     found = fidelity.measure(model, saes, sequences.split(4), ALL)
     assert found["sae"]["l0"].keys() == found["adapted"]["ev"].keys() == kinds.keys()
-    for setting in ALL:
-        ce, kl = naive(model, saes, sequences, setting)
-        torch.testing.assert_close(found[setting]["ce"], ce.mean(1), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found[setting]["kl"], kl.mean(1), rtol=1e-5, atol=1e-5)
-        assert (found[setting]["kl"] == 0).all() if setting == "base" else (
-            found[setting]["kl"] > 0.01).all()
+    assert fidelity.measure(model, saes, [sequences], ("lora",)).keys() == {"lora"}
+    for name, log_q in zip(ALL, log_p):
+        ce = -log_q[:, :-1].gather(-1, sequences[:, 1:, None])[..., 0]
+        kl = (log_p[0].exp() * (log_p[0] - log_q)).sum(-1)[:, :-1]
+        torch.testing.assert_close(found[name]["ce"], ce.mean(1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[name]["kl"], kl.mean(1), rtol=1e-5, atol=1e-5)
+        assert ((found[name]["kl"] > 0.01) == (name != "base")).all()
+    assert (found["base"]["kl"] == 0).all()
 
 
 def test_l0_and_explained_variance_are_over_all_text_positions(model, sequences):
@@ -223,30 +268,33 @@ def test_fresh_adapters_change_nothing(model, sequences):
     for loss in ("ce", "kl"):
         assert torch.equal(found["adapted"][loss], found["sae"][loss])
         assert torch.equal(found["lora"][loss], found["base"][loss])
-    numbers = fidelity.summary(found)
+    numbers = fidelity.summary(found, NINE)
     assert numbers["kl_gap_closed"] == 0 != numbers["excess_sae"]
     assert numbers["gap_closed"] in (0, None)
     assert numbers["excess_adapted"] == numbers["excess_sae"]
+    apart = distances.evaluate(setting_of(model, {1: sae_of("topk", model)}, sequences))["all"]
+    assert apart["l2"]["change"] == (0, 0, 0) and apart["l2"]["ci90"] == (None, None, None)
+    assert (apart["cosine"]["change_after"], apart["cosine"]["ci90_after"]) == (0, None)
 
 
 def test_a_lossless_sae_costs_nothing_and_leaves_no_gap(model, sequences):
     add_lora(model, [2, 3], 3)
-    found = fidelity.measure(model, {1: Identity()}, [sequences], ALL)
-    numbers = fidelity.summary(found)
+    setting = setting_of(model, {1: Identity()}, sequences)
+    numbers = fidelity.evaluate(setting)
     assert numbers["ce_sae"] == numbers["ce_base"] and numbers["kl_sae"] == 0
     assert numbers["gap_closed"] is None and numbers["kl_gap_closed"] is None
-    assert numbers["loss_recovered_sae"] == 1 and numbers["explained_variance_sae"] == {1: 1}
-    apart = distances.measure(model, {1: Identity()}, [sequences])
+    assert numbers["explained_variance_sae"] == {1: 1}
+    apart = distances.evaluate(setting)
     for positions in ("all", "without_0"):
         assert apart[positions]["l2"]["sae"] == [0, 0, 0]
         assert apart[positions]["cosine"]["sae"] == pytest.approx([1, 1, 1], abs=1e-6)
 
 
 def results_of(**settings):
-    """What fidelity.measure returns, for {setting: ([CE], [KL])} of each sequence."""
+    """What fidelity.measure returns, for {setting: ([CE], [KL])} of each sequence, three times."""
     found = {}
     for name, losses in settings.items():
-        ce, kl = (torch.tensor(values, dtype=torch.float64) for values in losses)
+        ce, kl = (torch.tensor(values * 3, dtype=torch.float64) for values in losses)
         found[name] = {"ce": ce, "kl": kl, "l0": {1: 8.0}, "ev": {1: 0.5}}
     return found
 
@@ -254,124 +302,109 @@ def results_of(**settings):
 def test_the_summary_is_arithmetic_on_the_sequences():
     numbers = fidelity.summary(results_of(
         base=([1, 2, 3], [0] * 3), sae=([1.5, 2.4, 3.6], [0.2, 0.4, 0.6]),
-        adapted=([1.2, 2.3, 3.3], [0.1] * 3), zero=([5, 6, 7], [0.1] * 3)))
+        adapted=([1.2, 2.3, 3.3], [0.1] * 3)), NINE)
     assert numbers["ce_sae"] == 2.5 and numbers["excess_sae"] == pytest.approx(0.5)
     assert numbers["gap_closed"] == pytest.approx((0.3 + 0.1 + 0.3) / 1.5)
     assert numbers["kl_gap_closed"] == pytest.approx((0.4 - 0.1) / 0.4)
-    assert numbers["loss_recovered_adapted"] == pytest.approx((18 - 6.8) / 12)
-    assert numbers["ci90"]["excess_sae"] == pytest.approx(2.919986 * 0.1 / 3 ** 0.5, abs=1e-6)
-    assert numbers["ci90"]["ce_sae"] > 1                # sequences differ more than the SAE costs
+    half = t_quantile(8) * (0.06 / 8 / 9) ** 0.5        # squares of 0, ±0.1, ±0.1, three times
+    assert numbers["ci90"]["excess_sae"] == pytest.approx(half)
+    assert numbers["ci90"]["ce_sae"] > 0.5              # sequences differ more than the SAE costs
+    assert numbers["documents"] == 9
     json.dumps(numbers, allow_nan=False)
 
 
 @pytest.mark.parametrize("costs, said", [
-    ([-0.1, -0.2, -0.3], "does not raise"), ([0.3, -0.2, -0.05], "no more cross-entropy"),
+    ([-0.1, -0.2, -0.3], "no gap"), ([0.3, -0.2, -0.05], "no gap"),
     ([0.1, 0.2, 0.3], "gap closed 50.0%")])
-def test_of_a_gap_that_is_not_there_no_part_is_closed(costs, said, capsys):
+def test_of_a_gap_that_is_not_there_no_part_is_closed(costs, said):
     after = [1 + costs[0] / 2, 2 + costs[1] / 2, 3 + costs[2] / 2]
     before = [1 + costs[0], 2 + costs[1], 3 + costs[2]]
     numbers = fidelity.summary(results_of(
-        base=([1, 2, 3], [0] * 3), sae=(before, [0.4] * 3), adapted=(after, [0.1] * 3)))
-    assert (numbers["gap_closed"] is None) == ("gap closed" not in said)
+        base=([1, 2, 3], [0] * 3), sae=(before, [0.4] * 3), adapted=(after, [0.1] * 3)), NINE)
+    assert (numbers["gap_closed"] is None) == (said == "no gap")
     assert numbers["kl_gap_closed"] == pytest.approx(0.75)
-    assert (numbers["ci90"]["gap_closed"] is None) == (numbers["gap_closed"] is None)
-    fidelity.show(numbers)
-    line = capsys.readouterr().out.splitlines()[-1]
+    line, = fidelity.tables(numbers)[-1].notes
     assert said in line and "KL gap closed 75.0%" in line and "too few" not in line
-
-
-BEFORE = results_of(base=([1, 2, 3], [0] * 3), sae=([2, 3, 4], [1] * 3))
 
 
 @pytest.mark.parametrize("after, closed, kl_closed, won_back", [
     (dict(sae=([1.8, 2.8, 3.8], [0.9] * 3), adapted=([1.6, 2.6, 3.6], [0.6] * 3)), 0.4, 0.4, 0.25),
-    (dict(sae=([1.7, 2.7, 3.7], [0.8] * 3)), 0.3, 0.2, None)])     # adapters too; the SAE alone
+    (dict(sae=([1.7, 2.7, 3.7], [0.8] * 3)), 0.3, 0.2, None)])     # with adapters; only the SAE
 def test_the_gap_is_that_of_the_sae_as_it_came(after, closed, kl_closed, won_back, capsys):
-    results = results_of(base=([1, 2, 3], [0] * 3), **after)
-    numbers = fidelity.summary(results, before=BEFORE)
+    numbers = fidelity.summary(results_of(
+        base=([1, 2, 3], [0] * 3), before=([2, 3, 4], [1] * 3), **after), NINE)
     assert numbers["gap_closed"] == pytest.approx(closed)
     assert numbers["kl_gap_closed"] == pytest.approx(kl_closed)
     assert numbers.get("won_back_by_adapters") == (won_back and pytest.approx(won_back))
     assert numbers["ce_before"] == 3 and numbers["excess_before"] == 1
     assert numbers["l0_before"] == {1: 8.0}
-    fidelity.show(numbers)
+    print_tables(fidelity.tables(json.loads(json.dumps(numbers))))      # as from its file
     shown = capsys.readouterr().out
     assert "with SAE as it came" in shown and f"gap closed {closed:.1%}" in shown
     assert ("adapters win back 25.0%" in shown) == (won_back is not None)
+    assert "L0, as it came  explained variance    L0  explained variance" in shown
 
 
-def test_an_sae_that_trained_is_compared_with_the_run_s_file_of_before(model, sequences, tmp_path):
+def test_an_sae_that_trained_is_compared_with_the_run_s_file(model, sequences, tmp_path):
     """eval.py's numbers are those that training ended with."""
     came, trained = sae_of("topk", model, 1), sae_of("topk", model, 2)
-    batches, documents = sequences.split(4), torch.tensor([0, 0, 1, 1, 1, 2])
     adapt(model, [2, 3])
-    before = fidelity.measure(model, {1: came}, batches, ("base", "sae"))
-    write_json(tmp_path / "before.json", fidelity.as_json(before))
-    again = fidelity.read_results(tmp_path / "before.json")
-    assert torch.equal(again["sae"]["ce"], before["sae"]["ce"])
-    assert again["sae"]["l0"] == before["sae"]["l0"]
+    for method, names in (("lora", ALL), ("finetune", ("base", "sae"))):
+        setting = setting_of(model, {1: trained}, sequences, folder=tmp_path, method=method,
+                             train_sae=method == "lora")
+        batches = sequences.split(4)
+        results = fidelity.measure(model, {1: trained}, batches, names)
+        results["before"] = fidelity.measure(model, {1: came}, batches, ("sae",))["sae"]
+        fidelity.write_sequences(tmp_path, results, NINE)
 
-    text = SimpleNamespace(held_out=sequences, documents=documents)
-    for method, names in (("lora", ("base", "sae", "adapted")), ("finetune", ("base", "sae"))):
-        config = SimpleNamespace(method=method, train_sae=method == "lora", eval_batch=4)
-        setting = SimpleNamespace(model=model, saes={1: trained}, text=text, config=config,
-                                  folder=tmp_path)
-        now = fidelity.measure(model, {1: trained}, batches, names)
-        ended_with = fidelity.summary(now, documents, before)
-        found = fidelity.evaluate(setting, None)
-        for name in ("gap_closed", "kl_gap_closed", "ce_before", "excess_before"):
-            assert found[name] == ended_with[name]
-        assert ("won_back_by_adapters" in found) == (method == "lora")
+        again = fidelity.read_sequences(tmp_path)
+        assert torch.equal(again.pop("documents"), NINE) and again.keys() == results.keys()
+        for name, values in results.items():
+            assert all(torch.equal(again[name][loss], values[loss]) for loss in ("ce", "kl"))
+            assert again[name].get("l0") == values.get("l0")
+        expected = fidelity.summary(results, NINE)
+        assert fidelity.evaluate(setting) == {**expected, "eval_tokens": 9 * 32}
+        assert ("won_back_by_adapters" in expected) == (method == "lora")
 
 
-def test_tables_and_pictures_say_where_documents_are_too_few(model, sequences, capsys):
+def test_tables_say_where_documents_are_too_few(model, sequences, capsys):
     figures = pytest.importorskip("matplotlib.figure", reason="draws the pictures")
-    saes, batches, documents = {1: sae_of("topk", model)}, [sequences], [5, 5, 9, 9, 9, 9]
-    adapt(model, [2, 3])
-    numbers = fidelity.summary(fidelity.measure(model, saes, batches, ALL), documents)
-    assert numbers["documents"] == 2 and set(numbers["ci90"].values()) == {None}
-    change = token_suite.changes(model, saes, batches)
-    suites = [
-        (fidelity, numbers),
-        (token_suite, token_suite.statistics(change, documents)),
-        (distances, distances.measure(model, saes, batches, documents)),
-    ]
-    for suite, numbers in suites:
-        suite.show(numbers)
+    setting = setting_of(adapt(model, [2, 3]), {1: sae_of("topk", model)}, sequences, NINE // 5)
+    for suite in (fidelity, token_suite, distances):
+        numbers = json.loads(json.dumps(suite.evaluate(setting), allow_nan=False))
+        assert numbers["documents"] == 2
+        print_tables(suite.tables(numbers))
         shown = capsys.readouterr().out
-        assert "too few documents for an interval: 2" in shown and "±" not in shown
-        figure = figures.Figure()
-        suite.draw(numbers, figure)
-        title = figure.get_suptitle()
-        assert "90 %" not in title and (suite is not fidelity or "too few documents" in title)
+        assert without_interval(2) in shown and "±" not in shown
+        suite.draw(numbers, figures.Figure())
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
 
 def test_shares_of_tokens_and_of_improvement_on_planted_changes():
-    change = torch.tensor([[0.5, -0.05, 0.0, 2.0], [0.005, -0.5, 0.02, 20.0]])
-    numbers = token_suite.statistics(change)
-    assert (numbers["tokens"], numbers["share_worse"], numbers["share_better"]) == (8, 1 / 4, 5 / 8)
+    change = torch.tensor([[0.5, -0.05, 0.0, 2.0], [0.005, -0.5, 0.02, 20.0]]).repeat(4, 1)
+    numbers = token_suite.statistics(change, torch.arange(8))
+    assert numbers["tokens"] == 32
+    assert (numbers["share_worse"], numbers["share_better"]) == (1 / 4, 5 / 8)
     assert numbers["improvement"] == pytest.approx(21.975 / 8)
-    assert numbers["ci90"]["share_worse"] == 0          # a quarter of the tokens of both sequences
-    assert numbers["gained"] - numbers["lost"] == pytest.approx(numbers["improvement"])
+    assert numbers["from_middle"] == pytest.approx((0.5 - 0.05 - 0.5 + 0.02) / 21.975)
+    assert numbers["ci90"]["share_worse"] is None       # a quarter of the tokens of all sequences
+    assert numbers["ci90"]["from_middle"] > 0 < numbers["ci90"]["improvement"]
     for part, total in (("gained", 22.525), ("lost", 0.55)):
         assert numbers[part] == pytest.approx(total / 8)
         assert sum(row[part] for row in numbers["by_size"]) == pytest.approx(total / 8)
     for row in numbers["by_size"][3:5]:                 # hundredths and tenths of a nat
         assert (row["share_better"], row["share_worse"]) == (1 / 8, 1 / 8)
     assert numbers["by_size"][4]["lost"] == pytest.approx(0.5 / 8)
-    assert sum(numbers["histogram"]["better"]) == 4     # 20 nats lie beyond the paper's last bin,
+    assert sum(numbers["histogram"]["better"]) == 16    # 20 nats lie beyond the paper's last bin,
     assert numbers["by_size"][-1]["share_better"] == 2 / 8      # not beyond the table
 
 
 def test_the_mean_change_of_all_tokens_is_the_improvement_of_fidelity(model, sequences):
-    saes = {1: sae_of("topk", model)}
-    adapt(model, [2, 3])
-    numbers = token_suite.statistics(token_suite.changes(model, saes, sequences.split(2)))
-    whole = fidelity.summary(fidelity.measure(model, saes, [sequences]))
+    setting = setting_of(adapt(model, [2, 3]), {1: sae_of("topk", model)}, sequences)
+    numbers, whole = token_suite.evaluate(setting), fidelity.evaluate(setting)
     assert numbers["improvement"] == pytest.approx(whole["ce_sae"] - whole["ce_adapted"], abs=1e-6)
-    assert numbers["tokens"] == 6 * 31 and 0 < numbers["share_worse"] < 1
+    assert numbers["tokens"] == 9 * 31 and 0 < numbers["share_worse"] < 1
 
 
 # ---- Distances -----------------------------------------------------------------------------------
@@ -379,8 +412,9 @@ def test_the_mean_change_of_all_tokens_is_the_improvement_of_fidelity(model, seq
 def test_distances_are_those_of_whole_forward_passes(model, sequences):
     saes = {1: sae_of("topk", model)}
     adapt(model, [0, 2])
-    numbers = distances.measure(model, saes, sequences.split(4))
-    assert numbers["layers"] == [1, 2, 3] and numbers["sequences"] == 6
+    numbers = distances.evaluate(setting_of(model, saes, sequences))
+    assert numbers["layers"] == [1, 2, 3] and numbers["documents"] == 9
+    changes = {}
     for i, layer in enumerate(numbers["layers"]):
         with torch.no_grad(), base(model):
             a, sae = (model.run(model.embed(sequences), 0, layer + 1, each).double()
@@ -393,29 +427,26 @@ def test_distances_are_those_of_whole_forward_passes(model, sequences):
             for measure, (before, after) in (("l2", l2), ("cosine", cosine)):
                 found = numbers[name][measure]
                 assert found["sae"][i] == pytest.approx(before.mean().item(), rel=1e-5)
-                assert found["adapted"][i] == pytest.approx(after.mean().item(), rel=1e-5)
                 change = found["change"][i], found["ci90"][i]
                 assert change == pytest.approx(interval(after - before), rel=1e-3, abs=1e-6)
+                changes.setdefault((name, measure), []).append(after - before)
+    for (name, measure), (_, *after) in changes.items():        # the mean of the blocks after
+        found = numbers[name][measure]
+        expected = interval(torch.stack(after).mean(0))
+        assert (found["change_after"], found["ci90_after"]) == pytest.approx(
+            expected, rel=1e-3, abs=1e-6)
+    last = distances.evaluate(setting_of(model, {3: sae_of("topk", model)}, sequences))
+    assert last["layers"] == [3] and last["all"]["l2"]["change_after"] is None
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module", params=["gemma2", "llama"])
-def place(request, text_folder, tmp_path_factory):
-    """A folder with a tiny model, an SAE of layer 1, and short runs: of adapters and of an SAE."""
-    folder, gemma = tmp_path_factory.mktemp(request.param), request.param == "gemma2"
-    raw = GEMMA if gemma else LLAMA
-    write_model(folder / "model", raw)
-    write_tokenizer(folder / "model", raw, TEXT + "x0123456789 = ")
-    sae = random_sae("jumprelu" if gemma else "topk", raw["hidden_size"], k=6, threshold=0.3)
-    save_sae(sae, folder / "sae", model_name="test", layer=1, context=32)
-    words = ["--model", folder / "model", "--layer", 1, "--data", text_folder, "--context", 32,
-             "--tokens", 640, "--eval-tokens", 2048, "--batch-size", 2, "--lr", 1e-2,
-             "--dtype", "float32", "--device", "cpu"]
-    command("train", *words, "--sae", folder / "sae", "--rank", 2, "--out", folder / "run")
-    command("train", *words, "--method", "topk", "--width", 64, "--k", 4,
-            "--out", folder / "sae-run")
-    return folder
+@pytest.fixture
+def place(finished, tmp_path):
+    """A folder with two short runs: of adapters, and of an SAE."""
+    for kind, name in (("lora", "run"), ("topk", "sae-run")):
+        shutil.copytree(finished(kind), tmp_path / name)
+    return tmp_path
 
 
 def test_every_suite_leaves_a_file_a_table_and_a_picture(place, capsys):
@@ -423,51 +454,58 @@ def test_every_suite_leaves_a_file_a_table_and_a_picture(place, capsys):
     run = place / "run"
     command("eval", run, "--suite", "fidelity,tokens,distances")
     shown = capsys.readouterr().out
-    for name in ("fidelity", "tokens", "distances"):
-        assert f"---- {name} ----" in shown and (run / f"eval-{name}.json").exists()
+    for name, said in (("fidelity", "with SAE + LoRA"), ("tokens", "1 to inf"),
+                       ("distances", "output of")):
+        assert said in shown and f"{run}/eval-{name}.json" in shown
+        assert (run / f"eval-{name}.json").exists()
         assert (run / f"eval-{name}.png").read_bytes().startswith(b"\x89PNG")
     (run / "eval-tokens.png").unlink()
     command("eval", run, "--suite", "tokens", "--draw")         # from the file alone
-    assert (run / "eval-tokens.png").exists() and "----" not in capsys.readouterr().out
+    assert (run / "eval-tokens.png").exists() and capsys.readouterr().out == ""
 
 
 def test_without_matplotlib_one_line_says_what_draws_the_picture(place, capsys, monkeypatch):
-    (place / "run" / "eval-tokens.png").unlink(missing_ok=True)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     command("eval", place / "run", "--suite", "tokens")
-    assert "pip install matplotlib && python eval.py" in capsys.readouterr().out.splitlines()[-1]
+    line, = capsys.readouterr().err.splitlines()
+    assert f"pip install matplotlib && python eval.py {place}/run --suite tokens --draw" in line
     assert not (place / "run" / "eval-tokens.png").exists()
 
 
 def test_a_run_that_trained_an_sae_is_evaluated_without_adapters(place, capsys):
-    command("eval", place / "sae-run")
-    numbers = read(place / "sae-run" / "eval-fidelity.json")
-    results = read(place / "sae-run" / "results.json")
+    run = place / "sae-run"
+    command("eval", run, "--suite", "fidelity,tenths")
+    numbers, results = read(run / "eval-fidelity.json"), read(run / "results.json")
     assert numbers["ce_sae"] == pytest.approx(results["ce_sae"], rel=1e-5)
-    assert not {"ce_adapted", "gap_closed"} & set(numbers) and "loss_recovered_sae" in numbers
-    assert "no adapter" in refusal("eval", place / "sae-run", "--suite", "tokens")
+    assert not {"ce_adapted", "gap_closed"} & set(numbers)
+    assert "no adapter" in refusal("eval", run, "--suite", "tokens")
+
+    rows = read(run / "eval-tenths.json")["rows"]
+    assert [row["percent"] for row in rows] == list(range(10, 101, 10))
+    assert rows[-1]["ce"] == pytest.approx(results["ce_sae"]) != rows[0]["ce"]
+    assert rows[-1]["ci90"]["kl"] == pytest.approx(results["ci90"]["kl_sae"])
+    assert rows[3]["tokens"] == 512 and rows[0]["seconds"] < rows[-1]["seconds"]
+    assert "40 %" in capsys.readouterr().out
+    assert "tenth by tenth" in refusal("eval", place / "run", "--suite", "tenths")
 
 
-def test_folders_that_cannot_be_evaluated_are_answered_in_one_line(place, tmp_path, capsys):
+def test_folders_that_cannot_be_evaluated_are_answered_in_one_line(place, tmp_path):
+    """Others are in test_train.py, with what --merge and --resume say of them."""
     (tmp_path / "empty").mkdir()
-    for name in "nowhere", "empty":
-        assert f"{name} has no config.json" in refusal("eval", tmp_path / name)
     (tmp_path / "empty" / "config.json").write_text("[1]")
     assert "is not a JSON object" in refusal("eval", tmp_path / "empty")
-    assert "unknown" in misuse(capsys, "eval", place / "run", "--suite", "fidelity,magic")
-    half = shutil.copytree(place / "run", tmp_path / "half")
-    (half / "adapter" / "adapter_model.safetensors").unlink()
-    assert "adapter_model.safetensors" in refusal("eval", half)
-    shutil.rmtree(half / "adapter")
-    assert "no adapter yet" in refusal("eval", half) and f"--resume {half}" in refusal("eval", half)
-    shutil.rmtree(shutil.copytree(place / "sae-run", tmp_path / "young") / "sae")
-    assert "no sae yet" in refusal("eval", tmp_path / "young")
-    (place / "run" / "rank-4.bak").mkdir(exist_ok=True)
-    command("eval", place / "run", "--suite", "tokens")         # is no run of a rank
-    assert "eval-tokens.json" in refusal("eval", tmp_path / "young", "--suite", "tokens", "--draw")
+    (place / "run" / "adapter" / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors" in refusal("eval", place / "run")
+    shutil.rmtree(place / "run" / "adapter")
+    assert "adapter_config.json" in refusal("eval", place / "run")
+    line = refusal("eval", place / "sae-run", "--suite", "fidelity", "--draw")
+    assert "eval-fidelity.json" in line
+    shutil.rmtree(place / "sae-run" / "sae")
+    assert "there is no SAE" in refusal("eval", place / "sae-run")
 
-    # The adapter of another model, even if it would fit
-    foreign = shutil.copytree(place / "run", tmp_path / "foreign")
-    path = foreign / "adapter" / "adapter_config.json"
-    write_json(path, {**read(path), "base_model_name_or_path": "other/model"})
-    assert "an adapter of other/model" in refusal("eval", foreign)
+
+def test_only_the_runs_that_a_config_names_are_evaluated(place):
+    (place / "run" / "rank-4.bak").mkdir()
+    command("eval", place / "run", "--suite", "tokens")
+    assert (place / "run" / "eval-tokens.json").exists()
+    assert not list((place / "run" / "rank-4.bak").iterdir())

@@ -3,14 +3,15 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from helpers import command, counted, interrupted_after, read, refusal
+from helpers import command, read, words
 from lorasae import dictionary
 from lorasae.beyond import finetune
-from lorasae.adapt import adamw, frozen_forward, learning_rate, step_seed
+from lorasae.adapt import frozen_forward
 from lorasae.errors import InputError
 from lorasae.beyond.finetune import combined, loss_of, naive_loss, reference_of
+from lorasae.beyond.finetuning import Finetuning
 from lorasae.io.saes import load_sae, save_sae
-from lorasae.runs.config import Config, read_config
+from lorasae.runs.config import Config
 from lorasae.sae import JumpReLU, TopK, splice, used_positions
 
 LAYER = 1
@@ -155,23 +156,12 @@ def test_in_training_an_sae_does_to_the_model_what_it_does_in_place(model, token
 # ---- What stays ----------------------------------------------------------------------------------
 
 def fit(model, sae, tokens, steps=8, **how):
-    """Some steps on the same text -> [values], the optimiser."""
-    reference, part, first = prepared(model, sae, tokens)
+    """Some steps on the same text -> [values], the kind of step."""
     config = Config(method="finetune", tokens=steps * 48, batch_size=2, context=24, lr=1e-2,
                     lr_decay=True, **how)
-    trained = alone(sae, reference)
-    return steps_of(model, trained, part, first, config, config.lr)
-
-
-def steps_of(model, trained, part, first, config, sae_lr, of_adapters=adamw):
-    optimizer = finetune.optimizers(trained, config, sae_lr, of_adapters)
-    values = []
-    for step in range(config.steps):
-        torch.manual_seed(step_seed(config.seed, step))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(group["rate"], step, config)
-        values.append(finetune.take_step(model, trained, part, first, optimizer, config))
-    return values, optimizer
+    kind = Finetuning(model, LAYER, sae, {}, config, tokens)
+    part = kind.frozen(tokens)
+    return [kind.step(part, step) for step in range(config.steps)], kind
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
@@ -215,44 +205,28 @@ def test_the_l0_that_is_wanted_is_that_of_the_step_s_own_text(model):
 
 def test_rates_fall_and_those_of_a_jumprelus_vectors_have_the_scale_of_its_activations(
         model, tokens):
-    sae = random_sae("jumprelu", model.config.hidden_size)
-    reference, _, _ = prepared(model, sae, tokens)
-    _, optimizer = fit(model, sae, tokens, steps=4)
-    matrices, vectors = optimizer.param_groups
+    _, kind = fit(model, random_sae("jumprelu", model.config.hidden_size), tokens, steps=4)
+    matrices, vectors = kind.optimizer.param_groups
     assert matrices["lr"] == pytest.approx(1e-2 / 4)                    # of the last step
-    assert vectors["lr"] == pytest.approx(reference.unit * 1e-2 / 4)
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
+    assert vectors["lr"] == pytest.approx(kind.trained.reference.unit * 1e-2 / 4)
+    assert matrices["weight_decay"] == vectors["weight_decay"] == 0.0
 
 
 # ---- The run -------------------------------------------------------------------------------------
 
-@pytest.fixture
-def arguments(whole_model, text_folder):
-    return ["--method", "finetune", "--model", whole_model, "--layer", LAYER, "--data", text_folder,
-            "--context", 32, "--tokens", 640, "--eval-tokens", 256, "--batch-size", 2,
-            "--lr", 3e-3, "--dtype", "float32", "--device", "cpu"]
-
-
-@pytest.fixture
-def sae_of(raw_config, tmp_path):
-    """The folder of a random SAE of one kind, for the fixture `model`."""
-    def write(kind):
-        sae = random_sae(kind, raw_config["hidden_size"])
-        save_sae(sae, tmp_path / f"{kind}-before", model_name="test", layer=LAYER, context=32)
-        return tmp_path / f"{kind}-before"
-    return write
-
-
-@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
 def test_a_run_leaves_an_sae_that_eval_opens_and_that_a_model_is_adapted_to(
-        arguments, sae_of, tmp_path, capsys, kind):
-    run = tmp_path / "run"
-    command("train", *arguments, "--sae", sae_of(kind), "--out", run)
+        site, tmp_path, capsys, kind):
+    run, folder = tmp_path / "run", tmp_path / "before"
+    before = random_sae(kind, 48)
+    save_sae(before, folder, model_name="test", layer=LAYER, context=32)
+    arguments = words(site, "finetune", "--sae", folder, "--tokens", 640, "--lr", 3e-3)
+    command("train", *arguments, "--out", run)
     said = capsys.readouterr().out
-    assert "on balanced" in said and ("L0 held where it was" in said) == (kind == "jumprelu")
+    assert "loss            balanced" in said
+    assert ("L0 held where it was" in said) == (kind == "jumprelu")
 
-    results, before = read(run / "results.json"), load_sae(sae_of(kind))
+    results = read(run / "results.json")
     assert results["before"].keys() == {"fvu", "l0", "dead_latents"} < results.keys()
     assert results["kl_sae"] < results["kl_before"] and results["kl_gap_closed"] > 0
     assert (run / "sae/training.json").exists()
@@ -263,38 +237,7 @@ def test_a_run_leaves_an_sae_that_eval_opens_and_that_a_model_is_adapted_to(
 
     command("eval", run)
     assert read(run / "eval-fidelity.json")["kl_sae"] == pytest.approx(results["kl_sae"], rel=1e-6)
-    command("train", "--model", read(run / "config.json")["model"], "--sae", run, "--tokens", 128,
-            "--batch-size", 2, "--rank", 2, "--device", "cpu", "--out", tmp_path / "around")
-    around = read(tmp_path / "around/results.json")
-    assert around["kl_sae"] == pytest.approx(results["kl_sae"], rel=1e-4)
-
-
-@pytest.mark.parametrize("raw_config", ["llama"], indirect=True)
-def test_an_interrupted_finetune_resumes_to_the_bit(arguments, sae_of, tmp_path):
-    arguments += ["--sae", sae_of("jumprelu"), "--checkpoint-every", 4]
-    command("train", *arguments, "--out", tmp_path / "whole")
-    with interrupted_after(6, finetune, "take_step"), pytest.raises(SystemExit):
-        command("train", *arguments, "--out", tmp_path / "cut")
-    with counted(finetune, "take_step") as steps:
-        command("train", "--resume", tmp_path / "cut")
-    assert len(steps) == read_config(tmp_path / "cut").steps - 4        # from the checkpoint
-    found, expected = (load_sae(tmp_path / name).state_dict() for name in ("cut", "whole"))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
-def test_what_cannot_be_finetuned_is_refused_in_one_line(arguments, sae_of, tmp_path):
-    topk, narrow = sae_of("topk"), tmp_path / "narrow"
-    save_sae(random_sae("topk", 32), narrow, model_name="other", layer=LAYER, context=32)
-
-    def refused(sae, *more):
-        return refusal("train", *arguments, "--sae", sae, *more)
-
-    assert "activations of width 32, but the model's have 48" in refused(narrow)
-    assert "trained on block 1, not 2: pass --layer 1" in refused(topk, "--layer", 2)
-    assert "has none" in refused(topk, "--thresholds", "frozen")
-    assert "--rank has no effect" in refused(topk, "--rank", 4)
-    assert "--micro-batch" in refused(topk, "--micro-batch", 1)
-    assert "one --lr" in refused(topk, "--lr", 1e-3, 1e-2)
-    assert "the SAE of one layer" in refused(topk, "--layer", 1, 2)
-    assert "--sae-dtype" in refused(topk, "--sae-dtype", "bfloat16")
+    around = words(site, "lora", "--sae", run, "--tokens", 128, "--out", tmp_path / "around")
+    command("train", *around)
+    again = read(tmp_path / "around/results.json")
+    assert again["kl_sae"] == pytest.approx(results["kl_sae"], rel=1e-4)

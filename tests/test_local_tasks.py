@@ -1,4 +1,4 @@
-"""Table 5 without a network: questions about held-out text, in lm-eval's format."""
+"""Table 5 without a network: questions about held-out text, in lm-eval's format; its table."""
 import random
 import sys
 from collections import Counter
@@ -11,17 +11,19 @@ from conftest import GEMMA, random_weights
 from helpers import adapted, random_sae
 from lorasae.errors import InputError
 from lorasae.evals import benchmarks, local_tasks
-from lorasae.evals.benchmarks import SETTINGS
-from lorasae.evals.local_tasks import (CONTEXT, FOLLOWING, held_out_sources, passages, question,
-                                       questions)
+from lorasae.evals.benchmarks import SETTINGS, TABLE_5
+from lorasae.evals.local_tasks import CONTEXT, FOLLOWING, passages, question, questions
+from lorasae.evals.report import save_figure
 from lorasae.io.models import parse_config
 from lorasae.io.presets import TINY
 from lorasae.io.text import held_out, standard_library
 from lorasae.model import Transformer
 
-TASKS = ["local_mmlu", "local_hellaswag", "local_truthfulqa_mc1", "local_truthfulqa_gen"]
-CHOOSING = TASKS[:3]
+CHOOSING = ["local_mmlu", "local_hellaswag", "local_truthfulqa_mc1"]
+GENERATING = "local_truthfulqa_gen"
 
+
+# ---- The questions -----------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def sources():
@@ -32,7 +34,7 @@ def sources():
     files = [watched(file) for file in standard_library()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_tasks, "standard_library", lambda: files)
-        return held_out_sources()
+        return local_tasks.held_out_sources()
 
 
 @pytest.fixture(scope="module")
@@ -40,39 +42,31 @@ def asked(sources):
     return questions(sources)
 
 
-# ---- The questions -------------------------------------------------------------------------------
-
-def test_questions_are_reproducible(sources, asked):
-    assert questions(sources) == asked
-    assert list(asked) == TASKS
-    assert [len(rows) for rows in asked.values()] == [400, 200, 200, 200]
+def right(row):
+    return row["choices"][row["label"]]
 
 
-def test_they_come_from_held_out_files_alone(sources, asked):
-    held = {file.name for file in standard_library() if held_out(file.name)}
+def test_questions_are_reproducible_and_come_only_from_held_out_files(sources, asked):
+    assert questions(sources) == asked and asked[GENERATING] == asked["local_truthfulqa_mc1"]
+    assert [len(asked[task]) for task in CHOOSING] == [400, 200, 200]
+    held = [file for file in standard_library() if held_out(file.name)]
     assert len(sources) == len(held) and 0 < len(held) < len(standard_library()) / 8
     text = "\0".join(sources)
-    for rows in asked.values():
-        for row in rows:
-            assert row["query"] + row["choices"][row["label"]] in text
-            assert all(choice in text for choice in row["choices"])
+    for row in sum(asked.values(), []):
+        assert row["query"] + right(row) in text
+        assert all(choice in text for choice in row["choices"])
 
 
 @pytest.mark.parametrize("task", CHOOSING)
-def test_the_right_answer_is_anywhere_among_four_different_ones(asked, task):
-    places = Counter(row["label"] for row in asked[task])
-    assert set(places) == {0, 1, 2, 3}
-    assert all(0.15 < count / len(asked[task]) < 0.35 for count in places.values())
-    assert all(len(set(row["choices"])) == 4 for row in asked[task])
-
-
-@pytest.mark.parametrize("task", CHOOSING)
-def test_neither_length_nor_frequency_gives_the_answer_away(asked, task):
+def test_neither_place_nor_length_nor_frequency_gives_the_answer_away(asked, task):
     rows = asked[task]
+    assert all(len(set(row["choices"])) == 4 for row in rows)
+    places = Counter(row["label"] for row in rows)
+    assert all(0.15 < places[place] / len(rows) < 0.35 for place in range(4))
     frequency = Counter(choice for row in rows for choice in row["choices"])
     for guess in (len, lambda choice: -len(choice), frequency.get):
-        right = sum(max(row["choices"], key=guess) == row["choices"][row["label"]] for row in rows)
-        assert 0.12 < right / len(rows) < 0.4
+        score = sum(max(row["choices"], key=guess) == right(row) for row in rows) / len(rows)
+        assert 0.12 < score < 0.4
 
 
 def test_passages_are_whole_lines_and_a_question_needs_three_different_wrong_answers():
@@ -81,14 +75,15 @@ def test_passages_are_whole_lines_and_a_question_needs_three_different_wrong_ans
     assert sorted(question(rng, "q", "a", [*"abbcd"])["choices"]) == [*"abcd"]
     source = "".join(f"line {i}: {'x' * (i % 50)}\n" for i in range(200)) + "\n\nend"
     found = passages([source, source])
-    one, other = ([passage for passage in found if passage.file == file] for file in (0, 1))
-    assert source.startswith("".join(context + following for _, context, following in one))
-    assert [passage[1:] for passage in other] == [passage[1:] for passage in one]
-    for _, context, following in found:
+    one, other = ([passage[1:] for passage in found if passage.file == file] for file in (0, 1))
+    assert source.startswith("".join(map("".join, one))) and other == one
+    for context, following in one:
         assert len(context) >= CONTEXT and len(following) >= FOLLOWING
         assert context.endswith("\n") and following.endswith("\n")
     assert not passages(["short\n" * 10, "y" * 10_000 + "\n" + "x" * 90])
 
+
+# ---- Table 5 -----------------------------------------------------------------------------------
 
 def test_an_embedded_model_gets_them_by_default_and_others_the_papers(capsys):
     for model in ("tiny-gemma-2", str(TINY / "llama-3")):
@@ -96,91 +91,82 @@ def test_an_embedded_model_gets_them_by_default_and_others_the_papers(capsys):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and "tiny-gemma-2 is an embedded model: --tasks local" in said[0]
     for model in ("gemma-2-2b", "google/gemma-2-2b", "models/my-own"):
-        assert benchmarks.default_tasks(model) == "mmlu,hellaswag,truthfulqa_mc1,truthfulqa_gen"
+        assert benchmarks.default_tasks(model) == "mmlu,hellaswag,truthfulqa_gen,truthfulqa_mc1"
     assert capsys.readouterr().err == ""
 
 
 def test_without_lm_eval_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r'need the lm-eval package: pip install "lm-eval'):
-        benchmarks.evaluate(None, SimpleNamespace(tasks="local", limit=3))
+        benchmarks.evaluate(None, tasks="local", limit=3)
 
 
-def test_table_5_shows_the_papers_metrics_by_the_names_of_its_benchmarks(capsys):
-    accuracies = {"acc": [0.5, 0.01], "acc_norm": [0.7, 0.02]}
-    bleu = {"bleu_max": [20.0, 1.0], "bleu_acc": [0.25, 0.03]}
-    found = {"mmlu": accuracies, "mmlu_anatomy": accuracies, "hellaswag": accuracies,
-             "truthfulqa_gen": bleu, "local_mmlu": accuracies, "local_truthfulqa_gen": bleu,
-             "own": {"acc": [0.1, None]}}
-    tasks = [task for task in found if task != "mmlu_anatomy"]          # of mmlu, a group
-    benchmarks.show({"tasks": tasks, "sae": found, "lora": found})
-    heading, *lines = capsys.readouterr().out.splitlines()
-    assert heading.split() == ["SAE", "LoRA"] and lines[6] == ""
-    for line, label, value in zip(
-            lines, ["MMLU", "HellaSwag", "BLEU", "MMLU (local)", "BLEU (local)", "own acc"],
-            ["0.5000 ± 0.0100", "0.5000", "0.2500 ± 0.0300", "0.5000", "0.2500", "0.1000"]):
-        assert line.split("  ")[0] == label and value in line and "0.7" not in line
+def test_table_5_has_the_papers_rows_and_other_tasks_all_their_metrics():
+    accuracy = {"acc": [0.5, 0.01], "acc_norm": [0.7, 0.02]}
+    bleu = {"bleu_max": [20.0, 1.0], "bleu_acc": [0.25, None]}
+    found = {"mmlu": accuracy, "mmlu_stem": accuracy, "mmlu_anatomy": accuracy,
+             "local_hellaswag": accuracy, "truthfulqa_gen": bleu, "own": {"f1": [0.1, None]},
+             "group": {}, "part": {"acc": [0.2, None]}}
+    groups = {"mmlu": ["mmlu_stem"], "mmlu_stem": ["mmlu_anatomy"], "group": ["part"]}
+    rows = benchmarks.rows_of(found, groups)
+    assert rows == {"MMLU": ["mmlu", "acc"], "HellaSwag": ["local_hellaswag", "acc"],
+                    "BLEU": ["truthfulqa_gen", "bleu_acc"], "own f1": ["own", "f1"],
+                    "part acc": ["part", "acc"]}
+
+    pairs = {"with_sae": [0.02, 0.01, 400], "without_sae": [-0.03, None, 1]}
+    numbers = {**dict.fromkeys(SETTINGS, found), "rows": rows, "paired": {"MMLU": pairs}}
+    table, = benchmarks.tables(numbers)
+    assert table.headings[1:4] == ["SAE", "SAE + LoRA", "difference"]
+    level = "0.500 ± 0.016"
+    assert table.rows[0] == ["MMLU", level, level, "+0.020 ± 0.010", level, level, "-0.030"]
+    assert [row[0] for row in table.rows[1:3]] == ["HellaSwag (local)", "BLEU"]
+    assert table.rows[2][1:4] == ["0.250", "0.250", ""]
+    assert "same answers" in str(table.notes) and "over questions" in str(table.notes)
 
 
-# ---- As lm-eval's tasks --------------------------------------------------------------------------
+# ---- As lm-eval's tasks ------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tasks():
     pytest.importorskip("lm_eval", reason="the tasks are in lm-eval's format")
-    return benchmarks.load_tasks(["local"])
+    return benchmarks.load_tasks("local")
 
 
-def results(lm, tasks, limit=None):
+def test_who_knows_every_answer_scores_1(tasks):
     from lm_eval import evaluator
-    found = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=0, log_samples=False)
-    return {task: benchmarks.measured(metrics) for task, metrics in found["results"].items()}
-
-
-def stub(likelihood, end):
-    """An lm-eval model of two functions: of a request's row and its choice; and of a row."""
     from lm_eval.api.model import LM
 
-    class Stub(LM):
+    class Oracle(LM):
         def loglikelihood(self, requests):
-            return [(likelihood(request.doc, request.args[1]), False) for request in requests]
+            return [(float(each.args[1] == right(each.doc)), False) for each in requests]
 
         def generate_until(self, requests):
-            return [end(request.doc) for request in requests]
+            return [right(each.doc) for each in requests]
 
         def loglikelihood_rolling(self, requests):
             raise AssertionError("no task asks this")
 
-    return Stub()
-
-
-def right(row):
-    return row["choices"][row["label"]]
-
-
-def test_who_knows_every_answer_scores_1(tasks):
-    found = results(stub(lambda row, choice: float(choice == right(row)), right), tasks)
-    assert list(found) == TASKS
+    results = evaluator.evaluate(Oracle(), tasks, bootstrap_iters=0, log_samples=False)["results"]
+    found = {task: benchmarks.values_of(metrics) for task, metrics in results.items()}
     assert all(found[task][metric][0] == 1 for task in CHOOSING for metric in ("acc", "acc_norm"))
-    ends = found["local_truthfulqa_gen"]
-    assert ends["rouge1_acc"][0] > 0.95 and ends["bleu_acc"][0] > 0.9
-    assert ends["bleu_max"][0] > 80                     # not 100: BLEU needs four words
+    ends = found.pop(GENERATING)
+    assert ends["rouge1_acc"][0] > 0.95 and ends["bleu_acc"][0] > 0.9   # BLEU needs four words
+    assert [*found] == CHOOSING
 
 
 @pytest.mark.parametrize("answer", ["", " self.name, value in the file):", " by older versions"])
 def test_ends_are_compared_as_truthfulqa_compares_answers(asked, answer):
     pytest.importorskip("lm_eval", reason="TruthfulQA's scores are lm-eval's")
     from lm_eval.tasks.truthfulqa.utils import process_results_gen
-    row = asked["local_truthfulqa_gen"][1]
+    row = asked[GENERATING][1]
     wrong = [choice for choice in row["choices"] if choice != right(row)]
     answers = {"correct_answers": [right(row)], "incorrect_answers": wrong}
     theirs = process_results_gen(answers, [answer])
     ours = local_tasks.compare(row, [answer])
-    assert ours == pytest.approx({metric: theirs[metric] for metric in ours})
-    assert set(ours) == {"bleu_acc", "bleu_max", "rouge1_acc", "rouge1_max", "rouge2_acc",
-                         "rouge2_max"}
+    assert ours == {metric: theirs[metric] for metric in ("bleu_acc", "rouge1_acc", "rouge2_acc")}
 
 
-def test_the_four_settings_run_end_to_end_and_differ(tasks):
+def test_the_four_settings_run_end_to_end_and_differ(tasks, tmp_path):
     """On a random model of 256 positions with the embedded one's tokenizer."""
     raw = {**GEMMA, "vocab_size": 4096, "max_position_embeddings": 256}
     model = Transformer(parse_config(raw, "the test"))
@@ -188,14 +174,13 @@ def test_the_four_settings_run_end_to_end_and_differ(tasks):
     model = adapted(model.requires_grad_(False), range(4), rank=2)
     tokenizer = Tokenizer.from_file(str(TINY / "gemma-2" / "tokenizer.json"))
     numbers = benchmarks.measure(model, {1: random_sae("topk", model)}, tokenizer, tasks, limit=5)
-    assert numbers["tasks"] == TASKS and numbers["samples"] == dict.fromkeys(TASKS, 5)
-    for setting in SETTINGS:
-        assert set(numbers[setting]["local_mmlu"]) == {"acc", "acc_norm"}
-        for task in CHOOSING:
-            assert all(0 <= value <= 1 for value, _ in numbers[setting][task].values())
+    assert numbers["samples"] == dict.fromkeys(tasks["tasks"], 5)
+    assert [*numbers["paired"]] == [*numbers["rows"]] == [*TABLE_5.values()]
     assert len({str(numbers[setting]) for setting in SETTINGS}) == 4
+    save_figure(benchmarks.draw, numbers, tmp_path / "lm.png", "")
 
 
-def test_too_little_text_is_one_line(tasks):
+def test_too_little_text_is_one_line(tasks, monkeypatch):
+    monkeypatch.setattr(local_tasks, "held_out_sources", lambda: ["x = 1\n"])
     with pytest.raises(InputError, match="too little text for local_mmlu"):
-        local_tasks.local_tasks(["x = 1\n"])
+        benchmarks.load_tasks("local")

@@ -69,6 +69,11 @@ def test_sharded_files_give_the_same_logits_as_one_file(raw_config, model_folder
     sharded = write_shards(tmp_path / "sharded", raw_config)
     assert torch.equal(logits_of(sharded, tokens), logits_of(model_folder, tokens))
 
+    # of two savings in one folder the single file counts, as in transformers
+    write_model(sharded, raw_config, seed=1)
+    other = write_model(tmp_path / "other", raw_config, seed=1)
+    assert torch.equal(logits_of(sharded, tokens), logits_of(other, tokens))
+
 
 def test_saved_checkpoints_read_back_in_one_file_and_in_shards(
         raw_config, model_folder, tokens, tmp_path):
@@ -196,7 +201,7 @@ def rewrite(**changes):
     (rewrite(hidden_size=32), r"but should be \[.*32"),
     (rewrite(num_hidden_layers=5), "lacks 'model.layers.4"),
     (rewrite(num_hidden_layers=3), "has, beyond the model's tensors, 'model.layers.3"),
-    (rewrite(model_type="mamba"), "'mamba' is not supported"),
+    (rewrite(model_type="mamba"), "model_type is 'mamba'"),
     (rewrite(hidden_size=None), "config.json lacks hidden_size"),
 ])
 def test_a_broken_folder_is_one_clear_line(model_folder, change, message):

@@ -1,24 +1,24 @@
-"""Probes against scikit-learn, means over the right positions, what adapting can change."""
-import importlib
+"""Probes, means over the right positions, base against adapted model, tables and notes."""
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
 
-from helpers import adapted
 from lorasae.errors import InputError
-from lorasae.evals import probing, saebench, scr_tpp
-from lorasae.evals.probes import Task, accuracy, hold_out, logistic, train_probes
-from lorasae.evals.saebench import Means, one_against_rest, read_means
-from lorasae.evals.labelled import Cut
+from lorasae.evals import absorption, concepts, probing, saebench, scr, texts, tpp
+from lorasae.evals.probes import (Task, accuracy, hold_out, logistic, mean_difference,
+                                  one_against_rest, train_probes)
+from lorasae.evals.texts import Cut, Means, read_means
+from lorasae.io.models import load_model, load_tokenizer
+from lorasae.io.presets import TINY
 from lorasae.io.saes import load_sae
-from lorasae.lora import add_lora, base
+from lorasae.lora import add_lora
 
 
-# ---- Logistic regression -------------------------------------------------------------------------
+# ---- Probes --------------------------------------------------------------------------------------
 
 def golden():
     rng = np.random.default_rng(0)
@@ -27,59 +27,56 @@ def golden():
     return torch.tensor(x), torch.tensor(y)
 
 
-@pytest.mark.parametrize("balanced, weight, bias", [
-    (False, (1.07604678, -2.06506263, .56055453), -.89510907),
-    (True, (1.09307195, -2.12279762, .54885571), -.40920537),
+@pytest.mark.parametrize("class_weight, weight, bias", [
+    (None, (1.07604678, -2.06506263, .56055453), -.89510907),
+    ("balanced", (1.09307195, -2.12279762, .54885571), -.40920537),
 ])
-def test_logistic_regression_reaches_the_known_minimum(balanced, weight, bias):
+def test_logistic_regression_decides_by_the_known_minimum(class_weight, weight, bias):
+    pytest.importorskip("sklearn", reason="fits them")
     x, y = golden()
-    found = logistic(x[None], y[None], balanced=balanced)
-    assert found.weight[0].tolist() == pytest.approx(weight, abs=2e-7)
-    assert found.bias.item() == pytest.approx(bias, abs=2e-7)
+    tests = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits = tests @ torch.tensor(weight, dtype=torch.float64) + bias
+    clear = logits.abs() > 1e-3
+    assert torch.equal(logistic(x, y, tests, class_weight)[clear], logits[clear] > 0)
+    assert torch.equal(logistic(50 * x, x[:, 0] > 0, 50 * x), x[:, 0] > 0)      # separable
 
 
-@pytest.mark.parametrize("features, balanced, C", [
-    (1, False, 1), (10, True, 1), (30, False, .1), (30, True, 100)])
-def test_logistic_regression_is_scikit_learns(features, balanced, C):
-    linear_model = pytest.importorskip("sklearn.linear_model", reason="the oracle")
-    generator = torch.Generator().manual_seed(features)
-    x = torch.randn(120, features, generator=generator, dtype=torch.float64) * 3
-    y = x[:, 0] + torch.randn(120, generator=generator) > 1
-    oracle = linear_model.LogisticRegression(
-        C=C, class_weight="balanced" if balanced else None, tol=1e-10, max_iter=10_000)
-    oracle.fit(x.numpy(), y.numpy())
-    found = logistic(x[None], y[None], C=C, balanced=balanced)
-    assert found.weight[0].tolist() == pytest.approx(oracle.coef_[0].tolist(), rel=1e-5, abs=1e-5)
-    assert found.bias.item() == pytest.approx(oracle.intercept_[0], rel=1e-5, abs=1e-5)
+SGD = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.1), "batch": 8, "seed": 0}
 
-
-def test_several_regressions_at_once_are_those_alone_even_where_the_classes_separate():
-    x, y = golden()
-    x = torch.stack([x, 50 * x])
-    y = torch.stack([y, x[1, :, 0] > 0])
-    both = logistic(x, y)
-    for i in range(2):
-        alone = logistic(x[i][None], y[i][None])
-        torch.testing.assert_close(both.weight[i], alone.weight[0])
-        torch.testing.assert_close(both.bias[i], alone.bias[0])
-    assert both.weight.isfinite().all()
-
-
-# ---- Probes by gradient --------------------------------------------------------------------------
 
 def test_the_epoch_is_the_best_on_held_out_texts():
     x, y = golden()
     rows = torch.arange(40)[None]
-    task, opposite = Task(rows, y[None].long()), Task(rows, 1 - y[None].long())
-    settings = dict(lr=0.1, batch=8, epochs=20, seed=0)
-    good = accuracy(train_probes(x, task, task, **settings), x, task)
-    # any learning is worse for these
-    first = accuracy(train_probes(x, task, opposite, **settings), x, task)
+    task, opposite = Task(rows, y[None]), Task(rows, ~y[None])
+    good = accuracy(train_probes(x, task, task, epochs=20, **SGD), x.float(), task)
+    # Any learning is worse for these
+    first = accuracy(train_probes(x, task, opposite, epochs=20, **SGD), x.float(), task)
     assert good.item() > 0.9 > first.item()
+    # Without held-out texts it is the last one
+    ten, twenty = (train_probes(x, task, epochs=count, **SGD).weight.norm() for count in (10, 20))
+    assert ten < twenty
+
+
+def test_a_probe_out_of_patience_stays_as_it_is():
+    x, y = golden()
+    rows = torch.arange(40).expand(2, 40)
+    task, held = Task(rows, torch.stack([y, y])), Task(rows, torch.stack([~y, y]))
+    short = train_probes(x, task, held, epochs=6, patience=2, **SGD)
+    long = train_probes(x, task, held, epochs=40, patience=2, **SGD)
+    assert torch.equal(short.weight[0], long.weight[0])
+
+
+def test_tasks_that_share_their_texts_are_trained_as_if_each_had_its_own():
+    x, y = golden()
+    labels, rows = torch.stack([y, x[:, 0] > 0]), torch.arange(40)[None]
+    weights = torch.tensor([[1.0], [2.0]])
+    shared, own = (train_probes(x, Task(r, labels), epochs=5, pos_weight=weights, **SGD)
+                   for r in (rows, rows.expand(2, 40)))
+    torch.testing.assert_close(shared, own)
 
 
 def test_held_out_texts_are_not_trained_on():
-    task = Task(torch.arange(40).view(2, 20), torch.ones(2, 20))
+    task = Task(torch.arange(40).view(2, 20), torch.ones(2, 20, dtype=torch.bool))
     part, held = hold_out(task, seed=0)
     assert held.rows.shape == (2, 2)
     for i in range(2):
@@ -87,118 +84,148 @@ def test_held_out_texts_are_not_trained_on():
 
 
 def test_a_class_meets_as_many_texts_of_the_others_evenly_drawn():
-    task = one_against_rest([30, 30, 30, 30], seed=3)
+    classes = {label: range(30) for label in "abcd"}
+    task = one_against_rest(classes, seed=3)
     assert task.rows.shape == (4, 60)
     for label in range(4):
         positive, negative = task.rows[label, :30], task.rows[label, 30:]
         assert positive.tolist() == list(range(30 * label, 30 * label + 30))
+        assert task.labels[label].tolist() == [True] * 30 + [False] * 30
         assert (negative // 30 != label).all() and len(negative.unique()) == 30
-        assert all((negative // 30 == other).sum() == 10 for other in range(4) if other != label)
-    assert torch.equal(task.rows, one_against_rest([30, 30, 30, 30], seed=3).rows)
-    assert not torch.equal(task.rows, one_against_rest([30, 30, 30, 30], seed=4).rows)
+        assert all((negative // 30 == i).sum() == 10 for i in range(4) if i != label)
+    assert torch.equal(task.rows, one_against_rest(classes, seed=3).rows)
+    assert not torch.equal(task.rows, one_against_rest(classes, seed=4).rows)
 
 
-# ---- Means ---------------------------------------------------------------------------------------
-
-@pytest.fixture
-def sae(sae_folder):
-    return load_sae(str(sae_folder), layer=1)
-
+# ---- Base and adapted ----------------------------------------------------------------------------
 
 @pytest.fixture
-def text_of_run(whole_model, raw_config):
-    tokenizer = Tokenizer.from_file(str(whole_model / "tokenizer.json"))
-    bos, eos = raw_config["bos_token_id"], raw_config["eos_token_id"]
-    return SimpleNamespace(tokenizer=tokenizer, bos=bos, eos=eos)
+def setting(tmp_path):
+    model = load_model("tiny-gemma-2", dtype="float32").requires_grad_(False)
+    sae = load_sae(str(TINY / "gemma-2-sae" / "topk"), layer=2)
+    text = SimpleNamespace(tokenizer=load_tokenizer("tiny-gemma-2"), bos=model.config.bos_token_id)
+    config = SimpleNamespace(model="tiny-gemma-2", sae=("topk",), layer=(2,))
+    return SimpleNamespace(model=model, saes={2: sae}, text=text, config=config, folder=tmp_path)
 
 
-STRINGS = ["def area(width):", "x = 1", "class Shape:\n    name = 'square'\n" * 20,
-           "return width * height <eos> x1"]
-
-
-def test_padding_bos_and_eos_never_count(model, sae, text_of_run):
-    texts = saebench.tokenise(text_of_run, model, STRINGS)
-    found = read_means(model, sae, 1, texts, batch=3)
-    assert texts.tokens.shape[1] == saebench.LENGTH
-    tokenizer, bos, eos = text_of_run.tokenizer, text_of_run.bos, text_of_run.eos
-    for i, text in enumerate(STRINGS):
-        ids = [bos, *tokenizer.encode(text, add_special_tokens=False).ids][:saebench.LENGTH]
-        x = model.run(model.embed(torch.tensor([ids])), 0, 2)[0]
-        kept = [t for t, token in enumerate(ids) if token not in (bos, eos)]
-        assert found.counted[i] == len(kept) < len(ids)
+def test_padding_bos_and_eos_never_count(setting, monkeypatch):
+    monkeypatch.setattr(texts, "BATCH", 3)
+    model, sae, text = setting.model, setting.saes[2], setting.text
+    eos = model.config.eos_token_id
+    with_eos = f"a {text.tokenizer.id_to_token(eos)} b"
+    strings = ["def area(width):", "x = 1", "class Shape:\n    name = 1\n" * 20, with_eos]
+    rows = texts.tokenise(text, {"a": strings[:1], "b": strings[1:]})
+    found = read_means(model, sae, 2, rows)
+    assert max(map(len, rows)) == texts.LENGTH and eos in rows[3]
+    for i, string in enumerate(strings):
+        ids = text.tokenizer.encode(string, add_special_tokens=False).ids
+        assert rows[i] == [text.bos, *ids][:texts.LENGTH]
+        x = model.run(model.embed(torch.tensor([rows[i]])), 0, 3)[0]
+        kept = [t for t, token in enumerate(rows[i]) if token not in (text.bos, eos)]
         means = x[kept].mean(0), sae.encode(x[kept]).mean(0)
         for mean, expected in zip((found.residual[i], found.latents[i]), means):
             torch.testing.assert_close(mean, expected, atol=1e-4, rtol=1e-4)
 
 
-# ---- Base and adapted ----------------------------------------------------------------------------
-
-@pytest.mark.parametrize("blocks, same", [([2, 3], True), ([1], False)])
-def test_adapters_change_what_the_sae_reads_unless_they_are_after_it(
-        model, sae, text_of_run, blocks, same):
-    texts = saebench.tokenise(text_of_run, model, STRINGS)
-    adapted(model, blocks, std=0.3)
-    with base(model):
-        before = read_means(model, sae, 1, texts)
-    after = read_means(model, sae, 1, texts)
-    assert torch.equal(before.latents, after.latents) == same
-    assert torch.equal(before.residual, after.residual) == same
-
-
-@pytest.fixture
-def labelled(tmp_path):
-    """Two classes crossed with two attributes, each with words of its own."""
-    path, lines = tmp_path / "texts.jsonl", []
-    for i in range(600):
-        label, attribute = "ab"[i % 2], "xy"[i // 2 % 2]
-        word = {"a": "width", "b": "class"}[label] + {"x": " return", "y": " name ="}[attribute]
-        text = f"{word} {i * 7919 % 1000} {word}"
-        lines.append(json.dumps({"text": text, "label": label, "attribute": attribute}))
-    path.write_text("\n".join(lines))
-    return str(path)
-
-
-@pytest.fixture
-def setting(model, sae, text_of_run, tmp_path):
-    config = SimpleNamespace(model="tiny-gemma-2", sae=("sae-folder",), layer=(1,))
-    return SimpleNamespace(model=model, saes={1: sae}, text=text_of_run, config=config,
-                           folder=tmp_path)
-
-
-def test_adapters_after_the_sae_are_refused_in_one_line(setting, labelled):
-    adapted(setting.model, [2, 3])
-    with pytest.raises(InputError, match="after it.*--adapt all") as error:
-        probing.evaluate(setting, SimpleNamespace(labelled=labelled, seeds=1))
+@pytest.mark.parametrize("suite, blocks, options, said", [
+    (tpp, [3, 4, 5], ("stdlib", 1), "after it.*--adapt all"),
+    (absorption, [3, 4, 5], (200, 1), "after it.*--adapt all"),
+    (scr, range(6), ("stdlib", 0), "--seeds 0: expected 1 or more"),
+    (absorption, range(6), (10, 1), "--words 10"),
+])
+def test_what_cannot_be_compared_is_refused_in_one_line(setting, suite, blocks, options, said):
+    add_lora(setting.model, blocks, 2)
+    if suite is absorption:
+        pytest.importorskip("sklearn", reason="fits the probes")
+    with pytest.raises(InputError, match=said) as error:
+        suite.evaluate(setting, *options)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("suite", ["probing", "scr", "tpp"])
-def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(
-        suite, setting, labelled, capsys, monkeypatch):
-    monkeypatch.setattr(scr_tpp, "LEAST_STEPS", 50)     # quick, and good enough for this
-    module = importlib.import_module(f"lorasae.evals.{suite}")
-    add_lora(setting.model, [0, 1, 2, 3], 3, dropout=0.0)       # B is zero
-    numbers = module.evaluate(setting, SimpleNamespace(labelled=labelled, seeds=2))
-    assert numbers == json.loads(json.dumps(numbers, allow_nan=False))
-    assert all(row["difference"] == 0 == row["ci90"] for row in numbers["rows"].values())
+def test_a_missing_scikit_learn_is_named_before_any_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for evaluate in (probing.evaluate, absorption.evaluate):
+        with pytest.raises(InputError, match="pip install scikit-learn"):
+            evaluate(None, "stdlib", 1)
 
-    module.show(numbers)
-    assert "SAEBench's reruns differ" in capsys.readouterr().out
+
+def crossed(seed):
+    """A Cut of two classes crossed with two attributes, each with words of its own."""
+    cut = Cut({}, {})
+    for label, noun in (("a", "width"), ("b", "class")):
+        for attribute, word in (("x", " return"), ("y", " name =")):
+            found = [f"{noun}{word} {i * 7919 % 1000} {noun}{word}" for i in range(150)]
+            cut.train[label, attribute], cut.test[label, attribute] = found[:110], found[110:]
+    return cut
+
+
+@pytest.mark.parametrize("suite, options", [
+    (probing, ("stdlib", 2)), (scr, ("stdlib", 2)), (tpp, ("stdlib", 2)), (absorption, (200, 2))])
+def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(suite, options, setting, monkeypatch):
+    if suite in (probing, absorption):
+        pytest.importorskip("sklearn", reason="fits the probes")
+    monkeypatch.setattr(saebench, "labelled_sets", lambda labelled, suite: {"crossed": crossed})
+    monkeypatch.setattr(concepts, "LEAST_STEPS", 50)    # quick, and good enough for this
+    add_lora(setting.model, range(6), 3, dropout=0.0)   # B is zero
+    numbers = suite.evaluate(setting, *options)
+    assert numbers == json.loads(json.dumps(numbers, allow_nan=False))
+    assert (numbers["layer"], numbers["seeds"], len(numbers["sets"])) == (2, 2, 1)
+    assert set(numbers["rows"]) == set(suite.LABELS) >= set(suite.PAPER)
+    assert all(row["difference"] == 0 for row in numbers["rows"].values())
+    assert all(row["ci90"] is None for row in numbers["rows"].values())         # nothing varies
+
+    table, = suite.tables(numbers)
+    assert len(table.rows) == len(suite.LABELS)
+    assert any("over 2 seeds of evaluation" in note for note in table.notes)
+    assert suite is not absorption or any("say little" in note for note in table.notes)
     figure = pytest.importorskip("matplotlib.figure", reason="draws the picture").Figure()
-    module.draw(numbers, figure)
+    suite.draw(numbers, figure)
     assert figure.axes
 
 
+def numbers_of(module, seeds=3):
+    row = {"base": 0.5, "lora": 0.6, "difference": 0.1, "ci90": 0.02 if seeds > 1 else None}
+    return {"layer": 12, "seeds": seeds, "sets": ["ag_news"], "labelled": "saebench",
+            "by_set": {}, "rows": dict.fromkeys(module.LABELS, row)}
+
+
+def test_the_table_sets_the_papers_rows_beside_and_says_which_are_beyond_saebenchs_tolerance():
+    """Of Table 3 none is, to its three digits; of Table 6 four are."""
+    beyond = {probing: "", scr: "SCR @100 (Table 6)",
+              tpp: "TPP @20, TPP @50, TPP @100 (Table 6)", absorption: ""}
+    for module, expected in beyond.items():
+        table, = module.tables(numbers_of(module))
+        first = next(iter(module.PAPER))
+        lora, base = module.PAPER[first]
+        row = next(row for row in table.rows if row[0] == module.LABELS[first])
+        assert row[1:4] == ["0.500", "0.600", "+0.100 ± 0.020"]
+        assert row[4:] == [f"{base:.3f}", f"{lora:.3f}", f"{lora - base:+.3f}"]
+        expected = f", except for {expected}." if expected else "."
+        assert table.notes[-1].partition("reruns differ")[2] == expected
+
+
+def test_notes_say_what_an_interval_is_over():
+    table, = tpp.tables(numbers_of(tpp, seeds=1))
+    assert table.rows[0][3] == "+0.100"
+    assert any("One seed of evaluation has no interval" in note for note in table.notes)
+    table, = scr.tables(numbers_of(scr))
+    assert any("only the noise of the probes" in note for note in table.notes)
+
+
+# ---- Sparse probing ------------------------------------------------------------------------------
+
 def test_one_planted_latent_is_all_that_probing_needs():
+    pytest.importorskip("sklearn", reason="fits the probes")
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(3).repeat_interleave(60)
     latents = torch.rand(180, 12, generator=generator)
     latents[torch.arange(180), 4 + labels] += 3
-    means = Means(torch.randn(180, 8, generator=generator), latents, torch.ones(180))
+    means = Means(torch.randn(180, 8, generator=generator), latents)
     cut = {str(i): [""] * 60 for i in range(3)}
     found = probing.measure(None, means, means, Cut(cut, cut), seed=42)
+    assert set(found) == set(probing.LABELS)
     assert found["sae_top_1"] == 1 and found["sae_all"] > 0.95
     assert found["residual_top_1"] < 0.7
 
-    task = one_against_rest([60] * 3, 42)
-    assert probing.best_features(latents, task, 1).squeeze(1).tolist() == [4, 5, 6]
+    task = one_against_rest(cut, 42)
+    assert mean_difference(latents, task).argmax(1).tolist() == [4, 5, 6]

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 import train
-from helpers import command, counted, misuse, processes, refusal, same_run, stopped_at, words
+from helpers import command, counted, processes, refusal, same_run, stopped_at, words
 from lorasae.errors import InputError
-from lorasae.io.files import write_json
-from lorasae.runs.config import Config
+from lorasae.runs.config import Config, read_config
 from lorasae.runs.folder import Run, digest
 
 
@@ -165,24 +164,6 @@ def test_what_cannot_be_resumed_is_one_clear_line(stopped, finished, tmp_path):
     assert path.exists()
 
 
-def test_resume_is_spelled_out_and_takes_the_device_alone(stopped, capsys):
-    assert "--res" in misuse(capsys, "train", "--res", stopped)
-    assert "leave out --lr" in misuse(capsys, "train", "--resume", stopped, "--lr", 1)
-    command("train", "--resume", stopped, "--device", "cpu")
-    assert (stopped / "results.json").exists()
-
-
-@pytest.mark.parametrize("device, compiles", [
-    (None, True), ("cuda:1", True), ("cpu", False), ("mps", False)])
-def test_a_run_of_a_gpu_goes_on_elsewhere_without_the_compiler(tmp_path, device, compiles):
-    config = Config(device="cuda", compile=True)
-    write_json(tmp_path / "config.json", config.to_json())
-    run = Run.resume(tmp_path, device)
-    run.close()
-    assert run.config.device == (device or "cuda") and run.config.compile == compiles
-    assert run.config.ahead == 8                        # as before: the same groups of steps
-
-
 def test_text_that_changed_meanwhile_is_refused(site, tmp_path):
     data = shutil.copytree(site / "text", tmp_path / "text")
     arguments = words(site, "lora", "--data", data, "--seed", 5)
@@ -218,11 +199,12 @@ def test_a_folder_in_use_is_refused_and_is_free_when_its_writer_dies(site, tmp_p
 
 
 def test_a_run_that_goes_on_elsewhere_is_not_resumed_twice(stopped, finished):
-    first = Run.resume(stopped)
+    config = read_config(stopped)
+    first = Run.resume(stopped, config)
     with pytest.raises(InputError, match="is being written by another process"):
-        Run.resume(stopped)
+        Run.resume(stopped, config)
     first.close()
-    command("train", "--resume", stopped)
+    command("train", "--resume", stopped, "--device", "cpu")
     same_run(stopped, finished("lora"))
 
 

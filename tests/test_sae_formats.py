@@ -164,23 +164,17 @@ def test_an_npz_of_any_name_is_gemma_scope(tmp_path, t):
     assert torch.equal(load_sae(tmp_path / "mine.npz").W_enc, t["W_enc"])
 
 
-@pytest.mark.parametrize("n_out, norms, variant", [
-    (2.5, True, "openmoss"), (4.0, True, "openmoss"), (4.0, False, "openmoss"),
-    (4.0, True, "sae_lens")])
-def test_llama_scope_is_the_closed_form_of_its_authors(tmp_path, t, n_out, norms, variant):
+@pytest.mark.parametrize("n_out, norms", [(2.5, True), (4.0, True), (4.0, False)])
+def test_llama_scope_is_the_closed_form_of_its_authors(tmp_path, t, n_out, norms):
     folder = llama_scope(tmp_path, t, n_out=n_out, sparsity_include_decoder_norm=norms)
-    sae = load_sae(folder, llama_scope=variant)
+    sae = load_sae(folder)
     x, W_e, b_e, W_d, b_d, _ = f64(t).values()
     f_in, f_out = math.sqrt(D) / 2.5, math.sqrt(D) / n_out
     pre = f_in * (x @ W_e.T) + b_e
-    if variant == "sae_lens":
-        z = pre.relu() * (pre > 0.6 * f_in)
-        agrees(sae, t["x"], z, (z @ W_d + b_d) / f_in)
-    else:
-        c = W_d.norm(dim=1) * f_in / f_out if norms else torch.ones(M).double()
-        pre = pre * (pre * c / f_in > 0.6)
-        agrees(sae, t["x"], pre * c / f_in, (pre @ W_d + b_d) / f_out)
-        assert not norms or (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
+    c = W_d.norm(dim=1) * f_in / f_out if norms else torch.ones(M).double()
+    pre = pre * (pre * c / f_in > 0.6)
+    agrees(sae, t["x"], pre * c / f_in, (pre @ W_d + b_d) / f_out)
+    assert not norms or (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
     assert not sae.on_special
 
 
@@ -255,18 +249,15 @@ def test_the_threshold_is_strict_and_an_activation_equal_to_it_is_none(tmp_path,
         assert (pre == 3).any() and torch.equal(sae.encode(t["x"]), pre * (pre > 3))
 
 
-def test_a_batch_topk_that_has_learnt_no_threshold_is_refused(tmp_path, t):
-    for dict_class in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        path = dictionary_learning(tmp_path / dict_class, t, dict_class) / "ae.pt"
-        torch.save({**torch.load(path), "threshold": torch.tensor(-1.0)}, path)
-        with pytest.raises(InputError, match="threshold is -1.0, but should be a number, above 0"):
-            load_sae(path.parent)
-    for kind in BATCH_TOPK:
-        path = sae_lens_6(tmp_path / kind, t, kind) / "sae_weights.safetensors"
-        zero = torch.tensor(0.0, dtype=torch.float64)
-        write_tensors(path, {**load_file(path), "topk_threshold": zero})
-        with pytest.raises(InputError, match="topk_threshold is 0.0, but should be a numb"):
-            load_sae(path.parent)
+@pytest.mark.parametrize("theta", [-1.0, 0.0])
+def test_a_batch_topk_that_has_learnt_no_threshold_is_refused(tmp_path, t, theta, monkeypatch):
+    monkeypatch.setitem(globals(), "THETA", theta)
+    folders = [
+        *(dictionary_learning(tmp_path / kind, t, kind) for kind in sae_readers.DICTIONARIES[2:4]),
+        *(sae_lens_6(tmp_path / kind, t, kind) for kind in BATCH_TOPK)]
+    for folder in folders:
+        with pytest.raises(InputError, match=rf"threshold is tensor\({theta:g}.*, but should be"):
+            load_sae(folder)
 
 
 def test_sae_lens_5_is_its_formula(tmp_path, t):
@@ -376,7 +367,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, t, kind, on_special):
             assert torch.equal(tensor, back.state_dict()[name])
 
     sae = ours(t, kind, on_special)
-    save_sae(sae, tmp_path / "run" / "sae", **WHAT, dataset_path="pile")
+    save_sae(sae, tmp_path / "run" / "sae", **WHAT)
     comes_back(sae, load_sae(tmp_path / "run", layer=3))
     assert load_sae(tmp_path / "run").on_special is on_special
     with pytest.raises(InputError, match="trained on block 3, not 4"):
@@ -456,14 +447,6 @@ def test_gemma_scope_as_sae_lens_reads_it(tmp_path, t, their_hub):
     equal(load_sae(tmp_path, layer=3), theirs, t["x"])
 
 
-def test_llama_scope_as_sae_lens_itself_reads_it(tmp_path, t, their_hub):
-    folder, repo = "Llama3_1-8B-Base-L3R-32x", "fnlp/Llama3_1-8B-Base-LXR-32x"
-    llama_scope(tmp_path / folder, t)
-    theirs = their_hub("llama_scope_sae_huggingface_loader", repo, folder)
-    theirs.fold_activation_norm_scaling_factor(math.sqrt(D) / 2.5)
-    equal(load_sae(tmp_path, layer=3, llama_scope="sae_lens"), theirs, t["x"])
-
-
 @pytest.mark.parametrize("dict_class", ["AutoEncoder", "AutoEncoderTopK", "JumpReluAutoEncoder"])
 def test_dictionary_learning_as_sae_lens_reads_it(tmp_path, t, their_hub, dict_class):
     dictionary_learning(tmp_path / "a", t, dict_class)
@@ -520,33 +503,15 @@ def bomb(tmp_path):
 
 def test_pickles_are_refused_and_not_executed(tmp_path, t, bomb):
     gemma_scope(tmp_path / "a", t, scaling_factor=np.array([bomb], dtype=object))
-    with pytest.raises(InputError, match="params.npz: scaling_factor is refused: .*Object arrays"):
+    with pytest.raises(InputError, match="cannot read .*params.npz: scaling_factor .*Object"):
         load_sae(tmp_path / "a")
     (tmp_path / "a" / "params.npz").write_bytes(pickle.dumps(bomb))
-    with pytest.raises(InputError, match="params.npz is refused: not a whole file"):
+    with pytest.raises(InputError, match=r"cannot read .*params.npz \("):
         load_sae(tmp_path / "a")
     dictionary_learning(tmp_path / "b", t, "AutoEncoder")
     torch.save({"encoder.weight": bomb}, tmp_path / "b" / "ae.pt")
-    with pytest.raises(InputError, match="ae.pt is refused"):
+    with pytest.raises(InputError, match=r"cannot read .*ae.pt \("):
         load_sae(tmp_path / "b")
-
-
-def put(name, value):
-    return lambda t: t | {name: value(t[name])}
-
-
-@pytest.mark.parametrize("change, message", [
-    (put("b_enc", lambda b: b[:-1]), r"b_enc is \[95\], but should be \[96\]"),
-    (put("b_dec", lambda b: b[:-1]), r"b_dec is \[23\], but should be \[24\]"),
-    (put("W_dec", lambda W: W[:-1]), r"W_dec is \[95, 24\], but should be \[96, 24\]"),
-    (put("threshold", lambda b: b[:1]), r"threshold is \[1\], but should be \[96\]"),
-    (put("W_enc", lambda W: W[0]), "W_enc is \\[24\\], but should be a matrix"),
-    (put("W_dec", lambda W: W / 0), "W_dec holds values that are not finite"),
-])
-@pytest.mark.filterwarnings("ignore:The use of `x.T`")
-def test_tensors_that_do_not_fit_are_named(tmp_path, t, change, message):
-    with pytest.raises(InputError, match=message):
-        load_sae(gemma_scope(tmp_path, change(t)))
 
 
 MLP = "blocks.3.hook_mlp_out"
@@ -556,10 +521,9 @@ SIGNED = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K, "signed"
 @pytest.mark.parametrize("write, how, cfg, message", [
     (gemma_scope, [], {"scaling_factor": np.full(M, 2.0)}, "scaling_factor other than 1"),
     (sparsify, [["W_dec"]], {}, "lacks the tensor W_dec"),
-    (sparsify, [], {"num_latents": 7}, r"W_enc is \[96, 24\], but should be \[7, 24\]"),
     (sparsify, [], {"activation": "groupmax"}, "activation is 'groupmax'"),
     (sparsify, [], {"signed": True}, "signed is True"),
-    (sparsify, [], {"k": M + 1}, "k is 97, but should be .*, below 97"),
+    (sparsify, [], {"k": 0}, "k is 0, but should be a whole number, at least 1"),
     (sae_lens_6, ["gated"], {}, "architecture is 'gated'"),
     (sae_lens_6, ["jumprelu_transcoder"], {}, "architecture is 'jumprelu_transcoder'"),
     (sae_lens_6, ["topk"], {"normalize_activations": "layer_norm"}, "activations 'layer_norm' is"),
@@ -584,15 +548,12 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, t, write, how, cfg, 
 def test_a_pt_file_of_something_else_than_tensors_is_one_line(tmp_path, t):
     folder = dictionary_learning(tmp_path, t, "AutoEncoder")
     state = torch.load(folder / "ae.pt")
-    for wrong in (7, state["bias"].to_sparse(), {"a": state["bias"]}):
-        torch.save({**state, "bias": wrong}, folder / "ae.pt")
-        with pytest.raises(InputError, match="ae.pt: bias is not a dense tensor") as error:
+    bias = state["bias"]
+    for wrong in ({**state, "bias": 7}, {**state, "bias": {"a": bias}}, [bias], bias, 7):
+        torch.save(wrong, folder / "ae.pt")
+        with pytest.raises(InputError, match="ae.pt") as error:
             load_sae(folder)
         assert "\n" not in str(error.value)
-    for wrong in ([state["bias"]], state["bias"], 7):
-        torch.save(wrong, folder / "ae.pt")
-        with pytest.raises(InputError, match="ae.pt is refused|lacks the tensor"):
-            load_sae(folder)
 
 
 def test_a_layer_that_the_file_contradicts_is_refused(tmp_path, t):
@@ -609,10 +570,8 @@ def test_other_mistakes_are_one_line(tmp_path, t):
     with pytest.raises(InputError, match="model's have 32: it was trained on another model"):
         check_fits(ours(t, "topk").W_enc.shape[1], 32)
     check_fits(ours(t, "topk").W_enc.shape[1], D)
-    with pytest.raises(InputError, match="dtype 'float7'"):
+    with pytest.raises(InputError, match="dtype 'float7' is not one of float32"):
         load_sae(gemma_scope(tmp_path / "a", t), dtype="float7")
-    with pytest.raises(InputError, match="llama_scope 'own' is not one of"):
-        load_sae(llama_scope(tmp_path / "b", t), llama_scope="own")
     gemma_scope(sparsify(tmp_path / "d", t), t)
     with pytest.raises(InputError, match=r"several SAEs that fit: . \(gemma_scope\), . \(sparsi"):
         load_sae(tmp_path / "d")

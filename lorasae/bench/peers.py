@@ -3,23 +3,21 @@
     tuned=False     the published recipe as it is: eager attention, dropout 0.1, an fp32 SAE beside
                     a bf16 model, all logits of both models, and each step waits for its loss and
                     empties the allocator's cache
-    tuned=True      what the same tools can do: no dropout, no waiting, fused AdamW over only the
-                    adapters, the fastest attention that transformers has for the architecture, the
-                    SAE in the model's own dtype
+    tuned=True      what the same tools can do: no dropout, no waiting, fused AdamW, the fastest
+                    attention that transformers has for the model, the SAE in the model's own dtype
 
-Both run the whole model twice, as a hook that swaps an activation leaves no choice: without
+Both run the whole model twice, since a hook that swaps an activation leaves no choice: without
 adapters and SAE for the base model, then with them. Only the benchmark imports this file:
 transformers and peft are optional.
 
-Shapes: B batch, T tokens, D d_model, M latents, N = B*T.
+Shapes: B batch, T tokens, D d_model, N = B*T.
 """
-from dataclasses import asdict
-from types import SimpleNamespace
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorasae.lora import TARGETS
 
@@ -27,46 +25,37 @@ LR, CLIP, DROPOUT = 5e-5, 1.0, 0.1                          # the paper's
 
 
 class Peer:
-    """Calling it takes a step for every `batch` of its tokens; `answer` is the loss of the first,
-    and its gradient.
+    """Calling it takes a step for every `batch` of its tokens [B, T].
 
-    case: a workloads.Case. weights: of the frozen Transformer, whose tensors are shared. adapter:
-    {PEFT's key: tensor}, copied. tokens [B, T]; keep [B, T]: where the SAE leaves the activation
-    alone, or None.
+    Its answer: the loss of the first step, without dropout, and in fp32 its gradients; bf16 logits
+    give others. weights: of the frozen Transformer, whose tensors are shared. adapter: {PEFT's key:
+    tensor}, copied.
     """
 
-    def __init__(self, case, weights, adapter, sae, tokens, keep, *, tuned):
-        self.tuned, self.batch, self.tokens, self.keep = tuned, case.batch, tokens, keep
-        self.spliced, self.kept = False, None
-        attention = attention_name(case.config, tokens.is_cuda) if tuned else "eager"
-        model = huggingface(case.config, weights, attention, use_cache=not tuned)
+    def __init__(self, case, weights, adapter, sae, tokens, *, tuned):
+        self.tuned, self.batches = tuned, tokens.split(case.batch)
+        attention = attention_name(case.config, tokens.device.type) if tuned else "eager"
+        model = huggingface(case, weights, attention)
+        model.config.use_cache = not tuned
         self.sae = published_sae(sae, model.dtype if tuned else torch.float32)
-        targets = [f"model.layers.{block}.{part}.{name}" for block in case.blocks
-                   for part, names in (("self_attn", TARGETS[:4]), ("mlp", TARGETS[4:]))
-                   for name in names]
-        self.model = get_peft_model(model,
-                                    LoraConfig(task_type="CAUSAL_LM", r=case.rank, lora_alpha=32,
-                                                      lora_dropout=0.0 if tuned else DROPOUT,
-                                                      target_modules=targets))
-        set_peft_model_state_dict(self.model, adapter)
+        self.spliced = False
         model.model.layers[case.layer].register_forward_hook(self.splice)
+
+        self.model = get_peft_model(model, LoraConfig(
+            task_type="CAUSAL_LM", r=case.rank, lora_alpha=32,
+            lora_dropout=0.0 if tuned else DROPOUT, target_modules=list(TARGETS),
+            layers_to_transform=case.blocks))
+        set_peft_model_state_dict(self.model, adapter)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.clipped = self.trained if tuned else list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(self.clipped, lr=LR, weight_decay=0.01, fused=True
-                                           if tuned else None)
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=LR, weight_decay=0.01, fused=tuned or None)
 
-    def splice(self, module, args, output):
-        """The forward hook: the reconstruction in place of the block's output [B, T, D]."""
-        if not self.spliced:
-            return output
-        x = output[0] if isinstance(output, tuple) else output  # a tuple before transformers 4.54
-        x_hat = self.sae(x.flatten(0, 1)).to(x.dtype).view_as(x)
-        x_hat = x_hat if self.kept is None else torch.where(self.kept[..., None], x, x_hat)
-        return (x_hat, *output[1:]) if isinstance(output, tuple) else x_hat
+    def splice(self, module, args, x):
+        """The forward hook: the reconstruction in place of the block's output x [B, T, D]."""
+        return self.sae(x.flatten(0, 1)).to(x.dtype).view_as(x) if self.spliced else x
 
-    def loss(self, tokens, keep):
+    def loss(self, tokens):
         """Σ_tokens KL(base ‖ adapted with SAE) / B, through all the logits of both."""
-        self.kept = keep
         with torch.no_grad(), self.model.disable_adapter():
             p = F.softmax(self.model(input_ids=tokens).logits, dim=-1)
         self.spliced = True
@@ -74,80 +63,61 @@ class Peer:
         self.spliced = False
         return F.kl_div(log_q, p, reduction="batchmean")
 
-    def batches(self):
-        keep = [None] * len(self.tokens) if self.keep is None else self.keep.split(self.batch)
-        return zip(self.tokens.split(self.batch), keep)
-
     def __call__(self):
         self.model.train()
-        for tokens, keep in self.batches():
+        for tokens in self.batches:
             self.optimizer.zero_grad()
-            loss = self.loss(tokens, keep)
+            loss = self.loss(tokens)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.clipped, CLIP)
+            torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
             self.optimizer.step()
             if not self.tuned:
                 loss.item()
                 del loss
-                if tokens.is_cuda:
-                    torch.cuda.empty_cache()
+                torch.cuda.empty_cache()
 
     def answer(self):
-        """{"loss": scalar, PEFT's key: gradient} of the first batch, without dropout."""
         self.model.eval()
-        loss = self.loss(*next(iter(self.batches())))
-        gradients = torch.autograd.grad(loss, self.trained)
-        names = [name.replace(".default", "") for name, p in self.model.named_parameters()
-                 if p.requires_grad]
-        return {"loss": loss.detach().float(), **dict(zip(names, gradients))}
+        loss = self.loss(self.batches[0])
+        if loss.dtype != torch.float32:
+            return [loss.detach().float()]
+        return [loss.detach(), *torch.autograd.grad(loss, self.trained)]
 
 
-def huggingface(config, weights, attention, use_cache):
-    """transformers' model of a lorasae config around the same tensors as `weights` {Hugging Face's
-    name: tensor}.
-    """
-    fields = {**asdict(config), "use_cache": use_cache}
-    scaling = fields.pop("rope_scaling", None)
-    fields["rope_parameters"] = {"rope_theta": fields.pop("rope_theta"),
-                                 **({"rope_type": "llama3", **scaling} if scaling
-                                    else {"rope_type": "default"})}
-    kind = {"gemma2": Gemma2Config, "llama": LlamaConfig}[fields.pop("model_type")]
+def huggingface(case, weights, attention):
+    """transformers' model around the tensors of `weights` {its name: tensor}."""
     some = next(iter(weights.values()))
     with some.device:
-        model = AutoModelForCausalLM.from_config(kind(**fields), attn_implementation=attention,
-                                                 dtype=some.dtype)
-    tied = {}
-    if config.tie_word_embeddings:
-        tied["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict({**weights, **tied}, assign=True)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**case.raw), attn_implementation=attention, dtype=some.dtype)
+    if case.config.tie_word_embeddings:
+        weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+    model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False)
 
 
-def attention_name(config, cuda):
-    """transformers' fastest exact one: SDPA knows no soft-cap, FlexAttention has no backward on a
-    CPU.
+def attention_name(config, device):
+    """transformers' fastest exact attention: SDPA has no soft-cap, and FlexAttention no backward on
+    a CPU.
     """
     if config.attn_logit_softcapping is None:
         return "sdpa"
-    return "flex_attention" if cuda else "eager"
+    return "flex_attention" if device == "cuda" else "eager"
 
 
 def published_sae(sae, dtype):
-    """x [N, D] -> x̂ [N, D], encoded densely; a TopK SAE decodes sparsely, as the published kernels
-    do.
-    """
-    t = SimpleNamespace(**{name: p.detach().to(dtype) for name, p in sae.named_parameters()})
-    # PyTorch 2.11's bag has no bf16 backward on CUDA
-    rows = t.W_dec.float() if t.W_dec.is_cuda else t.W_dec
+    """x [N, D] -> x̂ [N, D]: encodes densely; a TopK decodes sparsely, as published kernels do."""
+    sae = deepcopy(sae).to(dtype)
+    # PyTorch 2.11's bag has no bf16 backward on CUDA.
+    rows = sae.W_dec.float() if sae.W_dec.is_cuda else sae.W_dec
 
-    def top_k(x):
-        values, indices = F.linear(x.to(dtype) - t.b_dec, t.W_enc,
-                                   t.b_enc).relu().topk(sae.k, sorted=False)
-        return F.embedding_bag(indices, rows, per_sample_weights=values.to(rows.dtype),
-                               mode="sum") + t.b_dec
+    def reconstruct(x):
+        x = x.to(dtype) - sae.b_dec if sae.centred else x.to(dtype)
+        latents = F.linear(x, sae.W_enc, sae.b_enc).relu()
+        if sae.architecture == "jumprelu":
+            return latents * (latents > sae.threshold) @ sae.W_dec + sae.b_dec
+        values, indices = latents.topk(sae.k, sorted=False)
+        values = values.to(rows.dtype)
+        return F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum") + sae.b_dec
 
-    def jump_relu(x):
-        pre = F.linear(x.to(dtype), t.W_enc, t.b_enc)
-        return F.relu(pre) * (pre > t.threshold) @ t.W_dec + t.b_dec
-
-    return {"topk": top_k, "jumprelu": jump_relu}[sae.architecture]
+    return reconstruct

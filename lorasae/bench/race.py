@@ -1,7 +1,5 @@
 """Races: contenders that must give the same answer, timed in turns, and the memory that one call of
 each adds.
-
-Exercised by `python -m lorasae.bench`.
 """
 import gc
 import multiprocessing
@@ -13,63 +11,87 @@ from pathlib import Path
 
 import torch
 
+from lorasae.io.console import note
+from lorasae.linear import linear
 from lorasae.runs.training import resident
 
+ROUNDS = 5
 
-def race(what, build, differ, rounds, device, memory=True, answer=lambda contender: contender(),
-         warm=0):
-    """Rows, one a contender: their answers compared, then their times, then their memory.
 
-    build(device) -> {name: function of no argument}, the last one ours; picklable, as another
-    process measures memory. differ(answer, reference) -> what is wrong with an answer, or None; the
-    reference is the first contender's. answer(contender): what to compare, if not what it returns.
-    warm: calls of each that are not timed.
+def race(what, build, device, quick, tolerance=None):
+    """Rows, one per contender: their answers are compared, then timed, then their memory measured.
+
+    build(device) -> {name: contender}, the last one ours; it is pickled, as another process
+    measures memory. A contender is a function. Its answer, a list of tensors, is what it returns,
+    or what its own function `answer` returns. tolerance: see first_difference.
     """
-    print(what, "...", file=sys.stderr, flush=True)
-    torch.compiler.reset()  # graphs of earlier races would count against the limit
+    note(f"{what} ...")
+    torch.compiler.reset()                  # graphs of earlier races would count against the limit
     contenders = build(device)
     names = list(contenders)
 
     # The answers.
-    reference = answer(contenders[names[0]])
+    reference = answer_of(contenders[names[0]])
     for name in names[1:]:
-        complaint = differ(answer(contenders[name]), reference)
+        complaint = first_difference(answer_of(contenders[name]), reference, tolerance)
         if complaint:
             raise RuntimeError(f"{what}: {name} disagrees with {names[0]}: {complaint}")
     del reference
 
-    # The times, in turns.
-    for name in names * warm:
-        contenders[name]()
+    # The times, in turns, so that a busy machine slows all of them. The first round warms up.
     seconds = {name: [] for name in names}
-    for _ in range(rounds):
+    for _ in range(1 + ROUNDS):
         for name in names:
             seconds[name].append(timed(contenders[name], device))
     del contenders
     gc.collect()
 
-    # The memory, each alone.
-    peaks = {name: peak_memory(build, name, device) if memory else None for name in names}
-
-    # One row a contender.
-    ours, rows = names[-1], []
+    # A row for each, with its memory, which takes too long for --quick.
+    rows = []
     for name, times in seconds.items():
-        median = statistics.median(times)
-        row = {"what": what, "contender": name,
-               "ms": 1e3 * median, "ms_min": 1e3 * min(times), "ms_max": 1e3 * max(times),
-               "ours_faster": median / statistics.median(seconds[ours]), "peak_mb": None,
-               "ours_memory": None}
-        if peaks[name]:
-            row["peak_mb"], row["ours_memory"] = peaks[name] / 1e6, peaks[ours] / peaks[name]
+        row = {"what": what, "contender": name, **milliseconds(times[1:])}
+        if not quick and (device == "cuda" or sys.platform == "linux"):
+            row["peak_mb"] = peak_memory(build, name, device) / 1e6
         rows.append(row)
+    for row in rows:
+        row["ours_faster"] = row["ms"] / rows[-1]["ms"]
+        if "peak_mb" in row:
+            row["ours_memory"] = rows[-1]["peak_mb"] / row["peak_mb"]
     return rows
 
 
-def speed(what, seconds, tokens):
-    """A row for something that has no contender: `tokens` in each of the measured `seconds`."""
-    return {"what": what, "contender": "lorasae", "ms": 1e3 * statistics.median(seconds),
-            "ms_min": 1e3 * min(seconds),
-            "ms_max": 1e3 * max(seconds), "tokens_per_s": tokens / statistics.median(seconds)}
+def answer_of(contender):
+    return getattr(contender, "answer", contender)()
+
+
+def first_difference(answer, reference, tolerance=None):
+    """Which tensor is off by more than `tolerance`, relative to the norm of the reference's; or "".
+
+    The default is 1e-5, or 1e-4 on CUDA, which adds up 256,000 terms in another order than a CPU.
+    """
+    if tolerance is None:
+        tolerance = 1e-4 if any(expected.is_cuda for expected in reference) else 1e-5
+    for number, (found, expected) in enumerate(zip(answer, reference)):
+        error = ((found - expected).norm() / expected.norm()).item()
+        if not error <= tolerance:                      # it may be NaN
+            return f"tensor {number} is off by {error:.1e}"
+    return ""
+
+
+# ---- Time ----------------------------------------------------------------------------------------
+
+def speed(what, function, device, tokens):
+    """A row of ours without contenders. tokens: in each call."""
+    function()
+    row = milliseconds([timed(function, device) for _ in range(ROUNDS)])
+    rate = tokens / (row["ms"] / 1e3)
+    return {"what": what, "contender": "lorasae", **row, "tokens_per_s": rate}
+
+
+def milliseconds(times):
+    """The median of some seconds, with minimum and maximum."""
+    return {"ms": 1e3 * statistics.median(times), "ms_min": 1e3 * min(times),
+            "ms_max": 1e3 * max(times)}
 
 
 def timed(function, device):
@@ -86,18 +108,37 @@ def synchronise(device):
         torch.cuda.synchronize()
 
 
+def bench_peak(device, quick):
+    """TFLOP/s of a square product; on a GPU in fp32 also by TF32: python -m lorasae.bench peak"""
+    kinds, rows = [("bfloat16", "highest"), ("float32", "highest"), ("float32", "high")], []
+    for dtype, precision in kinds if device == "cuda" else kinds[:2]:
+        torch.set_float32_matmul_precision(precision)
+        flops = matmul_peak(device, getattr(torch, dtype))
+        rows.append({"what": "square product", "dtype": dtype, "precision": precision,
+                     "tflops": flops / 1e12})
+    yield rows
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of a square matrix product, the best of ten."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    linear(a, b)
+    return 2 * size ** 3 / min(timed(lambda: linear(a, b), device) for _ in range(10))
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
 def peak_memory(build, name, device):
-    """Bytes that one call of a contender adds at its peak; None where this cannot be known."""
+    """Bytes that one call of a contender adds at its peak, on a GPU or on Linux."""
     if device == "cuda":
         function = build(device)[name]
-        function()  # cuBLAS's workspace is no contender's own
+        function()                                      # cuBLAS's workspace is nobody's own
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    if not sys.platform.startswith("linux"):
-        return None
-    # a fresh process: nothing was freed there before. If it dies, this raises
+    # In a fresh process nothing has been freed yet. If it dies, this raises.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(added_resident, build, name, torch.get_num_threads()).result()
 
@@ -106,24 +147,8 @@ def added_resident(build, name, threads):
     torch.set_num_threads(threads)
     function = build("cpu")[name]
     small = torch.randn(64, 64)
-    small @ small                                                       # loads the BLAS
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    small @ small                                       # loads the BLAS
+    Path("/proc/self/clear_refs").write_text("5")       # the high-water mark starts from here
     before = resident("VmRSS")
     function()
     return resident("VmHWM") - before
-
-
-def differing_tensors(answer, reference, tolerance=None):
-    """None where each tensor is the reference's to a relative error of `tolerance` (in norm).
-
-    Left out, it is 1e-5, and 1e-4 on CUDA, whose sums over 256,000 terms run in another order than
-    a CPU's.
-    """
-    errors = {}
-    for name, expected in reference.items():
-        errors[name] = ((answer[name] - expected).norm() / expected.norm()).item()
-        if tolerance is None:
-            tolerance = 1e-4 if expected.is_cuda else 1e-5
-
-    worst = max(errors, key=errors.get)
-    return None if errors[worst] <= tolerance else f"{worst} is off by {errors[worst]:.1e}"

@@ -2,7 +2,7 @@
 
     RUN_DIR/sae/            the SAE afterwards, in SAELens's format
     RUN_DIR/adapter/        with --train-sae: the adapters, in PEFT's format
-    RUN_DIR/before.json     the base model and the SAE as it came, sequence by sequence
+    RUN_DIR/sequences.json  all settings, the SAE as it came among them, sequence by sequence
     RUN_DIR/results.json    what splicing the SAE in costs, before and after; FVU, L0, dead latents
 """
 import torch
@@ -11,9 +11,6 @@ from lorasae import adapt, dictionary
 from lorasae.adapt import ALONE
 from lorasae.beyond import finetune
 from lorasae.errors import InputError
-from lorasae.evals import fidelity
-from lorasae.io.console import progress_line
-from lorasae.io.files import write_json
 from lorasae.lora import lora_parameters
 from lorasae.runs import adapting, distributed, sae_training, training
 from lorasae.runs.setting import load_saes
@@ -29,40 +26,47 @@ def finetune_sae(setting, run, optimizer=adapt.adamw):
     model, config = setting.model, setting.config
     (layer, sae), = setting.saes.items()
     make_trainable(sae, config)
-    adapters = {}
+    adapters, blocks = {}, []
     if config.train_sae:
         blocks = adapt.blocks_to_adapt(config.adapt, setting.saes, len(model.layers))
         adapters, = adapting.new_adapters(model, blocks, config)
-    progress_line(what_trains(config, layer, sae, adapters))
 
-    world = distributed.world()
-    training.look_before(setting)
     sample = setting.text.first(SAMPLE)
-    kind = Finetuning(model, layer, sae, adapters, config, sample, optimizer, world)
+    kind = Finetuning(model, layer, sae, adapters, config, sample, optimizer, distributed.world())
+    size = training.size_of(kind.tensors)
+    training.show({
+        **training.what_trains(config, model, setting.saes, blocks, size),
+        "loss": config.objective + l0_in_words(sae)})
+    training.look_before(setting)
     run.begin()
-    training.train(run, kind, setting.text, world)
+    training.train(run, kind, setting.text)
     if adapters:
         adapting.save(model, run, [adapters])
     sae_training.keep(run, sae, config.steps)
 
     # The SAE as it came and the SAE as it is now, on the same text.
     original = load_saes(config, model.config, model.device)
-    before = training.evaluate(setting, original, ("base", "sae"))
-    if run.writes:
-        write_json(run.folder / "before.json", fidelity.as_json(before))
+    before = training.evaluate(setting, original, ("sae",))
     settings = ("base", "sae", "adapted", "lora") if adapters else ("base", "sae")
     now = training.evaluate(setting, {layer: sae}, settings)
+    now["before"] = before["sae"]
 
     numbers = sae_training.numbers_of(now, setting, sae)
     if adapters:
         del numbers["l0"]                               # the adapted model's is in the summary
     results = {
-        **fidelity.summary(now, setting.text.documents, before), **numbers,
+        **training.results_of(now, setting, run, run.folder), **numbers,
         "before": sae_training.numbers_of(before, setting, original[layer]),
-        **training.cost(run, setting),
-        "trainable_parameters": sum(p.numel() for p in finetune.trained_parameters(kind.optimizer))}
+        "trainable_parameters": size}
     run.finish(results)
     return results
+
+
+def l0_in_words(sae):
+    """What happens to the L0 of an SAE that trains."""
+    if sae.l0_is_bounded:
+        return ""
+    return "; L0 held where it was" if sae.gates_train else "; thresholds frozen, L0 free"
 
 
 class Finetuning:
@@ -87,7 +91,6 @@ class Finetuning:
         self.first = finetune.first_trained(model, layer)
 
     def frozen(self, tokens):
-        tokens = tokens.to(self.model.device, non_blocking=True)
         return adapt.frozen_forward(self.model, {}, tokens, self.first)     # the SAE is not frozen
 
     def step(self, part, step):
@@ -98,23 +101,6 @@ class Finetuning:
 
     def after(self, step):
         pass
-
-
-def what_trains(config, layer, sae, adapters):
-    """What a run trains, in words."""
-    if sae.l0_is_bounded:
-        l0 = "L0 bounded by its kind"
-    elif config.thresholds == "frozen":
-        l0 = "thresholds frozen, so that L0 is free"
-    else:
-        l0 = "thresholds trained, L0 held where it was"
-    what = f"an SAE of {len(sae.W_enc):,} latents at layer {layer} of {config.model}, {l0}"
-    how = f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens"
-    if not adapters:
-        return f"finetuning {what}, on {config.objective} at {config.lr:g}: {how}"
-    size = sum(parameter.numel() for parameter in lora_parameters(adapters))
-    return (f"recipe {config.recipe}: {config.optimizer} at {adapting.training_rates(config)} for "
-            f"{size:,} parameters of adapters, together with (at {config.sae_lr:g}) {what}: {how}")
 
 
 def make_trainable(sae, config):

@@ -1,356 +1,315 @@
-"""Feature absorption (paper §5.1 and A.2, Tables 3 and 6; Chanin et al. 2024): does "starts with S" fire on "snake"?
+"""Feature absorption: does the latent of "starts with S" fire on "snake"? (§5.1, Tables 3 and 6)
 
-    python eval.py RUN_DIR --suite absorption                       2,000 words of the model's own vocabulary a seed
-    python eval.py RUN_DIR --suite absorption --words 8000          more: on a GPU it is worth it
+    python eval.py RUN_DIR --suite absorption                 2,000 words of the model's vocabulary
+    python eval.py RUN_DIR --suite absorption --words 8000    more: worth it on a GPU
 
-The residual stream x is read at the last token of a word, in a prompt that asks for first letters. A linear probe finds
-the direction u of each letter; logistic regressions on 1, 2, .. latents find those that stand for it (more of them as
-long as each adds 0.03 to F1). Where the probe sees the letter and these are silent, a single other latent may carry it:
+Chanin et al. 2024. The residual stream x is read at the last token of a word, in a prompt that asks
+for first letters. A linear probe finds the direction u of each letter. Logistic regressions on 1,
+2, ... latents find those that stand for it: one more as long as it adds 0.03 to F1. If the probe
+sees the letter and these latents are silent, a single other latent may carry it:
 
-    z_i W_dec,i · u >= 0.4 x · u >= 0   and   W_dec,i · u / ‖W_dec,i‖ >= 0.025      i: the largest z_i W_dec,i · u
+    z_i W_dec,i · u >= 0.4 x · u >= 0   and   W_dec,i · u / ‖W_dec,i‖ >= 0.025
 
-It has absorbed the letter. The rate of a letter is absorbed words / words the probe gets right; lower is better. The
-score is the mean over letters, those without a candidate counting 0. SAEBench leaves these out; its mean stands beside.
+for the latent i with the largest z_i W_dec,i · u. Then it has absorbed the letter. The rate of a
+letter is absorbed words / words that the probe gets right; lower is better. The score is the mean
+over letters, and a letter without a silent word counts 0. SAEBench leaves such letters out of its
+mean, which is shown too.
 
 Shapes: N words, D d_model, M latents, 26 letters.
 """
 import random
 import re
-import string
-from contextlib import nullcontext
+from functools import partial
+from string import ascii_uppercase
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from lorasae.errors import InputError
 from lorasae.evals import saebench
-from lorasae.evals.common import evaluating, progress
-from lorasae.evals.probes import Probe, logistic
-from lorasae.evals.saebench import FIRST_SEED, MODELS
-from lorasae.lora import base
+from lorasae.evals.common import as_model, evaluating, interval, progress
+from lorasae.evals.probes import Task, logistic, scikit_learn, train_probes
+from lorasae.evals.report import bars
+from lorasae.evals.texts import residuals
 
 QUESTION = " has the first letter:"
-EXAMPLES = 10                                          # words answered before the one that is asked
+EXAMPLES = 10                           # words that are answered before the one that is asked
 LEAST_WORDS = 200
-MOST_LATENTS = 10                                       # that may stand for one letter
+MOST_LATENTS = 10                       # that may stand for one letter
 F1_GAIN, SILENT, LEAST_COSINE, LEAST_SHARE = 0.03, 1e-8, 0.025, 0.4
+KNOWN = 0.6                             # F1 of the probe; today SAEBench drops letters below it
+LETTERS = len(ascii_uppercase)
 
-KNOWN = 0.6                                      # F1 of the probe; SAEBench now drops letters below
-
+COUNTS = {
+    "true_positives": "test words whose letter the probe sees",
+    "candidates": "of these, missed by the letter's latents",
+    "survivors": "of these, silent in another prompt",
+    "absorbed": "of these, absorbed",
+}
 LABELS = {
     "absorption": "absorption",
     "saebench": "absorption, SAEBench's mean",
     "probe_f1": "F1 of the probe on x",
-    "known": "letters with that F1 > 0.6",
-    "one_f1": "F1 of one latent",
-    "sparse_f1": "F1 of the letter's latents",
-    "latents": "latents a letter",
-    "true_positives": "test words the probe sees",
-    "candidates": "of them, missed by the latents",
-    "survivors": "of them, silent when asked again",
-    "absorbed": "of them, absorbed",
+    **COUNTS,
 }
-PAPER = {"saebench": (0.210, 0.205)}
+PAPER = {"saebench": (0.210, 0.205)}                    # (LoRA, base)
 TOLERANCE = 0.06
 
 
 def add_options(add):
-    add("--words", type=int, default=2000, metavar="N", help="words of the vocabulary to ask for, other ones with each "
-        "seed (default: %(default)s; SAEBench: all)")
+    add("--words", type=int, default=2000, metavar="N",
+        help="words of the vocabulary to ask for, others for each seed (default: %(default)s; "
+             "SAEBench: all)")
 
 
-def evaluate(setting, options):
+def evaluate(setting, words, seeds):
     """Table 6's row on absorption, for the first SAE of a setting, and each letter's counts."""
-    layer, sae = saebench.reading(setting, "absorption")
-    if options.seeds < 1 or options.words < LEAST_WORDS:
-        raise InputError(f"--seeds {options.seeds} --words {options.words}: expected 1 and {LEAST_WORDS}, or more")
-    model, corpus = setting.model, setting.text
-    vocabulary = words(corpus.tokenizer)
-    if len(vocabulary) < LEAST_WORDS:
-        raise InputError(f"the tokenizer has {len(vocabulary)} tokens of ASCII letters alone, too few to ask for first "
-                         f"letters (at least {LEAST_WORDS} are needed)")
+    scikit_learn()                                      # refuses before any work if it is missing
+    layer, sae, seeds = saebench.reading(setting, "absorption", seeds)
+    vocabulary = letter_words(setting.text.tokenizer)
+    if min(words, len(vocabulary)) < LEAST_WORDS:
+        raise InputError(f"--words {words} of the tokenizer's {len(vocabulary)} tokens of ASCII "
+                         f"letters: first letters need {LEAST_WORDS} or more")
 
-    by_seed, letters = {name: [] for name in MODELS}, {name: [] for name in MODELS}
-    seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
-    jobs = [(seed, name) for seed in seeds for name in MODELS]
+    letters = {who: [] for who in saebench.MODELS}
+    with evaluating(setting.model):
+        for seed in progress(seeds, "absorption"):
+            asked = ask(vocabulary, setting.text, words, seed)
+            for who in saebench.MODELS:
+                with as_model(setting.model, who):
+                    x = read_at_word(setting.model, layer, asked)
+                letters[who].append(absorption(sae, x, asked, seed))
 
-    with evaluating(model):
-        for seed, name in progress(jobs, "absorption"):
-            asked = ask(vocabulary, corpus.tokenizer, options.words, seed)
-            with base(model) if name == "base" else nullcontext():
-                counts = one_model(model, sae, layer, asked, seed)
-            letters[name].append(counts)
-            by_seed[name].append(scores(counts))
-    return {"layer": layer, "seeds": options.seeds, "sets": [f"{len(asked.train)} + {len(asked.test)} words"],
-            "words_of_the_vocabulary": len(vocabulary), "tokens_after_the_word": asked.offset, "letters": letters,
-            "rows": saebench.rows(by_seed)}
+    values = {}
+    for who, found in letters.items():
+        values[who] = saebench.columns([scores(counts) for counts in found])
+    return {
+        "layer": layer,
+        "seeds": len(seeds),
+        "sets": [f"{len(asked.train)} + {len(asked.test)} words"],
+        "letters": letters,
+        "rows": saebench.paired_rows(values),
+    }
 
 
-# ---- Words and prompts ---------------------------------------------------------------------------
+# ---- Words and prompts -------------------------------------------------------------------------
 
-def words(tokenizer):
-    """{word: token id} of every token that is ASCII letters alone, with or without one space before them."""
+def letter_words(tokenizer):
+    """{word: token id} of all tokens of ASCII letters, with or without a space before them."""
     found = {}
     for token in range(tokenizer.get_vocab_size()):
         text = tokenizer.decode([token], skip_special_tokens=False)
         piece = tokenizer.id_to_token(token) or ""
-        if piece.startswith("▁"):                             # whose decoder may drop a first space
+        if piece.startswith("▁"):                       # whose decoder may drop a first space
             text = piece.replace("▁", " ")
         if re.fullmatch(" ?[A-Za-z]+", text):
             found.setdefault(text, token)
     return found
 
 
-def letter(word):
-    """0 to 25."""
-    return string.ascii_uppercase.index(word.strip()[0].upper())
+def initial(word):
+    return word.strip()[0].upper()
 
 
 class Asked(NamedTuple):
     """The words of one seed, four fifths of them to train, and their prompts."""
     train: list
     test: list
-    prompts: list                            # of train, then of test: token ids, BOS not among them
-    again: list                               # other prompts for test, with examples from all words
-    offset: int                                    # tokens between the word and the end of a prompt
+    prompts: list           # token ids: of train, of test, and again of test with other examples
+    offset: int             # tokens between the word and the end of a prompt
 
 
-def ask(vocabulary, tokenizer, count, seed):
-    """Draws `count` words and writes their prompts. Words that do not stay one token in their prompt are left out.
+def ask(vocabulary, text, count, seed):
+    """Draws `count` words and writes their prompts. text: the run's text, for its tokenizer.
 
-    SAEBench reads at the sixth token from the end. How many tokens follow the word is the tokenizer's affair: here it
-    is looked up, and each prompt is checked to have the word's own token there.
+    SAEBench reads at the sixth token from the end. How many tokens follow the word depends on the
+    tokenizer: here each prompt is checked to have the word's own token where it is read. Words that
+    do not stay one token are left out.
     """
     rng = random.Random(seed)
     drawn = rng.sample(sorted(vocabulary), min(count, len(vocabulary)))
     cut = len(drawn) * 4 // 5
-    train, test = drawn[:cut], drawn[cut:]
-    question = tokenizer.encode(QUESTION, add_special_tokens=False).ids
+    question = text.tokenizer.encode(QUESTION, add_special_tokens=False).ids
 
-    def prompts(asked, examples):
-        """{word: token ids} of those that can be read."""
-        texts = [prompt(word, examples, rng) for word in asked]
+    def prompts(words, examples):
+        """{word: token ids} of the words that can be read."""
+        texts = [prompt(word, examples, rng) for word in words]
         found = {}
-        for word, encoding in zip(asked, tokenizer.encode_batch(texts, add_special_tokens=False)):
-            ids = encoding.ids
-            if ids[-len(question):] == question and ids[-len(question) - 1] == vocabulary[word]:
-                found[word] = ids
+        encodings = text.tokenizer.encode_batch(texts, add_special_tokens=False)
+        for word, encoding in zip(words, encodings):
+            if encoding.ids[-len(question) - 1:] == [vocabulary[word], *question]:
+                found[word] = [text.bos, *encoding.ids]
         return found
 
-    of_train, of_test, again = prompts(train, train), prompts(test, test), prompts(test, drawn)
-    of_test = {word: ids for word, ids in of_test.items() if word in again}
-    if len(of_train) + len(of_test) < len(drawn) / 2:
-        raise InputError(f"in most prompts the tokenizer joins the word with what follows, {QUESTION!r}: --suite "
-                         "absorption cannot find where to read")
+    train, test = drawn[:cut], drawn[cut:]
+    train, test, again = prompts(train, train), prompts(test, test), prompts(test, drawn)
+    both = [word for word in test if word in again]
+    if len(train) + len(both) < len(drawn) / 2:
+        raise InputError("in most prompts the tokenizer joins the word with what follows, "
+                         f"{QUESTION!r}: --suite absorption cannot find where to read")
 
-    first = [*of_train.values(), *of_test.values()]
-    second = [again[word] for word in of_test]
-    return Asked(list(of_train), list(of_test), first, second, len(question))
+    rows = [*train.values()]
+    for found in (test, again):
+        rows += [found[word] for word in both]
+    return Asked(list(train), both, rows, len(question))
 
 
 def prompt(word, examples, rng):
-    """Ten other words with their first letters, and the question for this one's."""
+    """Ten other words with their first letters, and the question for this word's."""
     lines = []
     while len(lines) < EXAMPLES:
         example = rng.choice(examples)
         if word not in example:
-            lines.append(f"{example}{QUESTION} {example.strip()[0].upper()}")
+            lines.append(f"{example}{QUESTION} {initial(example)}")
     return "\n".join([*lines, f"{word}{QUESTION}"])
 
 
-@torch.no_grad()
-def read_at_word(model, layer, prompts, offset, batch=64):
-    """Prompts (token ids) -> x [N, D] fp32 at the last token of the word asked for."""
-    out = torch.empty(len(prompts), model.head.shape[1], device=model.device)
-    bos = model.config.bos_token_id
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch):
-        chosen = order[start:start + batch]
-        rows = [torch.tensor([bos, *prompts[i]]) for i in chosen]
-        tokens = pad_sequence(rows, batch_first=True).to(model.device)          # on the right: unseen from the left
-        x = model.run(model.embed(tokens), 0, layer + 1)
-        at = torch.tensor([len(row) - offset - 1 for row in rows], device=model.device)
-        out[chosen] = x[torch.arange(len(rows), device=model.device), at].float()
+def read_at_word(model, layer, asked):
+    """x [N, D] fp32 at the last token of the word, for all prompts."""
+    out = torch.empty(len(asked.prompts), model.head.shape[1], device=model.device)
+    for chosen, _, x in residuals(model, layer, asked.prompts):
+        for i, row in zip(chosen, x):
+            out[i] = row[len(asked.prompts[i]) - asked.offset - 1]
     return out
 
 
-# ---- Probes --------------------------------------------------------------------------------------
+# ---- One model ---------------------------------------------------------------------------------
 
-def letter_probes(features, letters, *, batch, weight_decay, l1=0.0, seed, epochs=50):
-    """26 probes, one against the rest -> Probe, weight [26, D]. features [N, D], letters [N].
+def absorption(sae, x, asked, seed):
+    """{letter: its COUNTS, "probe_f1" and "latents"} of x [N, D], read from the prompts."""
+    x, x_test, x_again = x.split([len(asked.train), len(asked.test), len(asked.test)])
+    z, z_test, z_again = [sae.encode(part).float() for part in (x, x_test, x_again)]
+    own, own_test = [one_hot(words).to(x.device) for words in (asked.train, asked.test)]
 
-    Cross-entropy weighted by negatives / positives + l1 · mean_letters ‖w‖₁, by Adam; the learning rate falls from 1e-2
-    to 1e-5, epoch by epoch.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    labels = F.one_hot(letters, 26).float()
-    positives = labels.sum(0)
-    pos_weight = (len(labels) - positives) / positives.clamp(min=1)
+    # The letters' directions, and the test words that the probe says begin with each
+    probe = letter_probes(x, own, batch=64, weight_decay=1e-4, seed=seed)
+    seen = (x_test @ probe.weight.T + probe.bias).T > 0                         # [26, N]
 
-    bound = features.shape[1] ** -0.5
-    weight = torch.empty(26, features.shape[1]).uniform_(-bound, bound, generator=generator)
-    bias = torch.empty(26).uniform_(-bound, bound, generator=generator)
-    weight, bias = (p.to(features.device).requires_grad_() for p in (weight, bias))
-    optimizer = torch.optim.Adam([weight, bias], lr=1e-2, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (1e-5 / 1e-2) ** (1 / epochs))
-
-    for _ in range(epochs):
-        order = torch.randperm(len(features), generator=generator).to(features.device)
-        for chosen in order.split(batch):
-            logits = features[chosen] @ weight.T + bias
-            loss = F.binary_cross_entropy_with_logits(logits, labels[chosen], pos_weight=pos_weight)
-            loss = loss + l1 * weight.abs().sum(1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-    return Probe(weight.detach(), bias.detach())
-
-
-def f1(predicted, true):
-    """predicted, true [.., N] bool -> [..]: 2 TP / (2 TP + FP + FN), 0 where there is nothing."""
-    both = (predicted & true).sum(-1)
-    either = predicted.sum(-1) + true.sum(-1)
-    return 2 * both / either.clamp(min=1)
-
-
-# ---- One model -----------------------------------------------------------------------------------
-
-def one_model(model, sae, layer, asked, seed):
-    """{letter: its counts} of the model as it is."""
-    x = read_at_word(model, layer, asked.prompts, asked.offset)
-    letters = torch.tensor([letter(word) for word in [*asked.train, *asked.test]], device=x.device)
-    cut = len(asked.train)
-
-    def read_again(indices):
-        return read_at_word(model, layer, [asked.again[i] for i in indices], asked.offset)
-
-    return absorption(sae, (x[:cut], letters[:cut]), (x[cut:], letters[cut:]), read_again, seed)
-
-
-def absorption(sae, train, test, read_again, seed):
-    """{letter: {"words", "true_positives", "candidates", "survivors", "absorbed", "latents", F1s}} of one set of words.
-
-    train, test: x [N, D] and letters [N]. read_again(indices of test words) -> their x in other prompts.
-    """
-    (x, letters), (x_test, letters_test) = train, test
-    probe = letter_probes(x, letters, batch=64, weight_decay=1e-4, seed=seed)
-    z, z_test = encode(sae, x), encode(sae, x_test)
-    # SAEBench's batch, but a small vocabulary in parts: 50 steps, one an epoch, would choose latents almost at random.
+    # Latents are tried in the order of their weights in a sparse probe. SAEBench's batch is 4,096;
+    # with few words that is one step per epoch, which orders them almost at random
     batch = min(4096, max(64, len(z) // 25))
-    favourites = letter_probes(z, letters, batch=batch, weight_decay=1e-6, l1=0.01, seed=seed).weight
+    sparse = letter_probes(z, own, batch=batch, weight_decay=1e-6, l1=0.01, seed=seed)
 
-    kept = [i for i in range(26) if (letters == i).any() and (letters_test == i).any()]
-    found = sparse_probes(z, letters, z_test, letters_test, favourites, kept)
-    right = x_test @ probe.weight.T + probe.bias > 0                            # [N, 26]
+    # Letter by letter: where the probe is right and the letter's latents are silent
     counts = {}
-    for i, (latents, fires, scores) in zip(kept, found):
-        own = letters_test == i
-        seen = own & right[:, i]
-        candidates = (seen & ~fires).nonzero().squeeze(1)
-        new = read_again(candidates.tolist()) if len(candidates) else x_test[:0]
-        silent, absorbed = absorbs(sae, new, probe.weight[i], latents)
-        counts[string.ascii_lowercase[i]] = {
-            "words": int(own.sum()), "true_positives": int(seen.sum()), "candidates": len(candidates),
-            "survivors": int(silent.sum()), "absorbed": int(absorbed.sum()), "latents": latents.tolist(),
-            "probe_f1": f1(right[:, i], own).item(), "one_f1": scores[0], "sparse_f1": max(scores[:len(latents)])}
+    for i, letter in enumerate(ascii_uppercase):
+        if not (own[i].any() and own_test[i].any()):
+            continue
+        order = sparse.weight[i].argsort(descending=True)[:MOST_LATENTS]
+        latents, fires = letter_latents(z, own[i], z_test, own_test[i], order)
+        right = own_test[i] & seen[i]
+        candidates = right & ~fires
+        silent, absorbed = absorbs(sae, x_again, z_again, probe.weight[i], latents)
+        which = right, candidates, candidates & silent, candidates & absorbed
+        counts[letter] = {name: int(found.sum()) for name, found in zip(COUNTS, which)}
+        counts[letter]["probe_f1"] = f1(seen[i], own_test[i])
+        counts[letter]["latents"] = latents.tolist()
     return counts
 
 
-@torch.no_grad()
-def encode(sae, x):
-    return sae.encode(x).float()
+def one_hot(words):
+    """Words [N] -> bool [26, N]: which of them begin with each letter."""
+    return torch.tensor([[initial(word) == letter for word in words] for letter in ascii_uppercase])
 
 
-def sparse_probes(z, letters, z_test, letters_test, favourites, kept):
-    """For each letter of `kept`: (its latents, test words they say it of [N] bool, F1 with 1, 2, .. latents).
+def letter_probes(features, labels, *, batch, weight_decay, seed, l1=0.0):
+    """SAEBench's probes of the letters, each against the rest. features [N, D], labels [26, N].
 
-    Latents are taken in the order of their weights in the L1 probe, one more as long as F1 gains more than 0.03.
+    Adam, with a rate that falls from 1e-2 to 1e-5 in 50 epochs. SAEBench's loss is the mean over
+    letters and ours the sum, so weight decay and eps are 26 times SAEBench's.
     """
-    true = torch.stack([letters == i for i in kept])
-    true_test = torch.stack([letters_test == i for i in kept])
-    order = favourites[kept].topk(min(MOST_LATENTS, z.shape[1])).indices        # [letters, 10], the strongest first
+    adam = partial(torch.optim.Adam, lr=1e-2, weight_decay=LETTERS * weight_decay,
+                   eps=LETTERS * 1e-8)
+    task = Task(torch.arange(len(features), device=features.device)[None], labels)
+    positives = labels.sum(1, keepdim=True)
+    pos_weight = (len(features) - positives) / positives.clamp(min=1)
+    return train_probes(features, task, optimizer=adam, batch=batch, epochs=50, seed=seed, l1=l1,
+                        pos_weight=pos_weight, decay=1e-3 ** (1 / 50))
 
-    fires, scores = [], []
-    for k in range(1, order.shape[1] + 1):
-        columns = order[:, :k]
-        probe = logistic(z.T[columns].mT, true, balanced=True)
-        logits = (z_test.T[columns].mT.double() @ probe.weight[..., None]).squeeze(-1) + probe.bias[:, None]
-        fires.append(logits > 0)
-        scores.append(f1(logits > 0, true_test))
-    scores = torch.stack(scores, 1).tolist()
 
-    found = []
-    for i, of_letter in enumerate(scores):
-        k = split_count(of_letter)
-        found.append((order[i, :k], fires[k - 1][i], of_letter))
+def letter_latents(z, own, z_test, own_test, order):
+    """(the latents that stand for a letter, which test words they say it of).
+
+    order: its latents, the strongest first. Each next one is kept as long as F1 gains enough.
+    """
+    best = -1.0
+    for k in range(1, len(order) + 1):
+        fires = logistic(z[:, order[:k]], own, z_test[:, order[:k]], "balanced").to(z.device)
+        score = f1(fires, own_test)
+        if score <= best + F1_GAIN:
+            break
+        best, found = score, (order[:k], fires)
     return found
 
 
-def split_count(scores):
-    """How many latents stand for a letter, by the F1 of 1, 2, ..: each next one has to gain more than 0.03."""
-    best = scores[0]
-    for k, score in enumerate(scores[1:], 1):
-        if score <= best + F1_GAIN:
-            return k
-        best = score
-    return len(scores)
+def f1(found, true):
+    """found, true [N] bool -> 2 TP / (2 TP + FP + FN), 0 if there is nothing."""
+    both, either = (found & true).sum(), found.sum() + true.sum()
+    return (2 * both / either.clamp(min=1)).item()
 
 
-def absorbs(sae, x, direction, latents):
-    """x [N, D] of words with a letter -> its latents are silent [N], another one has absorbed it [N]."""
+def absorbs(sae, x, z, direction, latents):
+    """x [N, D], z [N, M] -> a letter's latents are silent [N]; another one has absorbed it [N].
+
+    direction [D]: the letter's.
+    """
     u = F.normalize(direction, dim=0)
-    rows = sae.W_dec.float()
-    along = rows @ u                                    # [M]: where rows have length 1, SAEBench's cosine
-    z = encode(sae, x)
-    silent = z[:, latents].sum(1) < SILENT
-
+    W_dec = sae.W_dec.float()
+    along = W_dec @ u                                   # [M]
     projection, top = (z * along).max(1)
-    cosine = along[top] / rows[top].norm(dim=1).clamp(min=1e-12)
+    cosine = along[top] / W_dec[top].norm(dim=1).clamp(min=1e-12)
     total = x @ u
+
+    silent = z[:, latents].sum(1) < SILENT
     carried = (cosine >= LEAST_COSINE) & (total >= 0) & (projection >= LEAST_SHARE * total)
     return silent, silent & carried
 
 
+def rates(counts):
+    """{letter: absorbed words / words the probe gets right}, of the letters with such words."""
+    seen = {letter: row for letter, row in counts.items() if row["true_positives"]}
+    return {letter: row["absorbed"] / row["true_positives"] for letter, row in seen.items()}
+
+
 def scores(counts):
-    """{letter: counts} -> the score of one seed and what explains it."""
-    rated = [row for row in counts.values() if row["true_positives"]]
-    rates = [row["absorbed"] / row["true_positives"] for row in rated]
-    surviving = [row["absorbed"] / row["true_positives"] for row in rated if row["survivors"]]
-    out = {"absorption": sum(rates) / max(len(rates), 1), "saebench": sum(surviving) / max(len(surviving), 1)}
-
-    for name in ("probe_f1", "one_f1", "sparse_f1"):
-        out[name] = sum(row[name] for row in counts.values()) / len(counts)
-    for name in ("true_positives", "candidates", "survivors", "absorbed"):
-        out[name] = float(sum(row[name] for row in counts.values()))
-    out["known"] = float(sum(row["probe_f1"] > KNOWN for row in counts.values()))
-    out["latents"] = sum(len(row["latents"]) for row in counts.values()) / len(counts)
-    return out
+    """{letter: counts} -> {metric of LABELS: value}."""
+    of_letters = rates(counts)
+    surviving = [rate for letter, rate in of_letters.items() if counts[letter]["survivors"]]
+    sums = {name: sum(row[name] for row in counts.values()) for name in (*COUNTS, "probe_f1")}
+    return {
+        **sums,
+        "absorption": sum(of_letters.values()) / max(len(of_letters), 1),
+        "saebench": sum(surviving) / max(len(surviving), 1),
+        "probe_f1": sums["probe_f1"] / len(counts),
+    }
 
 
-def show(numbers):
-    print("feature absorption: of the words whose letter the probe sees, those another latent absorbed; less is better")
-    saebench.show_rows(numbers, LABELS, PAPER, TOLERANCE)
+# ---- Showing -----------------------------------------------------------------------------------
 
-    known = numbers["rows"]["known"]
-    if min(known["base"], known["lora"]) < 13:
-        print(f"The probe knows {known['base']:.1f} letters in the base model, {known['lora']:.1f} in the adapted one. "
-              "Where the residual\nstream does not hold the letter, nothing can absorb it: these rates say little.")
+def tables(numbers):
+    notes = []
+    f1 = numbers["rows"]["probe_f1"]
+    if min(f1["base"], f1["lora"]) < KNOWN:
+        notes.append("The probe's F1 is low. If the residual stream does not hold the letters, "
+                     "nothing can absorb them, and these rates say little.")
+    caption = ("Feature absorption: the share of the words with a visible first letter whose "
+               "letter another latent absorbed; lower is better")
+    return [saebench.table(numbers, caption, LABELS, PAPER, TOLERANCE, notes)]
 
 
 def draw(numbers, figure):
-    """The rate of each letter, mean over seeds, in both models."""
+    """The rate of each letter in both models."""
+    series = {}
+    for who, name in saebench.MODELS.items():
+        by_seed = [rates(counts) for counts in numbers["letters"][who]]
+        series[name] = []
+        for letter in ascii_uppercase:
+            values = [found[letter] for found in by_seed if letter in found]
+            series[name].append(interval(torch.tensor(values)))
+
     figure.set_size_inches(8, 3.4)
     axes = figure.subplots()
-    for model, shift, label in (("base", -0.2, "base"), ("lora", 0.2, "LoRA")):
-        rates = []
-        for name in string.ascii_lowercase:
-            rows = [counts[name] for counts in numbers["letters"][model] if name in counts]
-            seen = sum(row["true_positives"] for row in rows)
-            rates.append(sum(row["absorbed"] for row in rows) / seen if seen else 0)
-        axes.bar([place + shift for place in range(26)], rates, 0.4, label=label)
-    axes.set_xticks(range(26), list(string.ascii_uppercase))
-    axes.set(xlabel="first letter", ylabel="absorbed, of words the probe gets right", title="Feature absorption")
+    bars(axes, ascii_uppercase, series)
+    axes.set(xlabel="first letter", ylabel="rate of absorption", title="Feature absorption")
     axes.legend()

@@ -1,141 +1,209 @@
-"""Language-model benchmarks (paper §5.3, Table 5): the model with SAEs and without, adapted and not, by lm-eval.
+"""Language-model benchmarks (paper §5.3, Table 5): with SAEs and without, adapted and not.
 
-    python eval.py RUN_DIR --suite lm                                       the paper's four tasks, fetched from the Hub
-    python eval.py RUN_DIR --suite lm --tasks local                         the same four forms, without a network
-    python eval.py RUN_DIR --suite lm --tasks my_task.yaml --limit 100      a task of one's own, in lm-eval's format
+    python eval.py RUN_DIR --suite lm                       the paper's tasks, fetched from the Hub
+    python eval.py RUN_DIR --suite lm --tasks local         the same four forms, without a network
+    python eval.py RUN_DIR --suite lm --tasks my_task.yaml --limit 100      your own lm-eval task
 
-The lm-eval package makes the prompts and computes the scores (accuracy, BLEU, ROUGE); spliced_lm.py answers them. The
-embedded models know nothing of the paper's tasks: theirs are the local ones (local_tasks.py).
+The lm-eval package makes the prompts and computes the scores (accuracy, BLEU, ROUGE);
+spliced_lm.py answers them. The embedded models know nothing of the paper's tasks, so theirs are the
+local ones (local_tasks.py).
+
+All settings answer the same questions. The effect of adapting is the mean over questions of
+adapted - base, with the interval of these differences.
 """
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from lorasae.errors import InputError
-from lorasae.evals.common import evaluating, plus_minus, print_table
+from lorasae.evals.common import as_model, evaluating, interval
 from lorasae.evals.local_tasks import local_tasks
+from lorasae.evals.report import Table, bars, with_interval, zero_line
 from lorasae.io.console import note
 from lorasae.io.presets import TINY, preset
 
-SETTINGS = {                                # the columns of Table 5: (SAEs spliced in, adapters on)
-    "sae": ("SAE", True, False), "adapted": ("SAE + LoRA", True, True),
-    "base": ("original", False, False), "lora": ("LoRA", False, True),
+SETTINGS = {                            # Table 5's columns: (heading, SAEs spliced in?, the model)
+    "sae": ("SAE", True, "base"),
+    "adapted": ("SAE + LoRA", True, "lora"),
+    "base": ("original", False, "base"),
+    "lora": ("LoRA", False, "lora"),
 }
-TABLE_5 = {                                   # its rows; lm-eval computes more than the paper shows
-    ("mmlu", "acc"): "MMLU", ("hellaswag", "acc"): "HellaSwag", ("truthfulqa_gen", "bleu_acc"): "BLEU",
-    ("truthfulqa_gen", "rouge1_acc"): "ROUGE-1", ("truthfulqa_gen", "rouge2_acc"): "ROUGE-2",
+PAIRS = {"with_sae": ("sae", "adapted"), "without_sae": ("base", "lora")}
+TABLE_5 = {                             # its rows; lm-eval computes more than the paper shows
+    ("mmlu", "acc"): "MMLU",
+    ("hellaswag", "acc"): "HellaSwag",
+    ("truthfulqa_gen", "bleu_acc"): "BLEU",
+    ("truthfulqa_gen", "rouge1_acc"): "ROUGE-1",
+    ("truthfulqa_gen", "rouge2_acc"): "ROUGE-2",
     ("truthfulqa_mc1", "acc"): "MC1",
 }
-TASKS = "mmlu,hellaswag,truthfulqa_mc1,truthfulqa_gen"
-LOCAL = "local"                                         # for `local_` before each of these
-SEED = 1234                                             # lm-eval's own, of the examples that few-shot tasks draw
+TASKS = "mmlu,hellaswag,truthfulqa_gen,truthfulqa_mc1"
+LOCAL = "local"                                         # TABLE_5's tasks with `local_` before them
+SEED = 1234                                             # lm-eval's own, for few-shot examples
+Z = 1.645                                               # standard errors in half a 90 % interval
 
 
-# ---- Table 5 -------------------------------------------------------------------------------------
-
-def load_tasks(names):
-    """lm-eval's tasks, with their data: names, "local", or YAML files and folders of them (with a / or ending in .yaml)."""
-    paths = {name: Path(name).resolve() for name in names if "/" in name or name.endswith(".yaml")}
-    from lm_eval.tasks import TaskManager
-    manager = TaskManager(include_path=[path for path in paths.values() if path.is_dir()],
-                          include_defaults=not set(names) <= {*paths, LOCAL})       # lm-eval's own take seconds to read
-    index, specs = manager.task_index, []
-    for name in names:
-        if name == LOCAL:
-            specs += local_tasks()
-            continue
-        specs += [task for task in manager.all_subtasks if paths.get(name) in index[task].yaml_path.parents] or [name]
-    try:
-        return manager.load(specs)
-    except ConnectionError as error:
-        raise InputError(f"the data of --tasks {','.join(names)} come from the Hub, which is out of reach ({error}): run "
-                         "once with a network, or pass a YAML file with local data") from error
-    except Exception as error:                          # others' code on the user's words: these are what to mend
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"lm-eval cannot load --tasks {','.join(names)}: {type(error).__name__}: {reason} (`lm-eval ls "
-                         "tasks` lists its tasks; the name of a YAML file ends in .yaml)") from error
-
+# ---- The evaluation ----------------------------------------------------------------------------
 
 def add_options(add):
-    add("--tasks", help="tasks of lm-eval, YAML files of one's own, or local: four made from held-out text; "
-        "comma-separated (default: local for an embedded model, else the paper's Table 5)")
-    add("--limit", type=int, metavar="N", help="only the first N questions of each task (default: all)")
+    add("--tasks", help="comma-separated tasks of lm-eval and your own YAML files, or local, four "
+        "tasks about held-out text (default: local for an embedded model, else Table 5's)")
+    add("--limit", type=int, metavar="N",
+        help="only the first N questions of each task (default: all)")
 
 
-def evaluate(setting, options):
-    require_lm_eval()
-    names = options.tasks or default_tasks(setting.config.model)
-    tasks = load_tasks(names.split(","))
-    return measure(setting.model, setting.saes, setting.text.tokenizer, tasks, limit=options.limit)
+def evaluate(setting, tasks, limit):
+    """tasks: as in --tasks, or None. limit: questions per task; None: all."""
+    if find_spec("lm_eval") is None:
+        raise InputError("the language-model benchmarks need the lm-eval package: pip install "
+                         '"lm-eval>=0.4.12"')
+    loaded = load_tasks(tasks or default_tasks(setting.config.model))
+    return measure(setting.model, setting.saes, setting.text.tokenizer, loaded, limit)
 
 
 def default_tasks(model):
-    """--tasks for a model, by its name: an embedded one, which read little but code, gets its own, and a line says so."""
+    """--tasks for a model, by its name. An embedded one gets the local tasks, and a note."""
     known = preset(model)
     if known is None or not Path(known.repo).is_relative_to(TINY):
         return TASKS
-    note(f"{model} is an embedded model: --tasks {LOCAL}, on held-out files of the standard library (the paper's: "
-        f"--tasks {TASKS})")
+    note(f"{model} is an embedded model: --tasks {LOCAL}, about held-out files of the standard "
+         f"library (the paper's: --tasks {TASKS})")
     return LOCAL
 
 
-def require_lm_eval():
-    """Raises InputError where the optional package is missing."""
+def load_tasks(tasks):
+    """lm-eval's tasks, with their data; tasks: as in --tasks."""
+    from lm_eval.tasks import TaskManager
+    names = tasks.split(",")
+    own = all(name == LOCAL or name.endswith(".yaml") for name in names)
+    manager = TaskManager(include_defaults=not own)     # reading lm-eval's own takes seconds
+    wanted = local_tasks() if tasks == LOCAL else names
     try:
-        import lm_eval                                # noqa: F401 - asks whether it can be imported
-    except ImportError as error:
-        if not (error.name or "").startswith("lm_eval"):       # something that lm-eval itself lacks
-            raise
-        raise InputError('the language-model benchmarks need the lm-eval package: pip install "lm-eval>=0.4.12"') from None
+        return manager.load(wanted)
+    except Exception as error:                          # anything: the user's words, others' code
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"lm-eval cannot load --tasks {tasks}: {type(error).__name__}: {reason} "
+                         "(`lm-eval ls tasks` lists its tasks, whose data come from the Hub; the "
+                         "name of a YAML file ends in .yaml)") from error
 
 
 def measure(model, saes, tokenizer, tasks, limit=None):
-    """{setting: {task: {metric: [value, standard error or None]}}}; also "samples": {task: number of questions} and
-    "tasks": those that are not part of another's score.
+    """Scores in the four settings. tasks: what load_tasks returns; limit: questions per task.
 
-    tasks: what load_tasks returns; limit: only so many questions of each.
+    {setting: {task: {metric: [value, standard error or None]}}}, and
+    "samples": {task: number of questions}
+    "rows": {row of the table: [task, metric]}
+    "paired": {row: {"with_sae" and "without_sae": [mean, half, questions]}}, adapted - base, if
+    each question has a score
     """
     from lm_eval import evaluator
     from lorasae.evals.spliced_lm import SplicedLM
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: expected at least 1 question")
     numbers = {"lm_eval": version("lm_eval"), "limit": limit}
-    with evaluating(model):
-        for setting, (label, spliced, lora) in SETTINGS.items():
-            note(f"{label}:")
-            for task in tasks["tasks"].values():
-                task.set_fewshot_seed(SEED)           # else every setting would draw other examples
-            lm = SplicedLM(model, tokenizer, saes if spliced else {}, lora=lora)
-            results = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=1000, log_samples=False)
-            numbers["samples"] = {task: count["effective"] for task, count in results["n-samples"].items()}
-            found = numbers[setting] = {task: measured(metrics) for task, metrics in results["results"].items()}
-            parts = {part for group, members in tasks["group_map"].items() if found.get(group) for part in members}
-            numbers["tasks"] = [task for task in found if found[task] and task not in parts]
-    return numbers
+    scores = {}                         # {setting: {row: its questions' scores}}
+    for setting, (heading, spliced, name) in SETTINGS.items():
+        note(f"{heading}:")
+        for task in tasks["tasks"].values():
+            task.set_fewshot_seed(SEED)                 # the same examples in every setting
+        lm = SplicedLM(model, tokenizer, saes if spliced else {})
+        with evaluating(model), as_model(model, name):
+            found = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=1000)
+
+        results = {task: values_of(metrics) for task, metrics in found["results"].items()}
+        rows = rows_of(results, tasks["group_map"])
+        scores[setting] = {row: by_question(tasks, found["samples"], *rows[row]) for row in rows}
+        numbers[setting] = results
+
+    paired = {}
+    for row in rows:
+        if scores["base"][row] is None:
+            continue
+        paired[row] = {}
+        for pair, (plain, adapted) in PAIRS.items():
+            difference = scores[adapted][row] - scores[plain][row]
+            paired[row][pair] = [*interval(difference), len(difference)]
+    samples = {task: count["effective"] for task, count in found["n-samples"].items()}
+    return {**numbers, "samples": samples, "rows": rows, "paired": paired}
 
 
-def measured(metrics):
-    """lm-eval's {"acc,none": value, "acc_stderr,none": error or "N/A"} -> {"acc": [value, error or None]}."""
+def values_of(metrics):
+    """lm-eval's {"acc,none": 0.5, "acc_stderr,none": 0.01} -> {"acc": [0.5, 0.01 or None]}."""
     out = {}
     for key, value in metrics.items():
         if "," in key and "_stderr," not in key:
-            stderr = metrics.get(key.replace(",", "_stderr,", 1))
-            out[key.removesuffix(",none")] = [value, stderr if isinstance(stderr, float) else None]
+            error = metrics.get(key.replace(",", "_stderr,", 1))
+            out[key.removesuffix(",none")] = [value, error if isinstance(error, float) else None]
     return out
 
 
-def show(numbers):
-    """Table 5: of the paper's tasks and of the local ones the metrics it shows, of others all."""
-    settings = [name for name in SETTINGS if name in numbers]
-    found = numbers[settings[0]]
-    labels = dict(TABLE_5)
-    labels.update({(f"local_{task}", metric): f"{label} (local)" for (task, metric), label in TABLE_5.items()})
+def rows_of(results, groups):
+    """{row: [task, metric]}: Table 5's for its tasks and the local ones, all metrics for others.
 
-    known = {task for task, _ in labels}
-    keys = [key for key in labels if key[1] in found.get(key[0], ())]
-    keys += [(task, metric) for task in numbers["tasks"] if task not in known for metric in found[task]]
-    rows = []
-    for task, metric in keys:
-        cells = (f"{value:.4f} {plus_minus(error)}" for value, error in (numbers[s][task][metric] for s in settings))
-        rows.append([labels.get((task, metric), f"{task} {metric}"), *cells])
-    print_table(rows, ["", *(SETTINGS[name][0] for name in settings)])
-    print("\nin lm-eval's units (Table 5 prints percentages), ± one standard error")
+    groups: {group: [its tasks and groups]}. If a group has a score, its parts have no rows.
+    """
+    parts = sum([groups[group] for group in groups if results.get(group)], [])
+    known = {task for task, _ in TABLE_5}
+    rows = {}
+    for task in results:
+        form = task.removeprefix("local_")
+        for metric in results[task]:
+            row = TABLE_5.get((form, metric), f"{task} {metric}")
+            if task not in parts and (form not in known or row in TABLE_5.values()):
+                rows[row] = [task, metric]
+    return rows
+
+
+def by_question(tasks, samples, task, metric):
+    """The score of each question, fp64 [n]; None if questions have none, as for corpus BLEU.
+
+    samples: what lm-eval logs, by task. MMLU's score is the mean over the questions of all its
+    tasks; that of other groups need not be.
+    """
+    members = [task]
+    if (task, metric) in TABLE_5 and task in tasks["groups"]:
+        members = [member.task_name for member in tasks["groups"][task].get_all_tasks()]
+    values = [sample.get(metric) for member in members for sample in samples.get(member, ())]
+    if values and all(isinstance(value, (int, float)) for value in values):
+        return torch.tensor(values, dtype=torch.float64)
+    return None
+
+
+# ---- What it shows -----------------------------------------------------------------------------
+
+def tables(numbers):
+    """Table 5, with the effect of adapting after each pair of settings."""
+    headings, rows = [""], []
+    for pair in PAIRS.values():
+        headings += [*(SETTINGS[setting][0] for setting in pair), "difference"]
+    for row, (task, metric) in numbers["rows"].items():
+        cells = [f"{row} (local)" if task.startswith("local_") else row]
+        for pair, settings in PAIRS.items():
+            for setting in settings:
+                value, error = numbers[setting][task][metric]
+                cells.append(with_interval(value, error and Z * error, ".3f"))
+            mean, half, _ = numbers["paired"].get(row, {}).get(pair, [None] * 3)
+            cells.append(with_interval(mean, half, "+.3f"))
+        rows.append(cells)
+
+    notes = (
+        "In lm-eval's units (the paper prints percentages). ± 90 % over questions: 1.645 of "
+        "lm-eval's standard errors; of the differences, paired by question",
+        "BLEU, ROUGE-1 and ROUGE-2 score the same answers, MC1 the same questions",
+    )
+    return [Table("Benchmarks (Table 5)", headings, rows, notes)]
+
+
+def draw(numbers, figure):
+    """The effect of adapting: a group of bars per benchmark."""
+    paired = numbers["paired"]
+    figure.set_size_inches(8, 3.6)
+    axes = figure.subplots()
+    series = {pair.replace("_sae", " SAE"): [pairs[pair] for pairs in paired.values()]
+              for pair in PAIRS}
+    bars(axes, list(paired), series)
+    zero_line(axes)
+    axes.set_ylabel("adapted - base (± 90 % over questions)")
+    axes.legend()

@@ -1,85 +1,102 @@
-"""A language model behind an OpenAI-compatible endpoint: all that any evaluation asks of the outside.
+"""A language model behind an OpenAI-compatible endpoint.
 
-    ask = partial(chat, "http://localhost:8000/v1", "my-model")     # OPENAI_API_KEY holds the key, if it takes one
+    ask = partial(chat, "http://localhost:8000/v1", "my-model")     # the key: $OPENAI_API_KEY
     answer = ask([{"role": "user", "content": "..."}], max_tokens=100)
-    ask = Kept(path, ask, name="my-model at ...")                  # what it has answered before is read from the file
+    ask = Kept(path, ask, name="my-model at ...")       # asks only what the file does not answer
+
+(huggingface_hub's http_backoff refuses even a local endpoint if HF_HUB_OFFLINE is set, and closes
+the connections of all threads if that of one fails.)
 """
 import http.client
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from hashlib import blake2b
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from lorasae.errors import InputError
 from lorasae.io.files import read_json, write_json
 
-WAITS = (2, 4, 8, 16, 32)                   # seconds before a busy or failing server is asked again
-TIMEOUT = 300                                           # seconds without a byte from it
+BUSY = (408, 429, 500, 502, 503, 504)                   # statuses after which asking again may help
+WAITS = (2, 4, 8, 16, 32)                               # seconds before it does
+TIMEOUT = 300                                           # seconds without a byte
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key goes to the endpoint that was named, never to where that sends us."""
+class NoRedirect(HTTPRedirectHandler):
+    """The key goes only to the endpoint that was named."""
 
     def redirect_request(self, *_):
         return None
 
 
-def chat(url, model, messages, max_tokens, temperature=0.8):
-    """The answer to messages ({role, content} each) as text. Raises InputError where the endpoint gives none.
-
-    temperature None leaves it to the endpoint.
-    """
+def chat(url, model, messages, max_tokens):
+    """The answer to messages [{role, content}] as text. InputError if the endpoint gives none."""
     if not url.startswith(("http://", "https://")):
-        raise InputError(f"{url} is not the address of an OpenAI-compatible endpoint: expected http(s)://HOST/v1")
+        raise InputError(f"{url} is not an OpenAI-compatible endpoint: expected http(s)://HOST/v1")
+    address = f"{url.rstrip('/')}/chat/completions"
     body = {"model": model, "messages": messages, "max_tokens": max_tokens}
-    if temperature is not None:
-        body["temperature"] = temperature
     headers = {"Content-Type": "application/json"}
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-    opener = urllib.request.build_opener(NoRedirect)
+    request = Request(address, json.dumps(body).encode(), headers)
 
     for wait in (*WAITS, None):
         try:
-            with opener.open(request, timeout=TIMEOUT) as reply:
-                return text_of(json.load(reply))
-        except urllib.error.HTTPError as error:
-            problem, again = f"{error.code} {error.reason}", error.code == 429 or error.code >= 500
-        except (OSError, http.client.HTTPException) as error:           # refused, unreachable, timed out, cut off
-            problem, again = str(error), True
-        except (ValueError, LookupError, TypeError):
-            problem, again = "its answer is not a chat completion", False
-        if not again or wait is None:
-            raise InputError(f"{request.full_url} ({model}): {problem}; is this an OpenAI-compatible endpoint, and is "
-                             "OPENAI_API_KEY set where it wants a key?")
+            status, answer = post(request)
+        except (OSError, http.client.HTTPException) as error:   # refused, timed out, cut off
+            status, answer = "no answer", str(error).encode()
+        if status == 200:
+            return text_of(answer, address)
+        if wait is None or status not in ("no answer", *BUSY):
+            raise InputError(f"{address} ({model}): {status}: {own_words(answer)}")
         time.sleep(wait)
 
 
-def text_of(completion):
-    """The text in an endpoint's reply; "" where the model said nothing."""
-    content = completion["choices"][0]["message"]["content"] or ""
+def post(request):
+    """(status, body) of the answer to a request."""
+    try:
+        with build_opener(NoRedirect).open(request, timeout=TIMEOUT) as reply:
+            return reply.status, reply.read()
+    except HTTPError as error:
+        return error.code, error.read() or error.reason.encode()
+
+
+def text_of(answer, address):
+    """The text in a chat completion; "" if the model said nothing."""
+    try:
+        content = json.loads(answer)["choices"][0]["message"]["content"] or ""
+    except (ValueError, LookupError, TypeError):
+        content = None
     if not isinstance(content, str):
-        raise TypeError
+        raise InputError(f"{address}: its answer is not a chat completion: is this an "
+                         "OpenAI-compatible endpoint?")
     return content
 
 
-class Kept:
-    """ask(messages, max_tokens), each answer of which is kept in the JSON file `path`: the same question is asked once.
+def own_words(answer):
+    """What an endpoint says of an error: its error.message, or the first line of the answer."""
+    try:
+        return json.loads(answer)["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        return answer.decode(errors="replace").strip().partition("\n")[0][:200]
 
-    name: who answers, part of what makes a question the same. An answer is on disk before it is used, so that a run
-    that is killed and started again asks only what it had not asked. For one thread at a time.
+
+class Kept:
+    """ask(messages, max_tokens), whose answers are kept in the JSON file `path`.
+
+    name: who answers. The same question to the same name is asked only once, also by a later run:
+    an answer is on disk before it is used. For one thread at a time.
     """
 
     def __init__(self, path, ask, name):
         self.path, self.ask, self.name = Path(path), ask, name
         self.answers = read_json(path) if self.path.exists() else {}
         if not isinstance(self.answers, dict):
-            raise InputError(f"{path} does not hold a judge's answers: move it away, and they are asked for again")
+            raise InputError(f"{path} does not hold a judge's answers: move it away, and they are "
+                             "asked for again")
 
     def __call__(self, messages, max_tokens):
         question = json.dumps([self.name, messages, max_tokens])

@@ -1,29 +1,33 @@
-"""What the evaluations share: 90 % confidence intervals, tables, a progress bar, dropout off.
+"""What the evaluations share: 90 % confidence intervals, a progress bar, dropout off.
 
-Sequences of one document are alike, so a sequence tells less than a document of its own would.
-An interval over documents sums the deviations within each document before it squares them
-(a cluster-robust variance), corrects for the few documents and their unequal lengths (CR2, Bell &
-McCaffrey 2002), and uses Student's t with the degrees of freedom that Imbens & Kolesár (2016)
-derive from the correlation within documents. For a mean, all of this has a closed form.
+Sequences from one document are alike, so they say less than as many documents would. An interval
+over documents sums the deviations within each document before it squares them (a cluster-robust
+variance), corrects for few documents of unequal length (CR2, Bell & McCaffrey 2002), and uses
+Student's t with the degrees of freedom that Imbens & Kolesár (2016) derive from the correlation
+within documents. For a mean, all of this has a closed form.
 
     G documents; document g holds n_g of the n sequences, a share h_g = n_g / n
     mean       m = Σ x / n
     variance   Σ_g S_g² / (1 - h_g) / n²      with S_g = Σ of (x - m) over document g
     freedom    (tr B)² / tr B²                with B the covariance of the S_g / √(1 - h_g)
 
-For sequences that are each a document of their own this is Student's interval.
+If each document is one sequence, this is Student's interval.
 """
 import math
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-# Effective documents, 1 / Σ h_g². From here on intervals cover 87 to 93 % in simulation, if values of
-# one document correlate by at most 0.3 (tests/test_evals.py); with fewer than 5 they do not.
+from lorasae.lora import base
+
+# Effective documents, 1 / Σ h_g², that an interval needs. In simulation, intervals over 8 or more
+# cover 87 to 93 % if values of one document correlate by at most 0.3 (tests/test_evals.py); over
+# fewer than 5 they do not.
 ENOUGH = 8
 
 
@@ -33,34 +37,26 @@ ENOUGH = 8
 def t_quantile(df):
     """The t with 90 % of Student's distribution within ±t, for df >= 1 degrees of freedom.
 
-    P(|T| <= t) is the integral of cos^(df - 1) up to the angle atan(t / √df), times a constant.
-    It is concave in t, so Newton's steps from below the root never pass it.
+    P(|T| <= t) is the integral of cos^(df - 1) from 0 to atan(t / √df), times a constant.
     """
-    nodes, weights = np.polynomial.legendre.leggauss(40)
-    log_constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2)
-    constant = 2 / math.sqrt(math.pi) * math.exp(log_constant)
-
-    t = 1.6                                             # from 6.31 (df 1) it falls to 1.645
-    for _ in range(20):
-        angle = math.atan(t / math.sqrt(df))
-        heights = np.cos(angle / 2 * (nodes + 1)) ** (df - 1)
-        inside = constant * angle / 2 * (weights * heights).sum()
-        density = constant / math.sqrt(df) * (1 + t * t / df) ** (-(df + 1) / 2)
-        t += (0.9 - inside) / density
-    return float(t)
+    angles = np.linspace(0, min(math.pi / 2, 12 / math.sqrt(df)), 20_001)
+    middles = (angles[1:] + angles[:-1]) / 2
+    mass = np.cumsum(np.cos(middles) ** (df - 1))
+    angle = np.interp(0.9 * mass[-1], mass, angles[1:])
+    return math.sqrt(df) * math.tan(angle)
 
 
 def interval(values, clusters=None):
     """Values [n] -> (mean, half the width of its 90 % confidence interval).
 
-    clusters: [n] int, the document of each value. None: all values are independent. The half
-    width is None if there is one value, or if there are too few documents for an interval.
+    clusters: [n] int, the document of each value. None: the values are independent. The half
+    width is None if all values are equal, or if there are too few documents for an interval.
     """
     n = len(values)
     mean = values.mean().item()
+    if n < 2 or (values == values[0]).all():            # no spread to judge by
+        return mean, None
     if clusters is None:
-        if n < 2:
-            return mean, None
         return mean, t_quantile(n - 1) * values.std().item() / math.sqrt(n)
 
     sizes, sums, correlation = by_cluster(values.double() - mean, clusters)
@@ -73,12 +69,12 @@ def interval(values, clusters=None):
 def by_cluster(deviations, clusters):
     """Deviations from their mean [n] -> (sizes [G], their sums [G], correlation within clusters).
 
-    The correlation is the mean product of two deviations of one cluster, in units of the
-    variance; at least 0, and 0 if no cluster has two values.
+    The correlation is the mean product of two deviations in one cluster, divided by the variance;
+    at least 0, and 0 if no cluster has two values.
     """
-    names, cluster = torch.as_tensor(clusters).unique(return_inverse=True)
-    sizes = torch.bincount(cluster).double()
-    sums = torch.zeros_like(sizes).index_add(0, cluster, deviations)
+    _, cluster = torch.as_tensor(clusters).unique(return_inverse=True)
+    sizes = cluster.bincount().double()
+    sums = cluster.bincount(deviations)
     pairs = (sizes * (sizes - 1)).sum()
     total = deviations.square().sum()
     if pairs == 0 or total == 0:
@@ -91,8 +87,8 @@ def by_cluster(deviations, clusters):
 def freedom(sizes, correlation):
     """The degrees of freedom of the variance of a mean over clusters of these sizes [G].
 
-    If two values of one cluster have this correlation, the sum of cluster g alone has variance
-    v_g = n_g (1 - correlation) + n_g² correlation. The mean is taken out of every value, so
+    If two values in a cluster have this correlation, the sum over cluster g has the variance v_g =
+    n_g (1 - correlation) + n_g² correlation. The mean is subtracted from every value, so
     cov(S_g, S_h) = δ_gh v_g - h_h v_g - h_g v_h + h_g h_h Σ v.
     """
     share = sizes / sizes.sum()
@@ -105,7 +101,7 @@ def freedom(sizes, correlation):
 
 
 def effective(sizes):
-    """How many documents of one size say as much as documents of these sizes [G]."""
+    """The number of equally long documents that say as much as documents of these sizes [G]."""
     return (sizes.sum().square() / sizes.square().sum()).item()
 
 
@@ -116,44 +112,72 @@ def ratio(a, b, clusters=None):
     """
     if b.mean() == 0:
         return None, None
+    return interval(linearised(a, b), clusters)
+
+
+def linearised(a, b):
+    """Values [n] whose mean is mean(a) / mean(b), and whose interval is the ratio's to first order.
+
+    Two ratios of the same sequences are compared in pairs:
+    interval(linearised(a, b) - linearised(c, d), documents).
+    """
+    a, b = a.double(), b.double()
     r = a.mean() / b.mean()
-    return r.item(), interval((a - r * b) / b.mean(), clusters)[1]
+    return r + (a - r * b) / b.mean()
 
 
 def count_documents(documents):
-    """How many different documents there are in [n], the document of each sequence."""
+    """The number of different documents; documents: [n], that of each sequence."""
     return len(torch.as_tensor(documents).unique())
 
 
-# ---- Text --------------------------------------------------------------------------------------
+# ---- Estimates ---------------------------------------------------------------------------------
+
+def with_ci90(found):
+    """{name: (mean, half)} -> {name: mean, ..., "ci90": {name: half}}, as in the JSON files."""
+    means = {name: mean for name, (mean, _) in found.items()}
+    return {**means, "ci90": {name: half for name, (_, half) in found.items()}}
+
+
+class Estimate(NamedTuple):
+    """A number with what its interval is over."""
+    mean: float
+    half: float | None                  # half the width of its 90 % interval; None: it has none
+    over: str                           # such as "3 seeds" or "29 documents"
+
+
+def over_documents(values, documents):
+    """The Estimate of a mean over sequences; values [n], documents [n] int."""
+    return Estimate(*interval(values, documents), f"{count_documents(documents)} documents")
+
+
+def over(values, what):
+    """The Estimate of a mean of independent values, such as over([0.1, 0.2, 0.15], "seeds")."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    things = what.removesuffix("s") if len(values) == 1 else what
+    return Estimate(*interval(values), f"{len(values)} {things}")
+
 
 def without_interval(documents):
-    """Why there is no interval, in words. documents: how many."""
+    """A line that says why there is no interval. documents: their number."""
     return f"too few documents for an interval: {documents}"
 
 
-def plus_minus(half, form=".4f"):
-    """Half an interval as text; nothing if there is none."""
-    return "" if half is None else f"± {half:{form}}"
+# ---- What every evaluation needs ---------------------------------------------------------------
 
-
-def percent(part):
-    return "" if part is None else f"{part:.1%}"
-
-
-def error_bar(half, scale=1):
-    """scale times half an interval, for matplotlib: NaN, which draws no bar, if there is none."""
-    return math.nan if half is None else scale * half
+def batches(setting):
+    """The held-out text of a run, in batches of tokens [B, T]."""
+    return setting.text.held_out.split(setting.config.eval_batch)
 
 
 def progress(items, label):
-    """Iterates over items behind a progress bar with the time left, on a terminal only."""
+    """Iterates over items with a progress bar, on a terminal only."""
     return tqdm(items, desc=label, disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False)
 
 
 @contextmanager
 def evaluating(model):
-    """eval() inside the `with`, and the model's own mode again afterwards."""
+    """The model in eval mode inside the `with`, and in its former mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -162,17 +186,6 @@ def evaluating(model):
         model.train(training)
 
 
-def cell_text(cell):
-    """A cell of a table: text as it is, numbers to four places."""
-    return cell if isinstance(cell, str) else f"{cell:.4f}"
-
-
-def print_table(rows, headings=None):
-    """Prints rows of cells as aligned columns, the first to the left and the rest to the right."""
-    rows = ([headings] if headings else []) + list(rows)
-    cells = [[cell_text(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for first, *others in cells:
-        line = [first.ljust(widths[0])]
-        line += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        print("  ".join(line).rstrip())
+def as_model(model, name):
+    """A context in which the adapters are off ("base") or on ("lora")."""
+    return base(model) if name == "base" else nullcontext()

@@ -2,64 +2,49 @@
 
     python eval.py RUN_DIR --suite distances
 
-For the output of every block from the first SAE's on, a in the original model without SAE and b
-with the SAEs spliced in, without and with adapters: cos(a, b) and ‖a - b‖₂, means over the
-positions of a sequence. The change that adapting makes is paired by sequence, and its interval is
-90 %, over documents. At position 0 the residual stream can be hundreds of times longer than
-elsewhere and swamp the mean distance, so everything is given over all positions, as in the paper,
-and again without position 0.
+Compares the output of every block from the first SAE's on: a in the base model without SAE, b with
+the SAEs spliced in, without and with adapters. cos(a, b) and ‖a - b‖₂ are means over the positions
+of a sequence; the change by adapting is paired by sequence, and its 90 % interval is over
+documents. At position 0 the residual stream can be hundreds of times longer than elsewhere and
+swamp the mean distance: everything is given over all positions, as in the paper, and again without
+position 0.
 """
 import torch
 import torch.nn.functional as F
 
-from lorasae.evals.common import (count_documents, error_bar, evaluating, interval, plus_minus,
-                                  print_table, progress, without_interval)
+from lorasae.evals.common import (batches, count_documents, evaluating, interval, progress,
+                                  without_interval)
+from lorasae.evals.report import Table, lines, with_interval, zero_line
 from lorasae.lora import base
 
 MEASURES = {"cosine": "cosine similarity", "l2": "L2 distance"}
 POSITIONS = {"all": "all positions", "without_0": "without position 0"}
 
 
-def evaluate(setting, options):
-    batches = setting.text.held_out.split(setting.config.eval_batch)
-    return measure(setting.model, setting.saes, batches, setting.text.documents)
-
-
 @torch.no_grad()
-def measure(model, saes, batches, documents=None):
-    """Over batches of tokens [B, T] -> {"layers": [..], "sequences": n, "documents", and for "all"
-    and "without_0": {"cosine" and "l2": {"sae", "adapted", "change", "ci90": [one per layer]}}}.
-
-    documents: [n] int, the document of each sequence; None: each sequence is one of its own.
+def evaluate(setting):
+    """{"layers": [..], "documents", and for "all" and "without_0": {"cosine" and "l2": what
+    `summary` finds}}
     """
+    model, saes, documents = setting.model, setting.saes, setting.text.documents
     first = min(saes)
     found = {"sae": [], "adapted": []}
     with evaluating(model):
-        for tokens in progress(batches, "distances"):
+        for tokens in progress(batches(setting), "distances"):
             tokens = tokens.to(model.device)
             with base(model):
                 original = list(outputs(model, tokens, first))
                 found["sae"].append(compare(original, outputs(model, tokens, first, saes)))
             found["adapted"].append(compare(original, outputs(model, tokens, first, saes)))
-    # [n sequences, layers, positions, measures]
-    sae, adapted = torch.cat(found["sae"]), torch.cat(found["adapted"])
+    sae, adapted = torch.cat(found["sae"], 2), torch.cat(found["adapted"], 2)
 
     numbers = {
         "layers": list(range(first, len(model.layers))),
-        "sequences": len(sae),
-        "documents": len(sae) if documents is None else count_documents(documents),
+        "documents": count_documents(documents),
     }
     for i, positions in enumerate(POSITIONS):
-        numbers[positions] = {}
-        for j, measure in enumerate(MEASURES):
-            a, b = sae[:, :, i, j], adapted[:, :, i, j]
-            change, half = zip(*(interval(column, documents) for column in (b - a).T))
-            numbers[positions][measure] = {
-                "sae": a.mean(0).tolist(),
-                "adapted": b.mean(0).tolist(),
-                "change": list(change),
-                "ci90": list(half),
-            }
+        numbers[positions] = {name: summary(sae[i, j], adapted[i, j], documents)
+                              for j, name in enumerate(MEASURES)}
     return numbers
 
 
@@ -73,52 +58,70 @@ def outputs(model, tokens, first, saes={}):
 
 
 def compare(original, changed):
-    """-> [B, layers, 2, 2] fp64: mean cosine and distance, over all positions and after 0."""
+    """Outputs of blocks -> fp64 [positions, measures, B, layers], means over the positions."""
     layers = []
     for a, b in zip(original, changed):
         a, b = a.float(), b.float()
-        cosine = F.cosine_similarity(a, b, -1)
-        distance = (a - b).norm(dim=-1)
-        layers.append(torch.stack([cosine, distance], -1))                  # [B, T, 2]
-    by_token = torch.stack(layers, 1).double()
-    everywhere = by_token.mean(2)
-    after_0 = by_token[:, :, 1:].mean(2)
-    return torch.stack([everywhere, after_0], 2).cpu()
+        apart = torch.stack([F.cosine_similarity(a, b, -1), (a - b).norm(dim=-1)]).double()
+        layers.append(torch.stack([apart.mean(-1), apart[..., 1:].mean(-1)]))
+    return torch.stack(layers, -1).cpu()
 
 
-def show(numbers):
+def summary(sae, adapted, documents):
+    """One measure [n, layers] without and with adapters -> {"sae", "change", "ci90"}, per layer.
+
+    change_after and ci90_after are of the mean over the blocks after the first SAE's; None if there
+    are none. A block before all adapters changes nothing: 0, without an interval.
+    """
+    apart = adapted - sae
+
+    def estimate(values):
+        return interval(values, documents) if values.any() else (0.0, None)
+
+    change, half = zip(*map(estimate, apart.T))
+    after, half_after = None, None
+    if apart.shape[1] > 1:
+        after, half_after = estimate(apart[:, 1:].mean(1))
+    return {
+        "sae": sae.mean(0).tolist(),
+        "change": change,
+        "ci90": half,
+        "change_after": after,
+        "ci90_after": half_after,
+    }
+
+
+def tables(numbers):
+    headings = ["output of"]
+    for label in MEASURES.values():
+        headings += [f"{label}, SAE", "change by LoRA"]
+    has_intervals = numbers["all"]["l2"]["ci90"][-1] is not None
+    notes = [] if has_intervals else [without_interval(numbers["documents"])]
+    made = []
     for positions, title in POSITIONS.items():
-        print(f"distance to the original activations, {title}")
         rows = [[f"block {layer}"] for layer in numbers["layers"]]
-        for i, row in enumerate(rows):
-            for side in (numbers[positions][measure] for measure in MEASURES):
-                change = f"{side['change'][i]:+.4f}"
-                row += [side["sae"][i], side["adapted"][i], change, plus_minus(side["ci90"][i])]
-        headings = ["SAE + LoRA", "change", "90 % CI"]
-        print_table(rows, ["", "cosine, SAE", *headings, "L2, SAE", *headings])
-    if not has_intervals(numbers):
-        print(f"\n{without_interval(numbers['documents'])}")
-
-
-def has_intervals(numbers):
-    return numbers["all"]["l2"]["ci90"][0] is not None
+        for found in numbers[positions].values():
+            for i, row in enumerate(rows):
+                change = with_interval(found["change"][i], found["ci90"][i], "+.4f")
+                row += [found["sae"][i], change]
+        caption = f"Distance to the base model's activations, {title}"
+        made.append(Table(caption, headings, rows, notes))
+    return made
 
 
 def draw(numbers, figure):
-    """Figure 11: the change that adapting makes, block by block."""
+    """Figure 11: the change by adapting, block by block."""
     figure.set_size_inches(9, 3.4)
     after = [layer - numbers["layers"][0] for layer in numbers["layers"]]
-    for axes, (measure, label) in zip(figure.subplots(1, 2), MEASURES.items()):
-        for positions, name in POSITIONS.items():
-            values = torch.tensor(numbers[positions][measure]["change"])
-            half = torch.tensor([error_bar(half) for half in numbers[positions][measure]["ci90"]])
-            axes.plot(after, values, marker="o", label=name)
-            axes.fill_between(after, values - half, values + half, alpha=0.25)
-        axes.axhline(0, color="grey", linewidth=1)
+    for axes, (name, label) in zip(figure.subplots(1, 2), MEASURES.items()):
+        series = {}
+        for positions, title in POSITIONS.items():
+            found = numbers[positions][name]
+            series[title] = list(zip(found["change"], found["ci90"]))
+        lines(axes, after, series)
+        zero_line(axes)
         axes.set(xlabel="blocks after the SAE", ylabel=f"change in {label}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
-    title = "Distance to the original activations, SAE + LoRA minus SAE (the paper's Figure 11)"
-    if has_intervals(numbers):
-        title += ", 90 % intervals over documents"
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle("Distance to the base model's activations, SAE + LoRA minus SAE (the paper's "
+                    "Figure 11); error bars: 90 %, over documents", fontsize=10)

@@ -1,43 +1,45 @@
 """SAEBench's own data sets, cut as SAEBench cuts them, through the optional `datasets` package.
 
-    --labelled saebench                     all that a suite has: eight for probing, two for TPP, eight pairs for SCR
+    --labelled saebench                     all: eight for probing, two for TPP, eight pairs for SCR
     --labelled ag_news,bias_in_bios_1       some of them
 
-At seed 42 the texts are those of SAEBench (sae_bench_utils/dataset_utils.py). Other seeds draw others, except for SCR,
-which takes the first texts of its data sets, and europarl and github_code, which are the first of a stream.
+At seed 42 the texts are SAEBench's (sae_bench_utils/dataset_utils.py). Other seeds draw others,
+except for SCR, which takes the first texts of its data sets, and europarl and github_code, which
+are the first of a stream.
 """
 import random
+from contextlib import contextmanager
 from functools import partial
-
-import numpy as np
+from itertools import islice, product
 
 from lorasae.errors import InputError
-from lorasae.evals.labelled import SCR_TEST, SCR_TRAIN, TEST, TRAIN, Cut, DataSet
+from lorasae.evals.texts import Cut
+from lorasae.io.files import first_line
 
-BIOS, AMAZON = "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5"
-BIOS_COLUMNS = "hard_text", "profession", "gender"
-AMAZON_COLUMNS = "text", "category", "rating"
+TRAIN, TEST = 2000, 500                 # texts per class: 4,000 and 1,000 of each binary task
+SCR_TRAIN, SCR_TEST = 1000, 250         # texts per quadrant
+BIOS = "LabHC/bias_in_bios", "hard_text", "profession", "gender"        # and columns
+AMAZON = "canrager/amazon_reviews_mcauley_1and5", "text", "category", "rating"
 
-BIOS_SETS = {
-    "bias_in_bios_1": (0, 1, 2, 6, 9),
-    "bias_in_bios_2": (11, 13, 14, 18, 19),
-    "bias_in_bios_3": (20, 21, 22, 25, 26),
+CLASSES = {                             # balanced by the last column
+    "bias_in_bios_1": (*BIOS, (0, 1, 2, 6, 9)),
+    "bias_in_bios_2": (*BIOS, (11, 13, 14, 18, 19)),
+    "bias_in_bios_3": (*BIOS, (20, 21, 22, 25, 26)),
+    "amazon_categories": (*AMAZON, (1, 2, 3, 5, 6)),
+    "amazon_sentiment": (AMAZON[0], "text", "rating", None, (1.0, 5.0)),
+    "ag_news": ("fancyzhx/ag_news", "text", "label", None, (0, 1, 2, 3)),
 }
-AMAZON_CATEGORIES = (1, 2, 3, 5, 6)
-
-BIOS_PAIRS = {
-    "professor/nurse": (21, 13),
-    "architect/journalist": (1, 11),
-    "surgeon/psychologist": (25, 22),
-    "attorney/teacher": (2, 26),
+TPP = ("bias_in_bios_1", "amazon_categories")
+PAIRS = {
+    "professor/nurse": (*BIOS, (21, 13), (0, 1)),
+    "architect/journalist": (*BIOS, (1, 11), (0, 1)),
+    "surgeon/psychologist": (*BIOS, (25, 22), (0, 1)),
+    "attorney/teacher": (*BIOS, (2, 26), (0, 1)),
+    "books/cds": (*AMAZON, (24, 26), (1.0, 5.0)),
+    "software/electronics": (*AMAZON, (30, 6), (1.0, 5.0)),
+    "pets/office": (*AMAZON, (18, 11), (1.0, 5.0)),
+    "industrial/toys": (*AMAZON, (3, 1), (1.0, 5.0)),
 }
-AMAZON_PAIRS = {
-    "books/cds": (24, 26),
-    "software/electronics": (30, 6),
-    "pets/office": (18, 11),
-    "industrial/toys": (3, 1),
-}
-
 LANGUAGES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
 EXTENSIONS = {
     "C": (".c", ".h"),
@@ -46,195 +48,123 @@ EXTENSIONS = {
     "Java": (".java",),
     "PHP": (".php", ".php3", ".php4", ".php5", ".phps", ".phpt"),
 }
-HEADER, CODE_LEAST = 150, 150 + 3 * 128                 # characters: a licence's, and the least of a file
+HEADER, LEAST_CODE = 150, 150 + 3 * 128         # characters: of a licence, and the least of a file
 
 
-# ---- Loading -------------------------------------------------------------------------------------
+def suite_sets(suite):
+    """{name: cut} for "probing", "tpp" or "scr"; cut(seed) -> Cut."""
+    if suite == "scr":
+        return {name: partial(first_quadrants, *pair) for name, pair in PAIRS.items()}
+    sets = {name: partial(sampled_classes, *classes) for name, classes in CLASSES.items()}
+    if suite == "tpp":
+        return {name: sets[name] for name in TPP}
+    return {**sets, "europarl": europarl, "github_code": github_code}
 
-FAILURES = (OSError, ValueError, RuntimeError)          # what `datasets` raises offline, or for a damaged set
 
+# ---- Loading -----------------------------------------------------------------------------------
 
 def load(repository, *names, **options):
     """datasets.load_dataset, with one line for each thing that can be missing."""
     try:
-        from datasets import load_dataset               # here: optional, and slow to import
+        from datasets import load_dataset               # imported here: optional, and slow
     except ImportError:
-        problem = "SAEBench's data sets need a package: pip install datasets  (--labelled stdlib needs none)"
-        raise InputError(problem) from None
-
-    what = options.get("data_files", repository)
-    try:
+        raise InputError("SAEBench's data sets need a package: pip install datasets  "
+                         "(--labelled stdlib needs none)") from None
+    with readable(repository):
         return load_dataset(repository, *names, **options)
-    except FAILURES as error:
-        raise unreachable(what, error) from error
 
 
-def load_rows(repository, *names, **options):
-    """Yields the rows of a stream; what fails midway fails in one line too."""
-    stream = load(repository, *names, split="train", streaming=True, **options)
-    what = options.get("data_files", repository)
+def stream(repository, *names, **options):
+    """Yields the rows of a data set as they arrive."""
+    rows = load(repository, *names, split="train", streaming=True, **options)
+    with readable(repository):
+        yield from rows
+
+
+@contextmanager
+def readable(repository):
+    """Turns what `datasets` raises offline, or for a damaged set, into one line."""
     try:
-        yield from stream
-    except FAILURES as error:
-        raise unreachable(what, error) from error
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot load the data set {repository} ({first_line(error)}): check the "
+                         "network, name other sets (--labelled ag_news,europarl), or use "
+                         "--labelled stdlib") from error
 
 
-def unreachable(what, error):
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return InputError(f"cannot load the data set {what} ({reason}): check the network, leave it out by naming others "
-                      "(--labelled ag_news,europarl), or use --labelled stdlib")
-
-
-def too_few(what, found, count):
-    return InputError(f"{what} has {found:,} texts, but SAEBench takes {count:,}: is the data set complete?")
-
-
-def sampled(rows, count, seed, what):
-    """`count` of the row numbers, as pandas draws them: DataFrame.sample(count, random_state=seed)."""
+def enough(rows, count, what):
+    """InputError if there are fewer rows than SAEBench takes."""
     if len(rows) < count:
-        raise too_few(what, len(rows), count)
-    return rows[np.random.RandomState(seed).choice(len(rows), count, replace=False)]
+        raise InputError(f"{what} has {len(rows):,} texts, but SAEBench takes {count:,}: is the "
+                         "data set complete?")
 
 
-# ---- Cutting -------------------------------------------------------------------------------------
+# ---- Cutting -----------------------------------------------------------------------------------
 
-def balanced_classes(repository, columns, classes, seed):
-    """Of each class as many texts with either attribute (gender, or rating): 1,000 each to train, 250 each to test."""
+def sampled_classes(repository, text, label, attribute, classes, seed):
+    """2,000 texts of each class to train and 500 to test, as many of both attributes."""
     data = load(repository)
-    sides = []
-    for split, count in (("train", TRAIN // 2), ("test", TEST // 2)):
-        texts, labels, attributes = read_columns(data[split], columns)
-
-        side = {}
+    cut = Cut({}, {})
+    for side, split, count in zip(cut, ("train", "test"), (TRAIN, TEST)):
+        rows = data[split].to_pandas()
+        each = count // 2 if attribute else count
         for wanted in classes:
-            chosen_texts = side[str(wanted)] = []
-            for attribute in np.unique(attributes):
-                rows = np.flatnonzero((labels == wanted) & (attributes == attribute))
-                what = f"{repository}, {columns[1]} {wanted}, {columns[2]} {attribute}, {split}"
-                for row in sampled(rows, count, seed, what):
-                    chosen_texts.append(texts[int(row)])
-        sides.append(side)
-    return Cut(*sides)
+            texts = side[str(wanted)] = []
+            for _, group in rows[rows[label] == wanted].groupby(attribute or label):
+                drawn = group.sample(min(each, len(group)), random_state=seed)
+                texts += drawn[text].tolist()
+            enough(texts, count, f"{repository}, {split}, {label} {wanted}")
+    return cut
 
 
-def plain_classes(repository, columns, classes, seed):
-    """2,000 texts of each class to train and 500 to test, whatever else they are."""
+def first_quadrants(repository, text, label, attribute, pair, values, seed):
+    """The first texts of each quadrant, up to 2,000 to train and 250 to test, whatever the seed."""
     data = load(repository)
-    sides = []
-    for split, count in (("train", TRAIN), ("test", TEST)):
-        texts, labels = read_columns(data[split], columns)
-
-        side = {}
-        for wanted in classes:
-            rows = np.flatnonzero(labels == wanted)
-            what = f"{repository}, {columns[1]} {wanted}, {split}"
-            side[str(wanted)] = [texts[int(row)] for row in sampled(rows, count, seed, what)]
-        sides.append(side)
-    return Cut(*sides)
-
-
-def saebench_pair(repository, columns, pair, attributes, seed):
-    """The quadrants in the data set's own order, up to 2,000 texts each to train and 250 to test, whatever the seed."""
-    data = load(repository)
-    sides = []
-    for split, most, least in (("train", 2 * SCR_TRAIN, SCR_TRAIN), ("test", SCR_TEST, SCR_TEST)):
-        texts, labels, values = read_columns(data[split], columns)
-
-        side = {}
-        for label in pair:
-            for attribute in attributes:
-                rows = np.flatnonzero((labels == label) & (values == attribute))[:most]
-                if len(rows) < least:
-                    raise too_few(f"{repository}, {label} and {attribute}, {split}", len(rows), least)
-                side[str(label), str(attribute)] = [texts[int(row)] for row in rows]
-        sides.append(side)
-    return Cut(*sides)
-
-
-def read_columns(split, columns):
-    """The texts as they are stored, and the other columns as arrays."""
-    text, *others = columns
-    return [split[text], *(np.array(split[column]) for column in others)]
+    cut = Cut({}, {})
+    for side, split, least in zip(cut, ("train", "test"), (SCR_TRAIN, SCR_TEST)):
+        most = 2 * least if split == "train" else least         # the biased probe trains on more
+        rows = data[split].to_pandas()
+        for wanted, value in product(pair, values):
+            chosen = rows[(rows[label] == wanted) & (rows[attribute] == value)][:most]
+            enough(chosen, least, f"{repository}, {split}, {label} {wanted}, {attribute} {value}")
+            side[str(wanted), str(value)] = chosen[text].tolist()
+    return cut
 
 
 def europarl(seed):
     """The first 2,501 sentences of each language, shuffled and cut in two."""
     found = {}
     for language, pair in LANGUAGES.items():
-        texts = found[language] = []
-        for row in load_rows("Helsinki-NLP/europarl", pair):
-            texts.append(row["translation"][language])
-            if len(texts) > TRAIN + TEST:
-                break
-    return cut_shuffled(found, seed)
+        rows = islice(stream("Helsinki-NLP/europarl", pair), TRAIN + TEST + 1)
+        found[language] = [row["translation"][language] for row in rows]
+    return shuffle(found, seed)
 
 
 def github_code(seed):
-    """Long files, less their first 150 characters, read until each language has 2,501; shuffled and cut.
+    """Long files without their first 150 characters, until each language has 2,501; then as above.
 
-    SAEBench reads them through the data set's own script, which `datasets` no longer runs. The same rows in the same
-    order are in its Parquet files, and the script's language is that of the file's extension.
+    SAEBench reads them through the data set's own script, which `datasets` no longer runs. The same
+    rows in the same order are in its Parquet files; the script takes the language from the file's
+    extension.
     """
     files = "hf://datasets/codeparrot/github-code/data/*.parquet"
     found = {language: [] for language in EXTENSIONS}
-    for row in load_rows("parquet", data_files=files):
-        language = language_of(row["path"])
-        if language and len(row["content"]) > CODE_LEAST:
-            found[language].append(row["content"][HEADER:])
-            if min(len(texts) for texts in found.values()) > TRAIN + TEST:
-                break
-    return cut_shuffled(found, seed)
+    for row in stream("parquet", data_files=files):
+        for language, endings in EXTENSIONS.items():
+            if row["path"].endswith(endings) and len(row["content"]) > LEAST_CODE:
+                found[language].append(row["content"][HEADER:])
+        if min(map(len, found.values())) > TRAIN + TEST:
+            break
+    return shuffle(found, seed)
 
 
-def language_of(path):
-    for language, endings in EXTENSIONS.items():
-        if path.endswith(endings):
-            return language
-
-
-def cut_shuffled(found, seed):
-    """Each class shuffled, one after the other from the same generator; 2,000 texts to train, the next 500 to test."""
+def shuffle(found, seed):
+    """Shuffles each class by one generator: 2,000 texts to train, the next 500 to test."""
     rng = random.Random(seed)
-    train, test = {}, {}
+    cut = Cut({}, {})
     for label, texts in found.items():
-        if len(texts) < TRAIN + TEST:
-            raise too_few(f"class {label}", len(texts), TRAIN + TEST)
+        enough(texts, TRAIN + TEST, f"class {label}")
         rng.shuffle(texts)
-        train[label] = texts[:TRAIN]
-        test[label] = texts[TRAIN:TRAIN + TEST]
-    return Cut(train, test)
-
-
-# ---- The sets of each suite ----------------------------------------------------------------------
-
-def suite_sets(suite):
-    """{name: cut} of a suite: "probing", "tpp" or "scr"."""
-    if suite == "scr":
-        sets = {}
-        for name, pair in BIOS_PAIRS.items():
-            sets[name] = partial(saebench_pair, BIOS, BIOS_COLUMNS, pair, (0, 1))
-        for name, pair in AMAZON_PAIRS.items():
-            sets[name] = partial(saebench_pair, AMAZON, AMAZON_COLUMNS, pair, (1.0, 5.0))
-        return sets
-
-    sets = {name: partial(balanced_classes, BIOS, BIOS_COLUMNS, classes) for name, classes in BIOS_SETS.items()}
-    sets["amazon_categories"] = partial(balanced_classes, AMAZON, AMAZON_COLUMNS, AMAZON_CATEGORIES)
-    if suite == "tpp":
-        return {name: sets[name] for name in ("bias_in_bios_1", "amazon_categories")}
-
-    sets["amazon_sentiment"] = partial(plain_classes, AMAZON, ("text", "rating"), (1.0, 5.0))
-    sets["github_code"] = github_code
-    sets["ag_news"] = partial(plain_classes, "fancyzhx/ag_news", ("text", "label"), (0, 1, 2, 3))
-    sets["europarl"] = europarl
-    return sets
-
-
-def chosen(source, suite):
-    """The data sets of a suite that `source` names, comma-separated; "saebench" is all of them."""
-    sets = suite_sets(suite)
-    names = list(sets) if source == "saebench" else source.split(",")
-    for name in names:
-        if name not in sets:
-            raise InputError(f"--labelled {name}: expected stdlib, saebench, a .jsonl file, or, for --suite {suite}, "
-                             f"some of {','.join(sets)}")
-    return [DataSet(name, sets[name]) for name in names]
+        cut.train[label] = texts[:TRAIN]
+        cut.test[label] = texts[TRAIN:TRAIN + TEST]
+    return cut

@@ -1,82 +1,94 @@
-"""Labelled texts without a network: passages of the Python standard library, by package and by kind.
+"""Labelled texts without a network: passages of Python's standard library, by package and kind.
 
-    --labelled stdlib           packages as classes; for SCR pairs of them, each in code and in documentation
+    --labelled stdlib       packages as classes; for SCR pairs of them, in code and documentation
 
-About a quarter of a package's text is for testing, in files of their own: first those that no run trains on (held_out),
-then others. What gives a package away at sight is left out: imports, what stands above a file's first statement or in
-its docstring, and every line that names one of the packages.
+About a quarter of a package's text is for testing, in files of their own: first those that no run
+trains on (held_out), then others. What gives a package away is left out: imports, what stands above
+a file's first statement or in its docstring, and every line that names one of the packages.
 """
 import ast
 import random
 import re
 from functools import cache, partial
 from hashlib import sha256
-from typing import NamedTuple
 
-from lorasae.evals.labelled import Cut, DataSet, draw, equal
+from lorasae.errors import InputError
+from lorasae.evals.texts import Cut
 from lorasae.io.text import held_out, standard_library
 
-PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")       # large, and part of every Python
-PAIRS = (("asyncio", "email"), ("multiprocessing", "unittest"), ("logging", "importlib"), ("xml", "asyncio"))
-TRAIN, TEST = 240, 80                            # texts a class: what two CPU cores read in seconds
-SCR_TRAIN, SCR_TEST = 60, 40                            # texts a quadrant
-PASSAGE = 240                                           # characters: 60 to 80 tokens
+PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")   # large; in every Python
+PAIRS = (
+    ("asyncio", "email"),
+    ("multiprocessing", "unittest"),
+    ("logging", "importlib"),
+    ("xml", "asyncio"),
+)
+KINDS = ("code", "documentation")
+TRAIN, TEST = 240, 80                   # texts per class: what two CPU cores read in seconds
+SCR_TRAIN, SCR_TEST = 120, 40           # texts per quadrant
+LEAST = 16                              # texts per class: fewer train and test nothing
+PASSAGE = 240                           # characters: 60 to 80 tokens
 MARKS = re.compile(r'''^(#+|[rR]?"{3}|[rR]?'{3})|("{3}|'{3})$''')       # of comments and docstrings
 
 
-def class_sets(suite):
-    """The data sets for "probing" or "tpp", to which two classes would be too few: one's loss is the other's."""
-    packages = DataSet("packages", partial(by_package, PACKAGES))
-    kinds = DataSet("code or documentation", partial(by_kind, PACKAGES))
-    return [packages] if suite == "tpp" else [packages, kinds]
+def suite_sets(suite):
+    """{name: cut} for "probing", "tpp" or "scr"; cut(seed) -> Cut."""
+    if suite == "scr":
+        return {"/".join(pair): partial(by_both, pair) for pair in PAIRS}
+    if suite == "tpp":                  # of two classes, one would lose what the other loses
+        return {"packages": by_package}
+    return {"packages": by_package, "code or documentation": by_kind}
 
 
-def pair_sets():
-    """The data sets for SCR."""
-    return [DataSet("/".join(pair), partial(by_both, pair)) for pair in PAIRS]
-
-
-def by_package(packages, seed):
+def by_package(seed):
     """Which package is this code from?"""
-    rng = random.Random(seed)
-    train, test = {}, {}
-    for package in packages:
-        code = passages(package, packages).code
-        train[package] = draw(rng, code.train, TRAIN, package)
-        test[package] = draw(rng, code.test, TEST, package)
-    return Cut(equal(train), equal(test))
+    found = {package: passages(package, PACKAGES)["code"] for package in PACKAGES}
+    return equal(draw(found, TRAIN, TEST, seed))
 
 
-def by_kind(packages, seed):
-    """Is this code or documentation? From all the packages alike."""
-    rng = random.Random(seed)
-    train, test = {}, {}
-    for kind in Passages._fields:
-        parts = [getattr(passages(package, packages), kind) for package in packages]
-        train[kind] = draw(rng, sum((part.train for part in parts), []), TRAIN, kind)
-        test[kind] = draw(rng, sum((part.test for part in parts), []), TEST, kind)
-    return Cut(equal(train), equal(test))
+def by_kind(seed):
+    """Is this code or documentation?"""
+    found = {kind: Cut([], []) for kind in KINDS}
+    for package in PACKAGES:
+        for kind, (train, test) in passages(package, PACKAGES).items():
+            found[kind].train.extend(train)
+            found[kind].test.extend(test)
+    return equal(draw(found, TRAIN, TEST, seed))
 
 
 def by_both(pair, seed):
     """Two packages crossed with code and documentation: SCR's class and attribute."""
-    rng = random.Random(seed)
-    train, test = {}, {}
+    found = {}
     for package in pair:
-        for kind, texts in passages(package, pair)._asdict().items():
-            quadrant = package, kind
-            train[quadrant] = draw(rng, texts.train, 2 * SCR_TRAIN, f"{kind} of {package}")
-            test[quadrant] = draw(rng, texts.test, SCR_TEST, f"{kind} of {package}")
-    return Cut(train, test)
+        for kind, texts in passages(package, pair).items():
+            found[package, kind] = texts
+    return draw(found, SCR_TRAIN, SCR_TEST, seed)
 
 
-# ---- Passages of a package -----------------------------------------------------------------------
+def draw(found, train, test, seed):
+    """{class: its texts to train and to test on} -> Cut with at most so many of each."""
+    rng = random.Random(seed)
+    drawn = Cut({}, {})
+    for label, sides in found.items():
+        for side, texts, count in zip(drawn, sides, (train, test)):
+            distinct = list(dict.fromkeys(texts))
+            if len(distinct) < LEAST:
+                raise InputError(f"this Python's standard library has only {len(distinct)} texts "
+                                 f"of {label}, too few for probes: use --labelled saebench")
+            side[label] = rng.sample(distinct, min(count, len(distinct)))
+    return drawn
 
-class Passages(NamedTuple):
-    """Of one package, each a Cut of [texts]."""
-    code: Cut
-    documentation: Cut
 
+def equal(cut):
+    """The Cut with as many texts of every class as the smallest has."""
+    sides = []
+    for side in cut:
+        least = min(map(len, side.values()))
+        sides.append({label: texts[:least] for label, texts in side.items()})
+    return Cut(*sides)
+
+
+# ---- Passages of a package ---------------------------------------------------------------------
 
 @cache
 def library():
@@ -85,27 +97,26 @@ def library():
 
 @cache
 def passages(package, packages):
-    """The Passages of a package, without the lines that name one of `packages`."""
+    """{kind: Cut of [texts]} of a package, without the lines that name one of `packages`."""
     names = re.compile("|".join(packages), re.IGNORECASE)
     files = [file for file in library() if file.name.startswith(f"{package}/")]
     files.sort(key=lambda file: (not held_out(file.name), sha256(file.name.encode()).hexdigest()))
 
-    found = Passages(Cut([], []), Cut([], []))
+    found = {kind: Cut([], []) for kind in KINDS}
     for_testing = sum(file.size for file in files) / 4
     for file in files:
         with file.open() as stream:
             source = stream.read().decode()
-        side = "test" if for_testing > 0 else "train"
-        for_testing -= file.size
-
-        for texts, lines in zip(found, split_source(source)):
+        for cut, lines in zip(found.values(), split_source(source)):
             kept = [line for line in lines if line and not names.search(line)]
-            getattr(texts, side).extend(cut_passages(kept))
+            side = cut.test if for_testing > 0 else cut.train
+            side.extend(cut_passages(kept))
+        for_testing -= file.size
     return found
 
 
 def split_source(source):
-    """A Python file -> its lines of code, and those of documentation: docstrings and comments, without their marks."""
+    """A Python file -> its lines of code, and of docstrings and comments, without their marks."""
     tree = ast.parse(source)
     docstrings, left_out = set(), set()
     for node in ast.walk(tree):
@@ -115,7 +126,7 @@ def split_source(source):
             if ast.get_docstring(node) is not None:
                 docstrings |= lines_of(node.body[0])
 
-    start = tree.body[0].end_lineno if tree.body else 0            # its docstring, where it has one
+    start = tree.body[0].end_lineno if tree.body else 0     # usually the file's docstring
     code, documentation = [], []
     for number, line in enumerate(source.split("\n"), 1):
         if number <= start or number in left_out:
@@ -132,7 +143,7 @@ def lines_of(node):
 
 
 def cut_passages(lines):
-    """Lines -> passages of PASSAGE characters or a little more, each of whole lines but for very long ones."""
+    """Lines -> passages of whole lines, PASSAGE characters or a little more."""
     texts, pending = [], ""
     for line in lines:
         pending += line + "\n"

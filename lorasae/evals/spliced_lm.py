@@ -1,51 +1,50 @@
 """Our Transformer, with SAEs or without, as a model of the lm-eval package (evals/benchmarks.py).
 
-SplicedLM answers lm-eval's three kinds of request, just as lm-eval's own Hugging Face model would at fp32 with
-add_bos_token=True: both families get the BOS they were trained with (the lm-eval of the paper's time gave Llama none).
+SplicedLM answers lm-eval's requests exactly as lm-eval's own Hugging Face model would in fp32 with
+add_bos_token=True: both families get the BOS they were trained with (the lm-eval of the paper's
+time gave Llama none).
 
 Shapes: B batch, T tokens, D d_model, V vocabulary, N positions.
 """
 from collections import defaultdict
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.utils.rnn import pad_sequence
 
 from lorasae.attention import Cache
 from lorasae.errors import InputError
 from lorasae.evals.common import progress
 from lorasae.io.console import note
-from lorasae.lora import base
 from lorasae.objectives import capped, chunk_rows, to_logits
 
 
-class Job(NamedTuple):
+class Prompt(NamedTuple):
     """A prompt to be continued."""
     index: int                                          # of its request
-    prompt: list                                        # token ids
-    stops: list                                        # strings that end the answer and are cut off
+    ids: list
+    stops: list                                         # strings that end the answer
     budget: int                                         # the most new tokens
 
     def size(self):
-        return len(self.prompt) + self.budget
+        return len(self.ids) + self.budget
 
 
 class SplicedLM(TemplateLM):
-    """log p(continuation | context) and greedy text, with {layer: SAE} spliced in and the adapters on (lora) or off.
+    """log p(continuation | context) and greedy text, with {layer: SAE} spliced into the model.
 
-    Generated tokens get the SAE too. The published code spares them by accident: its hook leaves alone the first position
-    of what it is given, and with a key-value cache a new token is just that (run_benchmarks.py:70). batch_tokens bounds
-    B x T. Too long a context loses its beginning, BOS included, as in lm-eval.
+    Generated tokens get the SAE too. In the published code they do not, by accident: its hook skips
+    the first position of its input, and with a key-value cache a new token is just that
+    (run_benchmarks.py:70). batch_tokens bounds B x T. A context that is too long loses its
+    beginning, with its BOS, as in lm-eval.
     """
 
-    def __init__(self, model, tokenizer, saes, *, lora, batch_tokens=8192):
+    def __init__(self, model, tokenizer, saes, batch_tokens=8192):
         super().__init__()
-        self.model, self.tokenizer, self.saes, self.lora = model.eval(), tokenizer, saes, lora          # no dropout
-        self.batch_tokens = batch_tokens
+        self.model, self.tokenizer, self.saes = model, tokenizer, saes
+        self.batch_tokens, self.has_cut = batch_tokens, False
         self.max_length = model.config.max_position_embeddings
 
     @property
@@ -54,38 +53,45 @@ class SplicedLM(TemplateLM):
 
     @property
     def prefix_token_id(self):
-        """What stands for an empty context."""
+        """Stands for an empty context."""
         return self.model.config.bos_token_id
 
     def tok_encode(self, string, add_special_tokens=None):
         """Token ids, after one BOS unless add_special_tokens is False."""
-        ids, bos = self.tokenizer.encode(string, add_special_tokens=False).ids, self.prefix_token_id
-        return ids if add_special_tokens is False or ids[:1] == [bos] else [bos, *ids]
+        ids = self.tokenizer.encode(string, add_special_tokens=False).ids
+        bos = self.prefix_token_id
+        if add_special_tokens is False or ids[:1] == [bos]:
+            return ids
+        return [bos, *ids]
 
-    # ---- The model ---------------------------------------------------------------------------------------------------
+    # ---- The model -----------------------------------------------------------------------------
 
     def run(self, tokens, cache=None):
         """tokens [B, T] -> the residual stream after the last block [B, T, D]."""
-        model = self.model
-        with nullcontext() if self.lora else base(model):
-            return model.run(model.embed(tokens), 0, len(model.layers), self.saes, model.special(tokens), cache)
+        model, tokens = self.model, tokens.to(self.model.device)
+        special = model.special(tokens)
+        return model.run(model.embed(tokens), 0, len(model.layers), self.saes, special, cache)
 
     def logits(self, x):
-        """The residual stream [N, D] -> logits [N, V], fp32 also for bf16 weights: rounded there, choices would tie."""
+        """The residual stream [N, D] -> logits [N, V], in fp32: in bf16, choices would tie."""
         return capped(to_logits(self.model.norm(x), self.model.head), self.model.softcap)
 
     def score(self, x, labels):
-        """x [N, D], labels [N] -> log p(label), label is the likeliest token; [N] each. No [N, V] is ever whole."""
-        log_p, top, rows = [], [], chunk_rows(self.model.head)
-        for part, wanted in zip(x.split(rows), labels.split(rows)):
+        """x [N, D], labels [N] -> ([N] log p(label), [N] whether the label is the likeliest token).
+
+        In chunks, so that no [N, V] is held.
+        """
+        log_p, top = [], []
+        rows = chunk_rows(self.model.head)
+        for part, wanted in zip(x.split(rows), labels.to(x.device).split(rows)):
             logits = self.logits(part)
             log_p.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
             top.append(logits.argmax(-1) == wanted)
         return torch.cat(log_p).cpu(), torch.cat(top).cpu()
 
     def pad(self, rows):
-        """Lists of ids -> [B, T], filled up on the right, where causal attention never looks: no mask is needed."""
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.model.device)
+        """Lists of ids -> [B, T], padded on the right, where causal attention never looks."""
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
     def batches(self, items, size, label):
         """The items, the largest first, in lists of at most batch_tokens tokens when padded."""
@@ -96,96 +102,108 @@ class SplicedLM(TemplateLM):
             items = items[count:]
         return progress(out, label)
 
-    def warn_of_cuts(self, count):
-        if count:
-            note(f"warning: {count} requests exceed the model's {self.max_length} tokens and lose their beginning")
+    def cut(self, ids, room):
+        """The last `room` ids. The first time that some are lost, a note says so."""
+        if len(ids) > room and not self.has_cut:
+            note(f"warning: some requests exceed the model's {self.max_length} tokens and lose "
+                 "their beginning")
+            self.has_cut = True
+        return ids[-room:]
 
-    # ---- What lm-eval asks -------------------------------------------------------------------------------------------
+    # ---- lm-eval's requests --------------------------------------------------------------------
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False):
-        """[(strings, context ids, continuation ids)] -> [(Σ log p of the continuation, all of it was the likeliest)].
+        """[(strings, context ids, continuation ids)] -> [(log p, whether it is greedy)].
 
-        The last token is only predicted, never read: choices of a single token, as MMLU's, share one row.
+        log p is summed over the continuation. It is greedy if each of its tokens is the likeliest.
         """
-        answers, sharing = [None] * len(requests), defaultdict(list)
-        for i, (strings, context, continuation) in enumerate(requests):
-            if not 1 <= len(continuation) <= self.max_length:
-                raise InputError(f"cannot score {strings}: the continuation has {len(continuation)} tokens, but it must "
-                                 f"have 1 to {self.max_length}")
-            sharing[tuple(context + continuation)[-self.max_length - 1:-1]].append((i, continuation))
-        self.warn_of_cuts(sum(len(context) + len(ids) > self.max_length + 1 for _, context, ids in requests))
-        for batch in self.batches(sharing, len, "scoring"):
-            x = self.run(self.pad(batch))
-            asked = [(row, len(ids), *request) for row, ids in enumerate(batch) for request in sharing[ids]]
-            where = [(row, end - len(continuation) + j, token)
-                     for row, end, _, continuation in asked for j, token in enumerate(continuation)]
-            rows, positions, labels = torch.tensor(where, device=x.device).T
-            log_p, top = self.score(x[rows, positions], labels)
-            lengths = [len(continuation) for *_, continuation in asked]
-            for (_, _, i, _), p, likeliest in zip(asked, log_p.split(lengths), top.split(lengths)):
+        # The last token is predicted but never read, so a row holds all tokens but the last.
+        # Choices of one token, such as MMLU's letters, then share a row.
+        by_row = defaultdict(list)                      # {row: [(index of the request, labels)]}
+        for i, (strings, context, labels) in enumerate(requests):
+            if not 1 <= len(labels) <= self.max_length:
+                raise InputError(f"cannot score {strings}: the continuation has {len(labels)} "
+                                 f"tokens, but it must have 1 to {self.max_length}")
+            row = self.cut((*context, *labels)[:-1], self.max_length)
+            by_row[row].append((i, labels))
+
+        answers = [None] * len(requests)
+        for rows in self.batches(by_row, len, "scoring"):
+            # All positions of the batch that predict a label, and their labels.
+            x, labels, asked = [], [], []
+            for residual, row in zip(self.run(self.pad(rows)), rows):
+                for i, ids in by_row[row]:
+                    x.append(residual[len(row) - len(ids):len(row)])
+                    labels.append(torch.tensor(ids))
+                    asked.append(i)
+
+            log_p, top = self.score(torch.cat(x), torch.cat(labels))
+            lengths = [len(ids) for ids in labels]
+            for i, p, likeliest in zip(asked, log_p.split(lengths), top.split(lengths)):
                 answers[i] = p.sum().item(), likeliest.all().item()
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """Σ log p of every token of a text, BOS before it, in windows of max_length; each token is predicted once."""
-        windows, totals = [], [0.0] * len(requests)
-        for i, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            windows += [(i, *make_disjoint_window(window)) for window in
-                        get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)]
-        for (i, *_), (log_p, _) in zip(windows, self._loglikelihood_tokens(windows)):
-            totals[i] += log_p
-        return totals
+        raise InputError("tasks that score whole texts (loglikelihood_rolling) are not supported")
 
     @torch.no_grad()
     def generate_until(self, requests, disable_tqdm=False):
-        """Greedy continuations, up to the first stop string, EOS, or max_gen_toks (256) new tokens."""
-        jobs, texts, cuts = [], [None] * len(requests), 0
+        """Greedy continuations, up to a stop string, EOS, or max_gen_toks (256) new tokens."""
+        prompts = []
         for i, request in enumerate(requests):
-            context, how = request.args[0], normalize_gen_kwargs(request.args[1], 256)
-            room = self.max_length - how["max_gen_toks"]
-            if how["do_sample"]:
-                raise InputError(f"{request.task_name} samples its answers, but here they are greedy: set do_sample: "
-                                 "false in its generation_kwargs")
+            context, options = request.args
+            options = normalize_gen_kwargs(options, 256)
+            budget = options["max_gen_toks"]
+            room = self.max_length - budget
+            if options["do_sample"]:
+                raise InputError(f"{request.task_name} samples its answers, but here they are "
+                                 "greedy: set do_sample: false in its generation_kwargs")
             if room < 1:
-                raise InputError(f"{request.task_name} asks for {how['max_gen_toks']} new tokens, but the model holds "
-                                 f"{self.max_length}: set a smaller max_gen_toks in its generation_kwargs")
-            prompt = self.tok_encode(context)
-            cuts += len(prompt) > room
-            jobs.append(Job(i, prompt[-room:], [stop for stop in how["until"] if stop], how["max_gen_toks"]))
-        self.warn_of_cuts(cuts)
-        for batch in self.batches(jobs, Job.size, "generating"):
-            for job, text in zip(batch, self.generate(batch)):
-                texts[job.index] = text
+                raise InputError(f"{request.task_name} asks for {budget} new tokens, but the model "
+                                 f"holds {self.max_length}: set a smaller max_gen_toks in its "
+                                 "generation_kwargs")
+            ids = self.cut(self.tok_encode(context), room)
+            stops = [stop for stop in options["until"] if stop]
+            prompts.append(Prompt(i, ids, stops, budget))
+
+        texts = [None] * len(requests)
+        for batch in self.batches(prompts, Prompt.size, "generating"):
+            for prompt, text in zip(batch, self.generate(batch)):
+                texts[prompt.index] = text
         return texts
 
-    def generate(self, jobs):
-        """The text of each Job, all of them a token at a time. Where a prompt is longer than the shortest one, its own
-        tokens are read in place of the predicted ones, so no row needs padding on its left."""
-        lengths = torch.tensor([len(job.prompt) for job in jobs], device=self.model.device)
-        tokens = self.pad([job.prompt + [0] * job.budget for job in jobs])
-        generated = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
-        cache, written, texts = Cache(), [[] for _ in jobs], [None] * len(jobs)
-        for position in range(int(lengths.min()), tokens.shape[1]):
-            new = slice(cache.length, position)    # what every prompt has, at first; then one token
-            x = self.run(tokens[:, new], cache)
-            best = self.logits(x[:, -1]).argmax(-1)
-            tokens[:, position] = torch.where(generated[:, position], best, tokens[:, position])
-            for row, (job, token) in enumerate(zip(jobs, best.tolist())):
-                if texts[row] is None and position >= len(job.prompt):
-                    written[row].append(token)
-                    texts[row] = self.finished(written[row], job)
+    def generate(self, prompts):
+        """The answer to each Prompt, all of them token by token.
+
+        All rows start at the end of the shortest prompt. A longer one feeds its own tokens in place
+        of the predicted ones until it ends, so no row needs padding on its left.
+        """
+        lengths = [len(prompt.ids) for prompt in prompts]
+        tokens = self.pad([prompt.ids + [0] * prompt.budget for prompt in prompts])
+        cache, texts = Cache(), [None] * len(prompts)
+        for position in range(min(lengths), tokens.shape[1]):
+            x = self.run(tokens[:, cache.length:position], cache)
+            best = self.logits(x[:, -1]).argmax(-1).tolist()
+            for row, (prompt, token) in enumerate(zip(prompts, best)):
+                if texts[row] is None and position >= lengths[row]:
+                    tokens[row, position] = token
+                    new = tokens[row, lengths[row]:position + 1].tolist()
+                    texts[row] = self.finished(new, prompt)
             if None not in texts:
                 break
         return texts
 
-    def finished(self, ids, job):
-        """The answer these new tokens make, or None while it goes on. A stop string may be the name of a special token."""
+    def finished(self, ids, prompt):
+        """The answer that the new tokens make, or None if it goes on.
+
+        A stop string may be the name of a special token.
+        """
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        if ids[-1] != self.eot_token_id and len(ids) < job.budget and not any(stop in text for stop in job.stops):
+        stopped = any(stop in text for stop in prompt.stops)
+        if not stopped and ids[-1] != self.eot_token_id and len(ids) < prompt.budget:
             return None
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        for stop in job.stops:
+        for stop in prompt.stops:
             text = text.split(stop)[0]
         return text

@@ -3,99 +3,94 @@
     python eval.py RUN_DIR --suite tokens
 
 Both losses are with the SAEs spliced in (Figure 8's "base" is the model with SAE, not adapted), in
-nats, fp32, over all T - 1 predictions of each sequence. In the paper 37 % of the tokens become
-worse, and most of the improvement comes from changes of 0.01 to 1 nats.
+nats, over all T - 1 predictions of each sequence. In the paper 37 % of the tokens become worse, and
+most of the improvement comes from changes of 0.01 to 1 nats. Intervals are 90 %, over documents.
 """
 import math
 
 import numpy as np
 import torch
 
-from lorasae.evals.common import (count_documents, evaluating, interval, percent, plus_minus,
-                                  print_table, progress, without_interval)
+from lorasae.evals.common import (batches, count_documents, evaluating, interval, progress, ratio,
+                                  with_ci90, without_interval)
 from lorasae.evals.fidelity import losses_by_setting
+from lorasae.evals.report import Table, percent, with_interval
 
 EDGES = np.logspace(-5, 1, 50)                          # nats; the paper's bins
 SIZES = (0, 1e-4, 1e-3, 1e-2, 1e-1, 1, math.inf)        # the table's
+MIDDLE = (1e-2, 1)                                      # where the paper finds most of the gain
 
 
-def evaluate(setting, options):
-    """Both losses of every held-out token -> statistics()."""
-    batches = setting.text.held_out.split(setting.config.eval_batch)
-    change = changes(setting.model, setting.saes, batches)
-    return statistics(change, setting.text.documents)
-
-
-def changes(model, saes, batches):
-    """CE_sae - CE_adapted of every prediction, for batches of tokens [B, T] -> [n, T - 1] nats."""
-    found = []
+def evaluate(setting):
+    """Both losses of every held-out token -> the numbers of `statistics`."""
+    model, change = setting.model, []
     with evaluating(model):
-        for tokens in progress(batches, "tokens"):
-            losses = losses_by_setting(model, saes, tokens, ("sae", "adapted"))
-            found.append((losses["sae"].ce - losses["adapted"].ce).cpu())
-    return torch.cat(found)
+        for tokens in progress(batches(setting), "tokens"):
+            losses = losses_by_setting(model, setting.saes, tokens, ("sae", "adapted"))
+            change.append((losses["sae"].ce - losses["adapted"].ce).cpu())
+    return statistics(torch.cat(change), setting.text.documents)
 
 
-def statistics(change, documents=None):
-    """change [n, T - 1]: improvements in nats, below 0 if a token becomes worse -> what Figure 8
-    shows.
+def statistics(change, documents):
+    """The numbers of Figure 8 for change [n, T - 1]: nats won per token, below 0 if it gets worse.
 
     gained and lost are sums over the tokens that become better and worse, divided by the number
-    of all tokens, so their difference is the mean improvement. Intervals are over documents, [n]
-    int, the document of each sequence; None: each sequence is one of its own.
+    of all tokens: their difference is the improvement. from_middle is the part of the improvement
+    that comes from changes of 0.01 to 1 nats. documents: [n] int, the document of each sequence.
     """
-    mean, mean_half = interval(change.double().mean(1), documents)
-    _, worse_half = interval((change < 0).double().mean(1), documents)
-    flat = change.double().flatten().numpy()
-    gains = flat[flat > 0]
-    losses = -flat[flat < 0]
+    change = change.double()
+    size = change.abs()
+    middle = change * ((size >= MIDDLE[0]) & (size < MIDDLE[1]))
+    estimates = with_ci90({
+        "improvement": interval(change.mean(1), documents),
+        "share_worse": interval((change < 0).double().mean(1), documents),
+        "from_middle": ratio(middle.mean(1), change.mean(1), documents),
+    })
+    gains, losses = change[change > 0], -change[change < 0]
 
     def between(low, high):
         better = gains[(gains >= low) & (gains < high)]
         worse = losses[(losses >= low) & (losses < high)]
         return {
-            "share_better": len(better) / len(flat),
-            "share_worse": len(worse) / len(flat),
-            "gained": float(better.sum() / len(flat)),
-            "lost": float(worse.sum() / len(flat)),
+            "share_better": len(better) / change.numel(),
+            "share_worse": len(worse) / change.numel(),
+            "gained": better.sum().item() / change.numel(),
+            "lost": worse.sum().item() / change.numel(),
         }
 
-    by_size = [{"from": low, **between(low, high)} for low, high in zip(SIZES, SIZES[1:])]
-    histogram = {
-        "edges": EDGES.tolist(),
-        "better": np.histogram(gains, EDGES)[0].tolist(),
-        "worse": np.histogram(losses, EDGES)[0].tolist(),
-    }
     return {
-        "tokens": len(flat),
-        "documents": len(change) if documents is None else count_documents(documents),
-        "improvement": mean,
+        "tokens": change.numel(),
+        "documents": count_documents(documents),
         **between(0, math.inf),
-        "ci90": {"improvement": mean_half, "share_worse": worse_half},
-        "by_size": by_size,
-        "histogram": histogram,
+        **estimates,
+        "by_size": [{"from": low, **between(low, high)} for low, high in zip(SIZES, SIZES[1:])],
+        "histogram": {
+            "edges": EDGES.tolist(),
+            "better": np.histogram(gains, EDGES)[0].tolist(),
+            "worse": np.histogram(losses, EDGES)[0].tolist(),
+        },
     }
 
 
-def show(numbers):
-    mean, half = numbers["improvement"], numbers["ci90"]
-    names = [f"{low:g} to {high:g}" for low, high in zip(SIZES, SIZES[1:-1])]
-    names += ["1 and more", "all"]
+def tables(numbers):
+    names = [f"{low:g} to {high:g}" for low, high in zip(SIZES, SIZES[1:])]
     rows = []
-    for name, row in zip(names, numbers["by_size"] + [numbers]):
-        share = (row["gained"] - row["lost"]) / mean if mean else None
+    for name, row in zip([*names, "all"], [*numbers["by_size"], numbers]):
         shares = [percent(row["share_better"]), percent(row["share_worse"])]
-        rows.append([name, *shares, row["gained"], row["lost"], percent(share)])
-    print_table(rows, ["change (nats)", "tokens better", "tokens worse", "nats gained", "nats lost",
-                       "of the improvement"])
+        rows.append([name, *shares, row["gained"], row["lost"], row["gained"] - row["lost"]])
 
-    worse = f"{percent(numbers['share_worse'])} {plus_minus(half['share_worse'], '.1%')}".rstrip()
-    gain = f"{mean:.4f} {plus_minus(half['improvement'])}".rstrip()
-    why = ""
-    if half["improvement"] is None:
-        why = f" ({without_interval(numbers['documents'])})"
-    print(f"\n{worse} of {numbers['tokens']:,} tokens become worse; "
-          f"mean improvement {gain} nats per token{why}")
+    def part(name, form=".1%"):
+        return with_interval(numbers[name], numbers["ci90"][name], form)
+
+    notes = [f"{part('share_worse')} of {numbers['tokens']:,} tokens become worse; the mean "
+             f"improvement is {part('improvement', '.4f')} nats per token"]
+    if numbers["from_middle"] is not None:
+        notes.append(f"of it, from changes of 0.01 to 1 nats: {part('from_middle')}")
+    if numbers["ci90"]["improvement"] is None:
+        notes.append(without_interval(numbers["documents"]))
+    headings = ["change (nats)", "tokens better", "tokens worse", "nats gained", "nats lost", "net"]
+    caption = "Change of every token's loss by adapting (nats per token; the paper's Figure 8)"
+    return [Table(caption, headings, rows, notes)]
 
 
 def draw(numbers, figure):
@@ -106,5 +101,5 @@ def draw(numbers, figure):
         axes.stairs(histogram[side], histogram["edges"], fill=True, alpha=0.5,
                     label=f"{label}: {numbers[f'share_{side}']:.0%} of tokens")
     axes.set(xscale="log", xlabel="size of the change, |CE with SAE − CE with SAE + LoRA| (nats)",
-             ylabel="held-out tokens", title="Change in loss of each token (the paper's Figure 8)")
+             ylabel="held-out tokens", title="Change of every token's loss (the paper's Figure 8)")
     axes.legend()

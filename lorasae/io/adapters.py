@@ -98,8 +98,7 @@ def load_adapter(model, folder):
 def read_config(path):
     """-> rank, alpha, dropout of an adapter_config.json"""
     config = read_object(path)
-    config.stated(peft_type="LORA")
-    config.only(bias="none")
+    config.only(peft_type="LORA", bias="none")
     for option in UNSUPPORTED:
         if config.get(option):
             raise InputError(
@@ -122,7 +121,7 @@ def read_config(path):
 def adapted_modules(tensors):
     """The modules that the file has an A or a B for, sorted; it may hold nothing else."""
     names = set()
-    for key in tensors.names:
+    for key in tensors:
         match = KEY.fullmatch(key)
         if match is None:
             raise InputError(

@@ -10,15 +10,13 @@ import json
 import operator
 import os
 import reprlib
-import stat
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from lorasae.errors import InputError
 
@@ -41,7 +39,7 @@ BOUNDS = {
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (*DTYPES.values(), torch.float64)
 
 
 # ---- Writing -------------------------------------------------------------------------------------
@@ -53,25 +51,22 @@ def whole(path):
     A reader sees the old file or the new one, never a part. Permissions follow the umask.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name[:40]}.{uuid4().hex}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-
     except (OSError, RuntimeError) as error:
         # torch.save hides the file's own error (a full disk) behind a RuntimeError
         failure = error if isinstance(error, OSError) else error.__context__
         if not isinstance(failure, OSError):
             raise
         raise InputError(f"cannot write {path}: {failure.strerror or failure}") from error
-
     finally:
-        if os.path.lexists(part):
-            os.unlink(part)
+        part.unlink(missing_ok=True)
 
 
 def write_bytes(path, data):
@@ -87,8 +82,8 @@ def write_json(path, value):
 
 def write_tensors(path, tensors, metadata=None):
     """Writes {name: tensor} as a .safetensors file, whole or not at all."""
-    whole_tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(whole_tensors, metadata))
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(contiguous, metadata))
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -102,29 +97,24 @@ def damage(what):
     try:
         yield
     except Exception as error:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.filename):
-            raise
-        problem = f"not a whole file of its kind ({first_line(error)})"
-        raise InputError(f"{what} is refused: {problem}; download or save it again") from error
-
-
-def check_file(path):
-    """InputError for a folder or a device: opening a pipe would wait without end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise InputError(f"{path} is a folder or a device, but should be a file")
-
-
-def read_bytes(path):
-    """The contents of a file."""
-    check_file(path)
-    return Path(path).read_bytes()
+        if isinstance(error, InputError) or getattr(error, "filename", None):
+            raise                                       # it names the file
+        raise InputError(f"cannot read {what} ({first_line(error)}); if it is damaged, download or "
+                         "save it again") from error
 
 
 def read_json(path):
     """The value in a JSON file, whatever its kind."""
-    data = read_bytes(path)
     with damage(path):
-        return json.loads(data)
+        return json.loads(Path(path).read_bytes())
+
+
+def read_object(path):
+    """The object in a JSON file, as Fields."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object, but {shown(value)}")
+    return Fields(value, path)
 
 
 def read_metrics(folder):
@@ -142,14 +132,6 @@ def read_metrics(folder):
     return lines
 
 
-def read_object(path):
-    """The object in a JSON file, as Fields."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object, but {shown(value)}")
-    return Fields(value, path)
-
-
 class Fields(dict):
     """A JSON object that knows its file, so that an error names the file and the key."""
 
@@ -157,16 +139,15 @@ class Fields(dict):
         super().__init__(values)
         self.where = where
 
-    def __missing__(self, key):
-        raise InputError(f"{self.where} lacks {key}")
-
     def take(self, key, kind, default=REQUIRED, **bounds):
         """The value of `key`, of this kind and within these bounds; `default` if there is no key.
 
         kind: int, float (takes whole numbers too), bool, str, list, or dict (comes back as Fields).
         bounds: keys of BOUNDS. null is None if that is the default, and an error otherwise.
         """
-        value = self[key] if default is REQUIRED else self.get(key, default)
+        value = self.get(key, default)
+        if value is REQUIRED:
+            raise InputError(f"{self.where} lacks {key}")
         if value is default:
             return value
 
@@ -185,11 +166,6 @@ class Fields(dict):
         for key, value in supported.items():
             self.take(key, type(value), value, equal_to=value)
 
-    def stated(self, **supported):
-        """Like `only`, but the keys must be there."""
-        for key, value in supported.items():
-            self.take(key, type(value), equal_to=value)
-
 
 def shown(value):
     """A value for a message: on one line, and cut if it is long."""
@@ -206,63 +182,43 @@ def first_line(error):
 # ---- Tensors -------------------------------------------------------------------------------------
 
 class Tensors:
-    """The named tensors of a .safetensors, .npz or .pt file, each read when it is asked for.
+    """The named tensors of a .safetensors, .npz or .pt file, read from disk when they are used.
 
-    Nothing in the file is executed.
+    (A .pt file is read at once.) Nothing in the file is executed.
     """
 
     def __init__(self, path):
-        self.path = path = Path(path)
-        check_file(path)
+        self.path = Path(path)
         with damage(path):
-            if path.suffix == ".safetensors":
-                file = safe_open(path, framework="pt")
-                self.names = set(file.keys())
-                self.read = file.get_tensor
-
-            elif path.suffix == ".npz":
-                arrays = np.load(path, allow_pickle=False)
-                self.names = set(arrays.files)
-                self.read = lambda name: torch.from_numpy(arrays[name])
-
+            if self.path.suffix == ".safetensors":
+                self.stored = load_file(path)           # mapped into memory
+            elif self.path.suffix == ".npz":
+                self.stored = np.load(path, allow_pickle=False)
             else:
-                tensors = torch.load(path, map_location="cpu", weights_only=True)
-                self.names = set(tensors.keys())
-                self.read = tensors.__getitem__
+                self.stored = dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def __contains__(self, name):
-        return name in self.names
+        return name in self.stored
+
+    def __iter__(self):
+        return iter(self.stored)
 
     def __getitem__(self, name):
         """A tensor of weights, on the CPU, in the dtype of the file."""
-        tensor = self.tensor(name)
+        if name not in self:
+            raise InputError(f"{self.path} lacks the tensor {name}")
+        with damage(f"{self.path}: {name}"):
+            tensor = torch.as_tensor(self.stored[name]).detach()
         if tensor.dtype not in FLOATS:
             raise InputError(
                 f"{self.path}: {name} is {dtype_name(tensor)}, but only float32, bfloat16, "
                 "float16 and float64 are read: take an unquantised copy")
         return tensor
 
-    def number(self, name, kind, **bounds):
-        """The one number that a tensor holds, checked as Fields.take does."""
-        tensor = self.tensor(name) if kind is int else self[name]
-        return Fields({name: tensor.tolist()}, self.path).take(name, kind, **bounds)
-
-    def tensor(self, name):
-        """A dense tensor of any dtype, on the CPU."""
-        if name not in self.names:
-            raise InputError(f"{self.path} lacks the tensor {name}")
-        with damage(f"{self.path}: {name}"):
-            tensor = self.read(name)
-
-        # torch.save also keeps numbers and sparse tensors
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            raise InputError(f"{self.path}: {name} is not a dense tensor, but {shown(tensor)}")
-        return tensor.detach()
-
 
 def as_dtype(dtype):
     """A torch dtype from itself or its name."""
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    found = DTYPES.get(dtype, dtype)
     if found not in FLOATS:
         raise InputError(f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}")
     return found
@@ -271,12 +227,6 @@ def as_dtype(dtype):
 def dtype_name(tensor):
     """float32, say."""
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def is_finite(tensor):
-    """Whether all values are finite. The extremes are NaN if one value is: faster than isfinite."""
-    smallest, largest = torch.aminmax(tensor)
-    return bool(smallest.isfinite() & largest.isfinite())
 
 
 def check_shape(what, tensor, shape, why="it does not fit the rest"):
@@ -288,5 +238,6 @@ def check_shape(what, tensor, shape, why="it does not fit the rest"):
 
 def check_finite(what, tensor, why="the file is damaged, or needs a wider dtype"):
     """InputError, which begins with `what`, unless all values are finite."""
-    if not is_finite(tensor):
+    smallest, largest = torch.aminmax(tensor)           # NaN if one is: faster than isfinite
+    if not (smallest.isfinite() and largest.isfinite()):
         raise InputError(f"{what} holds values that are not finite: {why}")

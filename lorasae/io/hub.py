@@ -7,8 +7,7 @@ them with their sizes. If the Hub is out of reach, the cache serves.
 import os
 import re
 from contextlib import contextmanager
-from fnmatch import filter as matching
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
@@ -34,9 +33,9 @@ SAE_FILES = {                                                   # the files of a
     "dictionary_learning": ("ae.pt", "config.json"),
 }
 FACTS = {                                                       # what a folder's name says
-    "layer": re.compile(r"(?:layers?[._]|blocks\.|-L)(\d+)"),
-    "width": re.compile(r"width_(\d+[km])"),
-    "l0": re.compile(r"average_l0_(\d+)"),
+    "layer": re.compile(r".*(?:layers?[._]|blocks\.|-L)(\d+)"),
+    "width": re.compile(r".*width_(\d+[km])"),
+    "l0": re.compile(r".*average_l0_(\d+)"),
 }
 
 
@@ -79,8 +78,10 @@ def model_files(name_or_dir, patterns=MODEL_FILES):
     name_or_dir: a preset, a local folder, or OWNER/NAME on the Hub, tried in this order.
     """
     folder, repo = model_place(name_or_dir)
-    folder = folder or fetch(repo, patterns)
-    if repo and patterns is MODEL_FILES and not any(folder.glob("*.safetensors")):
+    if folder is not None:
+        return folder
+    folder = fetch(repo, patterns)
+    if patterns is MODEL_FILES and not any(folder.glob("*.safetensors")):
         raise OutOfReach(f"{repo} has no *.safetensors in the cache {constants.HF_HUB_CACHE}, nor "
                          "on the Hub if that was asked: fetch it once with a network (pickled "
                          "weights are never opened)")
@@ -104,7 +105,7 @@ def model_plan(name_or_dir):
         sizes = {}
 
     read = {path: sizes[path] for path in filter_repo_objects(sizes, allow_patterns=MODEL_FILES)}
-    if known is not None and not matching(read, "*.safetensors"):
+    if known is not None and not any(path.endswith(".safetensors") for path in read):
         read["*.safetensors"] = known.weights
     return plan(repo, read)
 
@@ -138,9 +139,8 @@ def sae_choice(model, *, layer=None, width=None, l0=None):
             f"{model} has no public SAE (the paper trained its own): make one with `python "
             f"train.py --model {model} --method topk --out RUN_DIR`, then pass --sae RUN_DIR")
 
-    layer = known.layer if layer is None else layer
-    width = width or known.width
-    if l0 is None and (layer, str(width)) == (known.layer, str(known.width)):
+    layer, width = known.layer if layer is None else layer, width or known.width
+    if l0 is None and (layer, width) == (known.layer, known.width):
         l0 = known.l0
     return known.sae, {"layer": layer, "width": width, "l0": l0}
 
@@ -187,17 +187,14 @@ def sae_plan(source, *, layer=None, width=None, l0=None):
 
     If the Hub is out of reach, what the preset says of its SAEs takes their place.
     """
-    source = str(source).rstrip("/")
     try:
         sae = find_sae(source, layer=layer, width=width, l0=l0)
     except OutOfReach:
         for name, known in PRESETS.items():
             if source in (name, known.sae):
-                _, chosen = sae_choice(name, layer=layer, width=width_name(width), l0=l0)
-                M = latents(chosen["width"] or "131k")                  # Llama Scope has 131k
-                numbers = 2 * M * known.config["hidden_size"]
-                which = ", ".join(f"{key} {value}" for key, value in chosen.items() if value)
-                return plan(known.sae, {which: known.sae_bytes * numbers})
+                M = latents(width_name(width or known.width or "131k"))     # as Llama Scope's
+                size = 2 * M * known.config["hidden_size"] * known.sae_bytes
+                return plan(known.sae, {f"an SAE of {M:,} latents": size})
         raise
     return plan(sae.place, sae.files) if isinstance(sae.place, str) else []
 
@@ -207,23 +204,22 @@ def saes_among(place, sizes, inside):
     found = []
     for kind, names in SAE_FILES.items():
         for path in sizes:
-            folder = path.removesuffix(names[0])        # "" or "some/folder/"
-            files = [folder + name for name in names]
-            ends = f"/{path}".endswith(f"/{names[0]}")
-            if ends and path.startswith(inside) and sizes.keys() >= set(files):
-                held = {file: sizes[file] for file in files}
-                found.append(SAEFiles(kind, place, folder.rstrip("/"), held))
+            if path.startswith(inside) and PurePosixPath(path).match(names[0]):
+                folder = path.removesuffix(names[0])    # "" or "some/folder/"
+                files = {folder + name: sizes.get(folder + name) for name in names}
+                if None not in files.values():
+                    found.append(SAEFiles(kind, place, folder.rstrip("/"), files))
     return found
 
 
 def choose(found, source, wanted):
     """The one of SAEFiles that agrees with wanted {layer, width, l0}, if folders' names say it."""
     for fact, pattern in FACTS.items():
-        said = [(pattern.findall(sae.folder) or [None])[-1] for sae in found]
-        offered = sorted(set(said) - {None}, key=lambda value: (len(value), value))
+        matches = [pattern.match(sae.folder) for sae in found]
+        offered = {match[1] for match in matches if match}
         if offered:
             value = pick(fact, wanted[fact], offered, source)
-            found = [sae for sae, its in zip(found, said) if its == value]
+            found = [sae for sae, match in zip(found, matches) if match and match[1] == value]
 
     if len(found) > 1:
         some = ", ".join(f"{sae.folder or '.'} ({sae.kind})" for sae in found[:8])
@@ -235,6 +231,7 @@ def choose(found, source, wanted):
 
 def pick(fact, value, offered, source):
     """The value of a fact: the one that is wanted, else the only one; of L0s the paper's choice."""
+    offered = sorted(offered, key=lambda value: (len(value), value))
     offer = f"{source} offers {fact} {', '.join(offered)}"
     if value is not None:
         name = width_name(value) if fact == "width" else f"{float(value):g}"
@@ -270,9 +267,8 @@ def listing(repo):
     """{path: bytes} of a repository on the Hub; if it is out of reach, of its cached files."""
     try:
         with explained(repo):
-            commit = HfApi().model_info(repo).sha       # fails at once without a network
-            tree = HfApi().list_repo_tree(repo, recursive=True, revision=commit)
-            return {file.path: file.size for file in tree if hasattr(file, "size")}
+            files = HfApi().model_info(repo, files_metadata=True).siblings
+        return {file.rfilename: file.size for file in files}
     except OutOfReach as error:
         try:
             root = snapshot_download(repo, allow_patterns=[], local_files_only=True)
@@ -299,31 +295,30 @@ def explained(repo):
     """Turns errors of huggingface_hub into one line that says what to do."""
     try:
         yield
-        return
-    except (HTTPError, ConnectionError, FileNotFoundError, HFValidationError) as raised:
-        error = raised
+    except (HTTPError, ConnectionError, FileNotFoundError, HFValidationError) as error:
+        raise explanation(error, repo) from error
+
+
+def explanation(error, repo):
+    """The InputError for an error of huggingface_hub."""
     if isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__                         # the Hub was reached and refused
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-
-    # the user may not read it
     mirror = next((known.mirror for known in PRESETS.values() if known.repo == repo), None)
+
     if isinstance(error, GatedRepoError) or (mirror and status in (401, 403)):
         instead = f"; or take an ungated copy: train.py --model {mirror}" if mirror else ""
-        raise InputError(
+        return InputError(
             f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and log in with "
-            f"`hf auth login`, with a token that may read gated repositories{instead}") from error
-
-    # it is not there
+            f"`hf auth login`, with a token that may read gated repositories{instead}")
     if type(error) in (FileNotFoundError, HFValidationError) or status in (401, 403, 404):
-        raise InputError(
+        return InputError(
             f"there is no local folder {repo}, and no repository of that name on the Hub that you "
-            "may read (a private one needs `hf auth login`)") from error
+            "may read (a private one needs `hf auth login`)")
 
-    # the Hub cannot be reached, or is down
     why = f"the Hub is down (status {status})" if status else "the Hub is out of reach"
     if constants.is_offline_mode():
         why = "HF_HUB_OFFLINE is set"
-    raise OutOfReach(
+    return OutOfReach(
         f"{why} and {repo} is not wholly in the cache {constants.HF_HUB_CACHE}: fetch it once with "
-        "a network, or pass a local folder") from error
+        "a network, or pass a local folder")

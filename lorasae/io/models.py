@@ -4,8 +4,6 @@ Weights load strictly: the files must hold every tensor of the architecture, in 
 configuration implies, and no other. The model is built on the meta device and filled tensor by
 tensor, so that it never exists twice.
 """
-import os
-import re
 from pathlib import Path
 
 import torch
@@ -14,14 +12,14 @@ from tokenizers import Tokenizer
 
 from lorasae.errors import InputError
 from lorasae.io.files import (
-    DTYPES, Fields, Tensors, as_dtype, check_finite, check_shape, damage, dtype_name, read_bytes,
-    read_object, shown, write_bytes, write_json, write_tensors)
+    DTYPES, Fields, Tensors, as_dtype, check_finite, check_shape, damage, dtype_name, read_object,
+    shown, write_bytes, write_json, write_tensors)
 from lorasae.io.hub import BESIDE_WEIGHTS, OutOfReach, model_files
 from lorasae.io.presets import preset
 from lorasae.lora import adapters
 from lorasae.model import FAMILIES, Transformer
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -66,18 +64,8 @@ def parse_config(raw, where):
     `where` is its folder, for messages.
     """
     fields = Fields(raw, f"{where}/config.json")
-    return family_of(fields).parse(fields)
-
-
-def family_of(fields):
-    """The module of FAMILIES that `model_type` names, or `architectures` if that is absent."""
-    architectures = fields.take("architectures", list, None) or [None]
-    said = fields.take("model_type", str, None) or architectures[0]
-    for family in FAMILIES.values():
-        if said in (family.MODEL_TYPE, family.ARCHITECTURE):
-            return family
-    known = " and ".join(FAMILIES)
-    raise InputError(f"{fields.where}: model_type {shown(said)} is not supported, only {known}")
+    family = FAMILIES[fields.take("model_type", str, one_of=list(FAMILIES))]
+    return family.parse(fields)
 
 
 def stated_dtype(fields):
@@ -88,24 +76,6 @@ def stated_dtype(fields):
 
 
 # ---- Weights -------------------------------------------------------------------------------------
-
-def weight_files(folder):
-    """{tensor name: file} of a folder, by its index if it has one."""
-    index = folder / INDEX
-    if not os.path.lexists(index):
-        single = folder / "model.safetensors"
-        if not os.path.lexists(single):
-            raise InputError(f"{folder} has neither {single.name} nor {INDEX}: download the model "
-                             "again (pickled weights, .bin, are never opened)")
-        return dict.fromkeys(Tensors(single).names, single)
-
-    weight_map = read_object(index).take("weight_map", dict)
-    for name in weight_map.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
-            raise InputError(
-                f"{index} names {shown(name)}, which is not a safetensors file in its folder")
-    return {tensor: index.with_name(name) for tensor, name in weight_map.items()}
-
 
 def fill(model, folder, device, dtype):
     """Gives a model on the meta device the tensors of a folder, as `dtype` on `device`."""
@@ -118,16 +88,26 @@ def fill(model, folder, device, dtype):
         what = "lacks" if name in wanted else "has, beyond the model's tensors,"
         raise InputError(f"{folder} {what} {shown(name)}: it does not fit its config.json")
 
+    tensors = {}
     for path in sorted(set(files.values())):
-        tensors = Tensors(path)
-        for name in sorted(name for name in wanted if files[stored[name]] == path):
-            tensor = tensors[stored[name]].to(device=device, dtype=dtype, copy=True)
+        file = Tensors(path)
+        for name in [name for name in wanted if files[stored[name]] == path]:
+            tensor = file[stored[name]].to(device=device, dtype=dtype, copy=True)
             what = f"{path}: {stored[name]}"
             check_shape(what, tensor, wanted[name].shape)
             check_finite(what, tensor)
-            owner, _, leaf = name.rpartition(".")
-            parameter = torch.nn.Parameter(tensor, requires_grad=False)
-            setattr(model.get_submodule(owner), leaf, parameter)
+            tensors[name] = tensor
+    model.load_state_dict(tensors, assign=True)
+
+
+def weight_files(folder):
+    """{tensor name: file} of a folder that holds one file, or several and their index."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() or not index.exists():           # in this order, as transformers
+        return dict.fromkeys(Tensors(single), single)
+    weight_map = read_object(index).take("weight_map", dict)
+    with damage(index):                                 # with_name takes no other folder's file
+        return {tensor: index.with_name(name) for tensor, name in weight_map.items()}
 
 
 def stored_names(files, tied):
@@ -156,32 +136,34 @@ def save_model(model, folder, *, config, shard_bytes=5_000_000_000):
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
     for file, names in shards.filename_to_tensors.items():
         write_tensors(folder / file, {name: tensors[name] for name in names}, {"format": "pt"})
-    (folder / INDEX).unlink(missing_ok=True)            # of an earlier checkpoint in shards
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / INDEX, index)
+    stale = SINGLE if shards.is_sharded else INDEX      # of an earlier checkpoint
+    (folder / stale).unlink(missing_ok=True)
 
-    dtype = dtype_name(next(model.parameters()))
-    config = {key: value for key, value in config.items() if key != "dtype"}
-    write_json(folder / "config.json", {**config, "torch_dtype": dtype})
+    config = {**config, "torch_dtype": dtype_name(next(model.parameters()))}
+    config.pop("dtype", None)                           # its newer name
+    write_json(folder / "config.json", config)
 
 
 # ---- The tokenizer, and what else lies beside the weights ----------------------------------------
 
-def load_tokenizer(name_or_dir, config=None):
-    """The tokenizer of a model; config: the model's, if it is at hand."""
+def load_tokenizer(name_or_dir):
+    """The tokenizer of a model, which neither cuts nor pads a text."""
     path = model_files(name_or_dir) / "tokenizer.json"
-    data = read_bytes(path)
     with damage(path):
-        tokenizer = Tokenizer.from_buffer(data)
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
 
     # every token needs an embedding
-    config = config or load_config(name_or_dir)
     largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= config.vocab_size:
+    vocab_size = load_config(name_or_dir).vocab_size
+    if largest >= vocab_size:
         raise InputError(
-            f"{path} makes tokens up to {largest}, but the model's vocab_size is "
-            f"{config.vocab_size}: the tokenizer belongs to another model")
+            f"{path} makes tokens up to {largest}, but the model's vocab_size is {vocab_size}: the "
+            "tokenizer belongs to another model")
     return tokenizer
 
 
@@ -189,5 +171,5 @@ def copy_beside_weights(name_or_dir, folder):
     """Copies the files of the tokenizer and of generation, as far as the model has them."""
     source = model_files(name_or_dir)
     for name in BESIDE_WEIGHTS:
-        if os.path.lexists(source / name):
-            write_bytes(Path(folder) / name, read_bytes(source / name))
+        if (source / name).exists():
+            write_bytes(Path(folder) / name, (source / name).read_bytes())

@@ -1,7 +1,7 @@
 """What the SAEs of other projects compute, and where their files keep the tensors.
 
 Each reader's docstring is that project's formula. It returns Parts, the same for all projects, of
-which saes.build makes a TopK or a JumpReLU.
+which saes.load_sae makes a TopK or a JumpReLU.
 
     Gemma Scope, Llama Scope, sparsify      what the paper uses
     SAELens                                 TopK, JumpReLU, ReLU, BatchTopK and Matryoshka
@@ -19,7 +19,6 @@ Shapes: D d_model, M latents. W_enc and W_dec are [M, D], whichever way round th
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 
@@ -28,7 +27,6 @@ from lorasae.io.files import Fields, Tensors, check_shape, read_object, shown
 
 ROWS = 8192                                             # latents converted at a time
 PLAIN = ("W_enc.T", "W_dec", "b_enc", "b_dec")          # names; ".T": the file has it as [D, M]
-LLAMA_SCOPE = ("openmoss", "sae_lens")
 BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")      # SAELens's names
 SAE_LENS = ("topk", "jumprelu", "standard", *BATCH_TOPK)
 DICTIONARIES = (
@@ -37,26 +35,12 @@ DICTIONARIES = (
 BLOCK = re.compile(r"blocks\.([0-9]{1,4})\.hook_resid_(post|pre)|model\.layers\.([0-9]{1,4})")
 
 
-class Matrix(NamedTuple):
-    """A matrix that is read when needed: an SAE's two never lie in memory beside their copies."""
-    file: Tensors
-    name: str                                           # with ".T" if the file has it as [D, M]
-
-    def read(self):
-        """-> [M, D], in the dtype of the file."""
-        name = self.name.removesuffix(".T")
-        weight = self.file[name]
-        if weight.dim() != 2:
-            found = list(weight.shape)
-            raise InputError(f"{self.file.path}: {name} is {found}, but should be a matrix")
-        return weight if name == self.name else weight.T
-
-
 @dataclass
 class Parts:
     """An SAE as its file has it: a JumpReLU if it has `threshold` (0 for ReLU), a TopK if `k`."""
-    W_enc: Matrix
-    W_dec: Matrix
+    file: Tensors
+    W_enc: str                                          # names in the file, for `matrix`
+    W_dec: str
     b_enc: torch.Tensor                                 # [M]
     b_dec: torch.Tensor                                 # [D]
     centred: bool                                       # whether the encoder reads x - b_dec
@@ -65,17 +49,31 @@ class Parts:
     k: int | None = None
     enc: torch.Tensor | float = 1.0                     # factors for the rows of W_enc
     dec: torch.Tensor | float = 1.0                     # factors for the rows of W_dec
-    shape: tuple | None = None                          # (M, D), if the configuration says so
     model_name: str | None = None                       # the model it was trained on, if it says
+
+    def matrix(self, name):
+        """W_enc or W_dec -> [M, D], in the dtype of the file.
+
+        It is read when it is needed: the two never lie in memory beside their copies.
+        """
+        weight = self.file[name.removesuffix(".T")]
+        weight = weight.transpose(0, -1) if name.endswith(".T") else weight
+        check_shape(f"{self.file.path}: {name}", weight, [len(self.b_enc), len(self.b_dec)])
+        return weight
+
+    def decoder_norms(self):
+        """‖row‖ of W_dec, [M] in float32; never zero: dead latents can be divided by it."""
+        norms = [rows.float().norm(dim=1) for rows in self.matrix(self.W_dec).split(ROWS)]
+        return torch.cat(norms).clamp(min=torch.finfo().tiny)
 
 
 def parts_of(file, names, **about):
     """Parts of a file that calls its W_enc, W_dec, b_enc and b_dec by these names."""
-    for name in file.names & {"scaling_factor", "finetuning_scaling_factor"}:
-        if not bool((file[name] == 1).all()):
+    for name in {"scaling_factor", "finetuning_scaling_factor"}.intersection(file):
+        if not (file[name] == 1).all():
             raise InputError(f"{file.path}: a {name} other than 1 is not supported")
     W_enc, W_dec, b_enc, b_dec = names
-    return Parts(Matrix(file, W_enc), Matrix(file, W_dec), file[b_enc], file[b_dec], **about)
+    return Parts(file, W_enc, W_dec, file[b_enc], file[b_dec], **about)
 
 
 # ---- Gemma Scope and Llama Scope -----------------------------------------------------------------
@@ -91,52 +89,37 @@ def read_gemma_scope(path, layer=None):
     return parts_of(file, names, threshold=file["threshold"], centred=False, on_special=False)
 
 
-def read_llama_scope(folder, layer=None, variant="openmoss"):
+def read_llama_scope(folder, layer=None):
     """pre = f_in W_e x + b_e;  z = pre · H(pre c/f_in - θ);  x̂ = (W_d z + b_d) / f_out
 
     f = √D / the dataset's mean activation norm (in, out); c = ‖W_d,i‖ f_in/f_out; θ is one number.
-    The file has W_d as [D, M]. Trained without BOS.
-    "openmoss", the authors' arithmetic: latents are pre c/f_in, so that decoder rows have norm 1
-    and the threshold is θ.
-    "sae_lens": SAELens leaves out c and f_out: z = ReLU(pre) · H(pre - θ f_in) and
-    x̂ = (W_d z + b_d) / f_in. (Before its 5.10.3, hence in the paper, it took θ for θ f_in.)
+    The file has W_d as [D, M]. Trained without BOS. Latents here are pre c/f_in, so that decoder
+    rows have norm 1 and the threshold is θ. (SAELens leaves out c and f_out.)
     """
-    if variant not in LLAMA_SCOPE:
-        raise InputError(f"llama_scope {shown(variant)} is not one of {', '.join(LLAMA_SCOPE)}")
-
-    # the configuration
     cfg = read_object(folder / "hyperparams.json")
     hook = cfg.take("hook_point_in", str)
     check_layer(hook, layer, folder)
-    cfg.stated(
+    cfg.only(
         act_fn="jumprelu", norm_activation="dataset-wise", hook_point_out=hook,
-        use_decoder_bias=True)
-    cfg.only(use_glu_encoder=False, apply_decoder_bias_to_pre_encoder=False)
-    M, D = cfg.take("d_sae", int, at_least=1), cfg.take("d_model", int, at_least=1)
-    theta = cfg.take("jump_relu_threshold", float, at_least=0)
+        use_decoder_bias=True, use_glu_encoder=False, apply_decoder_bias_to_pre_encoder=False)
     norms = cfg.take("dataset_average_activation_norm", dict)
-    f_in = math.sqrt(D) / norms.take("in", float, above=0)
-    f_out = math.sqrt(D) / norms.take("out", float, above=0)
 
-    # the tensors
     file = Tensors(folder / "checkpoints" / "final.safetensors")
     names = ("encoder.weight", "decoder.weight.T", "encoder.bias", "decoder.bias")
-    parts = parts_of(file, names, centred=False, on_special=False, shape=(M, D))
-    b_enc, b_dec = parts.b_enc.float(), parts.b_dec.float()
-
-    # the factors of encoder rows: c, or SAELens's f_in
-    c = torch.ones_like(b_enc)
-    if variant == "sae_lens":
-        c, f_out, theta = c * f_in, f_in, theta * f_in
-    elif cfg.take("sparsity_include_decoder_norm", bool, True):
-        c = row_norms(parts) * f_in / f_out
+    parts = parts_of(file, names, centred=False, on_special=False)
+    D = len(parts.b_dec)
+    f_in = math.sqrt(D) / norms.take("in", float, above=0)
+    f_out = math.sqrt(D) / norms.take("out", float, above=0)
+    c = 1.0
+    if cfg.take("sparsity_include_decoder_norm", bool, True):
+        c = parts.decoder_norms() * f_in / f_out
     return replace(
         parts,
-        threshold=theta,
+        threshold=cfg.take("jump_relu_threshold", float, at_least=0),
         enc=c,
         dec=f_in / f_out / c,
-        b_enc=b_enc * c / f_in,
-        b_dec=b_dec / f_out)
+        b_enc=parts.b_enc.float() * c / f_in,
+        b_dec=parts.b_dec.float() / f_out)
 
 
 # ---- sparsify ------------------------------------------------------------------------------------
@@ -149,17 +132,10 @@ def read_sparsify(folder, layer=None):
     """
     cfg = read_object(folder / "cfg.json")
     cfg.only(activation="topk", skip_connection=False, transcode=False, signed=False)
-    D = cfg.take("d_in", int, at_least=1)
-    M = cfg.take("num_latents", int, 0, at_least=0)
-    M = M or D * cfg.take("expansion_factor", int, at_least=1)
-
-    file = Tensors(folder / "sae.safetensors")
+    names = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
     return parts_of(
-        file, ("encoder.weight", "W_dec", "encoder.bias", "b_dec"),
-        k=cfg.take("k", int, at_least=1, below=M + 1),
-        centred=True,
-        on_special=True,
-        shape=(M, D))
+        Tensors(folder / "sae.safetensors"), names, k=cfg.take("k", int, at_least=1), centred=True,
+        on_special=True)
 
 
 # ---- SAELens -------------------------------------------------------------------------------------
@@ -180,25 +156,22 @@ def read_sae_lens(folder, layer=None):
     for key in ("metadata", "activation_fn_kwargs"):
         cfg = Fields({**(cfg.take(key, dict, None) or {}), **cfg}, cfg.where)
     kind = sae_lens_kind(cfg)
-    hook = cfg.take("hook_name", str, None) or cfg.take("hook_point", str, None)
-    check_layer(hook, layer, folder)
-    M, D = cfg.take("d_sae", int, at_least=1), cfg.take("d_in", int, at_least=1)
+    check_layer(cfg.get("hook_name") or cfg.get("hook_point"), layer, folder)
 
     file = Tensors(folder / "sae_weights.safetensors")
     parts = parts_of(
         file, PLAIN,
         centred=cfg.take("apply_b_dec_to_input", bool, True),
         on_special=sae_lens_on_special(kind, cfg),
-        shape=(M, D),
         model_name=cfg.take("model_name", str, None))
 
     # which latents are active
     if kind == "topk":
-        parts.k = cfg.take("k", int, at_least=1, below=M + 1)
+        parts.k = cfg.take("k", int, at_least=1)
     elif kind == "standard":
         parts.threshold = 0.0
     elif kind in BATCH_TOPK:
-        parts.threshold = file.number("topk_threshold", float, above=0)
+        parts.threshold = learnt(file, "topk_threshold")
     elif "log_threshold" in file:
         parts.threshold = file["log_threshold"].float().exp()
     else:
@@ -207,7 +180,7 @@ def read_sae_lens(folder, layer=None):
     # the decoder's norms, if the selection goes by them
     by_norm = cfg.take("rescale_acts_by_decoder_norm", bool, kind in BATCH_TOPK)
     if by_norm and kind in ("topk", *BATCH_TOPK):
-        n = row_norms(parts)
+        n = parts.decoder_norms()
         parts = replace(parts, enc=n, dec=1 / n, b_enc=parts.b_enc.float() * n)
     return parts
 
@@ -215,8 +188,8 @@ def read_sae_lens(folder, layer=None):
 def sae_lens_kind(cfg):
     """The architecture. In version 5 a TopK is a standard SAE with its activation."""
     kind = cfg.take("architecture", str, one_of=SAE_LENS)
-    keys, known = ("activation_fn_str", "activation_fn"), ("relu", "topk")
-    activations = [cfg.take(key, str, None, one_of=known) for key in keys]
+    keys = ("activation_fn_str", "activation_fn")
+    activations = [cfg.take(key, str, None, one_of=("relu", "topk")) for key in keys]
     cfg.only(signed=False)
     for key in ("normalize_activations", "reshape_activations", "hook_head_index"):
         if str(cfg.get(key)).lower() not in ("none", "false"):
@@ -226,12 +199,10 @@ def sae_lens_kind(cfg):
 
 def sae_lens_on_special(kind, cfg):
     """What the file says, else by family: TopK and BatchTopK with BOS, others without."""
-    key = "exclude_special_tokens"
-    excluded = cfg.take(key, list if isinstance(cfg.get(key), list) else bool, None)
+    excluded = cfg.get("exclude_special_tokens")        # true, or a list of tokens
     if excluded is not None:
         return not excluded
-    trained_as = cfg.get("training_architecture") or kind
-    return trained_as in ("topk", *BATCH_TOPK)
+    return (cfg.get("training_architecture") or kind) in ("topk", *BATCH_TOPK)
 
 
 # ---- dictionary_learning -------------------------------------------------------------------------
@@ -260,24 +231,21 @@ def read_dictionary_learning(folder, layer=None):
     file = Tensors(folder / "ae.pt")
     b_dec = "bias" if kind == "AutoEncoder" else "b_dec"
     linear = ("encoder.weight", "decoder.weight.T", "encoder.bias", b_dec)
-    M = trainer.take("dict_size", int, at_least=1)
     parts = parts_of(
         file, PLAIN if "W_enc" in file else linear,
         centred=kind != "JumpReluAutoEncoder",
         on_special=not buffer.take("remove_bos", bool, False),
-        shape=(M, trainer.take("activation_dim", int, at_least=1)),
         model_name=trainer.take("lm_name", str, None))
 
     # which latents are active
     if kind == "AutoEncoder":
         parts.threshold = 0.0
     elif kind == "AutoEncoderTopK":
-        k_in = file.number if "k" in file else trainer.take
-        parts.k = k_in("k", int, at_least=1, below=M + 1)
+        parts.k = trainer.take("k", int, at_least=1)
     elif kind == "JumpReluAutoEncoder":
         parts.threshold = file["threshold"]
     else:
-        parts.threshold = file.number("threshold", float, above=0)
+        parts.threshold = learnt(file, "threshold")
     return parts
 
 
@@ -292,12 +260,13 @@ READERS = {                                             # by the format of hub.S
 
 # ---- What the readers share ----------------------------------------------------------------------
 
-def row_norms(parts):
-    """‖row‖ of W_dec, [M] in float32; never zero, so that dead latents can be divided by it."""
-    norms = [rows.float().norm(dim=1) for rows in parts.W_dec.read().split(ROWS)]
-    norms = torch.cat(norms).clamp(min=torch.finfo().tiny)
-    check_shape(f"{parts.W_dec.file.path}: b_enc", parts.b_enc, norms.shape)
-    return norms
+def learnt(file, name):
+    """The one threshold of a BatchTopK SAE."""
+    threshold = file[name]
+    if threshold.numel() != 1 or not threshold > 0:
+        raise InputError(f"{file.path}: {name} is {shown(threshold)}, but should be a number above "
+                         "0: it has not been learnt yet")
+    return threshold.item()
 
 
 def check_layer(hook, layer, where):
@@ -307,7 +276,7 @@ def check_layer(hook, layer, where):
     """
     if hook is None:
         return
-    match = BLOCK.fullmatch(hook)                       # a block's input is the output before it
+    match = BLOCK.fullmatch(str(hook))                  # a block's input is the output before it
     at = int(match[1] or match[3]) - (match[2] == "pre") if match else -1
     if at < 0:
         raise InputError(

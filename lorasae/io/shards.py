@@ -13,7 +13,8 @@ for all. Nothing about text is in a checkpoint.
 Where they are. The shards of a source of up to 256 MiB stay in ~/.cache/lorasae/text (or
 $LORASAE_CACHE), for all runs with the same text, tokenizer, context, seed and held-out text. A
 larger source is a stream: its shards are in the run's folder, and `keep_from` deletes those that no
-checkpoint needs. The held-out text is in the run's folder too: evaluation needs no source.
+checkpoint needs, but for the first. The held-out text is in the run's folder too: evaluation needs
+no source.
 
 Held-out text. Documents are held out whole, and the same ones for every seed: of the standard
 library by file name; of other sources a sixteenth of the documents, or more if eval_tokens need
@@ -30,47 +31,52 @@ that is new. When the text ends, it is used again in another order.
 import json
 import os
 import tempfile
-import threading
 import time
-from hashlib import blake2b, sha256
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from lorasae.errors import InputError
 from lorasae.io.console import note
 from lorasae.io.files import damage, read_object, whole, write_json
-from lorasae.io.text import LINE, Reader, files, fingerprints, held_out, is_plain
+from lorasae.io.text import (
+    LINE, SMALL, Mix, digest, fifteen_sixteenths, files, fingerprints, held_out, is_plain)
 
 ORDER = 3                   # the version of the order described above: part of a cache's key
-SMALL = 2 ** 28             # bytes of files; a larger source is a stream
 FIRST, LARGEST = 2 ** 18, 2 ** 22       # tokens of a shard
-AT_ONCE = 16                # files that are open at the same time
 BATCH = 2 ** 18             # characters read before they are tokenised
 TEXTS = 32                  # texts tokenised at a time, for memory's sake
 HEADER = 128                # bytes of a .npy file of int32 [chunks, context] before its numbers
 FIXED = 0                   # the seed of what is held out, whatever the run's seed
 MANY = 1000                 # documents that are enough to hold out, if they have the tokens
 POLL = 0.02                 # seconds between two looks for a file of another process
-START = [(0, 0)] * AT_ONCE  # places in files
 
 
 class HeldOut(NamedTuple):
     """What an evaluation needs of a run's text."""
     held_out: torch.Tensor              # [n, context] int64
     documents: torch.Tensor             # [n] int64: the document of each chunk
-    tokenizer: object
+    tokenizer: Tokenizer
     bos: int
     eos: int
 
 
 def open_held_out(folder, tokenizer, bos, eos):
     """The held-out text of a run, from the files in its folder RUN_DIR/text alone."""
-    chunks, record = read_held_out(Path(folder))
-    documents = torch.tensor(record.take("documents", list))
-    return HeldOut(torch.from_numpy(chunks).long(), documents, tokenizer, bos, eos)
+    path = Path(folder) / "held-out.npy"
+    with damage(path):
+        chunks = torch.from_numpy(np.load(path, allow_pickle=False)).long()
+    documents = torch.tensor(read_object(path.with_name("text.json")).take("documents", list))
+    return HeldOut(chunks, documents, tokenizer, bos, eos)
 
 
 class Shard(NamedTuple):
@@ -92,76 +98,72 @@ class Shard(NamedTuple):
 NONE = Shard(-1, 0, 0, 0, False, 0, None, [])           # what the first shard follows
 
 
+@dataclass(eq=False)
 class Text:
-    """The text of a run. folder: RUN_DIR/text; without it, a temporary folder.
+    """The text of a run. InputError if there is no such source, too little text, or no such token.
 
-    process: 0 writes, the others wait for its files. InputError if there is no such source, too
-    little text, or no such token.
+    source, field: see text.py. process: 0 writes, the others wait for its files. Close it, or use
+    it in a `with`: until then, its background thread writes the next shard.
     """
+    source: str
+    tokenizer: Tokenizer
+    bos: int
+    eos: int
+    context: int = 1024
+    eval_tokens: int = 1_000_000
+    seed: int = 42
+    batch_size: int = 1
+    field: str | None = None
+    folder: Path | None = None          # RUN_DIR/text; without it, a temporary folder
+    process: int = 0
 
-    def __init__(self, source, tokenizer, bos, eos, *, context=1024, eval_tokens=1_000_000,
-                 seed=42, batch_size=1, field=None, folder=None, process=0):
-        for name, token in (("BOS", bos), ("EOS", eos)):
-            if tokenizer.id_to_token(token) is None:
+    def __post_init__(self):
+        for name, token in (("BOS", self.bos), ("EOS", self.eos)):
+            if self.tokenizer.id_to_token(token) is None:
                 raise InputError(f"the tokenizer has no {name} token (id {token} in the model's "
                                  "configuration): is its tokenizer.json the model's own?")
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self.source, self.field, self.tokenizer = str(source), field, tokenizer
-        self.bos, self.eos, self.context, self.eval_tokens = bos, eos, context, eval_tokens
-        self.seed, self.batch_size, self.process = seed, batch_size, process
-
-        self.temporary = None if folder else tempfile.TemporaryDirectory()
-        self.folder = Path(folder or self.temporary.name)
-        self.files = self.reading = self.writing = None
-        self.shards, self.order, self.noted = [], (0, None), False
-        self.stopped = threading.Event()
+        self.source = str(self.source)
+        self.temporary = None if self.folder else tempfile.TemporaryDirectory()
+        self.folder = Path(self.folder or self.temporary.name)
+        self.files = self.reading = self.target = None
+        self.noted = False
+        self.shards, self.writer, self.stopped = [], ThreadPoolExecutor(1, "text"), Event()
 
         # A resumed run has its held-out text.
         path = self.folder / "text.json"
-        if process == 0 and not path.exists():
+        if self.process == 0 and not path.exists():
             self._hold_out()
-        self._wait(path.exists)
+        while not path.exists():
+            time.sleep(POLL)
         self.record = read_object(path)
-        self.held_out, self.documents, *_ = open_held_out(self.folder, tokenizer, bos, eos)
+        self.held_out, self.documents, *_ = open_held_out(self.folder, self.tokenizer, self.bos,
+                                                          self.eos)
         self.place = cache_of(self.record["key"]) if self.record["key"] else self.folder
 
     # ---- Reading ---------------------------------------------------------------------------------
 
     def batch(self, step):
         """The tokens [batch_size, context] int64 of a step, counted from 0."""
-        rows = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return torch.from_numpy(np.stack([self._chunk(row) for row in rows])).long()
+        return self._sequences(step * self.batch_size, (step + 1) * self.batch_size)
 
     def first(self, count):
-        """The first `count` training sequences [count, context]; the run's folder keeps them.
-
-        So a resumed run need not write the first shard of a stream again.
-        """
-        path = self.folder / f"first-{count}.npy"
-        if path.exists():
-            return torch.from_numpy(np.load(path, allow_pickle=False))
-        steps = -(-count // self.batch_size)
-        found = torch.cat([self.batch(step) for step in range(steps)])[:count]
-        if self.process == 0:
-            write_array(path, found.numpy())
-        return found
+        """The first `count` training sequences [count, context], which stay with the run."""
+        return self._sequences(0, count)
 
     def keep_from(self, step):
-        """Deletes the shards of a stream that hold nothing from this step on."""
+        """Deletes the shards of a stream, but the first, that hold nothing from this step on."""
         if self.record["key"] or self.process > 0:
             return
-        shards = read_shards(self.place)
-        while len(shards) > 1 and shards[0][0].stop <= step * self.batch_size:
-            path = shard_path(self.place, shards.pop(0)[0].number)
-            path.with_suffix(".json").unlink()          # without it a shard does not count
-            path.unlink()
+        for shard, _ in read_shards(self.place)[1:-1]:  # the next shard follows the last one
+            if shard.stop <= step * self.batch_size:
+                path = shard_path(self.place, shard.number)
+                path.with_suffix(".json").unlink()      # without it a shard does not count
+                path.unlink()
 
     def close(self):
         """Stops the background thread and waits for its end."""
         self.stopped.set()
-        if self.writing:
-            self.writing.join()
+        self.writer.shutdown()
         if self.reading:
             self.reading.close()
         if self.temporary:
@@ -173,66 +175,60 @@ class Text:
     def __exit__(self, *_):
         self.close()
 
+    def _sequences(self, start, stop):
+        chunks = [self._chunk(row) for row in range(start, stop)]
+        return torch.from_numpy(np.stack(chunks)).long()
+
     def _chunk(self, row):
         """The chunk of this number, as soon as its shard is there."""
-        shard, chunk = self._find(row) or self._wait(lambda: self._look_again(row))
-        if self.process == 0 and shard is self.shards[-1][0]:
-            self._write_to(shard.stop)                  # the next one, in the background
+        while (chunk := self._find(row)) is None:
+            if self.process == 0:
+                self._write_to(row)
+                self.writing.result()                   # or the error that it met
+                self.target = None
+            else:
+                time.sleep(POLL)
+            self.shards = read_shards(self.place)
+
+        newest, _ = self.shards[-1]
+        if self.process == 0 and row >= newest.first:
+            self._write_to(newest.stop)                 # the next one, in the background
         return chunk
 
     def _find(self, row):
-        """(the shard of a chunk, the chunk), or None if it is not there yet."""
+        """The chunk of this number; None if it is not there yet."""
         ends = [shard.stop for shard, _ in self.shards if shard.ends and shard.epoch == 1]
         if ends and row >= ends[0]:
             row = self._use_again(row, ends[0])
         for shard, chunks in self.shards:
             if shard.first <= row < shard.stop:
-                return shard, chunks[row - shard.first]
+                return chunks[row - shard.first]
         return None
-
-    def _look_again(self, row):
-        """What _find finds once the shard is written."""
-        if self.process == 0:
-            self._write_to(row).result()
-            self.writing = None
-        self.shards = read_shards(self.place)
-        return self._find(row)
 
     def _use_again(self, row, count):
         """The number of the chunk that stands behind all `count` chunks of the text."""
         if self.process == 0 and not self.noted:
+            self.noted = True
             note(f"note: {self.source} has text for only {count:,} training chunks of "
                  f"{self.context:,} tokens: it is used again, each time in another order")
-        self.noted = True
         if not self.record["key"]:
             return row                                  # a stream is tokenised again
         epoch, place = divmod(row, count)
-        if self.order[0] != epoch:
-            self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(count)
-        return self.order[1][place]
-
-    def _wait(self, look):
-        """What `look` finds, as soon as process 0 has written it."""
-        while not (found := look()):
-            time.sleep(POLL)
-        return found
+        return order_of(self.seed, epoch, count)[place]
 
     # ---- Writing ---------------------------------------------------------------------------------
 
     def _write_to(self, row):
-        """The background thread that writes the shards up to that of a chunk."""
-        if self.writing is None or self.writing.row != row:
-            if self.writing:
-                self.writing.join()
-            self.writing = Writer(self._write, row)
-        return self.writing
+        """Has the background thread write the shards up to that of a chunk."""
+        if self.target != row:
+            self.target, self.writing = row, self.writer.submit(self._write, row)
 
     def _write(self, row):
         while not self.stopped.is_set():
             # Another run may be writing the same small source: the same shards, all of them whole.
-            shards = [shard for shard, _ in read_shards(self.place)]
-            last = shards[-1] if shards and shards[0].first <= row else NONE
-            if last.stop > row or (last.ends and self.record["key"]):
+            before = [shard for shard, _ in read_shards(self.place) if shard.first <= row]
+            last = before[-1] if before else NONE
+            if row < last.stop or (last.ends and self.record["key"]):
                 break
             self._write_shard(last)
 
@@ -245,15 +241,13 @@ class Text:
         size, ends = min(FIRST << number, LARGEST), True
         found = [np.array(last.rest, np.int32)]
         for parts in self._batches():
-            found.append(self._tokens(parts))
+            found.append(tokens_of(parts, self.tokenizer, self.eos))
             if sum(map(len, found)) >= size:
                 ends = False
                 break
-        tokens = np.concatenate(found)
-        chunks, rest = self._chunks(tokens)
-        if ends and first + len(chunks) == 0:
-            raise self._too_short(f"{len(tokens):,} tokens for training beside the held-out text, "
-                                  f"{self.context - 1:,} needed")
+        chunks, rest = chunks_of(np.concatenate(found), self.context, self.bos)
+        if ends:
+            self._check_length("training", first + len(chunks), 1)
 
         # Where the next one begins: at the start again, if the text ends.
         place, rest = (None, []) if ends else (self.reading.place, rest.tolist())
@@ -277,8 +271,8 @@ class Text:
                                  "new, missing or different): restore the text or start a new run")
         if self.reading:
             self.reading.close()
-        self.epoch, candidates = epoch, self._files(held=False)
-        self.reading = Mix(candidates, self.field, [self.seed, epoch], place,
+        self.epoch = epoch
+        self.reading = Mix(self._files(held=False), self.field, [self.seed, epoch], place,
                            set(self.record["held_out"]), self.record["cut"])
 
     def _files(self, held):
@@ -291,7 +285,7 @@ class Text:
         """Yields lists of parts, enough to tokenise at a time, as long as somebody needs them."""
         parts, characters = [], 0
         while part := self.reading.next():
-            if self.stopped.is_set() or not threading.main_thread().is_alive():
+            if self.stopped.is_set():
                 raise Stopped
             parts.append(part)
             characters += sum(map(len, part.pieces))
@@ -300,26 +294,23 @@ class Text:
                 parts, characters = [], 0
         yield parts
 
-    def _too_short(self, what):
-        return InputError(f"{self.source} is too short: {what}; use more text, fewer --eval-tokens "
-                          "or a shorter --context")
+    def _check_length(self, purpose, chunks, needed):
+        if chunks < needed:
+            raise InputError(f"{self.source} is too short: its {purpose} text makes {chunks:,} "
+                             f"chunks of {self.context:,} tokens, {needed:,} needed; use more "
+                             "text, fewer --eval-tokens or a shorter --context")
 
     # ---- Held-out text ---------------------------------------------------------------------------
 
     def _hold_out(self):
-        """Writes held-out.npy and text.json into the run's folder, from the cache if possible."""
+        """Writes held-out.npy and text.json into the run's folder."""
         self.files = files(self.source)
-        lines = fingerprints(self.files)
         small = sum(file.size for file in self.files) <= SMALL
+        lines = fingerprints(self.files)
+        chunks, record = self._choose_held_out()
+        write_array(self.folder / "held-out.npy", chunks)
         key = self._key(lines) if small else None
-        place = cache_of(key) if small else self.folder
-        facts = {"files": lines, "key": key}            # another run's files have other names
-        try:
-            chunks, record = read_held_out(place)
-        except (OSError, InputError):                   # missing or damaged
-            chunks, record = self._choose_held_out(small)
-            write_held_out(place, chunks, record | facts)
-        write_held_out(self.folder, chunks, record | facts)
+        write_json(self.folder / "text.json", {**record, "files": lines, "key": key})
 
     def _key(self, lines):
         """The name of a small source's cache: a digest of all that its shards depend on."""
@@ -328,20 +319,16 @@ class Text:
                  self.context, self.eval_tokens, self.seed]
         return sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
-    def _choose_held_out(self, small):
+    def _choose_held_out(self):
         """(the held-out chunks, {the document of each, digests of the documents, cut})"""
         candidates, cut, place = self._files(held=True), None, None
-        size, least = sum(file.size for file in candidates), len(candidates)
-        plain = all(is_plain(file.name) for file in candidates)
-
-        # All of the standard library's documents, a sixteenth of others.
-        if plain and len(self.files) == 1:
+        if len(self.files) == 1 and is_plain(self.files[0].name):
             cut = fifteen_sixteenths(self.files[0])
             place = [0, [[cut, 0]]]
             note(f"note: {self.source} is a single document: its last sixteenth is held out")
-        elif not plain:
-            everything = iter(Mix(candidates, self.field, FIXED).next, None)
-            least = sum(part.begins for part in everything) if small else size // LINE + 1
+
+        # All of the standard library's documents, a sixteenth of others.
+        least = count_documents(candidates, self.field)
         if self.source != "stdlib":
             least = min(MANY, -(-least // 16))
 
@@ -351,7 +338,7 @@ class Text:
         mix = Mix(candidates, self.field, FIXED, place)
         own, of, digests, short, spare = [], [], [], [np.empty(0, np.int32)], 0
         for first, tokens in self._beginnings(mix, most):
-            chunks, rest = self._chunks(tokens)
+            chunks, rest = chunks_of(tokens, self.context, self.bos)
             own.append(chunks)
             of += [len(digests)] * len(chunks)
             if not len(chunks):
@@ -363,12 +350,10 @@ class Text:
         mix.close()
 
         # A chunk that short documents share counts as a document of its own.
-        shared, _ = self._chunks(np.concatenate(short))
+        shared, _ = chunks_of(np.concatenate(short), self.context, self.bos)
         of += range(len(digests), len(digests) + len(shared))
         turns = np.random.default_rng(FIXED).permutation(len(of))[:count]
-        if len(turns) < count:
-            raise self._too_short(f"its held-out text makes {len(turns):,} chunks of "
-                                  f"{self.context:,} tokens, {count:,} needed")
+        self._check_length("held-out", len(turns), count)
         record = {"documents": [of[i] for i in turns], "held_out": digests, "cut": cut}
         return np.concatenate([*own, shared])[turns], record
 
@@ -376,62 +361,52 @@ class Text:
         """Yields the digest and the first tokens of each document: `most` or a few more."""
         part = mix.next()
         while part:
-            pieces = part.pieces[:most // 8192 + 1]     # each makes 8,192 tokens or more
-            first, tokens = digest(part), self._tokens([part._replace(pieces=pieces)])
+            first, pieces = digest(part), part.pieces[:most // 8192 + 1]    # 8,192 tokens or more
+            tokens = tokens_of([part._replace(pieces=pieces)], self.tokenizer, self.eos)
             while (part := mix.next()) and not part.begins:
                 if len(tokens) < most:
-                    tokens = np.concatenate([tokens, self._tokens([part])])
+                    more = tokens_of([part], self.tokenizer, self.eos)
+                    tokens = np.concatenate([tokens, more])
                 else:
                     mix.skip()
             yield first, tokens
-
-    def _tokens(self, parts):
-        return tokens_of(parts, self.tokenizer, self.eos)
-
-    def _chunks(self, tokens):
-        return chunks_of(tokens, self.context, self.bos)
 
 
 class Stopped(Exception):
     """Nobody needs the shard any more."""
 
 
-class Writer(threading.Thread):
-    """A thread that runs work(row). It is no daemon: those crash if they outlive the program."""
+@lru_cache(maxsize=2)
+def order_of(seed, epoch, count):
+    """The order in which the chunks of a small source are used in a later epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
-    def __init__(self, work, row):
-        super().__init__(name="text")
-        self.work, self.row, self.error = work, row, None
-        self.start()
 
-    def run(self):
-        try:
-            self.work(self.row)
-        except BaseException as error:                  # raised by `result`
-            self.error = error
-
-    def result(self):
-        """Waits for its end and raises what went wrong."""
-        self.join()
-        if self.error:
-            raise self.error
+def count_documents(files, field):
+    """How many documents the files hold; of many bytes, how many at least."""
+    if all(is_plain(file.name) for file in files):
+        return len(files)
+    size = sum(file.size for file in files)
+    if size > SMALL:
+        return size // LINE + 1
+    return sum(part.begins for part in iter(Mix(files, field, FIXED).next, None))
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
 
 def tokens_of(parts, tokenizer, eos):
     """The tokens of some parts, with an EOS before each document that begins."""
-    texts, before = [], []
+    texts, begins = [], []
     for part in parts:
         texts += part.pieces
-        before += [[eos] * (part.begins and i == 0) for i in range(len(part.pieces))]
+        begins += [part.begins and i == 0 for i in range(len(part.pieces))]
 
     found = [np.empty(0, np.int32)]
     for start in range(0, len(texts), TEXTS):
         some = texts[start:start + TEXTS]
         encoded = tokenizer.encode_batch_fast(some, add_special_tokens=False)       # on all cores
-        for first, encoding in zip(before[start:], encoded):
-            found.append(np.array(first + encoding.ids, np.int32))
+        for first, encoding in zip(begins[start:], encoded):
+            found.append(np.array([eos] * first + encoding.ids, np.int32))
     return np.concatenate(found)
 
 
@@ -442,86 +417,6 @@ def chunks_of(tokens, context, bos):
     chunks = np.full((count, context), bos, np.int32)
     chunks[:, 1:] = tokens[:count * size].reshape(count, size)
     return chunks, tokens[count * size:]
-
-
-# ---- Documents in their order --------------------------------------------------------------------
-
-class Mix:
-    """The documents of the files, part by part: of sixteen files at a time, from the least read.
-
-    So any stretch has the proportions of the whole, even if each file of a stream is one domain, as
-    in RedPajama-1T's sample. A document in several parts is read to its end. held: digests of the
-    documents to leave out. cut: the byte of a single document where its held-out part begins.
-    place: the first of the open files, and the place in each, None at its end.
-    """
-
-    def __init__(self, files, field, seed, place=None, held=(), cut=None):
-        turns = np.random.default_rng(seed).permutation(len(files))
-        self.files, self.field = [files[i] for i in turns], field
-        self.held, self.cut = held, cut
-        self.first, places = place or (0, START)
-        self._open(places)
-
-    @property
-    def place(self):
-        return [self.first, [reader and list(reader.place) for reader in self.readers]]
-
-    def next(self):
-        """The next Part; None when all files are at their end."""
-        while reading := list(filter(None, self.readers)):
-            begun = [reader for reader in reading if is_plain(reader.name) and reader.byte]
-            self.current = min(begun or reading, key=lambda reader: reader.share)
-            part = self.current.next()
-            if part is None:
-                self._end()
-            elif part.begins and digest(part) in self.held:
-                self.skip()
-            elif self.cut is not None and self.current.byte > self.cut:
-                self._end()
-                kept = part.pieces[0].encode()[:self.cut - self.current.byte]
-                return part._replace(pieces=[kept.decode()])
-            else:
-                return part
-        return None
-
-    def skip(self):
-        """Leaves out the rest of the document that is being read."""
-        if is_plain(self.current.name):
-            self._end()
-
-    def close(self):
-        for reader in filter(None, self.readers):
-            reader.close()
-
-    def _end(self):
-        self.current.close()
-        self.readers[self.readers.index(self.current)] = None
-        if not any(self.readers) and self.first + AT_ONCE < len(self.files):
-            self.first += AT_ONCE
-            self._open(START)
-
-    def _open(self, places):
-        files = self.files[self.first:self.first + AT_ONCE]
-        self.readers = [place and Reader(file, self.field, place)
-                        for file, place in zip(files, places)]
-
-
-def digest(part):
-    """What a document is known by: a digest of its first piece."""
-    return blake2b(part.pieces[0].encode(), digest_size=12).hexdigest()
-
-
-def fifteen_sixteenths(file):
-    """The byte where the last sixteenth of a file of plain text begins."""
-    if file.name.lower().endswith((".gz", ".zst")):
-        raise InputError(f"{file.name} is a single compressed document: decompress it first, so "
-                         "that its last sixteenth can be held out")
-    start = file.size * 15 // 16
-    with file.open() as raw:
-        raw.seek(start)
-        while (byte := raw.read(1)) and 0x80 <= byte[0] < 0xC0:         # inside a character
-            start += 1
-    return start
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -536,35 +431,17 @@ def shard_path(folder, number):
 
 
 def read_shards(folder):
-    """[(Shard, its chunks)] in a folder, one after the other, as far as they are whole."""
+    """[(Shard, its chunks)] of the shards in a folder that are whole, by their numbers."""
     found = []
     for path in sorted(folder.glob("shard-*.json")):
-        try:
+        with suppress(OSError, ValueError, TypeError):  # being deleted, or damaged
             shard = Shard(**json.loads(path.read_bytes()))
             # np.load parses the header with Python's ast, which two threads can crash in 3.11.
             numbers = np.memmap(path.with_suffix(".npy"), np.int32, "r", offset=HEADER)
-            chunks = numbers.reshape(shard.chunks, shard.context)
-        except FileNotFoundError:                       # keep_from is deleting it
-            continue
-        except (OSError, ValueError, TypeError):        # damaged: it is written again
-            break
-        if found and shard.number > found[-1][0].number + 1:
-            break
-        found.append((shard, chunks))
+            found.append((shard, numbers.reshape(shard.chunks, shard.context)))
     return found
 
 
 def write_array(path, array):
     with whole(path) as file:
         np.save(file, array)
-
-
-def write_held_out(folder, chunks, record):
-    write_array(folder / "held-out.npy", chunks)
-    write_json(folder / "text.json", record)
-
-
-def read_held_out(folder):
-    path = folder / "held-out.npy"
-    with damage(path):
-        return np.load(path, allow_pickle=False), read_object(folder / "text.json")

@@ -1,4 +1,4 @@
-"""Sources of text -> documents. shards.py turns documents into tokens.
+"""Sources of text -> documents in their order. shards.py turns documents into tokens.
 
     python train.py --data notes/           a file or a folder: .txt, .py, .jsonl, .jsonl.gz, ...
     python train.py --data stdlib           the Python standard library's own source code
@@ -9,22 +9,22 @@ A document is a line of a JSON-lines file or a whole file of plain text. It is r
 most 65,536 characters, so a document of any length takes little memory. The paper's data are the
 Pile and RedPajama (Section 4).
 """
-import codecs
 import gzip
 import io
 import json
 import os
-import sys
+import re
 import sysconfig
-import time
-import zlib
 from functools import partial
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import numpy as np
+
 from lorasae.errors import InputError
 from lorasae.io.console import note
+from lorasae.io.files import damage
 from lorasae.io.hub import explained
 
 NAMED = {
@@ -40,12 +40,14 @@ KNOWN = (*PLAIN, ".txt.gz", ".txt.zst", *JSON)
 EXPECTED = ".txt, .md, .py (or other source code), .jsonl, .jsonl.gz, .jsonl.zst, .json.gz"
 SOURCES = f"stdlib, {', '.join(NAMED)}, or hf://datasets/OWNER/NAME/FILES"
 
+SMALL = 2 ** 28             # bytes of files; a larger source is a stream
 PIECE = 65_536              # characters of a document that are read at a time
 LINE = 64 * 2 ** 20         # bytes; a longer line of JSON is refused, for memory's sake
 BLOCK = 2 ** 18             # bytes read from a file at a time
 HUB_BLOCK = 4 * 2 ** 20     # bytes asked of the Hub at a time
-WAITS = (1, 2, 4, 8)        # seconds before a bad block is asked for again
-STRETCH = 2 ** 14           # bytes of a large local file, four times, by which it is recognised
+AT_ONCE = 16                # files that are open at the same time
+START = [(0, 0)] * AT_ONCE  # places in files
+CONTINUED = bytes(range(0x80, 0xC0))    # bytes of UTF-8 inside a character
 
 
 class File(NamedTuple):
@@ -63,33 +65,25 @@ def files(source):
         return standard_library()
     if source in NAMED or source.startswith("hf://"):
         return hub_files(NAMED.get(source, source))
-    if not source.strip():
-        raise InputError(f"--data {source!r} is empty: pass a file, a folder, {SOURCES}")
-    return local_files(source)
-
-
-def local_files(source):
-    path, shown = Path(source), printable(source)
     if os.path.isfile(source):
-        if not source.lower().endswith(KNOWN):
-            raise InputError(f"{shown}: unknown kind of file; its name must end in {EXPECTED}")
-        return [local_file(path)]
-    if os.path.lexists(source) and not os.path.isdir(source):
-        raise InputError(f"{shown} is neither a file nor a folder; is it a device, a pipe or a "
-                         "broken link?")
-    if not os.path.isdir(source):
-        raise InputError(f"no file or folder {shown}; expected one, or {SOURCES}")
+        found = [Path(source)]
+    elif os.path.isdir(source):
+        found = files_below(source)
+    else:
+        raise InputError(f"no file or folder {source}; expected one, or {SOURCES}")
+    return sorted(map(local_file, readable(found, source)), key=lambda file: file.name)
 
-    found = files_below(path)
-    known = [path for path in found if path.name.lower().endswith(KNOWN)]
+
+def readable(found, source):
+    """The paths that end as text does, of all that were found."""
+    known = [path for path in found if str(path).lower().endswith(KNOWN)]
     if not known:
-        raise InputError(f"{shown} holds no readable text: none of its {len(found):,} files ends "
-                         f"in {EXPECTED}")
+        raise InputError(f"{source} holds no text: none of its {len(found):,} files ends in "
+                         f"{EXPECTED}")
     if len(known) < len(found):
-        skipped = len(found) - len(known)
-        note(f"note: {skipped:,} of the {len(found):,} files in {shown} are not text and are "
-             "skipped")
-    return sorted(map(local_file, known), key=lambda file: file.name)
+        note(f"note: {len(found) - len(known):,} of the {len(found):,} files in {source} are not "
+             "text and are skipped")
+    return known
 
 
 def files_below(folder, without=()):
@@ -106,13 +100,7 @@ def files_below(folder, without=()):
 
 
 def local_file(path, name=None):
-    name = printable(name or path.as_posix())
-    return File(name, path.stat().st_size, partial(path.open, "rb"))
-
-
-def printable(name):
-    """A file's name that fits in a line: other characters are escaped as in Python."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+    return File(name or path.as_posix(), path.stat().st_size, partial(path.open, "rb"))
 
 
 def standard_library():
@@ -121,16 +109,7 @@ def standard_library():
     without = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test",
                "encodings", "pydoc_data"}
     paths = {path.relative_to(root).as_posix(): path for path in files_below(root, without)}
-    return [local_file(path, name) for name, path in sorted(paths.items())
-            if name.endswith(".py") and is_utf8(path)]
-
-
-def is_utf8(path):
-    try:
-        path.read_bytes().decode()
-        return True
-    except UnicodeDecodeError:
-        return False
+    return [local_file(path, name) for name, path in sorted(paths.items()) if name.endswith(".py")]
 
 
 def held_out(name):
@@ -138,23 +117,37 @@ def held_out(name):
     return sha256(name.encode()).hexdigest()[0] == "0"
 
 
-def fingerprints(files):
-    """A line per file that stays the same as long as the file does: its name and its content.
+def hub_files(url):
+    """The text files of hf://datasets/OWNER/NAME[@REVISION][/PATH or glob]."""
+    from huggingface_hub import HfFileSystem            # slow to import; local text needs none
+    match = re.match("hf://(datasets/[^/]+/[^/]+)", url)
+    if match is None:
+        raise InputError(f"{url} is not a dataset: expected hf://datasets/OWNER/NAME/FILES")
+    filesystem = HfFileSystem(skip_instance_cache=True)
+    search = filesystem.glob if re.search("[*?[]", url) else filesystem.find
+    with explained(match[1]):
+        found = search(url, detail=True)
+        names = sorted(readable(found, url))
+        filesystem.cat_file(names[0], 0, 1, block_size=1)       # a gated one is listed all the same
+    return [File(name, found[name]["size"], content=found[name]["blob_id"],
+                 open=partial(filesystem.open, name, block_size=HUB_BLOCK)) for name in names]
 
-    The content is given as the size with the Hub's hash, or with ours: of all bytes, or, if the
-    files are more than 256 MiB in all, of four stretches in each.
+
+def fingerprints(files):
+    """A line per file that stays the same as long as the file does: its name, size and a hash.
+
+    The hash is the Hub's, or ours: of all bytes, or only the first ones of large sources.
     """
     lines, total = [], sum(file.size for file in files)
     for file in files:
         content = file.content
         if content is None:
             digest = sha256()
-            stretch = file.size // 4 + 1 if total <= 2 ** 28 else STRETCH
-            last = max(0, file.size - stretch)          # where the last stretch begins
             with file.open() as raw:
-                for part in range(4):
-                    raw.seek(last * part // 3)
-                    digest.update(raw.read(stretch))
+                while block := raw.read(BLOCK):
+                    digest.update(block)
+                    if total > SMALL:
+                        break
             content = digest.hexdigest()[:32]
         lines.append(f"{file.name} {file.size}-{content}")
     return lines
@@ -180,19 +173,14 @@ class Reader:
         self.name, self.size, self.field = file.name, file.size, field
         self.byte, self.line = place
         self.text = ""
-        self.raw = file.open()
-        stream, self.damage = decompressed(file.name, self.raw)
+        with damage(self.name):
+            self.raw = file.open()
+            stream = decompressed(self.raw, self.name.lower())
         self.stream, self.skip = io.BufferedReader(stream, BLOCK), self.byte
         if stream is self.raw:
             self.stream.seek(self.byte)
             self.skip = 0
         self.decoded = io.TextIOWrapper(self.stream, encoding="utf-8", newline="")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
     def close(self):
         self.raw.close()
@@ -208,13 +196,10 @@ class Reader:
 
     def next(self):
         """The next Part; None at the end of the file."""
-        try:
+        with damage(self.name):
             if self.skip:
                 return self._skipped()
             return self._next_piece() if is_plain(self.name) else self._next_line()
-        except self.damage as error:
-            raise InputError(f"cannot read {self.name}: {error}; is it damaged or cut short?"
-                             ) from error
 
     def _skipped(self):
         """A compressed file can only be entered at its start: an empty part per block skipped."""
@@ -229,40 +214,27 @@ class Reader:
             self.text += self.decoded.read(PIECE + 1 - len(self.text))
         except UnicodeDecodeError as error:
             raise InputError(f"{self.name} is not UTF-8 text ({error.reason}): convert it first"
-                             ) from None
+                             ) from error
         if not self.text:
             return None
         begins, end = self.byte == 0, cut(self.text)
         piece, self.text = self.text[:end], self.text[end:]
         self.byte += len(piece.encode())
         if "\0" in piece:
-            raise InputError(f"{self.name} is not text: it has a zero byte; is it a binary file?")
+            raise ValueError("it has a zero byte")      # a binary file, or UTF-16
         return Part(begins, [piece.removeprefix("\ufeff") if begins else piece])
 
     def _next_line(self):
         while line := self.stream.readline(LINE + 1):
-            where = f"{self.name}, line {self.line + 1:,}"
+            self.byte += len(line)
+            self.line += 1
+            where = f"{self.name}, line {self.line:,}"
             if len(line) > LINE:
                 raise InputError(f"{where}: longer than {LINE // 2 ** 20} MiB; expected a JSON "
                                  "object per line, a document in each: cut it into several")
-            self.byte += len(line)
-            self.line += 1
-            if self.line == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.isspace():
                 return Part(True, pieces(text_of(line, where, self.field)))
         return None
-
-
-def decompressed(name, raw):
-    """(the stream of its text, the exceptions that a damaged file raises)."""
-    damage = (OSError, EOFError, zlib.error)
-    if name.lower().endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw), damage
-    if name.lower().endswith(".zst"):
-        stream, error = zstd(raw, name)
-        return stream, (*damage, error)
-    return raw, damage
 
 
 def is_plain(name):
@@ -270,51 +242,40 @@ def is_plain(name):
     return not name.lower().endswith(JSON)
 
 
-def zstd(raw, name):
-    """A decompressing stream and its exception: Python's from 3.14 on, else zstandard's."""
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-        options = {zstd.DecompressionParameter.window_log_max: 31}
-        return zstd.ZstdFile(raw, options=options), zstd.ZstdError
-    try:
-        import zstandard
-    except ImportError:
-        raise InputError(f"reading {name} needs a package: pip install zstandard") from None
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2 ** 31)
-    return decompressor.stream_reader(raw, read_across_frames=True), zstandard.ZstdError
+def decompressed(raw, name):
+    """The stream of a file's text."""
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if name.endswith(".zst"):
+        import zstandard                                # only the Pile needs it
+        decompressor = zstandard.ZstdDecompressor(max_window_size=2 ** 31)
+        return decompressor.stream_reader(raw, read_across_frames=True)
+    return raw
 
 
 def text_of(line, where, field):
     """The text in a line (bytes) of a JSON-lines file."""
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 text ({error.reason})") from None
-    except (ValueError, RecursionError) as error:
-        end = "" if line.endswith(b"\n") else "; is the file cut short?"
-        raise InputError(f"{where}: not JSON that can be read ({error}){end}") from None
-
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: expected a JSON object with a text, found {str(record)[:40]!r}")
-    key = field or ("text" if "text" in record else "raw_content")
-    if not isinstance(record.get(key), str):
-        strings = [key for key, value in record.items() if isinstance(value, str)]
-        names = ascii(", ".join(strings)[:200])[1:-1] or "none"
-        raise InputError(f"{where}: no field {field or 'text'!r} that is a string; such fields "
-                         f"are: {names} (--field)")
+    with damage(where):
+        record = json.loads(line)
+    fields = record if isinstance(record, dict) else {}
+    text = fields.get(field) if field else fields.get("text", fields.get("raw_content"))
+    if not isinstance(text, str):
+        strings = [name for name, value in fields.items() if isinstance(value, str)]
+        names = ", ".join(strings)[:200] or "none"
+        raise InputError(f"{where}: expected a JSON object with a string {field or 'text'!r}; its "
+                         f"strings are: {names} (--field)")
     # JSON can spell half of a surrogate pair, which is no character: it becomes U+FFFD
-    return record[key].encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def pieces(text):
     """A document's pieces: together they are the text."""
     found, start = [], 0
-    while True:
+    while not found or start < len(text):
         end = cut(text, start)
         found.append(text[start:end])
-        if end == len(text):
-            return found
         start = end
+    return found
 
 
 def cut(text, start=0):
@@ -324,54 +285,79 @@ def cut(text, start=0):
     return text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
 
 
-# ---- The Hub -------------------------------------------------------------------------------------
+# ---- Documents in their order --------------------------------------------------------------------
 
-def hub_files(url):
-    """The text files of hf://datasets/OWNER/NAME[@REVISION][/PATH or glob]."""
-    from huggingface_hub import HfFileSystem            # slow to import; local text needs none
-    parts = url.removeprefix("hf://").split("/", 3)
-    if parts[0] != "datasets" or len(parts) < 3 or not all(parts[:3]):
-        raise InputError(f"{url} is not a dataset: expected hf://datasets/OWNER/NAME/FILES")
-    path, repo = "/".join(parts), "/".join(parts[:3])
-    filesystem = HfFileSystem(skip_instance_cache=True)
-    search = filesystem.glob if any(c in path for c in "*?[") else filesystem.find
-    with explained(repo):
-        names = search(path)
-        known = sorted(name for name in names if name.lower().endswith(KNOWN))
-        about = [filesystem.info(name) for name in known]       # the listing has fetched them
-    if not known:
-        kinds = ", ".join(sorted({Path(name).suffix for name in names} - {""})) or "no files"
-        raise InputError(f"{url}: found {kinds}; expected files that end in {EXPECTED}")
+class Mix:
+    """The documents of the files, part by part: of sixteen files at a time, from the least read.
 
-    found = []
-    for name, info in zip(known, about):
-        # a large file's hash is that of its bytes, a small one's is Git's
-        content = info["lfs"]["sha256"] if info.get("lfs") else info["blob_id"]
-        opener = partial(open_on_hub, filesystem, name, repo)
-        found.append(File(name, info["size"], opener, content))
-    return found
-
-
-def open_on_hub(filesystem, name, repo):
-    """The Hub's own file object, which asks again for a block that is not whole.
-
-    A body that was cut short, or that ignores Range, would pass for the text otherwise.
+    So any stretch has the proportions of the whole, even if each file of a stream is one domain, as
+    in RedPajama-1T's sample. A document in several parts is read to its end. held: digests of the
+    documents to leave out. cut: the byte of a single document where its held-out part begins.
+    place: the first of the open files, and the place in each, None at its end.
     """
-    with explained(repo):
-        file = filesystem.open(name, "rb", block_size=HUB_BLOCK)
-    fetch = file.cache.fetcher
 
-    def checked(start, end):
-        for wait in (*WAITS, None):
-            with explained(repo):
-                block = fetch(start, end)               # asks again by itself if nothing comes
-            if len(block) == end - start:
-                return block
-            if wait is None:
-                raise InputError(f"{name}: {len(block):,} bytes came from byte {start:,} on, "
-                                 f"instead of {end - start:,}: check the network and continue with "
-                                 "--resume")
-            time.sleep(wait)
+    def __init__(self, files, field, seed, place=None, held=(), cut=None):
+        turns = np.random.default_rng(seed).permutation(len(files))
+        self.files, self.field = [files[i] for i in turns], field
+        self.held, self.cut = held, cut
+        self._open(*place or (0, START))
 
-    file.cache.fetcher = checked
-    return file
+    @property
+    def place(self):
+        return [self.first, [reader and list(reader.place) for reader in self.readers]]
+
+    def next(self):
+        """The next Part; None when all files are at their end."""
+        while reading := list(filter(None, self.readers)):
+            begun = [reader for reader in reading if is_plain(reader.name) and reader.byte]
+            self.current = min(begun or reading, key=lambda reader: reader.share)
+            part = self.current.next()
+            if part is None:
+                self._end()
+            elif part.begins and digest(part) in self.held:
+                self.skip()
+            elif self.cut is not None and self.current.byte > self.cut:
+                self._end()
+                kept = part.pieces[0].encode()[:self.cut - self.current.byte]
+                return part._replace(pieces=[kept.decode()])
+            else:
+                return part
+        return None
+
+    def skip(self):
+        """Leaves out the rest of the document that is being read."""
+        if is_plain(self.current.name):
+            self._end()
+
+    def close(self):
+        for reader in filter(None, self.readers):
+            reader.close()
+
+    def _end(self):
+        """Closes the current file; after the last one of those open, the next ones are opened."""
+        self.current.close()
+        self.readers[self.readers.index(self.current)] = None
+        if not any(self.readers) and self.first + AT_ONCE < len(self.files):
+            self._open(self.first + AT_ONCE, START)
+
+    def _open(self, first, places):
+        self.first = first
+        self.readers = [place and Reader(file, self.field, place)
+                        for file, place in zip(self.files[first:first + AT_ONCE], places)]
+
+
+def digest(part):
+    """What a document is known by: a digest of its first piece."""
+    return blake2b(part.pieces[0].encode(), digest_size=12).hexdigest()
+
+
+def fifteen_sixteenths(file):
+    """The byte where the last sixteenth of a file of plain text begins."""
+    if file.name.lower().endswith((".gz", ".zst")):
+        raise InputError(f"{file.name} is a single compressed document: decompress it first, so "
+                         "that its last sixteenth can be held out")
+    start = file.size * 15 // 16
+    with file.open() as raw:
+        raw.seek(start)
+        after = raw.read(3)
+    return start + len(after) - len(after.lstrip(CONTINUED))

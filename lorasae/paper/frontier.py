@@ -1,31 +1,62 @@
-"""Cross-entropy against training time (§4.2; Figures 1 and 5, Tables 1 and 2): TopK, e2e, and TopK + LoRA.
+"""Cross-entropy against training time (§4.2; Figures 1 and 5, Tables 1 and 2).
 
-Times are of training alone, on one machine: no loading and no evaluation. Each method does the
-work that it needs and
-no more: TopK stops the model at the SAE's block, e2e shares the frozen prefix with the base model.
-The time of a TopK + LoRA point is that of its SAE so far plus that of its adapters.
+    TopK, e2e       an SAE after each tenth of its training
+    TopK + LoRA     the model adapted to the TopK SAE as it was then; its time is the SAE's so far
+                    plus the adapters'
+
+    python -m lorasae.paper --only fig1,fig5
+
+Times are of training only, without loading and evaluation, of one run at a time. Each method does
+only the work that it needs: TopK stops the model at the SAE's block, and e2e shares the frozen
+prefix with the base model.
 """
-from typing import NamedTuple
+from lorasae.evals.common import Estimate
+from lorasae.evals.report import Table
+from lorasae.paper.gap import paired, read
+from lorasae.paper.results import Claim, Part
+from lorasae.paper.study import Evaluation, adapters, budget, found, new_sae, tokens_of
 
-from lorasae.evals import fidelity
-from lorasae.io.files import read_json
-from lorasae.io.saes import load_sae
-from lorasae.paper.findings import Claim, Table
-from lorasae.paper.study import adapters, new_sae, opened, results
-from lorasae.runs.config import read_config
+CURVES = {"topk_lora": "TopK + LoRA", "topk": "TopK", "e2e": "e2e"}
+LEAST_TOKENS, SHARE = 20_000, 0.0075    # of adapters: the paper's share of the SAE's tokens
+LEAST_SPEEDUP = {"fig1": 3.05, "fig5": 2.23}            # of the paper's Tables 1 and 2
 
-TITLE = "Loss against training time: TopK + LoRA, TopK, end to end"
-FIGURES = ("fig1", "fig5", "table1", "table2")
-ABOUT = ("A TopK and an e2e SAE with the same latents, k and tokens, and the model adapted (all blocks, rank 64) to the "
-         "TopK SAE as it was after each tenth of its training; everything on the same held-out text. A table's row: the "
-         "seconds of training to a loss, those of TopK and e2e on the line between two points, which favours them. In the "
-         "published code the checkpoint named 50 % may be the end of the training, so the paper's times of TopK + LoRA may "
-         "be half of the true ones. One seed; trainings that run at once, one a core, lengthen each other's times a "
-         "little.")
+PAPER = {                               # CE; hours of TopK + LoRA, TopK, e2e; times sooner than e2e
+    "fig1": """
+        2.60        12      59      37          3.05x
+        2.59        12      -       79          6.53x
+        2.58        12      -       148         12.18x
+        2.57        12      -       243         20.01x
+        2.55-2.57   12-107  -       -           -
+    """,
+    "fig5": """
+        2.73        9       -       96          10.38x
+        2.72        12      -       113         9.08x
+        2.71        19      -       135         7.14x
+        2.70        70      -       156         2.23x
+        2.67-2.70   -       -       156-213     -
+    """,
+}
 
-TENTHS = range(10, 101, 10)
-CURVES = {"topk": "TopK", "e2e": "e2e", "topk_lora": "TopK + LoRA"}
-LEVELS = 5                                              # rows of the table of times
+
+def saes(study, model):
+    """{method: the Training of its SAE}"""
+    return {method: new_sae(study, method, model, tokens=study.frontier_tokens, timed=True)
+            for method in ("topk", "e2e")}
+
+
+def adapters_of(study, model):
+    """[the Training of adapters around the TopK SAE after each tenth of its training]"""
+    topk, tokens = saes(study, model)["topk"], None
+    if study.miniature:
+        share = round(SHARE * study.frontier_tokens)
+        tokens = min(study.lora_tokens, max(LEAST_TOKENS, share))
+    made = []
+    for percent in range(10, 101, 10):
+        source = study.folder / topk.name / ("sae" if percent == 100 else f"sae-{percent}pct")
+        training = adapters(study, f"frontier-{model}-{percent}pct", model, [str(source)],
+                            tokens=tokens, timed=True, rank=64, adapt="all")
+        made.append(training._replace(saes=(topk,)))
+    return made
 
 
 def models(study):
@@ -33,239 +64,150 @@ def models(study):
     return {"fig1": study.models.main, "fig5": study.models.second}
 
 
-def saes_of(study, model):
-    """{method: the Training of its SAE}"""
-    return {method: new_sae(study, method, model, tokens=study.frontier_tokens) for method in ("topk", "e2e")}
-
-
-def tenth(study, sae, percent):
-    """The folder of an SAE as it was after a part of its training."""
-    return study.folder / sae.name / ("sae" if percent == 100 else f"sae-{percent}pct")
-
-
-def adapters_of(study, model, percent):
-    """The Training of adapters around the TopK SAE as it was then."""
-    topk = saes_of(study, model)["topk"]
-    source = str(tenth(study, topk, percent))
-    training = adapters(study, f"frontier-{model}-{percent}pct", model, [source], rank=(64,), adapt=("all",))
-    return training._replace(needs=(topk.name,))
-
-
 def trainings(study):
-    needed = []
+    made = []
     for model in models(study).values():
-        needed += saes_of(study, model).values()
-        needed += [adapters_of(study, model, percent) for percent in TENTHS]
-    return needed
+        made += [*saes(study, model).values(), *adapters_of(study, model)]
+    return made
 
 
-def cost(study):
-    """{kind of work: tokens}: every SAE of every tenth is evaluated."""
-    return {"forward": 40 * study.held_out}
+def evaluations(study):
+    return [Evaluation(sae, "tenths") for model in models(study).values()
+            for sae in saes(study, model).values()]
 
+
+def about(study):
+    sae, *_, adapted = trainings(study)
+    share = tokens_of(adapted) / tokens_of(adapted.saes[0])
+    return (
+        "A TopK and an e2e SAE with the same latents, k and tokens, and the model adapted (all "
+        "blocks, rank 64) to the TopK SAE as it was after each tenth of its training; everything "
+        f"on the same held-out text. SAEs train on {tokens_of(sae):,} tokens (the paper: 2B and "
+        f"4B). {budget(study, adapted, '15M and 100M')} That is {share:.2%} of the SAE's (the "
+        "paper: 0.75 % and 2.5 %). A curve's time to a loss is that of its first trained point "
+        "that reaches it. Every training had the machine to itself. In the published code the "
+        "checkpoint named 50 % may be the end of the training, so the paper's times of TopK + LoRA "
+        "may be half of the true ones.")
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
 
 def measure(study):
-    """{figure: its curves}"""
-    return {figure: curves(study, model) for figure, model in models(study).items()}
+    """{figure: {model, ce_base, curves: {name: [{percent, seconds, ce}]}; sooner, lower}}
 
-
-def curves(study, model):
-    """What a figure shows, CE in nats a token.
-
-    {model, layer, width, k, sae_tokens, lora_tokens, eval_tokens, ce_base; topk, e2e and topk_lora: [{percent, seconds,
-    ce}] by tenths; levels: rows of the table of times}
+    lower: CE of e2e - CE of TopK + LoRA, both at their ends. sooner: the same with the best TopK +
+    LoRA that was there in e2e's time divided by LEAST_SPEEDUP.
     """
-    saes = saes_of(study, model)
-    config = read_config(study.folder / saes["topk"].name)
-    setting = opened(study, saes["topk"])
+    return {figure: measure_one(study, model, LEAST_SPEEDUP[figure])
+            for figure, model in models(study).items()}
 
-    points = {method: sae_curve(study, setting, config, sae) for method, sae in saes.items()}
-    points["topk_lora"] = lora_curve(study, model, points["topk"])
-    last = results(study, adapters_of(study, model, TENTHS[-1]))
 
+def measure_one(study, model, speedup):
+    made = saes(study, model)
+    curves = {name: found(study, Evaluation(sae, "tenths"))["rows"] for name, sae in made.items()}
+    runs = [read(study, training) for training in adapters_of(study, model)]
+    curves["topk_lora"] = []
+    for before, run in zip(curves["topk"], runs):
+        seconds = before["seconds"] + run.found["seconds"]
+        curves["topk_lora"].append({**before, "seconds": seconds, "ce": run.found["ce_adapted"]})
+
+    e2e, last = read(study, made["e2e"]), runs[-1]
+    limit = curves["e2e"][-1]["seconds"] / speedup
+    in_time = [run for point, run in zip(curves["topk_lora"], runs) if point["seconds"] <= limit]
+    sooner = Estimate(None, None, "no TopK + LoRA was there so soon")
+    if in_time:
+        best = min(in_time, key=lambda run: run.found["ce_adapted"])
+        sooner = paired(e2e.sae - best.adapted, e2e, best)
     return {
         "model": model,
-        "layer": config.layer[0],
-        "width": config.width,
-        "k": config.k,
-        "sae_tokens": config.trained_tokens,
-        "lora_tokens": last["train_tokens"],
-        "eval_tokens": setting.text.held_out.numel(),
-        "ce_base": last["ce_base"],
-        **points,
-        "levels": levels(points),
+        "ce_base": last.found["ce_base"],
+        "curves": curves,
+        "sooner": sooner,
+        "lower": paired(e2e.sae - last.adapted, e2e, last),
     }
 
 
-def sae_curve(study, setting, config, sae):
-    """[{percent, seconds, ce}] of an SAE as it was after each tenth of its training."""
-    held_out = setting.text.held_out.split(config.eval_batch)
-    curve = []
-    for percent in TENTHS:
-        folder = tenth(study, sae, percent)
-        spliced = {config.layer[0]: load_sae(folder, device=setting.model.device)}
-        found = fidelity.measure(setting.model, spliced, held_out, ("sae",))
-        seconds = read_json(folder / "training.json")["seconds"]
-        curve.append({"percent": percent, "seconds": seconds, "ce": found["sae"]["ce"].mean().item()})
-    return curve
-
-
-def lora_curve(study, model, topk):
-    """[{percent, seconds, lora_seconds, ce}]; seconds: those of the SAE so far, of its curve, and of the adapters."""
-    curve = []
-    for before, percent in zip(topk, TENTHS):
-        found = results(study, adapters_of(study, model, percent))
-        curve.append({
-            "percent": percent,
-            "seconds": before["seconds"] + found["seconds"],
-            "lora_seconds": found["seconds"],
-            "ce": found["ce_adapted"],
-        })
-    return curve
-
-
-# ---- The time to a loss --------------------------------------------------------------------------
-
-def reached(points, ce, between=True):
-    """Seconds until the loss is down to ce, None if it never is; linear between points, or else the first one there.
-
-    Before the first point nothing is known, so its time is an upper bound.
-    """
-    last = None
-    for point in points:
-        if point["ce"] <= ce:
-            if last is None or not between:
-                return point["seconds"]
-            step, fall = point["seconds"] - last["seconds"], last["ce"] - point["ce"]
-            return last["seconds"] + step * (last["ce"] - ce) / fall
-        last = point
-    return None
-
-
-def levels(points):
-    """The rows of Tables 1 and 2: losses from the first of TopK + LoRA down to the best of all, and the time to each.
-
-    points: {curve: [{seconds, ce}]} -> [{ce; topk, e2e, topk_lora: seconds or None; speedup: how many times sooner
-    topk_lora is there than e2e, or None}].
-
-    Of a TopK + LoRA only the trained points count; between those of TopK and e2e the line does, which favours them.
-    """
-    first = points["topk_lora"][0]["ce"]
-    best = min(point["ce"] for name in CURVES for point in points[name])
-    e2e_begins = points["e2e"][0]["ce"]            # its time to a higher loss is but an upper bound
-
-    rows = []
-    for i in range(LEVELS):
-        ce = first + (best - first) * i / (LEVELS - 1)
-        seconds = {name: reached(points[name], ce, between=name != "topk_lora") for name in CURVES}
-        e2e, lora = seconds["e2e"], seconds["topk_lora"]
-
-        speedup = None
-        if e2e is not None and lora is not None and ce < e2e_begins:
-            speedup = e2e / lora
-        rows.append({"ce": ce, **seconds, "speedup": speedup})
-    return rows
+def reached(points, ce):
+    """The seconds of the first trained point with at most this loss; None if there is none."""
+    return min((point["seconds"] for point in points if point["ce"] <= ce), default=None)
 
 
 # ---- What it comes to ----------------------------------------------------------------------------
 
 def tables(numbers):
     made = []
-    for found in numbers.values():
-        made += [table_of_points(found), table_of_times(found)]
+    for number, (figure, own) in enumerate(numbers.items(), start=1):
+        paper = [line.split() for line in PAPER[figure].strip().splitlines()]
+        headings = [*(f"{label} (h)" for label in CURVES.values()), "sooner than e2e"]
+        made += [table_of(own), Table(f"Table {number} of the paper: hours to a loss",
+                                      ["CE", *headings], paper)]
     return made
 
 
-def table_of_points(found):
-    headings = ["training"]
-    for label in CURVES.values():
-        headings += [f"{label} (s)", "CE"]
-
+def table_of(own):
+    """A row for each tenth of the training, and the time to e2e's loss there."""
     rows = []
-    for points in zip(*(found[name] for name in CURVES)):
-        row = [f"{points[0]['percent']} %"]
+    for points in zip(*(own["curves"][name] for name in CURVES)):
+        *_, e2e = points
+        row = [f"{e2e['percent']} %"]
         for point in points:
             row += [f"{point['seconds']:,.1f}", point["ce"]]
+        times = [reached(own["curves"][name], e2e["ce"]) for name in CURVES]
+        row += ["-" if time is None else f"{time:,.1f}" for time in times[:2]]
+        row.append("-" if times[0] is None else f"{times[2] / times[0]:.2f}x")
         rows.append(row)
-
-    alone = f"the model alone: {found['ce_base']:.4f}"
-    return Table(f"{found['model']}: seconds of training, and CE in nats ({alone})", headings, rows)
-
-
-def table_of_times(found):
-    order = list(reversed(CURVES))
-    headings = ["CE", *(f"{CURVES[name]} (s)" for name in order), "faster than e2e"]
-
-    rows = []
-    for level in found["levels"]:
-        times = ["-" if level[name] is None else f"{level[name]:,.1f}" for name in order]
-        speedup = "-" if level["speedup"] is None else f"{level['speedup']:.2f}x"
-        rows.append([f"{level['ce']:.4f}", *times, speedup])
-    return Table(f"{found['model']}: seconds to a loss", headings, rows)
-
-
-class Published(NamedTuple):
-    """What the paper has of a figure."""
-    table: int                                          # the table of its times
-    least: float                                        # times faster than e2e
-    most: float
-    lower: str                                          # which ends lower
-
-
-PAPER = {
-    "fig1": Published(table=1, least=3.05, most=20.01, lower="TopK + LoRA"),
-    "fig5": Published(table=2, least=2.23, most=10.38, lower="e2e"),
-}
+    rows[-1][0] += " (e2e's last loss)"
+    headings = ["training of the SAE"]
+    for label in CURVES.values():
+        headings += [f"{label} (s)", "CE"]
+    caption = f"{own['model']}: seconds of training, CE in nats (without SAE {own['ce_base']:.4f})"
+    headings += ["TopK + LoRA to e2e's CE (s)", "TopK to e2e's CE (s)", "sooner than e2e"]
+    return Table(caption, headings, rows)
 
 
 def claims(numbers):
-    made = []
-    for figure, found in numbers.items():
-        made += [sooner(found, PAPER[figure]), ends_lower(figure, found, PAPER[figure])]
-    return made
-
-
-def sooner(found, paper):
-    speedups = [level["speedup"] for level in found["levels"] if level["speedup"] is not None]
-    ours, faster, as_much = "no loss that both reach", None, None
-    if speedups:
-        least, most = min(speedups), max(speedups)
-        ours = f"{least:.2f}x to {most:.2f}x"
-        faster = least > 1
-        as_much = least >= paper.least and most <= 2 * paper.most
-    return Claim(f"Table {paper.table} ({found['model']}): TopK + LoRA reaches e2e's losses sooner",
-                 f"{paper.least:.2f}x to {paper.most:.2f}x",
-                 ours,
-                 direction=faster,
-                 size=as_much)
-
-
-def ends_lower(figure, found, paper):
-    lora, e2e = found["topk_lora"][-1]["ce"], found["e2e"][-1]["ce"]
-    lower = "e2e" if e2e < lora else "TopK + LoRA"
-    why = ""
-    before, last = (point["ce"] for point in found["e2e"][-2:])
-    if lower != "e2e" and paper.lower == "e2e" and last < before and found["sae_tokens"] < 4e9:
-        why = f"e2e was trained on {found['sae_tokens']:,} tokens, and its loss still falls; the paper's on 4B"
-    return Claim(f"Figure {figure[3:]}: which ends lower",
-                 paper.lower,
-                 f"{lower}: {min(e2e, lora):.4f} against {max(e2e, lora):.4f} nats",
-                 direction=lower == paper.lower,
-                 why=why)
+    first, second = numbers["fig1"], numbers["fig5"]
+    says = ("TopK + LoRA reaches e2e's last loss at least {}x sooner: CE of e2e - CE of TopK + "
+            "LoRA in that part of its time")
+    return [
+        Claim("Fig. 1, Table 1", says.format(3.05), "3.05x to 20.01x sooner",
+              {first["model"]: first["sooner"]}),
+        Claim("Fig. 1", "TopK + LoRA ends lower: CE of e2e - CE of TopK + LoRA",
+              "it reaches 2.55 nats, and e2e 2.57", {first["model"]: first["lower"]},
+              paper_values=(0.02,)),
+        Claim("Fig. 5, Table 2", says.format(2.23), "2.23x to 10.38x sooner",
+              {second["model"]: second["sooner"]}),
+        Claim("Fig. 5", "e2e ends lower: CE of e2e - CE of TopK + LoRA",
+              "it reaches 2.67 nats, and TopK + LoRA 2.70", {second["model"]: second["lower"]},
+              larger=False, paper_values=(-0.03,)),
+    ]
 
 
 def draw(numbers, figure):
     """Figures 1 and 5."""
-    figure.set_size_inches(5 * len(numbers), 3.8)
-    panels = figure.subplots(1, len(numbers), squeeze=False)[0]
-    for axes, found in zip(panels, numbers.values()):
+    figure.set_size_inches(10, 3.8)
+    for axes, own in zip(figure.subplots(1, 2), numbers.values()):
         for name, label in CURVES.items():
-            seconds = [point["seconds"] for point in found[name]]
-            losses = [point["ce"] for point in found[name]]
-            axes.plot(seconds, losses, marker="o", label=label)
-
-        alone = found["ce_base"]
+            points = own["curves"][name]
+            axes.plot([point["seconds"] for point in points], [point["ce"] for point in points],
+                      marker="o", label=label)
+        alone = own["ce_base"]
         axes.axhline(alone, color="grey", linestyle="--", label=f"original model ({alone:.3f})")
-        axes.set(xlabel="training time (s)", ylabel="cross-entropy (nats/token)")
-        axes.set_title(f"{found['model']}: {found['width']:,} latents, k {found['k']}", fontsize=10)
+        axes.set(xlabel="training time (s)", ylabel="cross-entropy (nats/token)",
+                 title=own["model"])
         axes.legend(fontsize=8)
+
+
+FRONTIER = Part(
+    name="frontier",
+    title="Loss against training time: TopK + LoRA, TopK, end to end",
+    figures=("fig1", "fig5", "table1", "table2"),
+    about=about,
+    trainings=trainings,
+    evaluations=evaluations,
+    measure=measure,
+    tables=tables,
+    claims=claims,
+    draw=draw,
+    caption="One run per point, without error bars; the claims compare runs sequence by sequence.",
+)

@@ -1,69 +1,51 @@
-"""What the parts of the paper share: the models, how long everything trains, and trainings that are made once.
+"""What the parts of the paper share: models, budgets, and the commands that train and evaluate.
 
-A part (scaling.py, frontier.py, ...) lists the trainings that it needs; several may need the same one. Each is a run in a
-folder of its own, as train.py writes it, so it is continued where it was interrupted and eval.py opens it.
+A part lists the trainings and evaluations that it needs; several may need the same ones. Each
+training is a run of train.py in a folder of its own, so it can be resumed, and eval.py opens it.
+
+    STUDY/saes/NAME, STUDY/adapters/NAME        runs
+    STUDY/logs/                                 what their commands printed
+    STUDY/numbers/PART.json                     what a part found
+    STUDY/study.json                            the arguments of the study, and a hash of the code
 """
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from lorasae.beyond.recipe import tuned_recipe
-from lorasae.errors import InputError
+from lorasae.evals import fidelity
 from lorasae.io.files import read_json
 from lorasae.io.presets import PRESETS
-from lorasae.runs.adapting import adapt_model
-from lorasae.runs.config import Config, configure, read_config
-from lorasae.runs.folder import Run
-from lorasae.runs.sae_training import train_sae
-from lorasae.runs.setting import load_setting, open_run
-
-RECIPES = {"tuned": tuned_recipe}
+from lorasae.runs.commands import ROOT, Command
+from lorasae.runs.config import SAE_TOKENS, Config
 
 
 class Models(NamedTuple):
     """The models of a study, by what the paper takes them for."""
-    sizes: tuple                                        # of one family, small to large (Figure 4)
-    main: str                            # Gemma-2-2B in the paper; of all parts that take one model
-    second: str                                         # Llama-3.2-1B in the paper (Figure 5)
-    several: str                   # Llama-3.1-8B in the paper, with several SAEs at once (Figure 6)
+    main: str                           # of all parts with one model: Gemma-2-2B in the paper
+    second: str                         # of Figure 5: Llama-3.2-1B in the paper
+    several: str                        # of Figure 6, several SAEs: Llama-3.1-8B in the paper
 
 
 MODELS = {
-    "tiny-gemma-2": Models(
-        sizes=("tiny-gemma-2-small", "tiny-gemma-2-medium", "tiny-gemma-2"),
-        main="tiny-gemma-2",
-        second="tiny-llama-3",
-        several="tiny-llama-3",
-    ),
-    "gemma-2-2b": Models(
-        sizes=("gemma-2-2b", "gemma-2-9b", "gemma-2-27b"),
-        main="gemma-2-2b",
-        second="llama-3.2-1b",
-        several="llama-3.1-8b",
-    ),
+    "tiny-gemma-2": Models("tiny-gemma-2", "tiny-llama-3", "tiny-llama-3"),
+    "gemma-2-2b": Models("gemma-2-2b", "llama-3.2-1b", "llama-3.1-8b"),
 }
 
 
 @dataclass(frozen=True)
 class Study:
-    """What was asked of `python -m lorasae.paper`, in tokens where nothing else is said.
-
-    None is the model's preset, which for the real models is the paper's.
-    """
+    """What `python -m lorasae.paper` was asked for. None: as in the models' presets."""
     folder: Path
-    model: str = "tiny-gemma-2"                         # one of MODELS
-    sae_tokens: int | None = None                       # to train an SAE on
-    lora_tokens: int | None = None                      # to train adapters on
-    frontier_tokens: int | None = None                  # to train the SAEs of Figures 1 and 5 on
-    long_tokens: int | None = None          # the adapters that the evaluations of §5 and §6 look at
-    eval_tokens: int | None = None                      # held out
-    seeds: tuple = (0,)                                 # of adapters, where a part takes several
-    recipe: str | None = None                           # of the adapters
-    beyond_tokens: int = 0                              # of every arm of "the model, the SAE, or both"
-    recipe_tokens: int = 0                        # of the published recipe, to be beaten with fewer
+    model: str = "tiny-gemma-2"         # one of MODELS
+    sae_tokens: int | None = None       # to train an SAE on
+    frontier_tokens: int | None = None  # to train the SAEs of Figures 1 and 5 on
+    lora_tokens: int | None = None      # to train adapters on
+    long_tokens: int | None = None      # the adapters that the evaluations of §5 and §6 look at
+    eval_tokens: int | None = None      # held out
+    seeds: tuple = (0,)                 # of adapters, in the parts that take several
+    recipe: str | None = None           # of adapters
     device: str = "cpu"
 
     @property
@@ -75,128 +57,88 @@ class Study:
         return self.model.startswith("tiny-")
 
     @property
-    def held_out(self):
-        """Tokens that an evaluation reads, about."""
-        return self.eval_tokens or Config.eval_tokens
+    def arguments(self):
+        """What study.json holds of them."""
+        found = asdict(self)
+        del found["folder"]
+        return {**found, "seeds": list(self.seeds)}
+
+    @cached_property
+    def sources(self):
+        """A hash of the code that computes."""
+        found = blake2b(digest_size=8)
+        for path in [*sorted(ROOT.glob("lorasae/**/*.py")), ROOT / "train.py", ROOT / "eval.py"]:
+            found.update(path.read_bytes())
+        return found.hexdigest()
+
+    @property
+    def other_code(self):
+        """Whether the folder was begun with other code than this."""
+        path = self.folder / "study.json"
+        return path.exists() and read_json(path).get("sources") != self.sources
 
 
-# ---- Trainings -----------------------------------------------------------------------------------
+# ---- Trainings and evaluations -------------------------------------------------------------------
 
 class Training(NamedTuple):
-    """A run in study.folder / name."""
-    name: str
-    given: dict                                         # arguments of runs.config.configure
-    needs: tuple = ()                                   # names of the trainings that make its SAEs
+    """A run of train.py in study.folder / name."""
+    name: str                           # "saes/..." or "adapters/..."
+    options: dict                       # {option of train.py: value}; None: not given
+    timed: bool = False                 # its seconds are a result: it runs by itself
+    saes: tuple = ()                    # the Trainings of its SAEs
+
+    @property
+    def stage(self):
+        """Lower ones run first: SAEs before adapters, and of each the timed ones."""
+        return int(self.name.startswith("adapters/")), not self.timed
 
 
-def train(study, training):
-    """Makes a training, or what is missing of it."""
-    folder = study.folder / training.name
-    config = configure(training.given, RECIPES)
-    check_same(config, folder)
-    if (folder / "results.json").exists():
-        return
-
-    begun = (folder / "config.json").exists()
-    run = Run.resume(folder) if begun else Run.create(folder, config)
-    with closing(run):
-        setting = load_setting(run.config, run.folder)
-        with closing(setting.text):
-            if run.config.method == "lora":
-                adapt_model(setting, run)
-            else:
-                train_sae(setting, run)
-    if config.compile:
-        torch.compiler.reset()                          # the next training's blocks are others
+class Evaluation(NamedTuple):
+    """A suite of eval.py on a finished run."""
+    training: Training
+    suite: str
+    options: dict = {}                  # {option of eval.py: value}
+    stage = 2, True                     # after all trainings; not timed
 
 
-def check_same(config, folder):
-    """Refuses to continue in a folder that holds another training than the one asked for."""
-    if not (folder / "config.json").exists():
-        return
-    before = read_config(folder)
-    for name, asked in vars(config).items():
-        found = getattr(before, name)
-        if asked is not None and found != asked:
-            raise InputError(f"{folder} was trained with {name} {found}, not {asked}: pass "
-                             "another --out, or the same arguments to continue")
+def new_sae(study, method, model, layer=None, *, width=None, l0=None, tokens=None, timed=False):
+    """The Training of an SAE of `width` latents, l0 of them active: a jumprelu's aim, or a k.
 
-
-def new_sae(study, method, model, layer=None, *, width=None, l0=None, tokens=None):
-    """The Training of an SAE: l0 latents are to be active, by the penalty of a jumprelu or as the k of the others.
-
-    What is None is the preset's; a width is a number of latents.
+    None is the preset's value.
     """
     known = PRESETS[model]
-    layer = known.layer if layer is None else layer
-    width = width or known.sae_training.get("width")
-    active = l0 or known.sae_training.get("l0")
-    tokens = tokens or study.sae_tokens
-
-    parts = [model, method, f"layer-{layer}"]
-    if width:
-        parts.append(f"{width}-latents")
-    if active:
-        parts.append(f"l0-{active}")
-    if tokens:
-        parts.append(f"{tokens}-tokens")
-
-    given = {
-        "model": model,
-        "method": method,
-        "layer": (layer,),
-        "width": width,
-        "tokens": tokens,
-        "l0" if method == "jumprelu" else "k": active,
-        "eval_tokens": study.eval_tokens,
-        "device": study.device,
+    chosen = {
+        "layer": known.layer if layer is None else layer,
+        "width": width or known.sae_training.get("width"),
+        "l0" if method == "jumprelu" else "k": l0 or known.sae_training.get("l0"),
+        "tokens": tokens or study.sae_tokens,
     }
-    return Training("saes/" + "-".join(parts), given)
+    parts = [f"{name}-{value}" for name, value in chosen.items() if value is not None]
+    common = {"model": model, "method": method}
+    held_out = {"eval_tokens": study.eval_tokens, "device": study.device}
+    return Training("-".join([f"saes/{model}-{method}", *parts]),
+                    {**common, **chosen, **held_out}, timed)
 
 
-def adapters(study, name, model, saes, *, tokens=None, seed=None, **how):
-    """The Training of adapters around SAEs: Trainings of such, or sources that exist already; none, the preset's.
+def adapters(study, name, model, saes, *, tokens=None, seed=None, timed=False, **options):
+    """The Training of adapters around SAEs.
 
-    how: further arguments of runs.config.configure. The optimiser is the paper's.
+    saes: Trainings of such, or sources that exist already; [] for the preset's. options: further
+    ones of train.py. The optimiser is the paper's.
     """
-    sources, needs = [], []
-    for sae in saes:
-        if isinstance(sae, Training):
-            sources.append(str(study.folder / sae.name))
-            needs.append(sae.name)
-        else:
-            sources.append(sae)
-
-    given = {
+    made_here = tuple(sae for sae in saes if isinstance(sae, Training))
+    sources = [str(study.folder / sae.name) if sae in made_here else sae for sae in saes]
+    common = {
         "model": model,
-        "sae": tuple(sources) or None,
+        "sae": sources or None,
         "tokens": tokens or study.lora_tokens,
         "eval_tokens": study.eval_tokens,
         "recipe": study.recipe,
         "optimizer": "adamw",
         "seed": seed,
         "device": study.device,
-        **how,
     }
-    return Training(f"adapters/{name}", given, tuple(needs))
-
-
-def results(study, training, variant=None):
-    """What a finished training found; of several ranks or rates those of one, named as its folder is."""
-    folder = study.folder / training.name
-    if variant is not None:
-        folder = folder / variant
-    return read_json(folder / "results.json")
-
-
-def opened(study, training):
-    """The Setting of a finished training, as eval.py opens it: what an evaluation takes."""
-    return open_run(study.folder / training.name)
-
-
-# ---- The adapters that the evaluations of §5 and §6 look at --------------------------------------
-
-TO_STEER = 12_000                                # held-out tokens, of which steering cuts its texts
+    return Training(f"adapters/{name}", {**common, **options}, timed, made_here)
 
 
 def around_topk(study, seed):
@@ -206,21 +148,81 @@ def around_topk(study, seed):
         sae = str(Path(PRESETS[model].sae).parent / "topk")
     else:
         sae = new_sae(study, "topk", model)
+    return adapters(study, f"{model}-topk-seed-{seed}", model, [sae], tokens=study.long_tokens,
+                    seed=seed, rank=64, adapt="all")
 
-    name = f"{model}-topk-seed-{seed}"
-    return adapters(study, name, model, [sae], tokens=study.long_tokens, seed=seed, rank=(64,), adapt=("all",))
 
-
-def around_topk_of_seeds(study):
-    """The same, a Training a seed (Figures 8 and 11)."""
-    return [around_topk(study, seed) for seed in study.seeds]
+STEERED_TOKENS = 12_000                 # held-out tokens, of which steering cuts its texts
 
 
 def around_jumprelu(study, seed):
-    """Adapters on the blocks after a JumpReLU SAE, the preset's: Gemma Scope (Table 5; in miniature Table 4 too)."""
-    model = study.models.main
-    held_out = study.eval_tokens
+    """Adapters on the blocks after the preset's JumpReLU SAE (Table 5; in miniature Table 4)."""
+    model, held_out = study.models.main, study.eval_tokens
     if held_out is not None:
-        held_out = max(held_out, TO_STEER)
-    name = f"{model}-jumprelu-seed-{seed}"
-    return adapters(study, name, model, [], tokens=study.long_tokens, seed=seed, rank=(64,), eval_tokens=held_out)
+        held_out = max(held_out, STEERED_TOKENS)
+    return adapters(study, f"{model}-jumprelu-seed-{seed}", model, [], tokens=study.long_tokens,
+                    seed=seed, rank=64, eval_tokens=held_out)
+
+
+def tokens_of(training):
+    """How many tokens a training asks for."""
+    options = training.options
+    known, method = PRESETS[options["model"]], options.get("method", "lora")
+    if method == "lora":
+        return options["tokens"] or known.lora.get("tokens", Config.tokens)
+    return options["tokens"] or known.sae_training.get("tokens", SAE_TOKENS)
+
+
+def budget(study, training, papers, seeds=None):
+    """How adapters train, in words.
+
+    papers: the paper's tokens, such as "15M". seeds: None is the study's.
+    """
+    options = training.options
+    recipe = study.recipe or PRESETS[options["model"]].lora.get("recipe", "paper")
+    if options["seed"] is None:
+        seeds = [Config.seed]
+    seeds = ", ".join(map(str, seeds or study.seeds))
+    return (f"Adapters train with AdamW and the {recipe} recipe, on {tokens_of(training):,} tokens "
+            f"(the paper: {papers}). Seeds: {seeds}.")
+
+
+# ---- Their commands ------------------------------------------------------------------------------
+
+def command_of(study, needed):
+    """The Command of a Training or an Evaluation."""
+    if isinstance(needed, Training):
+        folder = study.folder / needed.name
+        words = (*in_words(needed.options), "--out", str(folder))
+        return Command("train.py", words, folder)
+    folder = study.folder / needed.training.name
+    words = (str(folder), "--suite", needed.suite, *in_words(needed.options))
+    return Command("eval.py", words, folder, f"eval-{needed.suite}.json")
+
+
+def in_words(options):
+    """{"l0": 8, "rank": (1, 4), "seed": None} -> ["--l0", "8", "--rank", "1", "4"]"""
+    words = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, (tuple, list)) else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
+# ---- What finished runs found --------------------------------------------------------------------
+
+def results(study, training, variant=None):
+    """results.json of a run; of one with several ranks that of a variant, such as "rank-64"."""
+    return read_json(study.folder / training.name / (variant or "") / "results.json")
+
+
+def sequences(study, training, variant=None):
+    """The losses of every held-out sequence (fidelity.read_sequences), to pair runs by them."""
+    return fidelity.read_sequences(study.folder / training.name / (variant or ""))
+
+
+def found(study, evaluation):
+    """What an evaluation found."""
+    return read_json(study.folder / evaluation.training.name / f"eval-{evaluation.suite}.json")

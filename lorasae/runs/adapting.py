@@ -5,6 +5,7 @@
                             is a run of its own
     RUN_DIR/results.json    what splicing the SAEs in costs, and how much of it the adapters win
                             back (evals/fidelity.py)
+    RUN_DIR/sequences.json  the same for every held-out sequence, to pair this run with others
 
 Several adapters of one model train side by side in one pass (--rank 1 4 16, --lr 5e-5 2e-4). Each
 is trained exactly, to the bit, as if alone; they share the text, the frozen prefix, the base
@@ -18,14 +19,11 @@ import torch
 
 from lorasae import adapt
 from lorasae.adapt import ALONE
-from lorasae.evals import fidelity
 from lorasae.io.adapters import save_adapter
-from lorasae.io.console import progress_line
-from lorasae.io.files import write_json
 from lorasae.io.presets import preset
 from lorasae.lora import add_lora, attach_lora, detach_lora, lora_parameters
 from lorasae.runs import distributed, training
-from lorasae.runs.folder import versions
+from lorasae.runs.folder import Run
 
 
 def adapt_model(setting, run, optimizer=adapt.adamw):
@@ -35,31 +33,31 @@ def adapt_model(setting, run, optimizer=adapt.adamw):
     adapters = new_adapters(model, blocks, config)
     if config.shard:
         distributed.shard(model, distributed.local(config.device))
-    world = distributed.world()
-    kind = Adapting(model, saes, adapters, config, optimizer, world)
-    size = sum(parameter.numel() for parameter in kind.tensors)
-    progress_line(
-        f"recipe {config.recipe}: {config.optimizer} at {training_rates(config)}; adapting "
-        f"{', '.join(config.targets)} of {listed(blocks)} of {config.model} "
-        f"around the SAE at layer {', '.join(map(str, saes))}: {size:,} trainable parameters, "
-        f"{config.steps:,} steps of {config.batch_size} x {config.context} tokens")
+    kind = Adapting(model, saes, adapters, config, optimizer, distributed.world())
+    sizes = [training.size_of(own) for own in kind.parameters]
+    training.show(training.what_trains(config, model, saes, blocks, sum(sizes)))
 
     training.look_before(setting)
     setting.text.first(config.batch_size)               # a text that is too short fails here
     run.begin()
-    training.train(run, kind, setting.text, world)
+    training.train(run, kind, setting.text)
     folders = save(model, run, adapters)
 
     # The base model and the SAEs did not change: measured once, for all adapters.
     results, unchanged = {}, training.evaluate(setting, saes, ("base", "sae"))
-    for folder, own in zip(folders, adapters):
+    for folder, variant, own, size in zip(folders, config.variants, adapters, sizes):
         attach_lora(model, own)
-        adapted = training.evaluate(setting, saes, ("adapted",))
-        results[folder] = {
-            **fidelity.summary({**unchanged, **adapted}, setting.text.documents),
-            **training.cost(run, setting),
-            "trainable_parameters": sum(p.numel() for p in lora_parameters(own))}
-    write_results(run, results)
+        found = {**unchanged, **training.evaluate(setting, saes, ("adapted",))}
+        results[folder] = {**training.results_of(found, setting, run, folder),
+                           "trainable_parameters": size}
+        own_run = Run(folder, variant)                  # the run itself, if it trained one
+        own_run.begin()
+        own_run.finish(results[folder])
+
+    if len(adapters) > 1:
+        kinds = ["ranks"] * (len(config.rank) > 1) + ["rates"] * (len(config.rates) > 1)
+        named = dict(zip(adapter_names(config, "", ""), results.values()))
+        run.finish({" and ".join(kinds): named, **training.cost(run, setting)})
     return results
 
 
@@ -87,6 +85,7 @@ class Adapting:
     def __init__(self, model, saes, adapters, config, optimizer=adapt.adamw, world=ALONE):
         self.model, self.saes, self.adapters = model, saes, adapters
         self.config, self.world = config, world
+        self.names = adapter_names(config, "r", "lr")
         self.parameters = [lora_parameters(own) for own in adapters]
         self.tensors = sum(self.parameters, [])
         rates = [variant.lr for variant in config.variants]
@@ -95,9 +94,6 @@ class Adapting:
         self.first = adapt.first_differing(model, saes)
 
     def frozen(self, tokens):
-        if self.model.device.type == "cuda":
-            tokens = tokens.pin_memory()
-        tokens = tokens.to(self.model.device, non_blocking=True)
         return adapt.frozen_forward(self.model, self.saes, tokens, self.first)
 
     def step(self, part, step):
@@ -128,7 +124,7 @@ class Adapting:
 
         # A line for each adapter: nats per token, and the gradient's norm before clipping.
         named = {}
-        for which, name in enumerate(adapter_names(config, "r", "lr")):
+        for which, name in enumerate(self.names):
             for loss, values in totals.items():
                 named[f"{loss}_{name}"] = values[which] / config.context
             named[f"grad_norm_{name}"] = norms[which]
@@ -150,20 +146,6 @@ class Adapting:
         return adapt.objective(model, part, torch.stack(hidden), self.config)
 
 
-def training_rates(config):
-    """The learning rates, as the first line of a run names them."""
-    rates = ", ".join(f"{rate:g}" for rate in config.rates)
-    return f"{rates}, falling to 0" if config.lr_decay else rates
-
-
-def listed(blocks):
-    """blocks 13 to 25, or blocks 1, 3, 4"""
-    consecutive = blocks == list(range(blocks[0], blocks[-1] + 1))
-    if consecutive and len(blocks) > 2:
-        return f"blocks {blocks[0]} to {blocks[-1]}"
-    return f"blocks {', '.join(map(str, blocks))}"
-
-
 def adapter_names(config, rank="rank-", lr="lr-"):
     """What tells adapters apart, as their folders do: rank-16, lr-5e-05; "" for a single one."""
     names = []
@@ -177,8 +159,6 @@ def adapter_names(config, rank="rank-", lr="lr-"):
     return names
 
 
-# ---- Files ---------------------------------------------------------------------------------------
-
 def save(model, run, adapters):
     """Writes the adapters -> the folder of each: the run's, or one inside it for each."""
     config, folders = run.config, []
@@ -191,21 +171,3 @@ def save(model, run, adapters):
             save_adapter(model, folder / "adapter", base_model)
         folders.append(folder)
     return folders
-
-
-def write_results(run, results):
-    """results.json; for several adapters one in each folder, beside its own config.json."""
-    config = run.config
-    first, *others = results.values()
-    if not others:
-        run.finish(first)
-        return
-    if run.writes:
-        for variant, folder in zip(config.variants, results):
-            write_json(folder / "config.json", {**variant.to_json(), "versions": versions()})
-            write_json(folder / "results.json", results[folder])
-
-    shared = ("eval_tokens", "train_tokens", "tokens_per_second", "seconds")
-    kinds = ["ranks"] * (len(config.rank) > 1) + ["rates"] * (len(config.rates) > 1)
-    named = dict(zip(adapter_names(config, "", ""), results.values()))
-    run.finish({" and ".join(kinds): named, **{name: first[name] for name in shared}})

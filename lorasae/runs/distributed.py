@@ -22,7 +22,6 @@ from lorasae.adapt import ALONE, World
 from lorasae.errors import InputError
 
 JOIN_TIMEOUT = timedelta(seconds=45)                    # how long processes wait at the start
-START = "start all of them with torchrun --nproc-per-node N train.py ..., or unset WORLD_SIZE"
 RESUME = "--resume RUN_DIR continues from the last checkpoint"
 
 
@@ -31,49 +30,48 @@ def local(device):
     try:
         found = torch.device(device)
     except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda", "mps"):
+        found = torch.device("meta")                    # which is refused below
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if found.type not in there:
         raise InputError(f"--device {device} is not supported: pass cpu, cuda, cuda:1 or mps")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA "
+    if (found.index or 0) >= there[found.type]:
+        raise InputError(f"--device {device}: PyTorch sees {there[found.type]:d} {found.type} "
                          "devices, counted from 0; pass --device cpu, or another number")
-    if found.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps: PyTorch sees no Apple GPU; pass --device cpu")
     if found.type == "cuda" and dist.is_initialized():
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return found
 
 
-def start(device):
-    """Joins the processes that torchrun started; raises InputError if some do not come."""
-    device, size = local(device), from_torchrun("WORLD_SIZE", 1)
-    if size == 1 or dist.is_initialized():
-        return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"error: stopped by SIGTERM; {RESUME}"))
-    rank = from_torchrun("RANK")
-    if device.type == "cuda":
-        torch.cuda.set_device(from_torchrun("LOCAL_RANK"))
+def start(config):
+    """Joins the processes that torchrun started; raises InputError if some do not come.
 
-    # torch would wait for minutes: the processes meet in a store of their own first.
+    Each takes its share of a step's sequences, which must be one.
+    """
+    device = local(config.device)
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-        store.set(f"here/{rank}", "yes")
-        store.wait([f"here/{other}" for other in range(size)], JOIN_TIMEOUT)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"the {size} processes of this run did not meet within "
-                         f"{JOIN_TIMEOUT.seconds} s ({error}): {START}") from None
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size > 1 and not dist.is_initialized():
+            meet(device, size)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the processes of this run did not meet within {JOIN_TIMEOUT.seconds} s ({error}): "
+            "start all of them with torchrun --nproc-per-node N train.py ..., or unset WORLD_SIZE"
+            ) from None
+    share(range(config.batch_size), world())
+
+
+def meet(device, size):
+    """Joins the other processes: torch would wait for minutes, so they meet in a store first."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"error: stopped by SIGTERM; {RESUME}"))
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+    store.set(f"here/{rank}", "yes")
+    store.wait([f"here/{other}" for other in range(size)], JOIN_TIMEOUT)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
-
-
-def from_torchrun(name, default=None):
-    """A whole number that torchrun leaves in the environment of its processes."""
-    text = str(os.environ.get(name, default))
-    if not text.isdecimal():
-        raise InputError(f"WORLD_SIZE is set, but {name} is {text}: {START}")
-    return int(text)
 
 
 def stop():
@@ -109,6 +107,8 @@ def share(batch, world):
     return batch[world.number * size:(world.number + 1) * size]
 
 
+# ---- Messages ------------------------------------------------------------------------------------
+
 @contextmanager
 def others_may_end():
     """Ends this process in one line if a message to the others fails: one of them has ended."""
@@ -143,40 +143,42 @@ def differentiable_sum(value):
     return value + others
 
 
-def portion(batches, model):
+def agree(value):
+    """Process 0's value."""
+    return gather(value)[0]
+
+
+def gather(value):
+    """[the value of each process]"""
+    if count() == 1:
+        return [value]
+    values = [None] * count()
+    with others_may_end():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def portion(batches, whole):
     """This process's consecutive part of what is to be evaluated, so that `merge` keeps the order.
 
-    All of it if the model is sharded: then all processes compute together.
+    whole: all of it, as the blocks of a model that is sharded are run by all processes together.
     """
-    if sharded(model):
+    if whole:
         return batches
     begin, end = (len(batches) * part // count() for part in (number(), number() + 1))
     return batches[begin:end]
 
 
-def merge(nest, model):
+def merge(nest, whole):
     """What the portions found, a nest of dicts of lists: each list joined over the processes."""
-    if count() == 1 or sharded(model):
-        return nest
-    nests = [None] * count()
-    with others_may_end():
-        dist.all_gather_object(nests, nest)
-
     def join(parts):
         if isinstance(parts[0], dict):
             return {key: join([part[key] for part in parts]) for key in parts[0]}
         return sum(parts, [])
-    return join(nests)
+    return nest if whole else join(gather(nest))
 
 
-def agree(value):
-    """Process 0's value."""
-    box = [value]
-    if count() > 1:
-        with others_may_end():
-            dist.broadcast_object_list(box)
-    return box[0]
-
+# ---- Models that no process holds whole ----------------------------------------------------------
 
 def shard(model, device):
     """Spreads a model's frozen blocks over the processes and moves the rest to `device`.
@@ -186,7 +188,7 @@ def shard(model, device):
     weight by the module that owns it. Returns the model.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard      # imported lazily: it takes a second
     from torch.distributed.tensor import DTensor
     if count() == 1:
         raise InputError("--shard spreads a model over several processes: start them with "
@@ -199,11 +201,3 @@ def shard(model, device):
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device)
     return model
-
-
-def sharded(model):
-    """Whether `shard` has spread this model: then all processes must run its blocks together."""
-    if count() == 1:
-        return False
-    from torch.distributed.tensor import DTensor        # imported lazily: it takes a second
-    return any(isinstance(parameter, DTensor) for parameter in model.layers.parameters())

@@ -2,24 +2,29 @@
 
 Works without a network for presets, and for a device that is not there.
 """
+import math
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants
+from tqdm import tqdm
 
 from lorasae.adapt import blocks_to_adapt
 from lorasae.errors import InputError
-from lorasae.io import hub, saes, text
+from lorasae.io import hub, text
 from lorasae.io.console import note
 from lorasae.io.files import DTYPES, read_json
 from lorasae.io.models import load_config
+from lorasae.io.saes import check_fits, describe
 from lorasae.lora import lora_parameters
 from lorasae.model import Transformer
 from lorasae.objectives import CHUNK_ELEMENTS
-from lorasae.runs.adapting import listed, new_adapters, training_rates
-from lorasae.runs.config import SCRATCH, joined, latents_to_train
+from lorasae.runs import training
+from lorasae.runs.adapting import new_adapters
+from lorasae.runs.config import SCRATCH, latents_of, read_config
 from lorasae.runs.folder import RUNS
 from lorasae.runs.sae_training import resolved
 from lorasae.runs.setting import check_context, sae_sources
@@ -32,92 +37,79 @@ TRAINED = 4 * FP32                                      # a number, its gradient
 def dry_run(config):
     """Prints the plan of a run; refuses what the run itself would refuse."""
     model_config = load_config(config.model, offline=True)
-    with torch.device("meta"):
-        model = Transformer(model_config)
-    frozen = size_of(model.parameters())
     check_context(config, model_config)
-    if config.method in SCRATCH:
-        config = resolved(config, model_config)
     if config.data not in text.NAMED:
         text.files(config.data)                         # InputError if there is no such text
 
     # What would be fetched, and what the SAEs are.
-    files, kinds = hub.model_plan(config.model), {}
-    shapes = [(KINDS.get(config.method, TopK), config.width)] * (config.method in SCRATCH)
-    which = {"width": config.width, "l0": config.l0}
+    files, shapes = hub.model_plan(config.model), {}
+    if config.method in SCRATCH:
+        config = resolved(config, model_config)
+        shapes[config.layer[0]] = KINDS.get(config.method, TopK), config.width
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
-        of_sae = hub.sae_plan(source, layer=layer, **which)
+        which = {"layer": layer, "width": config.width, "l0": config.l0}
+        of_sae = hub.sae_plan(source, **which)
         files += of_sae
         if all(file.cached for file in of_sae):
-            kind, width, d_model = saes.describe(source, layer=layer, **which,
-                                                 llama_scope=config.llama_scope)
-            saes.check_fits(d_model, model_config.hidden_size)
+            kind, width, d_model = describe(source, **which)
+            check_fits(d_model, model_config.hidden_size)
         else:                                           # the paper's public SAEs are JumpReLUs
             kind, width = JumpReLU, expected_latents(config, of_sae, model_config)
-        kinds[layer] = kind
-        shapes.append((kind, width))
+        shapes[layer] = kind, width
+
+    # What would train.
+    with torch.device("meta"):
+        model = Transformer(model_config).requires_grad_(False)
+        saes = {layer: kind(model_config.hidden_size, width)
+                for layer, (kind, width) in shapes.items()}
+    of_model = training.size_of(model.parameters())
+    of_saes = sum(training.size_of(sae.parameters()) for sae in saes.values())
+    trained, blocks = of_saes * config.trains_sae, []
+    if config.method == "lora":
+        blocks = blocks_to_adapt(config.adapt, saes, len(model.layers))
+        adapters = new_adapters(model, blocks, config)
+        trained += sum(training.size_of(lora_parameters(own)) for own in adapters)
+
+    # What it would hold in memory.
+    widths = [width for _, width in shapes.values()]
+    parts = memory(model_config, config, widths)
+    parts |= {
+        "model": DTYPES[config.dtype].itemsize * of_model,
+        "frozen SAEs": DTYPES[config.sae_dtype].itemsize * of_saes * (not config.trains_sae),
+        "trained": TRAINED * trained}
+    total = sum(parts.values())
+
+    # The table.
     missing = [file for file in files if not file.cached]
     for file in missing:
         print(f"fetch {in_words(file.bytes):>9}  {file.repo}/{file.path}")
-
-    # What would train.
-    blocks, adapters = [], []
-    if config.method == "lora":
-        blocks = blocks_to_adapt(config.adapt, kinds, len(model.layers))
-        adapters = new_adapters(model, blocks, config)
-    with torch.device("meta"):
-        meta = [kind(model_config.hidden_size, width) for kind, width in shapes]
-    widths = [width for _, width in shapes]
-    sae_numbers = sum(size_of(sae.parameters()) for sae in meta)
-    trained = sum(size_of(lora_parameters(own)) for own in adapters)
-    trained += sae_numbers * config.trains_sae
-
     to_fetch, in_all = (in_words(sum(file.bytes for file in some)) for some in (missing, files))
-    rows = {"to fetch": f"{to_fetch} of {in_all}; free disk {in_words(free_disk())}"}
-    if blocks:
-        rows["recipe"] = (f"{config.recipe}: {config.optimizer} at {training_rates(config)}, "
-                          f"dropout {config.dropout:g}")
-        rows["adapters"] = (f"rank {joined(config.rank)} on {', '.join(config.targets)} of "
-                            f"{listed(blocks)}")
-    active = f", L0 {config.l0:g}" if config.l0 else ""
-    rows |= {
-        "SAE": f"{', '.join(f'{width:,}' for width in widths)} latents at the output of block "
-               f"{joined(config.layer)}{active}",
-        "trainable": f"{trained:,} parameters, {trained / frozen:.2%} of {frozen:,}",
+    training.show({
+        "to fetch": f"{to_fetch} of {in_all}; free disk {in_words(free_disk())}",
+        **training.what_trains(config, model, saes, blocks, trained),
         "text": config.data + ", streamed" * (config.data in text.NAMED),
-        "steps": f"{config.steps:,} of {config.batch_size} x {config.context} tokens, "
-                 f"{config.trained_tokens:,} in all",
-        "time": time_at_hand(config)}
-
-    # What it would hold in memory.
-    parts = memory(model_config, config, blocks, widths)
-    parts |= {
-        "model": DTYPES[config.dtype].itemsize * frozen,
-        "frozen SAEs": DTYPES[config.sae_dtype].itemsize * sae_numbers * (not config.trains_sae),
-        "trained": TRAINED * trained}
-    total = sum(parts.values())
-    rows["memory"] = (f"about {in_words(total)} on {config.device}, beside Python's 0.5 GB; the "
-                      f"model is {config.dtype}")
-    rows |= {f"  {name}": in_words(bytes) for name, bytes in parts.items() if bytes}
-    print("\n".join(f"{name:16}{value}" for name, value in rows.items()))
+        "time": time_at_hand(config),
+        "memory": f"about {in_words(total)} on {config.device}, beside Python's 0.5 GB; the model "
+                  f"is {config.dtype}",
+        **{f"  {name}": in_words(bytes) for name, bytes in parts.items() if bytes}})
     room = memory_of(config.device)
-    if room is not None and total > room:
+    if total > room:
         note(f"warning: {config.device} has {in_words(room)}: lower --micro-batch, --context or "
              "--ahead, pass --dtype bfloat16, or spread the model with torchrun and --shard")
 
 
-def size_of(parameters):
-    return sum(parameter.numel() for parameter in parameters)
+def in_words(bytes):
+    return tqdm.format_sizeof(bytes, "B")               # 10.5GB
 
 
 def expected_latents(config, files, model_config):
     """The latents of an SAE that is still to be fetched: by its name, else by its size in bf16."""
     if config.width is not None:
-        return latents_to_train(config.width)
+        return latents_of(config.width)
     return sum(file.bytes for file in files) // (4 * model_config.hidden_size) // 1024 * 1024
 
 
-def memory(model_config, config, blocks, widths):
+def memory(model_config, config, widths):
     """Bytes that pass through, to about a third: {part: bytes}.
 
     Backward keeps, of every block from the SAE on, its norms' inputs in fp32, the products of
@@ -144,39 +136,28 @@ def time_at_hand(config):
     """The time of a run, from the speed of the newest one in runs/ of this model and method."""
     same = ("model", "method", "context", "batch_size", "device")
     for path in sorted(RUNS.glob("*/results.json"), key=os.path.getmtime, reverse=True):
-        try:
-            earlier = dict(read_json(path.parent / "config.json"))
-            rate = read_json(path)["tokens_per_second"]
-        except (InputError, OSError, ValueError, TypeError, KeyError):
-            continue                                    # no run of ours: its speed says nothing
-        if all(earlier.get(name) == getattr(config, name) for name in same):
-            minutes = config.trained_tokens / rate / 60
-            return f"about {minutes:,.0f} minutes, at the {rate:,.0f} tokens/s of {path.parent}"
+        with suppress(InputError, OSError, KeyError, TypeError):        # no run of ours
+            earlier, rate = read_config(path.parent), read_json(path)["tokens_per_second"]
+            if all(getattr(earlier, name) == getattr(config, name) for name in same):
+                minutes = config.trained_tokens / rate / 60
+                return f"about {minutes:,.0f} minutes, at the {rate:,.0f} tokens/s of {path.parent}"
     return "unknown: no earlier run of this model and method is in runs/"
 
 
 def free_disk():
     """Bytes left where the Hub's cache is, or will be."""
-    place = Path(constants.HF_HUB_CACHE)
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    return shutil.disk_usage(there).free
 
 
 def memory_of(device):
-    """Bytes of memory that a device has, within the container's limit; None if unknown."""
-    if device.startswith("cuda"):
-        there = torch.cuda.is_available()
-        return torch.cuda.get_device_properties(device).total_memory if there else None
-    if not hasattr(os, "sysconf"):                      # Windows
-        return None
-    limit = Path("/sys/fs/cgroup/memory.max")
-    in_container = limit.read_text().strip() if limit.exists() else "max"
+    """Bytes of memory that a device has, within the container's limit; infinity if unknown."""
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.startswith("cuda") or not hasattr(os, "sysconf"):         # not here; Windows
+        return math.inf
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return room if in_container == "max" else min(room, int(in_container))
-
-
-def in_words(bytes):
-    if bytes >= 1e9:
-        return f"{bytes / 1e9:,.1f} GB"
-    return f"{bytes / 1e6:,.0f} MB" if bytes >= 1e6 else f"{bytes / 1e3:,.0f} kB"
+    with suppress(OSError, ValueError):                 # there is no limit, or no such file
+        room = min(room, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return room

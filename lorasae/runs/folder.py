@@ -5,14 +5,13 @@ its last checkpoint and, resumed, ends where the uninterrupted one would have: p
 optimiser come from the checkpoint; the text and the random numbers of a step follow from its
 number. With several processes (distributed.py) the first does all the writing.
 """
+import itertools
 import json
 import math
 import platform
 import shutil
-import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from lorasae.errors import InputError
 from lorasae.io.console import note, progress_line
 from lorasae.io.files import first_line, read_metrics, whole, write_bytes, write_json
 from lorasae.runs import distributed
-from lorasae.runs.config import read_config
 
 LOG_EVERY = 10                          # steps per metrics line: reading values waits for the GPU
 CHECKPOINT_SECONDS = 60                 # a large checkpoint takes seconds to write
@@ -56,24 +54,17 @@ class Run:
             folder, made = (Path(folder), missing(folder)) if folder else new_folder(config)
         run = cls(distributed.agree(folder), config)
         run.made = made
-        if not run.writes:
-            return run
-        found = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
-        if "config.json" in found and "results.json" not in found:
-            raise InputError(f"{folder} already holds a run: pass another --out, or --resume "
-                             f"{folder} alone to continue that run")
-        if found - {".lock"}:
-            raise InputError(f"{folder} already holds files: pass another --out")
-        run.claim()
+        if run.writes:
+            found = {path.name for path in run.folder.glob("*")} - {".lock"}
+            if found:
+                raise InputError(f"{folder} already holds files: pass another --out (a run in it "
+                                 f"goes on with --resume {folder} alone)")
+            run.claim()
         return run
 
     @classmethod
-    def resume(cls, folder, device=None):
-        """The run that `folder` holds, to be continued, on another device if one is named."""
-        config = read_config(folder)
-        if device is not None:
-            on_gpu = device.startswith("cuda")
-            config = replace(config, device=device, compile=config.compile and on_gpu)
+    def resume(cls, folder, config):
+        """The run that `folder` holds, to be continued. config: read_config(folder)."""
         run = cls(folder, config)
         if (run.folder / "results.json").exists():
             raise InputError(f"{folder} is a finished run: there is nothing to resume "
@@ -95,18 +86,21 @@ class Run:
         for unfinished in self.folder.rglob("*.part"):          # what a killed process was writing
             unfinished.unlink()
 
+    @property
+    def has_begun(self):
+        return (self.folder / "config.json").exists()
+
     def begin(self):
         """Writes config.json: called once everything that the run reads at first has been read."""
-        if self.writes and not (self.folder / "config.json").exists():
+        if self.writes and not self.has_begun:
             write_json(self.folder / "config.json",
                        {**self.config.to_json(), "versions": versions()})
 
     def after_interrupt(self):
         """How an interrupted run goes on, in words."""
-        if not (self.folder / "config.json").exists():
+        if not self.has_begun:
             return "interrupted: nothing was written"
-        kept = self.checkpoints()
-        step = step_of(kept[-1]) if kept else 0
+        step = max(map(step_of, self.checkpoints()), default=0)
         return (f"interrupted: python train.py --resume {self.folder} goes on from step {step:,} "
                 f"of {self.config.steps:,}")
 
@@ -119,11 +113,9 @@ class Run:
         """Releases the lock. If the run never began, nothing of it stays."""
         if self.lock is None:
             return
-        begun = (self.folder / "config.json").exists()
-        if not begun:
-            shutil.rmtree(self.folder / "text", ignore_errors=True)
         self.lock.release()
-        if not begun:
+        if not self.has_begun:
+            shutil.rmtree(self.folder / "text", ignore_errors=True)
             (self.folder / ".lock").unlink(missing_ok=True)
             with suppress(OSError):                     # something of the user's is in it
                 for folder in self.made:
@@ -134,21 +126,20 @@ class Run:
     def restore(self, tensors, optimizer):
         """Loads the newest whole checkpoint into tensors and optimiser -> steps done."""
         state = self.newest_checkpoint()
-        if state is None:
-            self.drop_metrics_after(0)
-            return 0
-
-        if [tensor.shape for tensor in tensors] != [saved.shape for saved in state["parameters"]]:
-            raise InputError(f"{self.folder}/checkpoint belongs to another run: its tensors have "
-                             "other shapes than this one's")
-        with torch.no_grad():
-            for tensor, saved in zip(tensors, state["parameters"]):
-                tensor.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        self.seconds = state["seconds"]
-        self.drop_metrics_after(state["step"])
-        progress_line(f"resuming at step {state['step']:,} of {self.config.steps:,}")
-        return state["step"]
+        step = 0
+        if state is not None:
+            step, parameters = state["step"], state["parameters"]
+            if [tensor.shape for tensor in tensors] != [saved.shape for saved in parameters]:
+                raise InputError(f"{self.folder}/checkpoint belongs to another run: its tensors "
+                                 "have other shapes than this one's")
+            with torch.no_grad():
+                for tensor, saved in zip(tensors, parameters):
+                    tensor.copy_(saved)
+            optimizer.load_state_dict(state["optimizer"])
+            self.seconds = state["seconds"]
+            progress_line(f"resuming at step {step:,} of {self.config.steps:,}")
+        self.drop_metrics_after(step)
+        return step
 
     def newest_checkpoint(self):
         """The state in the newest checkpoint that is whole; None if there is none."""
@@ -209,21 +200,21 @@ class Run:
 
         Without a terminal, a line reports every tenth of the way instead.
         """
-        steps, terminal = self.config.steps, sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True,
-                        disable=not (self.writes and terminal))
+        steps = self.config.steps
+        on_terminal_only = None                         # what tqdm calls this
         self.saved = time.perf_counter()
         self.started = self.saved - self.seconds
-        for step in range(start, steps):
-            yield step
-            self.bar.update()
-            if self.writes and not terminal and ends_a_tenth(step + 1, steps):
-                seconds = time.perf_counter() - self.started
-                left = (steps - step - 1) * seconds / (step + 1)
-                progress_line(f"{(step + 1) / steps:4.0%}  step {step + 1:,} of {steps:,}  "
-                              f"{self.latest}{left:,.0f} s left")
-        self.flush()
-        self.bar.close()
+        with tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True,
+                  disable=on_terminal_only if self.writes else True) as self.bar:
+            for step in range(start, steps):
+                yield step
+                self.bar.update()
+                if self.writes and self.bar.disable and ends_a_tenth(step + 1, steps):
+                    done = (step + 1) / steps
+                    left = (1 / done - 1) * (time.perf_counter() - self.started)
+                    progress_line(f"{done:4.0%}  step {step + 1:,} of {steps:,}  {self.latest}"
+                                  f"{left:,.0f} s left")
+            self.flush()
 
     def log(self, step, values):
         """Keeps a step's values (numbers or 0-dim tensors); writes them every LOG_EVERY steps."""
@@ -236,19 +227,22 @@ class Run:
         self.seconds = time.perf_counter() - self.started
         if not self.pending:
             return
-        rows = [(step, {name: float(value) for name, value in values.items()})
-                for step, values in self.pending]
-        self.pending = []
-        for step, values in rows:
+        columns = {}
+        for step, values in self.pending:
             for name, value in values.items():
+                value = float(value)
                 if not math.isfinite(value):
-                    self.stop_diverged(name, value, step)
+                    kept = self.checkpoints() or ["none yet"]
+                    raise InputError(
+                        f"{name} became {value} at step {step}: start again with a lower --lr or "
+                        f"--dtype float32; the last good checkpoint is {kept[-1]}")
+                columns.setdefault(name, []).append(value)
+        self.pending = []
 
-        last_step, names = rows[-1][0], rows[0][1]
-        means = {name: sum(values[name] for _, values in rows) / len(rows) for name in names}
-        tokens = last_step * self.config.tokens_per_step
+        means = {name: sum(column) / len(column) for name, column in columns.items()}
+        tokens = step * self.config.tokens_per_step
         rate = tokens / self.seconds
-        line = {"step": last_step, "tokens": tokens, **means, "tokens_per_second": rate,
+        line = {"step": step, "tokens": tokens, **means, "tokens_per_second": rate,
                 "seconds": self.seconds}
         if self.writes:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -258,19 +252,12 @@ class Run:
         self.latest = f"{name} {value:.4f}, {rate:,.0f} tok/s  "
         self.bar.set_postfix_str(self.latest.strip())
 
-    def stop_diverged(self, name, value, step):
-        kept = self.checkpoints()
-        raise InputError(f"{name} became {value} at step {step}: start again with a lower --lr or "
-                         "--dtype float32; the last good checkpoint is "
-                         f"{kept[-1] if kept else 'none yet'}")
-
     def drop_metrics_after(self, step):
         """Drops the lines of steps that will be taken again, and a half-written one."""
         path = self.folder / "metrics.jsonl"
-        if not self.writes or not path.exists():
-            return
-        kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
-        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        if self.writes and path.exists():
+            kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+            write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -286,15 +273,13 @@ def ends_a_tenth(step, steps):
 
 def new_folder(config):
     """Makes runs/MODEL-METHOD, or the first free one of -2, -3, ... -> (path, folders made)."""
-    name, number = f"{Path(config.model).name}-{config.method}", 1
-    while True:
+    name = f"{Path(config.model).name}-{config.method}"
+    for number in itertools.count(1):
         folder = RUNS / (name if number == 1 else f"{name}-{number}")
         made = missing(folder)
-        try:
+        with suppress(FileExistsError):                 # also if another run makes it right now
             folder.mkdir(parents=True)
             return folder, made
-        except FileExistsError:                         # also if another run makes it right now
-            number += 1
 
 
 def missing(folder):

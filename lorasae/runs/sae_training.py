@@ -5,6 +5,7 @@
                                                     percent, step, tokens, and seconds of training
     RUN_DIR/results.json                            CE and KL with the SAE spliced in; FVU, L0,
                                                     dead latents
+    RUN_DIR/sequences.json                          CE and KL of every held-out sequence
 """
 from dataclasses import replace
 
@@ -13,12 +14,10 @@ import torch
 from lorasae import dictionary
 from lorasae.adapt import ALONE
 from lorasae.errors import InputError
-from lorasae.evals import fidelity
-from lorasae.io.console import progress_line
 from lorasae.io.files import write_json
 from lorasae.io.saes import save_sae
 from lorasae.runs import distributed, training
-from lorasae.runs.config import BY_K
+from lorasae.runs.config import BY_K, latents_of
 from lorasae.runs.folder import ends_a_tenth
 from lorasae.runs.setting import sae_sources
 
@@ -29,7 +28,7 @@ def resolved(config, model_config):
     Raises InputError for an SAE that cannot be trained.
     """
     sae_sources(config, model_config.num_hidden_layers)         # checks the layer
-    width = config.width or 8 * model_config.hidden_size
+    width = latents_of(config.width or 8 * model_config.hidden_size)
     by_k = config.method in BY_K
     active = config.k if by_k else config.l0
     if active >= width + by_k:                          # all of them are possible with k
@@ -48,17 +47,18 @@ def train_sae(setting, run):
     torch.manual_seed(config.seed)
     sae = dictionary.new_sae(
         config.method, model.config.hidden_size, config.width, config.k).to(model.device)
-    active = f"k {config.k}" if config.method in BY_K else f"L0 {config.l0:g}"
-    progress_line(f"training an SAE ({config.method}, {active}) of {config.width:,} latents on "
-                  f"block {layer} of {config.model}: {config.steps:,} steps of "
-                  f"{config.batch_size} x {config.context} tokens")
+    size = training.size_of(sae.parameters())
+    training.show(training.what_trains(config, model, {layer: sae}, [], size))
 
-    world = distributed.world()
-    kind = SAETraining(model, sae, layer, config, run, setting.text.first(config.batch_size), world)
+    first = setting.text.first(config.batch_size)
+    kind = SAETraining(model, sae, layer, config, run, first, distributed.world())
     run.begin()
-    training.train(run, kind, setting.text, world)
+    training.train(run, kind, setting.text)
     keep(run, sae, config.steps)
-    results = {**measure(setting, sae), **training.cost(run, setting)}
+
+    found = training.evaluate(setting, {layer: sae}, ("base", "sae"))
+    results = {**training.results_of(found, setting, run, run.folder),
+               **numbers_of(found, setting, sae)}
     run.finish(results)
     return results
 
@@ -106,13 +106,6 @@ def keep(run, sae, step):
     tokens = step * config.tokens_per_step
     write_json(folder / "training.json",
                {"percent": percent, "step": step, "tokens": tokens, "seconds": run.seconds})
-
-
-def measure(setting, sae):
-    """What splicing the SAE in costs on the held-out text: fidelity.summary and `numbers_of`."""
-    results = training.evaluate(setting, {setting.config.layer[0]: sae}, ("base", "sae"))
-    summary = fidelity.summary(results, setting.text.documents)
-    return {**summary, **numbers_of(results, setting, sae)}
 
 
 def numbers_of(results, setting, sae):

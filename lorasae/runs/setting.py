@@ -15,7 +15,7 @@ from lorasae.io.shards import Text, open_held_out
 from lorasae.model import Transformer
 from lorasae.runs import distributed
 from lorasae.runs.adapting import adapter_names
-from lorasae.runs.config import AROUND_SAE, Config, joined, read_config
+from lorasae.runs.config import SCRATCH, Config, joined, read_config
 from lorasae.runs.training import same_model
 
 
@@ -63,11 +63,8 @@ def load_saes(config, model_config, device):
     saes = {}
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
         saes[layer] = load_sae(source, layer=layer, width=config.width, l0=config.l0,
-                               dtype=config.sae_dtype, device=device,
-                               llama_scope=config.llama_scope)
+                               dtype=config.sae_dtype, device=device)
         check_fits(saes[layer].W_enc.shape[1], model_config.hidden_size)
-    if not saes and config.method in AROUND_SAE:
-        raise InputError("--sae names no SAE: pass the one that the model is to be adapted to")
     return saes
 
 
@@ -79,8 +76,9 @@ def sae_sources(config, depth):
             raise InputError(f"--layer {layer} is out of range: {config.model} has blocks 0 to "
                              f"{depth - 1}")
     if len(sources) == 1:
-        sources = sources * len(layers)
-    if len(sources) not in (0, len(layers)):
+        sources *= len(layers)
+    needed = sources or config.method not in SCRATCH    # one that is trained has no source yet
+    if needed and len(sources) != len(layers):
         raise InputError(f"--sae names {len(sources)} SAEs for --layer {joined(layers)}: pass one "
                          "source for all, or one per layer")
     return list(zip(layers, sources))
@@ -89,11 +87,11 @@ def sae_sources(config, depth):
 # ---- Finished runs -------------------------------------------------------------------------------
 
 def runs_in(folder):
-    """The runs in a folder: one per adapter if several trained in one pass, else the folder."""
+    """The folders of a finished run: one for each adapter if several trained, else its own."""
     names = adapter_names(read_config(folder))
-    if len(names) > 1 and not (folder / "results.json").exists():
+    if not (folder / "results.json").exists():
         raise InputError(f"{folder} is not finished: python train.py --resume {folder} goes on")
-    return [Path(folder) / name for name in names]
+    return [folder / name for name in names]
 
 
 def open_run(folder, device=None):
@@ -101,16 +99,7 @@ def open_run(folder, device=None):
 
     Held-out text is read from RUN_DIR/text/, or from that of the run which trained several.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    device = device or config.device
-    config = replace(config, device=device, shard=False,
-                     compile=config.compile and device.startswith("cuda"))
-    products = ["adapter"] * (config.method == "lora") + ["sae"] * config.trains_sae
-    for product in products:
-        if not (folder / product).is_dir():
-            raise InputError(f"{folder} has no {product} yet: finish the run with python train.py "
-                             f"--resume {folder}")
+    config = replace(read_config(folder, device), shard=False)
     if config.trains_sae:
         config = replace(config, sae=(str((folder / "sae").resolve()),))
 

@@ -1,7 +1,8 @@
-"""The training loop, around four kinds of step, and what is measured before and after it.
+"""The training loop, around four kinds of step, and what is said and measured before and after it.
 
 A kind of step has
-    .model, .tensors, .optimizer        what trains: a checkpoint holds tensors and optimiser
+    .model, .config, .world             the frozen model; the processes that share every batch
+    .tensors, .optimizer                what trains: a checkpoint holds both
     .frozen(tokens)                     the frozen model's part of a step, a NamedTuple of [B, ...]
     .step(part, step)                   one optimiser step -> {name: value} for metrics.jsonl
     .after(step)                        saves what it keeps after this step, if anything
@@ -15,32 +16,33 @@ from pathlib import Path
 
 import torch
 
-from lorasae.adapt import ALONE, compiled_blocks, step_seed
+from lorasae.adapt import compiled_blocks, step_seed
 from lorasae.evals import fidelity
-from lorasae.evals.common import percent
+from lorasae.evals.report import percent
 from lorasae.io.console import note, progress_line
 from lorasae.io.presets import preset
 from lorasae.runs import distributed
+from lorasae.runs.config import BY_K, joined
 
 QUICK_TOKENS = 4096                                     # held-out, looked at before training
 
 
-def train(run, kind, text, world=ALONE):
+def train(run, kind, text):
     """Takes a run's steps, from its last checkpoint on."""
-    config, model = run.config, kind.model
+    config, model = kind.config, kind.model
 
     # Restore what trains. Text and random numbers follow from the number of the step.
     start = run.restore(kind.tensors, kind.optimizer)
     model.train()
     with compiled_blocks(model) if config.compile else nullcontext():
-        parts = frozen_parts(kind, text.batch, config, start, world)
+        parts = frozen_parts(kind, text.batch, start)
         for step in run.progress(start):
 
             # The next batch and the frozen model's part of it, computed ahead of its step.
             part = next(parts)
 
             # One step. Its dropout masks are drawn again if the step is repeated.
-            torch.manual_seed(step_seed(config.seed, step, world.number))
+            torch.manual_seed(step_seed(config.seed, step, kind.world.number))
             values = kind.step(part, step)
 
             # Log, and let the kind save what it keeps.
@@ -56,7 +58,7 @@ def train(run, kind, text, world=ALONE):
 
 
 @torch.no_grad()
-def frozen_parts(kind, batch, config, start, world=ALONE):
+def frozen_parts(kind, batch, start):
     """Yields kind.frozen of every step's batch, from step `start` on; batch: step -> tokens [B, T].
 
     The frozen part of a step depends on nothing that trains, so it may be computed for several
@@ -64,27 +66,68 @@ def frozen_parts(kind, batch, config, start, world=ALONE):
     A resumed run forms the same groups, so its products are the same to the bit. Each of several
     processes computes its share of every batch.
     """
+    config, world, device = kind.config, kind.world, kind.model.device
     at_once = max(config.ahead, config.micro_batch)
     share = config.batch_size // world.count            # this process's sequences per step
     group = max(1, at_once // share)                    # steps that are computed together
     for begin in range(start - start % group, config.steps, group):
-        tokens = [distributed.share(batch(step), world) for step in range(begin, begin + group)]
-        found = [kind.frozen(some) for some in torch.cat(tokens).split(at_once)]
+        batches = [distributed.share(batch(step), world) for step in range(begin, begin + group)]
+        tokens = torch.cat(batches)
+        if device.type == "cuda":
+            tokens = tokens.pin_memory().to(device, non_blocking=True)
+        found = [kind.frozen(some) for some in tokens.split(at_once)]
         columns = [None if column[0] is None else torch.cat(column) for column in zip(*found)]
         for step in range(max(begin, start), begin + group):
             rows = slice((step - begin) * share, (step - begin + 1) * share)
             yield type(found[0])(*(None if column is None else column[rows] for column in columns))
 
 
-# ---- Measuring -----------------------------------------------------------------------------------
+# ---- What a run is about to do -------------------------------------------------------------------
 
-def evaluate(setting, saes, settings):
-    """fidelity.measure on the held-out text, each process on its portion of it."""
-    model, held_out = setting.model, setting.text.held_out
-    progress_line(f"measuring {', '.join(settings)} on {held_out.numel():,} held-out tokens")
-    batches = held_out.split(setting.config.eval_batch)
-    return fidelity.measure(model, saes, distributed.portion(batches, model), settings,
-                            gather=lambda found: distributed.merge(found, model))
+def listed(blocks):
+    """13 to 25, or 1 3 4"""
+    consecutive = blocks == list(range(blocks[0], blocks[-1] + 1))
+    return f"{blocks[0]} to {blocks[-1]}" if consecutive and len(blocks) > 2 else joined(blocks)
+
+
+def what_trains(config, model, saes, blocks, trained):
+    """A run in words, {name: value}.
+
+    saes: {layer: SAE}. blocks: the numbers of those with adapters. trained: how many numbers train.
+    """
+    rows = {}
+    if blocks:
+        rates = joined(config.rates) + ", falling to 0" * config.lr_decay
+        rows["recipe"] = (f"{config.recipe}: {config.optimizer} at {rates}, dropout "
+                          f"{config.dropout:g}")
+        rows["adapters"] = (f"rank {joined(config.rank)} on {joined(config.targets)} of blocks "
+                            f"{listed(blocks)}")
+
+    latents = ", ".join(f"{len(sae.W_enc):,}" for sae in saes.values())
+    rows["SAE"] = f"{latents} latents at the output of block {joined(saes)}"
+    if config.method in BY_K:
+        rows["SAE"] += f", k {config.k}"
+    elif config.l0:
+        rows["SAE"] += f", L0 {config.l0:g}"
+    if config.trains_sae:
+        rate = config.sae_lr if config.train_sae else config.lr
+        rows["SAE"] += f", trained by {config.mode} at {rate:g}"
+
+    size = size_of(frozen for frozen in model.parameters() if not frozen.requires_grad)
+    rows["trainable"] = f"{trained:,} parameters, {trained / size:.2%} of {config.model}'s {size:,}"
+    rows["steps"] = (f"{config.steps:,} of {config.batch_size} x {config.context} tokens, "
+                     f"{config.trained_tokens:,} in all")
+    return rows
+
+
+def size_of(tensors):
+    """How many numbers they hold."""
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def show(rows):
+    """Prints {name: value}, a line each."""
+    progress_line("\n".join(f"{name:16}{value}" for name, value in rows.items()))
 
 
 def look_before(setting):
@@ -121,6 +164,25 @@ def same_model(name, model):
     return not name or Path(name).name.lower() in last_parts
 
 
+# ---- Measuring -----------------------------------------------------------------------------------
+
+def evaluate(setting, saes, settings):
+    """fidelity.measure on the held-out text, each process on its portion of it."""
+    config, held_out = setting.config, setting.text.held_out
+    progress_line(f"measuring {', '.join(settings)} on {held_out.numel():,} held-out tokens")
+    batches = distributed.portion(held_out.split(config.eval_batch), config.shard)
+    return fidelity.measure(setting.model, saes, batches, settings,
+                            gather=lambda found: distributed.merge(found, config.shard))
+
+
+def results_of(found, setting, run, folder):
+    """What a run found with `evaluate` and what that cost; writes folder/sequences.json."""
+    documents = setting.text.documents
+    if run.writes:
+        fidelity.write_sequences(folder, found, documents)
+    return {**fidelity.summary(found, documents), **cost(run, setting)}
+
+
 def cost(run, setting):
     """What a run's results cost."""
     tokens = run.config.trained_tokens
@@ -135,7 +197,7 @@ def cost(run, setting):
 
 def peak_memory_bytes(device):
     """The most memory that the run has held, on its GPU or in its process; None if unknown."""
-    if torch.device(device).type == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(distributed.local(device))
     return resident("VmHWM") if sys.platform == "linux" else None
 

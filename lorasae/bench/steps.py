@@ -1,0 +1,157 @@
+"""Steps of train.py.
+
+    python -m lorasae.bench step        the LoRA step beside two peers (peers.py), five ranks in one
+                                        pass beside five runs, FLOPs
+    python -m lorasae.bench headline    the step of `train.py --model gemma-2-2b` in detail
+    python -m lorasae.bench sae         training an SAE, frozen model included
+"""
+from functools import partial
+
+import torch
+from torch import nn
+
+from lorasae import dictionary
+from lorasae.bench.race import matmul_peak, race, speed, synchronise
+from lorasae.bench.workloads import (
+    REAL, TINY, as_compiled, cases_for, config_for, flops_per_token, random_setting, take_steps)
+from lorasae.io.adapters import adapter_state
+from lorasae.io.console import note
+from lorasae.lora import attach_lora, detach_lora
+from lorasae.runs.adapting import Adapting, new_adapters
+from lorasae.runs.sae_training import SAETraining
+
+
+def bench_step(device, quick):
+    """The step beside its peers, five ranks in one pass beside five runs, and FLOPs."""
+    cases = cases_for(device, quick)
+    for name, case in cases.items():
+        peak = matmul_peak(device, case.dtype)
+        tolerance = 1e-3 if case.dtype == torch.float32 else 0.05       # bf16: of the loss only
+        rows = race(f"LoRA step, {name}", partial(lora_contenders, case), device, quick, tolerance)
+        yield [with_rates(row, case, peak) for row in rows]
+
+    name, case = next(iter(cases.items()))
+    yield race(f"five ranks, {name}", partial(sweep_contenders, case), device, quick)
+    yield [flops_row(name, case) for name, case in (TINY if quick else REAL).items()]
+
+
+def bench_headline(device, quick):
+    """Speed, memory and launches of the headline's step. On a GPU, a warning names every place that
+    waits for it. In the end, the kernels that take most of the time.
+    """
+    name, case = next(iter(cases_for(device, quick).items()))
+    peak = matmul_peak(device, case.dtype)
+    step = Ours(case, *random_setting(case, device), (case.rank,), dropout=0.1)
+    row = speed(f"headline step, {name}", step, device, step.tokens.numel())
+    if device == "cuda":
+        row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        torch.cuda.set_sync_debug_mode("warn")
+        step()
+        torch.cuda.set_sync_debug_mode("default")
+
+    with torch.profiler.profile() as profile:
+        step()
+        synchronise(device)
+    kernels = profile.key_averages()
+    launches = sum(event.count for event in kernels if "LaunchKernel" in event.key)
+    row["launches_per_step"] = launches * case.batch / case.ahead
+    yield [with_rates(row, case, peak)]
+    print(kernels.table(sort_by=f"self_{device}_time_total", row_limit=20), flush=True)
+
+
+def bench_sae(device, quick):
+    """A TopK, a JumpReLU and an end-to-end SAE on the headline's model."""
+    case = next(iter(cases_for(device, quick).values()))
+    model, _, tokens = random_setting(case, device)
+    D, M = case.config.hidden_size, case.width
+    for method in ("topk", "jumprelu", "e2e"):
+        config = config_for(case, device, method=method, lr=1e-4, l0=64)
+        sae = dictionary.new_sae(method, D, M, config.k).to(device)
+        kind = SAETraining(model, sae, case.layer, config, None, tokens[:case.batch])
+        run = partial(take_steps, kind, tokens)
+        yield [speed(f"SAE training, {method}, D {D} M {M}", run, device, tokens.numel())]
+
+
+# ---- What a step takes ---------------------------------------------------------------------------
+
+def with_rates(row, case, peak):
+    """A row of calls with tokens per second, GFLOPs per token and the part of the `peak` FLOP/s."""
+    flops = sum(flops_per_token(case, recipe=not row["contender"].startswith("lorasae")))
+    rate = case.ahead * case.context / (row["ms"] / 1e3)
+    return {**row, "tokens_per_s": rate, "gflop_per_token": flops / 1e9,
+            "utilisation": flops * rate / peak}
+
+
+def flops_row(name, case):
+    """GFLOPs of a step per token: the published recipe's, ours, and ours of five adapters in one
+    pass, which can gain about `five_gain` in time over five runs.
+    """
+    recipe = sum(flops_per_token(case, recipe=True))
+    shared, own = flops_per_token(case)
+    ours, of_five = shared + own, shared / 5 + own
+    return {"what": "GFLOPs per token", "model": name, "recipe": recipe / 1e9, "ours": ours / 1e9,
+            "ratio": ours / recipe, "each_of_five": of_five / 1e9, "five_gain": ours / of_five}
+
+
+# ---- The contenders ------------------------------------------------------------------------------
+
+class Ours:
+    """Calling it takes `ahead / batch` steps of train.py, with adapters of all `ranks` in one pass.
+
+    Its answer: the loss of the first step, without dropout, and its gradients.
+    """
+
+    def __init__(self, case, model, sae, tokens, ranks, dropout=0.0):
+        config = config_for(case, tokens.device.type, rank=ranks, dropout=dropout)
+        detach_lora(model)                              # those of another contender
+        self.tokens, self.adapters = tokens, new_adapters(model, case.blocks, config)
+        for own in self.adapters:
+            torch.manual_seed(1)
+            for module in own.values():                 # off zero, so that they change something
+                nn.init.normal_(module.lora_B.weight, std=0.1 / module.lora_B.in_features)
+        self.kind = Adapting(model, {case.layer: sae}, self.adapters, config)
+
+    def __call__(self):
+        attach_lora(self.kind.model, self.adapters[0])
+        take_steps(self.kind, self.tokens)
+
+    def answer(self):
+        kind = self.kind
+        attach_lora(kind.model, self.adapters[0]).eval()
+        batch = self.tokens[:kind.config.batch_size].cpu()
+        with as_compiled(kind):
+            losses, _ = kind.losses(kind.frozen(batch))
+        loss = losses.sum() / len(batch)
+        return [loss.detach(), *torch.autograd.grad(loss, kind.tensors)]
+
+
+def lora_contenders(case, device):
+    """The same model, SAE, adapters and tokens for all. Without transformers or peft, only ours."""
+    model, sae, tokens = random_setting(case, device)
+    weights = model.state_dict()
+    ours = partial(Ours, case, model, sae, tokens, (case.rank,))
+    plain = ours()
+    contenders = {}
+    try:
+        from lorasae.bench.peers import Peer, attention_name
+        peer = partial(Peer, case, weights, adapter_state(model), sae, tokens)
+        contenders["official"] = peer(tuned=False)
+        contenders[f"tuned, {attention_name(case.config, device)}"] = peer(tuned=True)
+    except ModuleNotFoundError as missing:
+        note(f"without the peers: {missing} (pip install transformers peft)")
+    contenders["lorasae, dropout 0.1"] = ours(dropout=0.1)
+    contenders["lorasae"] = plain
+    return contenders
+
+
+def sweep_contenders(case, device):
+    """Adapters of five ranks. tests/test_sweep.py shows that each is trained as if alone."""
+    setting, ranks = random_setting(case, device), (1, 2, 4, 8, 32)
+    runs = [Ours(case, *setting, (rank,)) for rank in ranks]
+
+    def in_turn():
+        for run in runs:
+            run()
+        return []
+
+    return {"five runs": in_turn, "lorasae": Ours(case, *setting, ranks)}

@@ -1,0 +1,73 @@
+"""What SCR and TPP share: do a few latents carry a concept, and no other? (§5.1, A.2, Tables 3, 6)
+
+Linear probes learn concepts from a text's mean residual stream. A latent's effect on probe w is
+
+    effect_i = (mean_positive z_i - mean_negative z_i) · (W_dec,i · w)
+
+on training texts. The n latents with the largest effects are ablated on test texts:
+
+    x' = x - Σ_i z_i W_dec,i
+
+at every token; the SAE's error stays. (The paper's A.2 says the opposite, that all but these
+latents are ablated; the published code ablates these.) Probes see means over tokens and ablating is
+linear, so the means are enough. SAEBench also ablates what an SAE finds in its padding of zeros
+(evals/scr_and_tpp/main.py, ablated_precomputed_activations); here padding does not count.
+"""
+from functools import partial
+
+import torch
+
+from lorasae.evals import saebench
+from lorasae.evals.probes import hold_out, train_probes
+from lorasae.evals.report import zero_line
+
+BATCH, LEAST_STEPS = 16, 2000                           # SAEBench's 4,000 texts make 5,000 steps
+THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)               # how many latents are ablated
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01, fused=True)
+
+
+def labels(name):
+    """The rows that both have in Tables 3 and 6."""
+    by_threshold = {f"top_{n}": f"{name} @{n}" for n in THRESHOLDS}
+    return {"max": f"{name}, maximum", "average": f"{name}, average", **by_threshold}
+
+
+def concept_probes(features, task, seed):
+    """Probes as SAEBench trains them: AdamW, 0.001 · ‖w‖₁, 20 epochs or more.
+
+    The batch decides how much of a spurious correlation a probe picks up. Small data sets get more
+    epochs: at this rate a few hundred steps leave a probe close to its random start.
+    """
+    part, held = hold_out(task, seed)
+    steps_per_epoch = -(-part.rows.shape[1] // BATCH)
+    epochs = max(20, LEAST_STEPS // steps_per_epoch)
+    return train_probes(features, part, held, optimizer=ADAMW, batch=BATCH, epochs=epochs, l1=1e-3,
+                        seed=seed)
+
+
+def strongest(effects, n):
+    """The indices of the n largest effects [M], or of all that are not zero."""
+    n = min(n, int((effects != 0).sum()))
+    return effects.topk(n).indices
+
+
+def ablate(sae, means, latents):
+    """The mean residual [N, D] of Means with some latents at zero."""
+    return means.residual - means.latents[:, latents] @ sae.W_dec[latents].float()
+
+
+def summary(setting, labelled, seeds, found):
+    """What an evaluation returns, with Table 3's maximum and average over thresholds."""
+    values = saebench.over_sets(found)
+    for metrics in values.values():
+        by_threshold = torch.stack([metrics[f"top_{n}"] for n in THRESHOLDS])
+        metrics["max"] = by_threshold.amax(0)
+        metrics["average"] = by_threshold.mean(0)
+    return saebench.summary(setting, labelled, seeds, found, values)
+
+
+def draw(numbers, figure, title):
+    """The score of both models against the number of ablated latents."""
+    axes = saebench.curves(numbers, figure, THRESHOLDS, {"top": ""}, title=title,
+                           xlabel="ablated latents, n", ylabel="score")
+    zero_line(axes)

@@ -1,0 +1,68 @@
+"""Texts as the SAE reads them: batches of tokens, and the means of a text.
+
+The SAE only reads the residual stream x at the output of its block; nothing is spliced in.
+
+Shapes: N texts, B of them at a time, T tokens, D d_model, M latents.
+"""
+from typing import NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+LENGTH = 128                                            # tokens per text with BOS: SAEBench's
+BATCH = 16                                              # texts at a time
+
+
+class Cut(NamedTuple):
+    """Labelled texts, {class: [str]}, to train and to test on; no text is on both sides.
+
+    All classes have equally many texts. For SCR there are four quadrants instead of classes, of any
+    size: (class, attribute) in the order (P, m), (P, f), (N, m), (N, f).
+    """
+    train: dict
+    test: dict
+
+
+class Means(NamedTuple):
+    """Each text's means over its tokens, fp32. BOS and EOS do not count."""
+    residual: torch.Tensor                              # [N, D]
+    latents: torch.Tensor                               # [N, M]
+
+
+def tokenise(text, classes):
+    """{class: [str]} -> a list of token ids for each string, at most LENGTH with BOS.
+
+    text: the run's text, for its tokenizer.
+    """
+    strings = [string for of_class in classes.values() for string in of_class]
+    encodings = text.tokenizer.encode_batch(strings, add_special_tokens=False)
+    return [[text.bos, *encoding.ids[:LENGTH - 1]] for encoding in encodings]
+
+
+@torch.no_grad()
+def residuals(model, layer, rows):
+    """Yields (which rows, tokens [B, T], x [B, T, D]) until all rows of token ids have been read.
+
+    Rows of about the same length go together. They are padded with EOS on the right, where a
+    causal model does not see it.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), BATCH):
+        chosen = order[start:start + BATCH]
+        tensors = [torch.tensor(rows[i]) for i in chosen]
+        tokens = pad_sequence(tensors, True, model.config.eos_token_id).to(model.device)
+        yield chosen, tokens, model.run(model.embed(tokens), 0, layer + 1)
+
+
+@torch.no_grad()
+def read_means(model, sae, layer, rows):
+    """The Means of rows of token ids, on the model's device."""
+    residual = torch.empty(len(rows), sae.W_dec.shape[1], device=model.device)
+    latents = torch.empty(len(rows), len(sae.W_dec), device=model.device)
+    for chosen, tokens, x in residuals(model, layer, rows):
+        counted = ~model.special(tokens)
+        weights = counted / counted.sum(1, keepdim=True).clamp(min=1)
+        weights = weights[:, None]                                              # [B, 1, T]
+        residual[chosen] = (weights @ x.float()).squeeze(1)
+        latents[chosen] = (weights @ sae.encode(x).float()).squeeze(1)
+    return Means(residual, latents)

@@ -1,0 +1,151 @@
+"""What a part of the paper comes to: rows, tables, and claims that decide themselves by one rule.
+
+Every case of a claim is an Estimate, whose interval covers 90 %. A case
+
+    agrees          if its mean lies beyond the claim's threshold by more than half its interval
+    differs         if it lies as far on the other side
+    within noise    if it lies nearer to the threshold
+    no interval     if it has none: a single seed, too few documents, nothing to divide by
+
+A claim takes the verdict of more than half of its cases, or else is "mixed". Nothing is pooled over
+models, points or latents: those are cases.
+
+Numbers are plain values, kept as JSON, in which an Estimate is the list [mean, half, over].
+"""
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lorasae.evals.common import Estimate, over
+from lorasae.evals.report import Table, with_interval
+
+VERDICTS = ("agrees", "differs", "within noise", "no interval", "mixed")
+OF_SEVERAL = {"agrees": "agree", "differs": "differ"}
+
+
+class Part(NamedTuple):
+    """Some figures and tables of the paper."""
+    name: str                           # of numbers/NAME.json
+    title: str
+    figures: tuple                      # names for --only: "fig3", "table1"
+    about: Callable                     # study -> a paragraph: definition, budgets, recipe, seeds
+    trainings: Callable                 # study -> [Training]; those of their SAEs are understood
+    measure: Callable                   # study -> numbers; reads files only
+    tables: Callable                    # numbers -> [Table]
+    claims: Callable                    # numbers -> [Claim]
+    draw: Callable                      # numbers, figure
+    caption: str                        # of the picture: what its error bars are
+    evaluations: Callable = lambda study: []    # study -> [Evaluation]
+
+
+# ---- Claims --------------------------------------------------------------------------------------
+
+@dataclass
+class Claim:
+    """One claim of the paper: ours lies above a threshold, or below it."""
+    figure: str                         # such as "Fig. 3"
+    says: str
+    paper: str                          # what the paper reports, in words
+    cases: dict                         # {name: Estimate, or the list that it is in JSON}
+    threshold: float = 0.0
+    larger: bool = True                 # False: ours lies below the threshold
+    paper_values: tuple = ()            # the paper's numbers, in the same unit
+    form: str = "+.3f"
+    unit: str = "nats"
+
+    def __post_init__(self):
+        self.cases = {name: Estimate(*found) for name, found in self.cases.items()}
+
+    def verdict_of(self, name):
+        """The verdict of one case."""
+        mean, half, _ = self.cases[name]
+        if mean is None or half is None:
+            return "no interval"
+        if abs(mean - self.threshold) <= half:
+            return "within noise"
+        return "agrees" if (mean > self.threshold) == self.larger else "differs"
+
+    @property
+    def counts(self):
+        """{verdict: number of cases}, in the order of VERDICTS."""
+        found = Counter(map(self.verdict_of, self.cases))
+        return {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
+
+    @property
+    def verdict(self):
+        for verdict, count in self.counts.items():
+            if 2 * count > len(self.cases):
+                return verdict
+        return "mixed" if self.cases else "no interval"
+
+    @property
+    def ours(self):
+        """What was found, in words: a value, or "11 of 13 agree, 2 within noise"."""
+        if len(self.cases) == 1:
+            (mean, half, what), = self.cases.values()
+            value = with_interval(mean, half, self.form)
+            return f"{value} {self.unit} ({what})" if value else what
+        words = [f"{count} {OF_SEVERAL.get(verdict, verdict)}"
+                 for verdict, count in self.counts.items()]
+        return ", ".join(words).replace(" ", f" of {len(self.cases)} ", 1)
+
+
+def by_chance(claims):
+    """(cases that have an interval, how many of them would differ by chance if nothing were there).
+
+    As many would agree by chance: a 90 % interval misses on either side one time in twenty.
+    """
+    tested = 0
+    for claim in claims:
+        tested += len(claim.cases) - claim.counts.get("no interval", 0)
+    return tested, tested / 20
+
+
+def table_of_claims(claims):
+    """A Table with a row for each claim."""
+    rows = [[f"{claim.figure}: {claim.says}", claim.paper, claim.ours, claim.verdict]
+            for claim in claims]
+    return Table("What the paper claims, and what was found (± 90 %)",
+                 ["claim", "paper", "ours", "verdict"], rows)
+
+
+# ---- Estimates and rows --------------------------------------------------------------------------
+
+def over_seeds(estimates):
+    """The Estimate over seeds, from one of each seed.
+
+    From a single seed, or if all seeds find the same, it is the first one as it is.
+    """
+    means = [mean for mean, *_ in estimates]
+    if len(set(means)) == 1:
+        return Estimate(*estimates[0])
+    if None in means:
+        return Estimate(None, None, "not defined for every seed")
+    return over(means, "seeds")
+
+
+def cell(estimate, form=".4f"):
+    """An Estimate, or the list that it is in JSON, as a cell of a table."""
+    mean, half, what = estimate
+    return what if mean is None else with_interval(mean, half, form)
+
+
+def intervals(estimates):
+    """What the intervals of Estimates are over, in words, and which have none."""
+    words = {f"{'no interval' if half is None else '± 90 %'} over {what}": None
+             for mean, half, what in estimates if mean is not None}
+    return ", ".join(words)
+
+
+def where(rows, **values):
+    """The rows that have these values."""
+    return [row for row in rows if values.items() <= row.items()]
+
+
+def group(rows, name):
+    """{value: the rows that have it}, in the order of the rows."""
+    found = {}
+    for row in rows:
+        found.setdefault(row[name], []).append(row)
+    return found
