@@ -28,9 +28,8 @@ from lorasae.evals import fidelity
 from lorasae.evals.report import print_tables
 from lorasae.io.adapters import load_adapter
 from lorasae.io.console import Parser, one_line_errors, progress_line
-from lorasae.io.files import read_json
 from lorasae.io.hub import model_files
-from lorasae.io.models import copy_beside_weights, load_model, save_model
+from lorasae.io.models import copy_beside_weights, load_model, save_model, text_config
 from lorasae.lora import merge_lora
 from lorasae.runs import distributed
 from lorasae.runs.adapting import adapt_model
@@ -113,8 +112,7 @@ def merge(folder):
         raise InputError(f"{target} already exists: remove it to merge again")
 
     model = load_adapter(load_model(config.model, dtype=config.dtype), folder / "adapter")
-    save_model(merge_lora(model), target,
-               config=read_json(model_files(config.model) / "config.json"))
+    save_model(merge_lora(model), target, config=text_config(model_files(config.model)))
     copy_beside_weights(config.model, target)
     print(f"{target}/ is the adapted model, without its SAE, as "
           "transformers.AutoModelForCausalLM loads it")

@@ -83,10 +83,13 @@ class FrozenPart(NamedTuple):
 def first_differing(model, saes):
     """The first block that can differ between base and adapted model.
 
-    The blocks before it run once, for both.
+    The blocks before it run once, for both. The SAE of an MLP lies inside its block.
     """
-    after_saes = [layer + 1 for layer in saes]
-    return min(blocks_with_adapters(model) + after_saes, default=len(model.layers))
+    first = blocks_with_adapters(model)
+    for layer, sae in saes.items():
+        inside = getattr(sae, "site", "resid") == "mlp"
+        first.append(layer if inside else layer + 1)
+    return min(first, default=len(model.layers))
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ the file is those kernels, and the cache of keys and values for generating text.
 Shapes: B batch, T query positions, S key positions (S >= T; the queries are the last T), H heads,
 G key-value heads, C head_dim, D d_model.
 """
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,10 +23,11 @@ from lorasae.objectives import capped
 class Attention(nn.Module):
     """Grouped-query attention: softmax(cap(q kᵀ scale)) v with rotary q and k.
 
-    softcap and window are optional.
+    softcap and window are optional. head_norm: makes a norm over the C numbers of a head, one for
+    the queries and one for the keys (Gemma 3).
     """
 
-    def __init__(self, config, layer, scale, softcap=None, window=None):
+    def __init__(self, config, layer, scale, softcap=None, window=None, head_norm=None):
         super().__init__()
         D, C = config.hidden_size, config.head_dim
         queries = config.num_attention_heads * C
@@ -36,6 +36,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(D, keys, bias=False)
         self.v_proj = Linear(D, keys, bias=False)
         self.o_proj = Linear(queries, D, bias=False)
+        self.q_norm = head_norm() if head_norm else None
+        self.k_norm = head_norm() if head_norm else None
         self.layer = layer
         self.head_dim = C
         self.scale = scale
@@ -47,8 +49,12 @@ class Attention(nn.Module):
         k = rearrange(self.k_proj(x), "b t (g c) -> b g t c", c=self.head_dim)
         v = rearrange(self.v_proj(x), "b t (g c) -> b g t c", c=self.head_dim)
 
-        q = rotate(q, positions.rotary)
-        k = rotate(k, positions.rotary)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        rotary = positions.rotary if self.window is None else positions.local_rotary
+        q = rotate(q, rotary)
+        k = rotate(k, rotary)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
 
@@ -77,42 +83,37 @@ class MLP(nn.Module):
 class Positions(NamedTuple):
     """What a block needs to know about the positions of its input."""
     rotary: tuple                       # cos and sin, [T, C] each
+    local_rotary: tuple                 # those of blocks with a window, which Gemma 3 sets apart
     masks: dict                         # {window: FlexAttention's mask}; mostly empty
 
 
 def positions(config, start, x):
     """The Positions start .. start + T - 1 of x [B, T, D]."""
-    T = x.shape[1]
-    numbers = torch.arange(start, start + T, device=x.device)
     frequencies = rotary_frequencies(
         config.head_dim, config.rope_theta, config.rope_scaling, x.device)
-
-    # Both halves of C turn by the same angles.
-    angles = numbers.float()[:, None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    cos = angles.cos().to(x.dtype)
-    sin = angles.sin().to(x.dtype)
-    return Positions((cos, sin), flex_masks(config, x))
+    rotary = local = rotary_table(frequencies, start, x)
+    if config.local_rope_theta is not None:
+        frequencies = rotary_frequencies(config.head_dim, config.local_rope_theta, None, x.device)
+        local = rotary_table(frequencies, start, x)
+    return Positions(rotary, local, flex_masks(config, x))
 
 
 def rotary_frequencies(head_dim, theta, scaling=None, device=None):
     """θ^(-2i/C) radians per position, [C/2], in fp32: bf16 would turn late positions wrongly.
 
-    `scaling` (Llama-3, a RopeScaling) divides the frequencies whose wavelength exceeds the old
-    context by `factor`, leaves the short ones alone and interpolates between. It applies at every
-    length, short prompts included.
+    scaling: a RopeScaling or LinearScaling (family.py).
     """
     even = torch.arange(0, head_dim, 2, device=device, dtype=torch.int64)
     frequencies = 1.0 / theta ** (even.float() / head_dim)
-    if scaling is None:
-        return frequencies
+    return frequencies if scaling is None else scaling.scaled(frequencies)
 
-    # Full turns within the original context: few of them are stretched, many are left alone.
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    wavelengths = 2 * math.pi / frequencies
-    turns = scaling.original_max_position_embeddings / wavelengths
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)         # 0: divided by `factor`, 1: kept
-    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+def rotary_table(frequencies, start, x):
+    """cos and sin of the angles at positions start .. start + T - 1 of x [B, T, D], [T, C] each."""
+    numbers = torch.arange(start, start + x.shape[1], device=x.device)
+    angles = numbers.float()[:, None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)        # both halves of C turn by the same
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
 def rotate(x, rotary):
@@ -268,14 +269,16 @@ def flex_attention(q, k, v, scale, softcap, mask):
 
 
 def flex_masks(config, x):
-    """{window: mask} for x [B, T, D]: empty, but for soft-capped models on CUDA."""
-    if not x.is_cuda or config.attn_logit_softcapping is None:
+    """{window: mask} for x [B, T, D]: of soft-capped blocks, and of windows that bind, on CUDA."""
+    if not x.is_cuda:
         return {}
 
-    T = x.shape[1]
-    windows = [None]
-    if config.sliding_window < T:
-        windows.append(config.sliding_window)
+    T, window = x.shape[1], config.sliding_window
+    windows = []
+    if config.attn_logit_softcapping is not None:
+        windows.append(None)
+    if window is not None and window < T:
+        windows.append(window)
     return {window: flex_mask(T, window, x.device) for window in windows}
 
 

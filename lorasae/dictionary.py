@@ -23,7 +23,7 @@ from torch import nn
 
 from lorasae import topk
 from lorasae.adapt import ALONE, FrozenPart, frozen_forward, objective
-from lorasae.sae import KINDS, START_L0, splice, used_positions
+from lorasae.sae import KINDS, START_L0, left_alone, norms, splice, used_positions
 
 WARMUP = 1000           # steps from 0 to the full rate; at most a tenth of the run
 AUX_WEIGHT = 1 / 32     # of AuxK beside the FVU (Gao et al. 2024)
@@ -58,14 +58,13 @@ def aux_loss(e_hat, x_hat, x, world=ALONE):
 
 # ---- The start -----------------------------------------------------------------------------------
 
-def new_sae(method, d_model, width, k):
+def new_sae(method, d_model, width, k, on_special=None):
     """A fresh SAE: W_enc uniform in ±1/√D and W_dec its rows at norm 1; `begin` does the rest.
 
-    End to end, a TopK trains, as in the paper. A TopK trains on BOS and EOS positions too; a
-    JumpReLU leaves them alone, as Gemma Scope does.
+    End to end, a TopK trains, as in the paper.
     """
     kind = "topk" if method == "e2e" else method
-    sae = KINDS[kind](d_model, width, k)
+    sae = KINDS[kind](d_model, width, k, on_special=on_special)
     bound = d_model ** -0.5
     nn.init.uniform_(sae.W_enc, -bound, bound)
     sae.W_dec.data = F.normalize(sae.W_enc.detach(), dim=1)
@@ -81,12 +80,19 @@ class Training(NamedTuple):
 
 @torch.no_grad()
 def begin(sae, seen, config):
-    """Fits the biases of a fresh SAE to its first Observation -> Training.
+    """Fits a fresh SAE to its first Observation -> Training.
+
+    config.max_norm bounds the norms that it trains on, in units of their median. A few positions
+    draw attention to themselves (BOS above all), with norms of up to 200 times the others': their
+    squares would be 99.9 % of the variance to explain.
 
     JumpReLU's rates are meant for activations of rms norm 1. Adam ignores the scale of a gradient,
     so on raw activations it is enough to multiply the rates of biases and thresholds by `unit`.
     """
-    x = seen.x[seen.used].float()
+    if config.max_norm:
+        ordinary = norms(seen.x)[~seen.special]
+        sae.max_norm = config.max_norm * ordinary.median().item()
+    x = seen.x[used_positions(sae, seen.x, seen.special)].float()
     sae.start(x, config.l0)
 
     matrices = [sae.W_enc, sae.W_dec]
@@ -106,7 +112,7 @@ def begin(sae, seen, config):
 class Observation(NamedTuple):
     """Outputs of the frozen model that one step uses."""
     x: torch.Tensor                             # [B, T, D] output of the SAE's block
-    used: torch.Tensor                          # [B, T] bool: the positions the SAE is trained on
+    special: torch.Tensor                       # [B, T] bool: BOS and EOS positions
     target: torch.Tensor | None = None          # [B, T, D] end to end: final hidden state
 
 
@@ -114,12 +120,11 @@ class Observation(NamedTuple):
 def observe(model, sae, layer, tokens, end_to_end):
     """Runs the frozen model: tokens [B, T] -> Observation."""
     tokens = tokens.to(model.device, non_blocking=True)
-    used = used_positions(sae, model.special(tokens))
     if end_to_end:
         part = frozen_forward(model, {}, tokens, layer + 1)
-        return Observation(part.x, used, part.target)
-    x = model.run(model.embed(tokens), 0, layer + 1)                    # and no further
-    return Observation(x, used)
+        return Observation(part.x, part.special, part.target)
+    x = model.read(tokens, sae, layer)                                  # and no further
+    return Observation(x, model.special(tokens))
 
 
 class InTraining:
@@ -129,22 +134,25 @@ class InTraining:
     [N, D], `fired` [M] and `active` tell the losses what happened.
     """
 
-    def __init__(self, sae, used, bandwidth):
+    def __init__(self, sae, special, bandwidth):
         self.sae = sae
-        self.used = used
+        self.special = special
         self.bandwidth = bandwidth
-        self.on_special = True                  # splice leaves BOS and EOS to this class
+        self.site = sae.site
+        self.after_norm = sae.after_norm
+        self.on_special = True                  # splice leaves all positions to this class
 
     def __call__(self, x):
-        everywhere = self.sae.on_special
-        rows = x.flatten(0, 1) if everywhere else x[self.used]
+        spared = left_alone(self.sae, x, self.special)
+        everywhere = spared is None
+        rows = x.flatten(0, 1) if everywhere else x[~spared]
         self.x = rows.float()
 
         made = self.sae.training_step(self.x, self.bandwidth)
         self.x_hat, self.fired, self.active = made
         if everywhere:
             return self.x_hat.view_as(x)
-        return x.index_put((self.used,), self.x_hat.to(x.dtype))
+        return x.index_put((~spared,), self.x_hat.to(x.dtype))
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -159,7 +167,7 @@ def take_step(model, sae, layer, seen, step, training, config, world=ALONE):
 
     # The reconstruction takes the place of the activation.
     unit = training.optimizer.param_groups[1]["unit"]
-    stand_in = InTraining(sae, seen.used, BANDWIDTH * unit)
+    stand_in = InTraining(sae, seen.special, BANDWIDTH * unit)
     spliced = splice(seen.x, stand_in)
     x = stand_in.x
     x_hat = stand_in.x_hat
@@ -186,7 +194,8 @@ def take_step(model, sae, layer, seen, step, training, config, world=ALONE):
         e_hat = topk.aux_decode(
             read, sae.W_enc, sae.b_enc, sae.W_dec, dead, half)
         loss = loss + AUX_WEIGHT * aux_loss(e_hat, x_hat, x, world)
-    values |= {"l0": l0.detach(), "dead": dead.float().mean()}
+    everywhere = world.sum(x.new_full((), seen.special.numel()))
+    values |= {"l0": l0.detach(), "dead": dead.float().mean(), "left_out": 1 - tokens / everywhere}
 
     # The gradient, clipped.
     loss.backward()

@@ -4,6 +4,7 @@ Each function takes the file's Fields (io/files.py), whose `take` returns a chec
 must be there; other keys have the default that transformers gives them, family by family. Values
 that would change the arithmetic in a way that is not implemented are refused.
 """
+import math
 from dataclasses import dataclass
 
 from lorasae.errors import InputError
@@ -11,11 +12,33 @@ from lorasae.errors import InputError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's scaling of the rotary frequencies (attention.py)."""
+    """Llama 3's scaling of the rotary frequencies.
+
+    Those whose wavelength exceeds the original context are divided by `factor`, the short ones are
+    left alone, and those between are interpolated. It applies at every length, short prompts
+    included.
+    """
     factor: float                                       # 32 in Llama-3.2-1B, 8 in Llama-3.1-8B
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def scaled(self, frequencies):
+        """frequencies [C/2], in radians per position, before and after."""
+        low, high = self.low_freq_factor, self.high_freq_factor
+        wavelengths = 2 * math.pi / frequencies
+        turns = self.original_max_position_embeddings / wavelengths
+        kept = ((turns - low) / (high - low)).clamp(0, 1)       # 0: divided by `factor`
+        return (1 - kept) * frequencies / self.factor + kept * frequencies
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Positions are divided by `factor` (Gemma 3 from 4B on: 8)."""
+    factor: float
+
+    def scaled(self, frequencies):
+        return frequencies / self.factor
 
 
 SIZES = (
@@ -61,17 +84,24 @@ def rotary(fields):
     rope = older or fields.take("rope_parameters", dict, None)      # in this order, as transformers
     if not rope:
         return theta, None
+    return rotary_table(fields, rope, theta)
+
+
+def rotary_table(fields, rope, theta):
+    """rope: the Fields of one table -> (rope_theta, its scaling or None)."""
     rope.only(partial_rotary_factor=1.0)
     theta = rope.take("rope_theta", float, None, above=0) or theta
 
-    # plain, or Llama 3's
+    # plain, divided, or Llama 3's
     kind = rope.get("rope_type") or rope.get("type")
     if kind == "default" or set(rope) <= {"rope_theta"}:
         return theta, None
+    if kind == "linear":
+        return theta, LinearScaling(rope.take("factor", float, above=0))
     if kind != "llama3":
         raise InputError(
-            f"{rope.where}: rotary scaling {str(kind)[:40]!r} is not supported, only 'llama3' or "
-            "none")
+            f"{rope.where}: rotary scaling {str(kind)[:40]!r} is not supported, only 'llama3', "
+            "'linear' or none")
     low = rope.take("low_freq_factor", float, above=0)
     positions = fields.get("max_position_embeddings", 2048)
     return theta, RopeScaling(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from lorasae import family
 from lorasae.attention import MLP, Attention
 from lorasae.errors import InputError
+from lorasae.sae import splice
 
 MODEL_TYPE, ARCHITECTURE = "gemma2", "Gemma2ForCausalLM"       # in Hugging Face's config.json
 
@@ -40,7 +41,7 @@ class Config:
     max_position_embeddings: int = 8192
     model_type: str = MODEL_TYPE
 
-    rope_scaling = None
+    rope_scaling = local_rope_theta = None
 
     def embed_scale(self, dtype):
         """√D in the model's dtype, as in training (in bf16, 27B's 67.882 becomes 68)."""
@@ -83,7 +84,7 @@ def parse(fields):
             f"{layers} in all (num_hidden_layers)")
     theta, scaling = family.rotary(fields)
     if scaling is not None:
-        raise InputError(f"{fields.where}: rotary scaling 'llama3' is not part of Gemma-2")
+        raise InputError(f"{fields.where}: rotary scaling is not part of Gemma-2")
 
     # a cap of null is none
     for key, cap in CAPS.items():
@@ -94,10 +95,10 @@ def parse(fields):
 class RMSNorm(nn.Module):
     """x / √(mean x² + ε) · (1 + w), all of it in fp32, then cast."""
 
-    def __init__(self, config):
+    def __init__(self, width, eps):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(config.hidden_size))
-        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
 
     def forward(self, x):
         scale = 1 + self.weight.float()
@@ -109,17 +110,25 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config)
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = norm()
         window = config.sliding_window if layer % 2 == 0 else None     # odd blocks see everything
         self.self_attn = Attention(
             config, layer, scale=config.query_pre_attn_scalar ** -0.5,
             softcap=config.attn_logit_softcapping, window=window)
-        self.post_attention_layernorm = RMSNorm(config)
-        self.pre_feedforward_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
         self.mlp = MLP(config, partial(F.gelu, approximate="tanh"))
-        self.post_feedforward_layernorm = RMSNorm(config)
+        self.post_feedforward_layernorm = norm()
 
-    def forward(self, x, positions, cache=None):
+    def forward(self, x, positions, cache=None, sae=None, special=None):
+        """sae: the SAE of this MLP's output, if any: Gemma Scope's read it after its last norm."""
         attended = self.self_attn(self.input_layernorm(x), positions, cache)
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        if sae is not None and not sae.after_norm:
+            y = splice(y, sae, special)
+        y = self.post_feedforward_layernorm(y)
+        if sae is not None and sae.after_norm:
+            y = splice(y, sae, special)
+        return x + y

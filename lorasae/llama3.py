@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lorasae import family
 from lorasae.attention import MLP, Attention
 from lorasae.family import RopeScaling
+from lorasae.sae import splice
 
 MODEL_TYPE, ARCHITECTURE = "llama", "LlamaForCausalLM"         # in Hugging Face's config.json
 
@@ -35,7 +36,8 @@ class Config:
     max_position_embeddings: int = 131072
     model_type: str = MODEL_TYPE
 
-    attn_logit_softcapping = final_logit_softcapping = sliding_window = None
+    attn_logit_softcapping = final_logit_softcapping = None
+    sliding_window = local_rope_theta = None
 
     def embed_scale(self, dtype):
         return 1
@@ -66,10 +68,10 @@ def parse(fields):
 class RMSNorm(nn.Module):
     """w · (x / √(mean x² + ε)): in fp32, but cast *before* the weight, unlike Gemma-2's."""
 
-    def __init__(self, config):
+    def __init__(self, width, eps):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x):
         return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
@@ -80,11 +82,15 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer, scale=config.head_dim ** -0.5)
-        self.post_attention_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, F.silu)
 
-    def forward(self, x, positions, cache=None):
+    def forward(self, x, positions, cache=None, sae=None, special=None):
+        """sae: the SAE of this MLP's output, if any."""
         x = x + self.self_attn(self.input_layernorm(x), positions, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.mlp(self.post_attention_layernorm(x))
+        if sae is not None:
+            y = splice(y, sae, special)
+        return x + y

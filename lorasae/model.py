@@ -9,15 +9,23 @@ Shapes: B batch, T tokens, D d_model, V vocabulary.
 """
 from torch import nn
 
-from lorasae import gemma2, llama3
+from lorasae import gemma2, gemma3, llama3
 from lorasae.attention import positions
 from lorasae.errors import InputError
 from lorasae.linear import Linear, linear
 from lorasae.objectives import capped
-from lorasae.sae import splice
+from lorasae.sae import StandIn, splice
 
 # A family is a module with MODEL_TYPE, ARCHITECTURE, Config, parse, Block and RMSNorm.
-FAMILIES = {family.MODEL_TYPE: family for family in (gemma2, llama3)}
+FAMILIES = {family.MODEL_TYPE: family for family in (gemma2, gemma3, llama3)}
+
+
+class Probe(StandIn):
+    """Changes nothing, and keeps what its SAE reads."""
+
+    def __call__(self, x):
+        self.x = x
+        return x
 
 
 class Transformer(nn.Module):
@@ -37,7 +45,7 @@ class Transformer(nn.Module):
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(
                 family.Block(config, layer) for layer in range(config.num_hidden_layers)),
-            "norm": family.RMSNorm(config),
+            "norm": family.RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -76,17 +84,26 @@ class Transformer(nn.Module):
     def run(self, x, start, stop, saes={}, special=None, cache=None):
         """Blocks start .. stop-1. x [B, T, D] -> [B, T, D].
 
-        saes: {layer: SAE}; the reconstruction of an SAE replaces the output of its block.
+        saes: {layer: SAE}; the reconstruction of an SAE replaces the output of its block, or of
+        the block's MLP if that is its site.
         special [B, T]: `model.special(tokens)`, needed by SAEs that were trained without BOS and
         EOS. cache: an attention.Cache to extend; x then continues the positions it holds.
         """
         begun = cache.length if cache is not None else 0
         where = positions(self.config, begun, x)
         for layer in range(start, stop):
-            x = self.layers[layer](x, where, cache)
-            if layer in saes:
-                x = splice(x, saes[layer], special)             # Eq. 5
+            sae = saes.get(layer)
+            inside = sae if getattr(sae, "site", "resid") == "mlp" else None
+            x = self.layers[layer](x, where, cache, inside, special)
+            if sae is not None and inside is None:
+                x = splice(x, sae, special)                     # Eq. 5
         return x
+
+    def read(self, tokens, sae, layer):
+        """tokens [B, T] -> what an SAE of this layer reads, [B, T, D]: see its `site`."""
+        probe = Probe(sae)
+        self.run(self.embed(tokens), 0, layer + 1, {layer: probe}, self.special(tokens))
+        return probe.x
 
     def logits(self, x):
         """Residual stream after the last block [B, T, D] -> logits [B, T, V], soft-capped if so."""

@@ -28,11 +28,15 @@ class SAE(nn.Module):
 
     W_enc, W_dec [M, D]; b_enc [M]; b_dec [D]. k: the number of active latents, for the kinds that
     fix it. on_special: whether the SAE was trained on BOS and EOS positions (None: as its kind is).
-    If not (Gemma Scope, Llama Scope), those positions keep their activation when the SAE is spliced
-    in.
+    max_norm: it was not trained on activations of a larger norm, such as attention sinks (None: on
+    all). Positions that it was not trained on keep their activation when the SAE is spliced in.
+    site: "resid", a block's output, or "mlp", what its MLP adds to the residual stream.
     """
     architecture = None                 # SAELens's name of the kind
     on_special = True
+    max_norm = None
+    site = "resid"
+    after_norm = True                   # on Gemma, whether an "mlp" comes after the MLP's last norm
     l0_is_bounded = False               # whether L0 stays below a bound, whatever the input
     centred = False                     # whether the encoder reads x - b_dec, and not x
     gates_train = False                 # whether a gradient reaches L0, for `penalty` to hold it
@@ -190,35 +194,61 @@ KINDS = {"topk": TopK, "jumprelu": JumpReLU}
 def splice(x, sae, special=None):
     """Replaces the residual stream x [B, T, D] by its reconstruction (Eq. 5).
 
-    An SAE that was trained without BOS and EOS (`on_special` False) leaves those positions,
-    special [B, T], as they are, as in the published training (utils.py:606); the published
-    benchmarks spare only position 0.
+    Positions that the SAE was not trained on stay as they are (`left_alone`). special [B, T]: BOS
+    and EOS. (So does the published training, utils.py:606; the published benchmarks spare only
+    position 0.)
 
     Any callable x -> x̂ may stand in for an SAE, here and in `model(tokens, saes)`. To change what
     is spliced, wrap the SAE: this one adds half of its error back.
 
-        class HalfError:
-            def __init__(self, sae):
-                self.sae, self.on_special = sae, sae.on_special
-
+        class HalfError(StandIn):
             def __call__(self, x):
                 x_hat = self.sae(x).to(x.dtype)
                 return x_hat + 0.5 * (x - x_hat)
 
-    A callable without `on_special` replaces every position.
+    A callable that says nothing else replaces every position of its block's output.
     """
     x_hat = sae(x).to(x.dtype)
-    if getattr(sae, "on_special", True):
+    spared = left_alone(sae, x, special)
+    if spared is None:
         return x_hat
-    if special is None:
+    return torch.where(spared[..., None], x, x_hat)
+
+
+class StandIn:
+    """Takes an SAE's place in `saes`, and is spliced where and as the SAE is."""
+
+    def __init__(self, sae):
+        self.sae = sae
+        for fact in ("on_special", "max_norm", "site", "after_norm"):
+            setattr(self, fact, getattr(sae, fact, getattr(SAE, fact)))
+
+
+def left_alone(sae, x, special):
+    """The positions of x [B, T, D] that an SAE was not trained on, bool [B, T]; None: no positions.
+
+    They are BOS and EOS, special [B, T], unless it is `on_special`; and norms beyond `max_norm`.
+    """
+    on_special = getattr(sae, "on_special", True)
+    max_norm = getattr(sae, "max_norm", None)
+    if not on_special and special is None:
         raise InputError("this SAE was trained without BOS and EOS and must leave them alone: "
                          "pass special=model.special(tokens)")
-    return torch.where(special[..., None], x, x_hat)
+    if max_norm is None:
+        return None if on_special else special
+    outliers = norms(x) > max_norm
+    return outliers if on_special else outliers | special
 
 
-def used_positions(sae, special):
-    """special [B, T] (BOS and EOS) -> bool [B, T]: the positions that this SAE is trained on."""
-    return ~special | sae.on_special
+def used_positions(sae, x, special):
+    """bool [B, T]: the positions of x [B, T, D] that this SAE is trained on."""
+    spared = left_alone(sae, x, special)
+    return torch.ones_like(special) if spared is None else ~spared
+
+
+def norms(x):
+    """The norm of each activation, fp32: x [..., D] -> [...]."""
+    return x.float().norm(dim=-1)
 
 
 # ---- The jump, and the median --------------------------------------------------------------------

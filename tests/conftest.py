@@ -36,6 +36,18 @@ LLAMA = {
         "original_max_position_embeddings": 64},
     "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "float32",
 }
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 97,
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention",
+                    "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "bos_token_id": 2, "eos_token_id": 1,
+    "pad_token_id": 0, "hidden_activation": "gelu_pytorch_tanh", "torch_dtype": "float32",
+}
 
 
 def random_weights(raw, seed=0, scale=0.2):
@@ -47,7 +59,8 @@ def random_weights(raw, seed=0, scale=0.2):
         model = Transformer(parse_config(raw, "the test"))
     weights = {}
     for name, p in model.named_parameters():
-        start = 1.0 if p.dim() == 1 else 0.0
+        of_heads = name.endswith(("q_norm.weight", "k_norm.weight"))
+        start = 1.0 if p.dim() == 1 and not of_heads else 0.0
         weights[name] = scale * torch.randn(p.shape, generator=generator) + start
     return weights
 
@@ -61,9 +74,9 @@ def write_model(folder, raw, seed=0, scale=0.2):
     return folder
 
 
-@pytest.fixture(params=["gemma2", "llama"])
+@pytest.fixture(params=["gemma2", "gemma3", "llama"])
 def raw_config(request):
-    return {"gemma2": GEMMA, "llama": LLAMA}[request.param]
+    return {"gemma2": GEMMA, "gemma3": GEMMA3, "llama": LLAMA}[request.param]
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_residuals_are_read_at_that_place(model, monkeypatch):
     monkeypatch.setattr(texts, "BATCH", 2)
     bos = model.config.bos_token_id
     prompts = [[bos, 5, 6, 7, 8, 9, 10], [bos, 11, 12, 13, 14], [bos, *[3] * 9]]
-    found = absorption.read_at_word(model, 1, Asked([], [], prompts, offset=2))
+    found = absorption.read_at_word(model, None, 1, Asked([], [], prompts, offset=2))
     for row, ids in zip(found, prompts):
         x = model.run(model.embed(torch.tensor([ids])), 0, 2)
         torch.testing.assert_close(row, x[0, -3], atol=1e-4, rtol=1e-4)

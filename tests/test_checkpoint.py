@@ -124,7 +124,7 @@ def test_a_dtype_that_is_none_is_one_line(tmp_path):
     (GEMMA, {"hidden_activation": "gelu"}, "hidden_activation is 'gelu', but should be a string"),
     (GEMMA, {"layer_types": ["full_attention"] * 4}, "must alternate sliding_attention and fu"),
     (GEMMA, {"layer_types": ["sliding_attention", "full_attention"]}, "full_attention, 4 in all"),
-    (GEMMA, {"rope_parameters": LLAMA["rope_scaling"]}, "'llama3' is not part of Gemma-2"),
+    (GEMMA, {"rope_parameters": LLAMA["rope_scaling"]}, "rotary scaling is not part of Gemma-2"),
     (LLAMA, {"num_attention_heads": 6}, "head_dim is 10.6.*, but .* need an even one"),
     (LLAMA, {"rope_scaling": {**LLAMA["rope_scaling"], "high_freq_factor": 1.0}},
      "rope_scaling: high_freq_factor is 1.0, .* above 1.0"),

@@ -9,11 +9,12 @@ from helpers import command, interrupted_after, metrics, read, refusal
 from lorasae import dictionary
 from lorasae.adapt import ALONE, World, blocks_to_adapt, naive_loss
 from lorasae.dictionary import aux_loss, fvu, new_sae, observe, schedule, target_l0
+from lorasae.evals import fidelity
 from lorasae.io.models import parse_config
 from lorasae.io.saes import load_sae
 from lorasae.model import Transformer
 from lorasae.objectives import naive_kl
-from lorasae.sae import KINDS, SAE, Jump, TopK, geometric_median
+from lorasae.sae import KINDS, SAE, Jump, TopK, geometric_median, splice, used_positions
 
 LAYER, B, T, M, K = 1, 2, 16, 128, 4
 
@@ -33,7 +34,7 @@ def fresh(method, model, seed=0):
 
 def configuration(method, steps=20, **how):
     values = dict(method=method, l0=float(K), batch_size=B, steps=steps, lr=3e-3, clip=1.0,
-                  auxk=False, dead_after=10 ** 9, compile=False)
+                  auxk=False, dead_after=10 ** 9, compile=False, max_norm=0.0)
     return SimpleNamespace(**{**values, **how})
 
 
@@ -168,7 +169,39 @@ def test_an_sae_is_not_trained_on_bos_and_eos_unless_its_kind_is(model):
     tokens[0, 5] = model.config.eos_token_id
     for method, count in (("topk", B * T), ("e2e", B * T), ("jumprelu", B * T - 3)):
         seen = observe(model, fresh(method, model), LAYER, tokens, method == "e2e")
-        assert seen.used.sum() == count and (seen.target is None) == (method != "e2e")
+        used = used_positions(fresh(method, model), seen.x, seen.special)
+        assert used.sum() == count and (seen.target is None) == (method != "e2e")
+
+
+@pytest.mark.parametrize("method", ["topk", "jumprelu", "e2e"])
+def test_attention_sinks_are_left_out_of_training_splicing_and_metrics(model, method):
+    """One position of a batch has a hundred times the norm of the others, and is not BOS."""
+    tokens = batch(model, 0)
+    loud = tokens[0, 5].item()
+    model.model["embed_tokens"].weight.data[loud] *= 300
+    sinks = tokens == loud
+    sae = fresh(method, model)
+    seen = observe(model, sae, LAYER, tokens, method == "e2e")
+    ordinary = seen.x[~seen.special].norm(dim=-1)
+    dictionary.begin(sae, seen, configuration(method, max_norm=10.0))
+    assert sae.max_norm == pytest.approx(10 * ordinary.median().item())
+    assert ordinary.max() > sae.max_norm
+
+    used = used_positions(sae, seen.x, seen.special)
+    assert not used[sinks].any() and used.sum() >= B * T - sinks.sum() - 4
+    stand_in = dictionary.InTraining(sae, seen.special, 0.1)
+    spliced = splice(seen.x, stand_in)
+    assert torch.equal(spliced[~used], seen.x[~used]) and len(stand_in.x) == used.sum()
+    in_place = splice(seen.x, sae, seen.special)
+    assert torch.equal(in_place[~used], seen.x[~used])
+    torch.testing.assert_close(spliced, in_place, rtol=1e-4, atol=1e-4)
+
+    found = fidelity.measure(model, {LAYER: sae}, [tokens], ("sae",))["sae"]
+    counted = used & ~seen.special
+    assert found["left_out"][LAYER] == pytest.approx(1 - counted.float().mean().item())
+    x, x_hat = seen.x[counted].double(), sae(seen.x[counted]).double()
+    explained = 1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    assert found["ev"][LAYER] == pytest.approx(explained.item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["topk", "jumprelu", "e2e"])
@@ -313,7 +346,8 @@ def test_a_run_reports_and_keeps_an_sae_that_a_model_is_then_adapted_to(words, t
     assert config["width"] == 96 and config["steps"] == 40
     assert read(run / "sae/training.json")["percent"] == 100
     sae = load_sae(run, layer=1)
-    assert isinstance(sae, TopK) and sae.k == 4 and len(sae.W_enc) == 96 and sae.on_special
+    assert isinstance(sae, TopK) and sae.k == 4 and len(sae.W_enc) == 96
+    assert not sae.on_special and sae.max_norm == read(run / "sae/cfg.json")["metadata"]["max_norm"]
 
     around = without_width(words("lora", "--rank", 2, "--sae", run))
     command("train", *around, "--out", tmp_path / "adapted")

@@ -295,7 +295,7 @@ def results_of(**settings):
     found = {}
     for name, losses in settings.items():
         ce, kl = (torch.tensor(values * 3, dtype=torch.float64) for values in losses)
-        found[name] = {"ce": ce, "kl": kl, "l0": {1: 8.0}, "ev": {1: 0.5}}
+        found[name] = {"ce": ce, "kl": kl, "l0": {1: 8.0}, "ev": {1: 0.5}, "left_out": {1: 0.01}}
     return found
 
 
@@ -323,7 +323,8 @@ def test_of_a_gap_that_is_not_there_no_part_is_closed(costs, said):
         base=([1, 2, 3], [0] * 3), sae=(before, [0.4] * 3), adapted=(after, [0.1] * 3)), NINE)
     assert (numbers["gap_closed"] is None) == (said == "no gap")
     assert numbers["kl_gap_closed"] == pytest.approx(0.75)
-    line, = fidelity.tables(numbers)[-1].notes
+    first, line = fidelity.tables(numbers)[-1].notes
+    assert "BOS, EOS and outliers: 1.0% of the positions" in first
     assert said in line and "KL gap closed 75.0%" in line and "too few" not in line
 
 

@@ -45,7 +45,7 @@ def prepared(model, sae, tokens):
     seen = dictionary.observe(model, sae, LAYER, tokens, end_to_end=False)
     first = finetune.first_trained(model, LAYER)
     part = frozen_forward(model, {}, tokens, first)
-    return reference_of(sae, seen.x[seen.used]), part, first
+    return reference_of(sae, seen.x[used_positions(sae, seen.x, seen.special)]), part, first
 
 
 def alone(sae, reference):
@@ -146,7 +146,7 @@ def test_in_training_an_sae_does_to_the_model_what_it_does_in_place(model, token
     sae = random_sae(kind, model.config.hidden_size)
     special = model.special(tokens)
     x = model.run(model.embed(tokens), 0, LAYER + 1)
-    stand_in = dictionary.InTraining(sae, used_positions(sae, special), 0.1)
+    stand_in = dictionary.InTraining(sae, special, 0.1)
     found = splice(x, stand_in)
     torch.testing.assert_close(found, splice(x, sae, special), rtol=1e-5, atol=1e-6)
     if not sae.on_special:

@@ -218,6 +218,7 @@ def test_texts_from_files_are_what_is_steered(setting, tmp_path):
     assert one == numbers
 
 
+@pytest.mark.parametrize("raw_config", ["gemma2", "llama"], indirect=True)
 @pytest.mark.parametrize("how, message", [
     ({"latents": [40]}, "0 to 39"), ({"latents": [-1]}, "0 to 39"),
     ({"positives": Path("file.txt")}, "needs --latents"),
@@ -227,6 +228,7 @@ def test_what_cannot_be_steered_is_one_clear_line(setting, how, message):
         steering.evaluate(setting, **how)
 
 
+@pytest.mark.parametrize("raw_config", ["gemma2", "llama"], indirect=True)
 def test_the_picture_and_the_table_show_every_latent(setting, tmp_path, capsys):
     figures = pytest.importorskip("matplotlib.figure", reason="draws the pictures")
     texts, _ = steering.windows(setting.text)

@@ -68,8 +68,8 @@ def naive_loss(model, saes, tokens, name):
     log_q = model(tokens, saes).log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
-    x = model.run(model.embed(tokens), 0, layer + 1)
-    used = used_positions(sae, model.special(tokens))
+    x = model.read(tokens, sae, layer)
+    used = used_positions(sae, x, model.special(tokens))
     mse = fvu(sae(x[used]), x[used])
     return combined(name, kl, mse)
 
@@ -171,12 +171,11 @@ def loss_of(model, trained, part, first, config, world=ALONE):
     The loss is differentiable in the adapters and in the SAE. config: objective, compile.
     """
     layer, sae, reference = trained.layer, trained.sae, trained.reference
-    used = used_positions(sae, part.special)
-    stand_in = InTraining(sae, used, reference.bandwidth)
+    stand_in = InTraining(sae, part.special, reference.bandwidth)
 
     # The adapted model, with the trainable SAE spliced in; the MSE needs nothing that comes after.
     x = part.x
-    if first == layer + 1:
+    if first == layer + 1:                              # its block is the last one of the prefix
         x = splice(x, stand_in)
     needs_logits = config.objective != "mse"
     stop = len(model.layers) if needs_logits else layer + 1
@@ -186,7 +185,7 @@ def loss_of(model, trained, part, first, config, world=ALONE):
     kl, values = None, {}
     if needs_logits:
         total, sums = objective(model, part, model.norm(x), config)
-        tokens = world.sum(total.new_full((), used.numel()))
+        tokens = world.sum(total.new_full((), part.special.numel()))
         kl = world.sum(total) / tokens
         values = {name: world.sum(value) / tokens for name, value in sums.items()}
     mse = fvu(stand_in.x_hat, stand_in.x, world)

@@ -14,6 +14,7 @@ from lorasae.errors import InputError
 from lorasae.lora import lora_parameters
 from lorasae.runs import adapting, distributed, sae_training, training
 from lorasae.runs.setting import load_saes
+from lorasae.sae import used_positions
 
 SAMPLE = 16                                             # sequences that give the activations' scale
 
@@ -82,7 +83,7 @@ class Finetuning:
         activations = []
         for tokens in sample.split(config.micro_batch):
             seen = dictionary.observe(model, sae, layer, tokens, end_to_end=False)
-            activations.append(seen.x[seen.used].float())
+            activations.append(seen.x[used_positions(sae, seen.x, seen.special)].float())
         reference = finetune.reference_of(sae, torch.cat(activations))
         self.trained = finetune.Trained(layer, sae, reference, lora_parameters(adapters))
         sae_lr = config.sae_lr if adapters else config.lr

@@ -31,7 +31,7 @@ from lorasae.evals import saebench
 from lorasae.evals.common import as_model, evaluating, interval, progress
 from lorasae.evals.probes import Task, logistic, scikit_learn, train_probes
 from lorasae.evals.report import bars
-from lorasae.evals.texts import residuals
+from lorasae.evals.texts import activations
 
 QUESTION = " has the first letter:"
 EXAMPLES = 10                           # words that are answered before the one that is asked
@@ -78,7 +78,7 @@ def evaluate(setting, words, seeds):
             asked = ask(vocabulary, setting.text, words, seed)
             for who in saebench.MODELS:
                 with as_model(setting.model, who):
-                    x = read_at_word(setting.model, layer, asked)
+                    x = read_at_word(setting.model, sae, layer, asked)
                 letters[who].append(absorption(sae, x, asked, seed))
 
     values = {}
@@ -165,10 +165,10 @@ def prompt(word, examples, rng):
     return "\n".join([*lines, f"{word}{QUESTION}"])
 
 
-def read_at_word(model, layer, asked):
+def read_at_word(model, sae, layer, asked):
     """x [N, D] fp32 at the last token of the word, for all prompts."""
     out = torch.empty(len(asked.prompts), model.head.shape[1], device=model.device)
-    for chosen, _, x in residuals(model, layer, asked.prompts):
+    for chosen, _, x in activations(model, sae, layer, asked.prompts):
         for i, row in zip(chosen, x):
             out[i] = row[len(asked.prompts[i]) - asked.offset - 1]
     return out

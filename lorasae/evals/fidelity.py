@@ -34,7 +34,7 @@ from lorasae.evals.report import Table, bars, percent, plus_minus, with_interval
 from lorasae.io.files import read_json, write_json
 from lorasae.lora import base
 from lorasae.objectives import token_losses
-from lorasae.sae import splice
+from lorasae.sae import StandIn, norms, splice
 
 SETTINGS = {
     "base": "base model",
@@ -64,12 +64,14 @@ def evaluate(setting):
 
 
 def measure(model, saes, batches, settings=("base", "sae", "adapted"), gather=lambda found: found):
-    """Runs each setting over batches of tokens [B, T] -> {setting: {"ce", "kl", "l0", "ev"}}.
+    """Runs each setting over batches of tokens [B, T] -> {setting: {"ce", "kl", "l0", "ev",
+    "left_out"}}.
 
     ce and kl: [n] fp64, the mean over each sequence. l0 (active latents) and ev (explained
     variance, 1 - Σ‖x - x̂‖² / Σ‖x - mean x‖²) of the settings with SAEs: {layer: value} over all
-    positions except BOS and EOS. gather: if several processes each take a portion of the batches,
-    joins what they found (dicts of dicts of lists).
+    positions except BOS, EOS and norms beyond the SAE's max_norm, whose share is left_out. gather:
+    if several processes each take a portion of the batches, joins what they found (dicts of dicts
+    of lists).
     """
     found = {name: {key: [] for key in ("ce", "kl", *saes)} for name in settings}
     with evaluating(model):
@@ -82,9 +84,9 @@ def measure(model, saes, batches, settings=("base", "sae", "adapted"), gather=la
     for name, parts in gather(found).items():
         results[name] = {"ce": torch.cat(parts["ce"]), "kl": torch.cat(parts["kl"])}
         if name in WITH_SAE:
-            both = {layer: l0_and_ev(sum(parts[layer])) for layer in saes}
-            results[name]["l0"] = {layer: l0 for layer, (l0, _) in both.items()}
-            results[name]["ev"] = {layer: ev for layer, (_, ev) in both.items()}
+            facts = {layer: facts_of(sum(parts[layer])) for layer in saes}
+            for fact in ("l0", "ev", "left_out"):
+                results[name][fact] = {layer: facts[layer][fact] for layer in saes}
     return results
 
 
@@ -129,32 +131,43 @@ def hidden_by_setting(model, saes, tokens, settings=("base", "sae", "adapted"), 
         yield name, hidden
 
 
-class Watched:
-    """An SAE that notes what it does at all positions except BOS and EOS.
+class Watched(StandIn):
+    """An SAE that notes what it does, except at BOS, EOS and norms beyond its max_norm.
 
-    Each call adds sums to `seen`, fp64 [4 + D]: positions, active latents, Σ‖x - x̂‖², Σ‖x‖², Σ x.
+    Each call adds sums to `seen`, fp64 [5 + D]: all positions, those that count, active latents,
+    Σ‖x - x̂‖², Σ‖x‖², Σ x.
     """
 
     def __init__(self, sae, special, seen):
-        self.sae, self.on_special = sae, sae.on_special
+        super().__init__(sae)
         self.special, self.seen = special, seen
 
     def __call__(self, x):
         x_hat = self.sae(x)
-        read = x[~self.special].float()
-        error = (x - x_hat)[~self.special].float()
+        ordinary = ~self.special
+        if self.max_norm is not None:
+            ordinary &= norms(x) <= self.max_norm
+        read = x[ordinary].float()
+        error = (x - x_hat)[ordinary].float()
         active = sum((self.sae.encode(part) > 0).sum() for part in read.split(256))     # [256, M]
         squares = [values.square().sum(dtype=torch.float64).item() for values in (error, read)]
-        sums = torch.tensor([len(read), int(active), *squares], dtype=torch.float64)
+        sums = torch.tensor([ordinary.numel(), len(read), int(active), *squares],
+                            dtype=torch.float64)
         self.seen.append(torch.cat([sums, read.sum(0, dtype=torch.float64).cpu()]))
         return x_hat
 
 
-def l0_and_ev(sums):
-    """The total of Watched's sums -> (L0, explained variance 1 - Σ‖x - x̂‖² / Σ‖x - mean x‖²)."""
-    positions, active, error, square = sums[:4]
-    variance = square - sums[4:].square().sum() / positions
-    return (active / positions).item(), (1 - error / variance).item()
+def facts_of(sums):
+    """The total of Watched's sums -> {"l0": active latents, "ev": explained variance, "left_out":
+    the share of positions that these leave out}.
+    """
+    everywhere, positions, active, error, square = sums[:5]
+    variance = square - sums[5:].square().sum() / positions
+    return {
+        "l0": (active / positions).item(),
+        "ev": (1 - error / variance).item(),
+        "left_out": (1 - positions / everywhere).item(),
+    }
 
 
 # ---- Results as files ---------------------------------------------------------------------------
@@ -228,6 +241,7 @@ def summary(results, documents):
         if name in results:
             numbers["l0" + suffix] = results[name]["l0"]
             numbers["explained_variance" + suffix] = results[name]["ev"]
+            numbers["left_out" + suffix] = results[name]["left_out"]
     return {**numbers, "documents": count_documents(documents)}
 
 
@@ -258,8 +272,11 @@ def tables(numbers):
 
 
 def notes(numbers):
-    """[A line with the part of the gap closed, and why there are no intervals]; [] without both."""
+    """[what L0 leaves out; the part of the gap closed and why there are no intervals, if so]"""
     half, parts = numbers["ci90"], []
+    left_out = ", ".join(map(percent, numbers["left_out_sae"].values()))
+    first = ("L0 and explained variance leave out BOS, EOS and outliers: "
+             f"{left_out} of the positions")
 
     def part(name):
         return with_interval(numbers[name], half[name], ".1%")
@@ -272,7 +289,7 @@ def notes(numbers):
         parts.append(f"of what the SAE costs now, adapters win back {part('won_back_by_adapters')}")
     if half["ce_base"] is None:
         parts.append(f"({without_interval(numbers['documents'])})")
-    return ["   ".join(parts)] if parts else []
+    return [first, "   ".join(parts)] if parts else [first]
 
 
 def draw(numbers, figure):
@@ -288,4 +305,4 @@ def draw(numbers, figure):
     axes.set_ylabel("nats per token")
     axes.legend()
     title = "Fidelity (a point of the paper's Figures 3, 4 and 6); error bars: 90 %, over documents"
-    figure.suptitle("\n".join([title, *notes(numbers)]), fontsize=9)
+    figure.suptitle("\n".join([title, *notes(numbers)[1:]]), fontsize=9)

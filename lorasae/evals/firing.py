@@ -44,7 +44,7 @@ def activations(model, sae, layer, rows, label):
     """Yields latents [B T, M] for each batch of rows; 0 at BOS and EOS."""
     for batch in progress(rows.split(BATCH), label):
         tokens = batch.to(model.device)
-        x = model.run(model.embed(tokens), 0, layer + 1)
+        x = model.read(tokens, sae, layer)
         z = sae.encode(x).masked_fill(model.special(tokens)[..., None], 0)
         yield z.flatten(0, 1)
 

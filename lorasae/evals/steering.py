@@ -147,7 +147,7 @@ def peaks(model, sae, layer, texts):
     """
     with as_model(model, "base"):
         for tokens in progress(texts.to(model.device).split(BATCH), "latents"):
-            yield sae.encode(model.run(model.embed(tokens), 0, layer + 1)[:, 1:]).amax(1)
+            yield sae.encode(model.read(tokens, sae, layer)[:, 1:]).amax(1)
 
 
 def choose_latents(model, sae, layer, texts, count=4, least=4 * LEAST):

@@ -40,7 +40,7 @@ def tokenise(text, classes):
 
 
 @torch.no_grad()
-def residuals(model, layer, rows):
+def activations(model, sae, layer, rows):
     """Yields (which rows, tokens [B, T], x [B, T, D]) until all rows of token ids have been read.
 
     Rows of about the same length go together. They are padded with EOS on the right, where a
@@ -51,7 +51,7 @@ def residuals(model, layer, rows):
         chosen = order[start:start + BATCH]
         tensors = [torch.tensor(rows[i]) for i in chosen]
         tokens = pad_sequence(tensors, True, model.config.eos_token_id).to(model.device)
-        yield chosen, tokens, model.run(model.embed(tokens), 0, layer + 1)
+        yield chosen, tokens, model.read(tokens, sae, layer)
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def read_means(model, sae, layer, rows):
     """The Means of rows of token ids, on the model's device."""
     residual = torch.empty(len(rows), sae.W_dec.shape[1], device=model.device)
     latents = torch.empty(len(rows), len(sae.W_dec), device=model.device)
-    for chosen, tokens, x in residuals(model, layer, rows):
+    for chosen, tokens, x in activations(model, sae, layer, rows):
         counted = ~model.special(tokens)
         weights = counted / counted.sum(1, keepdim=True).clamp(min=1)
         weights = weights[:, None]                                              # [B, 1, T]

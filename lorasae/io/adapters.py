@@ -17,6 +17,7 @@ from lorasae.lora import LoRALinear, adapters, replace_module
 PREFIX = "base_model.model."                            # PEFT's name for a wrapped model
 KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
 BLOCKS = "model.layers."
+BESIDE_VISION = "model.language_model."                 # in place of model., if there is a tower
 
 # Options of PEFT that Eq. 1 does not have: they change the function or what computes it.
 UNSUPPORTED = (
@@ -30,8 +31,8 @@ def adapter_state(model):
     """{PEFT's key: tensor}: A and B under base_model.model.<module>.lora_{A,B}.weight."""
     state = {}
     for name, module in adapters(model).items():
-        state[key_of(name, "A")] = module.lora_A.weight.detach()
-        state[key_of(name, "B")] = module.lora_B.weight.detach()
+        state[key_of(model, name, "A")] = module.lora_A.weight.detach()
+        state[key_of(model, name, "B")] = module.lora_B.weight.detach()
     return state
 
 
@@ -45,13 +46,19 @@ def save_adapter(model, folder, base_model=None):
 
     write_tensors(
         Path(folder) / "adapter_model.safetensors", adapter_state(model), {"format": "pt"})
+    targets = {
+        "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
+        "layers_to_transform": sorted({int(name.split(".")[2]) for name in modules}),
+        "layers_pattern": "layers",
+    }
+    if getattr(model.config, "with_vision", False):     # whose layers have the same names
+        names = [re.escape(name.replace("model.", BESIDE_VISION, 1)) for name in modules]
+        targets = {"target_modules": "|".join(names)}
     write_json(Path(folder) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": rank, "lora_alpha": round(module.scale * rank, 6), "lora_dropout": module.dropout,
         "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
-        "layers_to_transform": sorted({int(name.split(".")[2]) for name in modules}),
-        "layers_pattern": "layers",
+        **targets,
         "inference_mode": True,
     })
 
@@ -82,7 +89,7 @@ def load_adapter(model, folder):
                 "belongs to another model")
         fresh[name] = LoRALinear(linear, rank, alpha, dropout)
         for side in "AB":
-            key = key_of(name, side)
+            key = key_of(model, name, side)
             what = f"{tensors.path}: {key}"
             tensor, weight = tensors[key], getattr(fresh[name], f"lora_{side}").weight
             check_shape(what, tensor, weight.shape, "it belongs to another model or rank")
@@ -126,11 +133,13 @@ def adapted_modules(tensors):
         if match is None:
             raise InputError(
                 f"{tensors.path} holds {shown(key)}, which is not the A or B of a LoRA adapter")
-        names.add(match[1])
+        names.add(match[1].replace(BESIDE_VISION, "model."))
     if not names:
         raise InputError(f"{tensors.path} holds no adapter: there is no tensor in it")
     return sorted(names)
 
 
-def key_of(name, side):
+def key_of(model, name, side):
+    if getattr(model.config, "with_vision", False):
+        name = name.replace("model.", BESIDE_VISION, 1)
     return f"{PREFIX}{name}.lora_{side}.weight"

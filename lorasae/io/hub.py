@@ -27,15 +27,30 @@ MODEL_FILES = ("config.json", *BESIDE_WEIGHTS, *WEIGHTS)        # no .bin: openi
 
 SAE_FILES = {                                                   # the files of an SAE, by format
     "gemma_scope": ("params.npz",),
+    "gemma_scope_2": ("params.safetensors",),
     "llama_scope": ("checkpoints/final.safetensors", "hyperparams.json"),
     "sae_lens": ("sae_weights.safetensors", "cfg.json"),
     "sparsify": ("sae.safetensors", "cfg.json"),
     "dictionary_learning": ("ae.pt", "config.json"),
 }
+MAY_LACK = {"gemma_scope_2": ("config.json",)}                  # files that some folders have
 FACTS = {                                                       # what a folder's name says
     "layer": re.compile(r".*(?:layers?[._]|blocks\.|-L)(\d+)"),
     "width": re.compile(r".*width_(\d+[km])"),
-    "l0": re.compile(r".*average_l0_(\d+)"),
+    "l0": re.compile(r".*_l0_(\d+|small$|medium$|big$)"),
+}
+LEVELS = {"small": 20, "medium": 60, "big": 150}                # Gemma Scope 2's targets, about
+# Which activations an SAE reads, as its repository or folder says. The files of others say it, or
+# they read a block's output.
+SITES = {
+    "resid": re.compile(r"/resid_post(_all)?/"),
+    "mlp": re.compile(
+        r"/layers\.\d+\.mlp/|/gemma-scope-\w+-\w+-mlp/|/mlp_out(_all)?/"
+        r"|/Llama3_1-8B-Base-L(X|\d+)M-"),
+    "another": re.compile(
+        r"/layers\.\d+\.(self_)?att\w*/|/gemma-scope-\w+-\w+-(att|transcoders)/"
+        r"|/(attn_out|transcoder|crosscoder|clt)(_all)?/|/embedding/|/embed_tokens/"
+        r"|/Llama3_1-8B-Base-L(X|\d+)(A|TC)-"),
 }
 
 
@@ -145,12 +160,12 @@ def sae_choice(model, *, layer=None, width=None, l0=None):
     return known.sae, {"layer": layer, "width": width, "l0": l0}
 
 
-def find_sae(source, *, layer=None, width=None, l0=None):
-    """The SAEFiles of one SAE.
+def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
+    """The SAEFiles of one SAE of this site.
 
     source: a preset, a local folder, an .npz file, the folder of a run, or OWNER/NAME[/FOLDER] on
-    the Hub. If it holds several SAEs, layer, width ("16k" or 16384) and l0 choose; without l0 the
-    nearest to PAPER_L0, with a note.
+    the Hub. If it holds several SAEs, layer, width ("16k" or 16384) and l0 (a number, or small,
+    medium, big) choose; without l0 the nearest to PAPER_L0, with a note.
     """
     wanted = {"layer": layer, "width": width, "l0": l0}
     if str(source) in PRESETS:
@@ -179,16 +194,46 @@ def find_sae(source, *, layer=None, width=None, l0=None):
         formats = (f"{' + '.join(files)} ({name})" for name, files in SAE_FILES.items())
         raise InputError(
             f"{source} holds no SAE of a known format: expected {'; '.join(formats)}")
-    return choose(found, source, wanted)
+    return choose(of_site(found, source, site, layer), source, wanted)
 
 
-def sae_plan(source, *, layer=None, width=None, l0=None):
+def of_site(found, source, site, layer):
+    """Those of SAEFiles that read activations of this site."""
+    sites = [site_of(sae, site) for sae in found]
+    fitting = [sae for sae, its in zip(found, sites) if its == site]
+    if not fitting:
+        what = {"resid": "a block's output", "mlp": "the output of an MLP"}
+        instead = f", only of {what[sites[0]]}" if sites[0] in what else ""
+        advice = ": --site mlp reads them" if "mlp" in sites else ""
+        raise InputError(f"{source} holds no SAE of {what[site]}{instead}{advice}")
+
+    # Gemma Scope 2 has more SAEs at four layers, and a few at every layer.
+    few = [sae for sae in fitting if "_all/" not in sae.folder]
+    layers = {FACTS["layer"].match(sae.folder)[1] for sae in few if "_width_" in sae.folder}
+    return few if len(few) < len(fitting) and str(layer) in layers else fitting
+
+
+def site_of(sae, wanted):
+    """Which activations SAEFiles read: "resid", "mlp" or "another", as their names say.
+
+    If they say nothing, a reader checks the file against the wanted site; some files do not say
+    either, and are of a block's output.
+    """
+    place = sae.place.absolute() if isinstance(sae.place, Path) else sae.place
+    path = f"/{place}/{sae.folder}/"
+    for site, pattern in SITES.items():
+        if pattern.search(path):
+            return site
+    return "resid" if sae.kind in ("gemma_scope", "sparsify") else wanted
+
+
+def sae_plan(source, *, layer=None, width=None, l0=None, site="resid"):
     """A Fetch for each file of one SAE that is read from the Hub; [] for a local source.
 
     If the Hub is out of reach, what the preset says of its SAEs takes their place.
     """
     try:
-        sae = find_sae(source, layer=layer, width=width, l0=l0)
+        sae = find_sae(source, layer=layer, width=width, l0=l0, site=site)
     except OutOfReach:
         for name, known in PRESETS.items():
             if source in (name, known.sae):
@@ -208,6 +253,8 @@ def saes_among(place, sizes, inside):
                 folder = path.removesuffix(names[0])    # "" or "some/folder/"
                 files = {folder + name: sizes.get(folder + name) for name in names}
                 if None not in files.values():
+                    more = [folder + name for name in MAY_LACK.get(kind, ())]
+                    files |= {file: sizes[file] for file in more if file in sizes}
                     found.append(SAEFiles(kind, place, folder.rstrip("/"), files))
     return found
 
@@ -233,8 +280,12 @@ def pick(fact, value, offered, source):
     """The value of a fact: the one that is wanted, else the only one; of L0s the paper's choice."""
     offered = sorted(offered, key=lambda value: (len(value), value))
     offer = f"{source} offers {fact} {', '.join(offered)}"
+    if fact == "l0" and value not in LEVELS and LEVELS.keys() & offered:
+        return nearest_level(value or PAPER_L0, offered, offer)
+    if value is not None and value in offered:
+        return value
     if value is not None:
-        name = width_name(value) if fact == "width" else f"{float(value):g}"
+        name = width_name(value) if fact == "width" else f"{float(LEVELS.get(value, value)):g}"
         if name not in offered:
             raise InputError(f"{offer}, but not {name}: choose another --{fact}, or another SAE")
         return name
@@ -245,6 +296,14 @@ def pick(fact, value, offered, source):
         raise InputError(f"{offer}: choose with --{fact}")
     nearest = min(offered, key=lambda l0: abs(int(l0) - PAPER_L0))
     note(f"{offer}: taking {nearest}, the nearest to {PAPER_L0}")
+    return nearest
+
+
+def nearest_level(l0, offered, offer):
+    """The name of the L0 nearest to a number."""
+    nearest = min(offered, key=lambda name: abs(LEVELS[name] - l0))
+    if LEVELS[nearest] != l0:
+        note(f"{offer}: taking {nearest}, about {LEVELS[nearest]}, the nearest to {l0:g}")
     return nearest
 
 

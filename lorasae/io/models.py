@@ -4,13 +4,16 @@ Weights load strictly: the files must hold every tensor of the architecture, in 
 configuration implies, and no other. The model is built on the meta device and filled tensor by
 tensor, so that it never exists twice.
 """
+import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tokenizers import Tokenizer
 
+from lorasae import gemma3
 from lorasae.errors import InputError
+from lorasae.io.console import note
 from lorasae.io.files import (
     DTYPES, Fields, Tensors, as_dtype, check_finite, check_shape, damage, dtype_name, read_object,
     shown, write_bytes, write_json, write_tensors)
@@ -20,6 +23,9 @@ from lorasae.lora import adapters
 from lorasae.model import FAMILIES, Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Names beside a vision tower, in files of transformers 5 and in older ones
+TEXT_PART = re.compile(r"^(?:model\.language_model\.|language_model\.model\.)")
+VISION = ("vision_tower.", "multi_modal_projector.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -64,8 +70,16 @@ def parse_config(raw, where):
     `where` is its folder, for messages.
     """
     fields = Fields(raw, f"{where}/config.json")
-    family = FAMILIES[fields.take("model_type", str, one_of=list(FAMILIES))]
+    families = {**FAMILIES, gemma3.WITH_VISION: gemma3}
+    family = families[fields.take("model_type", str, one_of=list(families))]
     return family.parse(fields)
+
+
+def text_config(folder):
+    """config.json of a folder's model as a dict; of one with a vision tower, its text model's."""
+    fields = read_object(folder / "config.json")
+    seeing = fields.get("model_type") == gemma3.WITH_VISION
+    return dict(gemma3.text_part(fields) if seeing else fields)
 
 
 def stated_dtype(fields):
@@ -98,6 +112,8 @@ def fill(model, folder, device, dtype):
             check_finite(what, tensor)
             tensors[name] = tensor
     model.load_state_dict(tensors, assign=True)
+    if getattr(model.config, "with_vision", False):
+        note(f"note: {folder} has a vision tower too; only its text model is read")
 
 
 def weight_files(folder):
@@ -111,8 +127,15 @@ def weight_files(folder):
 
 
 def stored_names(files, tied):
-    """{parameter: its name in the files}. A tied embedding may be stored as the head, or twice."""
-    stored = {name: name for name in files if not name.endswith("rotary_emb.inv_freq")}
+    """{parameter: its name in the files}, without what belongs to a vision tower.
+
+    A tied embedding may be stored as the head, or twice.
+    """
+    stored = {}
+    for name in files:
+        beside = name.removeprefix("model.").startswith(VISION)
+        if not beside and not name.endswith("rotary_emb.inv_freq"):
+            stored[TEXT_PART.sub("model.", name)] = name
     if tied and HEAD in files:
         del stored[HEAD]
         twice = stored.setdefault(EMBEDDING, HEAD) == EMBEDDING

@@ -80,6 +80,16 @@ LLAMA_3 = {
 LLAMA_32_1B = {**LLAMA_3, **sizes(2048, 8192, 16, 32, 8), "tie_word_embeddings": True}
 LLAMA_31_8B = {**LLAMA_3, **sizes(4096, 14336, 32, 32, 8)}
 
+GEMMA_3 = {"model_type": "gemma3_text", "vocab_size": 262_144, "sliding_window": 512,
+           "max_position_embeddings": 32_768}
+GEMMA_3_270M = {**GEMMA_3, **sizes(640, 2048, 18, 4, 1)}
+GEMMA_3_1B = {**GEMMA_3, **sizes(1152, 6912, 26, 4, 1)}
+
+SMOLLM2 = {"model_type": "llama", "vocab_size": 49_152, "max_position_embeddings": 8192,
+           "tie_word_embeddings": True}
+SMOLLM2_135M = {**SMOLLM2, **sizes(576, 1536, 30, 9, 3), "rope_theta": 100_000.0}
+SMOLLM2_17B = {**SMOLLM2, **sizes(2048, 8192, 24, 32, 32), "rope_theta": 130_000.0}
+
 PRESETS = {
     "tiny-gemma-2": embedded(
         "gemma-2", 2, "after", 700_000, sae=str(TINY / "gemma-2-sae" / "jumprelu")),
@@ -114,6 +124,24 @@ PRESETS = {
         sae="fnlp/Llama3_1-8B-Base-LXR-32x",
         common={"data": "redpajama-1t-sample"}, lora={"adapt": ("all",), "sae_dtype": "bfloat16"},
         config=LLAMA_31_8B, sae_bytes=2, weights=8_030_261_248 * 2),
+
+    # Not the paper's: small and ungated, for a laptop first
+    "gemma-3-270m": Preset(
+        "google/gemma-3-270m", layer=12, mirror="unsloth/gemma-3-270m",
+        sae="google/gemma-scope-2-270m-pt", width="16k", l0=60,
+        config=GEMMA_3_270M, weights=268_098_176 * 2),
+    "gemma-3-1b": Preset(
+        "google/gemma-3-1b-pt", layer=13, mirror="unsloth/gemma-3-1b-pt",
+        sae="google/gemma-scope-2-1b-pt", width="16k", l0=60,
+        config=GEMMA_3_1B, weights=999_885_952 * 2),
+    "smollm2-135m": Preset(
+        "HuggingFaceTB/SmolLM2-135M", layer=12, config=SMOLLM2_135M, weights=134_515_008 * 2),
+    "smollm2-135m-instruct": Preset(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", layer=12, config=SMOLLM2_135M,
+        weights=134_515_008 * 2),
+    "smollm2-1.7b": Preset(
+        "HuggingFaceTB/SmolLM2-1.7B", layer=17, sae="EleutherAI/sae-SmolLM2-1.7B-layer17-32x",
+        width="65k", config=SMOLLM2_17B, weights=1_711_376_384 * 2),
 }
 
 

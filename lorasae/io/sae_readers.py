@@ -32,7 +32,16 @@ SAE_LENS = ("topk", "jumprelu", "standard", *BATCH_TOPK)
 DICTIONARIES = (
     "AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE",
     "JumpReluAutoEncoder")
-BLOCK = re.compile(r"blocks\.([0-9]{1,4})\.hook_resid_(post|pre)|model\.layers\.([0-9]{1,4})")
+SITES = {"resid": "a block's output", "mlp": "the output of an MLP"}
+# What hooks are called by TransformerLens, and by transformers: a block's input is the output of
+# the block before it.
+HOOKS = {
+    "resid": re.compile(r"blocks\.(\d{1,4})\.hook_resid_(post|pre)"
+                        r"|model\.layers\.(\d{1,4})(?:\.output)?"),
+    "mlp": re.compile(r"blocks\.(\d{1,4})\.hook_(mlp_out)"
+                      r"|model\.layers\.(\d{1,4})\.(?:mlp|post_feedforward_layernorm)"
+                      r"(?:\.output)?"),
+}
 
 
 @dataclass
@@ -45,6 +54,8 @@ class Parts:
     b_dec: torch.Tensor                                 # [D]
     centred: bool                                       # whether the encoder reads x - b_dec
     on_special: bool                                    # whether it was trained on BOS and EOS
+    max_norm: float | None = None                       # the largest norm that it was trained on
+    after_norm: bool = True                             # an MLP's: where on Gemma, see sae.SAE
     threshold: torch.Tensor | float | None = None       # [M], or one number for all latents
     k: int | None = None
     enc: torch.Tensor | float = 1.0                     # factors for the rows of W_enc
@@ -78,7 +89,7 @@ def parts_of(file, names, **about):
 
 # ---- Gemma Scope and Llama Scope -----------------------------------------------------------------
 
-def read_gemma_scope(path, layer=None):
+def read_gemma_scope(path, layer=None, site="resid"):
     """pre = x W_enc + b_enc;  z = ReLU(pre) · H(pre - θ);  x̂ = z W_dec + b_dec
 
     The file has W_enc as [D, M]. Trained without BOS. `path` is a folder with params.npz or an .npz
@@ -89,7 +100,30 @@ def read_gemma_scope(path, layer=None):
     return parts_of(file, names, threshold=file["threshold"], centred=False, on_special=False)
 
 
-def read_llama_scope(folder, layer=None):
+def read_gemma_scope_2(folder, layer=None, site="resid"):
+    """Gemma Scope's formula, in params.safetensors, with a config.json or a name that tells.
+
+    Of its other files, transcoders, crosscoders and cross-layer transcoders are refused.
+    """
+    cfg, file = {}, Tensors(folder / "params.safetensors")
+    if (folder / "config.json").exists():
+        cfg = read_object(folder / "config.json")
+        cfg.only(architecture="jump_relu", type="sae", affine_connection=False)
+        hook = cfg.take("hf_hook_point_in", str)
+        cfg.only(hf_hook_point_out=hook)
+        check_layer(hook, layer, folder, site)
+    elif not re.match(r"layer_\d+_width_", folder.name):
+        raise InputError(f"{folder} has no config.json, and its name does not tell the layer: "
+                         "keep the name that it has on the Hub, such as "
+                         "resid_post/layer_12_width_16k_l0_medium")
+
+    name = str(cfg.get("model_name") or "")             # some say gemma-v3-270m-pt
+    return parts_of(
+        file, ("w_enc.T", "w_dec", "b_enc", "b_dec"), threshold=file["threshold"], centred=False,
+        on_special=False, model_name=name.replace("-v3", "-3") or None)
+
+
+def read_llama_scope(folder, layer=None, site="resid"):
     """pre = f_in W_e x + b_e;  z = pre · H(pre c/f_in - θ);  x̂ = (W_d z + b_d) / f_out
 
     f = √D / the dataset's mean activation norm (in, out); c = ‖W_d,i‖ f_in/f_out; θ is one number.
@@ -98,7 +132,7 @@ def read_llama_scope(folder, layer=None):
     """
     cfg = read_object(folder / "hyperparams.json")
     hook = cfg.take("hook_point_in", str)
-    check_layer(hook, layer, folder)
+    check_layer(hook, layer, folder, site)
     cfg.only(
         act_fn="jumprelu", norm_activation="dataset-wise", hook_point_out=hook,
         use_decoder_bias=True, use_glu_encoder=False, apply_decoder_bias_to_pre_encoder=False)
@@ -124,7 +158,7 @@ def read_llama_scope(folder, layer=None):
 
 # ---- sparsify ------------------------------------------------------------------------------------
 
-def read_sparsify(folder, layer=None):
+def read_sparsify(folder, layer=None, site="resid"):
     """z = TopK(ReLU((x - b_dec) W_encᵀ + b_enc));  x̂ = z W_dec + b_dec
 
     The file has both matrices as [M, D] and does not say the layer. Trained with BOS. `multi_topk`
@@ -135,12 +169,12 @@ def read_sparsify(folder, layer=None):
     names = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
     return parts_of(
         Tensors(folder / "sae.safetensors"), names, k=cfg.take("k", int, at_least=1), centred=True,
-        on_special=True)
+        on_special=True, after_norm=False)
 
 
 # ---- SAELens -------------------------------------------------------------------------------------
 
-def read_sae_lens(folder, layer=None):
+def read_sae_lens(folder, layer=None, site="resid"):
     """pre = (x - a b_dec) W_enc + b_enc;  x̂ = z W_dec + b_dec, with a = apply_b_dec_to_input
 
     z is ReLU(TopK(pre)), or ReLU(pre) · H(pre - θ), or ReLU(pre) ("standard": θ = 0). With
@@ -156,13 +190,16 @@ def read_sae_lens(folder, layer=None):
     for key in ("metadata", "activation_fn_kwargs"):
         cfg = Fields({**(cfg.take(key, dict, None) or {}), **cfg}, cfg.where)
     kind = sae_lens_kind(cfg)
-    check_layer(cfg.get("hook_name") or cfg.get("hook_point"), layer, folder)
+    hook = cfg.get("hook_name") or cfg.get("hook_point")
+    check_layer(hook, layer, folder, site)
 
     file = Tensors(folder / "sae_weights.safetensors")
     parts = parts_of(
         file, PLAIN,
         centred=cfg.take("apply_b_dec_to_input", bool, True),
         on_special=sae_lens_on_special(kind, cfg),
+        max_norm=cfg.take("max_norm", float, None, above=0),
+        after_norm=not str(cfg.get("hf_hook_name")).endswith(".mlp"),
         model_name=cfg.take("model_name", str, None))
 
     # which latents are active
@@ -199,6 +236,8 @@ def sae_lens_kind(cfg):
 
 def sae_lens_on_special(kind, cfg):
     """What the file says, else by family: TopK and BatchTopK with BOS, others without."""
+    if not cfg.take("prepend_bos", bool, True):         # no BOS at position 0, so it saw none
+        return False
     excluded = cfg.get("exclude_special_tokens")        # true, or a list of tokens
     if excluded is not None:
         return not excluded
@@ -207,7 +246,7 @@ def sae_lens_on_special(kind, cfg):
 
 # ---- dictionary_learning -------------------------------------------------------------------------
 
-def read_dictionary_learning(folder, layer=None):
+def read_dictionary_learning(folder, layer=None, site="resid"):
     """z = ReLU(pre), pre = W_e (x - b) + b_e;  x̂ = W_d z + b, and by its dict_class:
 
     AutoEncoder             as it is
@@ -222,10 +261,11 @@ def read_dictionary_learning(folder, layer=None):
     buffer = cfg.take("buffer", dict, None) or cfg
     kind = trainer.take("dict_class", str, one_of=DICTIONARIES)
     at = trainer.take("layer", int, None, at_least=0)
-    check_layer(None if at is None else f"model.layers.{at}", layer, folder)
     submodule = trainer.take("submodule_name", str, None) or ""
-    if "mlp" in submodule or "attn" in submodule:
-        raise InputError(f"{folder} reads {shown(submodule)}; only a block's output is supported")
+    part = ".mlp" if "mlp" in submodule else ".attn" if "attn" in submodule else ""
+    if part or at is not None:
+        hook = f"model.layers.{at or 0}{part}"
+        check_layer(hook, None if at is None else layer, folder, site)
 
     # some classes are made of plain matrices, some of nn.Linear
     file = Tensors(folder / "ae.pt")
@@ -251,6 +291,7 @@ def read_dictionary_learning(folder, layer=None):
 
 READERS = {                                             # by the format of hub.SAE_FILES
     "gemma_scope": read_gemma_scope,
+    "gemma_scope_2": read_gemma_scope_2,
     "llama_scope": read_llama_scope,
     "sae_lens": read_sae_lens,
     "sparsify": read_sparsify,
@@ -269,19 +310,18 @@ def learnt(file, name):
     return threshold.item()
 
 
-def check_layer(hook, layer, where):
-    """InputError unless `hook`, as TransformerLens or transformers call it, is a block's output.
+def check_layer(hook, layer, where, site):
+    """InputError unless `hook`, as TransformerLens or transformers call it, is at this site.
 
-    And that of block `layer`, if given.
+    And in block `layer`, if given.
     """
     if hook is None:
         return
-    match = BLOCK.fullmatch(str(hook))                  # a block's input is the output before it
+    match = HOOKS[site].fullmatch(str(hook))
     at = int(match[1] or match[3]) - (match[2] == "pre") if match else -1
     if at < 0:
-        raise InputError(
-            f"{where} reads {shown(hook)}; only a block's output, blocks.N.hook_resid_post, is "
-            "supported")
+        instead = "; --site mlp reads the outputs of MLPs" if site == "resid" else ""
+        raise InputError(f"{where} reads {shown(hook)}, which is not {SITES[site]}{instead}")
     if layer not in (None, at):
         raise InputError(
             f"{where} was trained on block {at}, not {layer}: pass --layer {at}, or another SAE")

@@ -21,18 +21,21 @@ from lorasae.io.sae_readers import READERS, ROWS
 from lorasae.sae import JumpReLU, TopK
 
 
-def load_sae(source, *, layer=None, width=None, l0=None, dtype=None, device="cpu"):
+def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=None, device="cpu"):
     """A frozen TopK or JumpReLU from a preset, a local folder, a run, or OWNER/NAME on the Hub.
 
-    layer, width, l0: which SAE, if the source holds several (hub.find_sae). dtype: of the weights,
-    a torch dtype or its name, float32 if None; thresholds stay float32. The SAE's `model_name` is
-    the model that the file says it was trained on, or None. A file that names another layer is
-    refused.
+    layer, width, l0: which SAE, if the source holds several (hub.find_sae). site: "resid", a
+    block's output, or "mlp", that of its MLP; SAEs of another site are refused. dtype: of the
+    weights, a torch dtype or its name, float32 if None; thresholds stay float32. The SAE's
+    `model_name` is the model that the file says it was trained on, or None. A file that names
+    another layer is refused.
     """
     dtype = as_dtype(dtype or "float32")
-    parts = read_parts(source, layer, width, l0)
+    parts = read_parts(source, layer, width, l0, site)
     b_enc, b_dec = parts.b_enc.float(), parts.b_dec.float()
     M, D = len(b_enc), len(b_dec)
+    if parts.k is not None and parts.k > M:
+        raise InputError(f"{parts.file.path} has {M:,} latents, fewer than its k, {parts.k:,}")
     with torch.device("meta"):
         sae = kind_of(parts)(D, M, parts.k, on_special=parts.on_special)
 
@@ -59,7 +62,8 @@ def load_sae(source, *, layer=None, width=None, l0=None, dtype=None, device="cpu
         check_shape(what, tensors[name], parameter.shape)
         check_finite(what, tensors[name])
     sae.load_state_dict(tensors, assign=True)
-    sae.model_name = parts.model_name
+    sae.model_name, sae.max_norm = parts.model_name, parts.max_norm
+    sae.site, sae.after_norm = site, parts.after_norm
     return sae.requires_grad_(False).to(device)
 
 
@@ -69,10 +73,10 @@ def describe(source, **which):
     return kind_of(parts), len(parts.b_enc), len(parts.b_dec)
 
 
-def read_parts(source, layer=None, width=None, l0=None):
+def read_parts(source, layer=None, width=None, l0=None, site="resid"):
     """The Parts of an SAE."""
-    found = find_sae(source, layer=layer, width=width, l0=l0)
-    return READERS[found.kind](found.fetch(), layer)
+    found = find_sae(source, layer=layer, width=width, l0=l0, site=site)
+    return READERS[found.kind](found.fetch(), layer, site)
 
 
 def kind_of(parts):
@@ -103,8 +107,12 @@ def check_fits(width, d_model):
 def save_sae(sae, folder, *, model_name, layer, context):
     """Writes cfg.json and sae_weights.safetensors, which SAELens 6 and load_sae read.
 
-    layer: the block whose output it reads; context: tokens per training sequence, with BOS.
+    layer: the block that it belongs to; context: tokens per training sequence, with BOS.
     """
+    hook, hf_hook = f"blocks.{layer}.hook_resid_post", f"model.layers.{layer}"
+    if sae.site == "mlp":
+        hook = f"blocks.{layer}.hook_mlp_out"
+        hf_hook += ".post_feedforward_layernorm" if sae.after_norm else ".mlp"
     tensors, facts = sae.saved()
     write_tensors(Path(folder) / "sae_weights.safetensors", tensors)
 
@@ -121,9 +129,10 @@ def save_sae(sae, folder, *, model_name, layer, context):
             "sae_lens_version": "6.0.0",
             "sae_lens_training_version": None,
             "model_name": model_name,
-            "hook_name": f"blocks.{layer}.hook_resid_post",
-            "hf_hook_name": f"model.layers.{layer}",
+            "hook_name": hook,
+            "hf_hook_name": hf_hook,
             "prepend_bos": True,
             "context_size": context,
             "exclude_special_tokens": not sae.on_special,
+            "max_norm": sae.max_norm,
         }})

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lorasae.errors import InputError
 from lorasae.io.console import count, note
 from lorasae.io.files import Fields, read_object, shown
-from lorasae.io.hub import sae_choice
+from lorasae.io.hub import LEVELS, sae_choice
 from lorasae.io.models import load_config
 from lorasae.io.presets import PAPER, PRESETS, latents, preset
 from lorasae.io.text import NAMED
@@ -68,6 +68,7 @@ SEQUENCES = Kind(int, {"at_least": 1, "below": 2 ** 20})
 CONTEXT = Kind(int, {"at_least": 2})                    # BOS and one more
 NOT_NEGATIVE = Kind(float, {"at_least": 0})
 POSITIVE = Kind(float, {"above": 0})
+L0 = Kind(float, {"above": 0}, lambda text: float(LEVELS.get(text, text)))
 PROBABILITY = Kind(float, {"at_least": 0, "below": 1})
 DTYPE = one_of("float32", "bfloat16")
 
@@ -115,12 +116,20 @@ class Config:
         "which SAE, by its number of latents, such as 16k; or how many to train, such as 16384 or "
         "16k (default: 8 d_model)")
     l0: float | None = opt(
-        None, POSITIVE,
-        "which SAE, by its active latents (default: the nearest to 70); or how many jumprelu is "
-        "to reach (default: 64)", (*AROUND_SAE, *BY_L0))
+        None, L0,
+        "which SAE, by its active latents, or small, medium or big of Gemma Scope 2 (default: the "
+        "nearest to 70); or how many jumprelu is to reach (default: 64)", (*AROUND_SAE, *BY_L0))
+
+    site: str = opt(
+        "resid", one_of("resid", "mlp"),
+        "what the SAE reads and replaces: a block's output, or that of its MLP", AROUND_SAE)
 
     k: int = opt(64, WHOLE, "active latents of topk and e2e", BY_K)
     auxk: bool = opt(False, SWITCH, "revive dead latents with AuxK", BY_K)
+    max_norm: float = opt(
+        10.0, NOT_NEGATIVE,
+        "leave out BOS, EOS and activations of a larger norm, in units of their median: attention "
+        "sinks, which are most of the variance (0: train on all, as published)", SCRATCH)
     dead_after: int | None = opt(
         None, TOKENS,
         "tokens after which a latent that never fired is dead (default: 10M, at most a tenth of "

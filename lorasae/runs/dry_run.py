@@ -47,7 +47,7 @@ def dry_run(config):
         config = resolved(config, model_config)
         shapes[config.layer[0]] = KINDS.get(config.method, TopK), config.width
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
-        which = {"layer": layer, "width": config.width, "l0": config.l0}
+        which = {"layer": layer, "width": config.width, "l0": config.l0, "site": config.site}
         of_sae = hub.sae_plan(source, **which)
         files += of_sae
         if all(file.cached for file in of_sae):

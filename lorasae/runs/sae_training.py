@@ -46,7 +46,8 @@ def train_sae(setting, run):
     layer = config.layer[0]
     torch.manual_seed(config.seed)
     sae = dictionary.new_sae(
-        config.method, model.config.hidden_size, config.width, config.k).to(model.device)
+        config.method, model.config.hidden_size, config.width, config.k,
+        on_special=False if config.max_norm else None).to(model.device)
     size = training.size_of(sae.parameters())
     training.show(training.what_trains(config, model, {layer: sae}, [], size))
 
@@ -121,7 +122,7 @@ def dead_latents(model, sae, layer, batches):
     """The part of the latents that no token of the batches fires, BOS and EOS included."""
     fired = torch.zeros(len(sae.W_enc), dtype=torch.bool, device=model.device)
     for tokens in batches:
-        x = model.run(model.embed(tokens.to(model.device)), 0, layer + 1).flatten(0, 1)
+        x = model.read(tokens.to(model.device), sae, layer).flatten(0, 1)
         for rows in x.split(1024):
             fired |= (sae.encode(rows) > 0).any(0)
     return 1 - fired.float().mean().item()

@@ -63,7 +63,7 @@ def load_saes(config, model_config, device):
     saes = {}
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
         saes[layer] = load_sae(source, layer=layer, width=config.width, l0=config.l0,
-                               dtype=config.sae_dtype, device=device)
+                               site=config.site, dtype=config.sae_dtype, device=device)
         check_fits(saes[layer].W_enc.shape[1], model_config.hidden_size)
     return saes
 
