@@ -33,7 +33,7 @@ import torch
 from lorasae.errors import InputError
 from lorasae.lora import base, blocks_with_adapters, lora_parameters
 from lorasae.objectives import linear_kl
-from lorasae.sae import splice
+from lorasae.sae import is_in_mlp, splice
 
 
 # ---- As written ----------------------------------------------------------------------------------
@@ -87,8 +87,7 @@ def first_differing(model, saes):
     """
     first = blocks_with_adapters(model)
     for layer, sae in saes.items():
-        inside = getattr(sae, "site", "resid") == "mlp"
-        first.append(layer if inside else layer + 1)
+        first.append(layer if is_in_mlp(sae) else layer + 1)
     return min(first, default=len(model.layers))
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from lorasae import topk
 from lorasae.adapt import ALONE, FrozenPart, frozen_forward, objective
-from lorasae.sae import KINDS, START_L0, left_alone, norms, splice, used_positions
+from lorasae.sae import KINDS, START_L0, StandIn, left_alone, norms, splice, used_positions
 
 WARMUP = 1000           # steps from 0 to the full rate; at most a tenth of the run
 AUX_WEIGHT = 1 / 32     # of AuxK beside the FVU (Gao et al. 2024)
@@ -127,7 +127,7 @@ def observe(model, sae, layer, tokens, end_to_end):
     return Observation(x, model.special(tokens))
 
 
-class InTraining:
+class InTraining(StandIn):
     """Stands in for an SAE while it trains: x [B, T, D] -> x̂, with the gradients of training_step.
 
     Positions that the SAE is not trained on stay as they are. After the call, `x` and `x_hat`
@@ -135,12 +135,9 @@ class InTraining:
     """
 
     def __init__(self, sae, special, bandwidth):
-        self.sae = sae
+        super().__init__(sae, everywhere=True)
         self.special = special
         self.bandwidth = bandwidth
-        self.site = sae.site
-        self.after_norm = sae.after_norm
-        self.on_special = True                  # splice leaves all positions to this class
 
     def __call__(self, x):
         spared = left_alone(self.sae, x, self.special)
@@ -194,8 +191,8 @@ def take_step(model, sae, layer, seen, step, training, config, world=ALONE):
         e_hat = topk.aux_decode(
             read, sae.W_enc, sae.b_enc, sae.W_dec, dead, half)
         loss = loss + AUX_WEIGHT * aux_loss(e_hat, x_hat, x, world)
-    everywhere = world.sum(x.new_full((), seen.special.numel()))
-    values |= {"l0": l0.detach(), "dead": dead.float().mean(), "left_out": 1 - tokens / everywhere}
+    left_out = 1 - tokens / (seen.special.numel() * world.count)
+    values |= {"l0": l0.detach(), "dead": dead.float().mean(), "left_out": left_out}
 
     # The gradient, clipped.
     loss.backward()

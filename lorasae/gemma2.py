@@ -17,7 +17,7 @@ from lorasae.attention import MLP, Attention
 from lorasae.errors import InputError
 from lorasae.sae import splice
 
-MODEL_TYPE, ARCHITECTURE = "gemma2", "Gemma2ForCausalLM"       # in Hugging Face's config.json
+MODEL_TYPE = "gemma2"                                   # in Hugging Face's config.json
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,11 @@ class Config:
     model_type: str = MODEL_TYPE
 
     rope_scaling = local_rope_theta = None
+    with_vision = False
 
     def embed_scale(self, dtype):
         """√D in the model's dtype, as in training (in bf16, 27B's 67.882 becomes 68)."""
         return torch.tensor(self.hidden_size ** 0.5).to(dtype)
-
-
-Gemma2Config = Config
 
 
 DEFAULTS = {                                            # those of transformers' Gemma2Config
@@ -112,14 +110,17 @@ class Block(nn.Module):
         super().__init__()
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
         self.input_layernorm = norm()
-        window = config.sliding_window if layer % 2 == 0 else None     # odd blocks see everything
-        self.self_attn = Attention(
-            config, layer, scale=config.query_pre_attn_scalar ** -0.5,
-            softcap=config.attn_logit_softcapping, window=window)
+        self.self_attn = self.attention(config, layer)
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm()
         self.mlp = MLP(config, partial(F.gelu, approximate="tanh"))
         self.post_feedforward_layernorm = norm()
+
+    def attention(self, config, layer):
+        window = config.sliding_window if layer % 2 == 0 else None     # odd blocks see everything
+        return Attention(
+            config, layer, scale=config.query_pre_attn_scalar ** -0.5,
+            softcap=config.attn_logit_softcapping, window=window)
 
     def forward(self, x, positions, cache=None, sae=None, special=None):
         """sae: the SAE of this MLP's output, if any: Gemma Scope's read it after its last norm."""

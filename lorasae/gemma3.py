@@ -9,15 +9,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import nn
-import torch.nn.functional as F
 
-from lorasae import family
-from lorasae.attention import MLP, Attention
+from lorasae import family, gemma2
+from lorasae.attention import Attention
 from lorasae.errors import InputError
 from lorasae.family import LinearScaling
 from lorasae.gemma2 import RMSNorm
-from lorasae.sae import splice
 
 MODEL_TYPE, ARCHITECTURE = "gemma3_text", "Gemma3ForCausalLM"  # in Hugging Face's config.json
 WITH_VISION = "gemma3"                  # the model_type of a file that has a vision tower too
@@ -147,31 +144,12 @@ def rotary(fields):
     return theta, scaling, local_theta
 
 
-class Block(nn.Module):
-    """x ← x + norm(attention(norm x)),  x ← x + norm(mlp(norm x))"""
+class Block(gemma2.Block):
+    """Gemma-2's, with the attention of Gemma 3."""
 
-    def __init__(self, config, layer):
-        super().__init__()
-        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
-        self.input_layernorm = norm()
+    def attention(self, config, layer):
         sliding = config.layer_types[layer] == SLIDING
-        self.self_attn = Attention(
+        return Attention(
             config, layer, scale=config.query_pre_attn_scalar ** -0.5,
             window=config.sliding_window if sliding else None,
             head_norm=partial(RMSNorm, config.head_dim, config.rms_norm_eps))
-        self.post_attention_layernorm = norm()
-        self.pre_feedforward_layernorm = norm()
-        self.mlp = MLP(config, partial(F.gelu, approximate="tanh"))
-        self.post_feedforward_layernorm = norm()
-
-    def forward(self, x, positions, cache=None, sae=None, special=None):
-        """sae: the SAE of this MLP's output, if any: Gemma Scope's read it after its last norm."""
-        attended = self.self_attn(self.input_layernorm(x), positions, cache)
-        x = x + self.post_attention_layernorm(attended)
-        y = self.mlp(self.pre_feedforward_layernorm(x))
-        if sae is not None and not sae.after_norm:
-            y = splice(y, sae, special)
-        y = self.post_feedforward_layernorm(y)
-        if sae is not None and sae.after_norm:
-            y = splice(y, sae, special)
-        return x + y

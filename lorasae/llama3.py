@@ -15,7 +15,7 @@ from lorasae.attention import MLP, Attention
 from lorasae.family import RopeScaling
 from lorasae.sae import splice
 
-MODEL_TYPE, ARCHITECTURE = "llama", "LlamaForCausalLM"         # in Hugging Face's config.json
+MODEL_TYPE = "llama"                                    # in Hugging Face's config.json
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,10 @@ class Config:
 
     attn_logit_softcapping = final_logit_softcapping = None
     sliding_window = local_rope_theta = None
+    with_vision = False
 
     def embed_scale(self, dtype):
         return 1
-
-
-Llama3Config = Config
 
 
 DEFAULTS = {                                            # those of transformers' LlamaConfig

@@ -14,10 +14,12 @@ from lorasae.attention import positions
 from lorasae.errors import InputError
 from lorasae.linear import Linear, linear
 from lorasae.objectives import capped
-from lorasae.sae import StandIn, splice
+from lorasae.sae import StandIn, is_in_mlp, splice
 
-# A family is a module with MODEL_TYPE, ARCHITECTURE, Config, parse, Block and RMSNorm.
+# A family is a module with MODEL_TYPE, Config, parse, Block and RMSNorm. Files of Gemma 3 with a
+# vision tower have a type of their own.
 FAMILIES = {family.MODEL_TYPE: family for family in (gemma2, gemma3, llama3)}
+FAMILIES[gemma3.WITH_VISION] = gemma3
 
 
 class Probe(StandIn):
@@ -93,7 +95,7 @@ class Transformer(nn.Module):
         where = positions(self.config, begun, x)
         for layer in range(start, stop):
             sae = saes.get(layer)
-            inside = sae if getattr(sae, "site", "resid") == "mlp" else None
+            inside = sae if is_in_mlp(sae) else None
             x = self.layers[layer](x, where, cache, inside, special)
             if sae is not None and inside is None:
                 x = splice(x, sae, special)                     # Eq. 5
@@ -101,8 +103,8 @@ class Transformer(nn.Module):
 
     def read(self, tokens, sae, layer):
         """tokens [B, T] -> what an SAE of this layer reads, [B, T, D]: see its `site`."""
-        probe = Probe(sae)
-        self.run(self.embed(tokens), 0, layer + 1, {layer: probe}, self.special(tokens))
+        probe = Probe(sae, everywhere=True)
+        self.run(self.embed(tokens), 0, layer + 1, {layer: probe})
         return probe.x
 
     def logits(self, x):

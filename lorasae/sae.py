@@ -216,12 +216,22 @@ def splice(x, sae, special=None):
 
 
 class StandIn:
-    """Takes an SAE's place in `saes`, and is spliced where and as the SAE is."""
+    """Takes an SAE's place in `saes`, and is spliced where and as the SAE is.
 
-    def __init__(self, sae):
+    everywhere: its output replaces every position, and no position is left to `splice`.
+    """
+
+    def __init__(self, sae, everywhere=False):
         self.sae = sae
         for fact in ("on_special", "max_norm", "site", "after_norm"):
             setattr(self, fact, getattr(sae, fact, getattr(SAE, fact)))
+        if everywhere:
+            self.on_special, self.max_norm = True, None
+
+
+def is_in_mlp(sae):
+    """Whether an SAE, or what stands in for one, replaces an MLP's output inside its block."""
+    return getattr(sae, "site", SAE.site) == "mlp"
 
 
 def left_alone(sae, x, special):

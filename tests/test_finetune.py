@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 from helpers import command, read, words
 from lorasae import dictionary
 from lorasae.beyond import finetune
-from lorasae.adapt import frozen_forward
+from lorasae.adapt import first_differing, frozen_forward
 from lorasae.errors import InputError
 from lorasae.beyond.finetune import combined, loss_of, naive_loss, reference_of
 from lorasae.beyond.finetuning import Finetuning
@@ -43,7 +43,7 @@ def tokens(model):
 def prepared(model, sae, tokens):
     """(the SAE as it was, the frozen part, the first block that differs)"""
     seen = dictionary.observe(model, sae, LAYER, tokens, end_to_end=False)
-    first = finetune.first_trained(model, LAYER)
+    first = first_differing(model, {LAYER: sae})
     part = frozen_forward(model, {}, tokens, first)
     return reference_of(sae, seen.x[used_positions(sae, seen.x, seen.special)]), part, first
 
@@ -80,10 +80,13 @@ def test_the_balanced_loss_is_the_mse_in_value_and_gives_both_gradients_the_size
     assert combined("balanced", torch.nan * kl, mse).isnan()            # the run says: diverged
 
 
+@pytest.mark.parametrize("site", ["resid", "mlp"])
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
 @pytest.mark.parametrize("objective", ["kl", "mse", "balanced"])
-def test_value_and_every_gradient_are_those_of_the_naive_formula(model, tokens, kind, objective):
+def test_value_and_every_gradient_are_those_of_the_naive_formula(
+        model, tokens, kind, objective, site):
     sae = random_sae(kind, model.config.hidden_size)
+    sae.site = site
     if kind == "jumprelu":
         sae.threshold.requires_grad_(False)
     reference, part, first = prepared(model, sae, tokens)
@@ -98,7 +101,7 @@ def test_value_and_every_gradient_are_those_of_the_naive_formula(model, tokens, 
 
 def l0_of(model, sae, tokens):
     """Active latents at a position that the SAE is trained on."""
-    x = model.run(model.embed(tokens), 0, LAYER + 1)
+    x = model.read(tokens, sae, LAYER)
     used = ~model.special(tokens) | sae.on_special
     return (sae.encode(x[used]) > 0).sum(-1).float().mean().item()
 

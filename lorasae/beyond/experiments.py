@@ -23,7 +23,7 @@ from lorasae.io.console import Parser, count, one_line_errors
 from lorasae.io.files import read_json, write_json
 from lorasae.io.presets import TINY
 from lorasae.runs.commands import Command, run_all
-from lorasae.runs.folder import RUNS
+from lorasae.runs.folder import RUNS, begin_with
 
 MODELS = ("tiny-gemma-2", "tiny-llama-3")
 KINDS = ("jumprelu", "topk")
@@ -166,14 +166,6 @@ def arguments(argv):
     return args
 
 
-def same_plan(path, plan):
-    """Writes the plan of a folder. InputError if the folder was begun with another one."""
-    if path.exists() and read_json(path) != plan:
-        raise InputError(f"{path.parent} was begun with {read_json(path)}, not {plan}: pass "
-                         "another --out, or the same arguments to continue")
-    write_json(path, plan)
-
-
 def main(argv=None):
     args = arguments(sys.argv[1:] if argv is None else argv)
     arms_of, usual, quick = EXPERIMENTS[args.experiment]
@@ -183,7 +175,7 @@ def main(argv=None):
     folder = (args.out or RUNS / (args.experiment + "-quick" * args.quick)).expanduser()
 
     with one_line_errors("interrupted: the same command continues"):
-        same_plan(folder / "plan.json", {"tokens": tokens, "eval_tokens": eval_tokens})
+        begin_with(folder / "plan.json", {"tokens": tokens, "eval_tokens": eval_tokens})
         made = commands(arms_of(tokens), folder, seeds, eval_tokens)
         failed = run_all(list(made.values()), args.jobs, folder / "logs")
         if failed:

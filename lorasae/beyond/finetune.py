@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorasae.adapt import ALONE, adamw, first_differing, objective
+from lorasae.adapt import ALONE, adamw, objective
 from lorasae.beyond.muon import Optimizers
 from lorasae.dictionary import BANDWIDTH, InTraining, fvu, project_out_norm_gradient
 from lorasae.errors import InputError
@@ -159,11 +159,6 @@ def trained_parameters(optimizer):
 
 
 # ---- One step ------------------------------------------------------------------------------------
-
-def first_trained(model, layer):
-    """The first block that can differ from the base model; the shared prefix ends before it."""
-    return first_differing(model, {layer: None})
-
 
 def loss_of(model, trained, part, first, config, world=ALONE):
     """A FrozenPart, made without SAEs -> (loss, {name: value}), both per token.

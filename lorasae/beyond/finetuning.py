@@ -89,7 +89,7 @@ class Finetuning:
         sae_lr = config.sae_lr if adapters else config.lr
         self.optimizer = finetune.optimizers(self.trained, config, sae_lr, optimizer)
         self.tensors = finetune.trained_parameters(self.optimizer)
-        self.first = finetune.first_trained(model, layer)
+        self.first = adapt.first_differing(model, {layer: sae})
 
     def frozen(self, tokens):
         return adapt.frozen_forward(self.model, {}, tokens, self.first)     # the SAE is not frozen

@@ -51,8 +51,8 @@ def save_adapter(model, folder, base_model=None):
         "layers_to_transform": sorted({int(name.split(".")[2]) for name in modules}),
         "layers_pattern": "layers",
     }
-    if getattr(model.config, "with_vision", False):     # whose layers have the same names
-        names = [re.escape(name.replace("model.", BESIDE_VISION, 1)) for name in modules]
+    if model.config.with_vision:                        # whose layers have the same names
+        names = [re.escape(peft_name(model, name)) for name in modules]
         targets = {"target_modules": "|".join(names)}
     write_json(Path(folder) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
@@ -140,6 +140,9 @@ def adapted_modules(tensors):
 
 
 def key_of(model, name, side):
-    if getattr(model.config, "with_vision", False):
-        name = name.replace("model.", BESIDE_VISION, 1)
-    return f"{PREFIX}{name}.lora_{side}.weight"
+    return f"{PREFIX}{peft_name(model, name)}.lora_{side}.weight"
+
+
+def peft_name(model, name):
+    """What a module is called in the whole model, of which ours may be the text part."""
+    return name.replace("model.", BESIDE_VISION, 1) if model.config.with_vision else name

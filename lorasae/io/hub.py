@@ -18,6 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 from lorasae.errors import InputError
 from lorasae.io.console import note
 from lorasae.io.presets import PRESETS, latents, preset
+from lorasae.io.sae_readers import SITES
 
 PAPER_L0 = 70       # of several L0s the paper takes the nearest to this one
 BESIDE_WEIGHTS = (
@@ -42,7 +43,7 @@ FACTS = {                                                       # what a folder'
 LEVELS = {"small": 20, "medium": 60, "big": 150}                # Gemma Scope 2's targets, about
 # Which activations an SAE reads, as its repository or folder says. The files of others say it, or
 # they read a block's output.
-SITES = {
+SITE_NAMES = {
     "resid": re.compile(r"/resid_post(_all)?/"),
     "mlp": re.compile(
         r"/layers\.\d+\.mlp/|/gemma-scope-\w+-\w+-mlp/|/mlp_out(_all)?/"
@@ -202,10 +203,9 @@ def of_site(found, source, site, layer):
     sites = [site_of(sae, site) for sae in found]
     fitting = [sae for sae, its in zip(found, sites) if its == site]
     if not fitting:
-        what = {"resid": "a block's output", "mlp": "the output of an MLP"}
-        instead = f", only of {what[sites[0]]}" if sites[0] in what else ""
+        instead = f", only of {SITES[sites[0]]}" if sites[0] in SITES else ""
         advice = ": --site mlp reads them" if "mlp" in sites else ""
-        raise InputError(f"{source} holds no SAE of {what[site]}{instead}{advice}")
+        raise InputError(f"{source} holds no SAE of {SITES[site]}{instead}{advice}")
 
     # Gemma Scope 2 has more SAEs at four layers, and a few at every layer.
     few = [sae for sae in fitting if "_all/" not in sae.folder]
@@ -221,7 +221,7 @@ def site_of(sae, wanted):
     """
     place = sae.place.absolute() if isinstance(sae.place, Path) else sae.place
     path = f"/{place}/{sae.folder}/"
-    for site, pattern in SITES.items():
+    for site, pattern in SITE_NAMES.items():
         if pattern.search(path):
             return site
     return "resid" if sae.kind in ("gemma_scope", "sparsify") else wanted
@@ -282,10 +282,10 @@ def pick(fact, value, offered, source):
     offer = f"{source} offers {fact} {', '.join(offered)}"
     if fact == "l0" and value not in LEVELS and LEVELS.keys() & offered:
         return nearest_level(value or PAPER_L0, offered, offer)
-    if value is not None and value in offered:
-        return value
     if value is not None:
-        name = width_name(value) if fact == "width" else f"{float(LEVELS.get(value, value)):g}"
+        name = width_name(value) if fact == "width" else value
+        if name not in offered and fact != "width":
+            name = f"{float(LEVELS.get(value, value)):g}"
         if name not in offered:
             raise InputError(f"{offer}, but not {name}: choose another --{fact}, or another SAE")
         return name

@@ -70,8 +70,7 @@ def parse_config(raw, where):
     `where` is its folder, for messages.
     """
     fields = Fields(raw, f"{where}/config.json")
-    families = {**FAMILIES, gemma3.WITH_VISION: gemma3}
-    family = families[fields.take("model_type", str, one_of=list(families))]
+    family = FAMILIES[fields.take("model_type", str, one_of=list(FAMILIES))]
     return family.parse(fields)
 
 
@@ -112,7 +111,7 @@ def fill(model, folder, device, dtype):
             check_finite(what, tensor)
             tensors[name] = tensor
     model.load_state_dict(tensors, assign=True)
-    if getattr(model.config, "with_vision", False):
+    if model.config.with_vision:
         note(f"note: {folder} has a vision tower too; only its text model is read")
 
 

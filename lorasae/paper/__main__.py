@@ -2,7 +2,7 @@
 
     python -m lorasae.paper                         in miniature, on the embedded models
     python -m lorasae.paper --quick                 with few tokens: shows that it runs
-    python -m lorasae.paper --only fig3,table1      some of it; --list says what there is
+    python -m lorasae.paper --only fig3,table1      some of it; --list shows the parts
     python -m lorasae.paper --dry-run               the commands that would run
     python -m lorasae.paper --model gemma-2-2b      the replication at real size
 
@@ -12,7 +12,6 @@ eval.py, which stay in OUT: interrupted, the same command continues, and ends wi
 import argparse
 import shlex
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from lorasae.paper.page import page
 from lorasae.paper.results import table_of_claims
 from lorasae.paper.study import MODELS, Study, Training, command_of, tokens_of
 from lorasae.runs.commands import run_all
-from lorasae.runs.folder import RUNS, missing
+from lorasae.runs.folder import RUNS, begin_with
 
 PARTS = (                                               # in the order of the paper
     frontier.FRONTIER,
@@ -84,7 +83,7 @@ def arguments(argv):
         help="with the others of its study (default: %(default)s)")
     add("--only", help="parts, figures or tables, separated by commas, such as fig3,table1 "
         "(default: all)")
-    add("--list", action="store_true", help="say what there is, and stop")
+    add("--list", action="store_true", help="list the parts, and stop")
     add("--quick", action="store_true", help="few tokens, one seed")
     add("--dry-run", action="store_true", help="print what would run, and stop")
     for name, (miniature, _, what) in TOKENS.items():
@@ -149,22 +148,7 @@ def command_for_all(words):
 
 def begin(study):
     """Writes study.json. InputError if the folder was begun with other arguments."""
-    path, asked = study.folder / "study.json", study.arguments
-    if not path.exists():
-        made = missing(study.folder)
-        try:
-            write_json(path, {**asked, "sources": study.sources})
-        except (InputError, OSError):
-            for folder in made:
-                with suppress(OSError):
-                    folder.rmdir()
-            raise
-
-    before = read_json(path)
-    for name, value in asked.items():
-        if before.get(name) != value:
-            raise InputError(f"{study.folder} was begun with {name} {before.get(name)}, not "
-                             f"{value}: pass another --out, or the same arguments to continue")
+    begin_with(study.folder / "study.json", study.arguments, sources=study.sources)
     if study.other_code:
         note(f"note: {study.folder} was begun with other code than this; what is finished there is "
              "not made again (pass another --out to start over)")

@@ -20,6 +20,11 @@ def evaluated(study, suite):
     return [Evaluation(training, suite) for training in trainings(study)]
 
 
+def measured(study, suite):
+    """[what the suite found, for each seed]"""
+    return [found(study, each) for each in evaluated(study, suite)]
+
+
 def about(study, what, papers):
     return (f"{what}, around a TopK SAE with adapters on all blocks. The paper looks at {papers} "
             "tokens of the Pile, this at the text that the run holds out. "
@@ -72,7 +77,7 @@ TOKENS = Part(
                               "cross-entropy with SAE and adapters", "15M"),
     trainings=trainings,
     evaluations=lambda study: evaluated(study, "tokens"),
-    measure=lambda study: [found(study, each) for each in evaluated(study, "tokens")],
+    measure=lambda study: measured(study, "tokens"),
     tables=tokens_tables,
     claims=tokens_claims,
     draw=lambda numbers, figure: tokens.draw(numbers[0], figure),
@@ -127,7 +132,7 @@ DISTANCES = Part(
                               "before", "500k"),
     trainings=trainings,
     evaluations=lambda study: evaluated(study, "distances"),
-    measure=lambda study: [found(study, each) for each in evaluated(study, "distances")],
+    measure=lambda study: measured(study, "distances"),
     tables=distances_tables,
     claims=distances_claims,
     draw=lambda numbers, figure: distances.draw(numbers[0], figure),

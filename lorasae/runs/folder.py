@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lorasae.errors import InputError
 from lorasae.io.console import note, progress_line
-from lorasae.io.files import first_line, read_metrics, whole, write_bytes, write_json
+from lorasae.io.files import first_line, read_json, read_metrics, whole, write_bytes, write_json
 from lorasae.runs import distributed
 
 LOG_EVERY = 10                          # steps per metrics line: reading values waits for the GPU
@@ -280,6 +280,29 @@ def new_folder(config):
         with suppress(FileExistsError):                 # also if another run makes it right now
             folder.mkdir(parents=True)
             return folder, made
+
+
+def begin_with(path, asked, **notes):
+    """Writes the arguments of a folder of runs, and notes beside them, unless they are there.
+
+    asked: {name: value}. InputError if the folder was begun with other values. If nothing can be
+    written, no folder is left.
+    """
+    if not path.exists():
+        made = missing(path.parent)
+        try:
+            write_json(path, {**asked, **notes})
+        except (InputError, OSError):
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+
+    before = read_json(path)
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise InputError(f"{path.parent} was begun with {name} {before.get(name)}, not "
+                             f"{value}: pass another --out, or the same arguments to continue")
 
 
 def missing(folder):

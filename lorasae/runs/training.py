@@ -126,7 +126,7 @@ def size_of(tensors):
 
 
 def show(rows):
-    """Prints {name: value}, a line each."""
+    """Prints {name: value}, one per line."""
     progress_line("\n".join(f"{name:16}{value}" for name, value in rows.items()))
 
 
