@@ -4,25 +4,25 @@
     python eval.py RUN_DIR --suite fidelity,tokens,distances    any of the evaluations
     python eval.py RUN_DIR --suite steering --latents 17 204    examples from the held-out text
     python eval.py RUN_DIR --suite probing,scr,tpp,absorption   SAEBench, base and adapted model
-    python eval.py RUN_DIR --suite autointerp                   latents in words
+    python eval.py RUN_DIR --suite autointerp --judge URL       latents in words
     python eval.py RUN_DIR --suite lm --limit 100               lm-eval: MMLU, HellaSwag, TruthfulQA
                                                                 (embedded models: their own tasks)
     python eval.py RUN_DIR --suite tenths                       an SAE after each tenth of its steps
+    python eval.py RUN_DIR --suite elsewhere --data FOLDER      fidelity on another kind of text
 
-Each writes RUN_DIR/eval-NAME.json and, with matplotlib, RUN_DIR/eval-NAME.png. lorasae/evals/ has
-one module per evaluation, all with the same functions: evaluate(setting, ...) returns a plain dict,
-and its other parameters are options, which add_options declares; tables and draw show the dict.
+Each writes RUN_DIR/eval-NAME.json and, if the paper has such a figure, RUN_DIR/eval-NAME.png (with
+matplotlib). lorasae/evals/ has one module per evaluation, all with the same functions:
+evaluate(setting, ...) returns a plain dict, and its other parameters are options, which add_options
+declares; tables and draw show the dict.
 """
-import sys
 from inspect import signature
-from pathlib import Path
 
 from lorasae.errors import InputError
-from lorasae.evals import (absorption, autointerp, benchmarks, distances, fidelity, probing, scr,
-                           steering, tenths, tokens, tpp)
-from lorasae.evals.report import print_tables, save_figure
+from lorasae.evals import (absorption, autointerp, benchmarks, distances, elsewhere, fidelity,
+                           probing, scr, steering, tenths, tokens, tpp)
+from lorasae.evals.report import save_figure, text
 from lorasae.io.console import Parser, one_line_errors
-from lorasae.io.files import read_json, write_json
+from lorasae.io.files import damage, local, read_json, write_json
 from lorasae.runs.setting import open_run, runs_in
 
 SUITES = {
@@ -37,19 +37,20 @@ SUITES = {
     "autointerp": autointerp,
     "lm": benchmarks,
     "tenths": tenths,
+    "elsewhere": elsewhere,
 }
-WITHOUT_ADAPTERS = ("fidelity", "tenths")               # suites for runs that trained only an SAE
+WITHOUT_ADAPTERS = ("fidelity", "tenths", "elsewhere")  # suites for runs that trained only an SAE
 
 
 def arguments(argv):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("run", metavar="RUN_DIR", type=Path, help="folder that train.py wrote")
+    add("run", metavar="RUN_DIR", type=local, help="folder that train.py wrote")
     add("--suite", default="fidelity",
         help=f"comma-separated, of {', '.join(SUITES)} (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 (default: the run's)")
     add("--draw", action="store_true",
-        help="only draw the pictures, from existing eval-NAME.json files")
+        help="only show the tables and draw the pictures, from existing eval-NAME.json files")
     for name, suite in SUITES.items():
         if hasattr(suite, "add_options"):
             suite.add_options(parser.add_argument_group(name).add_argument)
@@ -59,29 +60,49 @@ def arguments(argv):
     for name in args.suite:
         if name not in SUITES:
             parser.error(f"--suite {name!r} is unknown: choose from {', '.join(SUITES)}")
+
+    # Options that none of the suites takes
+    taken = {"run", "suite", "draw"}
+    if not args.draw:
+        taken.update(["device"], *map(options_of, args.suite))
+    for option, value in vars(args).items():
+        if option not in taken and value != parser.get_default(option):
+            words = f"--suite {','.join(args.suite)}{' --draw' * args.draw}"
+            parser.error(f"--{option.replace('_', '-')} has no effect with {words}")
     return args
 
 
+def options_of(name):
+    """The options that a suite takes."""
+    _, *options = signature(SUITES[name].evaluate).parameters
+    return options
+
+
 def evaluate(name, setting, args):
-    """Runs one suite on a run, writes its numbers, and then shows them."""
-    suite = SUITES[name]
+    """Runs one suite on a run and writes its numbers."""
     if setting.config.method != "lora" and name not in WITHOUT_ADAPTERS:
         raise InputError(f"{setting.folder} trained an SAE and has no adapter, so --suite {name} "
                          f"has nothing to compare: use --suite {' or '.join(WITHOUT_ADAPTERS)}")
-    _, *options = signature(suite.evaluate).parameters
-    numbers = suite.evaluate(setting, **{option: getattr(args, option) for option in options})
+    options = {option: getattr(args, option) for option in options_of(name)}
+    numbers = SUITES[name].evaluate(setting, **options)
+    write_json(setting.folder / f"eval-{name}.json", numbers)
 
-    path = setting.folder / f"eval-{name}.json"
-    write_json(path, numbers)
-    print_tables(suite.tables(numbers))
+
+def show(name, folder):
+    """Prints the tables of a suite's numbers, and draws its picture if it has one."""
+    suite, path = SUITES[name], folder / f"eval-{name}.json"
+    with damage(path):
+        numbers = read_json(path)
+        tables = suite.tables(numbers)
+        if not all(table.rows for table in tables):
+            raise InputError(f"{path} holds no results: run --suite {name} again")
+        shown = text(tables)
+    print(shown)
     print(path, flush=True)
-
-
-def illustrate(name, folder):
-    """Draws a suite's picture."""
-    path = folder / f"eval-{name}.json"
-    again = f"python eval.py {folder} --suite {name} --draw"
-    save_figure(SUITES[name].draw, read_json(path), path.with_suffix(".png"), again)
+    if hasattr(suite, "draw"):
+        again = f"python eval.py {folder} --suite {name} --draw"
+        with damage(path):
+            save_figure(suite.draw, numbers, path.with_suffix(".png"), again)
 
 
 def take_suites(folder, args):
@@ -90,13 +111,13 @@ def take_suites(folder, args):
     for name in args.suite:
         if setting is not None:
             evaluate(name, setting, args)
-        illustrate(name, folder)
+        show(name, folder)
 
 
 def main(argv=None):
-    args = arguments(sys.argv[1:] if argv is None else argv)
+    args = arguments(argv)
     with one_line_errors():
-        for folder in runs_in(args.run.expanduser()):
+        for folder in runs_in(args.run):
             take_suites(folder, args)                   # one model in memory at a time
 
 

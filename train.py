@@ -8,14 +8,15 @@
     python train.py --train-sae                                 adapters and SAE together
     python train.py --resume runs/tiny-gemma-2-lora             continue an interrupted run
     python train.py --merge runs/tiny-gemma-2-lora              write a Hugging Face checkpoint
+    python train.py --publish RUN_DIR OWNER/NAME                upload it to the Hub, with a card
 
 An option that is not given takes its value from the first of these that has one: the run that
 made the SAE (--sae RUN_DIR), the recipe, the model's preset, the paper. Defaults below are the
 paper's; --dry-run shows what a run would use.
 """
 import argparse
+import shutil
 import sys
-from pathlib import Path
 
 import torch
 
@@ -28,42 +29,52 @@ from lorasae.evals import fidelity
 from lorasae.evals.report import print_tables
 from lorasae.io.adapters import load_adapter
 from lorasae.io.console import Parser, one_line_errors, progress_line
+from lorasae.io.files import local
 from lorasae.io.hub import model_files
 from lorasae.io.models import copy_beside_weights, load_model, save_model, text_config
 from lorasae.lora import merge_lora
 from lorasae.runs import distributed
 from lorasae.runs.adapting import adapt_model
+from lorasae.runs.catalogue import show_presets
 from lorasae.runs.config import (
     RETRAINED, Config, add_options, as_fields, configure, option, read_config)
 from lorasae.runs.dry_run import dry_run
-from lorasae.runs.folder import Run
+from lorasae.runs.folder import Run, check_free
+from lorasae.runs.machine import settled
+from lorasae.runs.publish import card, publish
 from lorasae.runs.sae_training import train_sae
 from lorasae.runs.setting import load_setting, runs_in
+from lorasae.runs.tracking import tracked
 
 RECIPES = {"tuned": tuned_recipe}
 OPTIMIZERS = {"adamw": adapt.adamw, "muon": muon}
+ALONE = {                                               # options of a run: what else may be given
+    "resume": ("device",), "merge": (), "publish": ("model", "sae"), "card": ("model", "sae")}
 
 
 def arguments(argv):
     """The parsed arguments; what is not given is absent."""
-    def folder(text):
-        return Path(text).expanduser()
-
     parser = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     add_options(parser)
     add = parser.add_argument_group("runs").add_argument
-    add("--out", type=folder, help="folder of the run (default: runs/MODEL-METHOD, numbered if "
+    add("--out", type=local, help="folder of the run (default: runs/MODEL-METHOD, numbered if "
         "that is taken)")
-    add("--resume", metavar="RUN_DIR", type=folder, help="continue that run from its last "
+    add("--resume", metavar="RUN_DIR", type=local, help="continue that run from its last "
         "checkpoint, with its own arguments; only --device may be given")
-    add("--merge", metavar="RUN_DIR", type=folder, help="fold that run's adapters into its model, "
+    add("--merge", metavar="RUN_DIR", type=local, help="fold that run's adapters into its model, "
         "write RUN_DIR/merged/, and stop")
+    add("--publish", metavar=("RUN_DIR", "OWNER/NAME"), nargs=2, help="upload that run's adapters "
+        "or SAE to the Hub, with a model card; --model and --sae say what is there under other "
+        "names than the run knows")
+    add("--card", metavar="RUN_DIR", type=local, help="print that model card, and stop")
+    add("--list", action="store_true", help="print the presets with their SAEs, sizes and "
+        "licences, and stop")
     add("--dry-run", action="store_true", help="print what would be fetched, trained and held in "
         "memory, and stop")
 
     args = parser.parse_args(argv)
-    for alone, allowed in (("resume", {"resume", "device"}), ("merge", {"merge"})):
-        extra = vars(args).keys() - allowed
+    for alone, besides in ALONE.items():
+        extra = vars(args).keys() - {alone, *besides}
         if alone in args and extra:
             parser.error(f"--{alone} takes every other argument from the run's config.json: leave "
                          f"out {option(min(extra))}")
@@ -76,15 +87,6 @@ def config_of(args):
         return read_config(args.resume, getattr(args, "device", None))
     device = "cuda" if torch.cuda.is_available() else Config.device
     return configure({"device": device, **as_fields(vars(args))}, RECIPES)
-
-
-def open_run(args):
-    """The run to be made, its folder claimed, or the one to resume."""
-    config = config_of(args)
-    distributed.start(config)
-    if "resume" in args:
-        return Run.resume(args.resume, config)
-    return Run.create(getattr(args, "out", None), config)
 
 
 def take_run(run):
@@ -112,8 +114,13 @@ def merge(folder):
         raise InputError(f"{target} already exists: remove it to merge again")
 
     model = load_adapter(load_model(config.model, dtype=config.dtype), folder / "adapter")
-    save_model(merge_lora(model), target, config=text_config(model_files(config.model)))
-    copy_beside_weights(config.model, target)
+    unfinished = folder / "merged.part"
+    try:
+        save_model(merge_lora(model), unfinished, config=text_config(model_files(config.model)))
+        copy_beside_weights(config.model, unfinished)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{target}/ is the adapted model, without its SAE, as "
           "transformers.AutoModelForCausalLM loads it")
     if config.train_sae:
@@ -132,9 +139,7 @@ def report(results, folder, config):
         facts.append(f"dead latents {results['dead_latents']:.1%}")
     print("   ".join(facts))
 
-    products = ["adapter/"] * (config.method == "lora") + ["sae/"] * config.trains_sae
-    print(f"{folder}/ holds config.json, metrics.jsonl, results.json, {', '.join(products)}; "
-          f"python eval.py {folder} recomputes the table")
+    print(f"{folder}/ holds it all; python eval.py {folder} recomputes the table")
     if config.method != "lora":
         print(f"python train.py --model {config.model} --sae {folder} adapts the model around the "
               "SAE")
@@ -145,13 +150,28 @@ def main(argv=None):
     with one_line_errors():
         if "merge" in args:
             return merge(args.merge)
+        if "publish" in args:
+            return publish(*args.publish, as_fields(vars(args)))
+        if "card" in args:
+            return print(card(args.card, "OWNER/NAME", as_fields(vars(args))))
+        if "list" in args:
+            return show_presets()
+        config = config_of(args)
+        if "out" in args:
+            check_free(args.out)
         if "dry_run" in args:
-            return dry_run(config_of(args))
+            return dry_run(config)
 
-        run = open_run(args)
+        distributed.start(config)
+        config = settled(config)
+        if "resume" in args:
+            run = Run.resume(args.resume, config)
+        else:
+            run = Run.create(getattr(args, "out", None), config)
         try:
-            for folder, results in take_run(run).items():
-                report(results, folder, run.config)
+            with tracked(run):
+                for folder, results in take_run(run).items():
+                    report(results, folder, run.config)
         except KeyboardInterrupt:
             sys.exit(run.after_interrupt())
         finally:

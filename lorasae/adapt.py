@@ -76,7 +76,7 @@ def naive_train(model, saes, batches, lr=5e-5, weight_decay=0.01, clip=1.0):
 class FrozenPart(NamedTuple):
     """Outputs of the frozen model that one training step uses."""
     x: torch.Tensor             # [B, T, D] input of the first block that differs, SAE spliced in
-    target: torch.Tensor        # [B, T, D] the base model's final hidden state
+    target: torch.Tensor | None     # [B, T, D] the base model's final hidden state
     special: torch.Tensor       # [B, T] bool: BOS and EOS positions
 
 

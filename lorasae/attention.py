@@ -27,7 +27,7 @@ class Attention(nn.Module):
     the queries and one for the keys (Gemma 3).
     """
 
-    def __init__(self, config, layer, scale, softcap=None, window=None, head_norm=None):
+    def __init__(self, config, layer, scale, softcap=None, window=None, head_norm=nn.Identity):
         super().__init__()
         D, C = config.hidden_size, config.head_dim
         queries = config.num_attention_heads * C
@@ -36,8 +36,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(D, keys, bias=False)
         self.v_proj = Linear(D, keys, bias=False)
         self.o_proj = Linear(queries, D, bias=False)
-        self.q_norm = head_norm() if head_norm else None
-        self.k_norm = head_norm() if head_norm else None
+        self.q_norm = head_norm()
+        self.k_norm = head_norm()
         self.layer = layer
         self.head_dim = C
         self.scale = scale
@@ -49,12 +49,9 @@ class Attention(nn.Module):
         k = rearrange(self.k_proj(x), "b t (g c) -> b g t c", c=self.head_dim)
         v = rearrange(self.v_proj(x), "b t (g c) -> b g t c", c=self.head_dim)
 
-        if self.q_norm is not None:
-            q = self.q_norm(q)
-            k = self.k_norm(k)
         rotary = positions.rotary if self.window is None else positions.local_rotary
-        q = rotate(q, rotary)
-        k = rotate(k, rotary)
+        q = rotate(self.q_norm(q), rotary)
+        k = rotate(self.k_norm(k), rotary)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
 
@@ -208,15 +205,16 @@ def blockwise_attention(q, k, v, scale, softcap, window, rows):
     """naive_attention for `rows` queries at a time, in pieces that fit a CPU's cache.
 
     Keys that no query of a piece sees are never touched: those after its last query, and those
-    before the window of its first. Under a causal mask that saves half of the work.
+    before the window of its first. Under a causal mask that saves half of the work. Scores are in
+    fp32 from the product on, as in the fused kernels: rounded to bf16 they cost accuracy.
     """
     T, S = q.shape[2], k.shape[2]
-    k = repeat_heads(k, q).transpose(-1, -2)
+    k = repeat_heads(k, q).transpose(-1, -2).float()
     v = repeat_heads(v, q)
 
     # The soft-cap is cap · tanh(u) = 2 cap · σ(2u) - cap. No softmax sees the constant, and a CPU
     # takes a sixth of the time for σ.
-    q = q * (scale if softcap is None else 2 * scale / softcap)
+    q = q.float() * (scale if softcap is None else 2 * scale / softcap)
 
     parts = []
     for start in range(0, T, rows):
@@ -229,7 +227,7 @@ def blockwise_attention(q, k, v, scale, softcap, window, rows):
 
         queries = q[:, :, start:stop]
         keys = k[..., first_key:last_key]
-        scores = (queries @ keys).float()
+        scores = queries @ keys
         if softcap is not None:
             scores = 2 * softcap * scores.sigmoid()
 
@@ -238,7 +236,7 @@ def blockwise_attention(q, k, v, scale, softcap, window, rows):
         mask = torch.zeros(hidden.shape, device=q.device)
         scores += mask.masked_fill_(hidden, -torch.inf)
 
-        weights = scores.softmax(dim=-1).to(q.dtype)
+        weights = scores.softmax(dim=-1).to(v.dtype)
         parts.append(weights @ v[:, :, first_key:last_key])
     return torch.cat(parts, dim=2)
 
@@ -308,9 +306,7 @@ class Cache:
     def extend(self, layer, k, v):
         """Appends a block's k and v [B, G, T, C], and returns all of its own [B, G, S, C]."""
         if layer in self.pairs:
-            earlier_k, earlier_v = self.pairs[layer]
-            k = torch.cat([earlier_k, k], dim=2)
-            v = torch.cat([earlier_v, v], dim=2)
+            k, v = [torch.cat(both, dim=2) for both in zip(self.pairs[layer], (k, v))]
         self.pairs[layer] = k, v
         self.length = k.shape[2]
         return k, v

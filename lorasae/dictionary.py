@@ -80,7 +80,7 @@ class Training(NamedTuple):
 
 @torch.no_grad()
 def begin(sae, seen, config):
-    """Fits a fresh SAE to its first Observation -> Training.
+    """Fits a fresh SAE to its first FrozenPart -> Training.
 
     config.max_norm bounds the norms that it trains on, in units of their median. A few positions
     draw attention to themselves (BOS above all), with norms of up to 200 times the others': their
@@ -109,22 +109,17 @@ def begin(sae, seen, config):
 
 # ---- The forward passes --------------------------------------------------------------------------
 
-class Observation(NamedTuple):
-    """Outputs of the frozen model that one step uses."""
-    x: torch.Tensor                             # [B, T, D] output of the SAE's block
-    special: torch.Tensor                       # [B, T] bool: BOS and EOS positions
-    target: torch.Tensor | None = None          # [B, T, D] end to end: final hidden state
-
-
 @torch.no_grad()
 def observe(model, sae, layer, tokens, end_to_end):
-    """Runs the frozen model: tokens [B, T] -> Observation."""
+    """Runs the frozen model: tokens [B, T] -> FrozenPart, whose x is the output of the SAE's block.
+
+    Its target is None unless the SAE trains end to end.
+    """
     tokens = tokens.to(model.device, non_blocking=True)
     if end_to_end:
-        part = frozen_forward(model, {}, tokens, layer + 1)
-        return Observation(part.x, part.special, part.target)
-    x = model.read(tokens, sae, layer)                                  # and no further
-    return Observation(x, model.special(tokens))
+        return frozen_forward(model, {}, tokens, layer + 1)
+    x = model.read(tokens, sae, layer)                          # and no further
+    return FrozenPart(x, None, model.special(tokens))
 
 
 class InTraining(StandIn):
@@ -155,7 +150,7 @@ class InTraining(StandIn):
 # ---- One step ------------------------------------------------------------------------------------
 
 def take_step(model, sae, layer, seen, step, training, config, world=ALONE):
-    """One Adam step on an Observation -> {name: value}: losses, and the norm before clipping.
+    """One Adam step on a FrozenPart -> {name: value}: losses, and the norm before clipping.
 
     The loss is the FVU, or end to end Eq. 7. If gradients reach L0, a penalty holds it at the L0
     asked for. --auxk adds AuxK on the latents that no token fired for `dead_after` tokens.
@@ -215,8 +210,7 @@ def end_to_end_loss(model, layer, seen, spliced, config, world):
     token}).
     """
     x = model.run(spliced, layer + 1, len(model.layers))
-    part = FrozenPart(spliced, seen.target, None)
-    total, sums = objective(model, part, model.norm(x), config)
+    total, sums = objective(model, seen, model.norm(x), config)
 
     B, T = config.batch_size, spliced.shape[1]
     loss = world.sum(total) / B

@@ -1,11 +1,12 @@
-"""What the families of models share in reading Hugging Face's config.json.
+"""What the families of models share: the fields of a configuration, and how config.json is read.
 
 Each function takes the file's Fields (io/files.py), whose `take` returns a checked value. Sizes
 must be there; other keys have the default that transformers gives them, family by family. Values
 that would change the arithmetic in a way that is not implemented are refused.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields as fields_of
+from typing import get_args
 
 from lorasae.errors import InputError
 
@@ -45,21 +46,49 @@ SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-def common(fields, defaults):
-    """{key: value} of the sizes, and of the keys that a family gives a default.
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The fields of every family, named as in config.json.
 
-    defaults: {key: default}. The default None stands for a whole number that follows from others:
-    one key-value head per query head, head_dim = hidden_size / heads.
+    A family adds its own, and None for what it does not have. It gives those that may be absent
+    from the file transformers' default.
     """
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None              # None: one per query head
+    head_dim: int | None = None                         # None: hidden_size / query heads
+    rms_norm_eps: float = 1e-6
+    rope_theta: float
+    bos_token_id: int
+    eos_token_id: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+    def embed_scale(self, dtype):
+        return 1
+
+
+def defaults(config):
+    """{key: its field} of the keys that a family's Config has a default for."""
+    return {known.name: known for known in fields_of(config) if known.default is not MISSING}
+
+
+def common(fields, config):
+    """{key: value} of the sizes, and of the keys that a family's Config has a default for."""
     fields.take("num_hidden_layers", int, below=1001)
     values = {key: fields.take(key, int, at_least=1) for key in SIZES}
-    for key, default in defaults.items():
-        kind = int if default is None else type(default)
+    for key, known in defaults(config).items():
+        kind, *others = get_args(known.type) or (known.type,)
         bounds = {} if kind is bool else {"above": 0}
         if key.endswith("token_id"):
             bounds = {"at_least": 0, "below": values["vocab_size"]}
             if isinstance(fields.get(key), list) and fields[key]:
                 fields[key] = fields[key][0]            # of several (chat models have two EOS)
+        may_be_null = others and key in fields
+        default = None if may_be_null else known.default
         values[key] = fields.take(key, kind, default, **bounds)
 
     # the heads
@@ -76,12 +105,18 @@ def common(fields, defaults):
     return {**values, "num_key_value_heads": pairs, "head_dim": int(width)}
 
 
-def rotary(fields):
-    """-> rope_theta, RopeScaling or None. Newer files have rope_parameters for both keys."""
+def rotary(fields, default=10_000.0, kind=None):
+    """-> rope_theta, its scaling or None. Newer files have rope_parameters for both keys.
+
+    default: of rope_theta. kind: of the blocks, if rope_parameters holds a table for each kind.
+    """
     fields.only(partial_rotary_factor=1.0)
-    theta = fields.take("rope_theta", float, 10000.0, above=0)
+    theta = fields.take("rope_theta", float, default, above=0)
     older = fields.take("rope_scaling", dict, None)
-    rope = older or fields.take("rope_parameters", dict, None)      # in this order, as transformers
+    newer = fields.take("rope_parameters", dict, None)
+    if newer and kind is not None:
+        newer = newer.take(kind, dict, None)
+    rope = older or newer                               # in this order, as transformers
     if not rope:
         return theta, None
     return rotary_table(fields, rope, theta)

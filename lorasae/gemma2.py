@@ -17,29 +17,22 @@ from lorasae.attention import MLP, Attention
 from lorasae.errors import InputError
 from lorasae.sae import splice
 
-MODEL_TYPE = "gemma2"                                   # in Hugging Face's config.json
 
+@dataclass(frozen=True, kw_only=True)
+class Config(family.Config):
+    """The defaults are those of transformers' Gemma2Config."""
+    model_type = "gemma2"
 
-@dataclass(frozen=True)
-class Config:
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int                                       # 27B's is not hidden_size / heads
-    query_pre_attn_scalar: float
-    sliding_window: int
-    attn_logit_softcapping: float | None
-    final_logit_softcapping: float | None
-    rms_norm_eps: float
-    rope_theta: float
-    bos_token_id: int
-    eos_token_id: int
+    num_key_value_heads: int = 4
+    head_dim: int = 256                                 # 27B's is not hidden_size / heads
+    query_pre_attn_scalar: float = 256.0
+    sliding_window: int = 4096
+    attn_logit_softcapping: float | None = 50.0
+    final_logit_softcapping: float | None = 30.0
+    bos_token_id: int = 2
+    eos_token_id: int = 1
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 8192
-    model_type: str = MODEL_TYPE
 
     rope_scaling = local_rope_theta = None
     with_vision = False
@@ -47,20 +40,6 @@ class Config:
     def embed_scale(self, dtype):
         """√D in the model's dtype, as in training (in bf16, 27B's 67.882 becomes 68)."""
         return torch.tensor(self.hidden_size ** 0.5).to(dtype)
-
-
-DEFAULTS = {                                            # those of transformers' Gemma2Config
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256.0,
-    "sliding_window": 4096,
-    "rms_norm_eps": 1e-6,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
-}
-CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
 def parse(fields):
@@ -73,7 +52,7 @@ def parse(fields):
             f"{fields.where}: use_bidirectional_attention true is not supported: attention must be "
             "causal")
 
-    values = family.common(fields, DEFAULTS)
+    values = family.common(fields, Config)
     layers = values["num_hidden_layers"]
     kinds = ["sliding_attention", "full_attention"] * layers
     if fields.take("layer_types", list, None) not in (None, kinds[:layers]):
@@ -83,10 +62,6 @@ def parse(fields):
     theta, scaling = family.rotary(fields)
     if scaling is not None:
         raise InputError(f"{fields.where}: rotary scaling is not part of Gemma-2")
-
-    # a cap of null is none
-    for key, cap in CAPS.items():
-        values[key] = fields.take(key, float, None if key in fields else cap, above=0)
     return Config(**values, rope_theta=theta)
 
 

@@ -8,61 +8,38 @@ where models from 4B on divide positions by 8).
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from lorasae import family, gemma2
 from lorasae.attention import Attention
 from lorasae.errors import InputError
 from lorasae.family import LinearScaling
 from lorasae.gemma2 import RMSNorm
 
-MODEL_TYPE, ARCHITECTURE = "gemma3_text", "Gemma3ForCausalLM"  # in Hugging Face's config.json
 WITH_VISION = "gemma3"                  # the model_type of a file that has a vision tower too
-
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-@dataclass(frozen=True)
-class Config:
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    query_pre_attn_scalar: float                        # 27B's is 168, not head_dim
-    sliding_window: int
+@dataclass(frozen=True, kw_only=True)
+class Config(family.Config):
+    """The defaults are those of transformers' Gemma3TextConfig."""
+    model_type = "gemma3_text"
+
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    query_pre_attn_scalar: float = 256.0                # 27B's is 168, not head_dim
+    sliding_window: int = 4096
     layer_types: tuple                                  # SLIDING or FULL, one per block
-    rms_norm_eps: float
-    rope_theta: float                                   # of FULL blocks
-    rope_scaling: LinearScaling | None                  # of FULL blocks
+    rope_scaling: LinearScaling | None                  # of FULL blocks, as rope_theta is
     local_rope_theta: float                             # of SLIDING blocks
-    bos_token_id: int
-    eos_token_id: int
+    bos_token_id: int = 2
+    eos_token_id: int = 1
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 131072
-    with_vision: bool = False                           # the file's model has a vision tower
-    model_type: str = MODEL_TYPE
+    with_vision: bool                                   # the file's model has a vision tower
 
     attn_logit_softcapping = final_logit_softcapping = None
-
-    def embed_scale(self, dtype):
-        """√D in the model's dtype, as in training (in bf16, 270M's 25.298 becomes 25.25)."""
-        return torch.tensor(self.hidden_size ** 0.5).to(dtype)
+    embed_scale = gemma2.Config.embed_scale
 
 
-DEFAULTS = {                                            # those of transformers' Gemma3TextConfig
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256.0,
-    "sliding_window": 4096,
-    "rms_norm_eps": 1e-6,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 131072,
-}
 # The text part of a file with a vision tower leaves out what equals these.
 SIZES = {
     "vocab_size": 262208,
@@ -82,7 +59,7 @@ def text_part(fields):
             text.setdefault(key, fields[key])
     for key, value in SIZES.items():
         text.setdefault(key, value)
-    text.update(model_type=MODEL_TYPE, architectures=[ARCHITECTURE])
+    text.update(model_type=Config.model_type, architectures=["Gemma3ForCausalLM"])
     return text
 
 
@@ -97,11 +74,11 @@ def parse(fields):
         if fields.take(cap, float, None) is not None:
             raise InputError(f"{fields.where}: {cap} must be null in Gemma 3")
 
-    values = family.common(fields, DEFAULTS)
+    values = family.common(fields, Config)
     theta, scaling, local_theta = rotary(fields)
     return Config(
         **values, layer_types=layer_types(fields, values["num_hidden_layers"]),
-        rope_theta=theta, rope_scaling=scaling, local_rope_theta=local_theta)
+        rope_theta=theta, rope_scaling=scaling, local_rope_theta=local_theta, with_vision=False)
 
 
 def layer_types(fields, depth):
@@ -120,27 +97,20 @@ def layer_types(fields, depth):
 def rotary(fields):
     """-> rope_theta and scaling of FULL blocks, rope_theta of SLIDING ones.
 
-    Newer files hold a table for each kind in rope_parameters, which goes before rope_theta and
-    rope_local_base_freq of older ones; rope_scaling is always that of FULL blocks.
+    Newer files hold a table for each kind in rope_parameters; rope_scaling of older ones is that of
+    FULL blocks.
     """
-    fields.only(partial_rotary_factor=1.0)
-    theta = fields.take("rope_theta", float, 1_000_000.0, above=0)
-    local_theta = fields.take("rope_local_base_freq", float, 10_000.0, above=0)
-    scaling = None
+    theta, scaling = family.rotary(fields, 1_000_000.0, FULL)
+    if not isinstance(scaling, LinearScaling | None):
+        raise InputError(f"{fields.where}: rotary scaling of Gemma 3 must be 'linear' or none")
 
+    local_theta = fields.take("rope_local_base_freq", float, 10_000.0, above=0)
     tables = fields.take("rope_parameters", dict, None) or {}
-    if FULL in tables:
-        theta, scaling = family.rotary_table(fields, tables.take(FULL, dict), theta)
     if SLIDING in tables:
         table = tables.take(SLIDING, dict)
         local_theta, stretched = family.rotary_table(fields, table, local_theta)
         if stretched is not None:
             raise InputError(f"{fields.where}: blocks with a sliding window have no rotary scaling")
-    older = fields.take("rope_scaling", dict, None)
-    if older:
-        theta, scaling = family.rotary_table(fields, older, theta)
-    if not isinstance(scaling, LinearScaling | None):
-        raise InputError(f"{fields.where}: rotary scaling of Gemma 3 must be 'linear' or none")
     return theta, scaling, local_theta
 
 

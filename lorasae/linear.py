@@ -19,6 +19,21 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
+def linear_fp32(x, weight, bias=None):
+    """linear for x [N, in] with a result in fp32 (fp64 if x is), even if x and weight are bf16.
+
+    CUDA multiplies bf16 and returns its fp32 sums; a CPU widens a slice of the weight at a time.
+    """
+    if x.dtype.itemsize > 2:
+        return linear(x, weight, bias)
+    if x.is_cuda:
+        y = torch.mm(x, weight.T, out_dtype=torch.float32)
+    else:
+        parts = [linear(x.float(), part.float()) for part in weight.split(2 ** 14)]
+        y = torch.cat(parts, dim=1)
+    return y if bias is None else y + bias
+
+
 class Linear(nn.Linear):
     """y = W x + b"""
 

@@ -15,52 +15,29 @@ from lorasae.attention import MLP, Attention
 from lorasae.family import RopeScaling
 from lorasae.sae import splice
 
-MODEL_TYPE = "llama"                                    # in Hugging Face's config.json
 
+@dataclass(frozen=True, kw_only=True)
+class Config(family.Config):
+    """The defaults are those of transformers' LlamaConfig."""
+    model_type = "llama"
 
-@dataclass(frozen=True)
-class Config:
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
     rope_scaling: RopeScaling | None
-    bos_token_id: int
-    eos_token_id: int
-    tie_word_embeddings: bool
-    max_position_embeddings: int = 131072
-    model_type: str = MODEL_TYPE
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
 
     attn_logit_softcapping = final_logit_softcapping = None
     sliding_window = local_rope_theta = None
     with_vision = False
 
-    def embed_scale(self, dtype):
-        return 1
 
-
-DEFAULTS = {                                            # those of transformers' LlamaConfig
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "rms_norm_eps": 1e-6,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 2048,
-}
-
-
-def parse(fields):
-    """Config from the Fields of config.json, which it may change."""
+def parse(fields, config=Config):
+    """Config, or a subclass of it, from the Fields of config.json, which it may change."""
     fields.only(hidden_act="silu", attention_bias=False, mlp_bias=False)
     theta, scaling = family.rotary(fields)
-    values = family.common(fields, DEFAULTS)
-    return Config(**values, rope_theta=theta, rope_scaling=scaling)
+    values = family.common(fields, config)
+    return config(**values, rope_theta=theta, rope_scaling=scaling)
 
 
 class RMSNorm(nn.Module):

@@ -29,6 +29,8 @@ class LoRALinear(Linear):
     B at zero, so that a fresh adapter is the identity. The low-rank product is computed in the
     dtype of x; gradients and optimiser states stay fp32.
     """
+    parts = ("lora_A.weight", "lora_B.weight")          # what trains, under PEFT's names
+    peft = {}                                           # what adapter_config.json says besides
 
     def __init__(self, frozen, rank, alpha, dropout):
         nn.Module.__init__(self)
@@ -98,7 +100,6 @@ def add_lora(model, layers, rank, alpha=32, dropout=0.1, targets=TARGETS):
     that has adapters already.
     """
     # What cannot be done.
-    targets = [targets] if isinstance(targets, str) else targets
     layers, depth = sorted(layers), len(model.layers)
     if rank < 1:
         raise InputError(f"rank is {rank}, but an adapter needs a rank of at least 1")
@@ -142,17 +143,9 @@ def blocks_with_adapters(model):
 
 
 def lora_parameters(model):
-    """The trainable tensors of every adapter: all but the frozen weight and bias.
-
-    model: a model, or the adapters that detach_lora returned.
-    """
+    """The trainable tensors of every adapter of a model, or of those that detach_lora returned."""
     modules = model if isinstance(model, dict) else adapters(model)
-    parameters = []
-    for module in modules.values():
-        for name, parameter in module.named_parameters():
-            if name not in ("weight", "bias"):
-                parameters.append(parameter)
-    return parameters
+    return [module.get_parameter(part) for module in modules.values() for part in module.parts]
 
 
 # ---- Switching off, taking off, merging ----------------------------------------------------------

@@ -16,18 +16,10 @@ from lorasae.linear import Linear, linear
 from lorasae.objectives import capped
 from lorasae.sae import StandIn, is_in_mlp, splice
 
-# A family is a module with MODEL_TYPE, Config, parse, Block and RMSNorm. Files of Gemma 3 with a
-# vision tower have a type of their own.
-FAMILIES = {family.MODEL_TYPE: family for family in (gemma2, gemma3, llama3)}
+# A family is a module with Config, parse, Block and RMSNorm. Files of Gemma 3 with a vision tower
+# have a type of their own.
+FAMILIES = {family.Config.model_type: family for family in (gemma2, gemma3, llama3)}
 FAMILIES[gemma3.WITH_VISION] = gemma3
-
-
-class Probe(StandIn):
-    """Changes nothing, and keeps what its SAE reads."""
-
-    def __call__(self, x):
-        self.x = x
-        return x
 
 
 class Transformer(nn.Module):
@@ -103,9 +95,22 @@ class Transformer(nn.Module):
 
     def read(self, tokens, sae, layer):
         """tokens [B, T] -> what an SAE of this layer reads, [B, T, D]: see its `site`."""
-        probe = Probe(sae, everywhere=True)
-        self.run(self.embed(tokens), 0, layer + 1, {layer: probe})
-        return probe.x
+        seen = []
+
+        def keep(x):
+            seen.append(x)
+            return x
+
+        self.run(self.embed(tokens), 0, layer + 1, {layer: StandIn(sae, keep, everywhere=True)})
+        return seen[0]
+
+    def residual(self, tokens, saes={}, cache=None):
+        """tokens [B, T] -> the residual stream after the last block [B, T, D]."""
+        if not saes.keys() <= set(range(len(self.layers))):
+            raise InputError(f"saes are for layers {sorted(saes)}, but the model has blocks 0 to "
+                             f"{len(self.layers) - 1}")
+        x = self.embed(tokens)
+        return self.run(x, 0, len(self.layers), saes, self.special(tokens), cache)
 
     def logits(self, x):
         """Residual stream after the last block [B, T, D] -> logits [B, T, V], soft-capped if so."""
@@ -113,9 +118,4 @@ class Transformer(nn.Module):
 
     def forward(self, tokens, saes={}, cache=None):
         """tokens [B, T] -> logits [B, T, V], with every SAE of {layer: SAE} spliced in."""
-        if not saes.keys() <= set(range(len(self.layers))):
-            raise InputError(f"saes are for layers {sorted(saes)}, but the model has blocks 0 to "
-                             f"{len(self.layers) - 1}")
-        x = self.embed(tokens)
-        x = self.run(x, 0, len(self.layers), saes, self.special(tokens), cache)
-        return self.logits(x)
+        return self.logits(self.residual(tokens, saes, cache))

@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import torch
 
-from lorasae.linear import linear
+from lorasae.linear import linear, linear_fp32 as to_logits
 
-# Logits of a model held at once: 16 MB on a CPU, 0.5 GB on a GPU.
-CHUNK_ELEMENTS = {"cpu": 2 ** 22, "cuda": 2 ** 27}
+# Logits of a model held at once: 25 MB on a CPU, 0.5 GB on a GPU.
+CHUNK_ELEMENTS = {"cpu": 3 * 2 ** 21, "cuda": 2 ** 27}
+LEAST_ROWS = 96                 # of a chunk on a CPU: with fewer, products get slow
 
 # How many of them a CPU works on at once: 1 MB stays in its cache.
 CACHED_ELEMENTS = 2 ** 18
@@ -169,7 +170,7 @@ def token_losses(hidden, labels, weight, softcap=None, target=None):
     if target is not None:
         target = target.flatten(0, -2)
 
-    ce, kl = (torch.zeros(len(hidden), device=hidden.device) for _ in range(2))
+    ce, kl = [], []
     chunk = chunk_rows(weight)
     for start in range(0, len(hidden), chunk):
         # The logits of a chunk.
@@ -182,12 +183,13 @@ def token_losses(hidden, labels, weight, softcap=None, target=None):
         for piece in pieces(u_q):
             log_q = capped(u_q[piece], softcap).log_softmax(-1)
             label = labels[rows][piece]
-            ce[rows][piece] = -log_q.gather(-1, label[:, None])[:, 0]
+            ce.append(-log_q.gather(-1, label[:, None])[:, 0])
             if target is not None:
                 log_p = capped(u_p[piece], softcap).log_softmax(-1)
-                kl[rows][piece] = (log_p.exp() * (log_p - log_q)).sum(-1)
+                kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
 
-    return TokenLosses(ce.view(shape), None if target is None else kl.view(shape))
+    ce = torch.cat(ce).view(shape)
+    return TokenLosses(ce, torch.cat(kl).view(shape) if kl else None)
 
 
 def capped(logits, softcap):
@@ -205,7 +207,7 @@ def chunk_rows(weight):
     if weight.is_cuda:
         rows = CHUNK_ELEMENTS["cuda"] // V
         return max(128, rows - rows % 128)
-    return max(64, CHUNK_ELEMENTS["cpu"] // V)
+    return max(LEAST_ROWS, CHUNK_ELEMENTS["cpu"] // V)
 
 
 def pieces(logits):
@@ -216,20 +218,7 @@ def pieces(logits):
 
 
 # ---- The two products with the head W [V, D] -----------------------------------------------------
-# They are fp32 even if hidden states and W are bf16: CUDA multiplies bf16 and returns its fp32
-# sums; a CPU widens a slice of W at a time.
-
-def to_logits(hidden, weight):
-    """hidden [n, D], weight [V, D] -> hidden Wᵀ [n, V] fp32."""
-    if hidden.dtype == torch.float32:
-        return linear(hidden, weight)
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-
-    hidden = hidden.float()
-    parts = [hidden @ part.float().T for part in weight.split(2 ** 14)]
-    return torch.cat(parts, dim=1)
-
+# to_logits, hidden Wᵀ, is linear_fp32. Both products are fp32 even if hidden and W are bf16.
 
 def to_hidden(d_logits, weight):
     """d_logits [n, V], weight [V, D] -> d_logits W [n, D] fp32: the gradient on its way back."""

@@ -76,12 +76,7 @@ class SAE(nn.Module):
 
     def saved(self):
         """(tensors, facts of cfg.json) in SAELens's format."""
-        tensors = {
-            "W_enc": self.W_enc.T,
-            "W_dec": self.W_dec,
-            "b_enc": self.b_enc,
-            "b_dec": self.b_dec,
-        }
+        tensors = {**self.state_dict(), "W_enc": self.W_enc.T}
         facts = {
             "architecture": self.architecture,
             "apply_b_dec_to_input": self.centred,
@@ -151,20 +146,10 @@ class JumpReLU(SAE):
         return pre * (pre > self.threshold)
 
     def start(self, x, l0):
-        """Sets thresholds at which all latents fire equally often, with L0 = START_L0 · l0.
-
-        If L0 were l0 from the first step, a third of the latents would fall below their thresholds
-        for good before they had trained.
-        """
         super().start(x, l0)
         self.b_enc.copy_(-self.W_enc @ self.b_dec)      # so that pre = W_enc (x - b_dec)
         pre = x @ self.W_enc.T + self.b_enc
-
-        # A latent's threshold is its highest pre-activation among the tokens that should not fire
-        # it: the one after the `firing` largest.
-        firing = round(len(x) * START_L0 * l0 / len(self.W_enc))
-        highest = pre.topk(min(firing + 1, len(x)), dim=0).values
-        self.threshold.copy_(highest[-1].clamp(min=0))
+        self.threshold.copy_(first_thresholds(pre, l0).clamp(min=0))
 
     def unit(self, x):
         """The rms distance of activations from b_dec."""
@@ -180,11 +165,6 @@ class JumpReLU(SAE):
     def after_step(self):
         self.threshold.clamp_(min=0)
 
-    def saved(self):
-        tensors, facts = super().saved()
-        tensors["threshold"] = self.threshold
-        return tensors, facts
-
 
 KINDS = {"topk": TopK, "jumprelu": JumpReLU}
 
@@ -198,15 +178,8 @@ def splice(x, sae, special=None):
     and EOS. (So does the published training, utils.py:606; the published benchmarks spare only
     position 0.)
 
-    Any callable x -> x̂ may stand in for an SAE, here and in `model(tokens, saes)`. To change what
-    is spliced, wrap the SAE: this one adds half of its error back.
-
-        class HalfError(StandIn):
-            def __call__(self, x):
-                x_hat = self.sae(x).to(x.dtype)
-                return x_hat + 0.5 * (x - x_hat)
-
-    A callable that says nothing else replaces every position of its block's output.
+    Any callable x -> x̂ may stand in for an SAE, here and in `model(tokens, saes)`. It replaces
+    every position of its block's output, unless it is a StandIn.
     """
     x_hat = sae(x).to(x.dtype)
     spared = left_alone(sae, x, special)
@@ -218,15 +191,24 @@ def splice(x, sae, special=None):
 class StandIn:
     """Takes an SAE's place in `saes`, and is spliced where and as the SAE is.
 
+    This one adds half of the SAE's error back:
+
+        StandIn(sae, lambda x: sae(x) + 0.5 * (x - sae(x)))
+
     everywhere: its output replaces every position, and no position is left to `splice`.
     """
 
-    def __init__(self, sae, everywhere=False):
+    def __init__(self, sae, function=None, everywhere=False):
         self.sae = sae
-        for fact in ("on_special", "max_norm", "site", "after_norm"):
-            setattr(self, fact, getattr(sae, fact, getattr(SAE, fact)))
+        self.function = function
         if everywhere:
             self.on_special, self.max_norm = True, None
+
+    def __call__(self, x):
+        return self.function(x)
+
+    def __getattr__(self, name):
+        return getattr(self.sae, name)                  # site, on_special, W_dec, ...
 
 
 def is_in_mlp(sae):
@@ -261,7 +243,20 @@ def norms(x):
     return x.float().norm(dim=-1)
 
 
-# ---- The jump, and the median --------------------------------------------------------------------
+# ---- Thresholds, the jump, and the median --------------------------------------------------------
+
+def first_thresholds(pre, l0):
+    """Those at which all latents fire equally often, with L0 = START_L0 · l0: pre [N, M] -> [M].
+
+    If L0 were l0 from the first step, a third of the latents would fall below their thresholds for
+    good before they had trained.
+    """
+    # A latent's threshold is its highest pre-activation among the tokens that should not fire it:
+    # the one after the `firing` largest.
+    N, M = pre.shape
+    firing = round(N * START_L0 * l0 / M)
+    return pre.topk(min(firing + 1, N), dim=0).values[-1]
+
 
 class Jump(torch.autograd.Function):
     """pre [N, M], θ [M] -> latents pre · H(pre - θ) and gates H(pre - θ), both [N, M] (§3.3).

@@ -3,8 +3,8 @@
     encode      the k largest of ReLU(x W_encᵀ + b_enc), for a chunk of latents at a time: no
                 [N, M] tensor is made if M is large
     decode      Σ_k value · row of W_dec
-    sae_step    both, with one backward: the active (token, latent) pairs are sorted by latent
-                once, which serves every weight gradient, and no N x K x D tensor is made
+    sae_step    both: the active (token, latent) pairs are sorted by latent once, which serves
+                every weight gradient, and no N x K x D tensor is made
     aux_decode  AuxK: what the dead latents would add
     naive_*     the same in dense autograd: tests/test_topk.py ties every value and gradient to it
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from lorasae.errors import InputError
-from lorasae.linear import linear
+from lorasae.linear import linear_fp32
 
 CHUNK = 16384       # latents encoded at once: at full speed, in an eighth of the memory at M = 131k
 LANES = 32          # neighbours in memory go to different groups: maxima are taken lane by lane
@@ -52,13 +52,12 @@ def encode(x, W_enc, b_enc, k):
     Values are fp32, or fp64 if x is. The backward pass touches k latents per token, not M. With
     frozen weights it is one weighted sum of W_enc's rows per token.
     """
-    _, values, indices = Step.apply(x, W_enc, b_enc, None, None, k)
-    return values, indices
+    return Encode.apply(x, W_enc, b_enc, None, k, [])
 
 
 def decode(values, indices, W_dec):
     """values, indices [N, k] -> Σ_k values · W_dec[indices]  [N, D]. b_dec is not added."""
-    return Decode.apply(values, indices, W_dec)
+    return Decode.apply(values, indices, W_dec, [])
 
 
 def sae_step(x, W_enc, b_enc, W_dec, b_dec, k):
@@ -66,7 +65,10 @@ def sae_step(x, W_enc, b_enc, W_dec, b_dec, k):
 
     Equal to decode(*encode(x - b_dec, W_enc, b_enc, k), W_dec) + b_dec, with one sort for both.
     """
-    return Step.apply(x, W_enc, b_enc, W_dec, b_dec, k)
+    shared = []
+    values, indices = Encode.apply(x, W_enc, b_enc, b_dec, k, shared)
+    x_hat = Decode.apply(values, indices, W_dec, shared) + b_dec
+    return x_hat, values, indices
 
 
 def aux_decode(x, W_enc, b_enc, W_dec, dead, k):
@@ -144,11 +146,10 @@ def topk_by_groups(x, k):
     # selection, whose branches become predictable. (A NaN maximum says nothing about the other
     # maxima: it counts as infinite.)
     values = x.gather(1, columns)
-    with torch.no_grad():                               # changes no winner
-        known = maxima.nan_to_num(torch.inf, torch.inf, -torch.inf)
-        floor = known.amin(1, keepdim=True)
-        below = floor.nextafter(floor.new_full((), -torch.inf))
-        torch.maximum(values, below, out=values)
+    known = maxima.nan_to_num(torch.inf, torch.inf, -torch.inf)
+    floor = known.amin(1, keepdim=True)
+    below = floor.nextafter(floor.new_full((), -torch.inf))
+    torch.maximum(values, below, out=values)
 
     values, winners = torch.topk(values, k, sorted=False)
     return values, columns.gather(1, winners)
@@ -164,7 +165,7 @@ def select(x, W_enc, b_enc, k):
     for start in range(0, M, CHUNK):
         # The best of this chunk of latents.
         some = slice(start, start + CHUNK)
-        pre = preactivations(x, W_enc[some], b_enc[some])
+        pre = linear_fp32(x, W_enc[some], b_enc[some])
         best, latents = topk(pre, min(k, pre.shape[1]))
         latents += start
 
@@ -176,15 +177,6 @@ def select(x, W_enc, b_enc, k):
             latents = latents.gather(1, winners)
         values, indices = best, latents
     return values.relu_(), indices
-
-
-def preactivations(x, W, b):
-    """x Wᵀ + b  [N, M], accumulated and kept in fp32 if x and W are bf16."""
-    if x.dtype in (torch.bfloat16, torch.float16):
-        if x.is_cuda:
-            return torch.mm(x, W.T, out_dtype=torch.float32).add_(b)
-        x, W, b = x.float(), W.float(), b.float()       # only CUDA knows out_dtype
-    return linear(x, W, b)
 
 
 # ---- Sums over the active (token, latent) pairs --------------------------------------------------
@@ -209,14 +201,8 @@ class ByLatent:
         numbers = torch.arange(M, device=indices.device)
         self.offsets = torch.searchsorted(self.latents, numbers)
 
-    def sum(self, weights, rows=None):
-        """weights [N, k], rows [N, D] -> each latent's Σ_t weights[t] rows[t]  [M, D].
-
-        Without rows: Σ_t weights[t]  [M].
-        """
-        if rows is None:
-            ones = weights.new_ones(len(weights), 1)
-            return self.sum(weights, ones).squeeze(1)
+    def sum(self, weights, rows):
+        """weights [N, k], rows [N, D] -> each latent's Σ_t weights[t] rows[t]  [M, D]."""
         weights = weights.flatten()[self.order].to(rows.dtype)
         return F.embedding_bag(
             self.tokens, rows.contiguous(), self.offsets,
@@ -247,61 +233,52 @@ def naive_dot(x, rows, indices):
 
 
 # ---- Forward and backward ------------------------------------------------------------------------
+# `shared` is a list through which the decoder's backward hands its sorted pairs to the encoder's.
 
-class Step(torch.autograd.Function):
-    """The whole step or, without W_dec and b_dec, its encoder alone.
+class Encode(torch.autograd.Function):
+    """The k largest of ReLU((x - b_dec) W_encᵀ + b_enc); b_dec may be None.
 
-    If the encoder's weights are frozen too, no x is kept and no pairs are sorted.
+    If W_enc and the biases are frozen, no x is kept and no pairs are sorted.
     """
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, k):
-        whole = W_dec is not None
-        if whole:
+    def forward(ctx, x, W_enc, b_enc, b_dec, k, shared):
+        if b_dec is not None:
             x = x - b_dec
         values, indices = select(x, W_enc, b_enc, k)
-        x_hat = combine(indices, values, W_dec).add_(b_dec) if whole else None
 
-        keep_x = whole or any(ctx.needs_input_grad[1:3])
-        ctx.save_for_backward(
-            x if keep_x else None, W_enc, W_dec, values, indices)
+        keep_x = any(ctx.needs_input_grad[1:4])
+        ctx.save_for_backward(x if keep_x else None, W_enc, values, indices)
         ctx.mark_non_differentiable(indices)
-        return x_hat, values, indices
+        ctx.shared = shared
+        return values, indices
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, grad_values, _):
-        x, W_enc, W_dec, values, indices = ctx.saved_tensors
-        grad_x = grad_W_enc = grad_b_enc = grad_W_dec = grad_b_dec = None
-        if x is not None:
-            pairs = ByLatent(indices, len(W_enc))
+    def backward(ctx, grad, _):
+        x, W_enc, values, indices = ctx.saved_tensors
+        grad_x = grad_W = grad_b = grad_b_dec = None
 
-        # The decoder.
-        if W_dec is not None:
-            grad_W_dec = pairs.sum(values, grad)
-            grad_values = grad_values + pairs.dot(grad, W_dec)
-
-        # ReLU: NaN passes, as in torch's own.
-        grad_pre = grad_values.masked_fill(values <= 0, 0)
-
-        # The encoder.
+        grad = grad.masked_fill(values <= 0, 0)         # ReLU: NaN passes, as in torch's own
         if ctx.needs_input_grad[0]:
-            grad_x = combine(indices, grad_pre, W_enc)
+            grad_x = combine(indices, grad, W_enc)
         if x is not None:
-            grad_W_enc = pairs.sum(grad_pre, x)
-            grad_b_enc = pairs.sum(grad_pre).to(W_enc.dtype)
+            pairs = ctx.shared.pop() if ctx.shared else ByLatent(indices, len(W_enc))
+            grad_W = pairs.sum(grad, x)
+            ones = grad.new_ones(len(grad), 1)
+            grad_b = pairs.sum(grad, ones)[:, 0].to(W_enc.dtype)
 
-        # b_dec is added at the end and subtracted at the start. The latter gives -Σ_t grad_x[t] =
-        # -(Σ_t grad_pre[t]) W_enc, and the sum over tokens is there already: it is grad_b_enc.
-        if W_dec is not None:
-            grad_b_dec = grad.sum(0) - grad_b_enc @ W_enc
-        return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None
+        # -Σ_t grad_x[t] = -(Σ_t grad[t]) W_enc, and the sum over tokens is there already: grad_b.
+        if ctx.needs_input_grad[3]:
+            grad_b_dec = -(grad_b @ W_enc)
+        return grad_x, grad_W, grad_b, grad_b_dec, None, None
 
 
 class Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, indices, W_dec):
+    def forward(ctx, values, indices, W_dec, shared):
         ctx.save_for_backward(values, indices, W_dec)
+        ctx.shared = shared
         return combine(indices, values, W_dec)
 
     @staticmethod
@@ -309,6 +286,7 @@ class Decode(torch.autograd.Function):
     def backward(ctx, grad):
         values, indices, W_dec = ctx.saved_tensors
         pairs = ByLatent(indices, len(W_dec))
+        ctx.shared.append(pairs)
         grad_values = pairs.dot(grad, W_dec).to(values.dtype)
         grad_W = pairs.sum(values, grad) if ctx.needs_input_grad[2] else None
-        return grad_values, None, grad_W
+        return grad_values, None, grad_W, None

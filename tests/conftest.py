@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-@pytest.fixture(scope="session", autouse=True)
-def text_cache(tmp_path_factory):
-    """The shards that tests write go to a cache of their own."""
-    os.environ["LORASAE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Workers get whole files, and with them what their fixtures train; at the end they steal."""
+    from xdist.scheduler import WorkStealingScheduling
+    return WorkStealingScheduling(config, log)
 
 
 GEMMA = {
@@ -71,6 +73,22 @@ def write_model(folder, raw, seed=0, scale=0.2):
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", raw)
     save_file(random_weights(raw, seed, scale), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def write_shards(folder, raw, shards=3, scale=0.2, dtype=torch.float32):
+    """The same in several files behind an index."""
+    from lorasae.io.files import write_json
+    tensors, weight_map = random_weights(raw, scale=scale), {}
+    folder.mkdir(exist_ok=True)
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name].to(dtype) for name in sorted(tensors)[i::shards]}
+        save_file(part, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "config.json", raw)
     return folder
 
 
@@ -138,12 +156,6 @@ def whole_model(model_folder, raw_config, text_folder):
     texts = [path.read_text() for path in sorted(text_folder.iterdir())]
     write_tokenizer(model_folder, raw_config, "".join(texts))
     return model_folder
-
-
-@pytest.fixture
-def sae_folder(whole_model, raw_config, tmp_path):
-    """A random TopK SAE of that model, in SAELens's format."""
-    return write_sae(tmp_path / "sae", raw_config["hidden_size"])
 
 
 def write_sae(folder, d_model, model_name="test", scale=1.0):

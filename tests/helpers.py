@@ -1,6 +1,7 @@
 """What several tests need: SAEs, adapters, commands, metrics, local servers, text."""
 import importlib
 import io
+import itertools
 import json
 import multiprocessing
 import socket
@@ -14,11 +15,10 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-import zstandard
-from safetensors.torch import save
 from tokenizers import Tokenizer
 
-from conftest import GEMMA, TEXT, random_weights, write_tokenizer
+from conftest import GEMMA, TEXT, write_shards, write_tokenizer
+from lorasae.errors import InputError
 from lorasae.io.shards import Text
 from lorasae.lora import add_lora, adapters
 from lorasae.sae import JumpReLU, TopK
@@ -74,10 +74,6 @@ def lines(texts, field="text"):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def zstd_compress(data):
-    return zstandard.compress(data)
-
-
 def read(path):
     """The value in a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
@@ -120,6 +116,21 @@ def counted(module, name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, name, counting)
         yield calls
+
+
+@contextmanager
+def one_line(message=None, kind=InputError):
+    """Inside the `with`, an error of this kind in one line that matches; .value has it."""
+    with pytest.raises(kind, match=message) as error:
+        yield error
+    assert "\n" not in str(error.value)
+
+
+def transformers_model(folder, **how):
+    """The oracle: a folder as transformers opens it, with attention written out."""
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
+    make = transformers.AutoModelForCausalLM.from_pretrained
+    return make(folder, attn_implementation="eager", **how)
 
 
 def misuse(capsys, script, *words):
@@ -371,30 +382,22 @@ GEMMA_2B = {
 
 
 def gemma_2b_files(folder):
-    """The files of a Gemma-2-2B repository: three shards behind an index."""
-    tensors = random_weights(GEMMA_2B, scale=0.05)
-    shards, names = [{}, {}, {}], [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    for i, name in enumerate(sorted(tensors)):
-        shards[i % 3][name] = tensors[name].bfloat16()
+    """The files of a Gemma-2-2B repository, made in a folder: three shards behind an index."""
+    write_shards(folder, GEMMA_2B, scale=0.05, dtype=torch.bfloat16)
     write_tokenizer(folder, GEMMA_2B, TEXT)
-    weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    return {
-        "config.json": json.dumps(GEMMA_2B).encode(), "README.md": b"# Gemma 2",
-        "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
-        "model.safetensors.index.json": json.dumps(index).encode(),
-        **{name: save(shard, {"format": "pt"}) for name, shard in zip(names, shards)}}
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {**files, "README.md": b"# Gemma 2"}
 
 
-def gemma_scope_files(D, M=64):
-    """The repository's layout, with random JumpReLUs that fire."""
-    rng, files = np.random.default_rng(0), {}
-    for l0 in (22, 41, 82, 176, 445):
+def gemma_scope_files(D, M, layers=(12,), widths=("16k",), l0s=(82,)):
+    """The repository's layout, with random JumpReLUs that fire and tell their layer and L0."""
+    rng, files = np.random.default_rng(0), {"README.md": b"# Gemma Scope"}
+    for layer, width, l0 in itertools.product(layers, widths, l0s):
         W, buffer = rng.normal(size=(M, D)).astype("f") / D ** 0.5, io.BytesIO()
         np.savez(
-            buffer, W_enc=W.T, W_dec=W, b_enc=np.zeros(M, "f"), b_dec=np.zeros(D, "f"),
-            threshold=np.full(M, 0.1, "f"))
-        files[f"layer_12/width_16k/average_l0_{l0}/params.npz"] = buffer.getvalue()
+            buffer, W_enc=W.T, W_dec=W, b_enc=np.zeros(M, "f"), b_dec=np.full(D, l0 / 10_000, "f"),
+            threshold=np.full(M, layer / 100, "f"))
+        files[f"layer_{layer}/width_{width}/average_l0_{l0}/params.npz"] = buffer.getvalue()
     return files
 
 

@@ -1,13 +1,12 @@
 """Absorption: words and where they are read, the criterion, SAEs that absorb and do not."""
 import random
-from string import ascii_letters, ascii_lowercase, ascii_uppercase
+from string import ascii_letters, ascii_uppercase
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 
-from lorasae.errors import InputError
 from lorasae.evals import absorption, texts
 from lorasae.evals.absorption import (Asked, absorbs, ask, f1, initial, letter_latents,
                                       letter_words, prompt, scores)
@@ -21,8 +20,6 @@ BOS = 2
 def text():
     return SimpleNamespace(tokenizer=load_tokenizer("tiny-gemma-2"), bos=BOS)
 
-
-# ---- Words and prompts ---------------------------------------------------------------------------
 
 def test_words_are_the_tokens_of_ascii_letters(text):
     found = letter_words(text.tokenizer)
@@ -72,14 +69,6 @@ def test_the_offset_is_the_tokenizers():
     assert asked.offset == len(" has the first letter:")
 
 
-def test_a_tokenizer_that_joins_the_word_with_the_question_is_refused():
-    vocabulary = {"<unk>": 0} | {f" {word}": i for i, word in enumerate(ascii_lowercase, 1)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")    # a line is one token
-    with pytest.raises(InputError, match="joins the word with what follows"):
-        ask(letter_words(tokenizer), SimpleNamespace(tokenizer=tokenizer, bos=0), 26, seed=0)
-
-
 def test_residuals_are_read_at_that_place(model, monkeypatch):
     monkeypatch.setattr(texts, "BATCH", 2)
     bos = model.config.bos_token_id
@@ -89,8 +78,6 @@ def test_residuals_are_read_at_that_place(model, monkeypatch):
         x = model.run(model.embed(torch.tensor([ids])), 0, 2)
         torch.testing.assert_close(row, x[0, -3], atol=1e-4, rtol=1e-4)
 
-
-# ---- The criterion -------------------------------------------------------------------------------
 
 def test_a_latent_absorbs_only_if_the_letters_own_are_silent_and_it_carries_enough():
     rows = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
@@ -130,21 +117,14 @@ def test_a_letter_takes_another_latent_only_while_f1_gains(monkeypatch):
     assert kept(10, 20, 30) == 3
 
 
-def test_letters_without_candidates_count_zero_and_saebenchs_mean_leaves_them_out():
-    def row(true_positives, candidates, survivors, absorbed):
-        return {"true_positives": true_positives, "candidates": candidates,
-                "survivors": survivors, "absorbed": absorbed, "probe_f1": 0.9}
+def test_letters_without_a_silent_word_are_left_out_of_the_mean():
+    def row(right, silent, absorbed, f1=0.9):
+        return {"right": right, "silent": silent, "absorbed": absorbed, "probe_f1": f1}
 
-    counts = {"A": row(10, 4, 3, 2), "B": row(10, 2, 0, 0), "C": row(10, 0, 0, 0),
-              "D": row(0, 0, 0, 0)}
-    found = scores(counts)
-    assert found["absorption"] == pytest.approx(0.2 / 3)
-    assert found["saebench"] == pytest.approx(0.2)
-    assert found["candidates"] == 6 and found["probe_f1"] == pytest.approx(0.9)
-    assert set(found) == set(absorption.LABELS)
+    counts = {"A": row(10, 3, 2), "B": row(10, 0, 0), "C": row(8, 1, 0), "D": row(0, 0, 0, 0.5)}
+    assert scores(counts) == pytest.approx({"absorption": 0.1, "probe_f1": 0.8})
+    assert scores({"B": row(10, 0, 0)})["absorption"] == 0
 
-
-# ---- Planted SAEs --------------------------------------------------------------------------------
 
 D, EACH = 64, 20
 WORDS = [letter + "x" for letter in ascii_uppercase for _ in range(EACH)]
@@ -188,9 +168,9 @@ def measured(absorbing):
 def test_an_sae_built_to_absorb_is_found_out():
     counts, snakes = measured(absorbing=True)
     assert counts["S"]["latents"] == [18]
-    assert counts["S"]["absorbed"] == counts["S"]["survivors"] == snakes > 0
+    assert counts["S"]["absorbed"] == counts["S"]["silent"] == snakes > 0
+    assert counts["S"]["right"] > snakes and scores(counts)["absorption"] > 0
     assert all(row["absorbed"] == 0 for name, row in counts.items() if name != "S")
-    assert scores(counts)["saebench"] > scores(counts)["absorption"] > 0
 
 
 def test_an_sae_whose_latents_are_the_letters_absorbs_nothing():
@@ -198,4 +178,4 @@ def test_an_sae_whose_latents_are_the_letters_absorbs_nothing():
     assert len(counts) == 26
     for row in counts.values():
         assert row["probe_f1"] > 0.95 and len(row["latents"]) == 1
-        assert row["candidates"] == row["absorbed"] == 0
+        assert row["silent"] == row["absorbed"] == 0

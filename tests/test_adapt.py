@@ -11,7 +11,7 @@ from lorasae.adapt import (
     learning_rate, naive_loss, naive_train, step_seed, take_step)
 from lorasae.errors import InputError
 from lorasae.lora import add_lora, lora_parameters, merge_lora
-from lorasae.sae import splice
+from lorasae.sae import StandIn, splice
 
 
 CONFIG = SimpleNamespace(                               # what a step reads of a Config
@@ -225,39 +225,18 @@ def test_which_blocks_are_adapted_and_where_the_models_begin_to_differ(model):
 
 # ---- BOS and EOS ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("layer", [0, 1, 3])
-def test_an_sae_that_never_saw_bos_leaves_it_alone_in_the_plain_model(model, text, layer):
-    """As Gemma Scope's: model(tokens, saes) is right with no further argument."""
-    sae, special = random_sae("jumprelu", model), model.special(text)
-    assert special.sum() == 3 and special[1, 17]
-    x = model.run(model.embed(text), 0, layer + 1)
-    by_hand = torch.where(special[..., None], x, sae(x))
-    expected = model.logits(model.run(by_hand, layer + 1, 4))
-    found = model(text, {layer: sae})
-    torch.testing.assert_close(found, expected)
-    everywhere = model(text, {layer: sae.forward})          # a function replaces BOS too
-    assert (found - everywhere).abs().max() > 1e-3
-
-
 def test_a_wrapped_sae_adds_part_of_its_error_back(model, text):
-    """The example of splice's docstring."""
-    class HalfError:
-        def __init__(self, sae):
-            self.sae, self.on_special = sae, sae.on_special
-
-        def __call__(self, x):
-            x_hat = self.sae(x).to(x.dtype)
-            return x_hat + 0.5 * (x - x_hat)
-
+    """The example of StandIn's docstring."""
     sae, special = random_sae("jumprelu", model), model.special(text)
+    half = StandIn(sae, lambda x: sae(x) + 0.5 * (x - sae(x)))
     x = model.run(model.embed(text), 0, 2)
-    found = splice(x, HalfError(sae), special)
+    found = splice(x, half, special)
     torch.testing.assert_close(found, (x + splice(x, sae, special)) / 2)
     assert torch.equal(found[special], x[special])
     adapted(model, [2, 3])
-    naive = naive_loss(model, {1: HalfError(sae)}, text)
+    naive = naive_loss(model, {1: half}, text)
     assert naive < naive_loss(model, {1: sae}, text)
-    assert loss_of(model, {1: HalfError(sae)}, text).item() == pytest.approx(naive.item(), rel=1e-4)
+    assert loss_of(model, {1: half}, text).item() == pytest.approx(naive.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("first, second", [("jumprelu", "topk"), ("topk", "jumprelu")])

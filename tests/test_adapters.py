@@ -1,10 +1,11 @@
 """Adapters in PEFT's format on some modules only; test_lora.py has those on all seven."""
+from pathlib import Path
+
 import pytest
 import torch
 
-from helpers import adapted, moved, read
-from lorasae.io.adapters import load_adapter, save_adapter
-from lorasae.io.models import load_model
+from helpers import adapted, moved, read, transformers_model
+from lorasae import load_adapter, load_model, save_adapter
 from lorasae.lora import LoRALinear, adapters, replace_module
 
 
@@ -21,14 +22,17 @@ def test_an_adapter_of_the_attention_only_goes_both_ways(model_folder, tokens, t
     assert torch.equal(back(tokens), model(tokens))
 
     peft = pytest.importorskip("peft", reason="the oracle is peft")
-    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(
-        model_folder, attn_implementation="eager")
+    oracle = transformers_model(model_folder)
     oracle = peft.PeftModel.from_pretrained(oracle, tmp_path / "adapter").eval()
     with torch.no_grad():
         expected = model(tokens)
         error = (oracle(tokens).logits - expected).abs().max()
     assert error <= 1e-5 * max(1, expected.abs().max())
+
+
+def test_a_runs_adapter_names_a_base_that_others_find(finished):
+    named = read(finished("lora") / "adapter" / "adapter_config.json")["base_model_name_or_path"]
+    assert Path(named).is_absolute() and (Path(named) / "config.json").exists()
 
 
 def test_a_linear_module_of_another_name_may_have_an_adapter(model_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Autointerp: SAEBench's windows, prompts, parsing and scores; judges; answers asked for once."""
+"""Autointerp: SAEBench's windows, prompts, parsing and scores; a judge; answers asked for once."""
 import json
 from types import SimpleNamespace
 
@@ -8,13 +8,12 @@ import torch
 from tokenizers import Tokenizer
 
 from conftest import TEXT, write_tokenizer
-from helpers import adapted, random_sae, toy_text
-from lorasae.errors import InputError
-from lorasae.evals import autointerp, firing, judges
-from lorasae.evals.autointerp import FLOOR, MEASURES, Window, strongest
+from helpers import adapted, one_line, random_sae, toy_text
+from lorasae import InputError, base
+from lorasae.evals import autointerp
+from lorasae.evals import judge as judges
+from lorasae.evals.autointerp import Window, firings, rows_of, strongest, times_fired
 from lorasae.evals.common import interval
-from lorasae.evals.report import print_tables, save_figure
-from lorasae.lora import attach_lora, base, detach_lora
 
 WORDS = [f"w{a}{b}" for a in "abcdefg" for b in "hijklm"]
 
@@ -25,7 +24,7 @@ def setting(model, raw_config, tmp_path):
     text = toy_text(tmp_path, raw_config, WORDS, " ".join(WORDS), eval_tokens=6000)
     sae = random_sae("jumprelu", model, 24, std=1, seed=2)
     sae.W_dec.data = torch.nn.functional.normalize(sae.W_enc.data, dim=1)
-    rows = firing.rows_of(text)
+    rows = rows_of(text)
     with torch.no_grad():
         pre = model.run(model.embed(rows), 0, 2) @ sae.W_enc.T
         sae.threshold.data = pre.flatten(0, 1).quantile(0.97, dim=0).clamp(min=0.01)
@@ -36,35 +35,26 @@ def setting(model, raw_config, tmp_path):
 one_family = pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
 
 
-def evaluate(setting, **options):
-    usual = {"judge": None, "judge_latents": 6, "judge_seeds": 2, "latents": None}
-    return autointerp.evaluate(setting, **{**usual, "chat_model": "m", **options})
-
-
-# ---- Where latents fire ------------------------------------------------------------------------
-
 def test_rows_are_bos_and_the_next_tokens_of_a_chunk():
     chunks = torch.arange(600).view(2, 300)
-    rows = firing.rows_of(SimpleNamespace(held_out=chunks, bos=7))
+    rows = rows_of(SimpleNamespace(held_out=chunks, bos=7))
     assert rows.shape == (4, 128) and (rows[:, 0] == 7).all()
     assert rows[:2, 1:].flatten().tolist() == list(range(1, 255))
     assert rows[2, 1] == 301                            # what is too short for a row is dropped
-    assert firing.rows_of(SimpleNamespace(held_out=chunks[:, :40], bos=7)).shape == (2, 40)
+    assert rows_of(SimpleNamespace(held_out=chunks[:, :40], bos=7)).shape == (2, 40)
 
 
 def test_firings_are_those_of_the_dense_activations(setting):
     model, sae = setting.model, setting.saes[1]
-    rows = firing.rows_of(setting.text)
+    rows = rows_of(setting.text)
     with torch.no_grad(), base(model):
         z = sae.encode(model.run(model.embed(rows), 0, 2))
         z[model.special(rows)] = 0
         z = z.flatten(0, 1)
-        assert torch.equal(firing.times_fired(model, sae, 1, rows, ""), (z > 0).sum(0))
-        found = firing.firings(model, sae, 1, rows, "", [20, 3]).to_dense()
+        assert torch.equal(times_fired(model, sae, 1, rows), (z > 0).sum(0))
+        found = firings(model, sae, 1, rows, [20, 3]).to_dense()
     torch.testing.assert_close(found, z.T[[20, 3]], rtol=1e-4, atol=1e-4)
 
-
-# ---- Windows -----------------------------------------------------------------------------------
 
 def planted(latent_places=60, seed=0):
     """Rows of random tokens, and a latent that fires at random places, each time differently."""
@@ -143,27 +133,11 @@ def test_a_latent_fires_above_a_hundredth_of_its_largest_activation_and_needs_en
         assert windows(few, rows) is None
 
 
-# ---- Scores and judges -------------------------------------------------------------------------
-
 def test_an_oracle_scores_1_and_always_none_scores_10_of_14():
     _, scored = windows(*reversed(planted()))
     oracle = [number for number, window in enumerate(scored, 1) if window.active]
-    for picked, score, balanced in (
-            (oracle, 1, 1), (range(1, 15), 4 / 14, 0.5), ([*oracle[:2], 99], 12 / 14, 0.75),
-            ([], FLOOR["score"], FLOOR["balanced"])):
-        found = autointerp.measures(picked, scored)
-        assert (found["score"], found["balanced"]) == pytest.approx((score, balanced))
-    fires = [any(window.activations) for window in scored if not window.active]
-    assert found["random_fires"] == sum(fires) / 10 and found["score"] == 10 / 14
-
-
-def test_a_latent_that_adapting_leaves_alone_scores_the_same():
-    rows, activation = planted()
-    both = {"base": activation, "lora": activation}
-    row = autointerp.judge_latent(3, both, rows, Letters(), None, seeds=2)
-    for measure in ("explanation", *MEASURES):
-        assert row[measure]["base"] == row[measure]["lora"]
-    assert len(set(row["score"]["base"])) == 2          # each seed draws other windows
+    for picked, right in ((oracle, 14), (range(1, 15), 4), ([*oracle[:2], 99], 12), ([], 10)):
+        assert autointerp.score(picked, scored) == pytest.approx(right / 14)
 
 
 @pytest.mark.parametrize("answer, numbers", [
@@ -192,22 +166,6 @@ def window_of(text, fires=""):
     return Window([*map(ord, text)], [float(letter in fires) for letter in text], True)
 
 
-def test_the_lexical_judge_knows_a_latent_by_its_tokens():
-    shown = [window_of("abxcd", "x"), window_of("efxgh", "x"), window_of("ijyka", "y")]
-    scored = [window_of(text) for text in ("zzxzz", "aabcd", "ykkkk", "zzzzz")]
-    assert judges.lexical(Letters(), shown, scored) == ("'x', 'y'", [1, 3])
-
-    # A token on which it fires in less than half of its places explains nothing
-    mixed = Window([*map(ord, "aaa")], [1.0, 0.0, 0.0], True)
-    scored = [window_of("a"), window_of("x")]
-    assert judges.lexical(Letters(), [mixed, window_of("bx", "x")], scored) == ("'x'", [2])
-
-    # At most ten tokens, the strongest first
-    shown = [Window([ord(c)], [float(i)], True) for i, c in enumerate("abcdefghijkl")]
-    verdict = judges.lexical(Letters(), shown, [window_of("l"), window_of("b")])
-    assert verdict == ("'l', 'k', 'j', 'i', 'h', 'g', 'f', 'e', 'd', 'c'", [1])
-
-
 def test_a_language_model_predicts_from_its_explanation_alone():
     questions, answers = [], ["This neuron activates on the letter x.", "2"]
 
@@ -217,7 +175,7 @@ def test_a_language_model_predicts_from_its_explanation_alone():
 
     shown = [window_of("abx", "x"), window_of("x", "x")]
     scored = [window_of("q")] * 13 + [window_of("cx", "x")]
-    verdict = judges.language_model(Letters(), shown, scored, ask, np.random.default_rng(0))
+    verdict = judges.judge(Letters(), shown, scored, ask, np.random.default_rng(0))
     assert verdict == ("the letter x", [2])
     (_, explain, explain_tokens), (system, predict, predict_tokens) = questions
     assert (explain_tokens, predict_tokens) == (30, 33) and "14" in system
@@ -238,76 +196,62 @@ def test_a_window_is_one_line_also_where_a_character_has_several_tokens(raw_conf
     assert judges.written(tokenizer, window, marked=True) == "a <<🙂>>" and len(ids) > 3
 
 
-# ---- The whole evaluation ----------------------------------------------------------------------
-
-def test_the_lexical_judge_scores_both_models_paired_by_latent(setting, capsys, tmp_path):
-    numbers = evaluate(setting)
-    rows = numbers["rows"]
-    assert 2 <= len(rows) <= 6 and len(rows) + numbers["rare"] == numbers["chosen"]
-    for measure in MEASURES:
-        means = {name: torch.tensor([sum(row[measure][name]) / 2 for row in rows]).double()
-                 for name in ("base", "lora")}
-        means["delta"] = means["lora"] - means["base"]
-        for name, values in means.items():
-            assert numbers[measure][name] == pytest.approx(interval(values))
-    assert numbers["score"]["delta"][0] != 0            # adapters before the SAE matter
-    json.dumps(numbers, allow_nan=False)
-    assert evaluate(setting) == numbers and not setting.folder.exists()
-
-    print_tables(autointerp.tables(numbers))
-    printed = capsys.readouterr().out
-    for text in ("lexical judge, no language model", "0.7143", "0.5000", "over latents",
-                 "another judge than the paper's"):
-        assert text in printed
-    table, = autointerp.tables({**numbers, "judge": "gpt-4o-mini at https://api.openai.com/v1"})
-    assert "0.832" in str(table.notes) and "another judge" not in str(table.notes)
-    save_figure(autointerp.draw, numbers, tmp_path / "drawn.png", "")
-
-
-def test_adapters_after_the_sae_have_nothing_to_be_judged(setting):
-    modules = detach_lora(setting.model)
-    late = {name: modules[name] for name in modules if int(name.split(".")[2]) > 1}
-    attach_lora(setting.model, late)
-    asked = setting.model, setting.saes[1], 1, firing.rows_of(setting.text), "", [3]
-    adapted = firing.firings(*asked).to_dense()
-    with base(setting.model):
-        assert torch.equal(firing.firings(*asked).to_dense(), adapted)
-    with pytest.raises(InputError, match="--adapt all"):
-        evaluate(setting)
-
-
 def politely(question):
     """Explains, then says None."""
     return "This neuron activates on words." if "<<" in question else "None"
+
+
+def by_parity(question):
+    """Explains, then picks the texts of an even number of letters."""
+    texts = question.split("The texts:\n\n")[-1].splitlines()
+    even = [number for number, text in enumerate(texts, 1) if len(text) % 2 == 0]
+    return politely(question) if "<<" in question else ", ".join(map(str, even)) or "None"
 
 
 @pytest.fixture
 def judge(setting, monkeypatch):
     """judge(**options) evaluates by a chat model; judge.answer(question) answers for it."""
     def chat(url, model, messages, max_tokens):
-        evaluate_by_model.asked.append(messages)
-        return evaluate_by_model.answer(messages[1]["content"])
+        evaluate.asked.append(messages)
+        return evaluate.answer(messages[1]["content"])
 
-    def evaluate_by_model(**options):
-        evaluate_by_model.asked = []
-        usual = {"judge": "http://here", "judge_seeds": 1, "judge_latents": 4}
-        return evaluate(setting, **{**usual, **options})
+    def evaluate(**options):
+        evaluate.asked = []
+        usual = {"judge": "http://here", "chat_model": "m", "judge_latents": 4, "latents": None,
+                 "seeds": 1}
+        return autointerp.evaluate(setting, **{**usual, **options})
 
     monkeypatch.setattr(autointerp, "chat", chat)
-    evaluate_by_model.answer = politely
-    return evaluate_by_model
+    evaluate.answer = politely
+    return evaluate
+
+
+def test_both_models_are_scored_in_pairs_over_latents(judge):
+    judge.answer = by_parity
+    numbers = judge(judge_latents=6, seeds=2)
+    latents, row = numbers["latents"], numbers["rows"]["score"]
+    assert 2 <= len(latents) <= 6 and numbers["over"] == f"latents ({len(latents)})"
+    base, lora = (torch.tensor([sum(each["score"][who]) / 2 for each in latents]).double()
+                  for who in ("base", "lora"))
+    assert (row["base"], row["base_ci90"]) == pytest.approx(interval(base))
+    assert (row["difference"], row["ci90"]) == pytest.approx(interval(lora - base))
+    assert row["difference"] != 0                       # adapters before the SAE matter
+    assert any(len(set(each["score"]["base"])) == 2 for each in latents)    # other windows
+    json.dumps(numbers, allow_nan=False)
+    table, = autointerp.tables(numbers)
+    assert table.rows[0][4:] == ["0.832", "0.830", "-0.002"]
+    for said in ("m at http://here", "over latents", "0.714", "gpt-4o-mini"):
+        assert said in str(table.notes)
 
 
 @one_family
-def test_a_chat_models_answers_are_kept_so_that_a_run_that_broke_off_asks_only_the_rest(
-        setting, judge, capsys):
+def test_a_chat_models_answers_are_kept_and_only_the_rest_is_asked(setting, judge, capsys):
     whole = judge()
     total = len(judge.asked)
-    assert whole["judge"] == "m at http://here" and "questions" in capsys.readouterr().err
-    assert whole["score"]["base"][0] == pytest.approx(10 / 14)
-    assert whole["balanced"]["lora"][0] == 0.5
-    assert all(row["explanation"]["base"] == "words" for row in whole["rows"])
-    assert total > len(whole["rows"]) * 2
+    assert whole["sets"] == ["m at http://here"] and "questions" in capsys.readouterr().err
+    assert whole["rows"]["score"]["base"] == pytest.approx(10 / 14)
+    assert all(row["explanation"]["base"] == "words" for row in whole["latents"])
+    assert total > len(whole["latents"]) * 2
     assert judge() == whole and not judge.asked
 
     left = list(range(5))
@@ -332,36 +276,34 @@ def test_a_chat_models_answers_are_kept_so_that_a_run_that_broke_off_asks_only_t
 def test_a_latent_whose_answer_names_no_windows_is_left_out_and_counted(judge):
     strange = ["I cannot say"]
     judge.answer = lambda text: strange.pop() if strange and "<<" not in text else politely(text)
-    numbers = judge()
-    found = len(numbers["rows"]) + numbers["unusable"] + numbers["rare"]
-    assert numbers["unusable"] == 1 and found == numbers["chosen"]
+    assert "and 1 got answers that name no windows" in judge()["left_out"]
     judge.answer = lambda text: ""
     with pytest.raises(InputError, match="nothing is left to score"):
         judge(chat_model="other")
 
 
 @one_family
-def test_named_latents_are_judged(setting):
-    all_of_them = evaluate(setting, judge_latents=24)["rows"]
+def test_named_latents_are_judged(judge):
+    all_of_them = judge(judge_latents=24)["latents"]
     some = [row["latent"] for row in all_of_them[:3]]
-    assert evaluate(setting, latents=some + some[:1])["rows"] == all_of_them[:3]
-    alone = evaluate(setting, latents=some[:1])
-    assert alone["rows"] == all_of_them[:1] and "±" not in str(autointerp.tables(alone)[0].rows)
+    assert judge(latents=some + some[:1])["latents"] == all_of_them[:3]
+    alone = judge(latents=some[:1])
+    assert alone["latents"] == all_of_them[:1] and "±" not in str(autointerp.tables(alone)[0].rows)
 
 
 @one_family
-def test_what_cannot_be_judged_is_one_clear_line(setting):
+def test_what_cannot_be_judged_is_one_clear_line(setting, judge):
     for options, message in (
             ({"latents": [24]}, "0 to 23"), ({"latents": [-1]}, "0 to 23"),
-            ({"judge_latents": 0}, "at least"), ({"judge_seeds": 0}, "at least"),
-            ({"judge": "nonsense"}, "http")):
-        with pytest.raises(InputError, match=message) as refused:
-            evaluate(setting, **options)
-        assert "\n" not in str(refused.value)
+            ({"judge_latents": 0}, "1 or more"), ({"seeds": 0}, "1 or more"),
+            ({"judge": None}, "needs a language model as its judge: --judge http")):
+        with one_line(message):
+            judge(**options)
+        assert not judge.asked
 
     text = setting.text
     for chunks, message in ((text.held_out[:2], "--eval-tokens|too rarely"),
                             (text.held_out[:2, :20], "--context")):
         setting.text = SimpleNamespace(held_out=chunks, bos=text.bos, tokenizer=text.tokenizer)
         with pytest.raises(InputError, match=message):
-            evaluate(setting)
+            judge()

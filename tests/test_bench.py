@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -13,13 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import command, refusal
 from lorasae import adapt, attention, objectives, topk
-from lorasae.bench import __main__ as bench
 from lorasae.bench import kernels, race, steps
+from lorasae.bench.__main__ import SECTIONS
 from lorasae.bench.race import peak_memory
 from lorasae.bench.workloads import REAL, TINY, flops_per_token, random_setting
 from lorasae.lora import LoRALinear, base
 
 MAIN = "lorasae.bench.__main__"
+SPARSIFY = ["sparsify"] * bool(find_spec("sparsify"))
 
 
 needs_peers = pytest.mark.skipif(not all(map(find_spec, ("transformers", "peft"))),
@@ -30,7 +32,7 @@ needs_peers = pytest.mark.skipif(not all(map(find_spec, ("transformers", "peft")
 def section(tmp_path, capsys):
     """Runs `python -m lorasae.bench NAME --quick`: the rows of its file, all of them printed."""
     def run(name):
-        path = tmp_path / "bench.jsonl"
+        path = tmp_path / f"{name}.jsonl"
         command(MAIN, name, "--quick", "--device", "cpu", "--json", path)
         rows, printed = [json.loads(line) for line in path.open()], capsys.readouterr().out
         for row in rows:
@@ -48,14 +50,35 @@ def section(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, contenders", [
-    ("kl", ["naive", "lorasae"]), ("data", ["lorasae"]), ("sae", 3 * ["lorasae"]),
+    ("kl", ["lorasae", "naive"]), ("sae", 3 * ["lorasae"]),
     ("headline", ["lorasae"]),
-    ("topk", ["torch.topk", "lorasae", "dense autograd", "sparsify-style", "lorasae"])])
+    ("topk", ["lorasae", "torch.topk", "lorasae", *SPARSIFY, "dense autograd"])])
 def test_sections_without_peers(section, name, contenders):
     rows = section(name)
     assert [row["contender"] for row in rows] == contenders
-    assert all(row["tokens_per_s"] > 0 for row in rows if name in ("data", "sae", "headline"))
-    assert all(row.get("launches_per_step", 0) == 0 for row in rows)        # without a GPU
+    assert all(row["tokens_per_s"] > 0 for row in rows if name in ("sae", "headline"))
+
+
+def test_environment_and_peak(section):
+    facts = {row["fact"] for row in section("environment")}
+    assert {f"torch {torch.__version__}", f"threads {torch.get_num_threads()}"} <= facts
+    tflops = [row["tflops"] for row in section("peak")]
+    assert len(tflops) == 2 and min(tflops) > 0
+
+
+def test_a_row_is_printed_and_kept_as_soon_as_it_is_measured(monkeypatch, tmp_path, capsys):
+    """The command is stopped while the second row's memory is measured."""
+    memory = iter([1e6])
+    monkeypatch.setattr(race, "peak_memory", lambda build, name, device: next(memory))
+    monkeypatch.setitem(SECTIONS, "kl", lambda device, quick: race.race(
+        "KL", partial(kernels.kl_contenders, 64, 32, 4096), device, quick=False))
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        command(MAIN, "kl", "--device", "cpu", "--json", tmp_path / "rows.jsonl")
+    row, = (tmp_path / "rows.jsonl").open()
+    shown = capsys.readouterr()
+    assert json.loads(row)["contender"] == "lorasae" and json.loads(row)["peak_mb"] == 1
+    assert shown.out.startswith("\nKL\n\ncontender ") and "\nlorasae " in shown.out
+    assert "round 0 of 5: naive" in shown.err
 
 
 @needs_peers
@@ -64,12 +87,30 @@ def test_step_section_beside_the_peers(section):
     flops = {row["model"]: row for row in rows if row["what"] == "GFLOPs per token"}
     for name, attended in (("tiny gemma2", "eager"), ("tiny llama", "sdpa")):
         found = {row["contender"]: row for row in rows if row["what"] == f"LoRA step, {name}"}
-        assert list(found) == ["official", f"tuned, {attended}", "lorasae, dropout 0.1", "lorasae"]
+        assert list(found) == ["lorasae", "lorasae, dropout 0.1", f"tuned, {attended}", "official"]
         assert flops[name]["ours"] == found["lorasae"]["gflop_per_token"]
         assert flops[name]["recipe"] == found["official"]["gflop_per_token"]
         assert flops[name]["ratio"] < 1 < flops[name]["five_gain"] < 5
     ranks = [row["contender"] for row in rows if row["what"].startswith("five ranks")]
-    assert ranks == ["five runs", "lorasae"]
+    assert ranks == ["lorasae", "five runs"]
+
+
+def test_each_section_of_gpu_is_a_command_that_survives_the_others(tmp_path, monkeypatch):
+    """Two run, one takes too long, and the others end with an error."""
+    started, run, path = [], subprocess.run, tmp_path / "gpu.jsonl"
+
+    def spy(words, **how):
+        assert how == {"timeout": 600, "check": True}
+        started.append(words[3])
+        if words[3] == "headline":
+            raise subprocess.TimeoutExpired(words, 600)
+        return run(words if words[3] in ("environment", "peak") else ["false"], check=True)
+
+    monkeypatch.setattr(subprocess, "run", spy)
+    line = refusal(MAIN, "gpu", "--quick", "--device", "cpu", "--json", path)
+    assert started == list(SECTIONS) and line.startswith("these sections failed: headline (")
+    rows = [json.loads(line) for line in path.open()]
+    assert {row["section"] for row in rows} == {"environment", "peak"}
 
 
 def test_without_the_peers_ours_is_still_timed(monkeypatch, capsys):
@@ -121,30 +162,6 @@ def test_a_wrong_step_ends_the_benchmark_before_anything_is_timed(monkeypatch, s
     monkeypatch.setattr(steps, "matmul_peak", lambda *_: 1.0)
     with pytest.raises(RuntimeError, match="step, tiny gemma2: lorasae.* disagrees with official"):
         next(steps.bench_step("cpu", quick=True))
-
-
-# ---- An hour of a GPU, in small on a CPU ---------------------------------------------------------
-
-def test_each_section_of_gpu_is_a_command_that_survives_the_others(tmp_path, monkeypatch):
-    """Two run, one takes too long, and the others end with an error."""
-    started, run, path = [], subprocess.run, tmp_path / "gpu.jsonl"
-
-    def spy(words, **how):
-        assert how == {"timeout": 600, "check": True}
-        started.append(words[3])
-        if words[3] == "headline":
-            raise subprocess.TimeoutExpired(words, 600)
-        return run(words if words[3] in ("environment", "peak") else ["false"], check=True)
-
-    monkeypatch.setattr(bench.subprocess, "run", spy)
-    line = refusal(MAIN, "gpu", "--quick", "--device", "cpu", "--json", path)
-    assert started == list(bench.SECTIONS)
-    assert line == f"these sections failed, as said above: {', '.join(started[2:])}"
-    rows = [json.loads(line) for line in path.open()]
-    facts = [row["fact"] for row in rows if row["section"] == "environment"]
-    assert {f"torch {torch.__version__}", f"threads {torch.get_num_threads()}"} <= set(facts)
-    tflops = [row["tflops"] for row in rows if row["section"] == "peak"]
-    assert len(tflops) == 2 and min(tflops) > 0
 
 
 # ---- FLOPs and memory ----------------------------------------------------------------------------

@@ -7,13 +7,14 @@ import pytest
 
 import train
 from conftest import GEMMA, write_model
+from helpers import misuse, one_line
 from lorasae.beyond.recipe import tuned
 from lorasae.errors import InputError
 from lorasae.io.files import write_json
 from lorasae.io.presets import PAPER, PRESETS
 from lorasae.lora import TARGETS
 from lorasae.runs.config import (
-    DEFAULTS, METHODS, OPTIONS, SCRATCH, Config, configure, latents_of, option, read_config, run_of)
+    BOTH, DEFAULTS, METHODS, OPTIONS, SCRATCH, Config, configure, option, read_config, run_of)
 
 
 def configured(**given):
@@ -38,7 +39,7 @@ def test_the_defaults_are_the_papers():
     for config in (Config(), headline):
         holds(config, paper)
     assert (headline.sae, headline.width, headline.l0, headline.adapt) == (
-        ("google/gemma-scope-2b-pt-res",), "16k", 82, ("after",))
+        ("google/gemma-scope-2b-pt-res",), 16384, 82, ("after",))
 
 
 def test_what_is_left_open_follows_from_the_rest():
@@ -50,7 +51,7 @@ def test_what_is_left_open_follows_from_the_rest():
     assert (on_gpu.compile, on_gpu.ahead, on_gpu.objective) == (True, 8, "balanced")
     assert Config(tokens=2_000_000_000).dead_after == 10_000_000
     assert Config(tokens=5).dead_after == 1
-    given = dict(device="cuda", compile=False, ahead=3, micro_batch=1, dead_after=7, batch_size=2)
+    given = dict(device="cuda", compile=False, ahead=3, micro_batch=1, batch_size=2)
     holds(Config(**given), given)
 
 
@@ -60,16 +61,16 @@ WRONG = {                                               # by the type of an opti
     str: [True, 3], bool: [0, "yes"], int: [-1, 1.5, math.nan, True, "3", 2 ** 62],
     float: [-1e-9, math.nan, math.inf, 10 ** 400, True, "3"]}
 OWN = {                                                 # beside those, of one option
-    "method": ["magic", ""], "dtype": ["int8"], "width": ["", " ", "foo", "16 k", True],
-    "batch_size": [0, 2 ** 21], "ahead": [0], "micro_batch": [0], "context": [1], "tokens": [0],
-    "dropout": [1, 1.5], "l0": [0], "alpha": [0], "layer": [[1], 1, (1, 1), ()],
-    "rank": [4, (0,), (4, 4), ()], "adapt": ["after"], "sae": ["a"], "targets": ["q_proj", ()],
-    "lr": [0, (1e-3, -1), (1e-3, 1e-3), ()]}
+    "method": ["magic", ""], "dtype": ["int8"], "width": [0], "device": ["gpu", "cuda:x", "meta"],
+    **dict.fromkeys(["batch_size", "micro_batch", "ahead"], [0, 2 ** 16, 10 ** 9]), "context": [1],
+    "tokens": [0], "dropout": [1, 1.5], "l0": [0], "alpha": [0], "layer": [[1], 1, (1, 1), ()],
+    "rank": [4, (0,), (4, 4), (), (10 ** 9,)], "adapt": ["after"], "sae": ["a"],
+    "targets": ["q_proj", ()], "lr": [0, (1e-3, -1), (1e-3, 1e-3), ()]}
 
 
 def wrong_values():
     for name, facts in OPTIONS.items():
-        own = [] if name == "width" else WRONG[facts["kind"].type]
+        own = WRONG[facts["kind"].type]
         if DEFAULTS[name] is not None and name != "lr":
             own = [*own, None]
         values = [(value,) for value in own] if facts["several"] else own
@@ -78,16 +79,16 @@ def wrong_values():
 
 @pytest.mark.parametrize("name, value", wrong_values(), ids=lambda value: str(value)[:20])
 def test_a_value_that_no_run_could_use_is_refused_by_the_name_of_its_option(name, value):
-    with pytest.raises(InputError) as refused:
+    with one_line() as refused:
         Config(**{name: value})
-    assert option(name) in str(refused.value) and "\n" not in str(refused.value)
+    assert option(name) in str(refused.value)
 
 
 @pytest.mark.parametrize("name, values", [
     ("seed", [0, 2 ** 53]), ("dropout", [0, 0.0, 0.999]), ("weight_decay", [0]),
     ("lr", [1e-30, 1, (1e-3, 2e-3)]), ("alpha", [1, 0.5, 10 ** 9]), ("layer", [(0,), (3, 1, 2)]),
-    ("rank", [(1,), (256, 1)]), ("context", [2]), ("width", [None, "16k", 16384]),
-    ("l0", [None, 0.5, 70]), ("targets", [("v_proj",)])])
+    ("rank", [(1,), (256, 1)]), ("context", [2]), ("width", [None, 16384]),
+    ("l0", [None, 0.5, 70]), ("targets", [("v_proj",)]), ("device", ["cuda:12", "mps"])])
 def test_values_at_the_edge_are_taken(name, values):
     for value in values:
         assert getattr(Config(**{name: value}), name) == value
@@ -98,12 +99,9 @@ def test_values_at_the_edge_are_taken(name, values):
     ({"method": "finetune", "lr": None}, "--lr is None"),
     ({"method": "jumprelu"}, "pass --l0, the active latents to reach"),
     ({"method": "topk", "layer": (1, 2)}, "--layer 1 2: --method topk trains the SAE of one layer"),
-    ({"shard": True, "rank": (1, 4)}, "--shard is for one --rank and one --lr"),
-    ({"rank": (1, 4), "lr": (1e-3, 2e-3, 3e-3)}, "--rank names 2 ranks and --lr 3 rates"),
-    ({"rank": (4, 4)}, "--rank 4 4 --lr 5e-05 names an adapter twice"),
-    ({"rank": (4, 4), "lr": (1e-3, 1e-3)}, "names an adapter twice"),
-    ({"shard": True, "lr": (1e-3, 1e-2)}, "--shard is for one --rank and one --lr"),
-    ({"method": "finetune", "rank": (1, 4)}, "--method finetune is for one --rank and one --lr")])
+    ({"shard": True, "rank": (1, 4)}, "--rank 1 4 --lr 5e-05: --shard is for one of each"),
+    ({"method": "finetune", "lr": (1, 4)}, "--method finetune is for one of each"),
+    ({"train_sae": True, "rank": (1, 4)}, "--method lora --train-sae is for one of each")])
 def test_what_does_not_go_together_is_refused(given, message):
     with pytest.raises(InputError, match=message):
         Config(**given)
@@ -114,25 +112,17 @@ def test_what_does_not_go_together_is_refused(given, message):
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_preset_gives_a_configuration_of_every_method(name, method):
-    known = PRESETS[name]
-    given = {"model": name, "method": method}
+    known, given = PRESETS[name], {"model": name, "method": method}
     if method not in SCRATCH and known.sae is None:
         with pytest.raises(InputError, match="--method topk"):
             configured(**given)
         return
-    config = configured(**given)
-    own = {"layer": (known.layer,), **known.common}
-    if method in SCRATCH:
-        own = {"tokens": 2_000_000_000, "lr": None, "sae": (), **own, **known.sae_training}
-    else:
+    config, own = configured(**given), known.sae_training if method in SCRATCH else known.lora
+    assert config.layer == (known.layer,)
+    assert config.data == {**own, **known.common}.get("data", "pile")
+    if method not in SCRATCH:
         source = name if name.startswith("tiny") else known.sae
-        own |= {**known.lora, "sae": (source,), "width": known.width, "l0": known.l0}
-    if method == "finetune":
-        own |= {"lr": 5e-5, "lr_decay": True}
-    own |= {"e2e": known.e2e, "finetune": known.finetune}.get(method, {})
-    if own.get("recipe") == "tuned" and method == "lora":
-        own |= train.RECIPES["tuned"](name)
-    holds(config, {name: own[name] for name in own if method in OPTIONS[name]["read_by"]})
+        assert (config.sae, config.l0) == ((source,), known.l0)
 
 
 def test_what_is_given_goes_before_the_preset_and_the_preset_before_the_paper():
@@ -143,42 +133,29 @@ def test_what_is_given_goes_before_the_preset_and_the_preset_before_the_paper():
 
 
 @pytest.mark.parametrize("given, name", [
-    ({"k": 3}, "--k"), ({"auxk": True}, "--auxk"), ({"dead_after": 5}, "--dead-after"),
-    ({"sae_lr": 1.0}, "--sae-lr"), ({"objective": "kl"}, "--objective"),
-    ({"method": "topk", "rank": (3,)}, "--rank"), ({"method": "topk", "l0": 3.0}, "--l0"),
-    ({"method": "topk", "targets": ("q_proj",)}, "--targets"),
-    ({"method": "topk", "sae_dtype": "float32"}, "--sae-dtype"),
-    ({"method": "topk", "sae": ("a",)}, "--sae"), ({"method": "jumprelu", "k": 3}, "--k"),
+    ({}, "k"), ({}, "auxk"), ({}, "sae_lr"), ({}, "objective"), ({}, "thresholds"),
+    ({"method": "jumprelu"}, "k"), ({"method": "jumprelu"}, "auxk"), ({"method": "topk"}, "l0"),
+    ({"method": "topk"}, "rank"), ({"method": "topk"}, "sae"), ({"method": "topk"}, "optimizer"),
+    ({"method": "finetune"}, "train_sae"), ({"method": "finetune"}, "recipe"),
     # An SAE's losses are means over a batch: parts of one would be another algorithm.
-    *[({"method": method, "micro_batch": 1}, "--micro-batch") for method in METHODS[1:]],
-    ({"train_sae": True, "micro_batch": 1}, "--micro-batch"),
-    ({"train_sae": True, "shard": True}, "--shard"), ({"method": "topk", "shard": True}, "--shard"),
-    ({"method": "e2e", "lr_decay": True}, "--lr-decay"),
-    ({"method": "e2e", "adapt": ("all",)}, "--adapt"),
-    ({"method": "finetune", "optimizer": "muon"}, "--optimizer"),
-    ({"method": "topk", "optimizer": "muon"}, "--optimizer"),
-    ({"method": "finetune", "recipe": "tuned"}, "--recipe"),
-    ({"method": "finetune", "sae_dtype": "bfloat16"}, "--sae-dtype"),
-    ({"method": "finetune", "train_sae": True}, "--train-sae"),
-    ({"train_sae": True, "objective": "mse"}, "--objective")])
+    *[({"method": method}, "micro_batch") for method in METHODS[1:]],
+    *[({"train_sae": True}, name) for name in ("micro_batch", "shard", "objective")]])
 def test_what_changes_nothing_is_refused(given, name):
-    method = given.get("method", "lora")
-    with pytest.raises(InputError, match=f"^{name} has no effect with --method {method}"):
-        configured(**given)
+    """That every other option is read: tests/test_train.py."""
+    method = BOTH if "train_sae" in given else given.get("method", "lora")
+    with pytest.raises(InputError, match=f"^{option(name)} has no effect with --method {method}"):
+        configured(**{**given, name: True})
+    with pytest.raises(InputError, match="--field has no effect with --data stdlib"):
+        configured(field="content", data="stdlib")
 
 
-@pytest.mark.parametrize("width, latents", [
-    (100, 100), ("16384", 16384), ("16k", 2 ** 14), ("65k", 2 ** 16), ("64k", 2 ** 16),
-    ("131k", 2 ** 17), ("131K", 2 ** 17), ("128k", 2 ** 17), ("1m", 2 ** 20), ("1M", 2 ** 20)])
-def test_a_width_to_train_is_a_number_of_latents_or_the_name_of_a_power_of_two(width, latents):
-    assert latents_of(width) == latents
-
-
-@pytest.mark.parametrize("width", [
-    "", "k", "many", "-3", 0, "0k", "1.5k", "²", "²k", "1e4", "١٦", "1b", "100k", "20k", "1g"])
-def test_a_width_that_nobody_has_is_refused(width):
-    with pytest.raises(InputError, match="a number of latents, such as 16384, or 16k and 131k"):
-        configured(method="topk", width=width)
+def test_a_width_is_a_number_of_latents_or_the_name_of_a_power_of_two(capsys):
+    known = {"100": 100, "16384": 16384, "16k": 2 ** 14, "65K": 2 ** 16, "131k": 2 ** 17,
+             "1m": 2 ** 20}
+    assert {width: train.arguments(["--width", width]).width for width in known} == known
+    for width in ("", "k", "many", "-3", "0", "0k", "1.5k", "²", "²k", "1e4", "١٦", "1b", "64k"):
+        line = misuse(capsys, "train", f"--width={width}")
+        assert "is not a number of latents, such as 16384, or 16k and 131k" in line
 
 
 def test_for_a_model_without_a_preset_it_is_said_what_is_chosen(tmp_path, capsys):
@@ -186,9 +163,8 @@ def test_for_a_model_without_a_preset_it_is_said_what_is_chosen(tmp_path, capsys
     given = {"model": str(model), "sae": ("sae",)}
     config = configured(**given)
     assert (config.data, config.context, config.tokens) == ("stdlib", 100, 15_000_000)
-    said = capsys.readouterr().err
-    assert f"{model} is not a preset; using --data stdlib" in said
-    assert f"--context 100, as {model} holds no more" in said
+    said = f"{model} is not a preset; using --data stdlib --context 100"
+    assert said in capsys.readouterr().err
     assert configured(**given, data="a", context=500).context == 500    # refused later
     assert capsys.readouterr().err == ""
 
@@ -228,14 +204,6 @@ def test_an_sae_that_trains_is_float32_whatever_its_preset_says_of_frozen_ones()
     assert alone.lr == both.sae_lr == 5e-5 and alone.lr_decay
 
 
-def test_adapters_side_by_side_have_the_configurations_of_their_own_runs():
-    assert Config(rank=(4,), lr=(1e-3,)) == Config(rank=(4,), lr=1e-3)
-    assert Config(lr=1e-3).variants == [Config(lr=1e-3)]
-    assert Config(lr=(1e-3, 1e-2)).variants == [Config(lr=1e-3), Config(lr=1e-2)]
-    assert Config(rank=(1, 2), lr=1e-2).variants == [
-        Config(rank=(1,), lr=1e-2), Config(rank=(2,), lr=1e-2)]
-
-
 # ---- Paths, and the run that made an SAE ---------------------------------------------------------
 
 def test_what_exists_here_is_recorded_by_its_full_path(tmp_path, monkeypatch):
@@ -254,8 +222,9 @@ def test_what_exists_here_is_recorded_by_its_full_path(tmp_path, monkeypatch):
     assert config("--data", "pile").data == "pile"                      # a known text's name
     monkeypatch.chdir(tmp_path / "model")               # a run of `--model .` bears its name
     assert config("--model", ".", "--sae", "sae").model == str(tmp_path / "model")
-    args = train.arguments(["--out=~/run"])
-    assert args.out == train.arguments(["--merge", "~/run"]).merge == tmp_path / "run"
+    for name in ("out", "merge", "resume"):
+        args = train.arguments([f"--{name}=~/run"])
+        assert vars(args) == {name: tmp_path / "run"}
 
 
 @pytest.fixture
@@ -263,7 +232,7 @@ def sae_run(tmp_path):
     """A folder such as train.py --method topk leaves."""
     folder = tmp_path / "run"
     config = Config(method="topk", model="tiny-llama-3", layer=(3,), data="stdlib", context=64,
-                    eval_tokens=999, dtype="float32", lr=None, width=64)
+                    eval_tokens=999, dtype="float32", lr=1e-3, width=64)
     write_json(folder / "config.json", config.to_json())
     (folder / "metrics.jsonl").write_text("")
     for name in ("sae", "sae-50pct"):
@@ -299,10 +268,10 @@ def test_of_saes_of_which_only_some_are_runs_nothing_is_taken_over(sae_run, tmp_
 
 @pytest.mark.parametrize("config", [
     Config(),
-    Config(layer=(1, 3), rank=(4, 1), sae=("a", "b"), adapt=("next",), width="16k", l0=70,
+    Config(layer=(1, 3), rank=(4, 1), sae=("a", "b"), adapt=("next",), width=16384, l0=70,
            compile=True, field="text", targets=("q_proj", "v_proj")),
     Config(lr=(1e-3, 2e-3)),
-    Config(method="jumprelu", width=512, l0=8.5, lr=None, dead_after=3)],
+    Config(method="jumprelu", width=512, l0=8.5, lr=2e-4)],
     ids=["defaults", "lora", "rates", "sae"])
 def test_a_configuration_comes_back_from_its_file_as_it_was(config, tmp_path):
     write_json(tmp_path / "config.json", {**config.to_json(), "versions": {"torch": "2.13.0"}})
@@ -311,43 +280,37 @@ def test_a_configuration_comes_back_from_its_file_as_it_was(config, tmp_path):
     assert found.keys() == {*OPTIONS, "steps", "versions"} and found["steps"] == config.steps
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"magic": 3}, "has 'magic': it is not a run of this version"),
-    ({"optimizer": ...}, "lacks 'optimizer': it is not a run of this version"),
-    ({"rank": None}, "--rank"), ({"seed": None}, "--seed is None"), ({"lr": None}, "--lr is None"),
-    ({"lr": -1}, "--lr is -1"), ({"rank": "many"}, "--rank is 'many', but it must be a list"),
-    ({"rank": [0]}, "--rank is 0"), ({"dtype": "int8"}, "--dtype"), ({"layer": 2}, "--layer is 2"),
-    ({"layer": [[1]]}, "--layer"), ({"tokens": "15M"}, "--tokens"), ({"model": ["a"]}, "--model"),
-    ({"adapt": "after"}, "--adapt"), ({"auxk": "yes"}, "--auxk")])
-def test_a_configuration_that_was_changed_by_hand_is_refused_with_file_and_key(
-        tmp_path, change, message):
-    found = {**Config().to_json(), **change}
-    found = {name: value for name, value in found.items() if value is not ...}
-    write_json(tmp_path / "config.json", found)
-    with pytest.raises(InputError) as refused:
-        read_config(tmp_path)
-    line = str(refused.value)
-    assert f"{tmp_path}/config.json" in line and message in line and "\n" not in line
+CHOSEN = ("micro_batch", "compile", "ahead", "objective", "steps")     # follow from the rest
 
 
-@pytest.mark.parametrize("text, message", [
-    ("{", "config.json"), ("[]", "config.json"), ("3", "config.json"),
-    ('{"model_type": "gemma2"}', "not a run of this version"), (None, "has no config.json")])
-def test_what_is_not_a_configuration_is_one_line(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match=message) as refused:
-        read_config(tmp_path)
-    assert "\n" not in str(refused.value)
+@pytest.mark.parametrize("method, name", [
+    *(("lora", name) for name in (*OPTIONS, "steps", "magic")),
+    ("topk", "width"), ("topk", "lr"), ("finetune", "objective")])
+def test_a_file_changed_by_hand_is_refused_by_its_path_and_key(method, name, tmp_path):
+    """A key is missing, or new, or it holds null or nonsense."""
+    good = Config(method=method, width=512, objective="mse").to_json()
+    path = tmp_path / "config.json"
+    values = [{"a": 1}, [[1]], -math.inf, 10 ** 400]
+    stands_for_none = DEFAULTS.get(name) is None and name not in CHOSEN and method == "lora"
+    values += [] if stands_for_none else [None]
+    spoilt = [{**good, name: value} for value in values]
+    if name in good:
+        spoilt.append({key: value for key, value in good.items() if key != name})
+    for found in spoilt:
+        path.write_text(json.dumps(found))
+        with pytest.raises(InputError) as refused:
+            read_config(tmp_path)
+        line = str(refused.value)
+        assert f"{path}" in line and "\n" not in line
+        assert option(name) in line or f"'{name}'" in line or f": {name} is" in line
 
 
-@pytest.mark.parametrize("device, compiles", [
-    (None, True), ("cuda:1", True), ("cpu", False), ("mps", False)])
-def test_a_run_of_a_gpu_goes_on_elsewhere_without_the_compiler(tmp_path, device, compiles):
+def test_a_run_of_a_gpu_goes_on_elsewhere_without_the_compiler(tmp_path):
     write_json(tmp_path / "config.json", Config(device="cuda", compile=True).to_json())
-    config = read_config(tmp_path, device)
-    assert (config.device, config.compile) == (device or "cuda", compiles)
-    assert config.ahead == 8                            # as before: the same groups of steps
+    for device, compiles in ((None, True), ("cuda:1", True), ("cpu", False), ("mps", False)):
+        config = read_config(tmp_path, device)
+        assert (config.device, config.compile) == (device or "cuda", compiles)
+        assert config.ahead == 8                        # as before: the same groups of steps
 
 
 # ---- The command's options -----------------------------------------------------------------------
@@ -357,7 +320,7 @@ def test_what_is_given_and_nothing_else_reaches_the_configuration_in_its_type():
     given = ("--layer 1 2 --sae a b --width 16k --lr 1e-3 2e-3 --rank 4 --tokens 1.5M --auxk "
              "--no-compile --targets q_proj --dropout 0 --seed 7 --device cpu").split()
     assert vars(train.arguments(given)) == {
-        "layer": [1, 2], "sae": ["a", "b"], "width": "16k", "lr": [1e-3, 2e-3], "rank": [4],
+        "layer": [1, 2], "sae": ["a", "b"], "width": 16384, "lr": [1e-3, 2e-3], "rank": [4],
         "tokens": 1_500_000, "auxk": True, "compile": False, "targets": ["q_proj"],
         "dropout": 0.0, "seed": 7, "device": "cpu"}
 

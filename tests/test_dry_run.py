@@ -87,27 +87,22 @@ def test_no_matrix_of_an_sae_is_read(site, plan, monkeypatch):
         assert plan(*words(site, kind))["SAE"].startswith("128 latents")
 
 
-@pytest.mark.parametrize("change, message", [
-    (["--model", "no-such-model"], "there is no model no-such-model"),
-    (["--sae", "no-such-sae"], "there is no SAE no-such-sae"),
-    (["--layer", 4], "--layer 4 is out of range"),
-    (["--adapt", 7], "cannot adapt blocks [7]: the model has blocks 0 to 3"),
-    (["--data", "no-such-text"], "no file or folder no-such-text"),
-    (["--context", 10 ** 6], "--context 1000000 is more than")])
-def test_what_the_run_would_refuse_is_refused(site, tmp_path, monkeypatch, change, message):
-    monkeypatch.chdir(tmp_path)
-    assert message in refusal("train", *words(site, "lora", *change), "--dry-run")
+@pytest.mark.parametrize("kind, change", [              # of adapters: tests/test_train.py
+    ("both", ["--thresholds", "frozen"]), ("topk", ["--k", 97]), ("jumprelu", ["--l0", 96]),
+    ("e2e", ["--layer", 4])], ids=str)
+def test_the_run_refuses_what_the_plan_refuses_in_the_same_words(site, tmp_path, kind, change):
+    arguments = words(site, kind, *change, "--out", tmp_path / "run")
+    expected = refusal("train", *arguments)
+    assert refusal("train", *arguments, "--dry-run") == expected
+    assert not list(tmp_path.iterdir())
 
 
-def test_too_little_memory_is_a_warning_for_the_plan_and_no_matter_for_the_run(
-        site, tmp_path, capsys, monkeypatch):
+def test_too_little_memory_is_a_warning_of_the_plan(site, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dry_run, "memory_of", lambda device: 10 ** 6)
     command("train", *words(site), "--dry-run")
     assert capsys.readouterr().err.startswith("warning: cpu has 1.00MB: lower --micro-batch")
     command("train", *words(site, "lora", "--tokens", 64), "--out", tmp_path / "run")
 
-
-# ---- Memory --------------------------------------------------------------------------------------
 
 def peak(folder, arguments):
     """The most memory that a run holds in a process of its own, in bytes."""

@@ -1,4 +1,5 @@
 """Intervals, fidelity, tokens, distances and tenths; folders that eval.py cannot evaluate."""
+import importlib
 import json
 import math
 import shutil
@@ -10,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import adapted, command, random_sae, read, refusal
+from helpers import adapted, command, misuse, one_line, random_sae, read, refusal
 from lorasae.evals import distances, fidelity, tokens as token_suite
-from lorasae.evals.common import (evaluating, interval, linearised, over, over_documents, ratio,
-                                  t_quantile, without_interval)
-from lorasae.evals.report import (Table, bars, error_bar, lines, plus_minus, print_tables,
+from lorasae.evals.common import (
+    evaluating, interval, over, over_documents, ratio, t_quantile, without_interval)
+from lorasae.evals.report import (Table, bars, columns, lines, plus_minus, print_tables,
                                   with_interval)
 from lorasae.lora import adapters, add_lora, base
 
@@ -29,16 +30,6 @@ def sae_of(kind, model, layer=1, **how):
 def adapt(model, blocks):
     """Adapters away from the identity, with a dropout that evaluations must switch off."""
     return adapted(model, blocks, dropout=0.5)
-
-
-class Identity:
-    """The SAE that loses nothing."""
-    on_special = True
-
-    def __call__(self, x):
-        return x
-
-    encode = __call__
 
 
 @pytest.fixture
@@ -119,50 +110,6 @@ def test_the_interval_over_documents_is_the_sandwich_written_with_matrices():
     assert half == pytest.approx(t_quantile(df.item()) * math.sqrt(variance), rel=1e-9)
 
 
-# Chunks of 256 tokens per document in 50,000 held-out tokens of the standard library, all of its
-# held-out files mixed
-SIZES = torch.tensor([34, 20, 18, 13, 10, 9, 9, 9, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 3, 2, 2, 2, 2]
-                     + [1] * 5)
-
-
-@pytest.mark.parametrize("correlation, skewed", [(0, False), (0.5, False), (0.3, True)])
-def test_intervals_over_documents_cover_what_they_say(correlation, skewed):
-    """900 texts of known mean, paired difference, ratio and difference of ratios of the same
-    sequences: 87 to 93 % of the 90 % intervals hold the truth."""
-    documents = torch.arange(len(SIZES)).repeat_interleave(SIZES)
-    n, generator = len(documents), torch.Generator().manual_seed(1)
-
-    def draw(*shape):
-        """Mean 0, variance 1; an exponential's skewness is 2."""
-        if skewed:
-            return torch.empty(shape, dtype=torch.float64).exponential_(generator=generator) - 1
-        return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-    def values():
-        chunk = torch.randn(n, dtype=torch.float64, generator=generator)
-        of_document = draw(len(SIZES))[documents]
-        return correlation ** 0.5 * of_document + (1 - correlation) ** 0.5 * chunk
-
-    covered, naive, trials = [0, 0, 0, 0], 0, 900
-    for _ in range(trials):
-        gap, change, other = 1 + 0.2 * values(), 0.3 * values(), 2 + 0.3 * values()
-        won, other_won = 0.4 * gap + change, 0.3 * other + 0.5 * change
-        apart = linearised(won, gap) - linearised(other_won, other)
-        found = [
-            (interval(gap, documents), 1),
-            (interval(gap - change, documents), 1),
-            (ratio(won, gap, documents), 0.4),
-            (interval(apart, documents), 0.1),
-        ]
-        for i, ((value, half), truth) in enumerate(found):
-            covered[i] += abs(value - truth) <= half
-        value, half = interval(gap)
-        naive += abs(value - 1) <= half
-    for count in covered:
-        assert 0.87 <= count / trials <= 0.93
-    assert correlation == 0 or naive / trials < 0.7     # as if sequences were independent
-
-
 def test_too_few_documents_have_no_interval_whatever_the_number_of_sequences():
     values = torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     few, dominated = torch.arange(400) % 7, (torch.arange(400) - 300).clamp(min=0)
@@ -183,7 +130,7 @@ def test_a_missing_interval_is_neither_printed_nor_drawn(capsys):
     assert plus_minus(None) == "" and with_interval(None, 1) == "" == with_interval(None, None)
     assert with_interval(0.5, None, "+.2f") == "+0.50"
     assert with_interval(2, 1, "+.1f") == "+2.0 ± 1.0"
-    assert math.isnan(error_bar(None)) and error_bar(0.5, 100) == 50
+    assert str(columns([(1, None), (2, 0.5, "9 documents")], 10)) == "[[10. 20.]\n [nan  5.]]"
     print_tables([Table("", ["", "n"], [["one", 1.0]]), Table("two", ["x"], [["y"]], ["a note"])])
     assert capsys.readouterr().out == "\n          n\none  1.0000\n\ntwo\n\nx\ny\n\na note\n"
 
@@ -196,14 +143,6 @@ def test_a_missing_interval_is_neither_printed_nor_drawn(capsys):
     for container in drawn:
         none, some = container[2][0].get_segments()
         assert len(none) == 0 and some[:, 1].tolist() == [1.5, 2.5]
-
-
-def test_evaluation_switches_dropout_off_and_training_back_on(model):
-    model.train()
-    with pytest.raises(RuntimeError), evaluating(model):
-        assert not model.training
-        raise RuntimeError
-    assert model.training
 
 
 # ---- Fidelity ------------------------------------------------------------------------------------
@@ -275,19 +214,6 @@ def test_fresh_adapters_change_nothing(model, sequences):
     apart = distances.evaluate(setting_of(model, {1: sae_of("topk", model)}, sequences))["all"]
     assert apart["l2"]["change"] == (0, 0, 0) and apart["l2"]["ci90"] == (None, None, None)
     assert (apart["cosine"]["change_after"], apart["cosine"]["ci90_after"]) == (0, None)
-
-
-def test_a_lossless_sae_costs_nothing_and_leaves_no_gap(model, sequences):
-    add_lora(model, [2, 3], 3)
-    setting = setting_of(model, {1: Identity()}, sequences)
-    numbers = fidelity.evaluate(setting)
-    assert numbers["ce_sae"] == numbers["ce_base"] and numbers["kl_sae"] == 0
-    assert numbers["gap_closed"] is None and numbers["kl_gap_closed"] is None
-    assert numbers["explained_variance_sae"] == {1: 1}
-    apart = distances.evaluate(setting)
-    for positions in ("all", "without_0"):
-        assert apart[positions]["l2"]["sae"] == [0, 0, 0]
-        assert apart[positions]["cosine"]["sae"] == pytest.approx([1, 1, 1], abs=1e-6)
 
 
 def results_of(**settings):
@@ -367,17 +293,29 @@ def test_an_sae_that_trained_is_compared_with_the_run_s_file(model, sequences, t
         assert fidelity.evaluate(setting) == {**expected, "eval_tokens": 9 * 32}
         assert ("won_back_by_adapters" in expected) == (method == "lora")
 
+    path = tmp_path / "sequences.json"
+    whole = read(path)
+    for damage in (b"", b"{", b"[]", b"{}", b'{"documents": [1], "before": {"ce": [null]}}',
+                   json.dumps({**whole, "documents": [0] * 9}).encode(),        # another run's
+                   json.dumps({**whole, "before": {"ce": [1.0]}}).encode(),
+                   json.dumps({"documents": list(range(9))}).encode()):
+        path.write_bytes(damage)
+        with one_line("sequences.json"):
+            fidelity.evaluate(setting)
 
-def test_tables_say_where_documents_are_too_few(model, sequences, capsys):
+
+def test_tables_say_where_documents_are_too_few(model, sequences, capsys, tmp_path):
     figures = pytest.importorskip("matplotlib.figure", reason="draws the pictures")
-    setting = setting_of(adapt(model, [2, 3]), {1: sae_of("topk", model)}, sequences, NINE // 5)
+    setting = setting_of(adapt(model, [2, 3]), {1: sae_of("topk", model)}, sequences, NINE // 5,
+                         folder=tmp_path)
     for suite in (fidelity, token_suite, distances):
         numbers = json.loads(json.dumps(suite.evaluate(setting), allow_nan=False))
         assert numbers["documents"] == 2
         print_tables(suite.tables(numbers))
         shown = capsys.readouterr().out
-        assert without_interval(2) in shown and "±" not in shown
-        suite.draw(numbers, figures.Figure())
+        assert without_interval(2) in shown and "± 0" not in shown
+        if suite is not fidelity:
+            suite.draw(numbers, figures.Figure())
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
@@ -391,18 +329,13 @@ def test_shares_of_tokens_and_of_improvement_on_planted_changes():
     assert numbers["from_middle"] == pytest.approx((0.5 - 0.05 - 0.5 + 0.02) / 21.975)
     assert numbers["ci90"]["share_worse"] is None       # a quarter of the tokens of all sequences
     assert numbers["ci90"]["from_middle"] > 0 < numbers["ci90"]["improvement"]
-    for part, total in (("gained", 22.525), ("lost", 0.55)):
-        assert numbers[part] == pytest.approx(total / 8)
-        assert sum(row[part] for row in numbers["by_size"]) == pytest.approx(total / 8)
-    for row in numbers["by_size"][3:5]:                 # hundredths and tenths of a nat
-        assert (row["share_better"], row["share_worse"]) == (1 / 8, 1 / 8)
-    assert numbers["by_size"][4]["lost"] == pytest.approx(0.5 / 8)
-    assert sum(numbers["histogram"]["better"]) == 16    # 20 nats lie beyond the paper's last bin,
-    assert numbers["by_size"][-1]["share_better"] == 2 / 8      # not beyond the table
+    assert sum(numbers["histogram"]["better"]) == 16    # 20 nats lie beyond the paper's last bin
+    assert sum(numbers["histogram"]["worse"]) == 8
 
 
-def test_the_mean_change_of_all_tokens_is_the_improvement_of_fidelity(model, sequences):
-    setting = setting_of(adapt(model, [2, 3]), {1: sae_of("topk", model)}, sequences)
+def test_the_mean_change_of_all_tokens_is_the_improvement_of_fidelity(model, sequences, tmp_path):
+    setting = setting_of(adapt(model, [2, 3]), {1: sae_of("topk", model)}, sequences,
+                         folder=tmp_path)
     numbers, whole = token_suite.evaluate(setting), fidelity.evaluate(setting)
     assert numbers["improvement"] == pytest.approx(whole["ce_sae"] - whole["ce_adapted"], abs=1e-6)
     assert numbers["tokens"] == 9 * 31 and 0 < numbers["share_worse"] < 1
@@ -450,27 +383,51 @@ def place(finished, tmp_path):
     return tmp_path
 
 
-def test_every_suite_leaves_a_file_a_table_and_a_picture(place, capsys):
+def test_every_suite_leaves_a_file_a_table_and_the_papers_pictures(place, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="draws the pictures")
     run = place / "run"
+    (run / "rank-4.bak").mkdir()                        # no run of the config's
     command("eval", run, "--suite", "fidelity,tokens,distances")
     shown = capsys.readouterr().out
-    for name, said in (("fidelity", "with SAE + LoRA"), ("tokens", "1 to inf"),
+    for name, said in (("fidelity", "with SAE + LoRA"), ("tokens", "tokens that become worse"),
                        ("distances", "output of")):
         assert said in shown and f"{run}/eval-{name}.json" in shown
-        assert (run / f"eval-{name}.json").exists()
-        assert (run / f"eval-{name}.png").read_bytes().startswith(b"\x89PNG")
-    (run / "eval-tokens.png").unlink()
-    command("eval", run, "--suite", "tokens", "--draw")         # from the file alone
-    assert (run / "eval-tokens.png").exists() and capsys.readouterr().out == ""
+    pictures = sorted(run.rglob("eval-*.png"))
+    assert [path.stem for path in pictures] == ["eval-distances", "eval-tokens"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
-
-def test_without_matplotlib_one_line_says_what_draws_the_picture(place, capsys, monkeypatch):
+    pictures[1].unlink()
+    command("eval", run, "--suite", "fidelity,tokens,distances", "--draw")  # from the files alone
+    assert pictures[1].exists() and capsys.readouterr().out == shown
+    pictures[1].unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    command("eval", place / "run", "--suite", "tokens")
+    command("eval", run, "--suite", "tokens", "--draw")
     line, = capsys.readouterr().err.splitlines()
-    assert f"pip install matplotlib && python eval.py {place}/run --suite tokens --draw" in line
-    assert not (place / "run" / "eval-tokens.png").exists()
+    assert f"pip install matplotlib && python eval.py {run} --suite tokens --draw" in line
+    assert not pictures[1].exists()
+
+
+@pytest.mark.parametrize("damage", [
+    b"", b"[]", b"null", b"{}", b"\xff", b'{"rows": []}', b'{"rows": {}}',
+    b'{"rows": [null], "layer": 1}', b'{"ci90": {}, "l0_sae": {}, "left_out_sae": {}}'])
+def test_files_that_no_suite_wrote_are_answered_in_one_line(place, damage):
+    pytest.importorskip("lm_eval", reason="a suite")
+    for name in importlib.import_module("eval").SUITES:
+        path = place / "run" / f"eval-{name}.json"
+        path.write_bytes(damage)
+        line = refusal("eval", place / "run", "--suite", name, "--draw")
+        assert str(path) in line and not path.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--seeds", 2], "--seeds has no effect with --suite fidelity"),
+    (["--suite", "tokens,lm", "--labelled", "saebench"], "--labelled has no effect with --suite"),
+    (["--suite", "absorption", "--words", 300, "--limit", 3], "--limit has no effect"),
+    (["--suite", "lm", "--limit", 3, "--draw"], "--limit has no effect with --suite lm --draw"),
+    (["--draw", "--device", "cpu"], "--device has no effect"),
+    (["--suite", "tests"], "--suite 'tests' is unknown")])
+def test_options_without_effect_are_refused(words, said, tmp_path, capsys):
+    assert said in misuse(capsys, "eval", tmp_path, *words)
 
 
 def test_a_run_that_trained_an_sae_is_evaluated_without_adapters(place, capsys):
@@ -488,25 +445,23 @@ def test_a_run_that_trained_an_sae_is_evaluated_without_adapters(place, capsys):
     assert rows[3]["tokens"] == 512 and rows[0]["seconds"] < rows[-1]["seconds"]
     assert "40 %" in capsys.readouterr().out
     assert "tenth by tenth" in refusal("eval", place / "run", "--suite", "tenths")
+    assert "eval-tokens.json" in refusal("eval", run, "--suite", "tokens", "--draw")
+    shutil.rmtree(run / "sae")
+    assert "there is no SAE" in refusal("eval", run)
 
 
-def test_folders_that_cannot_be_evaluated_are_answered_in_one_line(place, tmp_path):
-    """Others are in test_train.py, with what --merge and --resume say of them."""
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.json").write_text("[1]")
-    assert "is not a JSON object" in refusal("eval", tmp_path / "empty")
-    (place / "run" / "adapter" / "adapter_model.safetensors").unlink()
-    assert "adapter_model.safetensors" in refusal("eval", place / "run")
-    shutil.rmtree(place / "run" / "adapter")
-    assert "adapter_config.json" in refusal("eval", place / "run")
-    line = refusal("eval", place / "sae-run", "--suite", "fidelity", "--draw")
-    assert "eval-fidelity.json" in line
-    shutil.rmtree(place / "sae-run" / "sae")
-    assert "there is no SAE" in refusal("eval", place / "sae-run")
-
-
-def test_only_the_runs_that_a_config_names_are_evaluated(place):
-    (place / "run" / "rank-4.bak").mkdir()
-    command("eval", place / "run", "--suite", "tokens")
-    assert (place / "run" / "eval-tokens.json").exists()
-    assert not list((place / "run" / "rank-4.bak").iterdir())
+def test_fidelity_elsewhere_is_of_other_text(place):
+    (place / "other").mkdir()
+    for i in range(40):
+        (place / "other" / f"{i}.txt").write_text(f"{i} more words of {i ** 2} kinds. " * 99)
+    for name in "run", "sae-run":
+        run = place / name
+        command("eval", run, "--suite", "elsewhere", "--data", place / "other")
+        numbers, results = read(run / "eval-elsewhere.json"), read(run / "results.json")
+        seen = fidelity.read_sequences(run / "elsewhere")
+        assert numbers["ce_base"] == pytest.approx(seen["base"]["ce"].mean().item())
+        assert abs(numbers["ce_base"] - results["ce_base"]) > 0.1
+        assert len(seen["documents"]) == len(fidelity.read_sequences(run)["documents"])
+        assert {"sae-10pct", "sae-90pct"} <= seen.keys() if name == "sae-run" else "lora" in seen
+    missing = ["eval", run, "--suite", "elsewhere", "--data", place / "x"]
+    assert "no file or folder" in refusal(*missing)

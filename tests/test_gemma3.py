@@ -1,6 +1,4 @@
-"""Gemma 3: its text model beside a vision tower, what is refused, and Gemma Scope 2's files."""
-import json
-
+"""Gemma 3: its text model beside a vision tower, and what is refused."""
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,12 +7,8 @@ from conftest import GEMMA3
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter, save_adapter
 from lorasae.io.files import read_json, write_json
-from lorasae.io.models import load_config, load_model, parse_config, save_model, text_config
-from lorasae.io.saes import load_sae, save_sae
+from lorasae.io.models import load_model, parse_config, save_model, text_config
 from lorasae.lora import add_lora, merge_lora
-from lorasae.sae import JumpReLU
-
-D, M = 48, 96
 
 
 @pytest.fixture(scope="module")
@@ -112,98 +106,3 @@ def test_a_vision_tower_by_itself_is_refused(seeing, tmp_path):
 def test_what_gemma_3_does_not_do_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         parse_config({**GEMMA3, **change}, "here")
-
-
-def test_the_presets_have_the_published_sizes():
-    config = load_config("gemma-3-270m", offline=True)
-    assert config.layer_types.count("full_attention") == 3
-    assert (config.query_pre_attn_scalar, config.local_rope_theta) == (256, 1e4)
-
-
-# ---- Gemma Scope 2 -------------------------------------------------------------------------------
-
-HOOK = "model.layers.1.output"
-CONFIG = {"hf_hook_point_in": HOOK, "hf_hook_point_out": HOOK, "width": M, "l0": 60,
-          "model_name": "google/gemma-v3-270m-pt", "architecture": "jump_relu",
-          "affine_connection": False, "type": "sae"}
-
-
-def gemma_scope_2(root, folder="resid_post/layer_1_width_16k_l0_medium", config=CONFIG, seed=0):
-    """Writes a folder of a Gemma Scope 2 repository -> its tensors."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"w_enc": (D, M), "w_dec": (M, D), "b_enc": (M,), "b_dec": (D,), "threshold": (M,)}
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    tensors["threshold"] = tensors["threshold"].abs()
-    path = root / folder
-    path.mkdir(parents=True)
-    save_file(tensors, path / "params.safetensors")
-    if config is not None:
-        (path / "config.json").write_text(json.dumps(config))
-    return tensors
-
-
-@pytest.mark.parametrize("config", [CONFIG, None])
-def test_gemma_scope_2_is_its_closed_form(tmp_path, config):
-    t = gemma_scope_2(tmp_path, config=config)
-    sae = load_sae(tmp_path, layer=1, width="16k", l0="medium")
-    x = torch.randn(20, D, dtype=torch.float64)
-    pre = x @ t["w_enc"].double() + t["b_enc"].double()
-    z = pre * (pre > t["threshold"].double())
-    expected = z.relu() @ t["w_dec"].double() + t["b_dec"].double()
-    assert isinstance(sae, JumpReLU) and not sae.on_special and sae.site == "resid"
-    torch.testing.assert_close(sae(x.float()).double(), expected, rtol=1e-5, atol=1e-4)
-    assert sae.model_name == (config and "google/gemma-3-270m-pt")
-
-
-def test_the_l0_is_a_number_or_a_name_and_four_layers_go_before_all(tmp_path, capsys):
-    made = {}
-    for seed, folder in enumerate((
-            "resid_post/layer_1_width_16k_l0_small", "resid_post/layer_1_width_16k_l0_medium",
-            "resid_post/layer_1_width_16k_l0_medium_seed_1", "resid_post/layer_1_width_65k_l0_big",
-            "resid_post_all/layer_1_width_16k_l0_small", "resid_post_all/layer_0_width_16k_l0_big",
-            "mlp_out/layer_1_width_16k_l0_small", "transcoder_all/layer_1_width_16k_l0_small")):
-        made[folder] = gemma_scope_2(tmp_path, folder, None, seed)
-
-    def loaded(**which):
-        W_dec = load_sae(tmp_path, **which).W_dec
-        return next(folder for folder in made if torch.equal(made[folder]["w_dec"], W_dec))
-
-    first = "resid_post/layer_1_width_16k_l0_"
-    assert loaded(layer=1, width="16k", l0="small") == first + "small"
-    assert loaded(layer=1, width=16384, l0=60) == first + "medium"
-    assert capsys.readouterr().err == ""
-    assert loaded(layer=1, width="16k", l0=24) == first + "small"
-    assert "taking small, about 20, the nearest to 24" in capsys.readouterr().err
-    assert loaded(layer=1, width="16k") == first + "medium"
-    assert loaded(layer=0) == "resid_post_all/layer_0_width_16k_l0_big"
-    assert loaded(layer=1, width="16k", site="mlp") == "mlp_out/layer_1_width_16k_l0_small"
-
-
-@pytest.mark.parametrize("folder, config, message", [
-    ("layer_1_width_16k_l0_medium", {**CONFIG, "type": "transcoder"}, "transcoder"),
-    ("layer_1_width_16k_l0_medium", {**CONFIG, "affine_connection": True}, "affine_connection"),
-    ("layer_1_width_16k_l0_medium",
-     {**CONFIG, "hf_hook_point_in": "model.layers.1.self_attn.o_proj.input",
-      "hf_hook_point_out": "model.layers.1.self_attn.o_proj.input"}, "is not a block's output"),
-    ("layer_1_width_16k_l0_medium", {**CONFIG, "hf_hook_point_in": "model.layers.2.output",
-                                     "hf_hook_point_out": "model.layers.2.output"}, "on block 2"),
-    ("mlp_out/layer_1_width_16k_l0_medium", None, "--site mlp reads them"),
-    ("attn_out/layer_1_width_16k_l0_medium", None, "holds no SAE of a block's output"),
-    ("transcoder_all/layer_1_width_16k_l0_medium", None, "holds no SAE of a block's output"),
-    ("renamed", None, "its name does not tell"),
-])
-def test_what_is_not_a_residual_sae_of_gemma_scope_2_is_refused(tmp_path, folder, config, message):
-    gemma_scope_2(tmp_path, folder, config)
-    with pytest.raises(InputError, match=message):
-        load_sae(tmp_path, layer=1)
-
-
-def test_an_mlps_sae_says_so_and_comes_back(tmp_path):
-    gemma_scope_2(tmp_path, "mlp_out/layer_1_width_16k_l0_medium", None)
-    sae = load_sae(tmp_path, layer=1, site="mlp")
-    assert (sae.site, sae.after_norm) == ("mlp", True)
-    save_sae(sae, tmp_path / "saved", model_name="m", layer=1, context=32)
-    with pytest.raises(InputError, match="--site mlp"):
-        load_sae(tmp_path / "saved", layer=1)
-    again = load_sae(tmp_path / "saved", layer=1, site="mlp")
-    assert torch.equal(again.W_enc, sae.W_enc) and (again.site, again.after_norm) == ("mlp", True)

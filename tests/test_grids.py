@@ -1,19 +1,23 @@
-"""Figures 1, 3, 4, 5, 6 and 9 from the files of finished runs: pairs of runs on the same text."""
+"""Figures 1, 3, 4, 5, 6 and 9, and experiments beyond the paper, from files of finished runs."""
 from dataclasses import replace
 
 import pytest
 import torch
 
-from helpers import read
+from helpers import command, read
+from lorasae.beyond import experiments
+from lorasae.errors import InputError
 from lorasae.evals.common import interval
+from lorasae.evals.report import save_figure
 from lorasae.io.files import write_json
-from lorasae.paper import frontier, gap
-from lorasae.paper.study import Study, tokens_of
+from lorasae.paper import control, frontier, gap
+from lorasae.paper.study import Study
+from lorasae.runs.config import read_config
 
 
 def miniature(folder):
     return Study(folder, sae_tokens=400_000, frontier_tokens=2_000_000, lora_tokens=60_000,
-                 long_tokens=300_000, eval_tokens=12_000, seeds=(0, 1), recipe="tuned")
+                 long_tokens=300_000, eval_tokens=12_000, seeds=[0, 1])
 
 
 @pytest.fixture
@@ -21,7 +25,13 @@ def study(tmp_path):
     return miniature(tmp_path)
 
 
-# ---- Pairs of runs -------------------------------------------------------------------------------
+def in_this_process(commands, processes, logs):
+    """run_all without processes, whose start would take most of a test's time."""
+    for each in commands:
+        if not each.done.exists():
+            command(each.script.removesuffix(".py"), *each.to_run())
+    return {}
+
 
 def made_up(rng, documents, difference=0.0, shared=None):
     """A gap.Run whose adapters close 30 % of a gap of 0.5 nats, + difference."""
@@ -70,8 +80,6 @@ def test_a_share_of_nothing_is_no_number():
     assert gap.part_of(ones, ones * 2, few).mean() == 0.5
 
 
-# ---- Grids, from files ---------------------------------------------------------------------------
-
 def finish(folder, seconds=10.0, **ce):
     """Writes the files of a finished run, whose CE in each setting has this mean."""
     wave = torch.linspace(-0.5, 0.5, 20).double()       # held-out sequences differ, and alike
@@ -85,101 +93,218 @@ def finish(folder, seconds=10.0, **ce):
         "train_tokens": 1000, "seconds": seconds})
 
 
-def shown(part, numbers):
-    """The claims of a part, whose tables and picture are made from what its file would hold."""
+def shown(study, part):
+    """(numbers as their file holds them, {claim: Claim}, text of the tables); the part is drawn."""
+    write_json(study.folder / "numbers.json", part.measure(study))
+    numbers = read(study.folder / "numbers.json")
     figures = pytest.importorskip("matplotlib.figure", reason="draws the pictures")
     part.draw(numbers, figures.Figure())
     text = " ".join(str(table) for table in part.tables(numbers))
-    return part.claims(numbers), text
-
-
-def kept(study, part):
-    """What the file of numbers of a part would hold."""
-    write_json(study.folder / "numbers.json", part.measure(study))
-    return read(study.folder / "numbers.json")
+    names = [name for name in part.words["claims"] if name in numbers["cases"]]
+    return numbers, dict(zip(names, part.claims(numbers), strict=True)), text
 
 
 def test_scaling(study):
     for point in gap.points(study):
         share = 0.4 + 0.1 * (point.L0 == "4") + 0.05 * (point.layer == "2")
-        folder = study.folder / gap.adapters_at(study, point).name
-        for rank in gap.RANKS:
+        folder = gap.adapters_at(study, point).folder
+        for rank in (1, 4, 16, 64, 256):
             adapted = 3.0 - share + 0.1 / rank
             finish(folder / f"rank-{rank}", base=2.0, sae=3.0, adapted=adapted)
-    numbers = kept(study, gap.SCALING)
-    claims, text = shown(gap.SCALING, numbers)
+    numbers, claims, text = shown(study, gap.SCALING)
 
     assert len(numbers["rows"]) == 16 * 5 and numbers["rows"][0]["x"] == "4"
-    assert numbers["trends"]["L0"] == [pytest.approx(0.1), pytest.approx(0, abs=1e-9),
-                                       "20 documents"]
-    assert numbers["trends"]["layer"][0] == pytest.approx(0.05)
-    closed, ranks, *trends = claims
+    assert claims["L0"].cases == {"L0": (pytest.approx(0.1), pytest.approx(0, abs=1e-9),
+                                         "20 documents")}
+    assert claims["layer"].cases["layer"].mean == pytest.approx(0.05)
+    closed, ranks = claims["closed"], claims["ranks"]
     assert len(closed.cases) == len(ranks.cases) == 13 and closed.verdict == "agrees"
     assert all(case.mean == pytest.approx(0.1 - 0.1 / 256) for case in ranks.cases.values())
-    assert [trend.figure for trend in trends] == ["Fig. 3"] * 3 + ["Fig. 4"]
     assert "gap closed, rank 256" in text and "± 90 % over 20 documents" in text
+
+
+def test_scaling_on_a_laptop(study):
+    """Ranks are compared around one SAE, and there are no claims about widths and models."""
+    study = replace(study, model="/x/smollm2-135m-instruct")
+    for point in gap.points(study):
+        ranks, folder = point.ranks.split(","), gap.adapters_at(study, point).folder
+        for rank in ranks:
+            adapted = 2.6 + 0.1 * (point.L0 == "64") + 0.1 / int(rank)
+            where = folder / f"rank-{rank}" if len(ranks) > 1 else folder
+            finish(where, base=2.0, sae=3.0, adapted=adapted)
+    numbers, claims, text = shown(study, gap.SCALING)
+    assert claims.keys() == {"closed", "ranks", "L0", "layer"} and "/x/" not in str(numbers)
+    assert len(numbers["rows"]) == 8 + 3 * 2 and len(claims["closed"].cases) == 6
+    assert list(claims["ranks"].cases.values())[0].mean == pytest.approx(0.1 / 4 - 0.1 / 64)
+    assert len(claims["ranks"].cases) == 1 and claims["L0"].cases["L0"].mean == pytest.approx(0.1)
+    assert "gap closed, rank 4" in text and "jumprelu" in str(numbers["rows"])
+
+
+def test_control(study):
+    study = replace(study, other_data="other")
+    rng = torch.Generator().manual_seed(0)
+    documents, noise = list(range(20)), 0.1 * torch.randn(20, generator=rng).double()
+    noise -= noise.mean()
+
+    def losses(ce, more=0.0):
+        found = {"ce": (ce + noise * (1 + more)).tolist(), "kl": [ce - 2] * 20}
+        return {**found, **dict.fromkeys(("l0", "ev", "left_out"), {"2": 8.0})}
+
+    # The SAE costs 1 nat after a tenth and 0.1 less after each further one, on other text 0.5 more
+    tenths = [{"percent": 10 * i, "seconds": 10.0 * i, "tokens": 1000 * i} for i in range(1, 11)]
+    sae = control.long_sae(study)
+    write_json(sae.folder / "eval-tenths.json", {"rows": tenths})
+    for suites, more in zip(control.texts(study).values(), (0, 0.5)):
+        of_adapters, of_sae = suites
+        cost = {f"sae-{row['percent']}pct": 3.1 + more - row["percent"] / 100 for row in tenths}
+        cost["sae"] = cost.pop("sae-100pct")
+        write_json(sae.folder / of_sae / "sequences.json", {
+            "documents": documents, **{name: losses(ce) for name, ce in cost.items()}})
+        for percent in study.plan.percents:
+            for name, job in control.arms(study, percent).items():
+                before = cost["sae" if percent == 100 else f"sae-{percent}pct"]
+                gap_now = before - 2
+                end = before - gap_now * (0.5 if "LoRA" in name else 0.2) * (1 - percent / 200)
+                kinds = {"base": losses(2.0), "sae": losses(before, more=0.1)}
+                if "LoRA" in name:
+                    kinds |= {"adapted": losses(end), "lora": losses(2.01)}
+                else:
+                    kinds |= {"before": kinds["sae"], "sae": losses(end)}
+                write_json(job.folder / of_adapters / "sequences.json",
+                           {"documents": documents, **kinds})
+                write_json(job.folder / "results.json", {"train_tokens": 500, "seconds": 19.0})
+    numbers, claims, text = shown(study, control.CONTROL)
+
+    rows = {(row["axis"], row["x"]): row for row in numbers["rows"]}
+    assert len(rows) == 2 * (3 + 3 + 4)                 # at the end, there is no more training
+    more = rows["what is done, on held-out text", "10 %: as many seconds of training"]
+    assert more["gap_closed"][0] == pytest.approx(0.2)              # 19 s are two tenths
+    assert (more["train_tokens"][0], more["seconds"][0]) == (2000, 20)
+    lora = rows["what is done, on other text", "100 %: LoRA after it, seed 1"]
+    assert lora["ce_sae"][0] == pytest.approx(2.6) and lora["kl_lora"][0] == pytest.approx(0.01)
+    assert lora["gap_closed"][0] == pytest.approx(0.25)
+    tuned = rows["what is done, on held-out text", "10 %: finetuned for KL"]
+    assert tuned["gap_closed"][0] == pytest.approx(0.2 * 0.95) and tuned["kl_lora"][0] is None
+    falls = claims["falls"].cases["first - last"]
+    assert falls.mean == pytest.approx(0.5 * 0.95 - 0.25) and falls.over == "20 documents"
+    assert "KL without SAE" in text and "30 to 55 %" in text
 
 
 def test_several(study):
     for count, blocks in gap.sets(study).items():
         for seed in study.seeds:
-            folder = study.folder / gap.adapters_on(study, blocks, seed).name
+            folder = gap.adapters_on(study, blocks, seed).folder
             finish(folder, base=2.0, sae=2.0 + count ** 2, adapted=2.0 + count + seed / 10)
     for block in range(5):
-        finish(study.folder / gap.single(study, block).name, base=2.0, sae=2.5 + block)
-    numbers = kept(study, gap.SEVERAL)
-    (grows, lowers, three), text = shown(gap.SEVERAL, numbers)
+        finish(gap.single(study, block).folder, base=2.0, sae=2.5 + block)
+    _, claims, text = shown(study, gap.SEVERAL)
 
-    assert numbers["excess"][0] == pytest.approx(25 - (5 * 0.5 + 10)) and grows.verdict == "agrees"
-    assert lowers.cases["SAEs: 3"].mean == pytest.approx(9 - 3.05)
-    assert lowers.cases["SAEs: 3"].over == "2 seeds"
-    assert three.cases["one - three"].mean == pytest.approx(3 - 5.05) and "8.0', '9.0" in text
+    excess, three = claims["excess"], claims["three"]
+    assert excess.cases["5 SAEs"].mean == pytest.approx(25 - (5 * 0.5 + 10))
+    assert excess.verdict == "agrees"
+    of_three = claims["improvement"].cases["SAEs: 3"]
+    assert of_three.mean == pytest.approx(9 - 3.05) and of_three.over == "2 seeds"
+    assert three.cases["one - three"].mean == pytest.approx(3 - 5.05)
+    assert "8.0', '9.0', '7.0" in text
 
 
 def test_one_block(study):
     gains = {"all": 0.2, 1: 0.16, 2: 0.1, 3: 0.02}
     for seed in study.seeds:
-        for x, training in gap.adapters_by_block(study, seed).items():
-            finish(study.folder / training.name, base=2, sae=3, adapted=3 - gains[x] * (1 + seed))
-    first, falls = shown(gap.ONE_BLOCK, kept(study, gap.ONE_BLOCK))[0]
-    assert first.cases["first block"].mean == pytest.approx(0.8) and first.verdict == "agrees"
-    assert falls.cases["first - last"].mean == pytest.approx(0.14 * 1.5)
-    assert falls.cases["first - last"].over == "2 seeds"
-    for training in gap.adapters_by_block(study, 0).values():       # shares of nothing
-        finish(study.folder / training.name, base=2.0, sae=3.0, adapted=3.01)
-    assert shown(gap.ONE_BLOCK, kept(study, gap.ONE_BLOCK))[0][0].verdict == "no interval"
+        for x, job in gap.adapters_by_block(study, seed).items():
+            finish(job.folder, base=2, sae=3, adapted=3 - gains[x] * (1 + seed))
+    _, claims, _ = shown(study, gap.ONE_BLOCK)
+    share, falls = claims["share"], claims["falls"].cases["first - last"]
+    assert share.cases["first block"].mean == pytest.approx(0.8) and share.verdict == "agrees"
+    assert falls.mean == pytest.approx(0.14 * 1.5) and falls.over == "2 seeds"
+    for job in gap.adapters_by_block(study, 0).values():            # shares of nothing
+        finish(job.folder, base=2.0, sae=3.0, adapted=3.01)
+    assert shown(study, gap.ONE_BLOCK)[1]["share"].verdict == "no interval"
 
 
 def test_frontier(study):
     curves = {"topk": lambda i: (10.0 * i, 4 - 0.1 * i), "e2e": lambda i: (50.0 * i, 3.5 - 0.1 * i)}
     for model in frontier.models(study).values():
-        for name, sae in frontier.saes(study, model).items():
+        for name, job in frontier.tenths(study, model).items():
             points = [curves[name](i) for i in range(1, 11)]
             rows = [{"percent": 10 * i, "seconds": seconds, "ce": ce}
                     for i, (seconds, ce) in enumerate(points, start=1)]
-            write_json(study.folder / sae.name / "eval-tenths.json", {"layer": 2, "rows": rows})
-            finish(study.folder / sae.name, base=2.0, sae=points[-1][1])
-        for i, training in enumerate(frontier.adapters_of(study, model), start=1):
-            finish(study.folder / training.name, base=2.0, sae=3.0, adapted=2.9 - 0.05 * i)
-    numbers = kept(study, frontier.FRONTIER)
-    (sooner, lower, *_, ends), text = shown(frontier.FRONTIER, numbers)
+            write_json(job.folder / "eval-tenths.json", {"layer": 2, "rows": rows})
+            finish(job.folder, base=2.0, sae=points[-1][1])
+        for i, job in enumerate(frontier.adapters_of(study, model).values(), start=1):
+            finish(job.folder, base=2.0, sae=3.0, adapted=2.9 - 0.05 * i)
+    numbers, claims, text = shown(study, frontier.FRONTIER)
 
-    found = numbers["fig1"]
+    found = numbers["figures"]["fig1"]
     assert found["curves"]["topk_lora"][4]["seconds"] == 60         # the SAE's 50 and its own 10
     assert frontier.reached(found["curves"]["topk_lora"], 2.65) == 60
     assert frontier.reached(found["curves"]["topk_lora"], 2.3) is None
     last = frontier.table_of(found).rows[-1]
     assert last[0] == "100 % (e2e's last loss)" and last[-3:] == ["90.0", "-", "5.56x"]
     # 500 s / 3.05 are enough for all of TopK + LoRA, which then ends at 2.4 nats, e2e at 2.5
+    sooner = claims["sooner_fig1"]
     assert sooner.cases["tiny-gemma-2"].mean == pytest.approx(0.1) and sooner.verdict == "agrees"
-    assert lower.verdict == "agrees" and ends.verdict == "differs"
+    assert claims["lower_fig1"].verdict == "agrees" and claims["lower_fig5"].verdict == "differs"
     assert "20.01x" in text and "156-213" in text
 
-    for training in frontier.adapters_of(study, "tiny-gemma-2"):
-        finish(study.folder / training.name, seconds=400, base=2.0, sae=3.0, adapted=2.4)
-    sooner, *_ = shown(frontier.FRONTIER, kept(study, frontier.FRONTIER))[0]
+    for job in frontier.adapters_of(study, "tiny-gemma-2").values():
+        finish(job.folder, seconds=400, base=2.0, sae=3.0, adapted=2.4)
+    sooner = shown(study, frontier.FRONTIER)[1]["sooner_fig1"]
     assert sooner.verdict == "no interval" and sooner.ours.startswith("no TopK + LoRA")
+    assert job.options["tokens"] == 20_000
 
-    assert tokens_of(training) == 20_000                # the paper's share, but not too few
-    large = replace(study, frontier_tokens=10 ** 7, lora_tokens=10 ** 6)
-    assert tokens_of(frontier.adapters_of(large, "tiny-gemma-2")[0]) == 75_000
+
+def finish_arms(made, closed_by):
+    """Writes the results of every run; closed_by(case, arm, seed): its part of the KL gap."""
+    for (case, arm, seed), each in made.items():
+        write_json(each.done, {
+            "train_tokens": 100, "seconds": 2.0, "l0": {"2": 8.0},
+            "kl_gap_closed": closed_by(case, arm, seed)})
+
+
+def test_arms_are_paired_by_seed_within_a_case(tmp_path):
+    """Seeds differ by far more than arms: only pairs show it. A single seed has no interval."""
+    arms = experiments.recipe(1200)
+    gain = {"published": 0.0, "tuned": 0.01, "tuned, AdamW": -0.02}
+
+    def closed_by(case, arm, seed):
+        return 0.1 * (seed % 5) + gain[arm] + 1e-4 * (seed % 2)
+
+    made = experiments.commands(arms, tmp_path, range(100, 106), 2000)
+    assert len(made) == 4 * 3 * 6
+    finish_arms(made, closed_by)
+    numbers = experiments.measure(made)
+    for case in experiments.cases():
+        mean, half, over = numbers[case]["tuned"]["more"]
+        assert (mean, over) == (pytest.approx(0.01), "6 seeds") and half < 1e-9
+        assert numbers[case]["tuned"]["kl_gap_closed"].half > 0.05
+
+    save_figure(experiments.draw, numbers, tmp_path / "picture.png", "again")
+    shown = "".join(map(str, experiments.tables(numbers)))
+    assert "+1.0%" in shown and "-2.0%" in shown
+    alone = experiments.commands(arms, tmp_path, [100], 2000)
+    assert experiments.measure(alone)[case]["tuned"]["more"].half is None
+
+    done = next(iter(alone.values())).done
+    good = read(done)
+    for other in {"seconds": None}, {"l0": {}}, {"l0": 8.0}, {"kl_gap_closed": "seven"}:
+        write_json(done, {**good, **other})
+        with pytest.raises(InputError, match=f"{done}.* {[*other][0]}|{done}.*l0_sae"):
+            experiments.measure(alone)
+
+
+def test_the_command_trains_by_train_py_and_refuses_another_plan(
+        site, tmp_path, monkeypatch, capsys):
+    case = ("--model", site / "gemma2", "--sae", site / "gemma2/sae", "--layer", 1, "--data",
+            site / "text", "--context", 32, "--device", "cpu", "--dtype", "float32")
+    monkeypatch.setattr(experiments, "cases", lambda: {"case": case})
+    monkeypatch.setattr(experiments, "run_all", in_this_process)
+    options = ["model-or-sae", "--seeds", "1", "--eval-tokens", "512", "--out", str(tmp_path)]
+    experiments.main([*options, "--tokens", "256"])
+    assert "case (± 90 % over 1 seed)" in capsys.readouterr().out
+    assert read(tmp_path / "numbers.json")["case"].keys() == {"adapters", "SAE", "both"}
+    assert read_config(tmp_path / "case/both-seed-100").train_sae
+    assert read_config(tmp_path / "case/SAE-seed-100").method == "finetune"
+    for option, was in ("--tokens", 256), ("--eval-tokens", 512):
+        with pytest.raises(SystemExit, match=f"{option[2:].replace('-', '_')} {was}"):
+            experiments.main([*options, "--tokens", "256", option, "2000"])

@@ -1,18 +1,16 @@
 """Presets, and fetching over HTTP from a server in this process that speaks the Hub's protocol."""
-import io
-
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 
-from helpers import Hub, counted, use_hub
-from lorasae.errors import InputError
+from conftest import LLAMA, write_shards
+from helpers import Hub, HubHandler, counted, gemma_scope_files, one_line, use_hub
+from lorasae import InputError, load_model, load_sae, load_tokenizer
 from lorasae.io import hub
 from lorasae.io.hub import find_sae, model_files, model_plan, sae_choice, sae_plan
 from lorasae.io.models import load_config
-from lorasae.io.presets import PRESETS, TINY, latents, preset
-from lorasae.io.saes import load_sae
+from lorasae.io.presets import PRESETS, preset
+from lorasae.io.text import files
 
 L0S = (22, 41, 62, 114, 445)
 MODEL = {
@@ -59,16 +57,9 @@ def fetched(server):
                   if line.startswith("GET") and "/resolve/" in line)
 
 
-def gemma_scope(layers=(11, 12), widths=("16k", "1m"), M=16, D=6):
-    rng, files = np.random.default_rng(0), {"README.md": b"Gemma Scope"}
-    for layer, width, l0 in [(i, w, n) for i in layers for w in widths for n in L0S]:
-        data = io.BytesIO()
-        np.savez(
-            data, W_enc=rng.normal(size=(D, M)).astype("f"),
-            W_dec=rng.normal(size=(M, D)).astype("f"), b_enc=np.full(M, l0, "f"),
-            b_dec=np.zeros(D, "f"), threshold=np.full(M, layer, "f"))
-        files[f"layer_{layer}/width_{width}/average_l0_{l0}/params.npz"] = data.getvalue()
-    return files | {"embedding/width_4k/average_l0_6/params.npz": b"another kind of SAE"}
+def gemma_scope():
+    other = {"embedding/width_4k/average_l0_6/params.npz": b"another kind of SAE"}
+    return other | gemma_scope_files(6, 16, layers=(11, 12), widths=("16k", "1m"), l0s=L0S)
 
 
 def write(folder, files):
@@ -77,10 +68,9 @@ def write(folder, files):
         (folder / path).write_bytes(data)
 
 
-# ---- Models --------------------------------------------------------------------------------------
-
 def test_a_repository_is_fetched_once_and_only_what_is_read(server):
-    small = {"tokenizer_config.json": b"1", "special_tokens_map.json": b"2"}
+    small = {"tokenizer_config.json": b"1", "special_tokens_map.json": b"2",
+             "tokenizer.model": b"3", "chat_template.jinja": b"4", "merges.txt": b"5"}
     server.models["some/model"] = {**MODEL, **small}
     assert (model_files("some/model", ["config.json"]) / "config.json").read_bytes() == b"{}"
     assert fetched(server) == ["config.json"]
@@ -108,6 +98,29 @@ def test_the_cache_serves_when_the_hub_does_not(server, unreachable):
         model_plan("other/model")
 
 
+def test_half_a_cache_says_which_file_is_missing_where(server, tmp_path, monkeypatch):
+    write_shards(tmp_path / "good", LLAMA, shards=2)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()}
+    missing = "model-00002-of-00002.safetensors"
+    server.models["some/model"] = {name: files[name] for name in files.keys() - {missing}}
+    model_files("some/model")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for find, name in ((load_model, missing), (load_tokenizer, "tokenizer.json")):
+        with one_line(f"{server.cache}/.*{name}", kind=(InputError, OSError)) as error:
+            find("some/model")
+        assert "No such file" in str(error.value)
+
+
+@pytest.mark.parametrize("body", [b"<html>please log in</html>", b"[]", b"{}", b"null", b""])
+def test_an_answer_that_makes_no_sense_is_one_line(server, monkeypatch, body):
+    for method in ("do_GET", "do_HEAD"):
+        monkeypatch.setattr(HubHandler, method, lambda self: self.reply(200, body))
+    for find in (model_files, model_plan, sae_files, lambda name: files(f"hf://datasets/{name}")):
+        with pytest.raises(InputError) as error:
+            find("some/model")
+        assert "some/model" in str(error.value) and len(str(error.value)) < 400
+
+
 LICENCE = "google/gemma-2-2b is gated: .*https://huggingface.co/google/gemma-2-2b and .*`hf auth"
 
 
@@ -118,18 +131,16 @@ LICENCE = "google/gemma-2-2b is gated: .*https://huggingface.co/google/gemma-2-2
     ("some/private", (401, ""), "local folder some/private, and .* needs `hf auth login`")])
 def test_a_repository_may_need_a_licence_or_a_login(server, name, refusal, message):
     server.models[name], server.refused[name] = MODEL, refusal
-    with pytest.raises(InputError, match=message) as error:
+    with one_line(message):
         model_files(name)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("find", [model_files, model_plan, sae_files])
 @pytest.mark.parametrize("name", ["some/nothing", "some/bad--name"])
 def test_a_repository_that_is_not_there_is_one_line(server, name, find):
     message = f"no local folder {name}, and no repository of that name .* needs `hf auth login`"
-    with pytest.raises(InputError, match=message) as error:
+    with one_line(message):
         find(name)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("find, what", [(model_files, "model"), (sae_files, "SAE")])
@@ -146,15 +157,6 @@ def test_pickled_weights_are_not_fetched(server):
         model_files("some/pickles")
     assert fetched(server) == ["config.json"]
 
-
-def test_a_local_folder_is_taken_as_it_is_and_a_preset_may_be_one(tmp_path):
-    assert model_files(tmp_path) == model_files(f"{tmp_path}/") == tmp_path
-    assert model_plan(tmp_path) == []
-    for name in ("tiny-gemma-2", "tiny-llama-3"):
-        assert TINY in model_files(name).parents and TINY in sae_files(name).parents
-
-
-# ---- Plans ---------------------------------------------------------------------------------------
 
 def test_the_plan_lists_sizes_and_what_the_cache_holds(server):
     server.models["some/model"] = MODEL
@@ -197,15 +199,13 @@ def test_a_presets_plan_does_without_the_hub(server, unreachable):
         sae_plan("some/scope", layer=3)
 
 
-# ---- SAEs ----------------------------------------------------------------------------------------
-
 def test_one_sae_is_fetched_of_a_repository_of_many(server):
     server.models["google/scope"] = gemma_scope()
     with counted(hub, "listing") as calls:
         sae = load_sae("google/scope", layer=12, width="16k", l0=114)
     assert len(calls) == 1
     assert fetched(server) == ["layer_12/width_16k/average_l0_114/params.npz"]
-    assert (sae.b_enc == 114).all() and (sae.threshold == 12).all()
+    assert (sae.b_dec == torch.tensor(0.0114)).all() and (sae.threshold == 0.12).all()
     same = load_sae("google/scope/layer_12/width_16k/average_l0_114/")
     assert torch.equal(same.W_enc, sae.W_enc)
 
@@ -288,8 +288,6 @@ def test_local_saes_are_found_in_a_folder_or_a_run(tmp_path):
         sae_files(tmp_path / "run" / "sae" / "cfg.json")
 
 
-# ---- Presets -------------------------------------------------------------------------------------
-
 def test_presets_are_known_by_repository_and_mirror_too():
     for known in PRESETS.values():
         assert preset(known.repo) is known
@@ -315,14 +313,3 @@ def test_a_model_without_an_sae_says_how_to_get_one():
             find("llama-3.2-1b")
     with pytest.raises(InputError, match="some/model is not a preset, .* pass one with --sae"):
         sae_choice("some/model")
-
-
-def test_a_preset_is_a_source_of_its_sae():
-    assert torch.equal(load_sae("tiny-gemma-2").W_enc, load_sae(PRESETS["tiny-gemma-2"].sae).W_enc)
-
-
-@pytest.mark.parametrize("width, M", [
-    ("4k", 2**12), ("16k", 2**14), ("32k", 2**15), ("65k", 2**16), ("131k", 2**17), ("262k", 2**18),
-    ("524k", 2**19), ("1m", 2**20)])
-def test_widths_are_powers_of_two(width, M):
-    assert latents(width) == M and hub.width_name(M) == width

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers import one_line
 from lorasae.errors import InputError
-from lorasae.evals import labelled_saebench, labelled_stdlib
+from lorasae.evals import labelled_saebench
 from lorasae.evals.labelled_stdlib import PACKAGES, PAIRS, cut_passages, passages, split_source
 from lorasae.evals.saebench import labelled_sets
 from lorasae.io.text import held_out, standard_library
@@ -15,31 +16,23 @@ from lorasae.io.text import held_out, standard_library
 NAMES = re.compile("|".join(PACKAGES), re.IGNORECASE)
 
 
-# ---- The standard library ------------------------------------------------------------------------
-
 def all_texts(cut):
     return [text for side in cut for texts in side.values() for text in texts]
 
 
-def test_packages_have_enough_texts_and_equally_many():
+def test_every_class_and_quadrant_has_enough_texts():
     by_package, = labelled_sets("stdlib", "tpp").values()
     cut = by_package(42)
-    assert cut == by_package(42) != by_package(43)
-    assert list(cut.train) == list(PACKAGES)
+    assert cut == by_package(42) != by_package(43) and list(cut.train) == list(PACKAGES)
     assert {len(texts) for texts in cut.train.values()} == {240}
-    test, = {len(texts) for texts in cut.test.values()}
-    assert test >= 60
+    assert min(map(len, cut.test.values())) >= 60
 
-
-def test_every_quadrant_has_texts_for_the_clean_and_the_biased_probe():
     for cut in labelled_sets("stdlib", "scr").values():
         train, test = cut(42)
-        quadrants = list(train)
-        assert len(quadrants) == 4
-        assert [kind for _, kind in quadrants] == ["code", "documentation"] * 2
+        assert [kind for _, kind in train] == ["code", "documentation"] * 2
         assert min(map(len, train.values())) >= 60 and min(map(len, test.values())) >= 30
-        biased = train[quadrants[0]], train[quadrants[3]]
-        assert min(map(len, biased)) >= 100
+        first, *_, last = train.values()                # those of the biased probe
+        assert min(len(first), len(last)) >= 100
 
 
 def test_no_text_names_its_package_or_imports():
@@ -76,14 +69,6 @@ def test_a_file_is_split_into_code_and_documentation():
     assert code == ["def area(w, h):", "    return w * h  # done", ""]
     assert [line for line in documentation if line] == ["Width", "times height.", "a product"]
 
-
-def test_a_library_with_too_few_texts_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr(labelled_stdlib, "LEAST", 10 ** 6)
-    with pytest.raises(InputError, match="texts of asyncio, too few.*--labelled saebench"):
-        labelled_stdlib.by_package(42)
-
-
-# ---- SAEBench's data sets ------------------------------------------------------------------------
 
 class Split(dict):
     """Columns, as a split of the `datasets` package."""
@@ -136,22 +121,6 @@ def test_professions_are_sampled_as_pandas_samples_them_balanced_by_gender(answe
             assert side[str(label)] == expected
 
 
-def test_sentiment_and_news_are_sampled_by_class_only(answers):
-    rng = random.Random(0)
-    labels = [rng.randrange(4) for _ in range(12_000)]
-    split = Split(text=[f"t{i}" for i in range(12_000)], label=labels,
-                  rating=[[1.0, 5.0][label % 2] for label in labels], category=[1] * 12_000)
-    for name in ("fancyzhx/ag_news", "canrager/amazon_reviews_mcauley_1and5"):
-        answers[name,] = {"train": split, "test": split}
-    news = saebench_cut("probing", "ag_news")
-    assert [(label, len(texts)) for label, texts in news.train.items()] == [
-        (label, 2000) for label in "0123"]
-    assert all(labels[int(text[1:])] == 2 for text in news.test["2"])
-    assert len(set(news.test["2"])) == 500
-    sentiment = saebench_cut("probing", "amazon_sentiment")
-    assert list(sentiment.test) == ["1.0", "5.0"] and {*map(len, sentiment.test.values())} == {500}
-
-
 def test_scr_takes_the_first_rows_of_each_quadrant_in_their_order(answers):
     answers["LabHC/bias_in_bios",] = data = bios(1500, 300)
     cut = saebench_cut("scr", "professor/nurse")
@@ -163,7 +132,7 @@ def test_scr_takes_the_first_rows_of_each_quadrant_in_their_order(answers):
 
 
 def test_languages_and_code_are_the_first_of_a_stream_shuffled_one_after_the_other(answers):
-    languages = labelled_saebench.LANGUAGES
+    languages = labelled_saebench.FACTS["languages"]
     for language, pair in languages.items():
         rows = [{"translation": {language: f"{language}{i}"}} for i in range(3000)]
         answers["Helsinki-NLP/europarl", pair] = rows
@@ -188,21 +157,12 @@ def test_languages_and_code_are_the_first_of_a_stream_shuffled_one_after_the_oth
 def test_what_is_missing_is_said_in_one_line(answers, monkeypatch):
     answers["LabHC/bias_in_bios",] = ConnectionError("Couldn't reach the Hub\nand more")
     expected = "cannot load the data set LabHC/bias_in_bios .*--labelled stdlib"
-    with pytest.raises(InputError, match=expected) as error:
+    with one_line(expected):
         saebench_cut("tpp", "bias_in_bios_1")
-    assert "\n" not in str(error.value)
 
     answers["LabHC/bias_in_bios",] = bios(20, 20)
-    with pytest.raises(InputError, match="has 40 texts, but SAEBench takes 2,000"):
+    with pytest.raises(InputError, match="LabHC/bias_in_bios .Cannot take a larger sample"):
         saebench_cut("tpp", "bias_in_bios_1")
-
-    def broken():
-        yield {"translation": {"en": "a"}}
-        raise ConnectionError("cut off")
-
-    answers["Helsinki-NLP/europarl", "en-fr"] = broken()
-    with pytest.raises(InputError, match="cut off"):
-        saebench_cut("probing", "europarl")
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install datasets"):

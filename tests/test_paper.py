@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 
 from helpers import command, misuse, read, refusal
-from test_grids import finish, miniature
+from test_grids import finish, in_this_process, miniature
 from lorasae.evals.common import Estimate
 from lorasae.io.files import write_json
 from lorasae.io.presets import PRESETS
 from lorasae.paper import __main__ as paper
 from lorasae.paper import gap
 from lorasae.paper.results import Claim, by_chance, cell, intervals, over_seeds, table_of_claims
-from lorasae.paper.study import (Evaluation, Study, adapters, budget, command_of, new_sae,
-                                 tokens_of)
+from lorasae.paper.study import all_jobs, around, budget, evaluation, new_sae
 
 PAPER = "lorasae.paper.__main__"
 ROOT = Path(__file__).parent.parent
@@ -76,55 +75,77 @@ def test_estimates_over_seeds():
 # ---- The study -----------------------------------------------------------------------------------
 
 def test_trainings_and_evaluations_are_commands(study):
-    sae = new_sae(study, "topk", "tiny-gemma-2", 0, l0=4)
-    assert sae.options["k"] == 4 and "l0" not in sae.options and sae.options["layer"] == 0
-    assert new_sae(study, "jumprelu", "tiny-gemma-2", l0=4).options["l0"] == 4
-    training = adapters(study, "x", "tiny-gemma-2", [sae, "elsewhere"], rank=(1, 4))
-    made = command_of(study, training)
-    sources = ["--sae", str(study.folder / sae.name), "elsewhere"]
-    assert training.saes == (sae,) and made.done == study.folder / "adapters/x/results.json"
-    assert made.line().startswith("python train.py --model tiny-gemma-2 " + " ".join(sources))
-    assert "--rank 1 4" in made.line() and "--seed" not in made.line()
-    assert made.line().endswith(f"--recipe tuned --optimizer adamw --device cpu --rank 1 4 --out "
-                                f"{study.folder}/adapters/x")
+    sae = new_sae(study, "topk", "tiny-gemma-2", layer=0, k=4)
+    assert sae.folder.name == "tiny-gemma-2-topk-layer-0-k-4-tokens-400000"
+    job = around(study, "x", [sae], rank=(1, 4), seed=None)
+    made = job.command
+    assert job.needs == (sae,) and made.done == study.folder / "adapters/x/results.json"
+    assert made.line().startswith(f"python train.py --model tiny-gemma-2 --sae {sae.folder} --tok")
+    assert "--seed" not in made.line()
+    assert made.line().endswith(f"--optimizer adamw --eval-tokens 12000 --device cpu --rank 1 4 "
+                                f"--out {study.folder}/adapters/x")
+    of_job = evaluation(job, "lm", limit=3)
+    assert of_job.command.line() == f"python eval.py {made.folder} --suite lm --limit 3"
+    assert of_job.command.done == made.folder / "eval-lm.json"
+    assert "60,000 tokens (the paper: 15M). Seeds: 0, 1." in budget(study, gap.ONE_BLOCK)
+    said = budget(study, gap.SCALING)
+    assert said.startswith("SAEs train on 400,000 tokens. Adapters") and "Seeds: 42." in said
     write_json(made.folder / "config.json", {})
     assert made.line() == f"python train.py --resume {made.folder}"
-    evaluation = command_of(study, Evaluation(training, "lm", {"limit": 3}))
-    assert evaluation.line() == f"python eval.py {made.folder} --suite lm --limit 3"
-    assert evaluation.done == made.folder / "eval-lm.json"
-    assert "60,000 tokens (the paper: 15M). Seeds: 42." in budget(study, training, "15M")
 
 
-@pytest.mark.parametrize("model", ["tiny-gemma-2", "gemma-2-2b"])
-def test_parts_share_trainings_and_never_mean_two_things_by_one_name(study, model):
-    asked = study if model == "tiny-gemma-2" else Study(study.folder, model)
-    parts = paper.chosen(None)
-    runs = [made for commands, _ in paper.stages(asked, parts) for made in commands]
-    assert len({made.done for made in runs}) == len(runs) == len(set(runs))
-    order = [made.folder.parent.name + made.script for made in runs if made.script == "train.py"]
-    assert order == sorted(order, reverse=True) and runs[-1].script == "eval.py"
-    timed = [made for commands, alone in paper.stages(asked, parts) if alone for made in commands]
-    assert len(timed) == 24
-    for part in parts.values():
-        assert part.about(asked)
-        for training in part.trainings(asked):
-            assert training.options["model"] in PRESETS
-            if asked is not study:
-                assert tokens_of(training) in (1, 15e6, 100e6, 2e9, 4e9)
+@pytest.mark.parametrize("model, timed", [
+    ("tiny-gemma-2", 24), ("gemma-2-2b", 27), ("/x/smollm2-135m-instruct", 11),
+    ("gemma-3-270m", 8)])
+def test_parts_share_trainings_and_each_comes_after_what_it_needs(study, model, timed):
+    study = replace(study, model=model, sae_tokens=None, frontier_tokens=None, long_tokens=None)
+    parts = paper.chosen(study, None)
+    jobs = all_jobs(job for part in parts for job in part.jobs(study))
+    options = {}
+    for part in parts:                                  # one folder never means two things
+        for done, job in all_jobs(part.jobs(study)).items():
+            assert options.setdefault(done, job.command) == job.command
+    stages = paper.stages(jobs)
+    place = {made.done: i for i, (_, commands) in enumerate(stages) for made in commands}
+    assert place.keys() == jobs.keys()
+    for done, job in jobs.items():
+        assert all(place[needed.command.done] < place[done] for needed in job.needs)
+        assert job.suite or Path(job.options["model"]).name in PRESETS
+        assert "/x/" not in str(job.folder)
+    assert sum(len(commands) for alone, commands in stages if alone) == timed
+
+
+def test_a_real_model_on_a_laptop(tmp_path, capsys):
+    """SAEs are trained here, around which all parts adapt; the long one's are shared."""
+    model, data = tmp_path / "smollm2-135m-instruct", tmp_path / "mix"
+    model.mkdir(), data.mkdir()
+    words = ["--model", model, "--data", data, "--dry-run", "--out", tmp_path / "out"]
+    command(PAPER, *words, "--only", "fig3,fig6,fig8,fig9,fig10")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
+    saes = [line for line in lines if " --method topk" in line]
+    assert len(saes) == 1 + 5 + 2 and "--tokens 2500000" in saes[0]     # Figure 6 has two
+    assert all(f"--model {model} " in line and f"--data {data} " in line
+               for line in lines if "train.py" in line)
+    assert any("--layer 12 --width 4608 --l0 32 --tokens 400000" in line for line in lines)
+    assert sum("--rank 64 4 16" in line for line in lines) == 1
+    assert sum("--suite" in line for line in lines) == 2
+
+    command(PAPER, *words, "--only", "control", "--quick", "--other-data", data)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
+    assert sum("--method finetune --objective kl --sae" in line for line in lines) == 3
+    assert sum(f"--suite elsewhere --data {data}" in line for line in lines) == 9
+    assert "there is no such part" in refusal(PAPER, "--model", "gemma-3-270m", "--only", "fig6")
+    assert "--model gpt2: expected tiny-gemma-2, " in refusal(PAPER, "--model", "gpt2")
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
-def test_every_figure_and_table_has_a_part(capsys):
-    command(PAPER, "--list")
+def test_every_figure_and_table_has_a_part_and_a_dry_run_shows_its_commands(capsys, tmp_path):
+    command(PAPER, "--dry-run", "--out", tmp_path / "out")
     words = capsys.readouterr().out.replace(",", " ").split()
     figures = [f"fig{number}" for number in (1, *range(3, 12))]         # Figure 2 is the method's
     assert set(figures + [f"table{number}" for number in range(1, 7)]) <= set(words)
 
-
-def test_a_dry_run_shows_the_commands(capsys, tmp_path):
-    words = ["--out", "fig3", "--only", "fig3", "--only=fig4", "--seeds", "1"]
-    assert paper.command_for_all(words) == "python -m lorasae.paper --out fig3 --seeds 1"
     command(PAPER, "--dry-run", "--only", "fig9", "--seeds", 1, "--out", tmp_path / "out")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["one_block", "fig9", "4", "240,000", "0"]
@@ -136,24 +157,37 @@ def test_a_dry_run_shows_the_commands(capsys, tmp_path):
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
     out = tmp_path / "out"
     assert "choose from frontier, fig1" in refusal(PAPER, "--only", "fig2", "--out", out)
-    assert "--quick" in refusal(PAPER, "--model", "gemma-2-2b", "--quick", "--out", out)
     for option, value in ("--seeds", 0), ("--seeds", "9" * 30), ("--jobs", 0), (
-            "--model", "gpt2"), ("--lora-tokens", "-3"):
+            "--lora-tokens", "-3"):
         assert option in misuse(capsys, PAPER, option, value)
+    for script, *more in ([PAPER, "--out"], ["lorasae.beyond.experiments", "recipe", "--out"],
+                          ["lorasae.bench.__main__", "environment", "--json"], ["train", "--out"]):
+        for name in "", "a\0b":
+            assert more[-1] in misuse(capsys, script, *more, name)
     for name in "x" * 5000, "x/" * 2500, "new/" + "x" * 300:
         assert "name too long" in refusal(PAPER, "--only", "fig9", "--out", out / name)
+    for device in "cuda:99", "abacus":
+        assert f"--device {device}" in refusal(PAPER, "--device", device, "--out", out)
     assert not out.exists()
 
 
-def test_a_study_keeps_its_arguments_and_notes_other_code(study, capsys, tmp_path):
+@pytest.mark.parametrize("option, held", [("model", "tiny-llama-3"), ("tokens", 7), ("seed", 9)])
+def test_a_run_of_something_else_is_not_used(study, option, held):
+    job, *_ = gap.ONE_BLOCK.jobs(study)
+    config = {"model": "tiny-gemma-2", "tokens": 60_000, "seed": 0, option: held}
+    write_json(job.folder / "config.json", config)
+    finish(job.folder, base=2.0, sae=3.0, adapted=2.5)
+    for how in [], ["--dry-run"]:
+        line = refusal(PAPER, "--only", "fig9", "--seeds", 2, "--out", study.folder, *how)
+        assert line.startswith(f"{job.folder} holds a run with --{option} {held}, where ")
+    assert not (study.folder / "study.json").exists()
+
+
+def test_a_study_keeps_its_arguments(study):
     paper.begin(study)
     paper.begin(study)
-    assert capsys.readouterr().err == "" and not study.other_code
     with pytest.raises(ValueError, match="begun with lora_tokens 60000, not 1: pass another --out"):
         paper.begin(replace(study, lora_tokens=1))
-    write_json(tmp_path / "study.json", {**read(tmp_path / "study.json"), "sources": "older"})
-    paper.begin(study)
-    assert "begun with other code" in capsys.readouterr().err and study.other_code
 
 
 def test_what_failed_is_left_out_by_name_and_the_rest_is_shown(study, monkeypatch, capsys):
@@ -171,19 +205,35 @@ def test_what_failed_is_left_out_by_name_and_the_rest_is_shown(study, monkeypatc
     words = ["--only", "fig6,fig9", "--seeds", 1, "--out", study.folder]
     assert refusal(PAPER, *words) == "several was left out: too little memory"
     page, shown = (study.folder / "index.html").read_text(), capsys.readouterr().out
-    assert "too little memory" in page and gap.ONE_BLOCK.title in page
+    assert "too little memory" in page and gap.ONE_BLOCK.words["title"] in page
     assert "Fig. 9: The first block" in shown and "Fig. 6" not in shown
     found = read(study.folder / "numbers" / "one_block.json")
     assert (found["trainings"], found["trained_tokens"], found["seconds"]) == (4, 4000, 4.0)
+    assert "60,000 tokens" in found["budget"] and str(study.folder) not in str(found)
 
-    monkeypatch.setattr(paper, "run_all", lambda *asked: {})        # the page keeps earlier parts
+    path = study.folder / "numbers/one_block.json"                  # earlier parts stay
+    good = path.read_text()
+    for spoilt in "[]", '{"numbers": 7}', good.replace("rows", "lines"):
+        path.write_text(spoilt)
+        assert str(path) in refusal(PAPER, *words[:1], "fig6", *words[2:])
+    path.write_text(good)
+    monkeypatch.setattr(paper, "run_all", lambda *asked: {})
     assert "several-1-3-seed-0/results.json is missing" in refusal(PAPER, *words[:1], "fig6",
                                                                    *words[2:])
-    assert gap.ONE_BLOCK.title in (study.folder / "index.html").read_text()
+    assert gap.ONE_BLOCK.words["title"] in (study.folder / "index.html").read_text()
+
+    kept = study.folder / "kept"                        # numbers alone, without the runs
+    kept.mkdir()
+    (study.folder / "numbers").rename(kept / "numbers")
+    command(PAPER, "--redraw", "--only", "fig9", "--out", kept)
+    assert "Fig. 9: The first block" in capsys.readouterr().out
+    assert "4 trainings on 4,000" in (kept / "index.html").read_text()
 
 
-def test_a_figure_from_its_commands_and_again_after_a_kill(tmp_path):
-    words = ["--only", "fig9", "--quick", "--lora-tokens", "1k", "--out", tmp_path, "--jobs", 1]
+def test_a_figure_from_its_commands_and_again_after_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "run_all", in_this_process)
+    words = ["--only", "fig9", "--quick", "--lora-tokens", "1k", "--eval-tokens", "2k"]
+    words += ["--out", tmp_path, "--jobs", 1]
     command(PAPER, *words, "--device", "cpu")
     numbers = read(tmp_path / "numbers" / "one_block.json")["numbers"]
     assert [row["x"] for row in numbers["rows"]] == ["all", 1, 2, 3]
@@ -197,5 +247,8 @@ def test_a_figure_from_its_commands_and_again_after_a_kill(tmp_path):
     for checkpoint in (killed / "checkpoint").iterdir():
         checkpoint.unlink()
     command(PAPER, *words, "--device", "cpu")
-    assert read(tmp_path / "numbers" / "one_block.json")["numbers"] == numbers
+    again = read(tmp_path / "numbers" / "one_block.json")["numbers"]
+    for row in numbers["rows"] + again["rows"]:
+        del row["seconds"]                              # all else is the same
+    assert again == numbers
     assert all((run / "results.json").stat().st_mtime_ns == before[run] for run in kept)

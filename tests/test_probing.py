@@ -7,18 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from lorasae.errors import InputError
+from helpers import one_line
+from lorasae import InputError, add_lora, load_model, load_sae, load_tokenizer
 from lorasae.evals import absorption, concepts, probing, saebench, scr, texts, tpp
 from lorasae.evals.probes import (Task, accuracy, hold_out, logistic, mean_difference,
                                   one_against_rest, train_probes)
 from lorasae.evals.texts import Cut, Means, read_means
-from lorasae.io.models import load_model, load_tokenizer
 from lorasae.io.presets import TINY
-from lorasae.io.saes import load_sae
-from lorasae.lora import add_lora
 
-
-# ---- Probes --------------------------------------------------------------------------------------
 
 def golden():
     rng = np.random.default_rng(0)
@@ -84,20 +80,18 @@ def test_held_out_texts_are_not_trained_on():
 
 
 def test_a_class_meets_as_many_texts_of_the_others_evenly_drawn():
-    classes = {label: range(30) for label in "abcd"}
+    classes = {**{label: range(40) for label in "abc"}, "d": range(30)}
     task = one_against_rest(classes, seed=3)
     assert task.rows.shape == (4, 60)
     for label in range(4):
         positive, negative = task.rows[label, :30], task.rows[label, 30:]
-        assert positive.tolist() == list(range(30 * label, 30 * label + 30))
+        assert positive.tolist() == list(range(40 * label, 40 * label + 30))
         assert task.labels[label].tolist() == [True] * 30 + [False] * 30
-        assert (negative // 30 != label).all() and len(negative.unique()) == 30
-        assert all((negative // 30 == i).sum() == 10 for i in range(4) if i != label)
+        assert (negative // 40 != label).all() and len(negative.unique()) == 30
+        assert all((negative // 40 == i).sum() == 10 for i in range(4) if i != label)
     assert torch.equal(task.rows, one_against_rest(classes, seed=3).rows)
     assert not torch.equal(task.rows, one_against_rest(classes, seed=4).rows)
 
-
-# ---- Base and adapted ----------------------------------------------------------------------------
 
 @pytest.fixture
 def setting(tmp_path):
@@ -137,9 +131,8 @@ def test_what_cannot_be_compared_is_refused_in_one_line(setting, suite, blocks, 
     add_lora(setting.model, blocks, 2)
     if suite is absorption:
         pytest.importorskip("sklearn", reason="fits the probes")
-    with pytest.raises(InputError, match=said) as error:
+    with one_line(said):
         suite.evaluate(setting, *options)
-    assert "\n" not in str(error.value)
 
 
 def test_a_missing_scikit_learn_is_named_before_any_work(monkeypatch):
@@ -154,8 +147,8 @@ def crossed(seed):
     cut = Cut({}, {})
     for label, noun in (("a", "width"), ("b", "class")):
         for attribute, word in (("x", " return"), ("y", " name =")):
-            found = [f"{noun}{word} {i * 7919 % 1000} {noun}{word}" for i in range(150)]
-            cut.train[label, attribute], cut.test[label, attribute] = found[:110], found[110:]
+            found = [f"{noun}{word} {i * 7919 % 1000} {noun}{word}" for i in range(80)]
+            cut.train[label, attribute], cut.test[label, attribute] = found[:60], found[60:]
     return cut
 
 
@@ -176,43 +169,8 @@ def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(suite, options, setti
 
     table, = suite.tables(numbers)
     assert len(table.rows) == len(suite.LABELS)
-    assert any("over 2 seeds of evaluation" in note for note in table.notes)
-    assert suite is not absorption or any("say little" in note for note in table.notes)
-    figure = pytest.importorskip("matplotlib.figure", reason="draws the picture").Figure()
-    suite.draw(numbers, figure)
-    assert figure.axes
+    assert any("over seeds of evaluation (2)" in note for note in table.notes)
 
-
-def numbers_of(module, seeds=3):
-    row = {"base": 0.5, "lora": 0.6, "difference": 0.1, "ci90": 0.02 if seeds > 1 else None}
-    return {"layer": 12, "seeds": seeds, "sets": ["ag_news"], "labelled": "saebench",
-            "by_set": {}, "rows": dict.fromkeys(module.LABELS, row)}
-
-
-def test_the_table_sets_the_papers_rows_beside_and_says_which_are_beyond_saebenchs_tolerance():
-    """Of Table 3 none is, to its three digits; of Table 6 four are."""
-    beyond = {probing: "", scr: "SCR @100 (Table 6)",
-              tpp: "TPP @20, TPP @50, TPP @100 (Table 6)", absorption: ""}
-    for module, expected in beyond.items():
-        table, = module.tables(numbers_of(module))
-        first = next(iter(module.PAPER))
-        lora, base = module.PAPER[first]
-        row = next(row for row in table.rows if row[0] == module.LABELS[first])
-        assert row[1:4] == ["0.500", "0.600", "+0.100 ± 0.020"]
-        assert row[4:] == [f"{base:.3f}", f"{lora:.3f}", f"{lora - base:+.3f}"]
-        expected = f", except for {expected}." if expected else "."
-        assert table.notes[-1].partition("reruns differ")[2] == expected
-
-
-def test_notes_say_what_an_interval_is_over():
-    table, = tpp.tables(numbers_of(tpp, seeds=1))
-    assert table.rows[0][3] == "+0.100"
-    assert any("One seed of evaluation has no interval" in note for note in table.notes)
-    table, = scr.tables(numbers_of(scr))
-    assert any("only the noise of the probes" in note for note in table.notes)
-
-
-# ---- Sparse probing ------------------------------------------------------------------------------
 
 def test_one_planted_latent_is_all_that_probing_needs():
     pytest.importorskip("sklearn", reason="fits the probes")
@@ -225,7 +183,6 @@ def test_one_planted_latent_is_all_that_probing_needs():
     found = probing.measure(None, means, means, Cut(cut, cut), seed=42)
     assert set(found) == set(probing.LABELS)
     assert found["sae_top_1"] == 1 and found["sae_all"] > 0.95
-    assert found["residual_top_1"] < 0.7
 
     task = one_against_rest(cut, 42)
     assert mean_difference(latents, task).argmax(1).tolist() == [4, 5, 6]

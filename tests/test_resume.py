@@ -2,7 +2,6 @@
 
 And its folder: one writer, nothing left behind where nothing began.
 """
-import os
 import random
 import shutil
 import time
@@ -12,10 +11,12 @@ import pytest
 import torch
 
 import train
-from helpers import command, counted, processes, refusal, same_run, stopped_at, words
+from helpers import (
+    command, counted, metrics, processes, products, refusal, same_run, stopped_at, words)
 from lorasae.errors import InputError
 from lorasae.runs.config import Config, read_config
 from lorasae.runs.folder import Run, digest
+from test_train import SPOILT
 
 
 def newest(folder):
@@ -24,15 +25,12 @@ def newest(folder):
     return max(steps, default=0)
 
 
-# ---- The same run in the end ---------------------------------------------------------------------
-
 @pytest.mark.parametrize("kind, more", [
-    ("lora", ()), ("lora", ("--ahead", 12, "--micro-batch", 1)), ("several", ()),
-    ("both", ()), ("both", ("--optimizer", "muon")), ("finetune", ()),
-    ("topk", ("--auxk", "--dead-after", 128)), ("jumprelu", ()), ("e2e", ())],
+    ("lora", ("--ahead", 12, "--micro-batch", 1)), ("several", ()),
+    ("both", ("--optimizer", "muon")), ("finetune", ()), ("topk", ("--auxk",)), ("jumprelu", ()),
+    ("e2e", ())],
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)))
-def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_end(
-        site, finished, tmp_path, kind, more):
+def test_an_interrupted_run_goes_on_to_the_same_end(site, finished, tmp_path, kind, more):
     whole, run = finished(kind, *more), tmp_path / "run"
     with stopped_at(13):
         command("train", *words(site, kind, *more), "--out", run)
@@ -57,7 +55,7 @@ def test_a_run_killed_many_times_ends_as_the_uninterrupted_one(site, tmp_path):
             moment, start = 0.2 * moment, newest(killed)
             while newest(killed) == start and process.is_alive():
                 time.sleep(0.001)
-        process.join(moment if deaths < 8 else None)
+        process.join(moment if deaths < 4 else None)
         if process.is_alive():
             process.kill()                              # SIGKILL
             process.join()
@@ -66,11 +64,9 @@ def test_a_run_killed_many_times_ends_as_the_uninterrupted_one(site, tmp_path):
             assert process.exitcode == 0
         if (killed / "config.json").exists():
             line = ["--resume", str(killed)]
-    assert deaths >= 6
+    assert deaths >= 3
     same_run(killed, whole)
 
-
-# ---- Checkpoints ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def stopped_run(site, tmp_path_factory):
@@ -86,18 +82,6 @@ def stopped(stopped_run, tmp_path):
     return Path(shutil.copytree(stopped_run, tmp_path / "run"))
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def garble(path):
-    path.write_bytes(b"not a checkpoint")
-
-
 def flip(path):
     """Flips a bit in the middle of a tensor: torch.load does not notice."""
     data = bytearray(path.read_bytes())
@@ -111,9 +95,9 @@ def unsigned(path):
     path.with_suffix(".blake2b").unlink()
 
 
-@pytest.mark.parametrize("damage", [cut, empty, garble, flip, unsigned])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
-        stopped, finished, damage, capsys):
+@pytest.mark.parametrize("damage", [
+    SPOILT["half"], SPOILT["garbage"], flip, unsigned])
+def test_after_a_damaged_checkpoint_the_one_before_is_used(stopped, finished, damage, capsys):
     damage(stopped / "checkpoint/step-00000016.pt")
     (stopped / "checkpoint/step-00000019.ptx.part").write_bytes(b"unfinished")
     with open(stopped / "metrics.jsonl", "a") as file:
@@ -125,10 +109,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     same_run(stopped, finished("lora"))
 
 
-def test_without_a_whole_checkpoint_a_run_starts_over_and_keeps_its_new_ones(
-        stopped, finished, capsys, monkeypatch):
+@pytest.mark.parametrize("damage", ["half", "garbage", "a folder"])
+def test_a_spoilt_log_costs_its_lines_and_no_more(stopped, finished, damage):
+    SPOILT[damage](stopped / "metrics.jsonl")
+    if damage == "a folder":
+        assert "metrics.jsonl" in refusal("train", "--resume", stopped)
+        return
+    command("train", "--resume", stopped)
+    steps = [line["step"] for line in metrics(stopped)]
+    assert steps[-1] == 20 and steps == sorted(steps)
+    assert products(stopped) == products(finished("lora"))
+
+
+def test_without_a_whole_checkpoint_a_run_starts_over(stopped, finished, capsys, monkeypatch):
     files = sorted(stopped.glob("checkpoint/*.pt"))
-    for path, damage in zip(files, (cut, flip), strict=True):
+    for path, damage in zip(files, (SPOILT["half"], flip), strict=True):
         damage(path)
     kept, save = [], Run.save
 
@@ -158,23 +153,14 @@ def test_what_cannot_be_resumed_is_one_clear_line(stopped, finished, tmp_path):
     assert not (tmp_path / "nowhere").exists()
     path = stopped / "checkpoint/step-00000016.pt"
     state = torch.load(path, weights_only=True)
-    torch.save({**state, "parameters": state["parameters"][1:]}, path)
-    path.with_suffix(".blake2b").write_text(digest(path))
-    assert "checkpoint belongs to another run" in refusal("train", "--resume", stopped)
+    fewer = {"parameters": state["parameters"][1:]}
+    for other in fewer, {"parameters": None}, {"optimizer": [1]}, {"seconds": None}:
+        torch.save({**state, **other}, path)
+        path.with_suffix(".blake2b").write_text(digest(path))
+        line = refusal("train", "--resume", stopped)
+        assert f"{stopped}/checkpoint" in line and ("another run" in line) == (other is fewer)
     assert path.exists()
 
-
-def test_text_that_changed_meanwhile_is_refused(site, tmp_path):
-    data = shutil.copytree(site / "text", tmp_path / "text")
-    arguments = words(site, "lora", "--data", data, "--seed", 5)
-    with stopped_at(3):
-        command("train", *arguments, "--out", tmp_path / "run")
-    shutil.rmtree(os.environ["LORASAE_CACHE"])
-    (data / "part07.txt").write_text("something else\n" * 50)
-    assert "has changed since the run began" in refusal("train", "--resume", tmp_path / "run")
-
-
-# ---- One writer per folder -----------------------------------------------------------------------
 
 def hold(folder, ready, done):
     """A process that claims a folder and does nothing with it."""
@@ -224,22 +210,3 @@ def test_what_a_user_puts_into_a_folder_meanwhile_stays(tmp_path):
     (tmp_path / "run/notes.txt").write_text("mine")
     run.close()
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "notes.txt"]
-
-
-def default_run(place, arguments, go):
-    os.chdir(place)
-    go.wait()
-    train.main(arguments)
-
-
-def test_two_runs_started_together_without_out_get_two_folders(site, tmp_path):
-    go, arguments = processes().Event(), words(site, "lora", "--tokens", 64)
-    both = [processes().Process(target=default_run, args=(tmp_path, arguments, go)) for _ in "ab"]
-    for process in both:
-        process.start()
-    go.set()
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
-    assert sorted(path.parent.name for path in tmp_path.glob("runs/*/results.json")) == [
-        "gemma2-lora", "gemma2-lora-2"]

@@ -6,9 +6,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers import one_line
 from lorasae.io.files import write_json, write_tensors
 from lorasae.io import sae_readers, saes as sae_formats
 from lorasae.errors import InputError
@@ -17,7 +17,7 @@ from lorasae.io.saes import check_fits, load_sae, save_sae
 from lorasae.tiny.saes import save_sparsify
 
 D, M, K, THETA = 24, 96, 7, 2.5
-BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
+BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")      # SAELens's names
 HOOK = "blocks.3.hook_resid_post"
 WHAT = {"model_name": "m", "layer": 3, "context": 64}
 
@@ -56,11 +56,10 @@ def agrees(sae, x, z, x_hat):
 
 # ---- The files as each project writes them -------------------------------------------------------
 
-def gemma_scope(folder, t, lower=False, **more):
-    W = "w" if lower else "W"
+def gemma_scope(folder, t, **more):
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: t[name].numpy() for name in ("b_enc", "b_dec", "threshold")}
-    arrays |= {f"{W}_enc": t["W_enc"].T.numpy(), f"{W}_dec": t["W_dec"].numpy()}
+    arrays |= {"W_enc": t["W_enc"].T.numpy(), "W_dec": t["W_dec"].numpy()}
     np.savez(folder / "params.npz", **arrays, **more)
     return folder
 
@@ -78,15 +77,14 @@ def llama_scope(folder, t, theta=0.6, n_in=2.5, n_out=2.5, **more):
     return folder
 
 
-def sparsify(folder, t, dropped=(), **cfg):
+def sparsify(folder, t, **cfg):
     write_json(folder / "cfg.json", {
         "expansion_factor": M // D, "normalize_decoder": True, "num_latents": 0, "k": K,
         "multi_topk": False, "d_in": D, **cfg})
     tensors = {
         "encoder.weight": t["W_enc"], "encoder.bias": t["b_enc"], "W_dec": t["W_dec"],
         "b_dec": t["b_dec"]}
-    write_tensors(folder / "sae.safetensors", {
-        name: tensor for name, tensor in tensors.items() if name not in dropped})
+    write_tensors(folder / "sae.safetensors", tensors)
     return folder
 
 
@@ -98,9 +96,6 @@ def sae_lens_6(folder, t, architecture, metadata=None, **cfg):
         "reshape_activations": "none", **cfg,
         "metadata": {"sae_lens_version": "6.18.0", "hook_name": HOOK, **(metadata or {})}})
     names = ["b_enc", "b_dec"] + ["threshold"] * (architecture == "jumprelu")
-    if architecture in BATCH_TOPK:                      # a checkpoint of their training
-        t = {**t, "topk_threshold": torch.tensor(THETA, dtype=torch.float64)}
-        names.append("topk_threshold")
     write_tensors(folder / "sae_weights.safetensors", {
         "W_enc": t["W_enc"].T, "W_dec": t["W_dec"], **{name: t[name] for name in names}})
     return folder
@@ -146,20 +141,16 @@ def dictionary_learning(folder, t, dict_class, place="resid_post_layer_3", **buf
 
 # ---- Each against its formula --------------------------------------------------------------------
 
-@pytest.mark.parametrize("lower, shift", [(False, 0), (True, 0), (False, -3)])
-def test_gemma_scope_is_its_formula(tmp_path, t, lower, shift):
+@pytest.mark.parametrize("shift", [0, -3])
+def test_gemma_scope_is_its_formula(tmp_path, t, shift):
     t["threshold"] += shift                             # negative ones act as ReLU
-    sae = load_sae(gemma_scope(tmp_path, t, lower, scaling_factor=np.ones(M)))
+    sae = load_sae(gemma_scope(tmp_path, t, scaling_factor=np.ones(M)))
     x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
     pre = x @ W_enc.T + b_enc
     z = pre.relu() * (pre > theta)
     agrees(sae, t["x"], z, z @ W_dec + b_dec)
     assert isinstance(sae, JumpReLU) and not sae.on_special
     assert not any(p.requires_grad for p in sae.parameters())
-
-
-def test_an_npz_of_any_name_is_gemma_scope(tmp_path, t):
-    gemma_scope(tmp_path, t)
     os.rename(tmp_path / "params.npz", tmp_path / "mine.npz")
     assert torch.equal(load_sae(tmp_path / "mine.npz").W_enc, t["W_enc"])
 
@@ -178,17 +169,6 @@ def test_llama_scope_is_the_closed_form_of_its_authors(tmp_path, t, n_out, norms
     assert not sae.on_special
 
 
-def test_llama_scope_is_also_what_its_authors_do_to_the_weights(tmp_path, t):
-    sae = load_sae(llama_scope(tmp_path, t))
-    x, W_e, b_e, W_d, b_d, _ = f64(t).values()
-    f = math.sqrt(D) / 2.5
-    b_e, b_d = b_e / f, b_d / f                         # the dataset's scale goes into the biases
-    n = W_d.norm(dim=1)                                 # then the decoder's norms into the encoder
-    h = x @ (W_e * n[:, None]).T + b_e * n
-    z = torch.where(h > 0.6, h, 0)
-    agrees(sae, t["x"], z, z @ (W_d / n[:, None]) + b_d)
-
-
 @pytest.mark.parametrize("cfg", [
     {}, {"num_latents": M, "expansion_factor": 99}, {"multi_topk": True},
     {"activation": "topk", "skip_connection": False, "transcode": False, "new_field": 1}])
@@ -202,74 +182,36 @@ def test_sparsify_is_its_formula(tmp_path, t, cfg):
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("kind, rescaled", [
-    ("topk", False), ("topk", True), ("jumprelu", None), ("standard", None),
-    *[(kind, rescaled) for kind in BATCH_TOPK for rescaled in (True, False, None)]])
+    ("topk", False), ("topk", True), ("jumprelu", False), ("standard", False)])
 def test_sae_lens_is_its_formula(tmp_path, t, kind, rescaled, centred):
-    """With n the decoder's norms or 1: z selects among n pre, x̂ = (z/n) W_dec + b_dec.
-
-    A BatchTopK checkpoint that does not say means the norms.
-    """
-    said = {} if rescaled is None else {"rescale_acts_by_decoder_norm": rescaled}
+    """With n the decoder's norms or 1: z selects among n pre, x̂ = (z/n) W_dec + b_dec."""
+    said = {"rescale_acts_by_decoder_norm": True} if rescaled else {}
     sae = load_sae(sae_lens_6(tmp_path, t, kind, apply_b_dec_to_input=centred, **said))
     x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
-    by_norm = kind in BATCH_TOPK if rescaled is None else rescaled
-    n = W_dec.norm(dim=1) if by_norm else torch.ones(M).double()
+    n = W_dec.norm(dim=1) if rescaled else torch.ones(M).double()
     pre = ((x - b_dec * centred) @ W_enc.T + b_enc) * n
-    other = {"topk": topk64(pre), "jumprelu": pre.relu() * (pre > theta), "standard": pre.relu()}
-    z = other.get(kind, pre.relu() * (pre > THETA))
+    z = {"topk": topk64(pre), "jumprelu": pre.relu() * (pre > theta), "standard": pre.relu()}[kind]
     agrees(sae, t["x"], z, z / n @ W_dec + b_dec)
-    assert isinstance(sae, TopK) is (kind == "topk")
-    assert sae.on_special is (kind == "topk" or kind in BATCH_TOPK)
-
-
-def test_an_older_jumprelu_checkpoint_has_the_logarithm_of_its_threshold(tmp_path, t):
-    sae_lens_6(tmp_path, t, "jumprelu")
-    expected = load_sae(tmp_path).threshold
-    tensors = load_file(tmp_path / "sae_weights.safetensors")
-    tensors["log_threshold"] = tensors.pop("threshold").log()
-    save_file(tensors, tmp_path / "sae_weights.safetensors")
-    torch.testing.assert_close(load_sae(tmp_path).threshold, expected)
-
-
-def test_a_batch_topk_saved_for_inference_was_trained_with_bos(tmp_path, t):
-    for kind in (*BATCH_TOPK, "jumprelu"):
-        folder = sae_lens_6(tmp_path, t, "jumprelu", {"training_architecture": kind})
-        assert load_sae(folder).on_special is (kind in BATCH_TOPK)
+    assert isinstance(sae, TopK) is sae.on_special is (kind == "topk")
 
 
 def test_the_threshold_is_strict_and_an_activation_equal_to_it_is_none(tmp_path, t):
     """Whole numbers, so that pre-activations hit θ exactly."""
     t = {name: tensor.round() for name, tensor in t.items()}
     t["b_dec"] = torch.zeros(D)
-    for folder in (dictionary_learning(tmp_path / "a", t, "BatchTopKSAE"),
-                   sae_lens_6(tmp_path / "b", t, "batchtopk", rescale_acts_by_decoder_norm=False)):
-        sae = load_sae(folder)
-        sae.threshold.data.fill_(3.0)
-        pre = t["x"] @ t["W_enc"].T + t["b_enc"]
-        assert (pre == 3).any() and torch.equal(sae.encode(t["x"]), pre * (pre > 3))
+    sae = load_sae(dictionary_learning(tmp_path / "a", t, "BatchTopKSAE"))
+    sae.threshold.data.fill_(3.0)
+    pre = t["x"] @ t["W_enc"].T + t["b_enc"]
+    assert (pre == 3).any() and torch.equal(sae.encode(t["x"]), pre * (pre > 3))
 
 
 @pytest.mark.parametrize("theta", [-1.0, 0.0])
 def test_a_batch_topk_that_has_learnt_no_threshold_is_refused(tmp_path, t, theta, monkeypatch):
     monkeypatch.setitem(globals(), "THETA", theta)
-    folders = [
-        *(dictionary_learning(tmp_path / kind, t, kind) for kind in sae_readers.DICTIONARIES[2:4]),
-        *(sae_lens_6(tmp_path / kind, t, kind) for kind in BATCH_TOPK)]
-    for folder in folders:
+    for kind in sae_readers.DICTIONARIES[2:4]:
+        folder = dictionary_learning(tmp_path / kind, t, kind)
         with pytest.raises(InputError, match=rf"threshold is tensor\({theta:g}.*, but should be"):
             load_sae(folder)
-
-
-def test_sae_lens_5_is_its_formula(tmp_path, t):
-    x, W_enc, b_enc, W_dec, b_dec, theta = f64(t).values()
-    pre = (x - b_dec) @ W_enc.T + b_enc
-    standard = load_sae(sae_lens_5(tmp_path / "r", t, "standard"))
-    agrees(standard, t["x"], pre.relu(), pre.relu() @ W_dec + b_dec)
-    z = pre.relu() * (pre > theta)
-    agrees(load_sae(sae_lens_5(tmp_path / "j", t, "jumprelu")), t["x"], z, z @ W_dec + b_dec)
-    topk = sae_lens_5(
-        tmp_path / "k", t, "standard", activation_fn_str="topk", activation_fn_kwargs={"k": K})
-    agrees(load_sae(topk), t["x"], topk64(pre), topk64(pre) @ W_dec + b_dec)
 
 
 @pytest.mark.parametrize("dict_class", sae_readers.DICTIONARIES)
@@ -295,6 +237,9 @@ def test_special_tokens_follow_the_file_else_the_family(tmp_path, t):
             ("jumprelu", False, True)):
         metadata = {"exclude_special_tokens": excluded}
         assert load_sae(sae_lens_6(tmp_path, t, kind, metadata)).on_special is expected
+    for kind in (*BATCH_TOPK, "jumprelu"):              # in training, before it was saved
+        folder = sae_lens_6(tmp_path, t, "jumprelu", {"training_architecture": kind})
+        assert load_sae(folder).on_special is (kind in BATCH_TOPK)
     assert load_sae(sae_lens_5(tmp_path, t, "jumprelu")).on_special is False
 
 
@@ -384,9 +329,7 @@ def equal(ours, theirs, x):
     """theirs: an SAE of that package, or its (latents, reconstruction)."""
     if not isinstance(theirs, tuple):
         theirs = theirs.encode(x), theirs(x)
-    for got, expected in zip((ours.encode(x), ours(x)), theirs):
-        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert 0 < (theirs[0] != 0).float().mean() < 0.7
+    agrees(ours, x, *theirs)
 
 
 @pytest.fixture(scope="module")
@@ -415,43 +358,13 @@ def test_we_load_what_sae_lens_saves(tmp_path, t, sae_lens, kind, cfg):
     equal(load_sae(tmp_path / "b"), theirs, t["x"])
 
 
-@pytest.mark.parametrize("cfg", [
-    {}, {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}])
-def test_we_read_version_5_as_sae_lens_does(tmp_path, t, sae_lens, cfg):
-    sae_lens_5(tmp_path, t, "standard", **cfg)
+@pytest.mark.parametrize("kind, cfg", [
+    ("standard", {}), ("jumprelu", {}),
+    ("standard", {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}})])
+def test_we_read_version_5_as_sae_lens_does(tmp_path, t, sae_lens, kind, cfg):
+    sae_lens_5(tmp_path, t, kind, **cfg)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
     equal(load_sae(tmp_path), theirs, t["x"])
-
-
-@pytest.fixture
-def their_hub(sae_lens, tmp_path, monkeypatch):
-    """SAELens' readers of files on the Hub, pointed at tmp_path."""
-    from sae_lens.loading import pretrained_sae_loaders as loaders
-    monkeypatch.setattr(
-        loaders, "hf_hub_download", lambda repo_id, filename, subfolder=None, **_: str(
-            tmp_path / (subfolder or "") / filename))
-
-    def load(reader, repo, folder, **overrides):
-        def converter(path, device, cfg_overrides):
-            how = {"dtype": "float32", **overrides}
-            return getattr(loaders, reader)(repo, folder, device, False, how)[:2]
-        return sae_lens.SAE.load_from_disk(tmp_path, converter=converter)
-    return load
-
-
-def test_gemma_scope_as_sae_lens_reads_it(tmp_path, t, their_hub):
-    folder = "layer_3/width_16k/average_l0_82"
-    gemma_scope(tmp_path / folder, t)
-    repo = "google/gemma-scope-2b-pt-res"
-    theirs = their_hub("gemma_2_sae_huggingface_loader", repo, folder, d_in=D, d_sae=M)
-    equal(load_sae(tmp_path, layer=3), theirs, t["x"])
-
-
-@pytest.mark.parametrize("dict_class", ["AutoEncoder", "AutoEncoderTopK", "JumpReluAutoEncoder"])
-def test_dictionary_learning_as_sae_lens_reads_it(tmp_path, t, their_hub, dict_class):
-    dictionary_learning(tmp_path / "a", t, dict_class)
-    theirs = their_hub("dictionary_learning_sae_huggingface_loader_1", "a/b", "a")
-    equal(load_sae(tmp_path / "a"), theirs, t["x"])
 
 
 def test_sparsify_loads_what_we_save_and_we_what_it_saves(tmp_path, t):
@@ -469,7 +382,7 @@ def test_sparsify_loads_what_we_save_and_we_what_it_saves(tmp_path, t):
 @pytest.mark.parametrize("rescaled", [True, False])
 @pytest.mark.parametrize("kind", BATCH_TOPK)
 def test_batch_topk_is_what_sae_lens_makes_of_it(tmp_path, t, sae_lens, kind, rescaled):
-    """Its training class with our tensors, saved both ways; its inference class is the oracle."""
+    """Its training class saves our tensors for inference; its inference class is the oracle."""
     sae_class, config_class = sae_lens.registry.get_sae_training_class(kind)
     more = {"matryoshka_widths": [M // 2, M]} if kind == "matryoshka_batchtopk" else {}
     training = sae_class(config_class(
@@ -477,14 +390,11 @@ def test_batch_topk_is_what_sae_lens_makes_of_it(tmp_path, t, sae_lens, kind, re
     training.load_state_dict({
         "W_enc": t["W_enc"].T.contiguous(), "W_dec": t["W_dec"], "b_enc": t["b_enc"],
         "b_dec": t["b_dec"], "topk_threshold": torch.tensor(THETA, dtype=torch.float64)})
-    training.save_model(tmp_path / "checkpoint")
-    training.save_inference_model(tmp_path / "inference")
-    theirs = sae_lens.SAE.load_from_disk(tmp_path / "inference")
+    training.save_inference_model(tmp_path)
+    theirs, sae = sae_lens.SAE.load_from_disk(tmp_path), load_sae(tmp_path)
     assert theirs.cfg.architecture() == "jumprelu"
-    for folder in ("checkpoint", "inference"):
-        sae = load_sae(tmp_path / folder)
-        assert isinstance(sae, JumpReLU) and sae.on_special
-        equal(sae, theirs, t["x"])
+    assert isinstance(sae, JumpReLU) and sae.on_special
+    equal(sae, theirs, t["x"])
 
 
 # ---- Bad input: one line each, nothing executed --------------------------------------------------
@@ -520,14 +430,8 @@ SIGNED = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K, "signed"
 
 @pytest.mark.parametrize("write, how, cfg, message", [
     (gemma_scope, [], {"scaling_factor": np.full(M, 2.0)}, "scaling_factor other than 1"),
-    (sparsify, [["W_dec"]], {}, "lacks the tensor W_dec"),
-    (sparsify, [], {"activation": "groupmax"}, "activation is 'groupmax'"),
     (sparsify, [], {"signed": True}, "signed is True"),
-    (sparsify, [], {"k": 0}, "k is 0, but should be a whole number, at least 1"),
-    (sae_lens_6, ["gated"], {}, "architecture is 'gated'"),
-    (sae_lens_6, ["jumprelu_transcoder"], {}, "architecture is 'jumprelu_transcoder'"),
-    (sae_lens_6, ["topk"], {"normalize_activations": "layer_norm"}, "activations 'layer_norm' is"),
-    (sae_lens_6, ["topk"], {"reshape_activations": "hook_z"}, "reshape_activations 'hook_z'"),
+    (sae_lens_6, ["batchtopk"], {}, "architecture is 'batchtopk'"),     # a training checkpoint
     (sae_lens_6, ["topk"], {"hook_head_index": 0}, "hook_head_index 0 is not supported"),
     (sae_lens_6, ["topk", {"hook_name": MLP}], {}, f"reads '{MLP}', which is not a block's output"),
     (sae_lens_6, ["topk", {"hook_name": "blocks.0.hook_resid_pre"}], {},
@@ -535,16 +439,14 @@ SIGNED = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K, "signed"
     (sae_lens_5, ["standard"], {"activation_fn_str": "tanh-relu"}, "str is 'tanh-relu'"),
     (sae_lens_5, ["standard"], {"normalize_activations": True}, "normalize_activations True"),
     (sae_lens_5, ["standard"], SIGNED, "signed is True"),
-    (llama_scope, [], {"norm_activation": "token-wise"}, "norm_activation is 'token-wise'"),
     (llama_scope, [], {"hook_point_out": MLP}, f"hook_point_out is '{MLP}'"),
     (dictionary_learning, ["AutoEncoder", "mlp_out"], {},
      "reads 'model.layers.3.mlp', which is not a block's output"),
-    (dictionary_learning, ["GatedAutoEncoder"], {}, "dict_class is 'GatedAutoEncoder'"),
 ])
 def test_what_is_not_supported_is_refused_by_name(tmp_path, t, write, how, cfg, message):
-    with pytest.raises(InputError, match=message) as error:
+    """Other values of every key that is read: tests/test_bad_files.py."""
+    with one_line(message):
         load_sae(write(tmp_path, t, *how, **cfg))
-    assert "\n" not in str(error.value)
 
 
 def test_a_pt_file_of_something_else_than_tensors_is_one_line(tmp_path, t):
@@ -553,9 +455,8 @@ def test_a_pt_file_of_something_else_than_tensors_is_one_line(tmp_path, t):
     bias = state["bias"]
     for wrong in ({**state, "bias": 7}, {**state, "bias": {"a": bias}}, [bias], bias, 7):
         torch.save(wrong, folder / "ae.pt")
-        with pytest.raises(InputError, match="ae.pt") as error:
+        with one_line("ae.pt"):
             load_sae(folder)
-        assert "\n" not in str(error.value)
 
 
 def test_a_layer_that_the_file_contradicts_is_refused(tmp_path, t):

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lorasae.evals import saebench, scr, tpp
-from lorasae.evals.concepts import THRESHOLDS, ablate, concept_probes, strongest
-from lorasae.evals.probes import accuracy, one_against_rest
+from lorasae.evals.concepts import THRESHOLDS, ablate, strongest
 from lorasae.evals.texts import LENGTH, Cut, Means
 from lorasae.sae import JumpReLU, TopK
 
@@ -26,8 +25,6 @@ def as_means(sae, x):
     return Means(x, sae.encode(x))
 
 
-# ---- The formulas --------------------------------------------------------------------------------
-
 def test_scr_and_tpp_of_saebenchs_toy_values():
     assert scr.cured(clean=0.95, biased=0.80, ablated=0.88) == pytest.approx(0.53333, abs=1e-5)
     assert scr.cured(clean=0.90, biased=0.70, ablated=0.78) == pytest.approx(0.4)
@@ -39,8 +36,7 @@ def test_scr_and_tpp_of_saebenchs_toy_values():
     assert tpp.perturbation(clean, ablated) == pytest.approx(0.225, abs=1e-6)
 
 
-def test_each_model_has_its_own_score_but_their_difference_is_of_the_base_models_concept(
-        monkeypatch):
+def test_scores_are_each_models_own_but_differ_on_the_base_models_concept(monkeypatch):
     def scores(biased, top):
         return {"clean": 0.9, "biased": biased, **{f"top_{n}": top for n in THRESHOLDS}}
 
@@ -53,10 +49,9 @@ def test_each_model_has_its_own_score_but_their_difference_is_of_the_base_models
         row = numbers["rows"][metric]
         assert (row["base"], row["lora"]) == pytest.approx((0.2, 0.7))
         assert row["difference"] == pytest.approx(0.3 - 0.2)
-    assert not [name for name in numbers["rows"] if name not in scr.LABELS]
+    assert set(numbers["rows"]) == set(scr.LABELS)
+    assert any("S of one concept" in note for note in scr.tables(numbers)[0].notes)
 
-
-# ---- Ablation ------------------------------------------------------------------------------------
 
 def naive_ablate(sae, x, counted, latents):
     """Token by token, as SAEBench writes it: x [N, T, D], counted [N, T] bool -> [N, D]."""
@@ -95,8 +90,6 @@ def test_as_many_latents_are_ablated_as_have_an_effect():
     assert strongest(effects, 2).tolist() == [1, 4]
     assert sorted(strongest(effects, 50).tolist()) == [1, 3, 4]
 
-
-# ---- Planted concepts ----------------------------------------------------------------------------
 
 CLASSES, EACH, D = 10, 90, 32
 
@@ -164,14 +157,3 @@ def test_the_three_probes_see_the_texts_that_saebench_gives_them():
     assert train.labels.tolist() == [[True] * 6 + [False] * 6] * 3
     test = scr.test_tasks(cut)
     assert test.rows.tolist() == train.rows[:2].tolist()
-
-
-def test_a_probe_of_one_task_does_not_feel_the_others():
-    x, cut = class_texts(0)
-    task = one_against_rest(cut, 42)
-    alone = concept_probes(x, task, seed=1)
-    others = task._replace(labels=torch.cat([task.labels[:1], ~task.labels[1:]]))
-    beside = concept_probes(x, others, seed=1)
-    assert torch.equal(alone.weight[0], beside.weight[0])
-    assert not torch.equal(alone.weight[1], beside.weight[1])
-    assert accuracy(alone, x, task).min() > 0.98

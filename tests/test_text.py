@@ -4,26 +4,25 @@ import hashlib
 import io
 import json
 import os
-import socket
 import struct
 import sys
 import time
 import zipfile
-from contextlib import closing
 from functools import partial
 
 import huggingface_hub
 import pytest
-import torch
 from huggingface_hub import constants
+from zstandard import compress as zstd_compress
 
-from helpers import Hub, lines, zstd_compress
+from helpers import Hub, lines, one_line
 from lorasae.errors import InputError
-from lorasae.io import shards, text
-from lorasae.io.text import PIECE, Reader, files, held_out
-from test_shards import NUMBERED, cache, numbered, sources_of, take, text_of        # noqa: F401
+from lorasae.io import text
+from lorasae.io.text import PIECE, documents_in, files, held_out
+from test_shards import cache, joined, numbered, text_of         # noqa: F401
 
-TEXTS = ["first document\nwith two lines", "zweites, größeres 文書 🙂", "", "last \\u0041 \ttab"]
+TEXTS = ["first document\nwith two lines", "zweites, größeres 文書 🙂", "", "last \\u0041 \ttab",
+         "what\x85str.splitlines\u2028takes\x1cfor\x0blines"]
 GOOD = lines([numbered(i) for i in range(60)])
 BOM = b"\xef\xbb\xbf"
 
@@ -33,13 +32,8 @@ def gzip_compress(data):
 
 
 def documents(source, field=None):
-    found = []
-    for file in files(str(source)):
-        with closing(Reader(file, field)) as reader:
-            for part in iter(reader.next, None):
-                found += [""] if part.begins else []
-                found[-1] += "".join(part.pieces)
-    return found
+    return [joined(pieces) for file in files(str(source))
+            for _, pieces in documents_in(file, field)]
 
 
 def write(path, data):
@@ -56,8 +50,6 @@ def answer(source, field=None):
     assert "\n" not in line and len(line) < 600, line
     return line
 
-
-# ---- Formats -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, pack, field", [
     ("a.jsonl", bytes, "text"), ("a.JSONL", bytes, "text"), ("a.jsonl.gz", gzip_compress, "text"),
@@ -79,31 +71,23 @@ def test_a_field_is_chosen_by_name_before_the_usual_ones(tmp_path):
     assert documents(write(tmp_path / "a.jsonl", data), field="body") == ["yes", "also"]
 
 
-def test_half_of_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
+def test_half_of_a_surrogate_pair_becomes_a_question_mark(tmp_path):
     found, = documents(write(tmp_path / "a.jsonl", rb'{"text": "a\ud83db \ud83d\ude42"}'))
-    assert found.replace("\ufffd", "") == "ab 🙂" and "\ufffd" in found and found.encode()
+    assert found == "a?b 🙂"
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
-def test_long_text_is_read_in_pieces_from_any_place(tmp_path, name):
+def test_long_text_is_read_in_pieces(tmp_path, name):
     whole = "".join(f"line {i} " + "größe " * (i % 50) + "\r\n" for i in range(9000))
     whole += "z" * 3 * PIECE + "\nend"
     data = whole.encode() if name.startswith("a.txt") else lines([whole])
     pack = gzip_compress if name.endswith("gz") else BOM.__add__
     file, = files(str(write(tmp_path / name, pack(data))))
-    with closing(Reader(file)) as reader:
-        parts, places = [], [reader.place]
-        while part := reader.next():
-            parts.append(part)
-            places.append(reader.place)
-    pieces = [piece for part in parts for piece in part.pieces]
+    pieces, = (list(found) for _, found in documents_in(file, None))
+    begins, pieces = zip(*pieces)
+    assert list(begins) == [True] + [False] * (len(pieces) - 1)
     assert "".join(pieces) == whole and max(map(len, pieces)) == PIECE
-    assert [part.begins for part in parts] == [True] + [False] * (len(parts) - 1)
     assert all(piece.endswith("\n") for piece in pieces[:-1] if "zz" not in piece)
-    for number in (0, 1, len(parts) // 2, len(parts)):
-        with closing(Reader(file, place=places[number])) as reader:
-            again = [part for part in iter(reader.next, None) if part.pieces]
-        assert again == parts[number:]
 
 
 def test_a_folder_is_read_by_name_without_what_is_hidden_or_unknown(tmp_path, capsys):
@@ -134,8 +118,6 @@ def test_a_letter_that_changes_anywhere_is_noticed(tmp_path, place):
     assert text.fingerprints(files(str(write(path, data)))) != known
 
 
-# ---- What is no text at all ----------------------------------------------------------------------
-
 @pytest.mark.parametrize("source, words", [
     ("", "no file or folder ; expected one, or stdlib, pile"), ("hf://", "is not a dataset"),
     ("nowhere", "no file or folder nowhere; expected one, or stdlib, pile"),
@@ -151,12 +133,7 @@ def test_a_name_without_text_behind_it(source, words, monkeypatch, tmp_path):
     assert words in answer(source)
 
 
-def listening(path):
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-
-
-@pytest.mark.parametrize("make", [lambda path: path.symlink_to("nothing"), os.mkfifo, listening,
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("nothing"), os.mkfifo,
                                   lambda path: path.symlink_to(path.name)])
 def test_what_is_neither_a_file_nor_a_folder_is_refused_and_passed_over(make, tmp_path):
     make(tmp_path / "a.txt")
@@ -166,14 +143,6 @@ def test_what_is_neither_a_file_nor_a_folder_is_refused_and_passed_over(make, tm
     assert [file.name for file in files(str(tmp_path))] == [f"{tmp_path}/good.jsonl"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read(tmp_path):
-    write(tmp_path / "a.jsonl", GOOD).chmod(0)
-    assert "Permission denied" in answer(tmp_path)
-
-
-# ---- Files that are not what their name says -----------------------------------------------------
-
 def archive():
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as writer:
@@ -182,19 +151,17 @@ def archive():
 
 
 PNG = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + bytes(100)
-NOT_TEXT, CUT, SHORT = "is not UTF-8 text (", "if it is damaged, download", "too short"
+NOT_TEXT, CUT, SHORT = "codec can't decode byte", "if it is damaged, download", "too short"
 ZST = zstd_compress(lines(hashlib.sha256(b"%d" % i).hexdigest() for i in range(20_000)))
 
 
 @pytest.mark.parametrize("name, data, words", [
-    ("a.txt", PNG, "zero byte"), ("a.txt", bytes(1000), "has a zero byte"),
-    ("a.txt", numbered(0, 100).encode("utf-16"), "zero byte"), ("a.py", archive(), "zero byte"),
+    ("a.txt", PNG, NOT_TEXT), ("a.txt", bytes(1000), "has a zero byte"),
     ("a.md", numbered(0, 100).encode("utf-16-le"), "has a zero byte"),
-    ("a.txt", numbered(0, 20_000).encode() + b"\xff", NOT_TEXT), ("a.txt", b"a\xc3", NOT_TEXT),
-    ("a.txt", numbered(0, 99_000).encode() + b"\0", "zero byte"),
+    ("a.py", archive(), NOT_TEXT), ("a.txt", b"a\xc3", NOT_TEXT),
+    ("a.txt", numbered(0, 20_000).encode() + b"\xff", NOT_TEXT),
     ("a.jsonl", PNG, "line 1 ("), ("a.jsonl", bytes(1000), "line 1 ("),
-    ("a.jsonl", archive(), "line 1 ("), ("a.jsonl", gzip_compress(GOOD), "line 1 ("),
-    ("a.jsonl", GOOD.decode().encode("utf-16"), "line 1 ("),
+    ("a.jsonl", gzip_compress(GOOD), "line 1 ("),
     ("a.jsonl.gz", GOOD, CUT), ("a.jsonl.gz", gzip_compress(GOOD)[:-4], CUT),
     ("a.jsonl.gz", gzip_compress(GOOD) + b"more", CUT),
     ("a.jsonl.gz", gzip_compress(GOOD)[:5], CUT),
@@ -237,8 +204,6 @@ def test_a_missing_zstandard_is_named(tmp_path, monkeypatch):
     assert "import of zstandard halted" in answer(write(tmp_path / "a.jsonl.zst", ZST))
 
 
-# ---- A Hub on this computer ----------------------------------------------------------------------
-
 MANY = [f"document {i} {hashlib.sha256(b'%d' % i).hexdigest()}" for i in range(400)]
 PACKINGS = [("a.jsonl", bytes), ("a.jsonl.gz", gzip_compress), ("a.jsonl.zst", zstd_compress)]
 
@@ -272,8 +237,8 @@ def test_only_what_is_used_is_fetched(hub):
     hub.datasets["owner/name"] = {"a.jsonl": lines(MANY * 50)}
     file, = files("hf://datasets/owner/name/a.jsonl")
     listed = hub.sent
-    with closing(Reader(file)) as reader:
-        assert [reader.next().pieces for _ in range(10)] == [[text] for text in MANY[:10]]
+    found = documents_in(file, None)
+    assert [joined(next(found)[1]) for _ in range(10)] == MANY[:10]
     assert file.size > 1_000_000 and hub.sent - listed < 5000
 
 
@@ -300,24 +265,6 @@ def test_the_named_streams_find_their_files(hub, name, chosen):
     assert [file.name.removeprefix(f"datasets/{dataset}/") for file in files(name)] == chosen
 
 
-@pytest.mark.parametrize("name, pack", PACKINGS)
-def test_the_text_of_a_stream_survives_a_bad_connection_and_a_resume(
-        hub, tmp_path, monkeypatch, name, pack):
-    for constant, value in dict(SMALL=0, FIRST=64, LARGEST=128, BATCH=100).items():
-        monkeypatch.setattr(shards, constant, value)
-    parts = [lines([numbered(i) for i in range(part, 200, 4)]) for part in range(4)]
-    dataset = {f"{number}/{name}": pack(part) for number, part in enumerate(parts)}
-    hub.datasets["owner/name"] = dataset
-    with text_of("hf://datasets/owner/name") as calm:
-        expected, held = take(calm, 30), calm.held_out
-    assert not sources_of(expected) & sources_of(held)
-    for steps in (2, 20, 30):
-        hub.faults = ["drop", None, None, None, "busy"] * 3
-        with text_of("hf://datasets/owner/name", folder=tmp_path / "run") as rough:
-            assert torch.equal(take(rough, steps), expected[:steps])
-            assert torch.equal(rough.held_out, held)
-
-
 @pytest.mark.parametrize("source, message", [
     ("owner/absent/a.jsonl", "no repository of that name on the Hub"),
     ("owner/name/absent.jsonl", "absent.jsonl holds no text: none of its 0 files ends in .txt"),
@@ -329,9 +276,8 @@ def test_a_dataset_that_cannot_be_read_is_told_in_one_line(hub, source, message)
     hub.datasets["owner/name"] = {"a.jsonl": lines(MANY), "tables/a.parquet": b"PAR1"}
     hub.datasets["owner/gated"] = {"a.jsonl": lines(MANY)}
     hub.refused = {"owner/gated": (403, "GatedRepo")}
-    with pytest.raises(InputError, match=message) as caught:
+    with one_line(message):
         documents(f"hf://datasets/{source}")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("offline, message", [(True, "HF_HUB_OFFLINE is set"),
@@ -339,6 +285,5 @@ def test_a_dataset_that_cannot_be_read_is_told_in_one_line(hub, source, message)
 def test_without_a_network_a_dataset_is_refused_in_one_line(hub, monkeypatch, offline, message):
     hub.stop()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    with pytest.raises(InputError, match=message) as caught:
+    with one_line(message):
         files("pile-val")
-    assert "\n" not in str(caught.value)

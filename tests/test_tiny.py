@@ -4,6 +4,7 @@ import sysconfig
 import pytest
 import torch
 
+from helpers import transformers_model
 from lorasae.evals import fidelity
 from lorasae.io.files import read_json
 from lorasae.io.models import load_model, load_tokenizer
@@ -38,9 +39,7 @@ def test_the_shipped_model_has_the_shape_of_a_new_one(folder):
 
 
 def test_transformers_loads_the_shipped_folder_and_gives_the_same_logits(folder):
-    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager")
+    oracle = transformers_model(folder, dtype=torch.float32)
     tokens = held_out_tokens(folder, 512)   # 256 positions: past sliding window and rotary bend
     with torch.no_grad():
         expected, ours = oracle(tokens).logits, load_model(folder, dtype=torch.float32)(tokens)
@@ -83,12 +82,3 @@ def test_what_is_held_out_is_read_by_neither_tokenizer_nor_models(tmp_path, monk
     assert 0 < len(names) - len(kept) < 40
     assert set(make.texts(tests=True)) == kept
     assert set(make.texts(tests=False)) == {name for name in kept if "test" not in name}
-
-
-def test_batches_are_pieces_of_the_stream_after_a_bos():
-    stream = torch.arange(1000, 1000 + 40 * 255 + 17)
-    source = make.batches(stream, torch.Generator().manual_seed(0))
-    for batch in (next(source) for _ in range(5)):      # two passes and a half
-        assert batch.shape == (make.BATCH, 256) and (batch[:, 0] == make.BOS).all()
-        assert (batch[:, 2:] - batch[:, 1:-1] == 1).all()
-        assert batch[:, 1].unique().numel() == make.BATCH

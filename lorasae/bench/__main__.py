@@ -9,10 +9,8 @@
     python -m lorasae.bench sae             SAE training (dictionary.py)
     python -m lorasae.bench kl              the loss against its naive formula (objectives.py)
     python -m lorasae.bench topk            top-k, and a TopK SAE's whole step (topk.py)
-    python -m lorasae.bench data            text to batches of tokens (io/shards.py)
     python -m lorasae.bench all             all of these
-    python -m lorasae.bench gpu             a rented GPU's hour: all of these, each in a process of
-                                            its own and for ten minutes at most
+    python -m lorasae.bench gpu             the same, each in a process of its own
 
 Contenders take turns, so a busy machine slows all of them; times are medians, with minimum and
 maximum. Answers are compared before anything is timed: a wrong one ends the section. Peak memory is
@@ -21,7 +19,7 @@ the libraries included; Linux only), on a GPU the allocator's. ours_faster is th
 time over ours, ours_memory is ours over theirs, and utilisation is FLOPs counted over those of a
 matrix product that is timed in the same run.
 
-A race is printed, and added to the file of --json, as soon as it is over. Models and SAEs are
+A row is printed, and added to the file of --json, as soon as it is measured. Models and SAEs are
 random, as speed hardly depends on values: of real shapes on a GPU, of small ones on a CPU.
 """
 import json
@@ -29,18 +27,19 @@ import os
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
+from itertools import chain
 
 import torch
 from torch.utils.collect_env import get_pretty_env_info
 
 from lorasae.bench.kernels import bench_kl, bench_topk
 from lorasae.bench.race import bench_peak
-from lorasae.bench.steps import bench_headline, bench_sae, bench_step
-from lorasae.bench.text import bench_data
+from lorasae.bench.steps import bench_headline, bench_real, bench_sae, bench_step
 from lorasae.errors import InputError
-from lorasae.evals.report import Table, print_tables
-from lorasae.io.console import Parser, note, one_line_errors
+from lorasae.io.console import Parser, one_line_errors
+from lorasae.io.files import local
+from lorasae.runs import distributed
+from lorasae.runs.machine import keep_freed_memory
 
 LIMIT = 600                     # seconds for each section of `gpu`
 
@@ -51,38 +50,49 @@ def main(argv=None):
     add("section", choices=[*SECTIONS, "all", "gpu"], help="what to measure")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         choices=["cpu", "cuda"], help="(default: the GPU if there is one)")
-    add("--json", metavar="FILE", type=Path, default=Path(os.devnull),
+    add("--model", metavar="DIR", type=local, action="append", default=[],
+        help="step: on this real model instead, on a CPU (repeatable)")
+    add("--json", metavar="FILE", type=local, default=local(os.devnull),
         help="also add every row to this file, as a line")
     add("--quick", action="store_true", help="tiny shapes: shows that it runs, and no more")
     args = parser.parse_args(argv)
 
-    with one_line_errors(), args.json.open("a") as file:
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: PyTorch sees no CUDA device; pass --device cpu")
+    with one_line_errors():
+        distributed.local(args.device)                  # refuses what is not there
         if args.section == "gpu":
             return run_apart(args)
-        for section in SECTIONS if args.section == "all" else [args.section]:
-            torch.set_float32_matmul_precision("highest")       # a section may lower it for itself
-            for rows in SECTIONS[section](args.device, args.quick):
-                show(rows)
-                for row in rows:
-                    print(json.dumps({"section": section, **row}), file=file, flush=True)
+        with args.json.open("a") as file:
+            for section in SECTIONS if args.section == "all" else [args.section]:
+                measure(section, args, file)
 
 
 def run_apart(args):
     """Runs every section as a command of its own, so that it survives another's failure."""
     failed = []
     for section in SECTIONS:
-        command = [sys.executable, "-m", "lorasae.bench", section, "--device", args.device,
-                   "--json", str(args.json)] + ["--quick"] * args.quick
-        note(f"---- {section}")
+        words = [section, "--device", args.device, "--json", str(args.json)]
+        words += ["--quick"] * args.quick
         try:
+            command = [sys.executable, "-m", "lorasae.bench", *words]
             subprocess.run(command, timeout=LIMIT, check=True)
-        except subprocess.SubprocessError as error:             # its status, or its time was up
-            note(f"{section} failed: {error}")
-            failed.append(section)
+        except subprocess.SubprocessError as error:     # its status, or its time was up
+            failed.append(f"{section} ({error})")
     if failed:
-        raise InputError(f"these sections failed, as said above: {', '.join(failed)}")
+        raise InputError(f"these sections failed: {', '.join(failed)}")
+
+
+def measure(section, args, file):
+    """Prints every row of a section as soon as it is measured, and adds it to a file."""
+    torch.set_float32_matmul_precision("highest")       # a section may lower it for itself
+    keep_freed_memory()
+    rows = SECTIONS[section](args.device, args.quick)
+    if section == "step" and args.model:
+        rows = chain(*(bench_real(folder, args.device, args.quick) for folder in args.model))
+    before = {}
+    for row in rows:
+        show(row, before)
+        print(json.dumps({"section": section, **row}), file=file, flush=True)
+        before = row
 
 
 # ---- Sections ------------------------------------------------------------------------------------
@@ -92,24 +102,36 @@ def bench_environment(device, quick):
     versions = [f"{package.name} {package.version}" for package in metadata.distributions()
                 if package.name in ("torch", "transformers", "peft", "triton")]
     versions.append(f"threads {torch.get_num_threads()}")
-    kept = ("OS", "Python version", "GPU", "Nvidia", "CPU(s)", "Model name")
-    report = [line for line in get_pretty_env_info().splitlines() if line.startswith(kept)]
-    yield [{"what": "environment", "fact": fact} for fact in versions + report]
+    for fact in versions + get_pretty_env_info().splitlines():
+        yield {"what": "environment", "fact": fact}
 
 
-SECTIONS = {                    # section(device, quick) yields tables: rows {heading: value}
-    "environment": bench_environment, "peak": bench_peak, "headline": bench_headline,
-    "step": bench_step, "sae": bench_sae, "kl": bench_kl, "topk": bench_topk, "data": bench_data}
+SECTIONS = {                    # section(device, quick) yields rows {heading: value}
+    "environment": bench_environment,
+    "peak": bench_peak,
+    "headline": bench_headline,
+    "step": bench_step,
+    "sae": bench_sae,
+    "kl": bench_kl,
+    "topk": bench_topk,
+}
 
 
-# ---- Tables --------------------------------------------------------------------------------------
+# ---- Rows ----------------------------------------------------------------------------------------
 
-def show(rows):
-    """Prints rows that have the same headings under `what` they measure."""
-    what, *headings = rows[0]
-    cells = [[shown(row[heading]) for heading in headings] for row in rows]
-    print_tables([Table(rows[0][what], headings, cells)])
-    sys.stdout.flush()
+def show(row, before):
+    """Prints a row; first what it measures and its headings, if they are not as before."""
+    what, *cells = row.values()
+    _, *headings = row
+    if before.get("what") != what:
+        print(f"\n{what}\n\n{line(headings, headings)}")
+    print(line(cells, headings), flush=True)
+
+
+def line(cells, headings):
+    first, *others = map(shown, cells)
+    widths = [max(12, 2 + len(heading)) for heading in headings[1:]]
+    return first.ljust(24) + "".join(map(str.rjust, others, widths))
 
 
 def shown(value):

@@ -6,6 +6,7 @@
 Shapes: N tokens, D d_model, V vocabulary, M latents, k active latents.
 """
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ def bench_kl(device, quick):
     width.
     """
     N, D, V = (64, 32, 4096) if quick else (1024, 576, 256_000)
-    yield race(f"KL, N {N} D {D} V {V}", partial(kl_contenders, N, D, V), device, quick)
+    yield from race(f"KL, N {N} D {D} V {V}", partial(kl_contenders, N, D, V), device, quick)
 
 
 def kl_contenders(N, D, V, device):
@@ -47,31 +48,29 @@ def bench_topk(device, quick):
     """k 64, D 2304 (Gemma-2-2B), M from 7 to 57 times D."""
     for N, M in [(64, 4096)] if quick else [(2048, 16384), (2048, 131072)]:
         build = partial(topk_contenders, N, M)
-        yield race(f"top-k, N {N} M {M}", build, device, quick, tolerance=0)
+        yield from race(f"top-k, N {N} M {M}", build, device, quick, tolerance=0)
     for N, D, M in [(64, 32, 4096)] if quick else [(2048, 2304, 16384), (1024, 2304, 65536)]:
         build = partial(step_contenders, N, D, M)
-        yield race(f"SAE step, N {N} D {D} M {M}", build, device, quick)
-
-
-class TopKOf:
-    """Calling it takes the top k of x. Its answer: which values, and whether they are there."""
-
-    def __init__(self, function, x):
-        self.function, self.x = function, x
-
-    def __call__(self):
-        return self.function(self.x, K)
-
-    def answer(self):
-        values, indices = self()
-        found = self.x.gather(-1, indices) == values
-        return [values.sort(-1).values, found.float()]
+        yield from race(f"SAE step, N {N} D {D} M {M}", build, device, quick)
 
 
 def topk_contenders(N, M, device):
+    """Their answers: which values, and whether they are where they are said to be."""
     x = torch.randn(N, M, device=device, generator=torch.Generator(device).manual_seed(0))
-    return {"torch.topk": TopKOf(partial(torch.topk, sorted=False), x),
-            "lorasae": TopKOf(topk.topk, x)}
+
+    def contender(function, **how):
+        def take():
+            return function(x, K, **how)
+
+        def answer():
+            values, indices = take()
+            found = x.gather(-1, indices) == values
+            return [values.sort(-1).values, found.float()]
+
+        take.answer = answer
+        return take
+
+    return {"torch.topk": contender(torch.topk, sorted=False), "lorasae": contender(topk.topk)}
 
 
 def step_contenders(N, D, M, device):
@@ -88,33 +87,16 @@ def step_contenders(N, D, M, device):
         loss = (reconstruction - x).square().sum()
         return [loss.detach(), *torch.autograd.grad(loss, tensors)]
 
-    return {"dense autograd": partial(run, topk.naive_step),
-            "sparsify-style": partial(run, sparsify_step),
-            "lorasae": partial(run, topk.sae_step)}
+    contenders = {"dense autograd": partial(run, topk.naive_step)}
+    if find_spec("sparsify"):
+        contenders["sparsify"] = partial(run, sparsify_step)
+    return {**contenders, "lorasae": partial(run, topk.sae_step)}
 
 
 def sparsify_step(x, W_enc, b_enc, W_dec, b_dec, k):
-    """The usual sparse way (EleutherAI/sparsify): dense pre-activations, torch.topk, embedding_bag
-    with its backward, and an encoder gradient that adds up the rows of an [N, k, D] tensor.
+    """The usual sparse way, by EleutherAI/sparsify itself: dense pre-activations, torch.topk, and
+    an encoder gradient that adds up the rows of an [N, k, D] tensor.
     """
-    values, indices = SparsifyEncoder.apply(x - b_dec, W_enc, b_enc, k)
+    from sparsify.fused_encoder import fused_encoder
+    values, indices, _ = fused_encoder(x - b_dec, W_enc, b_enc, k, "topk")
     return [F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec]
-
-
-class SparsifyEncoder(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, W_enc, b_enc, k):
-        values, indices = F.linear(x, W_enc, b_enc).relu().topk(k, sorted=False)
-        ctx.save_for_backward(x, W_enc, b_enc, indices, values)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        x, W_enc, b_enc, indices, values = ctx.saved_tensors
-        grad = grad * (values > 0)
-        grad_x = F.embedding_bag(indices, W_enc, per_sample_weights=grad, mode="sum")  # for b_dec
-        pairs = (grad.unsqueeze(2) * x.unsqueeze(1)).flatten(0, 1)                      # [N * k, D]
-        grad_W = torch.zeros_like(W_enc).index_add_(0, indices.flatten(), pairs)
-        grad_b = torch.zeros_like(b_enc).index_add_(0, indices.flatten(), grad.flatten())
-        return grad_x, grad_W, grad_b, None

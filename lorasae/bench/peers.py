@@ -4,11 +4,12 @@
                     a bf16 model, all logits of both models, and each step waits for its loss and
                     empties the allocator's cache
     tuned=True      what the same tools can do: no dropout, no waiting, fused AdamW, the fastest
-                    attention that transformers has for the model, the SAE in the model's own dtype
+                    attention that transformers has for the model, the SAE in the model's own dtype,
+                    and the head and the KL for a chunk of tokens at a time, so that no logits stay
 
-Both run the whole model twice, since a hook that swaps an activation leaves no choice: without
-adapters and SAE for the base model, then with them. Only the benchmark imports this file:
-transformers and peft are optional.
+Both have this package's SAE, and run the whole model twice, since a hook that swaps an activation
+leaves no choice: without adapters and SAE for the base model, then with them. Only the benchmark
+imports this file: transformers and peft are optional.
 
 Shapes: B batch, T tokens, D d_model, N = B*T.
 """
@@ -20,8 +21,10 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorasae.lora import TARGETS
+from lorasae.objectives import capped
 
 LR, CLIP, DROPOUT = 5e-5, 1.0, 0.1                          # the paper's
+CHUNK = 128                                                 # tokens
 
 
 class Peer:
@@ -34,10 +37,12 @@ class Peer:
 
     def __init__(self, case, weights, adapter, sae, tokens, *, tuned):
         self.tuned, self.batches = tuned, tokens.split(case.batch)
+        self.cap = case.config.final_logit_softcapping
         attention = attention_name(case.config, tokens.device.type) if tuned else "eager"
         model = huggingface(case, weights, attention)
         model.config.use_cache = not tuned
-        self.sae = published_sae(sae, model.dtype if tuned else torch.float32)
+        self.dtype = model.dtype if tuned else torch.float32
+        self.sae = deepcopy(sae).to(self.dtype)
         self.spliced = False
         model.model.layers[case.layer].register_forward_hook(self.splice)
 
@@ -52,16 +57,39 @@ class Peer:
 
     def splice(self, module, args, x):
         """The forward hook: the reconstruction in place of the block's output x [B, T, D]."""
-        return self.sae(x.flatten(0, 1)).to(x.dtype).view_as(x) if self.spliced else x
+        return self.sae(x.to(self.dtype)).to(x.dtype) if self.spliced else x
 
     def loss(self, tokens):
-        """Σ_tokens KL(base ‖ adapted with SAE) / B, through all the logits of both."""
+        """Σ_tokens KL(base ‖ adapted with SAE) / B."""
+        whole = self.model.base_model.model
+        run = whole.model if self.tuned else whole          # to the final hidden state, or logits
         with torch.no_grad(), self.model.disable_adapter():
-            p = F.softmax(self.model(input_ids=tokens).logits, dim=-1)
+            base = run(input_ids=tokens)[0]
         self.spliced = True
-        log_q = F.log_softmax(self.model(input_ids=tokens).logits, dim=-1)
+        adapted = run(input_ids=tokens)[0]
         self.spliced = False
-        return F.kl_div(log_q, p, reduction="batchmean")
+        if self.tuned:
+            return self.chunked(base.flatten(0, 1), adapted.flatten(0, 1)) / len(tokens)
+        p = F.softmax(base, dim=-1)
+        return F.kl_div(F.log_softmax(adapted, dim=-1), p, reduction="batchmean")
+
+    def chunked(self, base, adapted):
+        """The sum of the KL of hidden states [N, D], whose gradient is made chunk by chunk."""
+        whole = self.model.base_model.model
+
+        def logits(hidden):
+            return capped(whole.lm_head(hidden), self.cap)
+
+        total, leaf = 0, adapted.detach().requires_grad_()
+        for target, hidden in zip(base.split(CHUNK), leaf.split(CHUNK)):
+            with torch.no_grad():
+                p = F.softmax(logits(target), dim=-1)
+            log_q = F.log_softmax(logits(hidden), dim=-1)
+            part = F.kl_div(log_q, p, reduction="sum")
+            part.backward()
+            total += part.detach()
+        through = (adapted * leaf.grad).sum()
+        return total + through - through.detach()
 
     def __call__(self):
         self.model.train()
@@ -103,21 +131,3 @@ def attention_name(config, device):
     if config.attn_logit_softcapping is None:
         return "sdpa"
     return "flex_attention" if device == "cuda" else "eager"
-
-
-def published_sae(sae, dtype):
-    """x [N, D] -> x̂ [N, D]: encodes densely; a TopK decodes sparsely, as published kernels do."""
-    sae = deepcopy(sae).to(dtype)
-    # PyTorch 2.11's bag has no bf16 backward on CUDA.
-    rows = sae.W_dec.float() if sae.W_dec.is_cuda else sae.W_dec
-
-    def reconstruct(x):
-        x = x.to(dtype) - sae.b_dec if sae.centred else x.to(dtype)
-        latents = F.linear(x, sae.W_enc, sae.b_enc).relu()
-        if sae.architecture == "jumprelu":
-            return latents * (latents > sae.threshold) @ sae.W_dec + sae.b_dec
-        values, indices = latents.topk(sae.k, sorted=False)
-        values = values.to(rows.dtype)
-        return F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum") + sae.b_dec
-
-    return reconstruct

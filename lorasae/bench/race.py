@@ -2,30 +2,35 @@
 each adds.
 """
 import gc
+import math
 import multiprocessing
 import statistics
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasae.io.console import note
 from lorasae.linear import linear
+from lorasae.runs.machine import keep_freed_memory
 from lorasae.runs.training import resident
 
 ROUNDS = 5
 
 
-def race(what, build, device, quick, tolerance=None):
-    """Rows, one per contender: their answers are compared, then timed, then their memory measured.
+def race(what, build, device, quick, tolerance=None, rounds=ROUNDS):
+    """Yields a row for each contender, ours first: their answers are compared, then all are timed,
+    then the memory of each is measured.
 
     build(device) -> {name: contender}, the last one ours; it is pickled, as another process
     measures memory. A contender is a function. Its answer, a list of tensors, is what it returns,
     or what its own function `answer` returns. tolerance: see first_difference.
     """
-    note(f"{what} ...")
     torch.compiler.reset()                  # graphs of earlier races would count against the limit
     contenders = build(device)
     names = list(contenders)
@@ -40,24 +45,23 @@ def race(what, build, device, quick, tolerance=None):
 
     # The times, in turns, so that a busy machine slows all of them. The first round warms up.
     seconds = {name: [] for name in names}
-    for _ in range(1 + ROUNDS):
+    for number in range(1 + rounds):
         for name in names:
             seconds[name].append(timed(contenders[name], device))
+            note(f"{what}, round {number} of {rounds}: {name} {seconds[name][-1]:.3g} s")
     del contenders
     gc.collect()
 
     # A row for each, with its memory, which takes too long for --quick.
-    rows = []
-    for name, times in seconds.items():
-        row = {"what": what, "contender": name, **milliseconds(times[1:])}
+    ours = None
+    for name in reversed(names):
+        row = {"what": what, "contender": name, **milliseconds(seconds[name][1:])}
+        ours = ours or row
+        row["ours_faster"] = row["ms"] / ours["ms"]
         if not quick and (device == "cuda" or sys.platform == "linux"):
             row["peak_mb"] = peak_memory(build, name, device) / 1e6
-        rows.append(row)
-    for row in rows:
-        row["ours_faster"] = row["ms"] / rows[-1]["ms"]
-        if "peak_mb" in row:
-            row["ours_memory"] = rows[-1]["peak_mb"] / row["peak_mb"]
-    return rows
+            row["ours_memory"] = ours["peak_mb"] / row["peak_mb"]
+        yield row
 
 
 def answer_of(contender):
@@ -110,13 +114,12 @@ def synchronise(device):
 
 def bench_peak(device, quick):
     """TFLOP/s of a square product; on a GPU in fp32 also by TF32: python -m lorasae.bench peak"""
-    kinds, rows = [("bfloat16", "highest"), ("float32", "highest"), ("float32", "high")], []
+    kinds = [("bfloat16", "highest"), ("float32", "highest"), ("float32", "high")]
     for dtype, precision in kinds if device == "cuda" else kinds[:2]:
         torch.set_float32_matmul_precision(precision)
         flops = matmul_peak(device, getattr(torch, dtype))
-        rows.append({"what": "square product", "dtype": dtype, "precision": precision,
-                     "tflops": flops / 1e12})
-    yield rows
+        yield {"what": "square product", "dtype": dtype, "precision": precision,
+               "tflops": flops / 1e12}
 
 
 def matmul_peak(device, dtype):
@@ -125,6 +128,47 @@ def matmul_peak(device, dtype):
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     linear(a, b)
     return 2 * size ** 3 / min(timed(lambda: linear(a, b), device) for _ in range(10))
+
+
+# ---- The floor -----------------------------------------------------------------------------------
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products of a call: {(B, n, m, p): number} of [B, n, m] with [B, m, p].
+
+    A fused attention has two, of which the causal mask leaves half, and five in its backward.
+    """
+
+    def __torch_dispatch__(self, operation, types, given=(), named=None):
+        name = operation.name()
+        shapes = [tensor.shape for tensor in given if isinstance(tensor, torch.Tensor)]
+        if name == "mkldnn::_linear_pointwise":
+            (*rows, m), (p, _) = shapes[:2]
+            self.counts[1, math.prod(rows), m, p] += 1
+        elif name in ("aten::mm", "aten::bmm"):
+            *batch, n, m = shapes[0]
+            self.counts[math.prod(batch), n, m, shapes[1][-1]] += 1
+        elif "scaled_dot_product" in name:
+            backward = name.endswith("backward")
+            B, H, T, C = shapes[backward]
+            for sides in ((T, C, T), (T, T, C)):
+                self.counts[B * H, *sides] += 1.25 if backward else 0.5
+        return operation(*given, **(named or {}))
+
+
+def floor_seconds(function):
+    """The time of a call's matrix products on a CPU, each distinct shape at the best rate of five.
+
+    """
+    with Products() as products:
+        products.counts = Counter()
+        function()
+    seconds = 0
+    for (B, n, m, p), number in products.counts.items():
+        a, b = torch.ones(B, n, m), torch.ones(B, p, m)
+        multiply = partial(linear, a[0], b[0]) if B == 1 else partial(torch.bmm, a, b.mT)
+        multiply()
+        seconds += number * min(timed(multiply, "cpu") for _ in range(5))
+    return seconds
 
 
 # ---- Memory --------------------------------------------------------------------------------------
@@ -145,6 +189,7 @@ def peak_memory(build, name, device):
 
 def added_resident(build, name, threads):
     torch.set_num_threads(threads)
+    keep_freed_memory()
     function = build("cpu")[name]
     small = torch.randn(64, 64)
     small @ small                                       # loads the BLAS

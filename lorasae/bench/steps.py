@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lorasae import dictionary
-from lorasae.bench.race import matmul_peak, race, speed, synchronise
+from lorasae.bench.race import floor_seconds, matmul_peak, race, speed, synchronise
 from lorasae.bench.workloads import (
-    REAL, TINY, as_compiled, cases_for, config_for, flops_per_token, random_setting, take_steps)
+    REAL, TINY, as_compiled, cases_for, cases_of, config_for, flops_per_token, random_setting,
+    take_steps)
 from lorasae.io.adapters import adapter_state
 from lorasae.io.console import note
 from lorasae.lora import attach_lora, detach_lora
@@ -27,17 +28,29 @@ def bench_step(device, quick):
     for name, case in cases.items():
         peak = matmul_peak(device, case.dtype)
         tolerance = 1e-3 if case.dtype == torch.float32 else 0.05       # bf16: of the loss only
-        rows = race(f"LoRA step, {name}", partial(lora_contenders, case), device, quick, tolerance)
-        yield [with_rates(row, case, peak) for row in rows]
+        build = partial(lora_contenders, case)
+        for row in race(f"LoRA step, {name}", build, device, quick, tolerance):
+            yield with_rates(row, case, peak)
 
     name, case = next(iter(cases.items()))
-    yield race(f"five ranks, {name}", partial(sweep_contenders, case), device, quick)
-    yield [flops_row(name, case) for name, case in (TINY if quick else REAL).items()]
+    yield from race(f"five ranks, {name}", partial(sweep_contenders, case), device, quick)
+    for name, case in (TINY if quick else REAL).items():
+        yield flops_row(name, case)
+
+
+def bench_real(folder, device, quick):
+    """The step of a real model beside its peers and its floor: the time of its matrix products."""
+    for name, case in cases_of(folder).items():
+        build = partial(lora_contenders, case)
+        floor = None
+        for row in race(f"LoRA step, {name}", build, device, quick, 1e-3, rounds=3):
+            floor = floor or floor_seconds(build(device)["lorasae"])
+            yield {**row, "floors": row["ms"] / 1e3 / floor}
 
 
 def bench_headline(device, quick):
-    """Speed, memory and launches of the headline's step. On a GPU, a warning names every place that
-    waits for it. In the end, the kernels that take most of the time.
+    """Speed and memory of the headline's step. On a GPU, a warning names every place that waits for
+    it. In the end, launches and the kernels that take most of the time.
     """
     name, case = next(iter(cases_for(device, quick).items()))
     peak = matmul_peak(device, case.dtype)
@@ -52,10 +65,8 @@ def bench_headline(device, quick):
     with torch.profiler.profile() as profile:
         step()
         synchronise(device)
+    yield with_rates(row, case, peak)
     kernels = profile.key_averages()
-    launches = sum(event.count for event in kernels if "LaunchKernel" in event.key)
-    row["launches_per_step"] = launches * case.batch / case.ahead
-    yield [with_rates(row, case, peak)]
     print(kernels.table(sort_by=f"self_{device}_time_total", row_limit=20), flush=True)
 
 
@@ -67,9 +78,9 @@ def bench_sae(device, quick):
     for method in ("topk", "jumprelu", "e2e"):
         config = config_for(case, device, method=method, lr=1e-4, l0=64)
         sae = dictionary.new_sae(method, D, M, config.k).to(device)
-        kind = SAETraining(model, sae, case.layer, config, None, tokens[:case.batch])
+        kind = SAETraining(model, sae, case.layer, config, tokens[:case.batch])
         run = partial(take_steps, kind, tokens)
-        yield [speed(f"SAE training, {method}, D {D} M {M}", run, device, tokens.numel())]
+        yield speed(f"SAE training, {method}, D {D} M {M}", run, device, tokens.numel())
 
 
 # ---- What a step takes ---------------------------------------------------------------------------
@@ -139,7 +150,8 @@ def lora_contenders(case, device):
         contenders[f"tuned, {attention_name(case.config, device)}"] = peer(tuned=True)
     except ModuleNotFoundError as missing:
         note(f"without the peers: {missing} (pip install transformers peft)")
-    contenders["lorasae, dropout 0.1"] = ours(dropout=0.1)
+    if not case.folder:
+        contenders["lorasae, dropout 0.1"] = ours(dropout=0.1)
     contenders["lorasae"] = plain
     return contenders
 

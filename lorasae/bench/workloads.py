@@ -4,13 +4,15 @@ steps, and their FLOPs.
 Shapes: B batch, T tokens, D d_model, M latents, R rank.
 """
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from lorasae import dictionary
 from lorasae.adapt import compiled_blocks
-from lorasae.io.models import parse_config
+from lorasae.io.files import read_object
+from lorasae.io.models import load_model, parse_config
 from lorasae.io.presets import GEMMA_2, LLAMA_3, PRESETS, sizes
 from lorasae.model import Transformer
 from lorasae.runs.config import Config
@@ -30,6 +32,9 @@ class Case:
     batch: int = 1
     ahead: int = 8
     dtype: torch.dtype = torch.bfloat16         # of the model; the SAE is fp32
+    k: int = 64
+    everywhere: bool = True             # adapt all blocks around a TopK
+    folder: Path | None = None          # of a real model; otherwise its weights are random
 
     @property
     def config(self):
@@ -38,12 +43,13 @@ class Case:
     @property
     def kind(self):
         """Of the SAE."""
-        return "jumprelu" if self.raw["model_type"] == "gemma2" else "topk"
+        return "jumprelu" if self.raw["model_type"].startswith("gemma") else "topk"
 
     @property
     def blocks(self):
-        """The adapted ones, as in the paper: those after a JumpReLU, and all around a TopK."""
-        first = self.layer + 1 if self.kind == "jumprelu" else 0
+        """The adapted ones: those after the SAE; as in the paper, all around a TopK."""
+        everywhere = self.everywhere and self.kind == "topk"
+        first = 0 if everywhere else self.layer + 1
         return list(range(first, self.config.num_hidden_layers))
 
 
@@ -74,32 +80,57 @@ def cases_for(device, quick):
     return {name: REAL[name] for name in ("gemma-2-2b", "llama-3.2-1b", "gemma-2-9b")}
 
 
+def cases_of(folder):
+    """{name: Case} of a real model: adapters after a random SAE, and all around a TopK; two shapes.
+
+    Each call is one step, in fp32.
+    """
+    raw = dict(read_object(folder / "config.json"))
+    depth = raw["num_hidden_layers"]
+    real = Case(raw, depth // 2, 2 ** 14, dtype=torch.float32, k=32, folder=folder)
+    if real.kind == "topk":
+        real = replace(real, layer=2 * depth // 5, width=4608)
+
+    cases = {}
+    for everywhere in {False, real.kind == "topk"}:
+        place = "all blocks" if everywhere else "blocks after"
+        for batch, context in ((2, 256), (1, 1024)):
+            cases[f"{folder.name}, {place}, {batch} x {context}"] = replace(
+                real, everywhere=everywhere, batch=batch, ahead=batch, context=context)
+    return cases
+
+
 # ---- A model and its SAE -------------------------------------------------------------------------
 
 @torch.no_grad()
 def random_setting(case, device):
-    """A random frozen model, its SAE, and tokens [ahead, T]."""
+    """A frozen model, its random SAE, and tokens [ahead, T]."""
     torch.manual_seed(0)
     D = case.config.hidden_size
-    with torch.device("meta"):
-        model = Transformer(case.config).to(case.dtype)
-    model = model.to_empty(device=device).requires_grad_(False).eval()
-    for p in model.parameters():
-        if p.dim() == 2:
-            p.normal_(std=D ** -0.5)
-        else:
-            p.fill_(1)
+    model = load_model(case.folder, dtype=case.dtype) if case.folder else random_model(case, device)
     tokens = torch.randint(3, case.config.vocab_size, (case.ahead, case.context), device=device)
 
     # `start` gives a JumpReLU four times this L0, by thresholds that are pre-activations. Rounding
     # must not decide, so they are moved.
-    sae = dictionary.new_sae(case.kind, D, case.width, k=64).to(device).requires_grad_(False)
+    sae = dictionary.new_sae(case.kind, D, case.width, case.k).to(device).requires_grad_(False)
     sae.on_special = True                               # so the peers need not look for BOS and EOS
     x = model.run(model.embed(tokens[:1]), 0, case.layer + 1)
     sae.start(x[0].float(), l0=16)
     if case.kind == "jumprelu":
         sae.threshold.mul_(1.0001)
     return model, sae, tokens
+
+
+def random_model(case, device):
+    with torch.device("meta"):
+        model = Transformer(case.config).to(case.dtype)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.normal_(std=case.config.hidden_size ** -0.5)
+        else:
+            p.fill_(1)
+    return model
 
 
 # ---- Steps ---------------------------------------------------------------------------------------

@@ -12,15 +12,14 @@ intervals are 90 %, over seeds, for each case by itself. No rate is chosen here:
 the recipes and presets. (Finetuning the SAE is Karvonen's, arXiv 2503.17272.)
 """
 import sys
-from pathlib import Path
 
 import torch
 
 from lorasae.errors import InputError
 from lorasae.evals.common import over
 from lorasae.evals.report import Table, bars, print_tables, save_figure, with_interval
-from lorasae.io.console import Parser, count, one_line_errors
-from lorasae.io.files import read_json, write_json
+from lorasae.io.console import Parser, count, few, one_line_errors
+from lorasae.io.files import local, read_object, write_json
 from lorasae.io.presets import TINY
 from lorasae.runs.commands import Command, run_all
 from lorasae.runs.folder import RUNS, begin_with
@@ -28,6 +27,7 @@ from lorasae.runs.folder import RUNS, begin_with
 MODELS = ("tiny-gemma-2", "tiny-llama-3")
 KINDS = ("jumprelu", "topk")
 FIRST_SEED = 100                        # seeds by which nothing was ever chosen
+FACTS = {"train_tokens": int, "seconds": float, "kl_gap_closed": float}         # of results.json
 FEWER = 12                              # the tuned recipe gets this part of the tokens
 
 
@@ -89,8 +89,9 @@ def measure(made):
     """
     found = {}
     for (case, arm, _), command in made.items():
-        results = read_json(command.done)
-        found.setdefault(case, {}).setdefault(arm, []).append(results)
+        results = read_object(command.done)
+        facts = {name: results.take(name, kind) for name, kind in FACTS.items()}
+        found.setdefault(case, {}).setdefault(arm, []).append({**facts, "l0": mean_l0(results)})
 
     numbers = {}
     for case, arms in found.items():
@@ -102,7 +103,7 @@ def measure(made):
             numbers[case][arm] = {
                 "tokens": runs[0]["train_tokens"],
                 "seconds": sum(run["seconds"] for run in runs) / len(runs),
-                "l0": sum(map(mean_l0, runs)) / len(runs),
+                "l0": sum(run["l0"] for run in runs) / len(runs),
                 "kl_gap_closed": over(closed, "seeds"),
                 "more": over(more, "seeds"),
             }
@@ -111,8 +112,9 @@ def measure(made):
 
 def mean_l0(results):
     """The L0 of a run with one SAE."""
-    l0 = results["l0"] if "l0" in results else results["l0_sae"]
-    return next(iter(l0.values())) if isinstance(l0, dict) else l0
+    adapted = isinstance(results.get("l0"), dict)       # a number if only the SAE trained
+    of_layer = results.take("l0" if adapted else "l0_sae", dict)
+    return of_layer.take(next(iter(of_layer), "a layer"), float)
 
 
 def tables(numbers):
@@ -152,18 +154,14 @@ def arguments(argv):
     add("experiment", choices=EXPERIMENTS)
     add("--tokens", type=count, help="training tokens of the first arm (default: 100k for "
         "model-or-sae, 900k for recipe)")
-    add("--seeds", type=int, default=6, help="runs of every arm (default: %(default)s)")
+    add("--seeds", type=few, default=6, help="runs of every arm (default: %(default)s)")
     add("--eval-tokens", type=count, default=50_000, help="held out (default: %(default)s)")
     add("--quick", action="store_true", help="few tokens, two seeds")
-    add("--jobs", type=int, default=min(4, torch.get_num_threads()),
+    add("--jobs", type=few, default=min(4, torch.get_num_threads()),
         help="runs at a time, which share the cores (default: %(default)s)")
-    add("--out", type=Path, help=f"folder (default: {RUNS}/EXPERIMENT, or {RUNS}/EXPERIMENT-quick)")
-
-    args = parser.parse_args(argv)
-    for name in ("seeds", "jobs"):
-        if not 1 <= getattr(args, name) <= 1000:
-            parser.error(f"--{name} {getattr(args, name)}: pass 1 to 1000")
-    return args
+    add("--out", type=local,
+        help=f"folder (default: {RUNS}/EXPERIMENT, or {RUNS}/EXPERIMENT-quick)")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
@@ -172,11 +170,13 @@ def main(argv=None):
     tokens = args.tokens or (quick if args.quick else usual)
     seeds = range(FIRST_SEED, FIRST_SEED + (2 if args.quick else args.seeds))
     eval_tokens = 4_000 if args.quick else args.eval_tokens
-    folder = (args.out or RUNS / (args.experiment + "-quick" * args.quick)).expanduser()
+    folder = args.out or RUNS / (args.experiment + "-quick" * args.quick)
 
     with one_line_errors("interrupted: the same command continues"):
-        begin_with(folder / "plan.json", {"tokens": tokens, "eval_tokens": eval_tokens})
         made = commands(arms_of(tokens), folder, seeds, eval_tokens)
+        for command in made.values():
+            command.check()
+        begin_with(folder / "plan.json", {"tokens": tokens, "eval_tokens": eval_tokens})
         failed = run_all(list(made.values()), args.jobs, folder / "logs")
         if failed:
             path, reason = next(iter(failed.items()))

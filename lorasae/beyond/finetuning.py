@@ -100,9 +100,6 @@ class Finetuning:
         return finetune.take_step(self.model, self.trained, part, self.first, self.optimizer,
                                   self.config, self.world)
 
-    def after(self, step):
-        pass
-
 
 def make_trainable(sae, config):
     """Lets the SAE train: all of it, or all but its thresholds."""

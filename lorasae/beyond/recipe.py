@@ -1,10 +1,9 @@
 """The tuned recipe: rates for adapters in a model of any size, from a search on small models.
 
-`python -m lorasae.paper.recipe` is the search; the README has its results. It compared rates,
-schedules, batch sizes, ranks and optimisers by KL on tuning text that is neither trained on nor
-held out, for the embedded models and both kinds of SAE. Muon at a rate that falls to 0 was best
-throughout; a constant rate or a rank of 16 closed 2 to 18 points less of the KL gap. An SAE that
-trains along wants a smaller rate, 2.5e-4 to 5e-4.
+The search compared rates, schedules, batch sizes, ranks and optimisers by KL on tuning text that is
+neither trained on nor held out, for the embedded models and both kinds of SAE. Muon at a rate that
+falls to 0 was best throughout; a constant rate or a rank of 16 closed 2 to 18 points less of the KL
+gap. An SAE that trains along wants a smaller rate, 2.5e-4 to 5e-4.
 """
 from lorasae.io.models import load_config
 

@@ -12,8 +12,7 @@ sees the letter and these latents are silent, a single other latent may carry it
 
 for the latent i with the largest z_i W_dec,i · u. Then it has absorbed the letter. The rate of a
 letter is absorbed words / words that the probe gets right; lower is better. The score is the mean
-over letters, and a letter without a silent word counts 0. SAEBench leaves such letters out of its
-mean, which is shown too.
+over letters with a silent word.
 
 Shapes: N words, D d_model, M latents, 26 letters.
 """
@@ -28,9 +27,8 @@ import torch.nn.functional as F
 
 from lorasae.errors import InputError
 from lorasae.evals import saebench
-from lorasae.evals.common import as_model, evaluating, interval, progress
+from lorasae.evals.common import as_model, evaluating, progress
 from lorasae.evals.probes import Task, logistic, scikit_learn, train_probes
-from lorasae.evals.report import bars
 from lorasae.evals.texts import activations
 
 QUESTION = " has the first letter:"
@@ -38,23 +36,8 @@ EXAMPLES = 10                           # words that are answered before the one
 LEAST_WORDS = 200
 MOST_LATENTS = 10                       # that may stand for one letter
 F1_GAIN, SILENT, LEAST_COSINE, LEAST_SHARE = 0.03, 1e-8, 0.025, 0.4
-KNOWN = 0.6                             # F1 of the probe; today SAEBench drops letters below it
 LETTERS = len(ascii_uppercase)
-
-COUNTS = {
-    "true_positives": "test words whose letter the probe sees",
-    "candidates": "of these, missed by the letter's latents",
-    "survivors": "of these, silent in another prompt",
-    "absorbed": "of these, absorbed",
-}
-LABELS = {
-    "absorption": "absorption",
-    "saebench": "absorption, SAEBench's mean",
-    "probe_f1": "F1 of the probe on x",
-    **COUNTS,
-}
-PAPER = {"saebench": (0.210, 0.205)}                    # (LoRA, base)
-TOLERANCE = 0.06
+LABELS, PAPER, TOLERANCE = saebench.table_6("absorption")
 
 
 def add_options(add):
@@ -84,13 +67,8 @@ def evaluate(setting, words, seeds):
     values = {}
     for who, found in letters.items():
         values[who] = saebench.columns([scores(counts) for counts in found])
-    return {
-        "layer": layer,
-        "seeds": len(seeds),
-        "sets": [f"{len(asked.train)} + {len(asked.test)} words"],
-        "letters": letters,
-        "rows": saebench.paired_rows(values),
-    }
+    words = f"{len(asked.train)} + {len(asked.test)} words"
+    return saebench.summary(layer, values, len(seeds), sets=[words], letters=letters)
 
 
 # ---- Words and prompts -------------------------------------------------------------------------
@@ -98,13 +76,10 @@ def evaluate(setting, words, seeds):
 def letter_words(tokenizer):
     """{word: token id} of all tokens of ASCII letters, with or without a space before them."""
     found = {}
-    for token in range(tokenizer.get_vocab_size()):
-        text = tokenizer.decode([token], skip_special_tokens=False)
-        piece = tokenizer.id_to_token(token) or ""
-        if piece.startswith("▁"):                       # whose decoder may drop a first space
-            text = piece.replace("▁", " ")
-        if re.fullmatch(" ?[A-Za-z]+", text):
-            found.setdefault(text, token)
+    for piece, token in tokenizer.get_vocab().items():
+        word = re.sub("^[Ġ▁]", " ", piece)              # how BPE and SentencePiece write a space
+        if re.fullmatch(" ?[A-Za-z]+", word):
+            found[word] = token
     return found
 
 
@@ -145,10 +120,6 @@ def ask(vocabulary, text, count, seed):
     train, test = drawn[:cut], drawn[cut:]
     train, test, again = prompts(train, train), prompts(test, test), prompts(test, drawn)
     both = [word for word in test if word in again]
-    if len(train) + len(both) < len(drawn) / 2:
-        raise InputError("in most prompts the tokenizer joins the word with what follows, "
-                         f"{QUESTION!r}: --suite absorption cannot find where to read")
-
     rows = [*train.values()]
     for found in (test, again):
         rows += [found[word] for word in both]
@@ -169,15 +140,17 @@ def read_at_word(model, sae, layer, asked):
     """x [N, D] fp32 at the last token of the word, for all prompts."""
     out = torch.empty(len(asked.prompts), model.head.shape[1], device=model.device)
     for chosen, _, x in activations(model, sae, layer, asked.prompts):
-        for i, row in zip(chosen, x):
-            out[i] = row[len(asked.prompts[i]) - asked.offset - 1]
+        places = [len(asked.prompts[i]) - asked.offset - 1 for i in chosen]
+        out[chosen] = x[range(len(chosen)), places].float()
     return out
 
 
 # ---- One model ---------------------------------------------------------------------------------
 
 def absorption(sae, x, asked, seed):
-    """{letter: its COUNTS, "probe_f1" and "latents"} of x [N, D], read from the prompts."""
+    """{letter: {"right", "silent", "absorbed": numbers of test words, each among those before,
+    "probe_f1", "latents"}} of x [N, D], read from the prompts.
+    """
     x, x_test, x_again = x.split([len(asked.train), len(asked.test), len(asked.test)])
     z, z_test, z_again = [sae.encode(part).float() for part in (x, x_test, x_again)]
     own, own_test = [one_hot(words).to(x.device) for words in (asked.train, asked.test)]
@@ -199,12 +172,14 @@ def absorption(sae, x, asked, seed):
         order = sparse.weight[i].argsort(descending=True)[:MOST_LATENTS]
         latents, fires = letter_latents(z, own[i], z_test, own_test[i], order)
         right = own_test[i] & seen[i]
-        candidates = right & ~fires
         silent, absorbed = absorbs(sae, x_again, z_again, probe.weight[i], latents)
-        which = right, candidates, candidates & silent, candidates & absorbed
-        counts[letter] = {name: int(found.sum()) for name, found in zip(COUNTS, which)}
-        counts[letter]["probe_f1"] = f1(seen[i], own_test[i])
-        counts[letter]["latents"] = latents.tolist()
+        counts[letter] = {
+            "right": int(right.sum()),
+            "silent": int((right & ~fires & silent).sum()),
+            "absorbed": int((right & ~fires & absorbed).sum()),
+            "probe_f1": f1(seen[i], own_test[i]),
+            "latents": latents.tolist(),
+        }
     return counts
 
 
@@ -266,50 +241,16 @@ def absorbs(sae, x, z, direction, latents):
     return silent, silent & carried
 
 
-def rates(counts):
-    """{letter: absorbed words / words the probe gets right}, of the letters with such words."""
-    seen = {letter: row for letter, row in counts.items() if row["true_positives"]}
-    return {letter: row["absorbed"] / row["true_positives"] for letter, row in seen.items()}
-
-
 def scores(counts):
-    """{letter: counts} -> {metric of LABELS: value}."""
-    of_letters = rates(counts)
-    surviving = [rate for letter, rate in of_letters.items() if counts[letter]["survivors"]]
-    sums = {name: sum(row[name] for row in counts.values()) for name in (*COUNTS, "probe_f1")}
-    return {
-        **sums,
-        "absorption": sum(of_letters.values()) / max(len(of_letters), 1),
-        "saebench": sum(surviving) / max(len(surviving), 1),
-        "probe_f1": sums["probe_f1"] / len(counts),
-    }
+    """{letter: counts} -> {metric of LABELS: its mean over letters}."""
+    rates = [row["absorbed"] / row["right"] for row in counts.values() if row["silent"]]
+    known = [row["probe_f1"] for row in counts.values()]
+    return {"absorption": sum(rates) / max(len(rates), 1), "probe_f1": sum(known) / len(known)}
 
-
-# ---- Showing -----------------------------------------------------------------------------------
 
 def tables(numbers):
-    notes = []
-    f1 = numbers["rows"]["probe_f1"]
-    if min(f1["base"], f1["lora"]) < KNOWN:
-        notes.append("The probe's F1 is low. If the residual stream does not hold the letters, "
-                     "nothing can absorb them, and these rates say little.")
+    notes = ["If the probe's F1 is low, the residual stream does not hold the letters, and nothing "
+             "can absorb them."]
     caption = ("Feature absorption: the share of the words with a visible first letter whose "
                "letter another latent absorbed; lower is better")
-    return [saebench.table(numbers, caption, LABELS, PAPER, TOLERANCE, notes)]
-
-
-def draw(numbers, figure):
-    """The rate of each letter in both models."""
-    series = {}
-    for who, name in saebench.MODELS.items():
-        by_seed = [rates(counts) for counts in numbers["letters"][who]]
-        series[name] = []
-        for letter in ascii_uppercase:
-            values = [found[letter] for found in by_seed if letter in found]
-            series[name].append(interval(torch.tensor(values)))
-
-    figure.set_size_inches(8, 3.4)
-    axes = figure.subplots()
-    bars(axes, ascii_uppercase, series)
-    axes.set(xlabel="first letter", ylabel="rate of absorption", title="Feature absorption")
-    axes.legend()
+    return [saebench.table(numbers, "absorption", caption, notes)]

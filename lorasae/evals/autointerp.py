@@ -1,6 +1,5 @@
 """Automated interpretability (paper §5.1, Tables 3 and 6; SAEBench): latents put into words.
 
-    python eval.py RUN_DIR --suite autointerp           a lexical judge, no language model
     python eval.py RUN_DIR --suite autointerp --judge https://api.openai.com/v1
     python eval.py RUN_DIR --suite autointerp --judge http://localhost:8000/v1 --chat-model NAME
 
@@ -10,18 +9,18 @@ random order and says, by its explanation only, in which of them the latent fire
     score = (windows judged rightly) / 14,        always answering "None" scores 10/14
 
 4 of the 14 are active: 2 of the strongest and 2 drawn in proportion to activation². The other 10
-are random windows, which SAEBench calls inactive without looking. The latent does fire in some of
-them; if these are a share f (the table's last row), a judge that knew where it fires would score
-1 - f 10/14. Balanced accuracy is the mean of two shares: of the active and of the inactive windows
-that are judged rightly. It is 1/2 for any constant answer.
+are random windows, which SAEBench calls inactive without looking.
 
-The SAE reads the base and the adapted model; nothing is spliced in. Both models are asked about the
-same latents, with the same random windows and orders. Each seed draws new windows, and a latent's
-score is its mean over seeds. 90 % intervals are over latents; LoRA - base is paired by latent.
+The SAE reads the base and the adapted model, in rows of 128 tokens with BOS first; nothing is
+spliced in. Both models are asked about the same latents, with the same random windows and orders.
+Each seed draws new windows, and a latent's score is its mean over seeds. 90 % intervals are over
+latents; LoRA - base is paired by latent.
 
-Deviations from SAEBench: the text is the run's held-out text (there 2M tokens of the Pile); latents
-are sampled from those alive in both models; the wording of the prompts; an empty answer is unusable
-(there it counts as "None").
+Deviations from SAEBench: the text is the run's held-out text (there 2M tokens of the Pile), with
+BOS inserted (there it overwrites every 128th token); latents are sampled from those alive in both
+models; the wording of the prompts; an empty answer is unusable (there it counts as "None").
+
+Shapes: N rows, T tokens per row, M latents.
 """
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -32,11 +31,12 @@ import numpy as np
 import torch
 
 from lorasae.errors import InputError
-from lorasae.evals import firing
+from lorasae.evals import saebench
 from lorasae.evals.chat import Kept, chat
-from lorasae.evals.common import as_model, evaluating, interval, progress
-from lorasae.evals.judges import LEXICAL, language_model, lexical
-from lorasae.evals.report import Table, with_interval
+from lorasae.evals.common import as_model, check_latents, evaluating, progress
+from lorasae.evals.judge import judge as ask_judge
+from lorasae.evals.saebench import MODELS
+from lorasae.evals.texts import LENGTH, activations
 from lorasae.io.console import note
 
 ALIVE = 15                              # latents that fire on no more tokens are not judged
@@ -48,10 +48,7 @@ SCORED = (TOP - TOP_SHOWN) + (DRAWN - DRAWN_SHOWN) + RANDOM
 THRESHOLD = 0.01                        # a latent fires above this share of its largest activation
 WORKERS = 8                             # latents about which an endpoint is asked at a time
 PAPERS_JUDGE = "gpt-4o-mini"
-MODELS = {"base": "base", "lora": "base + LoRA"}
-MEASURES = {"score": "score", "balanced": "balanced accuracy",
-            "random_fires": "random windows that fire"}
-FLOOR = {"score": RANDOM / SCORED, "balanced": 0.5}     # of always answering "None"
+LABELS, PAPER, TOLERANCE = saebench.table_6("autointerp")
 
 
 class Window(NamedTuple):
@@ -61,22 +58,38 @@ class Window(NamedTuple):
     active: bool                        # SAEBench's label: False for a random window
 
 
-class Draws(NamedTuple):
-    """Random places and orders, made before looking at a latent: both models share them."""
-    random: np.ndarray                  # [RANDOM] the middles of random windows
-    top: np.ndarray                     # [TOP] the order of the strongest
-    drawn: np.ndarray                   # [DRAWN] the order of those drawn by activation²
-    scored: np.ndarray                  # [SCORED] the order of the windows to score
+# ---- Where latents fire ------------------------------------------------------------------------
+
+def rows_of(text):
+    """Held-out chunks [n, context] -> rows [N, T]: BOS and the next T - 1 tokens of a chunk.
+
+    T is 128, or the context if that is shorter.
+    """
+    chunks = text.held_out[:, 1:]
+    length = min(LENGTH - 1, chunks.shape[1])
+    rows = chunks.unfold(1, length, length).flatten(0, 1)
+    return torch.cat([torch.full((len(rows), 1), text.bos), rows], 1)
+
+
+def latents_of(model, sae, layer, rows):
+    """Yields latents [B T, M] for each batch of rows [N, T]; 0 at BOS and EOS."""
+    for _, tokens, x in activations(model, sae, layer, rows):
+        yield sae.encode(x).masked_fill(model.special(tokens)[..., None], 0).flatten(0, 1)
+
+
+def times_fired(model, sae, layer, rows):
+    """On how many tokens of the rows each latent fires, [M] int64."""
+    return sum((z > 0).sum(0).cpu() for z in latents_of(model, sae, layer, rows))
+
+
+def firings(model, sae, layer, rows, latents):
+    """The activations of some latents at every token, [len(latents), N T], sparse."""
+    parts = [z[:, latents].T.float().cpu().to_sparse()
+             for z in latents_of(model, sae, layer, rows)]
+    return torch.cat(parts, 1).coalesce()
 
 
 # ---- Windows -----------------------------------------------------------------------------------
-
-def make_draws(rng, count, length):
-    """The Draws for `count` rows of `length` tokens."""
-    row = rng.integers(count, size=RANDOM)
-    column = rng.integers(AROUND, length - AROUND, size=RANDOM)
-    return Draws(row * length + column, *map(rng.permutation, (TOP, DRAWN, SCORED)))
-
 
 def strongest(places, values, length):
     """The TOP places with the largest values, the largest first; fewer if there are fewer.
@@ -100,7 +113,11 @@ def windows(activation, rows, rng):
     a numpy Generator, the only source of randomness.
     """
     count, length = rows.shape
-    draws = make_draws(rng, count, length)
+
+    # Random places and orders, before looking at the latent: both models share them.
+    row = rng.integers(count, size=RANDOM)
+    random = row * length + rng.integers(AROUND, length - AROUND, size=RANDOM)
+    order_of_top, order_of_scored = rng.permutation(TOP), rng.permutation(SCORED)
 
     # Where it fires, without the places whose window would leave their row.
     places = activation.nonzero().squeeze(1)
@@ -119,127 +136,105 @@ def windows(activation, rows, rng):
     weight = values[weaker].double().numpy() ** 2
     drawn = rng.choice(places[weaker].numpy(), DRAWN, replace=False, p=weight / weight.sum())
 
-    def window(place, active):
+    def window(place, active=True):
         span = slice(place - AROUND, place + AROUND + 1)
         fires = activation[span] > THRESHOLD * at_top.max()
-        activations = activation[span] * fires
-        return Window(rows.view(-1)[span].tolist(), activations.tolist(), active)
+        kept = activation[span] * fires
+        return Window(rows.view(-1)[span].tolist(), kept.tolist(), active)
 
     # Most of them explain the latent; the others are scored, with the random ones.
-    strong = [window(top[i], True) for i in draws.top]
-    weak = [window(drawn[i], True) for i in draws.drawn]
+    strong = [window(top[i]) for i in order_of_top]
+    weak = [window(place) for place in drawn]
     shown = strong[:TOP_SHOWN] + weak[:DRAWN_SHOWN]
     shown.sort(key=lambda example: max(example.activations), reverse=True)
-    random = [window(place, False) for place in draws.random]
-    scored = strong[TOP_SHOWN:] + weak[DRAWN_SHOWN:] + random
-    return shown, [scored[i] for i in draws.scored]
+    scored = strong[TOP_SHOWN:] + weak[DRAWN_SHOWN:]
+    scored += [window(place, active=False) for place in random]
+    return shown, [scored[i] for i in order_of_scored]
 
 
-def measures(picked, scored):
-    """{measure: value} of one answer; picked: numbers of the scored windows, from 1."""
-    right = {True: [], False: []}       # of the active windows, and of the others
-    for number, window in enumerate(scored, 1):
-        right[window.active].append((number in picked) == window.active)
-    return {
-        "score": fmean(right[True] + right[False]),
-        "balanced": (fmean(right[True]) + fmean(right[False])) / 2,
-        "random_fires": fmean(any(window.activations) for window in scored if not window.active),
-    }
+def score(picked, scored):
+    """The share of windows judged rightly; picked: numbers of the scored windows, from 1."""
+    return fmean((number in picked) == window.active for number, window in enumerate(scored, 1))
 
 
 # ---- The evaluation ----------------------------------------------------------------------------
 
 def add_options(add):
     add("--judge", metavar="URL", help="OpenAI-compatible endpoint (…/v1) whose --chat-model "
-        "explains and predicts; its answers are kept in RUN_DIR/autointerp (default: a lexical "
-        "judge, no language model)")
+        "explains and predicts; its answers are kept in RUN_DIR/autointerp")
     add("--chat-model", default=PAPERS_JUDGE,
         help="model to ask at that endpoint (default: the paper's, %(default)s)")
     add("--judge-latents", type=int, default=1000, metavar="N",
         help="latents to judge, sampled from those alive (default: SAEBench's %(default)s; "
         "--latents names them instead)")
-    add("--judge-seeds", type=int, default=3, metavar="N",
-        help="how many times to draw windows (default: %(default)s; SAEBench: once)")
 
 
-def evaluate(setting, judge, judge_latents, judge_seeds, latents, chat_model):
+def evaluate(setting, judge, chat_model, judge_latents, latents, seeds):
     """Judges latents of the first SAE in the base and in the adapted model.
 
-    judge: the URL of an endpoint; None: the lexical judge. latents: those to judge; None: a sample
-    of judge_latents.
+    judge: the URL of an endpoint. latents: those to judge; None: a sample of judge_latents.
     """
-    firing.refuse_nothing_new(setting, "autointerp")
-    if judge_latents < 1 or judge_seeds < 1:
-        raise InputError(f"--judge-latents {judge_latents} and --judge-seeds {judge_seeds}: "
-                         "expected at least 1 of each")
-    model, (layer, sae) = setting.model, next(iter(setting.saes.items()))
-    rows = firing.rows_of(setting.text)
+    if judge is None:
+        raise InputError("--suite autointerp needs a language model as its judge: --judge "
+                         "https://api.openai.com/v1, or another OpenAI-compatible endpoint")
+    layer, sae, seeds = saebench.reading(setting, "autointerp", seeds)
+    rows = rows_of(setting.text)
     if rows.shape[1] <= 2 * AROUND:
         raise InputError(f"the run's context gives rows of {rows.shape[1]} tokens, but a window "
                          f"takes {2 * AROUND + 1}: evaluate a run with a longer --context")
 
     # The latents, and where each of them fires in either model.
-    def in_both(measure, label, *more):
+    def in_both(measure, *more):
         found = {}
-        for name in MODELS:
-            with as_model(model, name):
-                found[name] = measure(model, sae, layer, rows, f"{label}, {name}", *more)
+        for who in MODELS:
+            with as_model(setting.model, who):
+                found[who] = measure(setting.model, sae, layer, rows, *more)
         return found
 
-    with evaluating(model):
-        fired = in_both(firing.times_fired, "firing rates")
-        alive = torch.minimum(fired["base"], fired["lora"]) > ALIVE
+    with evaluating(setting.model):
+        alive = torch.minimum(*in_both(times_fired).values()) > ALIVE
         latents = choose(latents, judge_latents, alive)
-        found = in_both(firing.firings, "activations", latents)
+        found = in_both(firings, latents)
 
     # What an endpoint says about a latent is kept in a file of the run's folder.
-    tokenizer = setting.text.tokenizer
-    judge_name = f"{chat_model} at {judge}" if judge else LEXICAL
+    name = f"{chat_model} at {judge}"
+    questions = len(latents) * len(seeds) * len(MODELS) * 2
+    note(f"autointerp: {questions:,} questions to {name}, less those answered before")
 
     def judged(i):
-        activation = {name: found[name][i].to_dense() for name in MODELS}
-        ask = partial(chat, judge, chat_model)
+        activation = {who: found[who][i].to_dense() for who in MODELS}
         path = setting.folder / "autointerp" / f"latent_{latents[i]}.json"
-        kept = Kept(path, ask, judge_name) if judge else None
-        return judge_latent(latents[i], activation, rows, tokenizer, kept, judge_seeds)
+        kept = Kept(path, partial(chat, judge, chat_model), name)
+        return judge_latent(latents[i], activation, rows, setting.text.tokenizer, kept, seeds)
 
-    if judge:
-        questions = len(latents) * judge_seeds * len(MODELS) * 2
-        note(f"autointerp: {questions:,} questions to {judge_name}, less those answered before")
-    with ThreadPoolExecutor(WORKERS if judge else 1) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         answers = pool.map(judged, range(len(latents)))     # an error cancels those not yet begun
         results = [next(answers) for _ in progress(latents, "judging")]
 
     usable = [row for row in results if isinstance(row, dict)]
     rare, unusable = results.count("rare"), results.count("unusable")
+    left_out = (f"Of {len(latents):,} latents, {rare} fire too rarely for {TOP + DRAWN} windows "
+                f"and {unusable} got answers that name no windows")
     if not usable:
-        raise InputError(f"of {len(latents)} latents, {rare} fire too rarely for {TOP + DRAWN} "
-                         f"windows and {unusable} got answers that name no windows: nothing is "
-                         "left to score")
-    return {
-        "layer": layer,
-        "judge": judge_name,
-        "seeds": judge_seeds,
-        "alive": int(alive.sum()),
-        "chosen": len(latents),
-        "rare": rare,
-        "unusable": unusable,
-        **{measure: summary(usable, measure) for measure in MEASURES},
-        "rows": usable,
-    }
+        raise InputError(f"{left_out}: nothing is left to score")
+    values = {}
+    for who in MODELS:
+        means = [fmean(row["score"][who]) for row in usable]
+        values[who] = {"score": torch.tensor(means, dtype=torch.float64)}
+    return saebench.summary(layer, values, len(seeds), f"latents ({len(usable):,})", sets=[name],
+                            left_out=left_out, latents=usable)
 
 
 def choose(latents, count, alive):
     """The latents to judge: those named, or a sample of those alive in both models, bool [M]."""
-    for latent in latents or ():
-        if not 0 <= latent < len(alive):
-            raise InputError(f"--latents {latent}: the SAE has latents 0 to {len(alive) - 1}")
     if latents:
+        check_latents(latents, len(alive))
         return list(dict.fromkeys(latents))
     alive = alive.nonzero().squeeze(1).numpy()
-    if not len(alive):
-        raise InputError(f"no latent fires on more than {ALIVE} held-out tokens in both models: "
-                         "evaluate a run with more --eval-tokens")
+    if count < 1 or not len(alive):
+        raise InputError(f"--judge-latents {count} of {len(alive)} latents that fire on more than "
+                         f"{ALIVE} held-out tokens in both models: ask for 1 or more, or evaluate "
+                         "a run with more --eval-tokens")
     count = min(count, len(alive))
     return sorted(np.random.default_rng(42).choice(alive, count, replace=False).tolist())
 
@@ -250,72 +245,27 @@ def judge_latent(latent, activation, rows, tokenizer, ask, seeds):
     Rare: it fires too rarely for its windows. Unusable: an answer names no windows. SAEBench leaves
     such latents out too; here they are left out of both models, which keeps the pairs.
 
-    activation: {model: [N T]}; ask: the chat model, or None for the lexical judge.
+    activation: {model: [N T]}; ask: the chat model.
     """
-    row = {"latent": latent, "explanation": {}, **{measure: {} for measure in MEASURES}}
-    for name in MODELS:
-        found = []
-        for seed in range(seeds):
-            rng = np.random.default_rng([42, seed, latent])             # the same for both models
-            both = windows(activation[name], rows, rng)
+    row = {"latent": latent, "explanation": {}, "score": {who: [] for who in MODELS}}
+    for who in MODELS:
+        for seed in seeds:
+            rng = np.random.default_rng([seed, latent])                 # the same for both models
+            both = windows(activation[who], rows, rng)
             if both is None:
                 return "rare"
-            judge = partial(language_model, ask=ask, rng=rng) if ask else lexical
-            verdict = judge(tokenizer, *both)
-            if verdict.picked is None:
+            explanation, picked = ask_judge(tokenizer, *both, ask, rng)
+            if picked is None:
                 return "unusable"
-            row["explanation"].setdefault(name, verdict.explanation)    # the first seed's
-            found.append(measures(verdict.picked, both[1]))
-        for measure in MEASURES:
-            row[measure][name] = [values[measure] for values in found]
+            row["explanation"].setdefault(who, explanation)             # the first seed's
+            row["score"][who].append(score(picked, both[1]))
     return row
 
 
-def summary(rows, measure):
-    """{model: (mean over latents, half of its 90 % interval)}, by latents' means over seeds.
-
-    "delta" is LoRA - base, paired by latent.
-    """
-    by_latent = [[fmean(row[measure][name]) for name in MODELS] for row in rows]
-    base, lora = torch.tensor(by_latent, dtype=torch.float64).T
-    return {"base": interval(base), "lora": interval(lora), "delta": interval(lora - base)}
-
-
-# ---- What it shows -----------------------------------------------------------------------------
-
 def tables(numbers):
-    """Both models by each measure."""
-    rows = []
-    for measure, label in MEASURES.items():
-        found = numbers[measure]
-        cells = [with_interval(*found[name]) for name in MODELS]
-        delta = with_interval(*found["delta"], "+.4f")
-        rows.append([label, *cells, delta, FLOOR.get(measure, "")])
-
     notes = [
-        f"± 90 % over latents ({len(numbers['rows']):,}), LoRA - base paired by latent; seeds of "
-        f"the windows: {numbers['seeds']}",
-        f"Judge: {numbers['judge']}. The paper's, {PAPERS_JUDGE}, gave 0.832 (base) and 0.830 "
-        "(LoRA) with one seed; SAEBench allows its reruns to differ by 0.04",
-        "Random windows count as inactive even if the latent fires there",
+        f'{numbers["left_out"]}. Always answering "None" scores {RANDOM / SCORED:.3f}.',
+        f"The paper's judge is {PAPERS_JUDGE}: the scores of another are no yardstick.",
     ]
-    if not numbers["judge"].startswith(f"{PAPERS_JUDGE} at "):
-        notes.insert(2, "This is another judge than the paper's, so its scores are no yardstick")
-    if numbers["rare"] or numbers["unusable"]:
-        notes.append(f"Left out of {numbers['chosen']:,} latents: {numbers['rare']} that fire too "
-                     f"rarely, {numbers['unusable']} with an answer that names no windows")
-    headings = ["", *MODELS.values(), "LoRA - base", 'always "None"']
-    return [Table(f"Autointerp, SAE at layer {numbers['layer']}", headings, rows, tuple(notes))]
-
-
-def draw(numbers, figure):
-    """The scores of the latents in both models."""
-    figure.set_size_inches(6, 3.6)
-    axes = figure.subplots()
-    edges = [(i - 0.5) / SCORED for i in range(SCORED + 2)]
-    for name, label in MODELS.items():
-        scores = [fmean(row["score"][name]) for row in numbers["rows"]]
-        axes.hist(scores, edges, alpha=0.5, label=label)
-    axes.axvline(FLOOR["score"], color="black", linestyle=":", label='always answering "None"')
-    axes.set(xlabel=f"share of {SCORED} windows judged rightly", ylabel="latents")
-    axes.legend(loc="upper left")
+    caption = "Autointerp: the share of windows in which a judge rightly says if a latent fires"
+    return [saebench.table(numbers, "autointerp", caption, notes)]

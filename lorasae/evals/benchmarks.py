@@ -11,6 +11,7 @@ local ones (local_tasks.py).
 All settings answer the same questions. The effect of adapting is the mean over questions of
 adapted - base, with the interval of these differences.
 """
+import math
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from lorasae.evals.common import as_model, evaluating, interval
 from lorasae.evals.local_tasks import local_tasks
 from lorasae.evals.report import Table, bars, with_interval, zero_line
 from lorasae.io.console import note
+from lorasae.io.files import first_line
 from lorasae.io.presets import TINY, preset
 
 SETTINGS = {                            # Table 5's columns: (heading, SAEs spliced in?, the model)
@@ -42,7 +44,6 @@ TABLE_5 = {                             # its rows; lm-eval computes more than t
 TASKS = "mmlu,hellaswag,truthfulqa_gen,truthfulqa_mc1"
 LOCAL = "local"                                         # TABLE_5's tasks with `local_` before them
 SEED = 1234                                             # lm-eval's own, for few-shot examples
-Z = 1.645                                               # standard errors in half a 90 % interval
 
 
 # ---- The evaluation ----------------------------------------------------------------------------
@@ -83,8 +84,7 @@ def load_tasks(tasks):
     try:
         return manager.load(wanted)
     except Exception as error:                          # anything: the user's words, others' code
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"lm-eval cannot load --tasks {tasks}: {type(error).__name__}: {reason} "
+        raise InputError(f"lm-eval cannot load --tasks {tasks}: {first_line(error)} "
                          "(`lm-eval ls tasks` lists its tasks, whose data come from the Hub; the "
                          "name of a YAML file ends in .yaml)") from error
 
@@ -92,83 +92,73 @@ def load_tasks(tasks):
 def measure(model, saes, tokenizer, tasks, limit=None):
     """Scores in the four settings. tasks: what load_tasks returns; limit: questions per task.
 
-    {setting: {task: {metric: [value, standard error or None]}}}, and
-    "samples": {task: number of questions}
-    "rows": {row of the table: [task, metric]}
-    "paired": {row: {"with_sae" and "without_sae": [mean, half, questions]}}, adapted - base, if
-    each question has a score
+    {"rows": {row of the table: {"task", and the score in each setting}}
+    "paired": {row: {"with_sae" and "without_sae": [mean, half, questions]}}}, adapted - base, if
+    the score is a mean over questions
     """
     from lm_eval import evaluator
     from lorasae.evals.spliced_lm import SplicedLM
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: expected at least 1 question")
-    numbers = {"lm_eval": version("lm_eval"), "limit": limit}
-    scores = {}                         # {setting: {row: its questions' scores}}
+    found = {}
     for setting, (heading, spliced, name) in SETTINGS.items():
         note(f"{heading}:")
         for task in tasks["tasks"].values():
             task.set_fewshot_seed(SEED)                 # the same examples in every setting
         lm = SplicedLM(model, tokenizer, saes if spliced else {})
         with evaluating(model), as_model(model, name):
-            found = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=1000)
+            found[setting] = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=0)
 
-        results = {task: values_of(metrics) for task, metrics in found["results"].items()}
-        rows = rows_of(results, tasks["group_map"])
-        scores[setting] = {row: by_question(tasks, found["samples"], *rows[row]) for row in rows}
-        numbers[setting] = results
-
-    paired = {}
-    for row in rows:
-        if scores["base"][row] is None:
-            continue
-        paired[row] = {}
-        for pair, (plain, adapted) in PAIRS.items():
-            difference = scores[adapted][row] - scores[plain][row]
-            paired[row][pair] = [*interval(difference), len(difference)]
-    samples = {task: count["effective"] for task, count in found["n-samples"].items()}
-    return {**numbers, "samples": samples, "rows": rows, "paired": paired}
-
-
-def values_of(metrics):
-    """lm-eval's {"acc,none": 0.5, "acc_stderr,none": 0.01} -> {"acc": [0.5, 0.01 or None]}."""
-    out = {}
-    for key, value in metrics.items():
-        if "," in key and "_stderr," not in key:
-            error = metrics.get(key.replace(",", "_stderr,", 1))
-            out[key.removesuffix(",none")] = [value, error if isinstance(error, float) else None]
-    return out
+    rows, paired = {}, {}
+    for row, (task, metric) in rows_of(found["base"]["results"], tasks["group_map"]).items():
+        rows[row], scores = {"task": task}, {}
+        for setting, each in found.items():
+            rows[row][setting] = score = each["results"][task][metric]
+            scores[setting] = by_question(tasks, each["samples"], task, metric, score)
+        if all(map(len, scores.values())):
+            paired[row] = {}
+            for pair, (plain, adapted) in PAIRS.items():
+                difference = scores[adapted] - scores[plain]
+                paired[row][pair] = [*interval(difference), len(difference)]
+    return {"lm_eval": version("lm_eval"), "limit": limit, "rows": rows, "paired": paired}
 
 
 def rows_of(results, groups):
-    """{row: [task, metric]}: Table 5's for its tasks and the local ones, all metrics for others.
+    """{row: (task, metric)}: Table 5's for its tasks and the local ones, all metrics for others.
 
-    groups: {group: [its tasks and groups]}. If a group has a score, its parts have no rows.
+    results: lm-eval's, {task: {"acc,none": 0.5, "acc_stderr,none": 0.01, "alias": ...}}. groups:
+    {group: [its tasks and groups]}. If a group has a score, its parts have no rows.
     """
-    parts = sum([groups[group] for group in groups if results.get(group)], [])
+    def metrics(task):
+        return [name for name in results.get(task, ()) if "," in name and "_stderr," not in name]
+
+    parts = sum([groups[group] for group in groups if metrics(group)], [])
     known = {task for task, _ in TABLE_5}
     rows = {}
     for task in results:
         form = task.removeprefix("local_")
-        for metric in results[task]:
-            row = TABLE_5.get((form, metric), f"{task} {metric}")
+        for metric in metrics(task):
+            short = metric.removesuffix(",none")
+            row = TABLE_5.get((form, short), f"{task} {short}")
             if task not in parts and (form not in known or row in TABLE_5.values()):
-                rows[row] = [task, metric]
+                rows[row] = task, metric
     return rows
 
 
-def by_question(tasks, samples, task, metric):
-    """The score of each question, fp64 [n]; None if questions have none, as for corpus BLEU.
+def by_question(tasks, samples, task, metric, score):
+    """The score of each question, fp64 [n]; none if the task's score is not their mean.
 
     samples: what lm-eval logs, by task. MMLU's score is the mean over the questions of all its
-    tasks; that of other groups need not be.
+    tasks; a corpus's BLEU has no questions.
     """
-    members = [task]
-    if (task, metric) in TABLE_5 and task in tasks["groups"]:
-        members = [member.task_name for member in tasks["groups"][task].get_all_tasks()]
-    values = [sample.get(metric) for member in members for sample in samples.get(member, ())]
-    if values and all(isinstance(value, (int, float)) for value in values):
-        return torch.tensor(values, dtype=torch.float64)
-    return None
+    group = tasks["groups"].get(task)
+    members = [member.task_name for member in group.get_all_tasks()] if group else [task]
+    name = metric.partition(",")[0]
+    values = [sample.get(name) for member in members for sample in samples.get(member, ())]
+    if not all(isinstance(value, (int, float)) for value in values):
+        values = []
+    values = torch.tensor(values, dtype=torch.float64)
+    return values if math.isclose(values.mean(), score, rel_tol=1e-6) else values[:0]
 
 
 # ---- What it shows -----------------------------------------------------------------------------
@@ -178,19 +168,17 @@ def tables(numbers):
     headings, rows = [""], []
     for pair in PAIRS.values():
         headings += [*(SETTINGS[setting][0] for setting in pair), "difference"]
-    for row, (task, metric) in numbers["rows"].items():
-        cells = [f"{row} (local)" if task.startswith("local_") else row]
+    for row, found in numbers["rows"].items():
+        cells = [f"{row} (local)" if found["task"].startswith("local_") else row]
         for pair, settings in PAIRS.items():
-            for setting in settings:
-                value, error = numbers[setting][task][metric]
-                cells.append(with_interval(value, error and Z * error, ".3f"))
             mean, half, _ = numbers["paired"].get(row, {}).get(pair, [None] * 3)
+            cells += [f"{found[setting]:.3f}" for setting in settings]
             cells.append(with_interval(mean, half, "+.3f"))
         rows.append(cells)
 
     notes = (
-        "In lm-eval's units (the paper prints percentages). ± 90 % over questions: 1.645 of "
-        "lm-eval's standard errors; of the differences, paired by question",
+        "In lm-eval's units (the paper prints percentages). Differences are paired by question, "
+        "± 90 % over questions",
         "BLEU, ROUGE-1 and ROUGE-2 score the same answers, MC1 the same questions",
     )
     return [Table("Benchmarks (Table 5)", headings, rows, notes)]

@@ -11,24 +11,25 @@ import http.client
 import json
 import os
 import time
-from hashlib import blake2b
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPErrorProcessor, Request, build_opener
 
 from lorasae.errors import InputError
-from lorasae.io.files import read_json, write_json
+from lorasae.io.files import read_object, write_json
 
-BUSY = (408, 429, 500, 502, 503, 504)                   # statuses after which asking again may help
+NO_ANSWER = "no answer"                                 # refused, timed out, cut off
+BUSY = (NO_ANSWER, 408, 429, 500, 502, 503, 504)        # after these, asking again may help
 WAITS = (2, 4, 8, 16, 32)                               # seconds before it does
 TIMEOUT = 300                                           # seconds without a byte
 
 
-class NoRedirect(HTTPRedirectHandler):
-    """The key goes only to the endpoint that was named."""
+class AsItIs(HTTPErrorProcessor):
+    """Redirects and errors are answers: the key goes only to the endpoint that was named."""
 
-    def redirect_request(self, *_):
-        return None
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
 
 
 def chat(url, model, messages, max_tokens):
@@ -43,45 +44,38 @@ def chat(url, model, messages, max_tokens):
         headers["Authorization"] = f"Bearer {key}"
     request = Request(address, json.dumps(body).encode(), headers)
 
-    for wait in (*WAITS, None):
-        try:
-            status, answer = post(request)
-        except (OSError, http.client.HTTPException) as error:   # refused, timed out, cut off
-            status, answer = "no answer", str(error).encode()
-        if status == 200:
-            return text_of(answer, address)
-        if wait is None or status not in ("no answer", *BUSY):
-            raise InputError(f"{address} ({model}): {status}: {own_words(answer)}")
+    for wait in (0, *WAITS):
         time.sleep(wait)
+        status, answer = post(request)
+        if status not in BUSY:
+            break
+
+    try:
+        text = json.loads(answer)["choices"][0]["message"]["content"] or ""
+    except (ValueError, LookupError, TypeError):
+        text = None
+    if status != 200 or not isinstance(text, str):
+        raise InputError(f"{address} ({model}) gave no chat completion: {status}: "
+                         f"{own_words(answer)}")
+    return text
 
 
 def post(request):
-    """(status, body) of the answer to a request."""
+    """(status, text) of the answer to a request."""
     try:
-        with build_opener(NoRedirect).open(request, timeout=TIMEOUT) as reply:
-            return reply.status, reply.read()
-    except HTTPError as error:
-        return error.code, error.read() or error.reason.encode()
-
-
-def text_of(answer, address):
-    """The text in a chat completion; "" if the model said nothing."""
-    try:
-        content = json.loads(answer)["choices"][0]["message"]["content"] or ""
-    except (ValueError, LookupError, TypeError):
-        content = None
-    if not isinstance(content, str):
-        raise InputError(f"{address}: its answer is not a chat completion: is this an "
-                         "OpenAI-compatible endpoint?")
-    return content
+        with build_opener(AsItIs).open(request, timeout=TIMEOUT) as reply:
+            return reply.status, reply.read().decode(errors="replace") or reply.reason
+    except (OSError, http.client.HTTPException) as error:
+        return NO_ANSWER, str(error)
 
 
 def own_words(answer):
-    """What an endpoint says of an error: its error.message, or the first line of the answer."""
+    """What an endpoint says of an error: its error.message, or the beginning of its answer."""
     try:
-        return json.loads(answer)["error"]["message"]
+        answer = str(json.loads(answer)["error"]["message"])
     except (ValueError, LookupError, TypeError):
-        return answer.decode(errors="replace").strip().partition("\n")[0][:200]
+        pass
+    return " ".join(answer.split())[:300]
 
 
 class Kept:
@@ -93,15 +87,11 @@ class Kept:
 
     def __init__(self, path, ask, name):
         self.path, self.ask, self.name = Path(path), ask, name
-        self.answers = read_json(path) if self.path.exists() else {}
-        if not isinstance(self.answers, dict):
-            raise InputError(f"{path} does not hold a judge's answers: move it away, and they are "
-                             "asked for again")
+        self.answers = read_object(path) if self.path.exists() else {}
 
     def __call__(self, messages, max_tokens):
         question = json.dumps([self.name, messages, max_tokens])
-        key = blake2b(question.encode(), digest_size=16).hexdigest()
-        if key not in self.answers:
-            self.answers[key] = self.ask(messages, max_tokens=max_tokens)
+        if question not in self.answers:
+            self.answers[question] = self.ask(messages, max_tokens=max_tokens)
             write_json(self.path, self.answers)
-        return self.answers[key]
+        return self.answers[question]

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lorasae.errors import InputError
 from lorasae.lora import base
 
 # Effective documents, 1 / Σ h_g², that an interval needs. In simulation, intervals over 8 or more
@@ -184,6 +185,12 @@ def evaluating(model):
         yield
     finally:
         model.train(training)
+
+
+def check_latents(latents, count):
+    """InputError if --latents names some that the SAE, which has `count`, does not have."""
+    if not 0 <= min(latents) <= max(latents) < count:
+        raise InputError(f"--latents: the SAE has latents 0 to {count - 1}")
 
 
 def as_model(model, name):

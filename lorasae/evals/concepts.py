@@ -19,17 +19,10 @@ import torch
 
 from lorasae.evals import saebench
 from lorasae.evals.probes import hold_out, train_probes
-from lorasae.evals.report import zero_line
 
 BATCH, LEAST_STEPS = 16, 2000                           # SAEBench's 4,000 texts make 5,000 steps
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)               # how many latents are ablated
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01, fused=True)
-
-
-def labels(name):
-    """The rows that both have in Tables 3 and 6."""
-    by_threshold = {f"top_{n}": f"{name} @{n}" for n in THRESHOLDS}
-    return {"max": f"{name}, maximum", "average": f"{name}, average", **by_threshold}
 
 
 def concept_probes(features, task, seed):
@@ -63,11 +56,4 @@ def summary(setting, labelled, seeds, found):
         by_threshold = torch.stack([metrics[f"top_{n}"] for n in THRESHOLDS])
         metrics["max"] = by_threshold.amax(0)
         metrics["average"] = by_threshold.mean(0)
-    return saebench.summary(setting, labelled, seeds, found, values)
-
-
-def draw(numbers, figure, title):
-    """The score of both models against the number of ablated latents."""
-    axes = saebench.curves(numbers, figure, THRESHOLDS, {"top": ""}, title=title,
-                           xlabel="ablated latents, n", ylabel="score")
-    zero_line(axes)
+    return saebench.summary_of_sets(setting, labelled, seeds, found, values)

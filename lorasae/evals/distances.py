@@ -28,15 +28,15 @@ def evaluate(setting):
     """
     model, saes, documents = setting.model, setting.saes, setting.text.documents
     first = min(saes)
-    found = {"sae": [], "adapted": []}
+    before, after = [], []
     with evaluating(model):
         for tokens in progress(batches(setting), "distances"):
             tokens = tokens.to(model.device)
             with base(model):
                 original = list(outputs(model, tokens, first))
-                found["sae"].append(compare(original, outputs(model, tokens, first, saes)))
-            found["adapted"].append(compare(original, outputs(model, tokens, first, saes)))
-    sae, adapted = torch.cat(found["sae"], 2), torch.cat(found["adapted"], 2)
+                before.append(compare(original, outputs(model, tokens, first, saes)))
+            after.append(compare(original, outputs(model, tokens, first, saes)))
+    sae, adapted = torch.cat(before, 2), torch.cat(after, 2)
 
     numbers = {
         "layers": list(range(first, len(model.layers))),
@@ -74,14 +74,10 @@ def summary(sae, adapted, documents):
     are none. A block before all adapters changes nothing: 0, without an interval.
     """
     apart = adapted - sae
-
-    def estimate(values):
-        return interval(values, documents) if values.any() else (0.0, None)
-
-    change, half = zip(*map(estimate, apart.T))
+    change, half = zip(*(interval(values, documents) for values in apart.T))
     after, half_after = None, None
     if apart.shape[1] > 1:
-        after, half_after = estimate(apart[:, 1:].mean(1))
+        after, half_after = interval(apart[:, 1:].mean(1), documents)
     return {
         "sae": sae.mean(0).tolist(),
         "change": change,
@@ -92,21 +88,19 @@ def summary(sae, adapted, documents):
 
 
 def tables(numbers):
-    headings = ["output of"]
-    for label in MEASURES.values():
-        headings += [f"{label}, SAE", "change by LoRA"]
+    columns = {}
+    for positions, title in POSITIONS.items():
+        for name, label in MEASURES.items():
+            columns[f"{label}, {title}"] = numbers[positions][name]
+    rows = []
+    for i, layer in enumerate(numbers["layers"]):
+        changes = [with_interval(found["change"][i], found["ci90"][i], "+.4f")
+                   for found in columns.values()]
+        rows.append([f"block {layer}", *changes])
     has_intervals = numbers["all"]["l2"]["ci90"][-1] is not None
     notes = [] if has_intervals else [without_interval(numbers["documents"])]
-    made = []
-    for positions, title in POSITIONS.items():
-        rows = [[f"block {layer}"] for layer in numbers["layers"]]
-        for found in numbers[positions].values():
-            for i, row in enumerate(rows):
-                change = with_interval(found["change"][i], found["ci90"][i], "+.4f")
-                row += [found["sae"][i], change]
-        caption = f"Distance to the base model's activations, {title}"
-        made.append(Table(caption, headings, rows, notes))
-    return made
+    caption = "Distance to the base model's activations: change by adapting (the paper's Figure 11)"
+    return [Table(caption, ["output of", *columns], rows, notes)]
 
 
 def draw(numbers, figure):

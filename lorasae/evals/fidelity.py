@@ -28,10 +28,11 @@ from pathlib import Path
 import torch
 
 from lorasae.adapt import first_differing
+from lorasae.errors import InputError
 from lorasae.evals.common import (as_model, batches, count_documents, evaluating, interval,
                                   progress, ratio, with_ci90, without_interval)
-from lorasae.evals.report import Table, bars, percent, plus_minus, with_interval
-from lorasae.io.files import read_json, write_json
+from lorasae.evals.report import Table, percent, plus_minus, with_interval
+from lorasae.io.files import damage, read_json, write_json
 from lorasae.lora import base
 from lorasae.objectives import token_losses
 from lorasae.sae import StandIn, norms, splice
@@ -45,21 +46,31 @@ SETTINGS = {
 }
 ADAPTED = ("adapted", "lora")                           # the settings with adapters on
 WITH_SAE = ("sae", "adapted")                           # the settings with SAEs spliced in
+SEQUENCES = "sequences.json"                            # the file's name
 SUFFIX = {"before": "_before", "sae": "_sae", "adapted": ""}        # of their L0 in results.json
-L0_OF = {"before": ", as it came", "sae": "", "adapted": ", adapted"}           # in the table
+L0_OF = {"before": "L0, as it came", "sae": "L0", "adapted": "L0, adapted"}     # in the table
 
 
 # ---- Measuring ---------------------------------------------------------------------------------
 
 def evaluate(setting):
-    """Every setting of a run -> the numbers of `summary`, and eval_tokens."""
+    """Every setting of a run -> the numbers of `summary`, and eval_tokens.
+
+    RUN_DIR/fidelity/sequences.json has them all sequence by sequence.
+    """
     config, text = setting.config, setting.text
     names = ("base", "sae", *ADAPTED) if config.method == "lora" else ("base", "sae")
     results = measure(setting.model, setting.saes, batches(setting), names)
 
     # An SAE that the run trained has changed since: what it cost as it came is on file
     if config.method == "finetune" or config.train_sae:
-        results["before"] = read_sequences(setting.folder)["before"]
+        found = read_sequences(setting.folder)
+        before = results["before"] = found.get("before", {})
+        same_text = torch.equal(found["documents"], text.documents)
+        if not same_text or before.keys() != results["sae"].keys():
+            raise InputError(f"{setting.folder / SEQUENCES} does not say what the SAE cost on this "
+                             "text before it trained: restore the file, or train the run again")
+    write_sequences(setting.folder / "fidelity", results, text.documents)
     return {**summary(results, text.documents), "eval_tokens": text.held_out.numel()}
 
 
@@ -148,12 +159,11 @@ class Watched(StandIn):
         if self.max_norm is not None:
             ordinary &= norms(x) <= self.max_norm
         read = x[ordinary].float()
-        error = (x - x_hat)[ordinary].float()
         active = sum((self.sae.encode(part) > 0).sum() for part in read.split(256))     # [256, M]
-        squares = [values.square().sum(dtype=torch.float64).item() for values in (error, read)]
-        sums = torch.tensor([ordinary.numel(), len(read), int(active), *squares],
-                            dtype=torch.float64)
-        self.seen.append(torch.cat([sums, read.sum(0, dtype=torch.float64).cpu()]))
+        read, error = read.double(), (x - x_hat)[ordinary].double()
+        sums = torch.stack([active, error.square().sum(), read.square().sum()])
+        counts = sums.new_tensor([ordinary.numel(), len(read)])
+        self.seen.append(torch.cat([counts, sums, read.sum(0)]).cpu())
         return x_hat
 
 
@@ -181,19 +191,21 @@ def write_sequences(folder, results, documents):
     for name, values in results.items():
         plain[name] = {key: value.tolist() if isinstance(value, torch.Tensor) else value
                        for key, value in values.items()}
-    write_json(Path(folder) / "sequences.json", plain)
+    write_json(Path(folder) / SEQUENCES, plain)
 
 
 def read_sequences(folder):
     """What write_sequences wrote, to the bit; "documents" is an int tensor [n]."""
-    results = read_json(Path(folder) / "sequences.json")
-    documents = torch.tensor(results.pop("documents"))
-    for values in results.values():
-        for key, value in values.items():
-            if key in ("ce", "kl"):
-                values[key] = torch.tensor(value, dtype=torch.float64)
-            else:
-                values[key] = {int(layer): number for layer, number in value.items()}
+    path = Path(folder) / SEQUENCES
+    with damage(path):
+        results = read_json(path)
+        documents = torch.tensor(results.pop("documents"))
+        for values in results.values():
+            for key, value in values.items():
+                if key in ("ce", "kl"):
+                    values[key] = torch.tensor(value, dtype=torch.float64).view_as(documents)
+                else:
+                    values[key] = {int(layer): float(number) for layer, number in value.items()}
     return {"documents": documents, **results}
 
 
@@ -263,7 +275,7 @@ def tables(numbers):
         if name in SUFFIX:
             l0 = numbers["l0" + SUFFIX[name]]
             explained = numbers["explained_variance" + SUFFIX[name]]
-            sae_headings += [f"L0{L0_OF[name]}", "explained variance"]
+            sae_headings += [L0_OF[name], "explained variance"]
             for row, layer in zip(sae_rows, l0):
                 row += [f"{l0[layer]:.2f}", percent(explained[layer])]
 
@@ -290,19 +302,3 @@ def notes(numbers):
     if half["ce_base"] is None:
         parts.append(f"({without_interval(numbers['documents'])})")
     return [first, "   ".join(parts)] if parts else [first]
-
-
-def draw(numbers, figure):
-    """What each setting costs, as in Figures 3, 4 and 6."""
-    figure.set_size_inches(7, 3.6)
-    names = [name for name in SETTINGS if f"kl_{name}" in numbers]
-    series = {}
-    for key, label in (("excess", "CE above the base model's"), ("kl", "KL from the base model")):
-        keys = [f"{key}_{name}" for name in names]
-        series[label] = [(numbers[key], numbers["ci90"][key]) for key in keys]
-    axes = figure.subplots()
-    bars(axes, [SETTINGS[name] for name in names], series)
-    axes.set_ylabel("nats per token")
-    axes.legend()
-    title = "Fidelity (a point of the paper's Figures 3, 4 and 6); error bars: 90 %, over documents"
-    figure.suptitle("\n".join([title, *notes(numbers)[1:]]), fontsize=9)

@@ -12,7 +12,6 @@ import re
 from functools import cache, partial
 from hashlib import sha256
 
-from lorasae.errors import InputError
 from lorasae.evals.texts import Cut
 from lorasae.io.text import held_out, standard_library
 
@@ -26,7 +25,6 @@ PAIRS = (
 KINDS = ("code", "documentation")
 TRAIN, TEST = 240, 80                   # texts per class: what two CPU cores read in seconds
 SCR_TRAIN, SCR_TEST = 120, 40           # texts per quadrant
-LEAST = 16                              # texts per class: fewer train and test nothing
 PASSAGE = 240                           # characters: 60 to 80 tokens
 MARKS = re.compile(r'''^(#+|[rR]?"{3}|[rR]?'{3})|("{3}|'{3})$''')       # of comments and docstrings
 
@@ -35,25 +33,13 @@ def suite_sets(suite):
     """{name: cut} for "probing", "tpp" or "scr"; cut(seed) -> Cut."""
     if suite == "scr":
         return {"/".join(pair): partial(by_both, pair) for pair in PAIRS}
-    if suite == "tpp":                  # of two classes, one would lose what the other loses
-        return {"packages": by_package}
-    return {"packages": by_package, "code or documentation": by_kind}
+    return {"packages": by_package}
 
 
 def by_package(seed):
     """Which package is this code from?"""
     found = {package: passages(package, PACKAGES)["code"] for package in PACKAGES}
-    return equal(draw(found, TRAIN, TEST, seed))
-
-
-def by_kind(seed):
-    """Is this code or documentation?"""
-    found = {kind: Cut([], []) for kind in KINDS}
-    for package in PACKAGES:
-        for kind, (train, test) in passages(package, PACKAGES).items():
-            found[kind].train.extend(train)
-            found[kind].test.extend(test)
-    return equal(draw(found, TRAIN, TEST, seed))
+    return draw(found, TRAIN, TEST, seed)
 
 
 def by_both(pair, seed):
@@ -72,20 +58,8 @@ def draw(found, train, test, seed):
     for label, sides in found.items():
         for side, texts, count in zip(drawn, sides, (train, test)):
             distinct = list(dict.fromkeys(texts))
-            if len(distinct) < LEAST:
-                raise InputError(f"this Python's standard library has only {len(distinct)} texts "
-                                 f"of {label}, too few for probes: use --labelled saebench")
             side[label] = rng.sample(distinct, min(count, len(distinct)))
     return drawn
-
-
-def equal(cut):
-    """The Cut with as many texts of every class as the smallest has."""
-    sides = []
-    for side in cut:
-        least = min(map(len, side.values()))
-        sides.append({label: texts[:least] for label, texts in side.items()})
-    return Cut(*sides)
 
 
 # ---- Passages of a package ---------------------------------------------------------------------

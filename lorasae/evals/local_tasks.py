@@ -18,15 +18,17 @@ lengths, and so how hard they are, were chosen on files of the training side.
 """
 import random
 import re
+from collections import defaultdict
 from itertools import islice
 from typing import NamedTuple
 
-from lorasae.errors import InputError
 from lorasae.io.text import held_out, standard_library
 
 SEED = 42
-CONTEXT, FOLLOWING = 120, 80            # characters, plus what completes a line: 40 and 30 tokens
-LONGEST = 400                           # of both; more is a table in one long line, no passage
+# Whole lines of at least 120 characters, with blank ones after them, then of at least 80: about 40
+# and 30 tokens
+PASSAGE = re.compile(r"([\s\S]{119,}?\n(?:[^\S\n]*\n)*)([\s\S]{79,}?\n)")
+LONGEST = 400                           # characters; more is a table in one long line, no passage
 LINE, BEGUN = 40, 12                    # characters: a line to be ended has, and shows, at least
 NAME = re.compile(r"(?<=\w\.)[a-z][a-z_]{2,7}\b")       # most are a single token
 
@@ -52,18 +54,9 @@ def passages(sources):
     """Texts -> [Passage]; none overlaps another."""
     found = []
     for number, source in enumerate(sources):
-        context = following = ""
-        for line in source.splitlines(keepends=True):
-            if len(context) < CONTEXT or not (following or line.strip()):
-                context += line
-            else:
-                following += line
-            if len(following) < FOLLOWING:
-                continue
-
-            if len(context + following) <= LONGEST:
-                found.append(Passage(number, context, following))
-            context = following = ""
+        for match in PASSAGE.finditer(source):
+            if len(match[0]) <= LONGEST:
+                found.append(Passage(number, *match.groups()))
     return found
 
 
@@ -84,37 +77,27 @@ def question(rng, query, right, others):
     return {"query": query, "choices": choices, "label": choices.index(right)}
 
 
-def names(found, rng):
-    """The first name after a dot. Wrong: names after other dots."""
-    matches = [(passage, match) for passage in found
-               if (match := NAME.search(passage.following))]
-    others = [match[0] for _, match in matches]
-    for passage, match in matches:
-        query = passage.context + passage.following[:match.start()]
-        yield question(rng, query, match[0], others)
+# Each takes a passage to (its kind, the query, the right answer), or None. Wrong answers are the
+# right ones of other passages of that kind.
+
+def name(passage):
+    """The first name after a dot."""
+    if match := NAME.search(passage.following):
+        return None, passage.context + passage.following[:match.start()], match[0]
 
 
-def next_passages(found, rng):
-    """The next passage. Wrong: other passages, indented as deeply and about as long."""
-    for passage in found:
-        right = passage.following
-        others = [other for _, _, other in found
-                  if indent(other) == indent(right) and 0.8 < len(other) / len(right) < 1.25]
-        yield question(rng, passage.context, right, others)
+def next_passage(passage):
+    """The next passage, among those that are indented as deeply and about as long."""
+    right = passage.following
+    return (indent(right), len(right) // 25), passage.context, right
 
 
-def line_ends(found, rng):
-    """The end of the next line. Wrong: the ends of other lines of its file."""
-    lines = []
-    for passage in found:
-        line = passage.following.splitlines()[0].rstrip()
-        start = line.find(" ", indent(line) + BEGUN)
-        if start > 0 and len(line) - indent(line) >= LINE:
-            lines.append((passage, line[:start], line[start:]))
-
-    for passage, begun, end in lines:
-        others = [other_end for other, _, other_end in lines if other.file == passage.file]
-        yield question(rng, passage.context + begun, end, others)
+def line_end(passage):
+    """The end of the next line, among those of its file."""
+    line = passage.following.partition("\n")[0].rstrip()
+    start = line.find(" ", indent(line) + BEGUN)
+    if start > 0 and len(line) - indent(line) >= LINE:
+        return passage.file, passage.context + line[:start], line[start:]
 
 
 def indent(text):
@@ -160,27 +143,30 @@ COMPLETE = {
                     for metric in METRICS],
 }
 TASKS = {                               # (their questions, how many, lm-eval's config)
-    "local_mmlu": (names, 400, CHOOSE),
-    "local_hellaswag": (next_passages, 200, CHOOSE),
-    "local_truthfulqa_gen": (line_ends, 200, COMPLETE),
-    "local_truthfulqa_mc1": (line_ends, 200, CHOOSE),
+    "local_mmlu": (name, 400, CHOOSE),
+    "local_hellaswag": (next_passage, 200, CHOOSE),
+    "local_truthfulqa_gen": (line_end, 200, COMPLETE),
+    "local_truthfulqa_mc1": (line_end, 200, CHOOSE),
 }
 
 
 def questions(sources):
     """Texts -> {task: [row]}."""
     asked = {}
-    for task, (make, count, _) in TASKS.items():
+    for task, (split, count, _) in TASKS.items():
         rng = random.Random(SEED)
         found = passages(sources)
         rng.shuffle(found)
-        rows = (row for row in make(found, rng) if row is not None)
-        asked[task] = list(islice(rows, count))
+        made, answers = list(filter(None, map(split, found))), defaultdict(list)
+        for kind, _, right in made:
+            answers[kind].append(right)
+        rows = (question(rng, query, right, answers[kind]) for kind, query, right in made)
+        asked[task] = list(islice(filter(None, rows), count))
     return asked
 
 
 def local_tasks():
-    """[Task] of lm-eval. InputError if this Python has too few source files."""
+    """[Task] of lm-eval."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -190,9 +176,6 @@ def local_tasks():
 
     tasks = []
     for task, rows in questions(held_out_sources()).items():
-        if not rows:
-            raise InputError(f"too little text for {task}: --tasks local asks about the standard "
-                             "library's own source files, which this Python lacks")
         form = {**COMMON, **TASKS[task][-1]}
         tasks.append(LocalTask(config={"task": task, "metadata": {"rows": rows}, **form}))
     return tasks

@@ -44,20 +44,22 @@ def halves(rows, device="cpu"):
 def one_against_rest(classes, seed, device="cpu"):
     """The task of each class: its texts against as many of the other classes.
 
-    classes: {class: texts}, equally many. As in SAEBench, ceil(n / (m - 1)) texts of each other
-    class are drawn, then n of these. SAEBench draws again for each accuracy; here it is once.
+    classes: {class: texts}, of which the first n count, if the smallest has n. As in SAEBench,
+    ceil(n / (m - 1)) texts of each other class are drawn, then n of these. SAEBench draws again for
+    each accuracy; here it is once.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def shuffled(rows):
         return rows[torch.randperm(len(rows), generator=generator)]
 
-    table = rows_by_class(classes)
+    n = min(map(len, classes.values()))
+    table = [of_class[:n] for of_class in rows_by_class(classes)]
+    each = math.ceil(n / (len(table) - 1))
     rows = []
     for label, positive in enumerate(table):
-        each = math.ceil(len(positive) / (len(table) - 1))
         others = [shuffled(of_class)[:each] for i, of_class in enumerate(table) if i != label]
-        negative = shuffled(torch.cat(others))[:len(positive)]
+        negative = shuffled(torch.cat(others))[:n]
         rows.append(torch.cat([positive, negative]))
     return halves(rows, device)
 

@@ -1,17 +1,18 @@
 """How results are shown: numbers as text, tables on a terminal or a page, pictures.
 
-Every evaluation has tables(numbers) -> [Table] and draw(numbers, figure), which the terminal and
-the page of the paper use.
+Every evaluation has tables(numbers) -> [Table] and, if the paper has such a figure, draw(numbers,
+figure), which the terminal and the page of the paper use.
 """
 import io
-import math
+from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from lorasae.io.console import note
 from lorasae.io.files import write_bytes
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")    # Okabe & Ito
-
+STYLE = Path(__file__).with_name("report.mplstyle")
 
 # ---- Text --------------------------------------------------------------------------------------
 
@@ -50,34 +51,38 @@ def cell_text(cell):
     return cell if isinstance(cell, str) else f"{cell:.4f}"
 
 
-def print_table(rows, headings=None):
-    """Prints rows of cells in columns: the first aligned to the left, the others to the right."""
+def table_text(rows, headings=None):
+    """Rows of cells in columns: the first aligned to the left, the others to the right."""
     rows = ([headings] if headings else []) + list(rows)
     cells = [[cell_text(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
     for first, *others in cells:
         line = [first.ljust(widths[0])]
         line += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        print("  ".join(line).rstrip())
+        lines.append("  ".join(line).rstrip())
+    return "\n".join(lines)
+
+
+def text(tables):
+    """Each table under its caption, followed by its notes."""
+    parts = []
+    for table in tables:
+        parts += ["", table.caption, ""] if table.caption else [""]
+        parts.append(table_text(table.rows, table.headings))
+        parts += ["", *table.notes] if table.notes else []
+    return "\n".join(parts)
+
+
+def print_table(rows, headings=None):
+    print(table_text(rows, headings))
 
 
 def print_tables(tables):
-    """Prints each table under its caption, followed by its notes."""
-    for table in tables:
-        print(f"\n{table.caption}\n" if table.caption else "")
-        print_table(table.rows, table.headings)
-        if table.notes:
-            print()
-        for line in table.notes:
-            print(line)
+    print(text(tables))
 
 
 # ---- Pictures ----------------------------------------------------------------------------------
-
-def error_bar(half, scale=1):
-    """scale times half an interval's width; NaN, which matplotlib does not draw, if it is None."""
-    return math.nan if half is None else scale * half
-
 
 def lines(axes, x, series, scale=1):
     """Lines with error bars; series: {label: [(mean, half, ...) at each x]}."""
@@ -100,10 +105,8 @@ def bars(axes, names, series, scale=1):
 
 
 def columns(found, scale=1):
-    """[(mean, half, ...)] -> means and halves, as matplotlib takes them."""
-    means = [error_bar(mean, scale) for mean, *_ in found]
-    halves = [error_bar(half, scale) for _, half, *_ in found]
-    return means, halves
+    """[(mean, half, ...)] -> [means, halves]; NaN for None, which matplotlib does not draw."""
+    return scale * np.array([estimate[:2] for estimate in found], dtype=float).T
 
 
 def zero_line(axes):
@@ -116,22 +119,13 @@ def save_figure(draw, numbers, path, again):
     again: the command that draws it again.
     """
     try:
-        from matplotlib import cycler, rc_context
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
         note(f"no picture: pip install matplotlib && {again}")
         return
-    style = {
-        "axes.prop_cycle": cycler(color=COLOURS),
-        "axes.grid": True,
-        "grid.alpha": 0.3,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "font.size": 9,
-    }
     png = io.BytesIO()
-    with rc_context(style):
+    with rc_context(fname=STYLE):
         figure = Figure(layout="constrained")
         draw(numbers, figure)
         figure.savefig(png, format="png", dpi=150)

@@ -1,21 +1,34 @@
-"""What the suites of SAEBench share: base against adapted model, seed by seed, as a table.
+"""What the suites of SAEBench share: base against adapted model, draw by draw, as a table.
 
 Karvonen et al. 2024; paper §5.1, Tables 3 and 6. Base and adapted model see the same texts, draws
-and batches in each seed, so differences are paired. Intervals are 90 %, over seeds of evaluation.
+and batches, so differences are paired.
 """
 from itertools import product
+from pathlib import Path
 
 import torch
 
 from lorasae.errors import InputError
-from lorasae.evals import firing, labelled_saebench, labelled_stdlib
+from lorasae.evals import labelled_saebench, labelled_stdlib
 from lorasae.evals.common import as_model, evaluating, interval, progress
-from lorasae.evals.report import Table, lines, with_interval
+from lorasae.evals.report import Table, with_interval
 from lorasae.evals.texts import read_means, tokenise
+from lorasae.io.files import read_json
+from lorasae.lora import blocks_with_adapters
 
 FIRST_SEED = 42                                         # SAEBench's only one
 MODELS = {"base": "base", "lora": "LoRA"}               # and their names in tables and pictures
 HEADINGS = ["", "base", "LoRA", "difference", "paper: base", "LoRA", "difference"]
+
+
+def table_6(suite):
+    """Of the paper's Table 6: {metric: its label}, {metric: (LoRA, base)}, and how far SAEBench
+    lets its own reruns differ.
+    """
+    part = read_json(Path(__file__).with_name("saebench.json"))["table 6"][suite]
+    labels = {metric: label for metric, label, *_ in part["rows"]}
+    paper = {metric: scores for metric, _, *scores in part["rows"] if scores}
+    return labels, paper, part["tolerance"]
 
 
 def add_options(add):
@@ -23,8 +36,8 @@ def add_options(add):
         help="texts of probing, scr, tpp: stdlib (packages of the standard library), saebench, or "
              "some of SAEBench's sets by name, comma-separated (default: %(default)s)")
     add("--seeds", type=int, default=3, metavar="N",
-        help="how often probing, scr, tpp and absorption are measured; the paper measured once "
-             "(default: %(default)s)")
+        help="how often probing, scr, tpp, absorption and autointerp are measured; the paper "
+             "measured once (default: %(default)s)")
 
 
 def labelled_sets(labelled, suite):
@@ -52,8 +65,11 @@ def reading(setting, suite, seeds):
     """
     if seeds < 1:
         raise InputError(f"--seeds {seeds}: expected 1 or more")
-    firing.refuse_nothing_new(setting, suite)
     layer, sae = next(iter(setting.saes.items()))
+    if all(block > layer for block in blocks_with_adapters(setting.model)):
+        raise InputError(f"--suite {suite} would give the base and the adapted model exactly the "
+                         f"same score: it only reads the SAE at layer {layer}, and all adapters of "
+                         "this run come after it. Train a run with --adapt all")
     return layer, sae, range(FIRST_SEED, FIRST_SEED + seeds)
 
 
@@ -95,85 +111,48 @@ def over_sets(found):
     return out
 
 
-def paired_rows(values):
-    """{model: {metric: values [seeds]}} -> {metric: means, difference, intervals}.
+def summary(layer, values, seeds, over=None, **more):
+    """What a suite returns: {"layer", "seeds", "over", "rows": {metric: its row}} and more.
 
-    The difference is "lora" less "base" or, if there is a "paired" beside them, that less "base".
+    values: {model: {metric: values [n]}}. over: what these n are, if not seeds of evaluation. The
+    difference is "lora" less "base" or, if there is a "paired" beside them, that less "base".
     """
     adapted = values.get("paired", values["lora"])
-    out = {}
+    rows = {}
     for metric, base in values["base"].items():
-        row = {}
+        row = rows[metric] = {}
         for who in MODELS:
             row[who], row[f"{who}_ci90"] = interval(values[who][metric])
         row["difference"], row["ci90"] = interval(adapted[metric] - base)
-        out[metric] = row
-    return out
+    over = over or f"seeds of evaluation ({seeds})"
+    return {"layer": layer, "seeds": seeds, "over": over, "rows": rows, **more}
 
 
-def summary(setting, labelled, seeds, found, values):
-    """What an evaluation on labelled texts returns."""
-    return {
-        "layer": next(iter(setting.saes)),
-        "seeds": seeds,
-        "labelled": labelled,
-        "sets": list(found),
-        "by_set": found,
-        "rows": paired_rows(values),
-    }
+def summary_of_sets(setting, labelled, seeds, found, values):
+    """The summary of an evaluation on labelled texts."""
+    layer = next(iter(setting.saes))
+    return summary(layer, values, seeds, labelled=labelled, sets=list(found), by_set=found)
 
 
 # ---- Showing -----------------------------------------------------------------------------------
 
-def table(numbers, caption, labels, paper, tolerance, notes=()):
-    """The rows as in Table 6.
-
-    labels: {metric: its name}. paper: {metric: (LoRA, base)}. tolerance: how far SAEBench lets its
-    own reruns differ.
-    """
-    rows, beyond = [], []
+def table(numbers, suite, caption, notes=()):
+    """A suite's rows as in Table 6."""
+    labels, paper, tolerance = table_6(suite)
+    rows = []
     for metric, label in labels.items():
         row = numbers["rows"][metric]
         difference = with_interval(row["difference"], row["ci90"], "+.3f")
-        cells = [label, f"{row['base']:.3f}", f"{row['lora']:.3f}", difference, "", "", ""]
+        papers = [""] * 3
         if metric in paper:
             lora, base = paper[metric]
-            cells[4:] = [f"{base:.3f}", f"{lora:.3f}", f"{lora - base:+.3f}"]
-            if round(abs(lora - base), 3) > tolerance:
-                beyond.append(label)
-        rows.append(cells)
-
-    intervals = "One seed of evaluation has no interval"
-    if numbers["seeds"] > 1:
-        intervals = f"Intervals are 90 %, over {numbers['seeds']} seeds of evaluation"
-    except_for = f", except for {', '.join(beyond)} (Table 6)" if beyond else ""
+            papers = [f"{base:.3f}", f"{lora:.3f}", f"{lora - base:+.3f}"]
+        rows.append([label, f"{row['base']:.3f}", f"{row['lora']:.3f}", difference, *papers])
     notes = (
         f"SAE at layer {numbers['layer']}; {', '.join(numbers['sets'])}.",
-        f"{intervals}; the adapters were trained once.",
+        f"Intervals are 90 %, over {numbers['over']}; the adapters were trained once.",
         *notes,
-        "The paper measured once, on another model, other texts and a wider SAE.",
-        f"Its differences are within the {tolerance} by which SAEBench lets its own reruns differ"
-        f"{except_for}.",
+        "The paper measured once, on another model, other texts and a wider SAE; SAEBench lets its "
+        f"own reruns differ by {tolerance}.",
     )
     return Table(caption, HEADINGS, rows, notes)
-
-
-def curves(numbers, figure, counts, features, **words):
-    """Draws the metrics PREFIX_n of both models against n -> the axes.
-
-    features: {PREFIX: its label}. words: the axes' title and labels.
-    """
-    series = {}
-    for prefix, label in features.items():
-        rows = [numbers["rows"][f"{prefix}_{n}"] for n in counts]
-        for who, name in MODELS.items():
-            series[f"{label}{name}"] = [(row[who], row[f"{who}_ci90"]) for row in rows]
-
-    figure.set_size_inches(7, 3.8)
-    axes = figure.subplots()
-    lines(axes, counts, series)
-    axes.set(xscale="log", **words)
-    axes.set_xticks(counts, [str(n) for n in counts])
-    axes.minorticks_off()
-    axes.legend()
-    return axes

@@ -22,24 +22,7 @@ from lorasae.evals.concepts import THRESHOLDS, ablate, concept_probes, strongest
 from lorasae.evals.probes import Probe, accuracy, halves, mean_difference, rows_by_class
 
 ATTRIBUTE, CLASS, BIASED = range(3)                     # the three probes
-LABELS = {
-    **concepts.labels("SCR"),
-    "clean": "clean probe's accuracy",
-    "biased": "biased probe's accuracy",
-}
-PAPER = {                                               # (LoRA, base)
-    "max": (0.526, 0.448),
-    "average": (0.314, 0.289),
-    "top_2": (0.094, 0.097),
-    "top_5": (0.196, 0.177),
-    "top_10": (0.260, 0.253),
-    "top_20": (0.336, 0.327),
-    "top_50": (0.447, 0.448),
-    "top_100": (0.526, 0.400),
-    "top_500": (0.342, 0.325),
-}
-TOLERANCE = 0.08
-LEAST_LOST = 0.05       # accuracy lost from clean to biased probe; below it S is mostly noise
+LABELS, PAPER, TOLERANCE = saebench.table_6("scr")
 
 
 def evaluate(setting, labelled, seeds):
@@ -125,20 +108,11 @@ def balanced(rows, n):
 
 def tables(numbers):
     notes = ["The difference compares S of one concept, the one that the base model's biased probe "
-             "knows worse."]
+             "knows worse. S is noise where that probe is nearly as good as the clean one."]
     if numbers["labelled"] != "stdlib":
         notes.append("SAEBench's texts for SCR are the same for every seed, so the intervals cover "
                      "only the noise of the probes.")
-    for name, models in numbers["by_set"].items():
-        scores = saebench.columns(models["base"])
-        lost = (scores["clean"] - scores["biased"]).mean()
-        if lost < LEAST_LOST:
-            notes.append(f"{name}: the biased probe is only {lost:.3f} worse than the clean one; "
-                         "S divides by this and is noise.")
     caption = ("Spurious correlation removal: 1 if ablating n latents cures the biased probe, "
                "0 if it changes nothing")
-    return [saebench.table(numbers, caption, LABELS, PAPER, TOLERANCE, notes)]
+    return [saebench.table(numbers, "scr", caption, notes)]
 
-
-def draw(numbers, figure):
-    concepts.draw(numbers, figure, "Spurious correlation removal")

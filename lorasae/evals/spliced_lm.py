@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 import torch
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from torch.nn.utils.rnn import pad_sequence
 
-from lorasae.attention import Cache
 from lorasae.errors import InputError
 from lorasae.evals.common import progress
-from lorasae.io.console import note
-from lorasae.objectives import capped, chunk_rows, to_logits
+from lorasae.generation import generate
+from lorasae.objectives import capped, to_logits
 
 
 class Prompt(NamedTuple):
@@ -44,7 +43,7 @@ class SplicedLM(TemplateLM):
     def __init__(self, model, tokenizer, saes, batch_tokens=8192):
         super().__init__()
         self.model, self.tokenizer, self.saes = model, tokenizer, saes
-        self.batch_tokens, self.has_cut = batch_tokens, False
+        self.batch_tokens = batch_tokens
         self.max_length = model.config.max_position_embeddings
 
     @property
@@ -66,28 +65,19 @@ class SplicedLM(TemplateLM):
 
     # ---- The model -----------------------------------------------------------------------------
 
-    def run(self, tokens, cache=None):
+    def run(self, tokens):
         """tokens [B, T] -> the residual stream after the last block [B, T, D]."""
-        model, tokens = self.model, tokens.to(self.model.device)
-        special = model.special(tokens)
-        return model.run(model.embed(tokens), 0, len(model.layers), self.saes, special, cache)
+        return self.model.residual(tokens.to(self.model.device), self.saes)
 
     def logits(self, x):
         """The residual stream [N, D] -> logits [N, V], in fp32: in bf16, choices would tie."""
         return capped(to_logits(self.model.norm(x), self.model.head), self.model.softcap)
 
     def score(self, x, labels):
-        """x [N, D], labels [N] -> ([N] log p(label), [N] whether the label is the likeliest token).
-
-        In chunks, so that no [N, V] is held.
-        """
-        log_p, top = [], []
-        rows = chunk_rows(self.model.head)
-        for part, wanted in zip(x.split(rows), labels.to(x.device).split(rows)):
-            logits = self.logits(part)
-            log_p.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
-            top.append(logits.argmax(-1) == wanted)
-        return torch.cat(log_p).cpu(), torch.cat(top).cpu()
+        """x [N, D], N labels -> (the sum of log p(label), whether each is the likeliest token)."""
+        logits, labels = self.logits(x), torch.tensor(labels, device=x.device)
+        log_p = logits.log_softmax(-1).gather(-1, labels[:, None])
+        return log_p.sum().item(), (logits.argmax(-1) == labels).all().item()
 
     def pad(self, rows):
         """Lists of ids -> [B, T], padded on the right, where causal attention never looks."""
@@ -102,14 +92,6 @@ class SplicedLM(TemplateLM):
             items = items[count:]
         return progress(out, label)
 
-    def cut(self, ids, room):
-        """The last `room` ids. The first time that some are lost, a note says so."""
-        if len(ids) > room and not self.has_cut:
-            note(f"warning: some requests exceed the model's {self.max_length} tokens and lose "
-                 "their beginning")
-            self.has_cut = True
-        return ids[-room:]
-
     # ---- lm-eval's requests --------------------------------------------------------------------
 
     @torch.no_grad()
@@ -122,26 +104,17 @@ class SplicedLM(TemplateLM):
         # Choices of one token, such as MMLU's letters, then share a row.
         by_row = defaultdict(list)                      # {row: [(index of the request, labels)]}
         for i, (strings, context, labels) in enumerate(requests):
-            if not 1 <= len(labels) <= self.max_length:
+            if len(labels) > self.max_length:
                 raise InputError(f"cannot score {strings}: the continuation has {len(labels)} "
-                                 f"tokens, but it must have 1 to {self.max_length}")
-            row = self.cut((*context, *labels)[:-1], self.max_length)
-            by_row[row].append((i, labels))
+                                 f"tokens, more than the model's {self.max_length}")
+            row = (*context, *labels)[:-1]
+            by_row[row[-self.max_length:]].append((i, labels))
 
         answers = [None] * len(requests)
         for rows in self.batches(by_row, len, "scoring"):
-            # All positions of the batch that predict a label, and their labels.
-            x, labels, asked = [], [], []
-            for residual, row in zip(self.run(self.pad(rows)), rows):
-                for i, ids in by_row[row]:
-                    x.append(residual[len(row) - len(ids):len(row)])
-                    labels.append(torch.tensor(ids))
-                    asked.append(i)
-
-            log_p, top = self.score(torch.cat(x), torch.cat(labels))
-            lengths = [len(ids) for ids in labels]
-            for i, p, likeliest in zip(asked, log_p.split(lengths), top.split(lengths)):
-                answers[i] = p.sum().item(), likeliest.all().item()
+            for x, row in zip(self.run(self.pad(rows)), rows):
+                for i, labels in by_row[row]:
+                    answers[i] = self.score(x[len(row) - len(labels):len(row)], labels)
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
@@ -163,7 +136,7 @@ class SplicedLM(TemplateLM):
                 raise InputError(f"{request.task_name} asks for {budget} new tokens, but the model "
                                  f"holds {self.max_length}: set a smaller max_gen_toks in its "
                                  "generation_kwargs")
-            ids = self.cut(self.tok_encode(context), room)
+            ids = self.tok_encode(context)[-room:]
             stops = [stop for stop in options["until"] if stop]
             prompts.append(Prompt(i, ids, stops, budget))
 
@@ -174,24 +147,17 @@ class SplicedLM(TemplateLM):
         return texts
 
     def generate(self, prompts):
-        """The answer to each Prompt, all of them token by token.
+        """The answer to each Prompt, all of them token by token."""
+        texts = [None] * len(prompts)
 
-        All rows start at the end of the shortest prompt. A longer one feeds its own tokens in place
-        of the predicted ones until it ends, so no row needs padding on its left.
-        """
-        lengths = [len(prompt.ids) for prompt in prompts]
-        tokens = self.pad([prompt.ids + [0] * prompt.budget for prompt in prompts])
-        cache, texts = Cache(), [None] * len(prompts)
-        for position in range(min(lengths), tokens.shape[1]):
-            x = self.run(tokens[:, cache.length:position], cache)
-            best = self.logits(x[:, -1]).argmax(-1).tolist()
-            for row, (prompt, token) in enumerate(zip(prompts, best)):
-                if texts[row] is None and position >= lengths[row]:
-                    tokens[row, position] = token
-                    new = tokens[row, lengths[row]:position + 1].tolist()
-                    texts[row] = self.finished(new, prompt)
-            if None not in texts:
-                break
+        def stop(row, ids):
+            texts[row] = self.finished(ids, prompts[row])
+            return texts[row] is not None
+
+        rows = [prompt.ids for prompt in prompts]
+        lengths = [len(ids) for ids in rows]
+        budget = max(prompt.budget for prompt in prompts)
+        generate(self.model, self.pad(rows), budget, self.saes, lengths=lengths, stop=stop)
         return texts
 
     def finished(self, ids, prompt):
@@ -204,6 +170,4 @@ class SplicedLM(TemplateLM):
         if not stopped and ids[-1] != self.eot_token_id and len(ids) < prompt.budget:
             return None
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        for stop in prompt.stops:
-            text = text.split(stop)[0]
-        return text
+        return postprocess_generated_text(text, prompt.stops, think_end_token=None)

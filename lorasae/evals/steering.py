@@ -1,8 +1,7 @@
 """Steering with a latent (paper §5.2, Table 4, Figures 7 and 10): does it work better once adapted?
 
     python eval.py RUN_DIR --suite steering                 latents and texts from held-out text
-    python eval.py RUN_DIR --suite steering --latents 8421 2195 --positives FOLDER \\
-        --negatives law.json recipes.json
+    python eval.py RUN_DIR --suite steering --latents 8421 2195
 
     x ← x + α (x·v) v                                                                       (Eq. 8)
 
@@ -16,22 +15,18 @@ on negatives. Table 4 is d_LoRA - d_base on the other half, paired by text: it s
 positives and about 0 on negatives. Its 90 % interval is over texts, as in the paper. Texts from one
 document are alike, so the number of documents stands beside it.
 
-Positives are the held-out texts in which the latent fires most. Those of the paper were written by
-a chat model, with the prompt in its A.1.2: --positives takes such texts.
+Positives are the held-out texts in which the latent fires most, negatives some in which it is
+silent. Those of the paper were written by a chat model, with the prompt in its A.1.2.
 
-Shapes: N texts, B of them at a time, T tokens, D d_model, M latents.
+Shapes: N texts, B of them at a time, T tokens with BOS in front, D d_model, M latents.
 """
-from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from lorasae.errors import InputError
-from lorasae.evals.common import as_model, evaluating, interval, progress
+from lorasae.evals.common import (as_model, check_latents, count_documents, evaluating,
+                                  interval, progress)
 from lorasae.evals.report import Table, with_interval
-from lorasae.io.files import damage, read_json
 from lorasae.objectives import token_losses
 
 ALPHAS = (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 12, 20)     # 0: not to steer
@@ -43,11 +38,6 @@ SIDES = ("positive", "negative")
 MODELS = {"base": "base model", "lora": "LoRA model"}
 
 
-class Text(NamedTuple):
-    tokens: list                        # ids, BOS first
-    document: int                       # where it is from
-
-
 # ---- Steering ------------------------------------------------------------------------------------
 
 def steer(x, v, alpha):
@@ -57,22 +47,20 @@ def steer(x, v, alpha):
 
 @torch.no_grad()
 def log_likelihoods(model, texts, layer, v, alphas):
-    """Mean log p(token | those before) of every text at every α, fp64 [len(alphas), N].
+    """Mean log p(token | those before) of every text [N, T] at every α, fp64 [len(alphas), N].
 
     The published code takes p(token) one row too late, from the prediction of the token after it
     (run_steering.py:66). The blocks up to `layer` run once for all α.
     """
-    found = torch.empty(len(alphas), len(texts), dtype=torch.float64)
-    lengths = torch.tensor([len(text.tokens) for text in texts])
-    for length in lengths.unique():                     # texts of one length need no padding
-        for chosen in (lengths == length).nonzero()[:, 0].split(BATCH):
-            tokens = torch.tensor([texts[i].tokens for i in chosen], device=model.device)
-            x = model.run(model.embed(tokens), 0, layer + 1)
-            for row, alpha in enumerate(alphas):
-                hidden = model.norm(model.run(steer(x, v, alpha), layer + 1, len(model.layers)))
-                loss = token_losses(hidden[:, :-1], tokens[:, 1:], model.head, model.softcap).ce
-                found[row, chosen] = -loss.double().mean(1).cpu()
-    return found
+    found = []
+    for tokens in texts.to(model.device).split(BATCH):
+        x, losses = model.run(model.embed(tokens), 0, layer + 1), []
+        for alpha in alphas:
+            hidden = model.norm(model.run(steer(x, v, alpha), layer + 1, len(model.layers)))
+            loss = token_losses(hidden[:, :-1], tokens[:, 1:], model.head, model.softcap).ce
+            losses.append(-loss.double().mean(1).cpu())
+        found.append(torch.stack(losses))
+    return torch.cat(found, 1)
 
 
 def change(steered, unsteered):
@@ -93,31 +81,25 @@ def tune(positive, negative, alphas=ALPHAS):
 def compare(model, layer, v, sets):
     """Steers base and adapted model along v -> each one's α and d, and Table 4's differences.
 
-    sets: {"positive" and "negative": [Text]}. Every other text tunes α, for each model its own, and
-    the rest test it. The published code tunes one α for both models, on the test texts, and sorts
-    each model's values before it pairs them (run_steering.py:190).
+    sets: {"positive" and "negative": texts [N, T]}. Every other text tunes α, for each model its
+    own, and the rest test it. The published code tunes one α for both models, on the test texts,
+    and sorts each model's values before it pairs them (run_steering.py:190).
     """
     tuning = {side: texts[::2] for side, texts in sets.items()}
     testing = {side: texts[1::2] for side, texts in sets.items()}
-    row = {side: {"d": {}} for side in SIDES}
+    row, found = {}, {side: {} for side in SIDES}
     for name in MODELS:
         with as_model(model, name):
             tried = [log_likelihoods(model, tuning[side], layer, v, ALPHAS) for side in SIDES]
             alpha = row[f"alpha_{name}"] = tune(*tried)
-            for side in SIDES:
+            for side, d in found.items():
                 unsteered, steered = log_likelihoods(model, testing[side], layer, v, (0, alpha))
-                row[side]["d"][name] = change(steered, unsteered)
+                d[name] = change(steered, unsteered)
 
-    for side in SIDES:
-        d = row[side]["d"]
+    for side, d in found.items():
         delta, half = interval(d["lora"] - d["base"])
-        is_steered = row["alpha_base"] > 0 or row["alpha_lora"] > 0
-        row[side] = {
-            "d": {name: values.tolist() for name, values in d.items()},
-            "delta": delta,
-            "ci90": half if is_steered else None,       # not 0 ± 0
-            "documents": len({text.document for text in testing[side]}),
-        }
+        d = {name: values.tolist() for name, values in d.items()}
+        row[side] = {"d": d, "delta": delta, "ci90": half}
     return row
 
 
@@ -132,75 +114,47 @@ def windows(text):
     count = chunks.shape[1] // WINDOW
     pieces = chunks[:, :count * WINDOW].reshape(-1, WINDOW)
     documents = text.documents.repeat_interleave(count)
-    special = ((pieces == text.bos) | (pieces == text.eos)).any(1)
-
-    _, first = np.unique(pieces, axis=0, return_index=True)
-    kept = torch.from_numpy(np.sort(first))
-    kept = kept[~special[kept]]
-    return F.pad(pieces[kept], (1, 0), value=text.bos), documents[kept]
+    found = {}                          # {tokens: their document}, in the order of the text
+    for piece, document in zip(pieces.tolist(), documents.tolist()):
+        if text.bos not in piece and text.eos not in piece:
+            found.setdefault(tuple(piece), document)
+    texts = torch.tensor(list(found))
+    return F.pad(texts, (1, 0), value=text.bos), torch.tensor(list(found.values()))
 
 
 @torch.no_grad()
 def peaks(model, sae, layer, texts):
-    """Yields [B, M]: each latent's highest activation in each text [N, T], BOS aside, in the base
-    model.
-    """
+    """Each latent's highest activation in each text [N, T], BOS aside, in the base model: [N, M]"""
+    found = []
     with as_model(model, "base"):
         for tokens in progress(texts.to(model.device).split(BATCH), "latents"):
-            yield sae.encode(model.read(tokens, sae, layer)[:, 1:]).amax(1)
+            z = sae.encode(model.read(tokens, sae, layer)[:, 1:])
+            found.append(z.amax(1).float().cpu())
+    return torch.cat(found)
 
 
-def choose_latents(model, sae, layer, texts, count=4, least=4 * LEAST):
-    """The latents that fire hardest, of those that fire in `least` or more of the texts [N, T] but
-    in few (COMMON).
+def choose_latents(peak, count=4, least=4 * LEAST):
+    """The latents with the highest mean peak [N, M], of those that fire in `least` or more of the
+    texts but in few (COMMON).
     """
-    fired, total = 0, 0
-    for peak in peaks(model, sae, layer, texts):
-        fired = fired + (peak > 0).sum(0)
-        total = total + peak.double().sum(0)
-    eligible = (fired >= least) & (fired <= COMMON * len(texts))
+    fired = (peak > 0).sum(0)
+    eligible = (fired >= least) & (fired <= COMMON * len(peak))
     if not eligible.any():
-        raise InputError(f"of {len(texts):,} texts of {WINDOW} held-out tokens, no latent fires in "
+        raise InputError(f"of {len(peak):,} texts of {WINDOW} held-out tokens, no latent fires in "
                          f"{least} or more and at most {COMMON:.0%}: name some with --latents, or "
                          "evaluate a run with more --eval-tokens")
-    strength = torch.where(eligible, total / fired, 0)
+    strength = torch.where(eligible, peak.sum(0) / fired, 0)
     return strength.topk(min(count, int(eligible.sum()))).indices.tolist()
 
 
-def examples_of(model, sae, layer, latents, texts, documents, count):
-    """{latent: {"positive": [Text] in which it fires most, "negative": [Text] in which it is
-    silent}}, at most `count` of each; texts [N, T], documents [N].
+def examples_of(peak, count):
+    """{"positive": texts in which a latent fires most, "negative": texts in which it is silent}, at
+    most `count` of each, as indices; peak [N].
     """
-    found = torch.cat([peak[:, latents].cpu() for peak in peaks(model, sae, layer, texts)])
-    examples = {}
-    for latent, peak in zip(latents, found.T):
-        order = peak.argsort(descending=True, stable=True)
-        fires, silent = order[peak[order] > 0], order[peak[order] <= 0]
-        silent = silent[::max(1, len(silent) // count)]                 # from everywhere
-        examples[latent] = {
-            side: [Text(texts[i].tolist(), documents[i].item()) for i in chosen[:count]]
-            for side, chosen in zip(SIDES, (fires, silent))}
-    return examples
-
-
-def read_texts(path):
-    """The strings in a .json file (a list, or {"examples": a list}), or the lines of any other."""
-    if path.suffix != ".json":
-        with damage(path):
-            return path.read_text(encoding="utf-8-sig").splitlines()
-    found = read_json(path)
-    if isinstance(found, dict):
-        found = found.get("examples")
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise InputError(f'{path} should be a JSON list of texts, or {{"examples": [...]}}')
-    return found
-
-
-def texts_of(paths, text):
-    """The distinct texts of files, each a document -> [Text]."""
-    lines = [line for path in paths for line in read_texts(path) if line.strip()]
-    encoded = text.tokenizer.encode_batch(list(dict.fromkeys(lines)), add_special_tokens=False)
-    return [Text([text.bos, *one.ids], number) for number, one in enumerate(encoded)]
+    order = peak.argsort(descending=True, stable=True)
+    fires, silent = order[peak[order] > 0], order[peak[order] <= 0]
+    silent = silent[::max(1, len(silent) // count)]                     # from everywhere
+    return {"positive": fires[:count], "negative": silent[:count]}
 
 
 # ---- The evaluation ------------------------------------------------------------------------------
@@ -212,53 +166,36 @@ def add_options(add):
     add("--examples", type=int, default=100, metavar="N",
         help="texts in which a latent fires, and as many in which it does not; half of them tune "
         "alpha (default: %(default)s; paper: 500)")
-    add("--positives", type=Path, metavar="PATH",
-        help="texts with the feature: a file, or a folder of latent_ID.json (default: held-out "
-        "texts in which the latent fires most)")
-    add("--negatives", type=Path, nargs="+", metavar="FILE",
-        help="texts without it (default: held-out texts in which the latent is silent)")
 
 
-def evaluate(setting, latents=None, examples=100, positives=None, negatives=None):
+def evaluate(setting, latents=None, examples=100):
     """Table 4 for the first SAE of a run -> {"layer", "rows": what `compare` finds for each latent,
-    with "latent" and "examples", three of its positives}.
+    with "latent" and "example", the first of its positives}.
     """
     model, text = setting.model, setting.text
     layer, sae = next(iter(setting.saes.items()))
-    if positives and not latents:
-        raise InputError("--positives needs --latents, to say what the texts are positive for")
+    if examples < LEAST:
+        raise InputError(f"--examples {examples}: expected {LEAST} or more")
 
-    # The latents, and the held-out texts in which each fires or is silent
     texts, documents = windows(text)
-    latents = latents or choose_latents(model, sae, layer, texts)
-    for latent in latents:
-        if not 0 <= latent < len(sae.W_dec):
-            raise InputError(f"--latents {latent}: the SAE at layer {layer} has latents 0 to "
-                             f"{len(sae.W_dec) - 1}")
-    found = examples_of(model, sae, layer, latents, texts, documents, examples)
-
+    peak = peaks(model, sae, layer, texts)
+    latents = latents or choose_latents(peak)
+    check_latents(latents, peak.shape[1])
     rows = []
     for latent in progress(latents, "steering"):
-        # Its texts, those from files in place of held-out ones
-        sets = found[latent]
-        if positives:
-            in_folder = positives / f"latent_{latent}.json"
-            path = in_folder if positives.is_dir() else positives
-            sets["positive"] = texts_of([path], text)
-        if negatives:
-            sets["negative"] = texts_of(negatives, text)
-        for side, some in sets.items():
+        chosen = examples_of(peak[:, latent], examples)
+        for side, some in chosen.items():
             if len(some) < LEAST:
                 raise InputError(f"latent {latent} has {len(some)} {side} texts, fewer than "
-                                 f"{LEAST}: choose another latent, give files, or evaluate a run "
-                                 "with more --eval-tokens")
-
-        # Both models
+                                 f"{LEAST}: choose another latent, or evaluate a run with more "
+                                 "--eval-tokens")
         v = F.normalize(sae.W_dec[latent].float(), dim=0).to(model.head.dtype)
         with evaluating(model):
-            row = compare(model, layer, v, sets)
-        shown = [text.tokenizer.decode(one.tokens[1:]) for one in sets["positive"][:3]]
-        rows.append({"latent": latent, "examples": shown, **row})
+            row = compare(model, layer, v, {side: texts[some] for side, some in chosen.items()})
+        for side, some in chosen.items():
+            row[side]["documents"] = count_documents(documents[some[1::2]])
+        example = text.tokenizer.decode(texts[chosen["positive"][0], 1:].tolist())
+        rows.append({"latent": latent, "example": example, **row})
     return {"layer": layer, "rows": rows}
 
 
@@ -279,7 +216,7 @@ def tables(numbers):
         "d: change by steering, if the unsteered texts span 100; α 0: steering does not help",
         "Δ: d LoRA - d base, paired by text, ± 90 % over texts; texts of one document are alike",
     ]
-    notes += [f"latent {row['latent']}: {row['examples'][0]!r}" for row in numbers["rows"]]
+    notes += [f"latent {row['latent']}: {row['example']!r}" for row in numbers["rows"]]
     return [Table("Steering with a latent (the paper's Table 4)", headings, rows, notes)]
 
 

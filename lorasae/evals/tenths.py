@@ -8,26 +8,41 @@ tokens of training. Intervals are 90 %, over documents.
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
 from lorasae.evals.common import batches, interval, progress, with_ci90
-from lorasae.evals.report import Table, lines, plus_minus
-from lorasae.io.files import read_json
+from lorasae.evals.report import Table, plus_minus
+from lorasae.io.files import read_object
 from lorasae.io.saes import load_sae
+
+TRAINING = {"percent": int, "step": int, "tokens": int, "seconds": float}
 
 
 def evaluate(setting):
-    """{"layer", "rows": [{percent, step, tokens, seconds, ce, kl, ci90}]}, in training order."""
+    """{"layer", "rows": [{percent, step, tokens, seconds, ce, kl, ci90}]}, in training order.
+
+    Writes RUN_DIR/tenths/sequences.json, too.
+    """
+    seen, documents = measured(setting), setting.text.documents
+    fidelity.write_sequences(setting.folder / "tenths", seen, documents)
+    rows = []
+    for folder, found in seen.items():
+        losses = {loss: interval(found[loss], documents) for loss in ("ce", "kl")}
+        file = read_object(setting.folder / folder / "training.json")
+        training = {name: file.take(name, kind, at_least=0) for name, kind in TRAINING.items()}
+        rows.append({**training, **with_ci90(losses)})
+    return {"layer": setting.config.layer[0], "rows": rows}
+
+
+def measured(setting):
+    """{"sae-10pct": what fidelity.measure finds with that SAE, ..., "sae": ...}"""
     folders = sorted(setting.folder.glob("sae-??pct")) + [setting.folder / "sae"]
     if len(folders) == 1 or not (folders[-1] / "training.json").exists():
         raise InputError(f"{setting.folder} did not keep its SAE tenth by tenth: --suite tenths is "
                          "for runs that train one from scratch")
-    layer = setting.config.layer[0]
-
-    rows = []
+    layer, seen = setting.config.layer[0], {}
     for folder in progress(folders, "tenths"):
-        sae = load_sae(folder, device=setting.model.device)
-        found = fidelity.measure(setting.model, {layer: sae}, batches(setting), ("sae",))["sae"]
-        losses = {loss: interval(found[loss], setting.text.documents) for loss in ("ce", "kl")}
-        rows.append({**read_json(folder / "training.json"), **with_ci90(losses)})
-    return {"layer": layer, "rows": rows}
+        saes = {layer: load_sae(folder, device=setting.model.device)}
+        found = fidelity.measure(setting.model, saes, batches(setting), ("sae",))
+        seen[folder.name] = found["sae"]
+    return seen
 
 
 def tables(numbers):
@@ -39,11 +54,3 @@ def tables(numbers):
         rows.append(cells)
     headings = ["training", "tokens", "seconds", "CE with SAE", "90 % CI", "KL", "90 % CI"]
     return [Table("The SAE after each tenth of its training (nats per token)", headings, rows)]
-
-
-def draw(numbers, figure):
-    figure.set_size_inches(5, 3.6)
-    axes, rows = figure.subplots(), numbers["rows"]
-    found = [(row["ce"], row["ci90"]["ce"]) for row in rows]
-    lines(axes, [row["seconds"] for row in rows], {"": found})
-    axes.set(xlabel="training time (s)", ylabel="CE with the SAE (nats per token)")

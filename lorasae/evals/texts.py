@@ -16,8 +16,8 @@ BATCH = 16                                              # texts at a time
 class Cut(NamedTuple):
     """Labelled texts, {class: [str]}, to train and to test on; no text is on both sides.
 
-    All classes have equally many texts. For SCR there are four quadrants instead of classes, of any
-    size: (class, attribute) in the order (P, m), (P, f), (N, m), (N, f).
+    For SCR there are four quadrants instead of classes: (class, attribute) in the order (P, m),
+    (P, f), (N, m), (N, f).
     """
     train: dict
     test: dict
@@ -43,13 +43,13 @@ def tokenise(text, classes):
 def activations(model, sae, layer, rows):
     """Yields (which rows, tokens [B, T], x [B, T, D]) until all rows of token ids have been read.
 
-    Rows of about the same length go together. They are padded with EOS on the right, where a
-    causal model does not see it.
+    Rows of about the same length go together, those of one length in their order. They are padded
+    with EOS on the right, where a causal model does not see it.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), BATCH):
         chosen = order[start:start + BATCH]
-        tensors = [torch.tensor(rows[i]) for i in chosen]
+        tensors = [torch.as_tensor(rows[i]) for i in chosen]
         tokens = pad_sequence(tensors, True, model.config.eos_token_id).to(model.device)
         yield chosen, tokens, model.read(tokens, sae, layer)
 

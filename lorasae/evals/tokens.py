@@ -6,18 +6,15 @@ Both losses are with the SAEs spliced in (Figure 8's "base" is the model with SA
 nats, over all T - 1 predictions of each sequence. In the paper 37 % of the tokens become worse, and
 most of the improvement comes from changes of 0.01 to 1 nats. Intervals are 90 %, over documents.
 """
-import math
-
 import numpy as np
 import torch
 
 from lorasae.evals.common import (batches, count_documents, evaluating, interval, progress, ratio,
                                   with_ci90, without_interval)
 from lorasae.evals.fidelity import losses_by_setting
-from lorasae.evals.report import Table, percent, with_interval
+from lorasae.evals.report import Table, with_interval
 
 EDGES = np.logspace(-5, 1, 50)                          # nats; the paper's bins
-SIZES = (0, 1e-4, 1e-3, 1e-2, 1e-1, 1, math.inf)        # the table's
 MIDDLE = (1e-2, 1)                                      # where the paper finds most of the gain
 
 
@@ -34,63 +31,41 @@ def evaluate(setting):
 def statistics(change, documents):
     """The numbers of Figure 8 for change [n, T - 1]: nats won per token, below 0 if it gets worse.
 
-    gained and lost are sums over the tokens that become better and worse, divided by the number
-    of all tokens: their difference is the improvement. from_middle is the part of the improvement
-    that comes from changes of 0.01 to 1 nats. documents: [n] int, the document of each sequence.
+    from_middle is the part of the improvement that comes from changes of 0.01 to 1 nats. documents:
+    [n] int, the document of each sequence.
     """
     change = change.double()
-    size = change.abs()
+    size, better, worse = change.abs(), change > 0, change < 0
     middle = change * ((size >= MIDDLE[0]) & (size < MIDDLE[1]))
-    estimates = with_ci90({
-        "improvement": interval(change.mean(1), documents),
-        "share_worse": interval((change < 0).double().mean(1), documents),
-        "from_middle": ratio(middle.mean(1), change.mean(1), documents),
-    })
-    gains, losses = change[change > 0], -change[change < 0]
-
-    def between(low, high):
-        better = gains[(gains >= low) & (gains < high)]
-        worse = losses[(losses >= low) & (losses < high)]
-        return {
-            "share_better": len(better) / change.numel(),
-            "share_worse": len(worse) / change.numel(),
-            "gained": better.sum().item() / change.numel(),
-            "lost": worse.sum().item() / change.numel(),
-        }
-
     return {
         "tokens": change.numel(),
         "documents": count_documents(documents),
-        **between(0, math.inf),
-        **estimates,
-        "by_size": [{"from": low, **between(low, high)} for low, high in zip(SIZES, SIZES[1:])],
+        **with_ci90({
+            "improvement": interval(change.mean(1), documents),
+            "share_better": interval(better.double().mean(1), documents),
+            "share_worse": interval(worse.double().mean(1), documents),
+            "from_middle": ratio(middle.mean(1), change.mean(1), documents),
+        }),
         "histogram": {
             "edges": EDGES.tolist(),
-            "better": np.histogram(gains, EDGES)[0].tolist(),
-            "worse": np.histogram(losses, EDGES)[0].tolist(),
+            "better": np.histogram(size[better], EDGES)[0].tolist(),
+            "worse": np.histogram(size[worse], EDGES)[0].tolist(),
         },
     }
 
 
 def tables(numbers):
-    names = [f"{low:g} to {high:g}" for low, high in zip(SIZES, SIZES[1:])]
     rows = []
-    for name, row in zip([*names, "all"], [*numbers["by_size"], numbers]):
-        shares = [percent(row["share_better"]), percent(row["share_worse"])]
-        rows.append([name, *shares, row["gained"], row["lost"], row["gained"] - row["lost"]])
-
-    def part(name, form=".1%"):
-        return with_interval(numbers[name], numbers["ci90"][name], form)
-
-    notes = [f"{part('share_worse')} of {numbers['tokens']:,} tokens become worse; the mean "
-             f"improvement is {part('improvement', '.4f')} nats per token"]
-    if numbers["from_middle"] is not None:
-        notes.append(f"of it, from changes of 0.01 to 1 nats: {part('from_middle')}")
+    for name, label, form in (("improvement", "mean improvement (nats per token)", ".4f"),
+                              ("share_better", "tokens that become better", ".1%"),
+                              ("share_worse", "tokens that become worse", ".1%"),
+                              ("from_middle", "improvement by changes of 0.01 to 1 nats", ".1%")):
+        rows.append([label, with_interval(numbers[name], numbers["ci90"][name], form)])
+    notes = [f"{numbers['tokens']:,} tokens"]
     if numbers["ci90"]["improvement"] is None:
         notes.append(without_interval(numbers["documents"]))
-    headings = ["change (nats)", "tokens better", "tokens worse", "nats gained", "nats lost", "net"]
-    caption = "Change of every token's loss by adapting (nats per token; the paper's Figure 8)"
-    return [Table(caption, headings, rows, notes)]
+    caption = "Change of every token's loss by adapting (the paper's Figure 8)"
+    return [Table(caption, ["", "± 90 % over documents"], rows, notes)]
 
 
 def draw(numbers, figure):

@@ -17,19 +17,7 @@ from lorasae.evals import concepts, saebench
 from lorasae.evals.concepts import THRESHOLDS, ablate, concept_probes, strongest
 from lorasae.evals.probes import accuracy, mean_difference, one_against_rest
 
-LABELS = {**concepts.labels("TPP"), "clean": "probes' accuracy"}
-PAPER = {                                               # (LoRA, base)
-    "max": (0.412, 0.372),
-    "average": (0.145, 0.111),
-    "top_2": (0.013, 0.007),
-    "top_5": (0.023, 0.014),
-    "top_10": (0.035, 0.023),
-    "top_20": (0.085, 0.039),
-    "top_50": (0.184, 0.128),
-    "top_100": (0.266, 0.194),
-    "top_500": (0.412, 0.372),
-}
-TOLERANCE = 0.04
+LABELS, PAPER, TOLERANCE = saebench.table_6("tpp")
 
 
 def evaluate(setting, labelled, seeds):
@@ -70,8 +58,5 @@ def perturbation(clean, ablated):
 def tables(numbers):
     caption = ("Targeted probe perturbation: what the probe of a class loses without its n "
                "latents, less what the others lose")
-    return [saebench.table(numbers, caption, LABELS, PAPER, TOLERANCE)]
+    return [saebench.table(numbers, "tpp", caption)]
 
-
-def draw(numbers, figure):
-    concepts.draw(numbers, figure, "Targeted probe perturbation")

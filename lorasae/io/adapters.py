@@ -11,11 +11,11 @@ from torch import nn
 
 from lorasae.errors import InputError
 from lorasae.io.files import (
-    Tensors, check_finite, check_shape, read_object, shown, write_json, write_tensors)
+    Tensors, check_finite, check_shape, local, read_object, shown, write_json, write_tensors)
 from lorasae.lora import LoRALinear, adapters, replace_module
 
 PREFIX = "base_model.model."                            # PEFT's name for a wrapped model
-KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
+KEY = re.compile(re.escape(PREFIX) + rf"(.+)\.({'|'.join(map(re.escape, LoRALinear.parts))})")
 BLOCKS = "model.layers."
 BESIDE_VISION = "model.language_model."                 # in place of model., if there is a tower
 
@@ -31,8 +31,8 @@ def adapter_state(model):
     """{PEFT's key: tensor}: A and B under base_model.model.<module>.lora_{A,B}.weight."""
     state = {}
     for name, module in adapters(model).items():
-        state[key_of(model, name, "A")] = module.lora_A.weight.detach()
-        state[key_of(model, name, "B")] = module.lora_B.weight.detach()
+        for part in module.parts:
+            state[key_of(model, name, part)] = module.get_parameter(part).detach()
     return state
 
 
@@ -58,6 +58,7 @@ def save_adapter(model, folder, base_model=None):
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
         "r": rank, "lora_alpha": round(module.scale * rank, 6), "lora_dropout": module.dropout,
         "bias": "none",
+        **module.peft,
         **targets,
         "inference_mode": True,
     })
@@ -73,7 +74,7 @@ def load_adapter(model, folder):
     """
     if adapters(model):
         raise InputError("the model already has adapters: merge them, or load a fresh model")
-    folder = Path(folder)
+    folder = local(folder)
     folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
     rank, alpha, dropout = read_config(folder / "adapter_config.json")
     tensors = Tensors(folder / "adapter_model.safetensors")
@@ -88,10 +89,10 @@ def load_adapter(model, folder):
                 f"{folder} adapts {shown(name)}, which this model does not have in its blocks: it "
                 "belongs to another model")
         fresh[name] = LoRALinear(linear, rank, alpha, dropout)
-        for side in "AB":
-            key = key_of(model, name, side)
+        for part in LoRALinear.parts:
+            key = key_of(model, name, part)
             what = f"{tensors.path}: {key}"
-            tensor, weight = tensors[key], getattr(fresh[name], f"lora_{side}").weight
+            tensor, weight = tensors[key], fresh[name].get_parameter(part)
             check_shape(what, tensor, weight.shape, "it belongs to another model or rank")
             check_finite(what, tensor, "the adapter diverged, or the file is damaged")
             weight.data.copy_(tensor)
@@ -107,7 +108,7 @@ def read_config(path):
     config = read_object(path)
     config.only(peft_type="LORA", bias="none")
     for option in UNSUPPORTED:
-        if config.get(option):
+        if config.get(option) and option not in LoRALinear.peft:
             raise InputError(
                 f"{path} uses PEFT's {option}, which is not supported: retrain the adapter "
                 "without it")
@@ -139,8 +140,8 @@ def adapted_modules(tensors):
     return sorted(names)
 
 
-def key_of(model, name, side):
-    return f"{PREFIX}{peft_name(model, name)}.lora_{side}.weight"
+def key_of(model, name, part):
+    return f"{PREFIX}{peft_name(model, name)}.{part}"
 
 
 def peft_name(model, name):

@@ -3,15 +3,17 @@ import argparse
 import os
 import re
 import sys
+from ast import literal_eval
 from contextlib import contextmanager
 from decimal import Decimal
 
 from huggingface_hub.errors import HTTPError
 
 from lorasae.errors import InputError
-from lorasae.io.files import first_line
+from lorasae.io.files import first_line, shown
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+WANTED = {"int": "a whole number", "local": "a path"}   # by argparse's name of the type
 CLOSED = "standard output was closed"
 
 
@@ -47,6 +49,12 @@ class Parser(argparse.ArgumentParser):
                 stream.reconfigure(errors="replace")
 
     def error(self, message):
+        if re.search(r"invalid .*: '[^']*\w,", message):
+            message += "; separate values by spaces"
+        found = re.fullmatch(r"(argument .*): invalid (\S+) value: (['\"].*['\"])(.*)", message)
+        if found:
+            wanted, value = WANTED.get(found[2], "a number"), shown(literal_eval(found[3]))
+            message = f"{found[1]}: expected {wanted}, not {value}{found[4]}"
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
@@ -76,4 +84,11 @@ def count(text):
     if 1 <= value < 10**18 and value == int(value):
         return int(value)
     expected = "a positive number of tokens, such as 15M, 1.5e6 or 15_000_000"
-    raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    raise argparse.ArgumentTypeError(f"{shown(text)} is not {expected}")
+
+
+def few(text):
+    """A whole number from 1 to 1000."""
+    if re.fullmatch("1000|[1-9][0-9]{0,2}", text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{shown(text)}: pass 1 to 1000")

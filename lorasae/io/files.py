@@ -6,6 +6,7 @@
 
 A missing file or a full disk is an OSError, which names the file.
 """
+import errno
 import json
 import operator
 import os
@@ -42,6 +43,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FLOATS = (*DTYPES.values(), torch.float64)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def local(path):
+    """A path in which ~ is the user's home folder. InputError for none, and for a zero byte."""
+    text = str(path)
+    if not text or "\0" in text:
+        raise InputError(f"{text!r} is no path: pass the name of a file or folder")
+    return Path(os.path.expanduser(path))
+
+
 # ---- Writing -------------------------------------------------------------------------------------
 
 @contextmanager
@@ -50,14 +62,18 @@ def whole(path):
 
     A reader sees the old file or the new one, never a part. Permissions follow the umask.
     """
-    path = Path(path)
+    path = local(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name[:40]}.{uuid4().hex}.part")
     try:
         with open(part, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno in FULL:                 # else this file system cannot do it
+                    raise
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         # torch.save hides the file's own error (a full disk) behind a RuntimeError
@@ -77,7 +93,12 @@ def write_bytes(path, data):
 
 def write_json(path, value):
     """Writes value as indented JSON, whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"cannot write {path}: it would hold numbers that are not finite; the "
+                         "model diverged, or its text is all alike") from error
+    write_bytes(path, f"{text}\n".encode())
 
 
 def write_tensors(path, tensors, metadata=None):
@@ -122,10 +143,10 @@ def read_metrics(folder):
     path, lines = Path(folder) / "metrics.jsonl", []
     if not path.is_file():
         return lines
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue                                    # a killed process leaves half a line
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)

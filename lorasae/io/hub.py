@@ -17,12 +17,14 @@ from huggingface_hub.utils import filter_repo_objects
 
 from lorasae.errors import InputError
 from lorasae.io.console import note
+from lorasae.io.files import local
 from lorasae.io.presets import PRESETS, latents, preset
 from lorasae.io.sae_readers import SITES
 
 PAPER_L0 = 70       # of several L0s the paper takes the nearest to this one
-BESIDE_WEIGHTS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+BESIDE_WEIGHTS = (                                              # what a tokenizer may need
+    "tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.*", "merges.txt", "*.jinja", "chat_template.json", "generation_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 MODEL_FILES = ("config.json", *BESIDE_WEIGHTS, *WEIGHTS)        # no .bin: opening one can run code
 
@@ -34,12 +36,14 @@ SAE_FILES = {                                                   # the files of a
     "sparsify": ("sae.safetensors", "cfg.json"),
     "dictionary_learning": ("ae.pt", "config.json"),
 }
+NAMELESS = ("gemma_scope", "sparsify")                          # whose files tell no site or layer
 MAY_LACK = {"gemma_scope_2": ("config.json",)}                  # files that some folders have
 FACTS = {                                                       # what a folder's name says
     "layer": re.compile(r".*(?:layers?[._]|blocks\.|-L)(\d+)"),
     "width": re.compile(r".*width_(\d+[km])"),
     "l0": re.compile(r".*_l0_(\d+|small$|medium$|big$)"),
 }
+NONSENSE = (ValueError, TypeError, LookupError)                 # met in what is not from the Hub
 LEVELS = {"small": 20, "medium": 60, "big": 150}                # Gemma Scope 2's targets, about
 # Which activations an SAE reads, as its repository or folder says. The files of others say it, or
 # they read a block's output.
@@ -69,9 +73,9 @@ class Fetch(NamedTuple):
 
 def local_or_hub(name, what):
     """-> (local path, None), or (None, OWNER/NAME[/FOLDER] on the Hub)"""
-    path = os.path.expanduser(name)
+    path = local(name)
     if os.path.exists(path):
-        return Path(path), None
+        return path, None
     on_hub = str(name).rstrip("/")
     if re.match(r"\w[\w.-]*/\w", on_hub):
         return None, on_hub
@@ -152,8 +156,8 @@ def sae_choice(model, *, layer=None, width=None, l0=None):
             f"{model} is not a preset, so nothing says which SAE to use: pass one with --sae")
     if known.sae is None:
         raise InputError(
-            f"{model} has no public SAE (the paper trained its own): make one with `python "
-            f"train.py --model {model} --method topk --out RUN_DIR`, then pass --sae RUN_DIR")
+            f"{model} has no public SAE: make one with `python train.py --model {model} --method "
+            "topk --out RUN_DIR`, then pass --sae RUN_DIR")
 
     layer, width = known.layer if layer is None else layer, width or known.width
     if l0 is None and (layer, width) == (known.layer, known.width):
@@ -180,7 +184,8 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
         place, inside = f"{owner}/{name}", "".join(f"{folder}/" for folder in folders)
         sizes = listing(place)
     elif place.suffix == ".npz":
-        return SAEFiles("gemma_scope", place.parent, place.name, {})
+        one = SAEFiles("gemma_scope", place.parent, place.name, {})
+        return choose(of_site([one], source, site), source, wanted)
     else:
         if (place / "sae").is_dir():
             place = place / "sae"                       # a run keeps its SAE there
@@ -195,10 +200,10 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
         formats = (f"{' + '.join(files)} ({name})" for name, files in SAE_FILES.items())
         raise InputError(
             f"{source} holds no SAE of a known format: expected {'; '.join(formats)}")
-    return choose(of_site(found, source, site, layer), source, wanted)
+    return choose(of_site(found, source, site), source, wanted)
 
 
-def of_site(found, source, site, layer):
+def of_site(found, source, site):
     """Those of SAEFiles that read activations of this site."""
     sites = [site_of(sae, site) for sae in found]
     fitting = [sae for sae, its in zip(found, sites) if its == site]
@@ -206,11 +211,7 @@ def of_site(found, source, site, layer):
         instead = f", only of {SITES[sites[0]]}" if sites[0] in SITES else ""
         advice = ": --site mlp reads them" if "mlp" in sites else ""
         raise InputError(f"{source} holds no SAE of {SITES[site]}{instead}{advice}")
-
-    # Gemma Scope 2 has more SAEs at four layers, and a few at every layer.
-    few = [sae for sae in fitting if "_all/" not in sae.folder]
-    layers = {FACTS["layer"].match(sae.folder)[1] for sae in few if "_width_" in sae.folder}
-    return few if len(few) < len(fitting) and str(layer) in layers else fitting
+    return fitting
 
 
 def site_of(sae, wanted):
@@ -219,12 +220,17 @@ def site_of(sae, wanted):
     If they say nothing, a reader checks the file against the wanted site; some files do not say
     either, and are of a block's output.
     """
-    place = sae.place.absolute() if isinstance(sae.place, Path) else sae.place
-    path = f"/{place}/{sae.folder}/"
     for site, pattern in SITE_NAMES.items():
-        if pattern.search(path):
+        if pattern.search(path_of(sae)):
             return site
-    return "resid" if sae.kind in ("gemma_scope", "sparsify") else wanted
+    return "resid" if sae.kind in NAMELESS else wanted
+
+
+def path_of(sae):
+    """The names that tell what SAEFiles are: "/OWNER/NAME/FOLDER/", or the last of a local path."""
+    place = sae.place.absolute() if isinstance(sae.place, Path) else sae.place
+    names = PurePosixPath(place, sae.folder).parts[-5:]
+    return f"/{'/'.join(names)}/"
 
 
 def sae_plan(source, *, layer=None, width=None, l0=None, site="resid"):
@@ -262,12 +268,15 @@ def saes_among(place, sizes, inside):
 def choose(found, source, wanted):
     """The one of SAEFiles that agrees with wanted {layer, width, l0}, if folders' names say it."""
     for fact, pattern in FACTS.items():
-        matches = [pattern.match(sae.folder) for sae in found]
+        names = [path_of(sae) if sae.kind in NAMELESS else sae.folder for sae in found]
+        matches = [pattern.match(name) for name in names]
         offered = {match[1] for match in matches if match}
         if offered:
             value = pick(fact, wanted[fact], offered, source)
             found = [sae for sae, match in zip(found, matches) if match and match[1] == value]
 
+    # Gemma Scope 2 has more SAEs at four layers, beside the few that it has at all.
+    found = [sae for sae in found if "_all/" not in sae.folder] or found
     if len(found) > 1:
         some = ", ".join(f"{sae.folder or '.'} ({sae.kind})" for sae in found[:8])
         raise InputError(
@@ -280,37 +289,32 @@ def pick(fact, value, offered, source):
     """The value of a fact: the one that is wanted, else the only one; of L0s the paper's choice."""
     offered = sorted(offered, key=lambda value: (len(value), value))
     offer = f"{source} offers {fact} {', '.join(offered)}"
-    if fact == "l0" and value not in LEVELS and LEVELS.keys() & offered:
-        return nearest_level(value or PAPER_L0, offered, offer)
-    if value is not None:
-        name = width_name(value) if fact == "width" else value
-        if name not in offered and fact != "width":
-            name = f"{float(LEVELS.get(value, value)):g}"
-        if name not in offered:
-            raise InputError(f"{offer}, but not {name}: choose another --{fact}, or another SAE")
-        return name
-
-    if len(offered) == 1:
-        return offered[0]
-    if fact != "l0":
+    if fact == "l0":
+        return pick_l0(LEVELS.get(value, value), offered, offer)
+    if value is None and len(offered) > 1:
         raise InputError(f"{offer}: choose with --{fact}")
-    nearest = min(offered, key=lambda l0: abs(int(l0) - PAPER_L0))
-    note(f"{offer}: taking {nearest}, the nearest to {PAPER_L0}")
-    return nearest
+    name = offered[0] if value is None else width_name(value)
+    if name not in offered:
+        raise InputError(f"{offer}, but not {name}: choose another --{fact}, or another SAE")
+    return name
 
 
-def nearest_level(l0, offered, offer):
-    """The name of the L0 nearest to a number."""
-    nearest = min(offered, key=lambda name: abs(LEVELS[name] - l0))
-    if LEVELS[nearest] != l0:
-        note(f"{offer}: taking {nearest}, about {LEVELS[nearest]}, the nearest to {l0:g}")
+def pick_l0(l0, offered, offer):
+    """The name of this L0, or of the nearest to it among targets; without one the paper's."""
+    about = {name: LEVELS.get(name) or int(name) for name in offered}
+    near = PAPER_L0 if l0 is None else l0
+    nearest = min(offered, key=lambda name: abs(about[name] - near))
+    if l0 is not None and about[nearest] != l0 and nearest not in LEVELS:
+        raise InputError(f"{offer}, but not {l0:g}: choose another --l0, or another SAE")
+    if about[nearest] != l0 and len(offered) > 1:
+        note(f"{offer}: taking {nearest}, the nearest to {near:g}")
     return nearest
 
 
 def width_name(width):
-    """16384 -> "16k", 1048576 -> "1m"; names stay."""
-    if not str(width).isdecimal():
-        return width
+    """16384 -> "16k", 1048576 -> "1m"; names and the number of a layer stay as they are."""
+    if not str(width).isdecimal() or int(width) < 1000:
+        return str(width)
     return f"{int(width) // 10**6}m" if int(width) >= 10**6 else f"{int(width) // 1000}k"
 
 
@@ -354,7 +358,9 @@ def explained(repo):
     """Turns errors of huggingface_hub into one line that says what to do."""
     try:
         yield
-    except (HTTPError, ConnectionError, FileNotFoundError, HFValidationError) as error:
+    except InputError:
+        raise
+    except (HTTPError, ConnectionError, FileNotFoundError, *NONSENSE) as error:
         raise explanation(error, repo) from error
 
 

@@ -4,19 +4,21 @@ Weights load strictly: the files must hold every tensor of the architecture, in 
 configuration implies, and no other. The model is built on the meta device and filled tensor by
 tensor, so that it never exists twice.
 """
+import json
 import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from lorasae import gemma3
 from lorasae.errors import InputError
 from lorasae.io.console import note
 from lorasae.io.files import (
-    DTYPES, Fields, Tensors, as_dtype, check_finite, check_shape, damage, dtype_name, read_object,
-    shown, write_bytes, write_json, write_tensors)
+    DTYPES, Fields, Tensors, as_dtype, check_finite, check_shape, damage, dtype_name, local,
+    read_object, shown, write_bytes, write_json, write_tensors)
 from lorasae.io.hub import BESIDE_WEIGHTS, OutOfReach, model_files
 from lorasae.io.presets import preset
 from lorasae.lora import adapters
@@ -152,7 +154,7 @@ def save_model(model, folder, *, config, shard_bytes=5_000_000_000):
     """
     if adapters(model):
         raise InputError("merge the adapters before writing a plain checkpoint")
-    folder = Path(folder)
+    folder = local(folder)
 
     tensors = model.state_dict()
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
@@ -171,27 +173,42 @@ def save_model(model, folder, *, config, shard_bytes=5_000_000_000):
 
 # ---- The tokenizer, and what else lies beside the weights ----------------------------------------
 
+def encode(tokenizer, text):
+    """text -> its tokens [1, T], BOS first. tokenizer: of load_tokenizer, or a model's name."""
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = load_tokenizer(tokenizer)
+    return torch.tensor([tokenizer.encode(text).ids])
+
+
 def load_tokenizer(name_or_dir):
-    """The tokenizer of a model, which neither cuts nor pads a text."""
+    """The tokenizer of a model, which puts BOS first, and neither cuts nor pads a text."""
     path = model_files(name_or_dir) / "tokenizer.json"
     with damage(path):
-        tokenizer = Tokenizer.from_buffer(path.read_bytes())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
 
-    # every token needs an embedding
+    # Every token needs an embedding; one that is only added, such as [PAD], is left out instead.
+    config = load_config(name_or_dir)
+    vocab_size = config.vocab_size
+    if max(tokenizer.get_added_tokens_decoder(), default=0) >= vocab_size:
+        fields = json.loads(tokenizer.to_str())
+        added = [token for token in fields["added_tokens"] if token["id"] < vocab_size]
+        tokenizer = Tokenizer.from_str(json.dumps({**fields, "added_tokens": added}))
     largest = max(tokenizer.get_vocab().values(), default=0)
-    vocab_size = load_config(name_or_dir).vocab_size
     if largest >= vocab_size:
         raise InputError(
             f"{path} makes tokens up to {largest}, but the model's vocab_size is {vocab_size}: the "
             "tokenizer belongs to another model")
+
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    bos = [("BOS", config.bos_token_id)]
+    tokenizer.post_processor = TemplateProcessing(single="BOS $A", special_tokens=bos)
     return tokenizer
 
 
 def copy_beside_weights(name_or_dir, folder):
     """Copies the files of the tokenizer and of generation, as far as the model has them."""
     source = model_files(name_or_dir)
-    for name in BESIDE_WEIGHTS:
-        if (source / name).exists():
-            write_bytes(Path(folder) / name, (source / name).read_bytes())
+    for pattern in BESIDE_WEIGHTS:
+        for path in filter(Path.is_file, source.glob(pattern)):
+            write_bytes(folder / path.name, path.read_bytes())

@@ -3,8 +3,11 @@
 Whatever a preset does not say has the paper's value: the default of a field of runs.config.Config.
 """
 import math
+from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
+
+from lorasae.io.files import read_object
 
 TINY = Path(__file__).parents[1] / "tiny"
 
@@ -17,10 +20,12 @@ class Preset(NamedTuple):
     repo: str                       # a Hub repository, or a folder of this package
     layer: int                      # the SAE replaces the output of this block, counted from 0
     mirror: str | None = None       # the same weights without a licence to accept first
+    licence: str = "mit"            # as the Hub calls it
 
     sae: str | None = None          # where its SAEs are; None: there is no public one
     width: str | None = None        # Gemma Scope's name for the number of latents
     l0: int | None = None           # Gemma Scope's average number of active latents
+    saes: str = ""                  # blocks that have one: widths, L0s; for --list
 
     common: dict = {}               # fields of Config, for every method
     lora: dict = {}                 # for adapters; its "recipe" fills the rest
@@ -30,8 +35,14 @@ class Preset(NamedTuple):
 
     # For a dry run when the Hub is out of reach. Sizes are approximate.
     config: dict = {}               # the sizes of its config.json
-    weights: int = 0                # bytes of its weights
+    parameters: int = 0
+    weight_bytes: int = 2           # of each parameter in its files
     sae_bytes: int = 4              # of each number of its SAEs
+
+    @property
+    def weights(self):
+        """Bytes of its weights."""
+        return self.parameters * self.weight_bytes
 
 
 def latents(width):
@@ -40,9 +51,14 @@ def latents(width):
     return 2 ** round(math.log2(int(width[:-1]) * unit))
 
 
-# ---- Embedded models -----------------------------------------------------------------------------
+# ---- For a laptop --------------------------------------------------------------------------------
 
-EMBEDDED = {"data": "stdlib", "dtype": "float32", "context": 256, "eval_tokens": 50_000}
+SMALL = {"data": "stdlib", "dtype": "float32", "context": 256, "eval_tokens": 50_000}
+LAPTOP = {                                              # of real models
+    "common": SMALL,
+    "lora": {"recipe": "tuned", "tokens": 100_000, "batch_size": 2},
+    "sae_training": {"k": 32, "lr": 1e-3, "batch_size": 4, "tokens": 600_000},
+}
 EMBEDDED_SAE = {
     "width": 1024, "k": 8, "l0": 8, "lr": 4e-3, "batch_size": 8, "tokens": 2_000_000}
 
@@ -50,7 +66,8 @@ EMBEDDED_SAE = {
 def embedded(name, layer, adapt, tokens, sae=None):
     """The Preset of a model in this package, whose adapters train on so many tokens."""
     return Preset(
-        str(TINY / name), layer, sae=sae, common=EMBEDDED, sae_training=EMBEDDED_SAE,
+        str(TINY / name), layer, sae=sae, common=SMALL, sae_training=EMBEDDED_SAE,
+        saes="2: 1k, L0 8" if sae else "",
         lora={
             "recipe": "tuned", "adapt": (adapt,), "tokens": tokens,
             "batch_size": 2, "ahead": 8},               # larger products are faster
@@ -103,51 +120,68 @@ PRESETS = {
         sae="google/gemma-scope-2b-pt-res", width="16k", l0=82,
         lora={"adapt": ("after",), "data": "pile"},
         sae_training={"data": "redpajama-v2", "dtype": "float32"},
-        config=GEMMA_2_2B, weights=2_614_341_888 * 4),
+        saes="12: 16k-1m, L0 22 41 82 176 445; all: 16k 65k", licence="gemma",
+        config=GEMMA_2_2B, parameters=2_614_341_888, weight_bytes=4),
     "gemma-2-9b": Preset(
         "google/gemma-2-9b", layer=20, mirror="unsloth/gemma-2-9b",
         sae="google/gemma-scope-9b-pt-res", width="131k", l0=62,
         common={"data": "pile"}, lora={"adapt": ("after",)},
-        config=GEMMA_2_9B, weights=9_241_705_984 * 4),
+        saes="20: 16k-1m, L0 11-276; all: 16k 131k", licence="gemma",
+        config=GEMMA_2_9B, parameters=9_241_705_984, weight_bytes=4),
     "gemma-2-27b": Preset(
         "google/gemma-2-27b", layer=22, mirror="unsloth/gemma-2-27b",
         sae="google/gemma-scope-27b-pt-res", width="131k", l0=82,
         common={"data": "pile"}, lora={"adapt": ("after",)},
-        config=GEMMA_2_27B, weights=27_227_128_320 * 4),
+        saes="10 22 34: 131k, L0 20-290", licence="gemma",
+        config=GEMMA_2_27B, parameters=27_227_128_320, weight_bytes=4),
     "llama-3.2-1b": Preset(                             # its SAE is made by --method topk
         "meta-llama/Llama-3.2-1B", layer=12, mirror="unsloth/Llama-3.2-1B",
         common={"data": "redpajama-v2", "dtype": "float32"},
         lora={"adapt": ("all",), "tokens": 100_000_000}, sae_training={"tokens": 4_000_000_000},
-        config=LLAMA_32_1B, weights=1_235_814_400 * 2),
+        licence="llama3.2", config=LLAMA_32_1B, parameters=1_235_814_400),
     "llama-3.1-8b": Preset(                             # all blocks, as for the paper's TopK SAEs
         "meta-llama/Llama-3.1-8B", layer=16, mirror="unsloth/Llama-3.1-8B",
         sae="fnlp/Llama3_1-8B-Base-LXR-32x",
         common={"data": "redpajama-1t-sample"}, lora={"adapt": ("all",), "sae_dtype": "bfloat16"},
-        config=LLAMA_31_8B, sae_bytes=2, weights=8_030_261_248 * 2),
+        saes="all: 131k, L0 about 50", licence="llama3.1",
+        config=LLAMA_31_8B, sae_bytes=2, parameters=8_030_261_248),
 
-    # Not the paper's: small and ungated, for a laptop first
+    # Not the paper's: small and ungated
     "gemma-3-270m": Preset(
         "google/gemma-3-270m", layer=12, mirror="unsloth/gemma-3-270m",
-        sae="google/gemma-scope-2-270m-pt", width="16k", l0=60,
-        config=GEMMA_3_270M, weights=268_098_176 * 2),
+        sae="google/gemma-scope-2-270m-pt", width="16k", l0=60, **LAPTOP,
+        saes="5 9 12 15: 16k-1m, L0 20 60 150; all: 16k 262k", licence="gemma",
+        config=GEMMA_3_270M, parameters=268_098_176),
     "gemma-3-1b": Preset(
         "google/gemma-3-1b-pt", layer=13, mirror="unsloth/gemma-3-1b-pt",
         sae="google/gemma-scope-2-1b-pt", width="16k", l0=60,
-        config=GEMMA_3_1B, weights=999_885_952 * 2),
+        saes="7 13 17 22: 16k-1m, L0 20 60 150; all: 16k 262k", licence="gemma",
+        config=GEMMA_3_1B, parameters=999_885_952),
     "smollm2-135m": Preset(
-        "HuggingFaceTB/SmolLM2-135M", layer=12, config=SMOLLM2_135M, weights=134_515_008 * 2),
+        "HuggingFaceTB/SmolLM2-135M", layer=12, **LAPTOP,
+        config=SMOLLM2_135M, parameters=134_515_008, licence="apache-2.0"),
     "smollm2-135m-instruct": Preset(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", layer=12, config=SMOLLM2_135M,
-        weights=134_515_008 * 2),
+        "HuggingFaceTB/SmolLM2-135M-Instruct", layer=12, **LAPTOP,
+        config=SMOLLM2_135M, parameters=134_515_008, licence="apache-2.0"),
     "smollm2-1.7b": Preset(
         "HuggingFaceTB/SmolLM2-1.7B", layer=17, sae="EleutherAI/sae-SmolLM2-1.7B-layer17-32x",
-        width="65k", config=SMOLLM2_17B, weights=1_711_376_384 * 2),
+        width="65k", lora={"adapt": ("all",)},          # around a TopK
+        saes="17: 65k, L0 32", licence="apache-2.0",
+        config=SMOLLM2_17B, parameters=1_711_376_384),
 }
 
 
 def preset(name):
-    """The Preset of that name, or of that repository or its mirror; None for any other model."""
+    """The Preset of that name, of that repository or its mirror, or of a folder of these names.
+
+    The sizes in a folder's config.json must be the preset's. None for any other model.
+    """
+    file = Path(name) / "config.json"
+    found = read_object(file) if isfile(file) else {}
+    its_sizes = {key: found.get(key) for key in SIZES}
     for key, known in PRESETS.items():
-        if str(name) in (key, known.repo, known.mirror):
+        names = [key, known.repo, known.mirror or key]
+        is_copy = Path(name).name in [Path(each).name for each in names]
+        if str(name) in names or (is_copy and its_sizes.items() <= known.config.items()):
             return known
     return None

@@ -27,12 +27,12 @@ from lorasae.io.files import Fields, Tensors, check_shape, read_object, shown
 
 ROWS = 8192                                             # latents converted at a time
 PLAIN = ("W_enc.T", "W_dec", "b_enc", "b_dec")          # names; ".T": the file has it as [D, M]
-BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")      # SAELens's names
-SAE_LENS = ("topk", "jumprelu", "standard", *BATCH_TOPK)
 DICTIONARIES = (
     "AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE",
     "JumpReluAutoEncoder")
 SITES = {"resid": "a block's output", "mlp": "the output of an MLP"}
+# Gemma Scope 2's folders
+NAMED = re.compile(r"/(resid_post|mlp_out)(?:_all)?/layer_(\d+)_width_[^/]*$")
 # What hooks are called by TransformerLens, and by transformers: a block's input is the output of
 # the block before it.
 HOOKS = {
@@ -96,8 +96,7 @@ def read_gemma_scope(path, layer=None, site="resid"):
     file, which does not say the layer.
     """
     file = Tensors(path if path.is_file() else path / "params.npz")
-    names = PLAIN if "W_enc" in file else ("w_enc.T", "w_dec", "b_enc", "b_dec")
-    return parts_of(file, names, threshold=file["threshold"], centred=False, on_special=False)
+    return parts_of(file, PLAIN, threshold=file["threshold"], centred=False, on_special=False)
 
 
 def read_gemma_scope_2(folder, layer=None, site="resid"):
@@ -106,21 +105,26 @@ def read_gemma_scope_2(folder, layer=None, site="resid"):
     Of its other files, transcoders, crosscoders and cross-layer transcoders are refused.
     """
     cfg, file = {}, Tensors(folder / "params.safetensors")
+    named = NAMED.search(folder.absolute().as_posix())
     if (folder / "config.json").exists():
         cfg = read_object(folder / "config.json")
         cfg.only(architecture="jump_relu", type="sae", affine_connection=False)
         hook = cfg.take("hf_hook_point_in", str)
         cfg.only(hf_hook_point_out=hook)
         check_layer(hook, layer, folder, site)
-    elif not re.match(r"layer_\d+_width_", folder.name):
-        raise InputError(f"{folder} has no config.json, and its name does not tell the layer: "
+    elif named:
+        part = ".mlp" if named[1] == "mlp_out" else ""
+        check_layer(f"model.layers.{named[2]}{part}", layer, folder, site)
+    else:
+        raise InputError(f"{folder} has no config.json, and its name does not tell site and layer: "
                          "keep the name that it has on the Hub, such as "
                          "resid_post/layer_12_width_16k_l0_medium")
 
-    name = str(cfg.get("model_name") or "")             # some say gemma-v3-270m-pt
+    # Some say gemma-v3-270m-pt; the repository is gemma-3-270m.
+    name = str(cfg.get("model_name") or "").replace("-v3", "-3").replace("270m-pt", "270m")
     return parts_of(
         file, ("w_enc.T", "w_dec", "b_enc", "b_dec"), threshold=file["threshold"], centred=False,
-        on_special=False, model_name=name.replace("-v3", "-3") or None)
+        on_special=False, model_name=name or None)
 
 
 def read_llama_scope(folder, layer=None, site="resid"):
@@ -181,17 +185,15 @@ def read_sae_lens(folder, layer=None, site="resid"):
     rescale_acts_by_decoder_norm and these norms n, n pre takes the place of pre, and x̂ = (z/n)
     W_dec + b_dec. The file has W_enc as [D, M]. Reads version 6 and the flat version 5.
 
-    BatchTopK and Matryoshka SAEs are saved for inference as jumprelu, with n folded in. Checkpoints
-    of their training keep their own architecture, the one number topk_threshold, and n to be
-    folded; older ones of JumpReLU keep log_threshold.
+    BatchTopK and Matryoshka SAEs are saved for inference as jumprelu, with n folded in; checkpoints
+    of their training are not read.
     """
     # version 6 keeps some keys in inner objects, version 5 others: all are put side by side
     cfg = read_object(folder / "cfg.json")
     for key in ("metadata", "activation_fn_kwargs"):
         cfg = Fields({**(cfg.take(key, dict, None) or {}), **cfg}, cfg.where)
     kind = sae_lens_kind(cfg)
-    hook = cfg.get("hook_name") or cfg.get("hook_point")
-    check_layer(hook, layer, folder, site)
+    check_layer(cfg.get("hook_name"), layer, folder, site)
 
     file = Tensors(folder / "sae_weights.safetensors")
     parts = parts_of(
@@ -207,16 +209,11 @@ def read_sae_lens(folder, layer=None, site="resid"):
         parts.k = cfg.take("k", int, at_least=1)
     elif kind == "standard":
         parts.threshold = 0.0
-    elif kind in BATCH_TOPK:
-        parts.threshold = learnt(file, "topk_threshold")
-    elif "log_threshold" in file:
-        parts.threshold = file["log_threshold"].float().exp()
     else:
         parts.threshold = file["threshold"]
 
     # the decoder's norms, if the selection goes by them
-    by_norm = cfg.take("rescale_acts_by_decoder_norm", bool, kind in BATCH_TOPK)
-    if by_norm and kind in ("topk", *BATCH_TOPK):
+    if cfg.take("rescale_acts_by_decoder_norm", bool, False) and kind == "topk":
         n = parts.decoder_norms()
         parts = replace(parts, enc=n, dec=1 / n, b_enc=parts.b_enc.float() * n)
     return parts
@@ -224,14 +221,13 @@ def read_sae_lens(folder, layer=None, site="resid"):
 
 def sae_lens_kind(cfg):
     """The architecture. In version 5 a TopK is a standard SAE with its activation."""
-    kind = cfg.take("architecture", str, one_of=SAE_LENS)
-    keys = ("activation_fn_str", "activation_fn")
-    activations = [cfg.take(key, str, None, one_of=("relu", "topk")) for key in keys]
+    kind = cfg.take("architecture", str, one_of=("topk", "jumprelu", "standard"))
+    activation = cfg.take("activation_fn_str", str, None, one_of=("relu", "topk"))
     cfg.only(signed=False)
     for key in ("normalize_activations", "reshape_activations", "hook_head_index"):
         if str(cfg.get(key)).lower() not in ("none", "false"):
             raise InputError(f"{cfg.where}: {key} {shown(cfg[key])} is not supported, only 'none'")
-    return "topk" if "topk" in activations else kind
+    return "topk" if activation == "topk" else kind
 
 
 def sae_lens_on_special(kind, cfg):
@@ -241,7 +237,7 @@ def sae_lens_on_special(kind, cfg):
     excluded = cfg.get("exclude_special_tokens")        # true, or a list of tokens
     if excluded is not None:
         return not excluded
-    return (cfg.get("training_architecture") or kind) in ("topk", *BATCH_TOPK)
+    return str(cfg.get("training_architecture") or kind).endswith("topk")
 
 
 # ---- dictionary_learning -------------------------------------------------------------------------

@@ -8,7 +8,8 @@
 A shard is a .npy file of int32 [chunks, context] with a .json beside it that says where the next
 one begins. A background thread writes one shard ahead. The first holds 2**18 tokens, so training
 starts soon, and each next one twice as many, up to 2**22. With several processes, process 0 writes
-for all. Nothing about text is in a checkpoint.
+for all. Nothing about text is in a checkpoint. A resumed run that needs another shard reads its way
+to there again, in the background, without tokenising or even parsing what it passes.
 
 Where they are. The shards of a source of up to 256 MiB stay in ~/.cache/lorasae/text (or
 $LORASAE_CACHE), for all runs with the same text, tokenizer, context, seed and held-out text. A
@@ -30,9 +31,10 @@ that is new. When the text ends, it is used again in another order.
 """
 import json
 import os
+import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,11 +49,11 @@ from tokenizers import Tokenizer
 
 from lorasae.errors import InputError
 from lorasae.io.console import note
-from lorasae.io.files import damage, read_object, whole, write_json
+from lorasae.io.files import damage, local, read_object, whole, write_json
 from lorasae.io.text import (
-    LINE, SMALL, Mix, digest, fifteen_sixteenths, files, fingerprints, held_out, is_plain)
+    LINE, SMALL, digest, documents, files, fingerprints, held_out, is_plain)
 
-ORDER = 3                   # the version of the order described above: part of a cache's key
+ORDER = 4                   # the version of the order described above: part of a cache's key
 FIRST, LARGEST = 2 ** 18, 2 ** 22       # tokens of a shard
 BATCH = 2 ** 18             # characters read before they are tokenised
 TEXTS = 32                  # texts tokenised at a time, for memory's sake
@@ -73,10 +75,22 @@ class HeldOut(NamedTuple):
 def open_held_out(folder, tokenizer, bos, eos):
     """The held-out text of a run, from the files in its folder RUN_DIR/text alone."""
     path = Path(folder) / "held-out.npy"
+    of = read_object(path.with_name("text.json")).take("documents", list)
     with damage(path):
-        chunks = torch.from_numpy(np.load(path, allow_pickle=False)).long()
-    documents = torch.tensor(read_object(path.with_name("text.json")).take("documents", list))
-    return HeldOut(chunks, documents, tokenizer, bos, eos)
+        chunks = torch.tensor(np.load(path, mmap_mode="r"), dtype=torch.long)
+        of = torch.tensor(of, dtype=torch.long)
+        if chunks.dim() != 2 or of.shape != chunks.shape[:1]:
+            raise ValueError("it does not fit text.json")
+        check_tokens(chunks, tokenizer, path)
+    return HeldOut(chunks, of, tokenizer, bos, eos)
+
+
+def check_tokens(tokens, tokenizer, what):
+    """InputError if the file that `what` names holds a token that the tokenizer does not have."""
+    for token in tokens.aminmax():
+        if tokenizer.id_to_token(token.item()) is None:
+            raise InputError(f"{what} is damaged, or of another model: the tokenizer has no token "
+                             f"{token}; remove it, or start a new run")
 
 
 class Shard(NamedTuple):
@@ -85,9 +99,9 @@ class Shard(NamedTuple):
     first: int              # the number of its first chunk, counted over all shards
     chunks: int
     context: int
-    ends: bool              # whether the text ends with it
-    epoch: int              # of the next shard: how often the text has been used up
-    place: object           # where the next shard begins in the documents
+    ends: bool              # whether a small source ends with it
+    read: int               # the number, from 1, of the last document that it has something of
+    taken: int              # and how many pieces of that
     rest: list              # tokens before that place that are in no chunk yet
 
     @property
@@ -95,7 +109,7 @@ class Shard(NamedTuple):
         return self.first + self.chunks
 
 
-NONE = Shard(-1, 0, 0, 0, False, 0, None, [])           # what the first shard follows
+NONE = Shard(-1, 0, 0, 0, False, 0, 0, [])              # what the first shard follows
 
 
 @dataclass(eq=False)
@@ -125,9 +139,9 @@ class Text:
         self.source = str(self.source)
         self.temporary = None if self.folder else tempfile.TemporaryDirectory()
         self.folder = Path(self.folder or self.temporary.name)
-        self.files = self.reading = self.target = None
+        self.files = self.reached = self.asked = None
         self.noted = False
-        self.shards, self.writer, self.stopped = [], ThreadPoolExecutor(1, "text"), Event()
+        self.writer, self.stopped = ThreadPoolExecutor(1, "text"), Event()
 
         # A resumed run has its held-out text.
         path = self.folder / "text.json"
@@ -135,10 +149,13 @@ class Text:
             self._hold_out()
         while not path.exists():
             time.sleep(POLL)
-        self.record = read_object(path)
         self.held_out, self.documents, *_ = open_held_out(self.folder, self.tokenizer, self.bos,
                                                           self.eos)
-        self.place = cache_of(self.record["key"]) if self.record["key"] else self.folder
+        self.record = read_object(path)
+        key = self.record.take("key", str, None)
+        self.small = key is not None
+        self.place = cache_of(key) if self.small else self.folder
+        self.shards = read_shards(self.place)
 
     # ---- Reading ---------------------------------------------------------------------------------
 
@@ -152,7 +169,7 @@ class Text:
 
     def keep_from(self, step):
         """Deletes the shards of a stream, but the first, that hold nothing from this step on."""
-        if self.record["key"] or self.process > 0:
+        if self.small or self.process > 0:
             return
         for shard, _ in read_shards(self.place)[1:-1]:  # the next shard follows the last one
             if shard.stop <= step * self.batch_size:
@@ -164,8 +181,7 @@ class Text:
         """Stops the background thread and waits for its end."""
         self.stopped.set()
         self.writer.shutdown()
-        if self.reading:
-            self.reading.close()
+        self.pieces = None                              # which closes its files
         if self.temporary:
             self.temporary.cleanup()
 
@@ -177,122 +193,124 @@ class Text:
 
     def _sequences(self, start, stop):
         chunks = [self._chunk(row) for row in range(start, stop)]
-        return torch.from_numpy(np.stack(chunks)).long()
+        tokens = torch.from_numpy(np.stack(chunks)).long()
+        check_tokens(tokens, self.tokenizer, f"a shard in {self.place}")
+        return tokens
 
     def _chunk(self, row):
         """The chunk of this number, as soon as its shard is there."""
-        while (chunk := self._find(row)) is None:
+        while True:
+            place = self._in_text(row)
+            begun = [(shard, chunks) for shard, chunks in self.shards if shard.first <= place]
+            last, chunks = begun[-1] if begun else (NONE, None)
+            if place < last.stop:
+                break
             if self.process == 0:
-                self._write_to(row)
+                self._write_after(last)
                 self.writing.result()                   # or the error that it met
-                self.target = None
+                self.asked = None
             else:
                 time.sleep(POLL)
             self.shards = read_shards(self.place)
 
         newest, _ = self.shards[-1]
-        if self.process == 0 and row >= newest.first:
-            self._write_to(newest.stop)                 # the next one, in the background
-        return chunk
+        if self.process == 0 and last is newest and not last.ends:
+            self._write_after(last)                     # the next one, in the background
+        return chunks[place - last.first]
 
-    def _find(self, row):
-        """The chunk of this number; None if it is not there yet."""
-        ends = [shard.stop for shard, _ in self.shards if shard.ends and shard.epoch == 1]
-        if ends and row >= ends[0]:
-            row = self._use_again(row, ends[0])
-        for shard, chunks in self.shards:
-            if shard.first <= row < shard.stop:
-                return chunks[row - shard.first]
-        return None
+    def _in_text(self, row):
+        """The place of a chunk in the text, of which a small source's is used again and again."""
+        for shard, _ in self.shards[-1:]:
+            if shard.ends and row >= shard.stop:
+                self._note_reuse()
+                epoch, place = divmod(row, shard.stop)
+                return order_of(self.seed, epoch, shard.stop)[place]
+        return row
 
-    def _use_again(self, row, count):
-        """The number of the chunk that stands behind all `count` chunks of the text."""
-        if self.process == 0 and not self.noted:
+    def _note_reuse(self):
+        if not self.noted and self.process == 0:
             self.noted = True
-            note(f"note: {self.source} has text for only {count:,} training chunks of "
-                 f"{self.context:,} tokens: it is used again, each time in another order")
-        if not self.record["key"]:
-            return row                                  # a stream is tokenised again
-        epoch, place = divmod(row, count)
-        return order_of(self.seed, epoch, count)[place]
+            note(f"note: all of {self.source} has been read: it is used again, in another order")
 
     # ---- Writing ---------------------------------------------------------------------------------
 
-    def _write_to(self, row):
-        """Has the background thread write the shards up to that of a chunk."""
-        if self.target != row:
-            self.target, self.writing = row, self.writer.submit(self._write, row)
+    def _write_after(self, last):
+        """Has the background thread write the shard after `last`, unless it has been asked to."""
+        if self.asked != last.number:
+            self.asked, self.writing = last.number, self.writer.submit(self._write, last)
 
-    def _write(self, row):
-        while not self.stopped.is_set():
-            # Another run may be writing the same small source: the same shards, all of them whole.
-            before = [shard for shard, _ in read_shards(self.place) if shard.first <= row]
-            last = before[-1] if before else NONE
-            if row < last.stop or (last.ends and self.record["key"]):
-                break
-            self._write_shard(last)
+    def _write(self, last):
+        """Writes the shard after `last`, unless another run has."""
+        number = last.number + 1
+        if number in [shard.number for shard, _ in read_shards(self.place)]:
+            return
 
-    def _write_shard(self, last):
-        """Writes the shard that follows `last`."""
-        number, first = last.number + 1, last.stop
-        self._go_to(last.epoch, last.place)
+        # Read to where it begins. The one before it mostly ended there.
+        if self.reached != number:
+            self.pieces = self._pieces(last.read, last.taken)
+        self.reached = None                             # as long as an error may come
 
         # Tokens, until it is full or the text ends.
-        size, ends = min(FIRST << number, LARGEST), True
+        size, batch = min(FIRST << number, LARGEST), True
         found = [np.array(last.rest, np.int32)]
-        for parts in self._batches():
-            found.append(tokens_of(parts, self.tokenizer, self.eos))
-            if sum(map(len, found)) >= size:
-                ends = False
-                break
+        while batch and sum(map(len, found)) < size:
+            if self.stopped.is_set():
+                raise CancelledError
+            batch = take(self.pieces, BATCH)
+            found.append(tokens_of(batch, self.tokenizer, self.eos))
         chunks, rest = chunks_of(np.concatenate(found), self.context, self.bos)
-        if ends:
-            self._check_length("training", first + len(chunks), 1)
-
-        # Where the next one begins: at the start again, if the text ends.
-        place, rest = (None, []) if ends else (self.reading.place, rest.tolist())
+        if not batch:
+            self._check_length("training", last.stop + len(chunks), 1)
+        self.reached = number + 1
 
         # The .json comes last: it says that the shard is whole.
-        turns = np.random.default_rng([self.seed, last.epoch, number]).permutation(len(chunks))
+        turns = np.random.default_rng([self.seed, 0, number]).permutation(len(chunks))
         write_array(shard_path(self.place, number), chunks[turns])
-        shard = Shard(number, first, *chunks.shape, ends, last.epoch + ends, place, rest)
+        shard = Shard(number, last.stop, *chunks.shape, not batch, *self.read, rest.tolist())
         write_json(shard_path(self.place, number).with_suffix(".json"), shard._asdict())
 
-    def _go_to(self, epoch, place):
-        """Puts `reading` at a place in the documents, where it mostly is already."""
-        if self.reading and (self.epoch, self.reading.place) == (epoch, place):
-            return
+    def _pieces(self, read, taken):
+        """Yields the pieces of the training text: a small source once, a stream without end.
+
+        They begin inside document number `read`, from 1, of which so many pieces have been taken.
+        `self.read` is where the newest piece ends, in the same terms.
+        """
         if self.files is None:
             self.files = files(self.source)
-            changed = set(self.record["files"]) ^ set(fingerprints(self.files))
+            known = set(map(str, self.record.take("files", list)))
+            changed = known ^ set(fingerprints(self.files))
             if changed:
                 name = min(changed).rpartition(" ")[0]
                 raise InputError(f"{self.source} has changed since the run began ({name} is "
                                  "new, missing or different): restore the text or start a new run")
-        if self.reading:
-            self.reading.close()
-        self.epoch = epoch
-        self.reading = Mix(self._files(held=False), self.field, [self.seed, epoch], place,
-                           set(self.record["held_out"]), self.record["cut"])
+
+        left_out = set(map(str, self.record.take("held_out", list)))
+        number, found, self.read = 0, read > 0, (read, taken)
+        for epoch in range(1 if self.small else sys.maxsize):
+            if epoch > 0:
+                self._note_reuse()
+            for document in documents(self._files(held=False), self.field, [self.seed, epoch]):
+                number += 1
+                if self.stopped.is_set():
+                    raise CancelledError
+                if number < read:
+                    continue                            # nothing of it is parsed
+                for i, (begins, text) in enumerate(document):
+                    if i == 0 and digest(text) in left_out:
+                        break
+                    if number > read or i >= taken:
+                        self.read = number, i + 1
+                        yield begins, text
+                        found = True
+            if not found:
+                raise InputError(f"{self.source} leaves nothing to train on: its documents all "
+                                 "begin like those held out for evaluation")
 
     def _files(self, held):
         """The files that training or the held-out text takes documents from."""
         if self.source != "stdlib":
             return self.files
         return [file for file in self.files if held_out(file.name) == held]
-
-    def _batches(self):
-        """Yields lists of parts, enough to tokenise at a time, as long as somebody needs them."""
-        parts, characters = [], 0
-        while part := self.reading.next():
-            if self.stopped.is_set():
-                raise Stopped
-            parts.append(part)
-            characters += sum(map(len, part.pieces))
-            if characters >= BATCH:
-                yield parts
-                parts, characters = [], 0
-        yield parts
 
     def _check_length(self, purpose, chunks, needed):
         if chunks < needed:
@@ -305,27 +323,26 @@ class Text:
     def _hold_out(self):
         """Writes held-out.npy and text.json into the run's folder."""
         self.files = files(self.source)
-        small = sum(file.size for file in self.files) <= SMALL
         lines = fingerprints(self.files)
         chunks, record = self._choose_held_out()
         write_array(self.folder / "held-out.npy", chunks)
-        key = self._key(lines) if small else None
-        write_json(self.folder / "text.json", {**record, "files": lines, "key": key})
 
-    def _key(self, lines):
-        """The name of a small source's cache: a digest of all that its shards depend on."""
+        # A small source's cache is named by a digest of all that its shards depend on.
         names = [self.source == "stdlib", *(Path(line).name for line in lines)]
         facts = [ORDER, names, self.field, self.tokenizer.to_str(), self.bos, self.eos,
                  self.context, self.eval_tokens, self.seed]
-        return sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        key = sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        if sum(file.size for file in self.files) > SMALL or not may_write(cache_of(key)):
+            key = None                                  # the shards stay in the run's folder
+        write_json(self.folder / "text.json", {**record, "files": lines, "key": key})
 
     def _choose_held_out(self):
-        """(the held-out chunks, {the document of each, digests of the documents, cut})"""
-        candidates, cut, place = self._files(held=True), None, None
-        if len(self.files) == 1 and is_plain(self.files[0].name):
-            cut = fifteen_sixteenths(self.files[0])
-            place = [0, [[cut, 0]]]
+        """(the held-out chunks, {the document of each, digests of the documents})"""
+        candidates = self._files(held=True)
+        found = documents(candidates, self.field, FIXED)
+        if len(candidates) == 1 and is_plain(candidates[0].name):
             note(f"note: {self.source} is a single document: its last sixteenth is held out")
+            next(found, None)                           # those before it
 
         # All of the standard library's documents, a sixteenth of others.
         least = count_documents(candidates, self.field)
@@ -335,45 +352,32 @@ class Text:
         # Chunks of one document each, and the tokens of those too short for a chunk.
         count = -(-self.eval_tokens // self.context)
         most = (4 * count // max(least, 1) + 1) * self.context              # tokens of a document
-        mix = Mix(candidates, self.field, FIXED, place)
         own, of, digests, short, spare = [], [], [], [np.empty(0, np.int32)], 0
-        for first, tokens in self._beginnings(mix, most):
+        for pieces in found:
+            some = take(pieces, 8 * most)               # at eight characters a token
+            if not some:
+                continue                                # an empty one
+            tokens = tokens_of(some, self.tokenizer, self.eos)
             chunks, rest = chunks_of(tokens, self.context, self.bos)
             own.append(chunks)
             of += [len(digests)] * len(chunks)
             if not len(chunks):
                 short.append(rest)
                 spare += len(rest)
-            digests.append(first)
+            digests.append(digest(some[0][1]))
             if len(digests) >= least and len(of) + spare // self.context >= count:
                 break
-        mix.close()
 
         # A chunk that short documents share counts as a document of its own.
         shared, _ = chunks_of(np.concatenate(short), self.context, self.bos)
         of += range(len(digests), len(digests) + len(shared))
         turns = np.random.default_rng(FIXED).permutation(len(of))[:count]
         self._check_length("held-out", len(turns), count)
-        record = {"documents": [of[i] for i in turns], "held_out": digests, "cut": cut}
-        return np.concatenate([*own, shared])[turns], record
-
-    def _beginnings(self, mix, most):
-        """Yields the digest and the first tokens of each document: `most` or a few more."""
-        part = mix.next()
-        while part:
-            first, pieces = digest(part), part.pieces[:most // 8192 + 1]    # 8,192 tokens or more
-            tokens = tokens_of([part._replace(pieces=pieces)], self.tokenizer, self.eos)
-            while (part := mix.next()) and not part.begins:
-                if len(tokens) < most:
-                    more = tokens_of([part], self.tokenizer, self.eos)
-                    tokens = np.concatenate([tokens, more])
-                else:
-                    mix.skip()
-            yield first, tokens
-
-
-class Stopped(Exception):
-    """Nobody needs the shard any more."""
+        chosen = np.concatenate([*own, shared])[turns]
+        if np.isin(chosen, [self.bos, self.eos]).all():
+            raise InputError(f"the tokenizer makes no tokens of {self.source}: is its vocabulary "
+                             "empty, or of another language?")
+        return chosen, {"documents": [of[i] for i in turns], "held_out": digests}
 
 
 @lru_cache(maxsize=2)
@@ -383,29 +387,38 @@ def order_of(seed, epoch, count):
 
 
 def count_documents(files, field):
-    """How many documents the files hold; of many bytes, how many at least."""
+    """How many documents the files hold; of many bytes, how many at least.
+
+    A bad line in a small source is found now, not in the middle of a run.
+    """
     if all(is_plain(file.name) for file in files):
         return len(files)
     size = sum(file.size for file in files)
     if size > SMALL:
         return size // LINE + 1
-    return sum(part.begins for part in iter(Mix(files, field, FIXED).next, None))
+    return sum(next(pieces, None) is not None for pieces in documents(files, field, FIXED))
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
 
-def tokens_of(parts, tokenizer, eos):
-    """The tokens of some parts, with an EOS before each document that begins."""
-    texts, begins = [], []
-    for part in parts:
-        texts += part.pieces
-        begins += [part.begins and i == 0 for i in range(len(part.pieces))]
+def take(pieces, characters):
+    """The next pieces, with so many characters or a few more; fewer or none at the end."""
+    found, length = [], 0
+    for begins, text in pieces:
+        found.append((begins, text))
+        length += len(text)
+        if length >= characters:
+            break
+    return found
 
+
+def tokens_of(pieces, tokenizer, eos):
+    """The tokens of some pieces, with an EOS before each document that begins."""
     found = [np.empty(0, np.int32)]
-    for start in range(0, len(texts), TEXTS):
-        some = texts[start:start + TEXTS]
-        encoded = tokenizer.encode_batch_fast(some, add_special_tokens=False)       # on all cores
-        for first, encoding in zip(begins[start:], encoded):
+    for start in range(0, len(pieces), TEXTS):
+        begins, texts = zip(*pieces[start:start + TEXTS])
+        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)      # on all cores
+        for first, encoding in zip(begins, encoded):
             found.append(np.array([eos] * first + encoding.ids, np.int32))
     return np.concatenate(found)
 
@@ -423,7 +436,15 @@ def chunks_of(tokens, context, bos):
 
 def cache_of(key):
     """The folder of a small source's shards."""
-    return Path(os.environ.get("LORASAE_CACHE") or Path.home() / ".cache/lorasae") / "text" / key
+    root = os.environ.get("LORASAE_CACHE") or "~/.cache/lorasae"
+    return local(root) / "text" / key
+
+
+def may_write(folder):
+    """Whether files can be written to a folder, which is made if need be."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
 
 
 def shard_path(folder, number):
@@ -434,8 +455,12 @@ def read_shards(folder):
     """[(Shard, its chunks)] of the shards in a folder that are whole, by their numbers."""
     found = []
     for path in sorted(folder.glob("shard-*.json")):
-        with suppress(OSError, ValueError, TypeError):  # being deleted, or damaged
-            shard = Shard(**json.loads(path.read_bytes()))
+        with suppress(OSError, ValueError, TypeError, OverflowError):   # being deleted, or damaged
+            shard = Shard(**read_object(path))
+            np.array(shard.rest, np.int32)              # it holds tokens
+            kinds = [*map(type, shard)]
+            if kinds != [*Shard.__annotations__.values()] or min(shard.first, shard.chunks) < 0:
+                continue
             # np.load parses the header with Python's ast, which two threads can crash in 3.11.
             numbers = np.memmap(path.with_suffix(".npy"), np.int32, "r", offset=HEADER)
             found.append((shard, numbers.reshape(shard.chunks, shard.context)))

@@ -6,8 +6,8 @@
     python train.py --data 'hf://datasets/OWNER/NAME@REVISION/data/*.jsonl'
 
 A document is a line of a JSON-lines file or a whole file of plain text. It is read in pieces of at
-most 65,536 characters, so a document of any length takes little memory. The paper's data are the
-Pile and RedPajama (Section 4).
+most 65,536 characters, so a document of any length takes little memory; an empty one is left out.
+The paper's data are the Pile and RedPajama (Section 4).
 """
 import gzip
 import io
@@ -17,6 +17,8 @@ import re
 import sysconfig
 from functools import partial
 from hashlib import blake2b, sha256
+from heapq import heappop, heappush
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -46,8 +48,6 @@ LINE = 64 * 2 ** 20         # bytes; a longer line of JSON is refused, for memor
 BLOCK = 2 ** 18             # bytes read from a file at a time
 HUB_BLOCK = 4 * 2 ** 20     # bytes asked of the Hub at a time
 AT_ONCE = 16                # files that are open at the same time
-START = [(0, 0)] * AT_ONCE  # places in files
-CONTINUED = bytes(range(0x80, 0xC0))    # bytes of UTF-8 inside a character
 
 
 class File(NamedTuple):
@@ -61,6 +61,7 @@ class File(NamedTuple):
 
 def files(source):
     """The files of a source (see the module's docstring), sorted by name."""
+    source = os.path.expanduser(source)
     if source == "stdlib":
         return standard_library()
     if source in NAMED or source.startswith("hf://"):
@@ -142,99 +143,74 @@ def fingerprints(files):
     for file in files:
         content = file.content
         if content is None:
-            digest = sha256()
             with file.open() as raw:
-                while block := raw.read(BLOCK):
-                    digest.update(block)
-                    if total > SMALL:
-                        break
-            content = digest.hexdigest()[:32]
+                content = sha256(raw.read(BLOCK if total > SMALL else None)).hexdigest()[:32]
         lines.append(f"{file.name} {file.size}-{content}")
     return lines
 
 
 # ---- From files to documents ---------------------------------------------------------------------
 
-class Part(NamedTuple):
-    """A stretch of a document: its pieces, and whether the document begins with them."""
-    begins: bool
-    pieces: list
+def documents(files, field, seed):
+    """Yields the documents of files in an order given by the seed, each an iterator of pieces.
 
-
-class Reader:
-    """Reads one file part by part, from `place` on: (bytes of text, lines of JSON) before it.
-
-    A part is all of a line of JSON, or one piece of plain text. field: the JSON field with the
-    text; without it "text" or, as in RedPajama-V2, "raw_content". InputError names the file and,
-    in JSON, the line.
+    A piece is (whether it begins a document, text). Documents come from sixteen files at a time,
+    each time from the one that has been read least. So any stretch has the proportions of the
+    whole, even if each file of a stream is one domain, as in RedPajama-1T's sample. A single file
+    of plain text comes in two parts: its first fifteen sixteenths and the rest. field: the JSON
+    field with the text; without it "text" or, as in RedPajama-V2, "raw_content". InputError names
+    the file and, in JSON, the line.
     """
+    if len(files) == 1 and is_plain(files[0].name):
+        yield from halves(files[0])
+        return
+    turns = np.random.default_rng(seed).permutation(len(files))
+    for start in range(0, len(turns), AT_ONCE):
+        some = [files[i] for i in turns[start:start + AT_ONCE]]
+        reading = [(0.0, i, documents_in(file, field)) for i, file in enumerate(some)]
+        while reading:
+            share, i, found = heappop(reading)
+            for size, pieces in islice(found, 1):       # none, at the end of the file
+                yield pieces
+                heappush(reading, (share + size / (some[i].size or 1), i, found))
 
-    def __init__(self, file, field=None, place=(0, 0)):
-        self.name, self.size, self.field = file.name, file.size, field
-        self.byte, self.line = place
-        self.text = ""
-        with damage(self.name):
-            self.raw = file.open()
-            stream = decompressed(self.raw, self.name.lower())
-        self.stream, self.skip = io.BufferedReader(stream, BLOCK), self.byte
-        if stream is self.raw:
-            self.stream.seek(self.byte)
-            self.skip = 0
-        self.decoded = io.TextIOWrapper(self.stream, encoding="utf-8", newline="")
 
-    def close(self):
-        self.raw.close()
+def halves(file):
+    """Yields the two parts of a single document of plain text."""
+    if file.name.lower().endswith((".gz", ".zst")):
+        raise InputError(f"{file.name} is a single compressed document: decompress it first, so "
+                         "that its last sixteenth can be held out")
+    passed = 0
 
-    @property
-    def place(self):
-        return self.byte, self.line
+    def late(piece):
+        nonlocal passed
+        _, text = piece
+        passed += len(text.encode())
+        return passed > file.size * 15 / 16
 
-    @property
-    def share(self):
-        """How much has been read: bytes of text per byte of the file as it is stored."""
-        return self.byte / max(self.size, 1)
+    with file.open() as raw:
+        most = min(PIECE, file.size // 64 + 1)          # pieces shorter than a sixteenth
+        for _, pieces in groupby(pieces_of(raw, file.name, most), late):
+            yield pieces
 
-    def next(self):
-        """The next Part; None at the end of the file."""
-        with damage(self.name):
-            if self.skip:
-                return self._skipped()
-            return self._next_piece() if is_plain(self.name) else self._next_line()
 
-    def _skipped(self):
-        """A compressed file can only be entered at its start: an empty part per block skipped."""
-        skipped = len(self.stream.read(min(self.skip, BLOCK)))
-        if not skipped:
-            raise EOFError("it is shorter than it was")
-        self.skip -= skipped
-        return Part(False, [])
-
-    def _next_piece(self):
-        try:
-            self.text += self.decoded.read(PIECE + 1 - len(self.text))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.name} is not UTF-8 text ({error.reason}): convert it first"
-                             ) from error
-        if not self.text:
-            return None
-        begins, end = self.byte == 0, cut(self.text)
-        piece, self.text = self.text[:end], self.text[end:]
-        self.byte += len(piece.encode())
-        if "\0" in piece:
-            raise ValueError("it has a zero byte")      # a binary file, or UTF-16
-        return Part(begins, [piece.removeprefix("\ufeff") if begins else piece])
-
-    def _next_line(self):
-        while line := self.stream.readline(LINE + 1):
-            self.byte += len(line)
-            self.line += 1
-            where = f"{self.name}, line {self.line:,}"
+def documents_in(file, field):
+    """Yields (bytes, iterator of pieces) of each document in a file."""
+    name = file.name
+    with damage(name), file.open() as raw:
+        stream = io.BufferedReader(decompressed(raw, name.lower()), BLOCK)
+        if is_plain(name):
+            yield file.size, pieces_of(stream, name)
+            return
+        for number in count(1):
+            line, where = stream.readline(LINE + 1), f"{name}, line {number:,}"
             if len(line) > LINE:
                 raise InputError(f"{where}: longer than {LINE // 2 ** 20} MiB; expected a JSON "
                                  "object per line, a document in each: cut it into several")
+            if not line:
+                break
             if not line.isspace():
-                return Part(True, pieces(text_of(line, where, self.field)))
-        return None
+                yield len(line), pieces_in(line, where, field)
 
 
 def is_plain(name):
@@ -253,8 +229,8 @@ def decompressed(raw, name):
     return raw
 
 
-def text_of(line, where, field):
-    """The text in a line (bytes) of a JSON-lines file."""
+def pieces_in(line, where, field):
+    """Yields the pieces of the text in a line of a JSON-lines file, which is not parsed before."""
     with damage(where):
         record = json.loads(line)
     fields = record if isinstance(record, dict) else {}
@@ -264,100 +240,25 @@ def text_of(line, where, field):
         names = ", ".join(strings)[:200] or "none"
         raise InputError(f"{where}: expected a JSON object with a string {field or 'text'!r}; its "
                          f"strings are: {names} (--field)")
-    # JSON can spell half of a surrogate pair, which is no character: it becomes U+FFFD
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    # JSON can spell zero bytes, and half of a surrogate pair, which is no character
+    text = text.replace("\0", "").encode("utf-8", "replace")
+    yield from pieces_of(io.BytesIO(text), where)
 
 
-def pieces(text):
-    """A document's pieces: together they are the text."""
-    found, start = [], 0
-    while not found or start < len(text):
-        end = cut(text, start)
-        found.append(text[start:end])
-        start = end
-    return found
+def pieces_of(stream, where, most=None):
+    """Yields a document's pieces: at most `most` characters, and whole lines if they fit."""
+    most = most or PIECE
+    with damage(where):
+        decoded = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        begins, text = True, ""
+        while text := text + decoded.read(most + 1 - len(text)):
+            if "\0" in text:
+                raise ValueError("it has a zero byte")  # a binary file, or UTF-16
+            end = len(text) if len(text) <= most else text.rfind("\n", 0, most) + 1 or most
+            yield begins, text[:end]
+            begins, text = False, text[end:]
 
 
-def cut(text, start=0):
-    """The end of the piece that begins at `start`: after its last line, if it has one."""
-    if len(text) - start <= PIECE:
-        return len(text)
-    return text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
-
-
-# ---- Documents in their order --------------------------------------------------------------------
-
-class Mix:
-    """The documents of the files, part by part: of sixteen files at a time, from the least read.
-
-    So any stretch has the proportions of the whole, even if each file of a stream is one domain, as
-    in RedPajama-1T's sample. A document in several parts is read to its end. held: digests of the
-    documents to leave out. cut: the byte of a single document where its held-out part begins.
-    place: the first of the open files, and the place in each, None at its end.
-    """
-
-    def __init__(self, files, field, seed, place=None, held=(), cut=None):
-        turns = np.random.default_rng(seed).permutation(len(files))
-        self.files, self.field = [files[i] for i in turns], field
-        self.held, self.cut = held, cut
-        self._open(*place or (0, START))
-
-    @property
-    def place(self):
-        return [self.first, [reader and list(reader.place) for reader in self.readers]]
-
-    def next(self):
-        """The next Part; None when all files are at their end."""
-        while reading := list(filter(None, self.readers)):
-            begun = [reader for reader in reading if is_plain(reader.name) and reader.byte]
-            self.current = min(begun or reading, key=lambda reader: reader.share)
-            part = self.current.next()
-            if part is None:
-                self._end()
-            elif part.begins and digest(part) in self.held:
-                self.skip()
-            elif self.cut is not None and self.current.byte > self.cut:
-                self._end()
-                kept = part.pieces[0].encode()[:self.cut - self.current.byte]
-                return part._replace(pieces=[kept.decode()])
-            else:
-                return part
-        return None
-
-    def skip(self):
-        """Leaves out the rest of the document that is being read."""
-        if is_plain(self.current.name):
-            self._end()
-
-    def close(self):
-        for reader in filter(None, self.readers):
-            reader.close()
-
-    def _end(self):
-        """Closes the current file; after the last one of those open, the next ones are opened."""
-        self.current.close()
-        self.readers[self.readers.index(self.current)] = None
-        if not any(self.readers) and self.first + AT_ONCE < len(self.files):
-            self._open(self.first + AT_ONCE, START)
-
-    def _open(self, first, places):
-        self.first = first
-        self.readers = [place and Reader(file, self.field, place)
-                        for file, place in zip(self.files[first:first + AT_ONCE], places)]
-
-
-def digest(part):
-    """What a document is known by: a digest of its first piece."""
-    return blake2b(part.pieces[0].encode(), digest_size=12).hexdigest()
-
-
-def fifteen_sixteenths(file):
-    """The byte where the last sixteenth of a file of plain text begins."""
-    if file.name.lower().endswith((".gz", ".zst")):
-        raise InputError(f"{file.name} is a single compressed document: decompress it first, so "
-                         "that its last sixteenth can be held out")
-    start = file.size * 15 // 16
-    with file.open() as raw:
-        raw.seek(start)
-        after = raw.read(3)
-    return start + len(after) - len(after.lstrip(CONTINUED))
+def digest(text):
+    """What a document is known by: a digest of its first piece's text."""
+    return blake2b(text.encode(), digest_size=12).hexdigest()

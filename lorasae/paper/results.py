@@ -12,31 +12,46 @@ models, points or latents: those are cases.
 
 Numbers are plain values, kept as JSON, in which an Estimate is the list [mean, half, over].
 """
+import tomllib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from lorasae.evals.common import Estimate, over
 from lorasae.evals.report import Table, with_interval
 
+PAPER = tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8"))
 VERDICTS = ("agrees", "differs", "within noise", "no interval", "mixed")
 OF_SEVERAL = {"agrees": "agree", "differs": "differ"}
 
 
 class Part(NamedTuple):
-    """Some figures and tables of the paper."""
-    name: str                           # of numbers/NAME.json
-    title: str
-    figures: tuple                      # names for --only: "fig3", "table1"
-    about: Callable                     # study -> a paragraph: definition, budgets, recipe, seeds
-    trainings: Callable                 # study -> [Training]; those of their SAEs are understood
-    measure: Callable                   # study -> numbers; reads files only
-    tables: Callable                    # numbers -> [Table]
-    claims: Callable                    # numbers -> [Claim]
+    """Some figures and tables of the paper. What it says of them is in paper.toml."""
+    name: str                           # there, and of numbers/NAME.json
+    jobs: Callable                      # study -> [Job]; what they need is understood
+    measure: Callable                   # study -> numbers; {"cases": {claim: its cases}, ...}
     draw: Callable                      # numbers, figure
-    caption: str                        # of the picture: what its error bars are
-    evaluations: Callable = lambda study: []    # study -> [Evaluation]
+    own_tables: Callable                # numbers -> [Table], without the paper's
+
+    @property
+    def words(self):
+        """Title, figures (names for --only: "fig3", "table1"), about, and caption of the picture:
+        what its error bars are.
+        """
+        return PAPER[self.name]
+
+    def tables(self, numbers):
+        """Ours, then the paper's."""
+        papers = self.words.get("tables", [])
+        return [*self.own_tables(numbers), *(Table(**known) for known in papers)]
+
+    def claims(self, numbers):
+        """Those that the study has cases of."""
+        cases = numbers["cases"]
+        return [Claim(**known, cases=cases[name])
+                for name, known in self.words["claims"].items() if cases.get(name)]
 
 
 # ---- Claims --------------------------------------------------------------------------------------
@@ -84,8 +99,8 @@ class Claim:
         """What was found, in words: a value, or "11 of 13 agree, 2 within noise"."""
         if len(self.cases) == 1:
             (mean, half, what), = self.cases.values()
-            value = with_interval(mean, half, self.form)
-            return f"{value} {self.unit} ({what})" if value else what
+            value = f"{with_interval(mean, half, self.form)} {self.unit}".strip()
+            return what if mean is None else f"{value} ({what})"
         words = [f"{count} {OF_SEVERAL.get(verdict, verdict)}"
                  for verdict, count in self.counts.items()]
         return ", ".join(words).replace(" ", f" of {len(self.cases)} ", 1)
@@ -125,6 +140,9 @@ def over_seeds(estimates):
     return over(means, "seeds")
 
 
+NONE = Estimate(None, None, "")         # an empty cell
+
+
 def cell(estimate, form=".4f"):
     """An Estimate, or the list that it is in JSON, as a cell of a table."""
     mean, half, what = estimate
@@ -136,11 +154,6 @@ def intervals(estimates):
     words = {f"{'no interval' if half is None else '± 90 %'} over {what}": None
              for mean, half, what in estimates if mean is not None}
     return ", ".join(words)
-
-
-def where(rows, **values):
-    """The rows that have these values."""
-    return [row for row in rows if values.items() <= row.items()]
 
 
 def group(rows, name):

@@ -1,203 +1,108 @@
-"""What the parts of the paper share: models, budgets, and the commands that train and evaluate.
+"""What the parts of the paper share: models, budgets, and the jobs that train and evaluate.
 
-A part lists the trainings and evaluations that it needs; several may need the same ones. Each
-training is a run of train.py in a folder of its own, so it can be resumed, and eval.py opens it.
+A part lists the jobs that it needs; several parts may need the same ones. Each training is a run of
+train.py in a folder of its own, so it can be resumed, and eval.py opens it.
 
     STUDY/saes/NAME, STUDY/adapters/NAME        runs
     STUDY/logs/                                 what their commands printed
     STUDY/numbers/PART.json                     what a part found
-    STUDY/study.json                            the arguments of the study, and a hash of the code
+    STUDY/study.json                            the arguments of the study
 """
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from hashlib import blake2b
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lorasae.evals import fidelity
 from lorasae.io.files import read_json
 from lorasae.io.presets import PRESETS
-from lorasae.runs.commands import ROOT, Command
+from lorasae.runs.commands import Command
 from lorasae.runs.config import SAE_TOKENS, Config
 
 
-class Models(NamedTuple):
-    """The models of a study, by what the paper takes them for."""
-    main: str                           # of all parts with one model: Gemma-2-2B in the paper
-    second: str                         # of Figure 5: Llama-3.2-1B in the paper
-    several: str                        # of Figure 6, several SAEs: Llama-3.1-8B in the paper
+class Plan(NamedTuple):
+    """What a study trains: the words of studies.toml. Nothing and 0: not given."""
+    size: str
+    grid: str
+    sets: str = ""
+    second: str = ""
+    several: str = ""
+    seeds: int = 1
+    tokens: dict = {}
+    sae: dict = {}
+    lora: dict = {}
+    finetune: dict = {}
+    e2e_tokens: int = 0
+    frontier_lora: int = 0
+    percents: tuple = (10, 30, 100)
+    blocks: tuple = ()
+    without: tuple = ()
 
 
-MODELS = {
-    "tiny-gemma-2": Models("tiny-gemma-2", "tiny-llama-3", "tiny-llama-3"),
-    "gemma-2-2b": Models("gemma-2-2b", "llama-3.2-1b", "llama-3.1-8b"),
-}
+KNOWN = tomllib.loads(Path(__file__).with_name("studies.toml").read_text(encoding="utf-8"))
+PLANS = {name: Plan(**words) for name, words in KNOWN.items()}
 
 
 @dataclass(frozen=True)
 class Study:
     """What `python -m lorasae.paper` was asked for. None: as in the models' presets."""
     folder: Path
-    model: str = "tiny-gemma-2"         # one of MODELS
+    model: str = "tiny-gemma-2"         # one of PLANS, or a folder of such a name
     sae_tokens: int | None = None       # to train an SAE on
     frontier_tokens: int | None = None  # to train the SAEs of Figures 1 and 5 on
     lora_tokens: int | None = None      # to train adapters on
     long_tokens: int | None = None      # the adapters that the evaluations of §5 and §6 look at
     eval_tokens: int | None = None      # held out
-    seeds: tuple = (0,)                 # of adapters, in the parts that take several
-    recipe: str | None = None           # of adapters
+    seeds: list = (0,)                  # of adapters, in the parts that take several
     device: str = "cpu"
+    data: str | None = None             # text to train on, a part of which is held out
+    other_data: str | None = None       # text of a kind that is not trained on
 
     @property
-    def models(self):
-        return MODELS[self.model]
+    def name(self):
+        """The model's, without the path of its folder."""
+        return Path(self.model).name
 
     @property
-    def miniature(self):
-        return self.model.startswith("tiny-")
+    def plan(self):
+        return PLANS[self.name]
 
     @property
-    def arguments(self):
-        """What study.json holds of them."""
-        found = asdict(self)
-        del found["folder"]
-        return {**found, "seeds": list(self.seeds)}
-
-    @cached_property
-    def sources(self):
-        """A hash of the code that computes."""
-        found = blake2b(digest_size=8)
-        for path in [*sorted(ROOT.glob("lorasae/**/*.py")), ROOT / "train.py", ROOT / "eval.py"]:
-            found.update(path.read_bytes())
-        return found.hexdigest()
+    def laptop(self):
+        return self.plan.size == "laptop"
 
     @property
-    def other_code(self):
-        """Whether the folder was begun with other code than this."""
-        path = self.folder / "study.json"
-        return path.exists() and read_json(path).get("sources") != self.sources
+    def full(self):
+        """Whether it takes the published SAEs of the paper's models."""
+        return self.plan.size == "paper"
 
 
-# ---- Trainings and evaluations -------------------------------------------------------------------
+# ---- Jobs ----------------------------------------------------------------------------------------
 
-class Training(NamedTuple):
-    """A run of train.py in study.folder / name."""
-    name: str                           # "saes/..." or "adapters/..."
-    options: dict                       # {option of train.py: value}; None: not given
+class Job(NamedTuple):
+    """A run of train.py, or an evaluation of a run by eval.py."""
+    folder: Path                        # of the run
+    options: dict                       # {option of the script: value}; None: not given
+    needs: tuple = ()                   # the Jobs before it
     timed: bool = False                 # its seconds are a result: it runs by itself
-    saes: tuple = ()                    # the Trainings of its SAEs
+    suite: str | None = None            # of eval.py; None: this is a training
+
+    @property
+    def command(self):
+        folder = str(self.folder)
+        if self.suite is None:
+            return Command("train.py", (*in_words(self.options), "--out", folder), self.folder)
+        words = folder, "--suite", self.suite, *in_words(self.options)
+        return Command("eval.py", words, self.folder, f"eval-{self.suite}.json")
 
     @property
     def stage(self):
-        """Lower ones run first: SAEs before adapters, and of each the timed ones."""
-        return int(self.name.startswith("adapters/")), not self.timed
+        """Lower ones run first: what others need, and among these the timed ones."""
+        depth = 1 + max((job.stage[0] for job in self.needs), default=0)
+        return depth, not self.timed
 
-
-class Evaluation(NamedTuple):
-    """A suite of eval.py on a finished run."""
-    training: Training
-    suite: str
-    options: dict = {}                  # {option of eval.py: value}
-    stage = 2, True                     # after all trainings; not timed
-
-
-def new_sae(study, method, model, layer=None, *, width=None, l0=None, tokens=None, timed=False):
-    """The Training of an SAE of `width` latents, l0 of them active: a jumprelu's aim, or a k.
-
-    None is the preset's value.
-    """
-    known = PRESETS[model]
-    chosen = {
-        "layer": known.layer if layer is None else layer,
-        "width": width or known.sae_training.get("width"),
-        "l0" if method == "jumprelu" else "k": l0 or known.sae_training.get("l0"),
-        "tokens": tokens or study.sae_tokens,
-    }
-    parts = [f"{name}-{value}" for name, value in chosen.items() if value is not None]
-    common = {"model": model, "method": method}
-    held_out = {"eval_tokens": study.eval_tokens, "device": study.device}
-    return Training("-".join([f"saes/{model}-{method}", *parts]),
-                    {**common, **chosen, **held_out}, timed)
-
-
-def adapters(study, name, model, saes, *, tokens=None, seed=None, timed=False, **options):
-    """The Training of adapters around SAEs.
-
-    saes: Trainings of such, or sources that exist already; [] for the preset's. options: further
-    ones of train.py. The optimiser is the paper's.
-    """
-    made_here = tuple(sae for sae in saes if isinstance(sae, Training))
-    sources = [str(study.folder / sae.name) if sae in made_here else sae for sae in saes]
-    common = {
-        "model": model,
-        "sae": sources or None,
-        "tokens": tokens or study.lora_tokens,
-        "eval_tokens": study.eval_tokens,
-        "recipe": study.recipe,
-        "optimizer": "adamw",
-        "seed": seed,
-        "device": study.device,
-    }
-    return Training(f"adapters/{name}", {**common, **options}, timed, made_here)
-
-
-def around_topk(study, seed):
-    """Adapters on all blocks, around a TopK SAE (Tables 3 and 6; Figures 8 and 11)."""
-    model = study.models.main
-    if study.miniature:
-        sae = str(Path(PRESETS[model].sae).parent / "topk")
-    else:
-        sae = new_sae(study, "topk", model)
-    return adapters(study, f"{model}-topk-seed-{seed}", model, [sae], tokens=study.long_tokens,
-                    seed=seed, rank=64, adapt="all")
-
-
-STEERED_TOKENS = 12_000                 # held-out tokens, of which steering cuts its texts
-
-
-def around_jumprelu(study, seed):
-    """Adapters on the blocks after the preset's JumpReLU SAE (Table 5; in miniature Table 4)."""
-    model, held_out = study.models.main, study.eval_tokens
-    if held_out is not None:
-        held_out = max(held_out, STEERED_TOKENS)
-    return adapters(study, f"{model}-jumprelu-seed-{seed}", model, [], tokens=study.long_tokens,
-                    seed=seed, rank=64, eval_tokens=held_out)
-
-
-def tokens_of(training):
-    """How many tokens a training asks for."""
-    options = training.options
-    known, method = PRESETS[options["model"]], options.get("method", "lora")
-    if method == "lora":
-        return options["tokens"] or known.lora.get("tokens", Config.tokens)
-    return options["tokens"] or known.sae_training.get("tokens", SAE_TOKENS)
-
-
-def budget(study, training, papers, seeds=None):
-    """How adapters train, in words.
-
-    papers: the paper's tokens, such as "15M". seeds: None is the study's.
-    """
-    options = training.options
-    recipe = study.recipe or PRESETS[options["model"]].lora.get("recipe", "paper")
-    if options["seed"] is None:
-        seeds = [Config.seed]
-    seeds = ", ".join(map(str, seeds or study.seeds))
-    return (f"Adapters train with AdamW and the {recipe} recipe, on {tokens_of(training):,} tokens "
-            f"(the paper: {papers}). Seeds: {seeds}.")
-
-
-# ---- Their commands ------------------------------------------------------------------------------
-
-def command_of(study, needed):
-    """The Command of a Training or an Evaluation."""
-    if isinstance(needed, Training):
-        folder = study.folder / needed.name
-        words = (*in_words(needed.options), "--out", str(folder))
-        return Command("train.py", words, folder)
-    folder = study.folder / needed.training.name
-    words = (str(folder), "--suite", needed.suite, *in_words(needed.options))
-    return Command("eval.py", words, folder, f"eval-{needed.suite}.json")
+    def found(self, variant=""):
+        """What it found; of a run with several ranks that of a variant, such as "rank-64"."""
+        return read_json(self.folder / variant / self.command.result)
 
 
 def in_words(options):
@@ -211,18 +116,130 @@ def in_words(options):
     return words
 
 
-# ---- What finished runs found --------------------------------------------------------------------
-
-def results(study, training, variant=None):
-    """results.json of a run; of one with several ranks that of a variant, such as "rank-64"."""
-    return read_json(study.folder / training.name / (variant or "") / "results.json")
+def evaluation(training, suite, **options):
+    return Job(training.folder, options, (training,), suite=suite)
 
 
-def sequences(study, training, variant=None):
-    """The losses of every held-out sequence (fidelity.read_sequences), to pair runs by them."""
-    return fidelity.read_sequences(study.folder / training.name / (variant or ""))
+def preset_of(model):
+    return PRESETS[Path(model).name]
 
 
-def found(study, evaluation):
-    """What an evaluation found."""
-    return read_json(study.folder / evaluation.training.name / f"eval-{evaluation.suite}.json")
+def new_sae(study, method, model, *, tokens=None, timed=False, **chosen):
+    """The Job that trains an SAE. chosen: its layer, width, and l0 or k if they are not the
+    usual ones.
+    """
+    known = preset_of(model).sae_training
+    chosen = {**study.plan.sae, **chosen}
+    if "l0" in chosen:
+        chosen.pop("k", None)
+    chosen["tokens"] = tokens or study.sae_tokens or known.get("tokens", SAE_TOKENS)
+    name = "-".join(f"{name}-{value}" for name, value in chosen.items())
+    return Job(study.folder / "saes" / f"{Path(model).name}-{method}-{name}", {
+        "model": model,
+        "method": method,
+        **chosen,
+        **of_text(study),
+    }, timed=timed)
+
+
+def of_text(study):
+    return {"data": study.data, "eval_tokens": study.eval_tokens, "device": study.device}
+
+
+def adapters(study, name, model, sources=None, needs=(), *, tokens=None, seed=Config.seed,
+             timed=False, **options):
+    """The Job that trains adapters, with the paper's optimiser.
+
+    sources: of their SAEs; None for the preset's. needs: the Jobs that make these. options: further
+    ones of train.py.
+    """
+    known = preset_of(model).lora
+    return Job(study.folder / "adapters" / name, {
+        "model": model,
+        "sae": sources,
+        "tokens": tokens or study.lora_tokens or known.get("tokens", Config.tokens),
+        "optimizer": "adamw",
+        "seed": seed,
+        **of_text(study),
+        **study.plan.lora,
+        **options,
+    }, needs, timed)
+
+
+def around(study, name, saes, **options):
+    """The Job that trains adapters of the SAEs' model around SAEs that are trained here."""
+    return adapters(study, name, saes[0].options["model"], [sae.folder for sae in saes],
+                    tuple(saes), **options)
+
+
+# ---- The long TopK SAE, as it was after some of its training -------------------------------------
+
+def long_sae(study, model=None):
+    """The Job of the TopK SAE of Figures 1 and 5, which is kept after each tenth of its tokens."""
+    return new_sae(study, "topk", model or study.model, tokens=study.frontier_tokens,
+                   timed=True)
+
+
+def checkpoint(sae, percent):
+    """The folder of an SAE as it was then."""
+    return sae.folder / ("sae" if percent == 100 else f"sae-{percent}pct")
+
+
+def around_long(study, seed, adapt, percent=None, model=None, tokens=None, rank=64):
+    """The Job of adapters (after the SAE, or all) around the long SAE as it was then; by default
+    at the last of the plan's percents.
+    """
+    sae, percent = long_sae(study, model), percent or study.plan.percents[-1]
+    name = f"{sae.folder.name}-{percent}pct-{adapt}-rank-{rank}-seed-{seed}"
+    return adapters(study, name, sae.options["model"], checkpoint(sae, percent), (sae,),
+                    tokens=tokens or study.long_tokens, seed=seed, timed=True, rank=rank,
+                    adapt=adapt)
+
+
+# ---- Adapters that several parts look at ---------------------------------------------------------
+
+def around_topk(study, seed):
+    """Adapters on all blocks, around a TopK SAE (Tables 3 and 6; Figures 8 and 11)."""
+    if study.plan.size != "miniature":
+        return around_long(study, seed, "all")
+    source = Path(PRESETS[study.model].sae).parent / "topk"
+    return adapters(study, f"topk-seed-{seed}", study.model, source, tokens=study.long_tokens,
+                    seed=seed, rank=64, adapt="all")
+
+
+def around_jumprelu(study, seed):
+    """Adapters on the blocks after the preset's JumpReLU SAE (Table 5; in miniature Table 4).
+
+    On a laptop, those around the long SAE.
+    """
+    if study.laptop:
+        return around_long(study, seed, "after")
+    return adapters(study, f"jumprelu-seed-{seed}", study.model, tokens=study.long_tokens,
+                    seed=seed, rank=64)
+
+
+def all_jobs(jobs):
+    """{the file that a Job ends with: Job} of jobs and all that they need, these first. Of several
+    with the same file it is the first.
+    """
+    found = {}
+
+    def add(jobs):
+        for job in jobs:
+            add(job.needs)
+            found.setdefault(job.command.done, job)
+
+    add(jobs)
+    return found
+
+
+def budget(study, part):
+    """How the SAEs and adapters of a part train, in words."""
+    trained = [job.options for job in all_jobs(part.jobs(study)).values() if job.suite is None]
+    adapted = [options for options in trained if "rank" in options]
+    tokens = {f"{options['tokens']:,}": None for options in trained if "sae" not in options}
+    saes = f"SAEs train on {' and '.join(tokens)} tokens. " if tokens else ""
+    seeds = ", ".join({str(options["seed"]): None for options in adapted})
+    recipe = preset_of(study.model).lora.get("recipe", "paper")
+    return (f"{saes}Adapters train with AdamW and the {recipe} recipe, on "
+            f"{adapted[-1]['tokens']:,} tokens (the paper: 15M). Seeds: {seeds}.")

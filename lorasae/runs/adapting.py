@@ -20,7 +20,7 @@ import torch
 from lorasae import adapt
 from lorasae.adapt import ALONE
 from lorasae.io.adapters import save_adapter
-from lorasae.io.presets import preset
+from lorasae.io.hub import model_place
 from lorasae.lora import add_lora, attach_lora, detach_lora, lora_parameters
 from lorasae.runs import distributed, training
 from lorasae.runs.folder import Run
@@ -104,9 +104,6 @@ class Adapting:
         return adapt.take_step(self.model, self.saes, part, self.first, self.optimizer,
                                self.config, self.world)
 
-    def after(self, step):
-        pass
-
     def take_side_by_side(self, part):
         """adapt.take_step for all adapters -> {kl_NAME, grad_norm_NAME: value}."""
         config, totals = self.config, {}
@@ -162,12 +159,11 @@ def adapter_names(config, rank="rank-", lr="lr-"):
 def save(model, run, adapters):
     """Writes the adapters -> the folder of each: the run's, or one inside it for each."""
     config, folders = run.config, []
-    known = preset(config.model)
+    local, repo = model_place(config.model)             # a name that PEFT can resolve
     for name, own in zip(adapter_names(config), adapters):
         folder = run.folder / name
         attach_lora(model, own)
         if run.writes:
-            base_model = known.repo if known else config.model      # a name that PEFT can resolve
-            save_adapter(model, folder / "adapter", base_model)
+            save_adapter(model, folder / "adapter", str(local or repo))
         folders.append(folder)
     return folders

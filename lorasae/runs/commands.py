@@ -3,27 +3,25 @@
     command = Command("train.py", ("--tokens", "20k", "--out", "runs/x"), Path("runs/x"))
     failed = run_all([command], processes=2, logs=Path("logs"))     {command.done: why}
 
-What is finished is not run again, and a run that was begun is resumed. If a process of an earlier,
-killed command still writes to the run, its end is awaited.
+What is finished is not run again, and a run that was begun is resumed.
 """
 import os
 import shlex
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
-from tqdm import tqdm
 
+from lorasae.errors import InputError
 from lorasae.io.console import progress_line
+from lorasae.io.files import read_object
+from lorasae.runs.config import full_path
 
 ROOT = Path(__file__).parents[2]                        # where train.py and eval.py are
+POLL = 0.05                                             # seconds between two looks at processes
 
 
 class Command(NamedTuple):
@@ -47,6 +45,18 @@ class Command(NamedTuple):
             return "--resume", str(self.folder)
         return self.words
 
+    def check(self):
+        """InputError if the folder holds a run of another model, or with other tokens or seed."""
+        path = self.folder / "config.json"
+        if self.script == "train.py" and path.exists():
+            found, asked = read_object(path), dict(zip(self.words, self.words[1:]))
+            for name, kind in ("model", str), ("tokens", int), ("seed", int):
+                value = str(found.take(name, kind))
+                wanted = asked.get(f"--{name}", value)
+                if value not in (wanted, full_path(wanted)):
+                    raise InputError(f"{self.folder} holds a run with --{name} {value}, where "
+                                     f"{wanted} is asked for: pass another --out, or move it away")
+
     def line(self):
         """The same as a line to paste into a shell in the current directory."""
         return shlex.join(["python", os.path.relpath(ROOT / self.script), *self.to_run()])
@@ -60,58 +70,39 @@ def run_all(commands, processes, logs):
     left = [command for command in commands if not command.done.exists()]
     cores = str(max(1, torch.get_num_threads() // processes))
     environment = {**os.environ, "OMP_NUM_THREADS": cores, "MKL_NUM_THREADS": cores}
-    children, stopping, failed = [], threading.Event(), {}
+    running, failed, ended = {}, {}, 0
+    try:
+        while ended < len(left):
 
-    bar = tqdm(total=len(left), dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty())
-    with bar, ThreadPoolExecutor(processes) as pool:
-        try:
-            futures = {pool.submit(run, command, environment, logs, children, stopping): command
-                       for command in left}
-            for number, future in enumerate(as_completed(futures), start=1):
-                command, (reason, seconds) = futures[future], future.result()
-                if reason is not None:
-                    failed[command.done] = reason
-                came = f"{seconds:,.0f} s" if reason is None else f"failed: {reason}"
-                bar.clear()
-                progress_line(f"[{number} of {len(left)}] {command.name}: {came}")
-                bar.update()
-        except BaseException:                           # Ctrl-C above all: no process stays behind
-            stopping.set()
-            for process in children:
-                process.terminate()
-            raise
+            # Start as many as there is room for.
+            begun = ended + len(running)
+            for command in left[begun:ended + processes]:
+                log = logs / f"{command.name}.log"
+                running[start(command, log, environment)] = command, log, time.perf_counter()
+            time.sleep(POLL)
+
+            # Report those that have ended.
+            for process in [process for process in running if process.poll() is not None]:
+                command, log, started = running.pop(process)
+                ended += 1
+                came = f"{time.perf_counter() - started:,.0f} s"
+                if process.returncode != 0 or not command.done.exists():
+                    failed[command.done] = reason_in(log, process.returncode)
+                    came = f"failed: {failed[command.done]}"
+                progress_line(f"[{ended} of {len(left)}] {command.name}: {came}")
+    finally:
+        for process in running:                         # Ctrl-C: no process stays behind
+            process.terminate()
     return failed
 
 
-def run(command, environment, logs, children, stopping):
-    """Runs a command in a process -> (None or why it failed, seconds).
-
-    children: where the process is noted, for whoever stops it; stopping: an Event, set before.
-    """
-    started = time.perf_counter()
-    wait_for_lock(command.folder / ".lock", stopping)
-    if stopping.is_set() or command.done.exists():
-        return None, 0.0
-
-    log = logs / f"{command.name}.log"
+def start(command, log, environment):
+    """The process of a command, which prints into `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, ROOT / command.script, *command.to_run()]
     with open(log, "wb") as output:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=subprocess.STDOUT, env=environment)
-        children.append(process)
-        if stopping.is_set():                           # it was noted too late
-            process.terminate()
-        status = process.wait()
-    reason = None if status == 0 and command.done.exists() else reason_in(log, status)
-    return reason, time.perf_counter() - started
-
-
-def wait_for_lock(path, stopping):
-    """Returns when no process writes to the run whose lock this is."""
-    while path.exists() and not stopping.is_set():
-        with suppress(Timeout), FileLock(path, timeout=1):
-            return
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output,
+                                stderr=subprocess.STDOUT, env=environment)
 
 
 def reason_in(log, status):

@@ -10,7 +10,7 @@ defaults of Config's fields.
 import math
 import os
 import re
-from argparse import BooleanOptionalAction
+from argparse import ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lorasae.errors import InputError
 from lorasae.io.console import count, note
 from lorasae.io.files import Fields, read_object, shown
-from lorasae.io.hub import LEVELS, sae_choice
+from lorasae.io.hub import LEVELS, sae_choice, width_name
 from lorasae.io.models import load_config
 from lorasae.io.presets import PAPER, PRESETS, latents, preset
 from lorasae.io.text import NAMED
@@ -35,7 +35,8 @@ EVERY = (*METHODS, BOTH)
 ADAPTERS = ("lora", BOTH)
 RETRAINED = ("finetune", BOTH)                          # train an existing SAE
 AROUND_SAE = ("lora", *RETRAINED)                       # take an existing SAE
-DEAD_AFTER = 10_000_000                                 # Gao et al. (2024)
+DEAD_AFTER = 10_000_000                                 # tokens; Gao et al. (2024)
+MOST_AT_ONCE = 2 ** 24                                  # tokens; more is a slip of the finger
 
 
 # ---- The options ---------------------------------------------------------------------------------
@@ -45,6 +46,17 @@ def full_path(text):
     path = os.path.expanduser(text)
     is_name = text in (*PRESETS, "stdlib", *NAMED)
     return os.path.abspath(path) if os.path.exists(path) and not is_name else path
+
+
+def latents_of(text):
+    """16384 of "16384", and of "16k", as Gemma Scope names powers of two."""
+    found = re.fullmatch(r"([1-9][0-9]{0,8})([km]?)", text.lower())
+    if found and not found[2]:
+        return int(text)
+    if found and width_name(latents(found[0])) == found[0]:
+        return latents(found[0])
+    raise ArgumentTypeError(f"{shown(text)} is not a number of latents, such as 16384, or 16k and "
+                            "131k for powers of two")
 
 
 class Kind(NamedTuple):
@@ -64,7 +76,9 @@ SWITCH = Kind(bool)
 FROM_0 = Kind(int, {"at_least": 0})
 WHOLE = Kind(int, {"at_least": 1})
 TOKENS = Kind(int, {"at_least": 1}, count)
-SEQUENCES = Kind(int, {"at_least": 1, "below": 2 ** 20})
+SEVERAL = {"at_least": 1, "below": 2 ** 20}             # of what memory must hold
+SEQUENCES = Kind(int, SEVERAL)
+WIDTH = Kind(int, {"at_least": 1, "below": 2 ** 30}, latents_of)
 CONTEXT = Kind(int, {"at_least": 2})                    # BOS and one more
 NOT_NEGATIVE = Kind(float, {"at_least": 0})
 POSITIVE = Kind(float, {"above": 0})
@@ -111,8 +125,8 @@ class Config:
         (), PATH,
         "file, folder, Hub path or run folder; one for all layers or one per layer (default: the "
         "preset's)", AROUND_SAE)
-    width: str | int | None = opt(
-        None, TEXT,
+    width: int | None = opt(
+        None, WIDTH,
         "which SAE, by its number of latents, such as 16k; or how many to train, such as 16384 or "
         "16k (default: 8 d_model)")
     l0: float | None = opt(
@@ -130,13 +144,10 @@ class Config:
         10.0, NOT_NEGATIVE,
         "leave out BOS, EOS and activations of a larger norm, in units of their median: attention "
         "sinks, which are most of the variance (0: train on all, as published)", SCRATCH)
-    dead_after: int | None = opt(
-        None, TOKENS,
-        "tokens after which a latent that never fired is dead (default: 10M, at most a tenth of "
-        "the run)", SCRATCH)
 
     rank: tuple = opt(
-        (64,), WHOLE, "rank of every adapter; several, as in 1 4 16 64, train side by side",
+        (64,), Kind(int, SEVERAL),
+        "rank of every adapter; several, as in 1 4 16 64, train side by side, each with every --lr",
         ADAPTERS)
     alpha: float = opt(32.0, POSITIVE, "adapters are scaled by alpha / rank", ADAPTERS)
     dropout: float = opt(0.1, PROBABILITY, "dropout on the adapters' input", ADAPTERS)
@@ -156,8 +167,8 @@ class Config:
         "(default: balanced)", ("finetune",))
     train_sae: bool = opt(
         False, SWITCH, "lora: train the SAE together with the adapters", ADAPTERS)
-    sae_lr: float | None = opt(
-        None, POSITIVE, "--train-sae: the SAE's learning rate (default: 5e-5)", (BOTH,))
+    sae_lr: float = opt(
+        5e-5, POSITIVE, "--train-sae: the SAE's learning rate", (BOTH,))
     thresholds: str = opt(
         "trained", one_of("trained", "frozen"),
         "a JumpReLU's thresholds: trained, with its L0 held where it was, or frozen", RETRAINED)
@@ -191,6 +202,12 @@ class Config:
     sae_dtype: str = opt("float32", DTYPE, "of a frozen SAE's matrices", ("lora",))
     device: str = opt(
         "cpu", TEXT, "cpu, cuda, cuda:1, or mps, which is untried; cuda if PyTorch sees a GPU")
+    threads: int | None = opt(
+        None, WHOLE,
+        "cores of a CPU that compute (default: OMP_NUM_THREADS, else those that idle at the start)")
+    products: str | None = opt(
+        None, one_of("onednn", "mkl"),
+        "library of fp32 products on a CPU (default: onednn, unless mkl is measured to be faster)")
     compile: bool | None = opt(
         None, SWITCH, "put blocks and loss through torch.compile (default: on a GPU)")
     ahead: int | None = opt(
@@ -203,6 +220,7 @@ class Config:
         ("lora",))
     checkpoint_every: int | None = opt(
         None, WHOLE, "steps between checkpoints (default: one per minute)")
+    track: bool = opt(False, SWITCH, "log to trackio too, which is to be installed")
 
     def __post_init__(self):
         if isinstance(self.lr, tuple) and len(self.lr) == 1:
@@ -216,8 +234,6 @@ class Config:
             "compile": on_gpu,
             "ahead": 8 if on_gpu else 1,
             "objective": "balanced" if self.method == "finetune" else "kl",
-            "sae_lr": 5e-5,
-            "dead_after": min(DEAD_AFTER, max(1, self.tokens // 10)),
         }
         for name, value in derived.items():
             if getattr(self, name) is None:
@@ -253,19 +269,19 @@ class Config:
         return max(self.micro_batch, self.ahead) if on_gpu else self.micro_batch
 
     @property
+    def dead_after(self):
+        """The tokens after which a latent that never fired is dead."""
+        return min(DEAD_AFTER, max(1, self.tokens // 10))
+
+    @property
     def rates(self):
         """The learning rates, as a tuple also if there is only one."""
         return self.lr if isinstance(self.lr, tuple) else (self.lr,)
 
     @property
     def variants(self):
-        """A Config for each adapter that trains side by side: one rank and one rate each."""
-        ranks, rates = self.rank, self.rates
-        if len(ranks) == 1:
-            ranks *= len(rates)
-        if len(rates) == 1:
-            rates *= len(ranks)
-        return [replace(self, rank=(rank,), lr=lr) for rank, lr in zip(ranks, rates)]
+        """A Config for each adapter that trains side by side: every rank with every rate."""
+        return [replace(self, rank=(rank,), lr=lr) for rank in self.rank for lr in self.rates]
 
     def to_json(self):
         """The object that config.json holds."""
@@ -294,9 +310,6 @@ def check(config):
         may_be_open = default is None or (name == "lr" and config.method in SCRATCH)
         if value is None and may_be_open:
             continue
-        if name == "width":                             # a number or a name
-            latents_of(value)
-            continue
         if isinstance(default, tuple) and not isinstance(value, tuple):
             raise InputError(f"{option(name)} is {shown(value)}, but it must be a list")
         values = value if facts["several"] and isinstance(value, tuple) else (value,)
@@ -304,28 +317,27 @@ def check(config):
             values = (None,)                            # which is no value
         for one in values:
             Fields({option(name): one}, "options").take(option(name), kind.type, **kind.bounds)
+        if len(set(values)) < len(values) and kind is not PATH:
+            raise InputError(f"{option(name)} {joined(values)} names a value twice")
 
-    # What trains side by side.
-    ranks, rates = config.rank, config.rates
-    if len(ranks) > 1 and len(rates) > 1 and len(ranks) != len(rates):
-        raise InputError(f"--rank names {len(ranks)} ranks and --lr {len(rates)} rates: pass "
-                         "several of one, or equally many of both, which then go in pairs")
-    several = [values for values in (ranks, rates) if len(values) > 1]
-    if several and len(set(zip(*several))) < len(several[0]):
-        raise InputError(f"--rank {joined(ranks)} --lr {joined(rates)} names an adapter twice")
-    if several and (config.trains_sae or config.shard):
-        what = "--shard" if config.shard else f"--method {config.mode}"
-        raise InputError(f"{what} is for one --rank and one --lr: several are for adapters that "
-                         "train side by side")
-
-    # Layers, and what an SAE needs that trains.
-    if len(set(config.layer)) < len(config.layer):
-        raise InputError(f"--layer {joined(config.layer)} names a layer twice")
+    # What one run can do.
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", config.device):
+        raise InputError(f"--device {config.device} is not supported: pass cpu, cuda, cuda:1 or "
+                         "mps")
+    layers, ranks, rates = map(joined, (config.layer, config.rank, config.rates))
     if config.trains_sae and len(config.layer) > 1:
-        raise InputError(f"--layer {joined(config.layer)}: --method {config.mode} trains the SAE "
-                         "of one layer")
+        raise InputError(f"--layer {layers}: --method {config.mode} trains the SAE of one layer")
+    if (config.trains_sae or config.shard) and len(config.rank) * len(config.rates) > 1:
+        what = "--shard" if config.shard else f"--method {config.mode}"
+        raise InputError(f"--rank {ranks} --lr {rates}: {what} is for one of each; several are for "
+                         "adapters that train side by side")
     if config.method in BY_L0 and config.l0 is None:
         raise InputError(f"--method {config.method}: pass --l0, the active latents to reach")
+    at_once = max(config.batch_size, config.micro_batch or 1, config.ahead or 1)
+    if at_once * config.context > MOST_AT_ONCE:
+        raise InputError(f"{at_once:,} sequences of --context {config.context:,} at once are more "
+                         f"than {MOST_AT_ONCE:,} tokens: lower --batch-size, --micro-batch, "
+                         "--ahead or --context")
 
 
 # ---- The parser ----------------------------------------------------------------------------------
@@ -370,47 +382,43 @@ def configure(given, recipes):
     model, method = given.get("model", Config.model), given.get("method", Config.method)
     mode = BOTH if method == "lora" and given.get("train_sae") else method
     check_effect(given, mode)
-    known = preset(model)
-    if known is None:
-        load_config(model)                              # that there is no such model comes first
-
-    recipe, sae = {}, {}
-    if mode in ADAPTERS:
-        recipe = of_recipe(known, model, given, mode, recipes)
-    if "sae" in given:
-        sae = {"adapt": ()}                             # it depends on the SAE's kind
-        given = {**of_sae_run(given["sae"], with_tokens=known is None), **given}
-    elif mode not in SCRATCH:
-        sae = of_preset_sae(known, model, given)
 
     # Each of these goes before the ones above it. What the method does not read keeps its default.
+    known = preset(model)
     values = {
         **BY_METHOD.get(mode, {}),
-        **of_preset(known, mode),
-        **recipe,
-        **sae,
+        **of_preset(known, model, mode),
+        **of_recipe(known, model, given, mode, recipes),
+        **of_sae(known, model, given, mode),
         **given,
     }
-    read = {name: value for name, value in values.items() if mode in OPTIONS[name]["read_by"]}
-    if known is None:
-        fit_unknown_model(model, read, given)
-    return Config(**read)
+    config = Config(**{name: value for name, value in values.items() if reads(mode, name)})
+    if known is None and not given.keys() >= {"data", "context"}:
+        note(f"note: {model} is not a preset; using --data {config.data} --context "
+             f"{config.context}")
+    return config
+
+
+def reads(mode, name):
+    return mode in OPTIONS[name]["read_by"]
 
 
 def check_effect(given, mode):
     """Raises InputError for an option that the method does not read."""
     for name, value in given.items():
-        read_by = OPTIONS[name]["read_by"]
-        if mode in read_by or value is False:
-            continue
-        advice = ", or pass --train-sae" if mode == "lora" and BOTH in read_by else ""
-        raise InputError(f"{option(name)} has no effect with --method {mode}: leave it out{advice}")
+        if not reads(mode, name) and value is not False:
+            advice = ", or pass --train-sae" if mode == "lora" and reads(BOTH, name) else ""
+            raise InputError(f"{option(name)} has no effect with --method {mode}: leave it "
+                             f"out{advice}")
+    if "field" in given and given.get("data") == "stdlib":
+        raise InputError("--field has no effect with --data stdlib: leave it out")
 
 
-def of_preset(known, mode):
+def of_preset(known, model, mode):
     """The fields that a model's preset decides; without one, text that is always there."""
     if known is None:
-        return {"data": "stdlib"}
+        holds = load_config(model).max_position_embeddings
+        return {"data": "stdlib", "context": min(Config.context, holds)}
     own = {"layer": (known.layer,), **known.common}
     own |= known.sae_training if mode in SCRATCH else known.lora
     own |= {"e2e": known.e2e, "finetune": known.finetune}.get(mode, {})
@@ -421,30 +429,42 @@ def of_preset(known, mode):
 
 def of_recipe(known, model, given, mode, recipes):
     """The fields that a recipe for adapters decides."""
-    usual = known.lora.get("recipe", "paper") if known else "paper"
-    name = given.get("recipe", usual)
+    if mode not in ADAPTERS:
+        return {}
+    usual = known.lora.get("recipe") if known else None
+    name = given.get("recipe") or usual or "paper"
     fields = PAPER
     if name in recipes:
         fields = recipes[name](model, given.get("optimizer"), mode == BOTH)
     return {**fields, "recipe": name}
 
 
-def of_preset_sae(known, model, given):
-    """The fields that say which of the preset's SAEs."""
-    layers, l0 = given.get("layer", (None,)), given.get("l0")
-    source, chosen = sae_choice(model, layer=layers[0], width=given.get("width"), l0=l0)
+def of_sae(known, model, given, mode):
+    """The fields that say which SAE, by default of the preset's; and what the SAE decides."""
+    if mode in SCRATCH:
+        return {}
+    if "sae" in given:                                  # --adapt depends on its kind
+        return {"adapt": (), **of_sae_runs(given, with_tokens=known is None)}
+
+    layers, l0, width = given.get("layer", (None,)), given.get("l0"), given.get("width")
+    name = width and width_name(width)
+    source, chosen = sae_choice(model, layer=layers[0], width=name, l0=l0)
     if os.path.isdir(source):                           # an embedded one: the checkout may move
         source = next(name for name in PRESETS if PRESETS[name] is known)
     if len(layers) == 1:                                # else each has its own nearest L0
         l0 = chosen["l0"]
-    return {"sae": (source,), "width": chosen["width"], "l0": l0}
+    if width is None and chosen["width"]:
+        width = latents(chosen["width"])
+    return {"sae": (source,), "width": width, "l0": l0}
 
 
-def of_sae_run(sources, with_tokens):
+def of_sae_runs(given, with_tokens):
     """Text settings recorded in the runs that made the SAEs; {} if the SAEs come from elsewhere."""
-    folders = [run_of(source) for source in sources]
+    folders = [run_of(source) for source in given["sae"]]
     if None in folders:
         return {}
+    if "l0" in given:
+        raise InputError(f"--l0 has no effect with the SAE of {folders[0]}: leave it out")
     runs = [read_config(folder) for folder in folders]
     names = ["data", "field", "context", "dtype", "eval_tokens"] + ["tokens"] * with_tokens
     note(f"note: {', '.join(names)} and layer as in the run that made the SAE, {folders[0]}, "
@@ -455,36 +475,10 @@ def of_sae_run(sources, with_tokens):
 
 def run_of(source):
     """The folder of the run that made an SAE in RUN_DIR or RUN_DIR/sae-50pct; None for others."""
-    place = Path(source)
-    for folder in (place, place.parent):
-        if (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file():
+    for folder in (Path(source), Path(source).parent):
+        if (folder / "config.json").is_file() and (folder / "metrics.jsonl").exists():
             return folder
     return None
-
-
-def fit_unknown_model(model, values, given):
-    """Says what a model without a preset trains on; limits the context to what it holds."""
-    if "data" not in given:
-        note(f"note: {model} is not a preset; using --data stdlib, which every machine has")
-    holds = load_config(model).max_position_embeddings
-    if "context" not in given and Config.context > holds:
-        values["context"] = holds
-        note(f"note: --context {holds}, as {model} holds no more")
-
-
-def latents_of(width):
-    """A number of latents from 16384, "16384", or "131k", which is 2^17."""
-    text = str(width).lower()
-    found = re.fullmatch(r"([1-9][0-9]{0,8})([km]?)", text)
-    if found and not found[2]:
-        return int(text)
-    if found:
-        number = int(found[1]) * {"k": 10 ** 3, "m": 10 ** 6}[found[2]]
-        power = latents(text)
-        if abs(power - number) < power / 20:
-            return power
-    raise InputError(f"--width {shown(width)}: pass a number of latents, such as 16384, or 16k and "
-                     "131k for powers of two")
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -505,16 +499,23 @@ def read_config(folder, device=None):
         raise InputError(f"{folder} has no config.json: pass the folder of a run that train.py "
                          "wrote")
     found = read_object(path)
-    wrong = OPTIONS.keys() ^ (found.keys() - {"steps", "versions"})
+    wrong = {*OPTIONS, "steps"} ^ (found.keys() - {"versions"})
     if wrong:
-        name = min(wrong)
-        what = "lacks" if name in OPTIONS else "has"
-        raise InputError(f"{path} {what} {shown(name)}: it is not a run of this version of "
-                         "train.py")
+        raise InputError(f"{path} is not of this version of train.py, whose files differ in "
+                         f"{shown(joined(sorted(wrong)))}")
     try:
         config = Config(**as_fields(found))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+    # What train.py chose by itself is not chosen anew.
+    if config.method in SCRATCH:
+        found.take("width", int), found.take("lr", float)
+    for name, chosen in {**asdict(config), "steps": config.steps}.items():
+        value = as_fields(found).get(name, found[name])
+        if value != chosen:
+            raise InputError(f"{path}: {name!r} is {shown(value)}, but train.py wrote "
+                             f"{shown(chosen)} there: restore the file")
     if device is None:
         return config
     return replace(config, device=device, compile=config.compile and device.startswith("cuda"))

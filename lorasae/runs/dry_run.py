@@ -16,18 +16,18 @@ from lorasae.adapt import blocks_to_adapt
 from lorasae.errors import InputError
 from lorasae.io import hub, text
 from lorasae.io.console import note
-from lorasae.io.files import DTYPES, read_json
-from lorasae.io.models import load_config
-from lorasae.io.saes import check_fits, describe
+from lorasae.io.files import DTYPES, read_object
+from lorasae.io.models import load_config, load_tokenizer, weight_files
+from lorasae.io.saes import describe
 from lorasae.lora import lora_parameters
 from lorasae.model import Transformer
 from lorasae.objectives import CHUNK_ELEMENTS
 from lorasae.runs import training
 from lorasae.runs.adapting import new_adapters
-from lorasae.runs.config import SCRATCH, latents_of, read_config
+from lorasae.runs.config import SCRATCH, read_config
 from lorasae.runs.folder import RUNS
 from lorasae.runs.sae_training import resolved
-from lorasae.runs.setting import check_context, sae_sources
+from lorasae.runs.setting import check_context, check_sae, sae_sources
 from lorasae.sae import KINDS, JumpReLU, TopK
 
 FP32 = 4
@@ -43,6 +43,9 @@ def dry_run(config):
 
     # What would be fetched, and what the SAEs are.
     files, shapes = hub.model_plan(config.model), {}
+    if all(file.cached for file in files):
+        weight_files(hub.model_files(config.model))
+        load_tokenizer(config.model)
     if config.method in SCRATCH:
         config = resolved(config, model_config)
         shapes[config.layer[0]] = KINDS.get(config.method, TopK), config.width
@@ -52,9 +55,9 @@ def dry_run(config):
         files += of_sae
         if all(file.cached for file in of_sae):
             kind, width, d_model = describe(source, **which)
-            check_fits(d_model, model_config.hidden_size)
+            check_sae(config, kind, width, d_model, model_config)
         else:                                           # the paper's public SAEs are JumpReLUs
-            kind, width = JumpReLU, expected_latents(config, of_sae, model_config)
+            kind, width = JumpReLU, config.width or latents_in(of_sae, model_config)
         shapes[layer] = kind, width
 
     # What would train.
@@ -72,7 +75,7 @@ def dry_run(config):
 
     # What it would hold in memory.
     widths = [width for _, width in shapes.values()]
-    parts = memory(model_config, config, widths)
+    parts = memory(model_config, config, widths, first=min([*blocks, *config.layer]))
     parts |= {
         "model": DTYPES[config.dtype].itemsize * of_model,
         "frozen SAEs": DTYPES[config.sae_dtype].itemsize * of_saes * (not config.trains_sae),
@@ -102,25 +105,23 @@ def in_words(bytes):
     return tqdm.format_sizeof(bytes, "B")               # 10.5GB
 
 
-def expected_latents(config, files, model_config):
-    """The latents of an SAE that is still to be fetched: by its name, else by its size in bf16."""
-    if config.width is not None:
-        return latents_of(config.width)
+def latents_in(files, model_config):
+    """The latents of an SAE that is still to be fetched, by its size in bfloat16."""
     return sum(file.bytes for file in files) // (4 * model_config.hidden_size) // 1024 * 1024
 
 
-def memory(model_config, config, widths):
+def memory(model_config, config, widths, first):
     """Bytes that pass through, to about a third: {part: bytes}.
 
-    Backward keeps, of every block from the SAE on, its norms' inputs in fp32, the products of
-    attention and MLP and the adapters' inputs, and on a CPU the soft-capped scores.
+    Backward keeps, of every block from the `first` that it reaches, its norms' inputs in fp32, the
+    products of attention and MLP and the adapters' inputs, and on a CPU the soft-capped scores.
     """
     D, I = model_config.hidden_size, model_config.intermediate_size
     heads, each = model_config.num_attention_heads, DTYPES[config.dtype].itemsize
     per_token = 4 * D * FP32 + (10 * D + 6 * heads * model_config.head_dim + 5 * I) * each
     if model_config.attn_logit_softcapping and config.device == "cpu":
         per_token += heads * config.context * FP32
-    passed = len(config.variants) * (model_config.num_hidden_layers - min(config.layer))
+    passed = len(config.variants) * (model_config.num_hidden_layers - first)
     if config.method in KINDS or config.objective == "mse":
         passed = 0                                      # reconstruction ends at the SAE
 
@@ -136,8 +137,9 @@ def time_at_hand(config):
     """The time of a run, from the speed of the newest one in runs/ of this model and method."""
     same = ("model", "method", "context", "batch_size", "device")
     for path in sorted(RUNS.glob("*/results.json"), key=os.path.getmtime, reverse=True):
-        with suppress(InputError, OSError, KeyError, TypeError):        # no run of ours
-            earlier, rate = read_config(path.parent), read_json(path)["tokens_per_second"]
+        with suppress(InputError, OSError):             # no run of ours
+            earlier = read_config(path.parent)
+            rate = read_object(path).take("tokens_per_second", float, above=0)
             if all(getattr(earlier, name) == getattr(config, name) for name in same):
                 minutes = config.trained_tokens / rate / 60
                 return f"about {minutes:,.0f} minutes, at the {rate:,.0f} tokens/s of {path.parent}"

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from lorasae.errors import InputError
 from lorasae.io.console import note, progress_line
-from lorasae.io.files import first_line, read_json, read_metrics, whole, write_bytes, write_json
+from lorasae.io.files import (
+    damage, first_line, read_metrics, read_object, whole, write_bytes, write_json)
 from lorasae.runs import distributed
 
 LOG_EVERY = 10                          # steps per metrics line: reading values waits for the GPU
@@ -38,28 +39,20 @@ class Run:
         self.writes = distributed.number() == 0
         self.lock, self.made = None, []                 # the folders that were made for the run
         self.pending, self.seconds, self.latest = [], 0.0, ""
-        self.bar = None                                 # of tqdm, while steps are taken
         self.started = self.saved = time.perf_counter()
+        self.track = lambda values, step: None          # tracking.py takes what is logged
 
     # ---- Beginning and end -----------------------------------------------------------------------
 
     @classmethod
     def create(cls, folder, config):
-        """Claims a fresh folder, by default runs/MODEL-METHOD; refuses one that holds anything.
-
-        `begin` writes the first file.
-        """
+        """Claims a fresh folder, by default runs/MODEL-METHOD. `begin` writes the first file."""
         made = []
         if distributed.number() == 0:
-            folder, made = (Path(folder), missing(folder)) if folder else new_folder(config)
+            folder, made = (folder, missing(folder)) if folder else new_folder(config)
         run = cls(distributed.agree(folder), config)
+        run.claim()
         run.made = made
-        if run.writes:
-            found = {path.name for path in run.folder.glob("*")} - {".lock"}
-            if found:
-                raise InputError(f"{folder} already holds files: pass another --out (a run in it "
-                                 f"goes on with --resume {folder} alone)")
-            run.claim()
         return run
 
     @classmethod
@@ -69,12 +62,13 @@ class Run:
         if (run.folder / "results.json").exists():
             raise InputError(f"{folder} is a finished run: there is nothing to resume "
                              f"(python eval.py {folder} evaluates it)")
-        if run.writes:
-            run.claim()
+        run.claim()
         return run
 
     def claim(self):
-        """Makes the folder, and this process its only writer."""
+        """Makes the folder, and process 0 its only writer."""
+        if not self.writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock")
         try:
@@ -117,28 +111,30 @@ class Run:
         if not self.has_begun:
             shutil.rmtree(self.folder / "text", ignore_errors=True)
             (self.folder / ".lock").unlink(missing_ok=True)
-            with suppress(OSError):                     # something of the user's is in it
-                for folder in self.made:
-                    folder.rmdir()
+            remove(self.made)
 
     # ---- Checkpoints -----------------------------------------------------------------------------
 
     def restore(self, tensors, optimizer):
         """Loads the newest whole checkpoint into tensors and optimiser -> steps done."""
-        state = self.newest_checkpoint()
-        step = 0
+        state, step = self.newest_checkpoint(), 0
         if state is not None:
-            step, parameters = state["step"], state["parameters"]
-            if [tensor.shape for tensor in tensors] != [saved.shape for saved in parameters]:
-                raise InputError(f"{self.folder}/checkpoint belongs to another run: its tensors "
-                                 "have other shapes than this one's")
-            with torch.no_grad():
+            with damage(f"{self.folder}/checkpoint"), torch.no_grad():
+                step, parameters = state["step"], state["parameters"]
+                if [tensor.shape for tensor in tensors] != [saved.shape for saved in parameters]:
+                    raise InputError(f"{self.folder}/checkpoint belongs to another run: its "
+                                     "tensors have other shapes than this one's")
                 for tensor, saved in zip(tensors, parameters):
                     tensor.copy_(saved)
-            optimizer.load_state_dict(state["optimizer"])
-            self.seconds = state["seconds"]
+                optimizer.load_state_dict(state["optimizer"])
+                self.seconds = float(state["seconds"])
             progress_line(f"resuming at step {step:,} of {self.config.steps:,}")
-        self.drop_metrics_after(step)
+
+        # Steps that will be taken again are not in the log twice.
+        log = self.folder / "metrics.jsonl"
+        if self.writes and log.exists():
+            kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+            write_bytes(log, "".join(json.dumps(line) + "\n" for line in kept).encode())
         return step
 
     def newest_checkpoint(self):
@@ -187,11 +183,12 @@ class Run:
 
     def is_due(self, step):
         """Whether a checkpoint follows this step: after the last, every N steps or every minute."""
-        if step == self.config.steps:
-            return True
-        if self.config.checkpoint_every is not None:
-            return step % self.config.checkpoint_every == 0
-        return time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
+        every = self.config.checkpoint_every
+        if every is None:
+            due = time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
+        else:
+            due = step % every == 0
+        return due or step == self.config.steps
 
     # ---- Progress --------------------------------------------------------------------------------
 
@@ -201,15 +198,16 @@ class Run:
         Without a terminal, a line reports every tenth of the way instead.
         """
         steps = self.config.steps
-        on_terminal_only = None                         # what tqdm calls this
+        hidden = None if self.writes else True          # None: if there is no terminal
         self.saved = time.perf_counter()
         self.started = self.saved - self.seconds
         with tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True,
-                  disable=on_terminal_only if self.writes else True) as self.bar:
+                  disable=hidden) as bar:
             for step in range(start, steps):
                 yield step
-                self.bar.update()
-                if self.writes and self.bar.disable and ends_a_tenth(step + 1, steps):
+                bar.set_postfix_str(self.latest, refresh=False)
+                bar.update()
+                if self.writes and bar.disable and ends_a_tenth(step + 1, steps):
                     done = (step + 1) / steps
                     left = (1 / done - 1) * (time.perf_counter() - self.started)
                     progress_line(f"{done:4.0%}  step {step + 1:,} of {steps:,}  {self.latest}"
@@ -232,32 +230,21 @@ class Run:
             for name, value in values.items():
                 value = float(value)
                 if not math.isfinite(value):
-                    kept = self.checkpoints() or ["none yet"]
-                    raise InputError(
-                        f"{name} became {value} at step {step}: start again with a lower --lr or "
-                        f"--dtype float32; the last good checkpoint is {kept[-1]}")
+                    raise InputError(f"{name} became {value} at step {step}: start again with a "
+                                     "lower --lr or --dtype float32")
                 columns.setdefault(name, []).append(value)
         self.pending = []
 
         means = {name: sum(column) / len(column) for name, column in columns.items()}
         tokens = step * self.config.tokens_per_step
         rate = tokens / self.seconds
-        line = {"step": step, "tokens": tokens, **means, "tokens_per_second": rate,
-                "seconds": self.seconds}
+        values = {"tokens": tokens, **means, "tokens_per_second": rate, "seconds": self.seconds}
         if self.writes:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            self.track(values, step=step)
         name, value = next(iter(means.items()))
         self.latest = f"{name} {value:.4f}, {rate:,.0f} tok/s  "
-        self.bar.set_postfix_str(self.latest.strip())
-
-    def drop_metrics_after(self, step):
-        """Drops the lines of steps that will be taken again, and a half-written one."""
-        path = self.folder / "metrics.jsonl"
-        if self.writes and path.exists():
-            kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
-            write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -269,6 +256,13 @@ def step_of(checkpoint):
 def ends_a_tenth(step, steps):
     """Whether this many steps complete another tenth of them all."""
     return 10 * step // steps > 10 * (step - 1) // steps
+
+
+def check_free(folder):
+    """Raises InputError if the folder holds anything but the lock of an earlier run."""
+    if any(path.name != ".lock" for path in folder.glob("*")):
+        raise InputError(f"{folder} already holds files: pass another --out (a run in it goes on "
+                         f"with --resume {folder} alone)")
 
 
 def new_folder(config):
@@ -293,12 +287,10 @@ def begin_with(path, asked, **notes):
         try:
             write_json(path, {**asked, **notes})
         except (InputError, OSError):
-            for folder in made:
-                with suppress(OSError):
-                    folder.rmdir()
+            remove(made)
             raise
 
-    before = read_json(path)
+    before = read_object(path)
     for name, value in asked.items():
         if before.get(name) != value:
             raise InputError(f"{path.parent} was begun with {name} {before.get(name)}, not "
@@ -308,6 +300,13 @@ def begin_with(path, asked, **notes):
 def missing(folder):
     """A folder and its parents that do not exist yet, innermost first."""
     return [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+
+
+def remove(folders):
+    """Removes those of the folders that are empty, innermost first."""
+    for folder in folders:
+        with suppress(OSError):                         # something of the user's is in it
+            folder.rmdir()
 
 
 def digest(path):

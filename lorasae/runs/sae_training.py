@@ -14,11 +14,11 @@ import torch
 from lorasae import dictionary
 from lorasae.adapt import ALONE
 from lorasae.errors import InputError
+from lorasae.evals.common import batches
 from lorasae.io.files import write_json
 from lorasae.io.saes import save_sae
 from lorasae.runs import distributed, training
-from lorasae.runs.config import BY_K, latents_of
-from lorasae.runs.folder import ends_a_tenth
+from lorasae.runs.config import BY_K
 from lorasae.runs.setting import sae_sources
 
 
@@ -28,7 +28,7 @@ def resolved(config, model_config):
     Raises InputError for an SAE that cannot be trained.
     """
     sae_sources(config, model_config.num_hidden_layers)         # checks the layer
-    width = latents_of(config.width or 8 * model_config.hidden_size)
+    width = config.width or 8 * model_config.hidden_size
     by_k = config.method in BY_K
     active = config.k if by_k else config.l0
     if active >= width + by_k:                          # all of them are possible with k
@@ -52,10 +52,9 @@ def train_sae(setting, run):
     training.show(training.what_trains(config, model, {layer: sae}, [], size))
 
     first = setting.text.first(config.batch_size)
-    kind = SAETraining(model, sae, layer, config, run, first, distributed.world())
+    kind = SAETraining(model, sae, layer, config, first, distributed.world())
     run.begin()
-    training.train(run, kind, setting.text)
-    keep(run, sae, config.steps)
+    training.train(run, kind, setting.text, keep=lambda step: keep(run, sae, step))
 
     found = training.evaluate(setting, {layer: sae}, ("base", "sae"))
     results = {**training.results_of(found, setting, run, run.folder),
@@ -67,13 +66,12 @@ def train_sae(setting, run):
 class SAETraining:
     """The kind of step that trains an SAE from scratch: dictionary.take_step.
 
-    tokens [B, T]: text to which the biases of the fresh SAE are fitted. run: keeps the SAE after
-    each tenth of its steps; may be None.
+    tokens [B, T]: text to which the biases of the fresh SAE are fitted.
     """
 
-    def __init__(self, model, sae, layer, config, run, tokens, world=ALONE):
+    def __init__(self, model, sae, layer, config, tokens, world=ALONE):
         self.model, self.sae, self.layer = model, sae, layer
-        self.config, self.run, self.world = config, run, world
+        self.config, self.world = config, world
         seen = dictionary.observe(model, sae, layer, tokens, end_to_end=False)
         self.state = dictionary.begin(sae, seen, config)
         self.tensors, self.optimizer = self.state.tensors, self.state.optimizer
@@ -85,11 +83,6 @@ class SAETraining:
     def step(self, part, step):
         return dictionary.take_step(self.model, self.sae, self.layer, part, step, self.state,
                                     self.config, self.world)
-
-    def after(self, step):
-        steps = self.config.steps
-        if self.run is not None and ends_a_tenth(step, steps) and step < steps:
-            keep(self.run, self.sae, step)
 
 
 def keep(run, sae, step):
@@ -109,20 +102,17 @@ def keep(run, sae, step):
                {"percent": percent, "step": step, "tokens": tokens, "seconds": run.seconds})
 
 
-def numbers_of(results, setting, sae):
-    """{fvu, l0, dead_latents} of an SAE that fidelity.measure has measured."""
-    layer, batches = setting.config.layer[0], setting.text.held_out.split(setting.config.eval_batch)
-    found = results["sae"]
-    return {"fvu": 1 - found["ev"][layer], "l0": found["l0"][layer],
-            "dead_latents": dead_latents(setting.model, sae, layer, batches)}
-
-
 @torch.no_grad()
-def dead_latents(model, sae, layer, batches):
-    """The part of the latents that no token of the batches fires, BOS and EOS included."""
-    fired = torch.zeros(len(sae.W_enc), dtype=torch.bool, device=model.device)
-    for tokens in batches:
+def numbers_of(results, setting, sae):
+    """{fvu, l0, dead_latents} of an SAE that fidelity.measure has measured.
+
+    dead_latents: the part of them that no held-out token fires, BOS and EOS included.
+    """
+    model, layer, found = setting.model, setting.config.layer[0], results["sae"]
+    fired = torch.zeros_like(sae.b_enc, dtype=torch.bool)
+    for tokens in batches(setting):
         x = model.read(tokens.to(model.device), sae, layer).flatten(0, 1)
         for rows in x.split(1024):
             fired |= (sae.encode(rows) > 0).any(0)
-    return 1 - fired.float().mean().item()
+    dead = 1 - fired.float().mean().item()
+    return {"fvu": 1 - found["ev"][layer], "l0": found["l0"][layer], "dead_latents": dead}

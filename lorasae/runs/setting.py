@@ -7,15 +7,15 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter
-from lorasae.io.files import read_json
+from lorasae.io.files import read_object
 from lorasae.io.models import load_model, load_tokenizer
-from lorasae.io.presets import preset
 from lorasae.io.saes import check_fits, load_sae
 from lorasae.io.shards import Text, open_held_out
 from lorasae.model import Transformer
 from lorasae.runs import distributed
 from lorasae.runs.adapting import adapter_names
 from lorasae.runs.config import SCRATCH, Config, joined, read_config
+from lorasae.runs.machine import settled
 from lorasae.runs.training import same_model
 
 
@@ -62,10 +62,20 @@ def load_saes(config, model_config, device):
     """{layer: SAE} of a configuration, frozen."""
     saes = {}
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
-        saes[layer] = load_sae(source, layer=layer, width=config.width, l0=config.l0,
-                               site=config.site, dtype=config.sae_dtype, device=device)
-        check_fits(saes[layer].W_enc.shape[1], model_config.hidden_size)
+        sae = load_sae(source, layer=layer, width=config.width, l0=config.l0, site=config.site,
+                       dtype=config.sae_dtype, device=device)
+        check_sae(config, type(sae), *sae.W_enc.shape, model_config)
+        saes[layer] = sae
     return saes
+
+
+def check_sae(config, kind, width, d_model, model_config):
+    """Raises InputError for an existing SAE [width, d_model] that this run could not use."""
+    check_fits(d_model, model_config.hidden_size)
+    if config.width not in (None, width):
+        raise InputError(f"--width {config.width}: the SAE has {width} latents")
+    if config.thresholds == "frozen" and kind.l0_is_bounded:
+        raise InputError("--thresholds frozen: this SAE has none; leave it out")
 
 
 def sae_sources(config, depth):
@@ -99,27 +109,20 @@ def open_run(folder, device=None):
 
     Held-out text is read from RUN_DIR/text/, or from that of the run which trained several.
     """
-    config = replace(read_config(folder, device), shard=False)
+    config = settled(replace(read_config(folder, device), shard=False))
     if config.trains_sae:
         config = replace(config, sae=(str((folder / "sae").resolve()),))
 
     model, saes = load_model_and_saes(config)
     if config.method == "lora":
-        check_base(folder / "adapter", config.model)
+        path = folder / "adapter" / "adapter_config.json"
+        base = read_object(path).take("base_model_name_or_path", str, None)
+        if not same_model(base, config.model):
+            raise InputError(f"{path} is of an adapter of {base}, but this is a run of "
+                             f"{config.model}")
         load_adapter(model, folder / "adapter")
     own = folder / "text"
     text = open_held_out(own if own.is_dir() else folder.parent / "text",
                          load_tokenizer(config.model), model.config.bos_token_id,
                          model.config.eos_token_id)
     return Setting(model, saes, text, config, folder)
-
-
-def check_base(adapter, model):
-    """Raises InputError if the adapter's file names another base model than the run's."""
-    made_for = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    known, same = preset(model), made_for == model
-    if known is not None:                               # an embedded model moves with the checkout
-        embedded = Path(known.repo).is_dir()
-        same = same_model(made_for, model) if embedded else preset(made_for) == known
-    if made_for and not same:
-        raise InputError(f"{adapter} is an adapter of {made_for}, but this is a run of {model}")

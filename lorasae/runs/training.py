@@ -5,13 +5,13 @@ A kind of step has
     .tensors, .optimizer                what trains: a checkpoint holds both
     .frozen(tokens)                     the frozen model's part of a step, a NamedTuple of [B, ...]
     .step(part, step)                   one optimiser step -> {name: value} for metrics.jsonl
-    .after(step)                        saves what it keeps after this step, if anything
 
 adapting.Adapting trains one or several adapters, sae_training.SAETraining an SAE from scratch, and
 beyond.finetuning.Finetuning an existing SAE, alone or together with adapters.
 """
 import sys
 from contextlib import nullcontext
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -23,12 +23,16 @@ from lorasae.io.console import note, progress_line
 from lorasae.io.presets import preset
 from lorasae.runs import distributed
 from lorasae.runs.config import BY_K, joined
+from lorasae.runs.folder import ends_a_tenth
 
 QUICK_TOKENS = 4096                                     # held-out, looked at before training
 
 
-def train(run, kind, text):
-    """Takes a run's steps, from its last checkpoint on."""
+def train(run, kind, text, keep=None):
+    """Takes a run's steps, from its last checkpoint on.
+
+    keep(step) is called after each tenth of the steps.
+    """
     config, model = kind.config, kind.model
 
     # Restore what trains. Text and random numbers follow from the number of the step.
@@ -45,9 +49,10 @@ def train(run, kind, text):
             torch.manual_seed(step_seed(config.seed, step, kind.world.number))
             values = kind.step(part, step)
 
-            # Log, and let the kind save what it keeps.
+            # Log, and keep what there is after each tenth.
             run.log(step + 1, values)
-            kind.after(step + 1)
+            if keep is not None and ends_a_tenth(step + 1, config.steps):
+                keep(step + 1)
 
             # Checkpoint. Text before the oldest one is no longer needed.
             if run.is_due(step + 1):
@@ -76,10 +81,11 @@ def frozen_parts(kind, batch, start):
         if device.type == "cuda":
             tokens = tokens.pin_memory().to(device, non_blocking=True)
         found = [kind.frozen(some) for some in tokens.split(at_once)]
-        columns = [None if column[0] is None else torch.cat(column) for column in zip(*found)]
-        for step in range(max(begin, start), begin + group):
-            rows = slice((step - begin) * share, (step - begin + 1) * share)
-            yield type(found[0])(*(None if column is None else column[rows] for column in columns))
+        columns = [repeat(None) if column[0] is None else torch.cat(column).split(share)
+                   for column in zip(*found)]
+        for step, part in enumerate(map(type(found[0]), *columns), begin):
+            if step >= start:
+                yield part
 
 
 # ---- What a run is about to do -------------------------------------------------------------------

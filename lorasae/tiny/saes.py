@@ -125,12 +125,12 @@ def sample(setting):
     return x[~model.special(tokens)].float()
 
 
-def make_saes(name, seed, temporary):
+def make_saes(name, temporary):
     """Trains, saves and measures both SAEs of an embedded model."""
     folder = HERE / f"{name}-sae"
-    topk, jumprelu = settings(name, "topk", seed), settings(name, "jumprelu", seed)
+    topk, jumprelu = settings(name, "topk", seed=0), settings(name, "jumprelu", seed=0)
     if name == "llama-3":
-        jumprelu = replace(topk, seed=seed + 1)
+        jumprelu = replace(topk, seed=1)
     layer = topk.layer[0]
 
     def measured(sae):
@@ -161,12 +161,11 @@ def make_saes(name, seed, temporary):
 
 def main():
     parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--model", choices=("gemma-2", "llama-3"), default="gemma-2", help="(default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--model", choices=("gemma-2", "llama-3"), default="gemma-2",
+                        help="(default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        make_saes(args.model, args.seed, temporary)
+        make_saes(args.model, temporary)
 
 
 if __name__ == "__main__":

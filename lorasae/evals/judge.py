@@ -1,51 +1,11 @@
-"""The judges of autointerp.py: a latent in words, and where by these words it should fire.
+"""The judge of autointerp.py, a chat model: a latent in words, and where by these it should fire.
 
-A judge explains a latent by the windows `shown`, in which it fires. By this explanation only, it
+It explains a latent by the windows `shown`, in which it fires. By this explanation only, it
 predicts in which of the windows `scored` the latent fires; of these it reads nothing but the text.
 A window is an autointerp.Window.
 """
 import re
-from collections import Counter
 from itertools import groupby
-from typing import NamedTuple
-
-LEXICAL = "lexical judge, no language model"
-WORDS = 10                              # the most tokens in its explanations
-
-
-class Verdict(NamedTuple):
-    """A judge's answer about one latent."""
-    explanation: str
-    picked: list | None                 # numbers of the scored windows, from 1; None: unusable
-
-
-# ---- The lexical judge -------------------------------------------------------------------------
-
-def lexical(tokenizer, shown, scored):
-    """Explains a latent by tokens, and expects it to fire in windows with one of them.
-
-    They are at most ten: of the tokens on which it fires in at least half of their places in
-    `shown`, those with the largest sums of activations. A latent that depends on the surroundings
-    of a token is beyond this judge.
-    """
-    # How often each token occurs, how often the latent fires on it, and how hard.
-    places, fires, total = Counter(), Counter(), Counter()
-    for window in shown:
-        for token, activation in zip(window.tokens, window.activations):
-            places[token] += 1
-            if activation:
-                fires[token] += 1
-                total[token] += activation
-
-    reliable = [token for token in total if 2 * fires[token] >= places[token]]
-    chosen = sorted(reliable, key=total.get, reverse=True)[:WORDS]
-    words = [repr(tokenizer.decode([token], skip_special_tokens=False)) for token in chosen]
-    picked = [number for number, window in enumerate(scored, 1)
-              if not set(chosen).isdisjoint(window.tokens)]
-    return Verdict(", ".join(words), picked)
-
-
-# ---- A language model as the judge -------------------------------------------------------------
 
 EXPLAIN = """\
 You describe what makes a neuron of a language model fire: a certain word, part of a word, or idea.
@@ -68,10 +28,13 @@ separated by commas, or with "None" if there are none, and write nothing else. A
 like this: {example}"""
 
 
-def language_model(tokenizer, shown, scored, ask, rng):
+def judge(tokenizer, shown, scored, ask, rng):
     """Has a chat model explain and then, in a new conversation, predict.
 
     ask(messages, max_tokens) -> its answer. rng draws the example of an answer.
+
+    Returns (its explanation, the numbers of the windows that it picks, from 1; None if its answer
+    names no windows).
     """
     documents = numbered(tokenizer, shown, marked=True)
     user = f"The documents in which the neuron fires:\n\n{documents}"
@@ -81,7 +44,7 @@ def language_model(tokenizer, shown, scored, ask, rng):
     system = PREDICT.format(count=len(scored), example=", ".join(map(str, example)))
     documents = numbered(tokenizer, scored, marked=False)
     user = f"This neuron fires on {explanation}.\n\nThe texts:\n\n{documents}"
-    return Verdict(explanation, read_numbers(ask(conversation(system, user), 33)))
+    return explanation, read_numbers(ask(conversation(system, user), 33))
 
 
 def conversation(system, user):

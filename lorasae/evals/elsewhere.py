@@ -1,0 +1,35 @@
+"""Fidelity on text of another kind than the run's: does what was won hold where nothing trained?
+
+    python eval.py RUN_DIR --suite elsewhere --data FOLDER      the held-out part of that text
+
+Of a run that trained an SAE from scratch, every tenth is measured. RUN_DIR/elsewhere/sequences.json
+has CE and KL of every sequence, to compare runs in pairs.
+"""
+from lorasae.evals import fidelity, tenths
+from lorasae.evals.common import batches
+from lorasae.io.shards import Text
+from lorasae.io.text import SOURCES
+
+
+def add_options(add):
+    add("--data", help=f"{SOURCES}, a file or a folder")
+
+
+def evaluate(setting, data):
+    """Every setting of a run on other text -> the numbers of fidelity.summary, and the text's name.
+
+    An SAE that the run trained is measured as it is now.
+    """
+    own, config = setting.text, setting.config
+    with Text(data, own.tokenizer, own.bos, own.eos, context=config.context,
+              eval_tokens=own.held_out.numel()) as text:
+        setting = setting._replace(text=text)
+        names = ("base", "sae", *fidelity.ADAPTED) if config.method == "lora" else ("base", "sae")
+        found = fidelity.measure(setting.model, setting.saes, batches(setting), names)
+        if config.method not in ("lora", "finetune"):
+            found |= tenths.measured(setting)
+    fidelity.write_sequences(setting.folder / "elsewhere", found, text.documents)
+    return fidelity.summary(found, text.documents)
+
+
+tables = fidelity.tables

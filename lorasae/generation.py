@@ -1,0 +1,66 @@
+"""Generating text with SAEs spliced in, one token at a time: only new positions are computed.
+
+    tokens = lorasae.encode("tiny-gemma-2", "def area(")
+    lorasae.generate(model, tokens, 20, saes)
+
+Shapes: B prompts, T tokens, V vocabulary.
+"""
+import torch
+
+from lorasae.attention import Cache
+from lorasae.objectives import capped, to_logits
+
+
+@torch.no_grad()
+def generate(
+        model, tokens, count, saes={}, temperature=0, generator=None, lengths=None, stop=None):
+    """Continues prompts [B, T] by at most `count` tokens each, up to EOS -> [B, T + count or less].
+
+    saes: {layer: SAE}; they act on the new positions too. temperature: 0 takes the likeliest token;
+    any other draws one, from a torch.Generator if one is given. Rows that ended are filled with
+    EOS.
+
+    lengths: where each prompt ends, if they are not equally long. stop(row, ids): whether a row
+    ends with these new ids; by default, it does at EOS.
+    """
+    eos = model.config.eos_token_id
+    if stop is None:
+        def stop(row, ids):
+            return ids[-1] == eos
+
+    # All rows begin where the shortest prompt ends. A longer one goes on with its own tokens.
+    B, T = tokens.shape
+    lengths = lengths or [T] * B
+    rows = [ids[:length] for ids, length in zip(tokens.tolist(), lengths)]
+    cache, ended = Cache(), set()
+    for position in range(min(lengths), T + count):
+        # Only what the cache does not hold is read.
+        unread = [ids[cache.length:position] for ids in rows]
+        x = model.residual(torch.tensor(unread, device=model.device), saes, cache)
+        logits = last_logits(model, x)
+
+        for row, token in enumerate(pick(logits, temperature, generator)):
+            if row in ended:
+                rows[row].append(eos)
+            elif position >= lengths[row]:
+                rows[row].append(token)
+                new = rows[row][lengths[row]:]
+                if stop(row, new) or len(new) == count:
+                    ended.add(row)
+        if len(ended) == B:
+            break
+    return torch.tensor(rows, device=tokens.device)
+
+
+def last_logits(model, x):
+    """Residual stream [B, T, D] -> logits after the last position [B, V], fp32: bf16 would tie."""
+    hidden = model.norm(x[:, -1])
+    return capped(to_logits(hidden, model.head), model.softcap)
+
+
+def pick(logits, temperature, generator):
+    """logits [B, V] -> a token for each row."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    p = (logits / temperature).softmax(-1)
+    return torch.multinomial(p, 1, generator=generator)[:, 0].tolist()

@@ -1,0 +1,97 @@
+"""Does more training of the SAE do as well? One long TopK SAE, as it was after some of its tokens.
+
+    as many seconds of training     it trains on, as long as the adapters after it take
+    finetuned for KL                on as many tokens as the adapters
+    LoRA after it                   the model is adapted to it: rank 64, on the blocks after it
+    LoRA on all blocks              only to the last one
+
+    python -m lorasae.paper --only control --data FOLDER --other-data FOLDER
+
+Whatever is done is compared with the same SAE as it was, on the same text, sequence by sequence.
+"""
+from lorasae.evals.fidelity import read_sequences, summary
+from lorasae.paper.gap import draw_grid, paired, row_of, run_of, tables
+from lorasae.paper.results import Part
+from lorasae.paper.study import Job, around_long, checkpoint, evaluation, long_sae, of_text
+
+LORA, MORE = "LoRA after it", "as many seconds of training"
+
+
+# ---- The runs ------------------------------------------------------------------------------------
+
+def texts(study):
+    """{text: (the suite that measures what is done on it, the one that measures the long SAE)}"""
+    found = {"what is done, on held-out text": ("fidelity", "tenths")}
+    if study.other_data:
+        found["what is done, on other text"] = "elsewhere", "elsewhere"
+    return found
+
+
+def arms(study, percent):
+    """{what is done: the Job that does it} with the long SAE as it was then."""
+    sae, made = long_sae(study), {LORA: around_long(study, 0, "after", percent)}
+    if percent == study.plan.percents[-1]:
+        made[f"{LORA}, seed 1"] = around_long(study, 1, "after", percent)
+        made["LoRA on all blocks"] = around_long(study, 0, "all", percent)
+    made["finetuned for KL"] = Job(study.folder / "saes" / f"{sae.folder.name}-{percent}pct-kl", {
+        "model": study.model,
+        "method": "finetune",
+        "objective": "kl",
+        "sae": checkpoint(sae, percent),
+        "tokens": made[LORA].options["tokens"],
+        **of_text(study),
+        **study.plan.finetune,
+    }, (sae,), timed=True)
+    return made
+
+
+def jobs(study):
+    made = []
+    for suites in texts(study).values():
+        data = study.other_data if "elsewhere" in suites else None
+        trained = [job for percent in study.plan.percents for job in arms(study, percent).values()]
+        for suite, some in zip(suites, (trained, [long_sae(study)])):
+            made += [evaluation(job, suite, data=data) for job in some]
+    return made
+
+
+# ---- What they found -----------------------------------------------------------------------------
+
+def measure(study):
+    """A row for each text, SAE, and what was done with it.
+
+    Case: the share of the gap that LoRA closes around the first SAE - that around the last one.
+    """
+    rows, runs, sae, percents = [], {}, long_sae(study), study.plan.percents
+    tenths = evaluation(sae, "tenths").found()["rows"]
+    for text, (suite, of_sae) in texts(study).items():
+        trained = read_sequences(sae.folder / of_sae)
+        for percent in percents:
+            made = arms(study, percent)
+            seen = {name: read_sequences(job.folder / suite) for name, job in made.items()}
+            cost = {name: job.found() for name, job in made.items()}
+
+            # More training of the SAE: of the tenths that follow, the one that fits best.
+            now, *later = [row for row in tenths if row["percent"] >= percent]
+            until = now["seconds"] + cost[LORA]["seconds"]
+            for then in sorted(later, key=lambda row: abs(row["seconds"] - until))[:1]:
+                end = trained[checkpoint(sae, then["percent"]).name]
+                seen[MORE] = {"documents": trained["documents"], "sae": end}
+                cost[MORE] = {"train_tokens": then["tokens"] - now["tokens"],
+                              "seconds": then["seconds"] - now["seconds"]}
+
+            # All are compared with the SAE as it was.
+            base, before = seen[LORA]["base"], seen[LORA]["sae"]
+            for name, own in seen.items():
+                end, documents = own.get("adapted", own["sae"]), own.pop("documents")
+                settings = {**own, "base": base, "sae": before, "adapted": end}
+                found = {**cost[name], **summary(settings, documents)}
+                run = run_of(found, documents, base, before, end)
+                rows.append(row_of(run, text, f"{percent} %: {name}"))
+                runs.setdefault((name, percent), run)
+    first, last = runs[LORA, percents[0]], runs[LORA, percents[-1]]
+    falls = paired(first.gap_closed - last.gap_closed, first, last)
+    return {"rows": rows, "cases": {"falls": {"first - last": falls}}}
+
+
+CONTROL = Part("control", jobs, measure, draw_grid, tables)
