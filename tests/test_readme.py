@@ -78,7 +78,7 @@ def test_its_python_runs_as_it_stands(tmp_path, place):
     script, = re.findall(r"`(sys\.path\.append\(.*?\))`", README)
     script = f"import sys\n{script.replace('PATH/TO/THIS/FOLDER', str(ROOT))}\n"
     for block, (name, check) in zip((HERE, IN_PEFT, IN_NNSIGHT), CHECKS.items()):
-        script += block + check
+        script += block.replace("PATH/TO/THIS/FOLDER", str(ROOT)) + check
         if name == place:
             break
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
