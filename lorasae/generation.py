@@ -37,7 +37,7 @@ def generate(
         # Only what the cache does not hold is read.
         unread = [ids[cache.length:position] for ids in rows]
         x = model.residual(torch.tensor(unread, device=model.device), saes, cache)
-        logits = last_logits(model, x)
+        logits = fp32_logits(model, x[:, -1])
 
         for row, token in enumerate(pick(logits, temperature, generator)):
             if row in ended:
@@ -52,10 +52,9 @@ def generate(
     return torch.tensor(rows, device=tokens.device)
 
 
-def last_logits(model, x):
-    """Residual stream [B, T, D] -> logits after the last position [B, V], fp32: bf16 would tie."""
-    hidden = model.norm(x[:, -1])
-    return capped(to_logits(hidden, model.head), model.softcap)
+def fp32_logits(model, x):
+    """Residual stream after the last block [N, D] -> logits [N, V], fp32: in bf16 choices tie."""
+    return capped(to_logits(model.norm(x), model.head), model.softcap)
 
 
 def pick(logits, temperature, generator):

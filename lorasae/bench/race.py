@@ -156,9 +156,7 @@ class Products(TorchDispatchMode):
 
 
 def floor_seconds(function):
-    """The time of a call's matrix products on a CPU, each distinct shape at the best rate of five.
-
-    """
+    """The time of a call's matrix products on a CPU, each shape at the best rate of five."""
     with Products() as products:
         products.counts = Counter()
         function()

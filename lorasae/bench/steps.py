@@ -41,10 +41,9 @@ def bench_step(device, quick):
 def bench_real(folder, device, quick):
     """The step of a real model beside its peers and its floor: the time of its matrix products."""
     for name, case in cases_of(folder).items():
+        floor = floor_seconds(Ours(case, *random_setting(case, device), (case.rank,)))
         build = partial(lora_contenders, case)
-        floor = None
         for row in race(f"LoRA step, {name}", build, device, quick, 1e-3, rounds=3):
-            floor = floor or floor_seconds(build(device)["lorasae"])
             yield {**row, "floors": row["ms"] / 1e3 / floor}
 
 

@@ -11,6 +11,7 @@ from lorasae import adapt, dictionary
 from lorasae.adapt import ALONE
 from lorasae.beyond import finetune
 from lorasae.errors import InputError
+from lorasae.evals import fidelity
 from lorasae.lora import lora_parameters
 from lorasae.runs import adapting, distributed, sae_training, training
 from lorasae.runs.setting import load_saes
@@ -48,8 +49,7 @@ def finetune_sae(setting, run, optimizer=adapt.adamw):
     # The SAE as it came and the SAE as it is now, on the same text.
     original = load_saes(config, model.config, model.device)
     before = training.evaluate(setting, original, ("sae",))
-    settings = ("base", "sae", "adapted", "lora") if adapters else ("base", "sae")
-    now = training.evaluate(setting, {layer: sae}, settings)
+    now = training.evaluate(setting, {layer: sae}, fidelity.settings_of(config))
     now["before"] = before["sae"]
 
     numbers = sae_training.numbers_of(now, setting, sae)

@@ -24,8 +24,8 @@ def evaluate(setting, data):
     with Text(data, own.tokenizer, own.bos, own.eos, context=config.context,
               eval_tokens=own.held_out.numel()) as text:
         setting = setting._replace(text=text)
-        names = ("base", "sae", *fidelity.ADAPTED) if config.method == "lora" else ("base", "sae")
-        found = fidelity.measure(setting.model, setting.saes, batches(setting), names)
+        settings = fidelity.settings_of(config)
+        found = fidelity.measure(setting.model, setting.saes, batches(setting), settings)
         if config.method not in ("lora", "finetune"):
             found |= tenths.measured(setting)
     fidelity.write_sequences(setting.folder / "elsewhere", found, text.documents)

@@ -59,8 +59,7 @@ def evaluate(setting):
     RUN_DIR/fidelity/sequences.json has them all sequence by sequence.
     """
     config, text = setting.config, setting.text
-    names = ("base", "sae", *ADAPTED) if config.method == "lora" else ("base", "sae")
-    results = measure(setting.model, setting.saes, batches(setting), names)
+    results = measure(setting.model, setting.saes, batches(setting), settings_of(config))
 
     # An SAE that the run trained has changed since: what it cost as it came is on file
     if config.method == "finetune" or config.train_sae:
@@ -72,6 +71,11 @@ def evaluate(setting):
                              "text before it trained: restore the file, or train the run again")
     write_sequences(setting.folder / "fidelity", results, text.documents)
     return {**summary(results, text.documents), "eval_tokens": text.held_out.numel()}
+
+
+def settings_of(config):
+    """The settings of a run: those with adapters only if it trained some."""
+    return ("base", "sae", *ADAPTED) if config.method == "lora" else ("base", "sae")
 
 
 def measure(model, saes, batches, settings=("base", "sae", "adapted"), gather=lambda found: found):

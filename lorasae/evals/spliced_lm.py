@@ -16,8 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lorasae.errors import InputError
 from lorasae.evals.common import progress
-from lorasae.generation import generate
-from lorasae.objectives import capped, to_logits
+from lorasae.generation import fp32_logits, generate
 
 
 class Prompt(NamedTuple):
@@ -69,13 +68,9 @@ class SplicedLM(TemplateLM):
         """tokens [B, T] -> the residual stream after the last block [B, T, D]."""
         return self.model.residual(tokens.to(self.model.device), self.saes)
 
-    def logits(self, x):
-        """The residual stream [N, D] -> logits [N, V], in fp32: in bf16, choices would tie."""
-        return capped(to_logits(self.model.norm(x), self.model.head), self.model.softcap)
-
     def score(self, x, labels):
         """x [N, D], N labels -> (the sum of log p(label), whether each is the likeliest token)."""
-        logits, labels = self.logits(x), torch.tensor(labels, device=x.device)
+        logits, labels = fp32_logits(self.model, x), torch.tensor(labels, device=x.device)
         log_p = logits.log_softmax(-1).gather(-1, labels[:, None])
         return log_p.sum().item(), (logits.argmax(-1) == labels).all().item()
 

@@ -18,7 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 from lorasae.errors import InputError
 from lorasae.io.console import note
 from lorasae.io.files import local
-from lorasae.io.presets import PRESETS, latents, preset
+from lorasae.io.presets import PRESETS, preset
 from lorasae.io.sae_readers import SITES
 
 PAPER_L0 = 70       # of several L0s the paper takes the nearest to this one
@@ -243,8 +243,7 @@ def sae_plan(source, *, layer=None, width=None, l0=None, site="resid"):
     except OutOfReach:
         for name, known in PRESETS.items():
             if source in (name, known.sae):
-                M = latents(width_name(width or known.width or "131k"))     # as Llama Scope's
-                size = 2 * M * known.config["hidden_size"] * known.sae_bytes
+                M, size = known.sae_size(width and width_name(width))
                 return plan(known.sae, {f"an SAE of {M:,} latents": size})
         raise
     return plan(sae.place, sae.files) if isinstance(sae.place, str) else []

@@ -44,6 +44,11 @@ class Preset(NamedTuple):
         """Bytes of its weights."""
         return self.parameters * self.weight_bytes
 
+    def sae_size(self, width=None):
+        """(latents, bytes) of one of its SAEs, by default of the preset's width."""
+        M = latents(width or self.width or "131k")      # as Llama Scope's
+        return M, 2 * M * self.config["hidden_size"] * self.sae_bytes
+
 
 def latents(width):
     """"16k" -> 16384, "1m" -> 1048576: Gemma Scope's widths are powers of two."""

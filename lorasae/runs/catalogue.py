@@ -1,7 +1,7 @@
 """The presets as one table, made without a network: train.py --list."""
 from lorasae.evals.report import print_table
 from lorasae.io.files import DTYPES
-from lorasae.io.presets import PRESETS, latents
+from lorasae.io.presets import PRESETS
 from lorasae.runs.config import Config
 from lorasae.runs.dry_run import in_words
 
@@ -18,13 +18,11 @@ def show_presets():
     """Prints the models with their SAEs, sizes and licences."""
     rows = []
     for name, known in PRESETS.items():
-        of_sae = 0
-        if known.sae and known.config:
-            of_sae = 2 * latents(known.width or "131k") * known.config["hidden_size"]
+        _, of_sae = known.sae_size() if known.sae and known.config else (0, 0)
         dtype = DTYPES[known.common.get("dtype", Config.dtype)]
         rows.append([
             name, str(known.layer), known.width or "", str(known.l0 or ""), known.saes.ljust(WIDE),
-            in_words(known.weights + known.sae_bytes * of_sae),
+            in_words(known.weights + of_sae),
             in_words(dtype.itemsize * known.parameters), known.licence])
     print_table(rows, HEADINGS)
     print(NOTES)

@@ -503,16 +503,17 @@ def read_config(folder, device=None):
     if wrong:
         raise InputError(f"{path} is not of this version of train.py, whose files differ in "
                          f"{shown(joined(sorted(wrong)))}")
+    asked = as_fields(found)
     try:
-        config = Config(**as_fields(found))
+        config = Config(**asked)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
-    # What train.py chose by itself is not chosen anew.
+    # What train.py chose by itself is not chosen again.
     if config.method in SCRATCH:
         found.take("width", int), found.take("lr", float)
     for name, chosen in {**asdict(config), "steps": config.steps}.items():
-        value = as_fields(found).get(name, found[name])
+        value = asked.get(name, found[name])
         if value != chosen:
             raise InputError(f"{path}: {name!r} is {shown(value)}, but train.py wrote "
                              f"{shown(chosen)} there: restore the file")

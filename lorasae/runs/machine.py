@@ -66,10 +66,10 @@ def cores():
 
 def idle_seconds():
     """For how long those cores have idled, in all."""
-    ticks = 0
+    own, ticks = cores(), 0
     for line in Path("/proc/stat").read_text().splitlines():
         name, *times = line.split()
-        if name.removeprefix("cpu").isdecimal() and int(name[3:]) in cores():
+        if name.removeprefix("cpu").isdecimal() and int(name[3:]) in own:
             ticks += int(times[3])
     return ticks / os.sysconf("SC_CLK_TCK")
 

@@ -49,7 +49,7 @@ def train(run, kind, text, keep=None):
             torch.manual_seed(step_seed(config.seed, step, kind.world.number))
             values = kind.step(part, step)
 
-            # Log, and keep what there is after each tenth.
+            # Log. After each tenth of the steps, keep what has trained so far.
             run.log(step + 1, values)
             if keep is not None and ends_a_tenth(step + 1, config.steps):
                 keep(step + 1)
