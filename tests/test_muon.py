@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lorasae.beyond.muon import Muon, muon, naive_orthogonal, orthogonal
+from lorasae.runs.config import Config
 
 SHAPES = [(6, 20), (20, 6), (6, 20), (6, 6), (3, 40), (20, 20)]
 
@@ -25,6 +26,25 @@ def test_matrices_of_one_shape_together_are_the_formula_one_by_one(steps):
         torch.testing.assert_close(found, expected)
     found, = orthogonal([torch.zeros(3, 5)], steps)     # A's gradient at the first step: B is 0
     assert not found.any()
+
+
+def test_the_formula_leaves_the_directions_and_evens_out_their_sizes():
+    torch.manual_seed(0)
+    P, Q = torch.linalg.qr(torch.randn(8, 8)).Q, torch.linalg.qr(torch.randn(32, 8)).Q
+    sizes = torch.logspace(0, -2, 8)
+    # diagonal, as P and Q are unchanged
+    found = P.T @ naive_orthogonal(P @ torch.diag(sizes) @ Q.T) @ Q
+    torch.testing.assert_close(found, torch.diag(found.diagonal()), atol=1e-5, rtol=0)
+    assert 0.6 < found.diagonal().min() and found.diagonal().max() < 1.3
+
+
+def test_a_step_moves_a_matrix_in_all_its_directions_at_about_one_speed():
+    torch.manual_seed(0)
+    matrix = torch.nn.Parameter(torch.zeros(8, 32))
+    matrix.grad = torch.diag(torch.logspace(0, -2, 8)) @ torch.linalg.qr(torch.randn(32, 8)).Q.T
+    muon([{"params": [matrix]}], Config(optimizer="muon", lr=1.0)).step()
+    speeds = torch.linalg.svdvals(matrix.detach()) / (0.2 * 32 ** 0.5)  # in steps of AdamW's size
+    assert 0.5 < speeds.min() and speeds.max() < 1.5
 
 
 def take_steps(seeds, optimisers, *weights):

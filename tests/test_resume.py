@@ -2,6 +2,7 @@
 
 And its folder: one writer, nothing left behind where nothing began.
 """
+import os
 import random
 import shutil
 import time
@@ -210,3 +211,22 @@ def test_what_a_user_puts_into_a_folder_meanwhile_stays(tmp_path):
     (tmp_path / "run/notes.txt").write_text("mine")
     run.close()
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "notes.txt"]
+
+
+def default_run(place, arguments, go):
+    os.chdir(place)
+    go.wait()
+    train.main(arguments)
+
+
+def test_two_runs_started_together_without_out_get_two_folders(site, tmp_path):
+    go, arguments = processes().Event(), words(site, "lora", "--tokens", 64)
+    both = [processes().Process(target=default_run, args=(tmp_path, arguments, go)) for _ in "ab"]
+    for process in both:
+        process.start()
+    go.set()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert sorted(path.parent.name for path in tmp_path.glob("runs/*/results.json")) == [
+        "gemma2-lora", "gemma2-lora-2"]
