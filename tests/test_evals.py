@@ -500,12 +500,13 @@ def test_fidelity_elsewhere_is_of_other_text(place):
         (place / "other" / f"{i}.txt").write_text(f"{i} more words of {i ** 2} kinds. " * 99)
     for name in "run", "sae-run":
         run = place / name
-        command("eval", run, "--suite", "elsewhere", "--data", place / "other")
+        command("eval", run, "--suite", "elsewhere", "--data", place / "other",
+                "--eval-tokens", 640)
         numbers, results = read(run / "eval-elsewhere.json"), read(run / "results.json")
         seen = fidelity.read_sequences(run / "elsewhere")
         assert numbers["ce_base"] == pytest.approx(seen["base"]["ce"].mean().item())
         assert abs(numbers["ce_base"] - results["ce_base"]) > 0.1
-        assert len(seen["documents"]) == len(fidelity.read_sequences(run)["documents"])
+        assert len(seen["documents"]) == 20 != len(fidelity.read_sequences(run)["documents"])
         assert {"sae-10pct", "sae-90pct"} <= seen.keys() if name == "sae-run" else "lora" in seen
     missing = ["eval", run, "--suite", "elsewhere", "--data", place / "x"]
     assert "no file or folder" in refusal(*missing)

@@ -123,7 +123,7 @@ def test_a_real_model_on_a_laptop(tmp_path, capsys):
     command(PAPER, *words, "--only", "fig3,fig6,fig8,fig9,fig10")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
     saes = [line for line in lines if " --method topk" in line]
-    assert len(saes) == 1 + 5 + 2 and "--tokens 2500000" in saes[0]     # Figure 6 has two
+    assert len(saes) == 1 + 5 + 2 and "--tokens 2000000" in saes[0]     # Figure 6 has two
     assert all(f"--model {model} " in line and f"--data {data} " in line
                for line in lines if "train.py" in line)
     assert any("--layer 12 --width 4608 --l0 32 --tokens 400000" in line for line in lines)

@@ -20,8 +20,11 @@ LORA, MORE = "LoRA after it", "as many seconds of training"
 # ---- The runs ------------------------------------------------------------------------------------
 
 def texts(study):
-    """{text: (the suite that measures what is done on it, the one that measures the long SAE)}"""
-    found = {"what is done, on held-out text": ("fidelity", "tenths")}
+    """{text: (the suite that measures what is done on it, the one that measures the long SAE)}
+
+    "": the training itself measures it.
+    """
+    found = {"what is done, on held-out text": ("", "tenths")}
     if study.other_data:
         found["what is done, on other text"] = "elsewhere", "elsewhere"
     return found
@@ -46,12 +49,11 @@ def arms(study, percent):
 
 
 def jobs(study):
-    made = []
-    for suites in texts(study).values():
-        data = study.other_data if "elsewhere" in suites else None
-        trained = [job for percent in study.plan.percents for job in arms(study, percent).values()]
-        for suite, some in zip(suites, (trained, [long_sae(study)])):
-            made += [evaluation(job, suite, data=data) for job in some]
+    trained = [job for percent in study.plan.percents for job in arms(study, percent).values()]
+    made = [*trained, evaluation(long_sae(study), "tenths")]
+    if study.other_data:
+        other = {"data": study.other_data, "eval_tokens": study.eval_tokens // 2}
+        made += [evaluation(job, "elsewhere", **other) for job in (*trained, long_sae(study))]
     return made
 
 

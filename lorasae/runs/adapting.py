@@ -19,6 +19,7 @@ import torch
 
 from lorasae import adapt
 from lorasae.adapt import ALONE
+from lorasae.evals.fidelity import ADAPTED
 from lorasae.io.adapters import save_adapter
 from lorasae.io.hub import model_place
 from lorasae.lora import add_lora, attach_lora, detach_lora, lora_parameters
@@ -47,7 +48,7 @@ def adapt_model(setting, run, optimizer=adapt.adamw):
     results, unchanged = {}, training.evaluate(setting, saes, ("base", "sae"))
     for folder, variant, own, size in zip(folders, config.variants, adapters, sizes):
         attach_lora(model, own)
-        found = {**unchanged, **training.evaluate(setting, saes, ("adapted",))}
+        found = {**unchanged, **training.evaluate(setting, saes, ADAPTED)}
         results[folder] = {**training.results_of(found, setting, run, folder),
                            "trainable_parameters": size}
         own_run = Run(folder, variant)                  # the run itself, if it trained one
