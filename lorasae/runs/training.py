@@ -25,7 +25,7 @@ from lorasae.runs import distributed
 from lorasae.runs.config import BY_K, joined
 from lorasae.runs.folder import ends_a_tenth
 
-QUICK_TOKENS = 4096                                     # held-out, looked at before training
+QUICK_TOKENS = 1024                                     # held-out, looked at before training
 
 
 def train(run, kind, text, keep=None):
@@ -142,7 +142,7 @@ def look_before(setting):
     Warns about an SAE that explains less than nothing, or whose file names another model.
     """
     model, saes, text, config = setting.model, setting.saes, setting.text, setting.config
-    count = min(len(text.held_out), max(4, QUICK_TOKENS // config.context))
+    count = min(len(text.held_out), max(1, QUICK_TOKENS // config.context))
     results = fidelity.measure(model, saes, text.held_out[:count].split(config.eval_batch),
                                ("base", "sae"))
     numbers = fidelity.summary(results, text.documents[:count])
