@@ -148,7 +148,7 @@ def of_text(study):
 
 def adapters(study, name, model, sources=None, needs=(), *, tokens=None, seed=Config.seed,
              timed=False, **options):
-    """The Job that trains adapters, with the paper's optimiser.
+    """The Job that trains adapters: with the paper's optimiser, unless the plan has another.
 
     sources: of their SAEs; None for the preset's. needs: the Jobs that make these. options: further
     ones of train.py.
@@ -241,5 +241,6 @@ def budget(study, part):
     saes = f"SAEs train on {' and '.join(tokens)} tokens. " if tokens else ""
     seeds = ", ".join({str(options["seed"]): None for options in adapted})
     recipe = preset_of(study.model).lora.get("recipe", "paper")
-    return (f"{saes}Adapters train with AdamW and the {recipe} recipe, on "
+    optimizer = {"adamw": "AdamW", "muon": "Muon"}[adapted[-1]["optimizer"]]
+    return (f"{saes}Adapters train with {optimizer} and the {recipe} recipe, on "
             f"{adapted[-1]['tokens']:,} tokens (the paper: 15M). Seeds: {seeds}.")
