@@ -240,7 +240,7 @@ def test_frontier(study):
     assert frontier.reached(found["curves"]["topk_lora"], 2.65) == 60
     assert frontier.reached(found["curves"]["topk_lora"], 2.3) is None
     last = frontier.table_of(found).rows[-1]
-    assert last[0] == "100 % (e2e's last loss)" and last[-3:] == ["90.0", "-", "5.56x"]
+    assert last == ["2.5000", "90.0", "-", "500.0", "5.56x"]
     # 500 s / 3.05 are enough for all of TopK + LoRA, which then ends at 2.4 nats, e2e at 2.5
     sooner = claims["sooner_fig1"]
     assert sooner.cases["tiny-gemma-2"].mean == pytest.approx(0.1) and sooner.verdict == "agrees"

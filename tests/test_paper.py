@@ -1,5 +1,6 @@
 """The paper by one command: one rule for claims, shared runs, and a stopped command continues."""
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_parts_share_trainings_and_each_comes_after_what_it_needs(study, model, 
         assert all(place[needed.command.done] < place[done] for needed in job.needs)
         assert job.suite or Path(job.options["model"]).name in PRESETS
         assert "/x/" not in str(job.folder)
-    assert sum(len(commands) for alone, commands in stages if alone) == timed
+    assert sum(len(commands) for (_, shared), commands in stages if not shared) == timed
 
 
 def test_a_real_model_on_a_laptop(tmp_path, capsys):
@@ -142,13 +143,13 @@ def test_a_real_model_on_a_laptop(tmp_path, capsys):
 
 def test_every_figure_and_table_has_a_part_and_a_dry_run_shows_its_commands(capsys, tmp_path):
     command(PAPER, "--dry-run", "--out", tmp_path / "out")
-    words = capsys.readouterr().out.replace(",", " ").split()
+    words = re.findall(r"\w+", capsys.readouterr().out)
     figures = [f"fig{number}" for number in (1, *range(3, 12))]         # Figure 2 is the method's
     assert set(figures + [f"table{number}" for number in range(1, 7)]) <= set(words)
 
     command(PAPER, "--dry-run", "--only", "fig9", "--seeds", 1, "--out", tmp_path / "out")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["one_block", "fig9", "4", "240,000", "0"]
+    assert lines[1] == "one_block (fig9): 4 trainings on 240,000 tokens, 0 evaluations"
     assert [line.split()[:4] for line in lines[-4:]] == [
         ["python", os.path.relpath(ROOT / "train.py"), "--model", "tiny-gemma-2"]] * 4
     assert not (tmp_path / "out").exists()
@@ -157,8 +158,7 @@ def test_every_figure_and_table_has_a_part_and_a_dry_run_shows_its_commands(caps
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
     out = tmp_path / "out"
     assert "choose from frontier, fig1" in refusal(PAPER, "--only", "fig2", "--out", out)
-    for option, value in ("--seeds", 0), ("--seeds", "9" * 30), ("--jobs", 0), (
-            "--lora-tokens", "-3"):
+    for option, value in ("--seeds", 0), ("--seeds", "9" * 30), ("--lora-tokens", "-3"):
         assert option in misuse(capsys, PAPER, option, value)
     for script, *more in ([PAPER, "--out"], ["lorasae.beyond.experiments", "recipe", "--out"],
                           ["lorasae.bench.__main__", "environment", "--json"], ["train", "--out"]):
@@ -233,7 +233,7 @@ def test_what_failed_is_left_out_by_name_and_the_rest_is_shown(study, monkeypatc
 def test_a_figure_from_its_commands_and_again_after_a_kill(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "run_all", in_this_process)
     words = ["--only", "fig9", "--quick", "--lora-tokens", "1k", "--eval-tokens", "2k"]
-    words += ["--out", tmp_path, "--jobs", 1]
+    words += ["--out", tmp_path]
     command(PAPER, *words, "--device", "cpu")
     numbers = read(tmp_path / "numbers" / "one_block.json")["numbers"]
     assert [row["x"] for row in numbers["rows"]] == ["all", 1, 2, 3]

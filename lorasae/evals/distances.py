@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from lorasae.evals.common import (batches, count_documents, evaluating, interval, progress,
                                   without_interval)
-from lorasae.evals.report import Table, lines, with_interval, zero_line
+from lorasae.evals.report import Table, lines, with_interval
 from lorasae.lora import base
 
 MEASURES = {"cosine": "cosine similarity", "l2": "L2 distance"}
@@ -113,7 +113,7 @@ def draw(numbers, figure):
             found = numbers[positions][name]
             series[title] = list(zip(found["change"], found["ci90"]))
         lines(axes, after, series)
-        zero_line(axes)
+        axes.axhline(0, color="grey", linewidth=1)
         axes.set(xlabel="blocks after the SAE", ylabel=f"change in {label}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()

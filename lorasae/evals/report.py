@@ -109,10 +109,6 @@ def columns(found, scale=1):
     return scale * np.array([estimate[:2] for estimate in found], dtype=float).T
 
 
-def zero_line(axes):
-    axes.axhline(0, color="grey", linewidth=1)
-
-
 def save_figure(draw, numbers, path, again):
     """Writes what draw(numbers, figure) draws as a PNG. Without matplotlib, notes what to do.
 
