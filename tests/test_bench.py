@@ -1,7 +1,6 @@
 """The benchmark runs, refuses wrong answers, and counts FLOPs and memory rightly."""
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import command, refusal
+from helpers import command
 from lorasae import adapt, attention, objectives, topk
 from lorasae.bench import kernels, race, steps
 from lorasae.bench.__main__ import SECTIONS
@@ -42,7 +41,7 @@ def section(tmp_path, capsys):
                 assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
             if "utilisation" in row:
                 assert row["tokens_per_s"] * row["ms"] / 1e3 == pytest.approx(2 * 16)
-                assert 0 < row["utilisation"] < 1
+                assert 0 < row["utilisation"] < 1 and row["peak_tflops"] > 0
             if row.get("contender") == "lorasae":
                 assert row.get("ours_faster", 1) == 1
         return rows
@@ -59,13 +58,6 @@ def test_sections_without_peers(section, name, contenders):
     assert all(row["tokens_per_s"] > 0 for row in rows if name in ("sae", "headline"))
 
 
-def test_environment_and_peak(section):
-    facts = {row["fact"] for row in section("environment")}
-    assert {f"torch {torch.__version__}", f"threads {torch.get_num_threads()}"} <= facts
-    tflops = [row["tflops"] for row in section("peak")]
-    assert len(tflops) == 2 and min(tflops) > 0
-
-
 def test_a_row_is_printed_and_kept_as_soon_as_it_is_measured(monkeypatch, tmp_path, capsys):
     """The command is stopped while the second row's memory is measured."""
     memory = iter([1e6])
@@ -77,7 +69,7 @@ def test_a_row_is_printed_and_kept_as_soon_as_it_is_measured(monkeypatch, tmp_pa
     row, = (tmp_path / "rows.jsonl").open()
     shown = capsys.readouterr()
     assert json.loads(row)["contender"] == "lorasae" and json.loads(row)["peak_mb"] == 1
-    assert shown.out.startswith("\nKL\n\ncontender ") and "\nlorasae " in shown.out
+    assert shown.out.startswith("what KL  contender lorasae  ms ") and "peak_mb 1 " in shown.out
     assert "round 0 of 5: naive" in shown.err
 
 
@@ -93,24 +85,6 @@ def test_step_section_beside_the_peers(section):
         assert flops[name]["ratio"] < 1 < flops[name]["five_gain"] < 5
     ranks = [row["contender"] for row in rows if row["what"].startswith("five ranks")]
     assert ranks == ["lorasae", "five runs"]
-
-
-def test_each_section_of_gpu_is_a_command_that_survives_the_others(tmp_path, monkeypatch):
-    """Two run, one takes too long, and the others end with an error."""
-    started, run, path = [], subprocess.run, tmp_path / "gpu.jsonl"
-
-    def spy(words, **how):
-        assert how == {"timeout": 600, "check": True}
-        started.append(words[3])
-        if words[3] == "headline":
-            raise subprocess.TimeoutExpired(words, 600)
-        return run(words if words[3] in ("environment", "peak") else ["false"], check=True)
-
-    monkeypatch.setattr(subprocess, "run", spy)
-    line = refusal(MAIN, "gpu", "--quick", "--device", "cpu", "--json", path)
-    assert started == list(SECTIONS) and line.startswith("these sections failed: headline (")
-    rows = [json.loads(line) for line in path.open()]
-    assert {row["section"] for row in rows} == {"environment", "peak"}
 
 
 def test_without_the_peers_ours_is_still_timed(monkeypatch, capsys):

@@ -112,16 +112,6 @@ def synchronise(device):
         torch.cuda.synchronize()
 
 
-def bench_peak(device, quick):
-    """TFLOP/s of a square product; on a GPU in fp32 also by TF32: python -m lorasae.bench peak"""
-    kinds = [("bfloat16", "highest"), ("float32", "highest"), ("float32", "high")]
-    for dtype, precision in kinds if device == "cuda" else kinds[:2]:
-        torch.set_float32_matmul_precision(precision)
-        flops = matmul_peak(device, getattr(torch, dtype))
-        yield {"what": "square product", "dtype": dtype, "precision": precision,
-               "tflops": flops / 1e12}
-
-
 def matmul_peak(device, dtype):
     """FLOP/s of a square matrix product, the best of ten."""
     size = 8192 if device == "cuda" else 1024

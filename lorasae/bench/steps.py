@@ -85,11 +85,11 @@ def bench_sae(device, quick):
 # ---- What a step takes ---------------------------------------------------------------------------
 
 def with_rates(row, case, peak):
-    """A row of calls with tokens per second, GFLOPs per token and the part of the `peak` FLOP/s."""
+    """A row of calls with tokens per second, GFLOPs per token and the part of `peak`, in FLOP/s."""
     flops = sum(flops_per_token(case, recipe=not row["contender"].startswith("lorasae")))
     rate = case.ahead * case.context / (row["ms"] / 1e3)
     return {**row, "tokens_per_s": rate, "gflop_per_token": flops / 1e9,
-            "utilisation": flops * rate / peak}
+            "utilisation": flops * rate / peak, "peak_tflops": peak / 1e12}
 
 
 def flops_row(name, case):
