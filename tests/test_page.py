@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lorasae.evals import absorption, distances, probing, scr, tpp
+from lorasae.evals import distances, saebench
 from lorasae.evals.common import Estimate
 from lorasae.evals.report import Table
 from lorasae.io.files import write_json
@@ -107,14 +107,15 @@ def claims_of(part, cases):
 
 def test_saebench_claims_are_of_table_3():
     row = {"difference": 0.02, "ci90": 0.01}
-    suites = {"scr": scr, "tpp": tpp, "probing": probing, "absorption": absorption}
-    found = [{"seeds": 3, "rows": dict.fromkeys(suite.PAPER, row)} for suite in suites.values()]
+    papers = {name: saebench.table_6(name) for name in downstream.TABLE_3}
+    found = [{"seeds": 3, "rows": dict.fromkeys(paper, row)} for _, paper, _ in papers.values()]
     claims = claims_of(downstream.SAEBENCH, downstream.saebench_cases(found))
-    for (name, suite), claim in zip(suites.items(), claims.values(), strict=True):
-        lora, base = suite.PAPER[downstream.TABLE_3[name]]
+    for (name, paper), claim in zip(papers.items(), claims.values(), strict=True):
+        _, scores, tolerance = paper
+        lora, base = scores[downstream.TABLE_3[name]]
         assert claim.paper_values == [pytest.approx(lora - base)]
         assert claim.paper == (f"{lora - base:+.3f} in one seed; SAEBench's reruns differ by up to "
-                               f"{suite.TOLERANCE}")
+                               f"{tolerance}")
         assert name in claim.says and claim.verdict == "agrees"
         assert claim.cases == {name: (0.02, 0.01, "3 seeds of the evaluation")}
 

@@ -163,12 +163,13 @@ def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(suite, options, setti
     numbers = suite.evaluate(setting, *options)
     assert numbers == json.loads(json.dumps(numbers, allow_nan=False))
     assert (numbers["layer"], numbers["seeds"], len(numbers["sets"])) == (2, 2, 1)
-    assert set(numbers["rows"]) == set(suite.LABELS) >= set(suite.PAPER)
+    labels, paper, _ = saebench.table_6(suite.__name__.rpartition(".")[2])
+    assert set(numbers["rows"]) == set(labels) >= set(paper)
     assert all(row["difference"] == 0 for row in numbers["rows"].values())
     assert all(row["ci90"] is None for row in numbers["rows"].values())         # nothing varies
 
     table, = suite.tables(numbers)
-    assert len(table.rows) == len(suite.LABELS)
+    assert len(table.rows) == len(labels)
     assert any("over seeds of evaluation (2)" in note for note in table.notes)
 
 
@@ -181,7 +182,7 @@ def test_one_planted_latent_is_all_that_probing_needs():
     means = Means(torch.randn(180, 8, generator=generator), latents)
     cut = {str(i): [""] * 60 for i in range(3)}
     found = probing.measure(None, means, means, Cut(cut, cut), seed=42)
-    assert set(found) == set(probing.LABELS)
+    assert set(found) == set(saebench.table_6("probing")[0])
     assert found["sae_top_1"] == 1 and found["sae_all"] > 0.95
 
     task = one_against_rest(cut, 42)

@@ -17,7 +17,7 @@ from lorasae.io.files import read_json
 from lorasae.lora import blocks_with_adapters
 
 FIRST_SEED = 42                                         # SAEBench's only one
-MODELS = {"base": "base", "lora": "LoRA"}               # and their names in tables and pictures
+MODELS = ("base", "lora")
 HEADINGS = ["", "base", "LoRA", "difference", "paper: base", "LoRA", "difference"]
 
 
@@ -100,17 +100,6 @@ def columns(scores):
             for metric in scores[0]}
 
 
-def over_sets(found):
-    """{model: {metric: values [seeds]}}: the mean over data sets, as SAEBench takes it."""
-    sets = list(found.values())
-    out = {}
-    for who in sets[0]:
-        of_sets = [columns(models[who]) for models in sets]
-        out[who] = {metric: sum(each[metric] for each in of_sets) / len(sets)
-                    for metric in of_sets[0]}
-    return out
-
-
 def summary(layer, values, seeds, over=None, **more):
     """What a suite returns: {"layer", "seeds", "over", "rows": {metric: its row}} and more.
 
@@ -120,18 +109,24 @@ def summary(layer, values, seeds, over=None, **more):
     adapted = values.get("paired", values["lora"])
     rows = {}
     for metric, base in values["base"].items():
-        row = rows[metric] = {}
-        for who in MODELS:
-            row[who], row[f"{who}_ci90"] = interval(values[who][metric])
+        row = rows[metric] = {who: values[who][metric].mean().item() for who in MODELS}
         row["difference"], row["ci90"] = interval(adapted[metric] - base)
     over = over or f"seeds of evaluation ({seeds})"
     return {"layer": layer, "seeds": seeds, "over": over, "rows": rows, **more}
 
 
-def summary_of_sets(setting, labelled, seeds, found, values):
-    """The summary of an evaluation on labelled texts."""
+def summary_of_sets(setting, labelled, seeds, found, further=lambda metrics: {}):
+    """The summary of what `compare` found: the mean over data sets, as SAEBench takes it.
+
+    further({metric: values [seeds]}) -> metrics that are made from these means.
+    """
+    values, sets = {}, list(found)
+    for who in found[sets[0]]:
+        of_sets = [columns(found[name][who]) for name in sets]
+        means = {metric: sum(each[metric] for each in of_sets) / len(sets) for metric in of_sets[0]}
+        values[who] = {**means, **further(means)}
     layer = next(iter(setting.saes))
-    return summary(layer, values, seeds, labelled=labelled, sets=list(found), by_set=found)
+    return summary(layer, values, seeds, labelled=labelled, sets=sets, by_set=found)
 
 
 # ---- Showing -----------------------------------------------------------------------------------
