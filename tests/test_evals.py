@@ -464,6 +464,7 @@ def test_files_that_no_suite_wrote_are_answered_in_one_line(place, damage):
 
 
 @pytest.mark.parametrize("words, said", [
+    (["--suite", "scr", "--seeds", 0], "--seeds: '0': pass 1 to 1000"),
     (["--seeds", 2], "--seeds has no effect with --suite fidelity"),
     (["--suite", "tokens,lm", "--labelled", "saebench"], "--labelled has no effect with --suite"),
     (["--suite", "absorption", "--words", 300, "--limit", 3], "--limit has no effect"),

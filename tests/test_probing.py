@@ -124,7 +124,6 @@ def test_padding_bos_and_eos_never_count(setting, monkeypatch):
 @pytest.mark.parametrize("suite, blocks, options, said", [
     (tpp, [3, 4, 5], ("stdlib", 1), "after it.*--adapt all"),
     (absorption, [3, 4, 5], (200, 1), "after it.*--adapt all"),
-    (scr, range(6), ("stdlib", 0), "--seeds 0: expected 1 or more"),
     (absorption, range(6), (10, 1), "--words 10"),
 ])
 def test_what_cannot_be_compared_is_refused_in_one_line(setting, suite, blocks, options, said):

@@ -13,6 +13,7 @@ from lorasae.evals import labelled_saebench, labelled_stdlib
 from lorasae.evals.common import as_model, evaluating, interval, progress
 from lorasae.evals.report import Table, with_interval
 from lorasae.evals.texts import read_means, tokenise
+from lorasae.io.console import few
 from lorasae.io.files import read_json
 from lorasae.lora import blocks_with_adapters
 
@@ -35,7 +36,7 @@ def add_options(add):
     add("--labelled", default="stdlib", metavar="WHAT",
         help="texts of probing, scr, tpp: stdlib (packages of the standard library), saebench, or "
              "some of SAEBench's sets by name, comma-separated (default: %(default)s)")
-    add("--seeds", type=int, default=3, metavar="N",
+    add("--seeds", type=few, default=3, metavar="N",
         help="how often probing, scr, tpp, absorption and autointerp are measured; the paper "
              "measured once (default: %(default)s)")
 
@@ -63,8 +64,6 @@ def reading(setting, suite, seeds):
 
     InputError if all adapters lie after the SAE: adapting then changes nothing that it reads.
     """
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}: expected 1 or more")
     layer, sae = next(iter(setting.saes.items()))
     if all(block > layer for block in blocks_with_adapters(setting.model)):
         raise InputError(f"--suite {suite} would give the base and the adapted model exactly the "
