@@ -23,7 +23,7 @@ from torch import nn
 
 from lorasae import topk
 from lorasae.adapt import ALONE, FrozenPart, frozen_forward, objective
-from lorasae.sae import KINDS, START_L0, StandIn, left_alone, norms, splice, used_positions
+from lorasae.sae import KINDS, START_L0, StandIn, norms, splice, used_positions
 
 WARMUP = 1000           # steps from 0 to the full rate; at most a tenth of the run
 AUX_WEIGHT = 1 / 32     # of AuxK beside the FVU (Gao et al. 2024)
@@ -135,16 +135,11 @@ class InTraining(StandIn):
         self.bandwidth = bandwidth
 
     def __call__(self, x):
-        spared = left_alone(self.sae, x, self.special)
-        everywhere = spared is None
-        rows = x.flatten(0, 1) if everywhere else x[~spared]
-        self.x = rows.float()
-
+        used = used_positions(self.sae, x, self.special)
+        self.x = x[used].float()
         made = self.sae.training_step(self.x, self.bandwidth)
         self.x_hat, self.fired, self.active = made
-        if everywhere:
-            return self.x_hat.view_as(x)
-        return x.index_put((~spared,), self.x_hat.to(x.dtype))
+        return x.index_put((used,), self.x_hat.to(x.dtype))
 
 
 # ---- One step ------------------------------------------------------------------------------------
