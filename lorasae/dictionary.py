@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorasae import topk
-from lorasae.adapt import ALONE, FrozenPart, frozen_forward, objective
+from lorasae.adapt import ALONE, FrozenPart, adapted_loss, frozen_forward
 from lorasae.sae import KINDS, START_L0, StandIn, norms, splice, used_positions
 
 WARMUP = 1000           # steps from 0 to the full rate; at most a tenth of the run
@@ -204,9 +204,7 @@ def end_to_end_loss(model, layer, seen, spliced, config, world):
     spliced [B, T, D]: the output of the SAE's block, reconstructed. Returns (loss, {name: value per
     token}).
     """
-    x = model.run(spliced, layer + 1, len(model.layers))
-    total, sums = objective(model, seen, model.norm(x), config)
-
+    total, sums = adapted_loss(model, {}, seen._replace(x=spliced), layer + 1, config)
     B, T = config.batch_size, spliced.shape[1]
     loss = world.sum(total) / B
     values = {name: world.sum(value) / B / T for name, value in sums.items()}

@@ -10,7 +10,6 @@ from functools import partial
 
 from lorasae import family, gemma2
 from lorasae.errors import InputError
-from lorasae.family import LinearScaling
 from lorasae.gemma2 import FULL, SLIDING, RMSNorm
 
 WITH_VISION = "gemma3"                  # the model_type of a file that has a vision tower too
@@ -72,9 +71,6 @@ def rotary(fields):
     FULL blocks.
     """
     theta, scaling = family.rotary(fields, 1_000_000.0, FULL)
-    if not isinstance(scaling, LinearScaling | None):
-        raise InputError(f"{fields.where}: rotary scaling of Gemma 3 must be 'linear' or none")
-
     local_theta = fields.take("rope_local_base_freq", float, 10_000.0, above=0)
     tables = fields.take("rope_parameters", dict, None) or {}
     if SLIDING in tables:

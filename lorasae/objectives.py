@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorasae.linear import linear_fp32, linear_fp32 as to_logits
+from lorasae.linear import linear_fp32
 
 # Logits of a model held at once: 25 MB on a CPU, 0.5 GB on a GPU.
 CHUNK_ELEMENTS = {"cpu": 3 * 2 ** 21, "cuda": 2 ** 27}
@@ -72,14 +72,14 @@ class LinearKL(torch.autograd.Function):
         for start in range(0, N, chunk):
             # The base model's logits. Once for all adapted models, log p takes their place.
             rows = slice(start, start + chunk)
-            base = to_logits(target[rows], weight)
+            base = linear_fp32(target[rows], weight)
             if not compiled:
                 for piece in pieces(base):
                     base[piece] = log_probabilities(base[piece], softcap)
 
             for s in range(S):
                 # The loss. It leaves the gradient of the logits in their place.
-                u_q = to_logits(hidden[s, rows], weight)
+                u_q = linear_fp32(hidden[s, rows], weight)
                 if compiled:
                     totals[s] += compiled_kl()(base, u_q, softcap)
                 else:
@@ -175,9 +175,9 @@ def token_losses(hidden, labels, weight, softcap=None, target=None):
     for start in range(0, len(hidden), chunk):
         # The logits of a chunk.
         rows = slice(start, start + chunk)
-        u_q = to_logits(hidden[rows], weight)
+        u_q = linear_fp32(hidden[rows], weight)
         if target is not None:
-            u_p = to_logits(target[rows], weight)
+            u_p = linear_fp32(target[rows], weight)
 
         # Their losses, piece by piece.
         for piece in pieces(u_q):
