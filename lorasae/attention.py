@@ -264,17 +264,12 @@ def flex_attention(q, k, v, scale, softcap, mask):
 
 
 def flex_masks(config, x):
-    """{window: mask} for x [B, T, D]: of soft-capped blocks, and of windows that bind, on CUDA."""
-    if not x.is_cuda:
+    """{window: mask} for x [B, T, D], with a window and without; on CUDA, if blocks have windows.
+    """
+    if not x.is_cuda or config.sliding_window is None:
         return {}
-
-    T, window = x.shape[1], config.sliding_window
-    windows = []
-    if config.attn_logit_softcapping is not None:
-        windows.append(None)
-    if window is not None and window < T:
-        windows.append(window)
-    return {window: flex_mask(T, window, x.device) for window in windows}
+    windows = (None, config.sliding_window)
+    return {window: flex_mask(x.shape[1], window, x.device) for window in windows}
 
 
 @lru_cache(maxsize=4)

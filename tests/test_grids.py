@@ -141,7 +141,7 @@ def test_scaling_on_a_laptop(study):
 
 
 def test_control(study):
-    study = replace(study, other_data="other")
+    study = replace(study, model="smollm2-135m-instruct", other_data="other")
     rng = torch.Generator().manual_seed(0)
     documents, noise = list(range(20)), 0.1 * torch.randn(20, generator=rng).double()
     noise -= noise.mean()

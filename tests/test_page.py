@@ -125,7 +125,8 @@ def test_steering_has_a_case_for_each_latent():
     for latent, positive, negative, alpha in (3, 0.9, -0.2, 1), (4, 0.4, -2, 2), (5, 0, 0, 0):
         row = {"latent": latent, "alpha_base": 0, "alpha_lora": alpha}
         for side, delta in ("positive", positive), ("negative", negative):
-            row[side] = {"d": {"base": [0.0] * 50}, "delta": delta, "ci90": 0.3}
+            half = 0.3 if alpha else None               # never steered: all differences are 0
+            row[side] = {"d": {"base": [0.0] * 50}, "delta": delta, "ci90": half}
         rows.append(row)
     claims = claims_of(downstream.STEERING, downstream.steering_cases([{"rows": rows}]))
     more, alike = claims["positive"], claims["negative"]

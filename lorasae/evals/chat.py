@@ -49,17 +49,8 @@ def chat(url, model, messages, max_tokens):
         text = None
     if status != 200 or not isinstance(text, str):
         raise InputError(f"{address} ({model}) gave no chat completion: {status}: "
-                         f"{own_words(answer)}")
+                         f"{' '.join(answer.split())[:300]}")
     return text
-
-
-def own_words(answer):
-    """What an endpoint says of an error: its error.message, or the beginning of its answer."""
-    try:
-        answer = str(json.loads(answer)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        pass
-    return " ".join(answer.split())[:300]
 
 
 class Kept:

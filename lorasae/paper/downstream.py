@@ -75,8 +75,6 @@ def steering_cases(found):
         for side, latents in cases.items():
             delta, half = row[side]["delta"], row[side]["ci90"]
             over = f"{len(row[side]['d']['base'])} texts"
-            if row["alpha_base"] == row["alpha_lora"] == 0:
-                delta, half, over = 0.0, None, "no α helps either model"
             if side == "negative":
                 delta = abs(delta)
             latents[f"latent {row['latent']}"] = Estimate(delta, half, over)

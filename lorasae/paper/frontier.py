@@ -38,11 +38,9 @@ def tenths(study, model):
 
 def adapters_of(study, model):
     """{percent: the Job of adapters around the TopK SAE after that part of its training}"""
-    of_control = study.plan.percents, "after", 0
-    own = range(10, 101, 10), "all", Config.seed
-    percents, adapt, seed = of_control if study.laptop else own
+    adapt, seed = ("after", 0) if study.laptop else ("all", Config.seed)
     return {percent: around_long(study, seed, adapt, percent, model, study.plan.frontier_lora)
-            for percent in percents}
+            for percent in study.plan.percents}
 
 
 def jobs(study):
