@@ -4,7 +4,6 @@
     python -m lorasae.bench step            the LoRA step (adapt.py) beside two peers (peers.py),
                                             five ranks in one pass beside five runs, FLOPs beside
                                             the published recipe's
-    python -m lorasae.bench sae             SAE training (dictionary.py)
     python -m lorasae.bench kl              the loss against its naive formula (objectives.py)
     python -m lorasae.bench topk            top-k, and a TopK SAE's whole step (topk.py)
     python -m lorasae.bench all             all of these
@@ -27,7 +26,7 @@ from itertools import chain
 import torch
 
 from lorasae.bench.kernels import bench_kl, bench_topk
-from lorasae.bench.steps import bench_headline, bench_real, bench_sae, bench_step
+from lorasae.bench.steps import bench_headline, bench_real, bench_step
 from lorasae.io.console import Parser, one_line_errors
 from lorasae.io.files import local
 from lorasae.runs import distributed
@@ -36,7 +35,6 @@ from lorasae.runs.machine import keep_freed_memory
 SECTIONS = {                    # section(device, quick) yields rows {heading: value}
     "headline": bench_headline,
     "step": bench_step,
-    "sae": bench_sae,
     "kl": bench_kl,
     "topk": bench_topk,
 }

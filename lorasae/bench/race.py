@@ -84,14 +84,6 @@ def first_difference(answer, reference, tolerance=None):
 
 # ---- Time ----------------------------------------------------------------------------------------
 
-def speed(what, function, device, tokens):
-    """A row of ours without contenders. tokens: in each call."""
-    function()
-    row = milliseconds([timed(function, device) for _ in range(ROUNDS)])
-    rate = tokens / (row["ms"] / 1e3)
-    return {"what": what, "contender": "lorasae", **row, "tokens_per_s": rate}
-
-
 def milliseconds(times):
     """The median of some seconds, with minimum and maximum."""
     return {"ms": 1e3 * statistics.median(times), "ms_min": 1e3 * min(times),
