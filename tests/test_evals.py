@@ -404,7 +404,6 @@ def test_distances_are_those_of_whole_forward_passes(model, sequences):
             cosine = [torch.cosine_similarity(a, b, -1)[:, start:].mean(1) for b in (sae, adapted)]
             for measure, (before, after) in (("l2", l2), ("cosine", cosine)):
                 found = numbers[name][measure]
-                assert found["sae"][i] == pytest.approx(before.mean().item(), rel=1e-5)
                 change = found["change"][i], found["ci90"][i]
                 assert change == pytest.approx(interval(after - before), rel=1e-3, abs=1e-6)
                 changes.setdefault((name, measure), []).append(after - before)

@@ -156,7 +156,8 @@ def crossed(seed):
 def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(suite, options, setting, monkeypatch):
     if suite in (probing, absorption):
         pytest.importorskip("sklearn", reason="fits the probes")
-    monkeypatch.setattr(saebench, "labelled_sets", lambda labelled, suite: {"crossed": crossed})
+    texts_of = SimpleNamespace(suite_sets=lambda suite: {"crossed": crossed})
+    monkeypatch.setitem(saebench.LABELLED, "stdlib", texts_of)
     monkeypatch.setattr(concepts, "LEAST_STEPS", 50)    # quick, and good enough for this
     add_lora(setting.model, range(6), 3, dropout=0.0)   # B is zero
     numbers = suite.evaluate(setting, *options)

@@ -19,6 +19,7 @@ from lorasae.lora import blocks_with_adapters
 
 FIRST_SEED = 42                                         # SAEBench's only one
 MODELS = ("base", "lora")
+LABELLED = {"stdlib": labelled_stdlib, "saebench": labelled_saebench}
 HEADINGS = ["", "base", "LoRA", "difference", "paper: base", "LoRA", "difference"]
 
 
@@ -33,28 +34,12 @@ def table_6(suite):
 
 
 def add_options(add):
-    add("--labelled", default="stdlib", metavar="WHAT",
-        help="texts of probing, scr, tpp: stdlib (packages of the standard library), saebench, or "
-             "some of SAEBench's sets by name, comma-separated (default: %(default)s)")
+    add("--labelled", default="stdlib", choices=LABELLED,
+        help="texts of probing, scr, tpp: packages of the standard library, or SAEBench's own "
+        "(default: %(default)s)")
     add("--seeds", type=few, default=3, metavar="N",
         help="how often probing, scr, tpp, absorption and autointerp are measured; the paper "
              "measured once (default: %(default)s)")
-
-
-def labelled_sets(labelled, suite):
-    """{name: cut} of the data sets that --labelled names; cut(seed) -> Cut.
-
-    suite: "probing", "tpp" or "scr".
-    """
-    if labelled == "stdlib":
-        return labelled_stdlib.suite_sets(suite)
-    sets = labelled_saebench.suite_sets(suite)
-    names = list(sets) if labelled == "saebench" else labelled.split(",")
-    for name in names:
-        if name not in sets:
-            raise InputError(f"--labelled {name}: expected stdlib, saebench or, for --suite "
-                             f"{suite}, some of {','.join(sets)}")
-    return {name: sets[name] for name in names}
 
 
 # ---- Measuring ---------------------------------------------------------------------------------
@@ -78,7 +63,7 @@ def compare(setting, suite, labelled, seeds, measure):
     measure(SAE, Means of the training texts, of the test texts, their Cut, seed) -> {metric: value}
     """
     layer, sae, seeds = reading(setting, suite, seeds)
-    sets = labelled_sets(labelled, suite)
+    sets = LABELLED[labelled].suite_sets(suite)
     model = setting.model
     found = {name: {who: [] for who in MODELS} for name in sets}
 
