@@ -88,9 +88,9 @@ def test_trainings_and_evaluations_are_commands(study):
     of_job = evaluation(job, "lm", limit=3)
     assert of_job.command.line() == f"python eval.py {made.folder} --suite lm --limit 3"
     assert of_job.command.done == made.folder / "eval-lm.json"
-    assert "60,000 tokens (the paper: 15M). Seeds: 0, 1." in budget(study, gap.ONE_BLOCK)
+    assert budget(study, gap.ONE_BLOCK).endswith("60,000 tokens (the paper: 15M).")
     said = budget(study, gap.SCALING)
-    assert said.startswith("SAEs train on 400,000 tokens. Adapters") and "Seeds: 42." in said
+    assert said.startswith("SAEs train on 400,000 tokens. Adapters")
     write_json(made.folder / "config.json", {})
     assert made.line() == f"python train.py --resume {made.folder}"
 

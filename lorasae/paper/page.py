@@ -3,12 +3,13 @@
 page.html has the layout and paper.toml the words; here is what it shows.
 """
 from base64 import b64encode
+from collections import Counter
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lorasae.evals.report import cell_text
-from lorasae.paper.results import VERDICTS, by_chance, cell
+from lorasae.paper.results import by_chance, cell
 
 LEFT, RIGHT = 12, 288                                   # ends of a claim's scale, of 300
 
@@ -29,8 +30,7 @@ def page(study, sections, claims, reasons, command):
         claims=[(part, claim, scale(claim)) for part, claim in claims],
         sections=sections,
         reasons=reasons,
-        order=VERDICTS,
-        verdicts=[claim.verdict for _, claim in claims],
+        verdicts=Counter(claim.verdict for _, claim in claims),
         by_chance=by_chance(claim for _, claim in claims),
     )
 

@@ -236,10 +236,9 @@ def all_jobs(jobs):
 def budget(study, part):
     """How the SAEs and adapters of a part train, in words."""
     trained = [job.options for job in all_jobs(part.jobs(study)).values() if job.suite is None]
-    adapted = [options for options in trained if "rank" in options]
+    *_, adapted = (options["tokens"] for options in trained if "rank" in options)
     tokens = {f"{options['tokens']:,}": None for options in trained if "sae" not in options}
     saes = f"SAEs train on {' and '.join(tokens)} tokens. " if tokens else ""
-    seeds = ", ".join({str(options["seed"]): None for options in adapted})
     recipe = preset_of(study.model).lora.get("recipe", "paper")
-    return (f"{saes}Adapters train with AdamW and the {recipe} recipe, on "
-            f"{adapted[-1]['tokens']:,} tokens (the paper: 15M). Seeds: {seeds}.")
+    return (f"{saes}Adapters train with AdamW and the {recipe} recipe, on {adapted:,} tokens (the "
+            "paper: 15M).")
