@@ -295,7 +295,7 @@ def test_named_latents_are_judged(judge):
 def test_what_cannot_be_judged_is_one_clear_line(setting, judge):
     for options, message in (
             ({"latents": [24]}, "0 to 23"), ({"latents": [-1]}, "0 to 23"),
-            ({"judge_latents": 0}, "1 or more"), ({"seeds": 0}, "1 or more"),
+            ({"judge_latents": 0}, "1 or more"),
             ({"judge": None}, "needs a language model as its judge: --judge http")):
         with one_line(message):
             judge(**options)
