@@ -13,11 +13,13 @@ from lorasae.objectives import capped
 
 
 @torch.no_grad()
-def generate(model, tokens, count, saes={}, lengths=None, stop=None):
-    """Continues prompts [B, T] by the likeliest tokens, at most `count` each, up to EOS
-    -> [B, T + count or less].
+def generate(
+        model, tokens, count, saes={}, temperature=0, generator=None, lengths=None, stop=None):
+    """Continues prompts [B, T] by at most `count` tokens each, up to EOS -> [B, T + count or less].
 
-    saes: {layer: SAE}; they act on the new positions too. Rows that ended are filled with EOS.
+    saes: {layer: SAE}; they act on the new positions too. temperature: 0 takes the likeliest token;
+    any other draws one, from a torch.Generator if one is given. Rows that ended are filled with
+    EOS.
 
     lengths: where each prompt ends, if they are not equally long. stop(row, ids): whether a row
     ends with these new ids; by default, it does at EOS.
@@ -36,9 +38,9 @@ def generate(model, tokens, count, saes={}, lengths=None, stop=None):
         # Only what the cache does not hold is read.
         unread = [ids[cache.length:position] for ids in rows]
         x = model.residual(torch.tensor(unread, device=model.device), saes, cache)
-        likeliest = fp32_logits(model, x[:, -1]).argmax(-1)
+        logits = fp32_logits(model, x[:, -1])
 
-        for row, token in enumerate(likeliest.tolist()):
+        for row, token in enumerate(pick(logits, temperature, generator)):
             if row in ended:
                 rows[row].append(eos)
             elif position >= lengths[row]:
@@ -54,3 +56,11 @@ def generate(model, tokens, count, saes={}, lengths=None, stop=None):
 def fp32_logits(model, x):
     """Residual stream after the last block [N, D] -> logits [N, V], fp32: in bf16 choices tie."""
     return capped(linear_fp32(model.norm(x), model.head), model.softcap)
+
+
+def pick(logits, temperature, generator):
+    """logits [B, V] -> a token for each row."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    p = (logits / temperature).softmax(-1)
+    return torch.multinomial(p, 1, generator=generator)[:, 0].tolist()

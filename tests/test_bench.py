@@ -1,6 +1,7 @@
 """The benchmark runs, refuses wrong answers, and counts FLOPs and memory rightly."""
 import json
 import os
+import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import command
+from helpers import command, refusal
 from lorasae import adapt, attention, objectives, topk
 from lorasae.bench import kernels, race, steps
 from lorasae.bench.__main__ import SECTIONS
@@ -69,7 +70,7 @@ def test_a_row_is_printed_and_kept_as_soon_as_it_is_measured(monkeypatch, tmp_pa
     row, = (tmp_path / "rows.jsonl").open()
     shown = capsys.readouterr()
     assert json.loads(row)["contender"] == "lorasae" and json.loads(row)["peak_mb"] == 1
-    assert shown.out.startswith("what KL  contender lorasae  ms ") and "peak_mb 1 " in shown.out
+    assert shown.out.startswith("\nKL\n\ncontender ") and "\nlorasae " in shown.out
     assert "round 0 of 5: naive" in shown.err
 
 
@@ -85,6 +86,25 @@ def test_step_section_beside_the_peers(section):
         assert flops[name]["ratio"] < 1 < flops[name]["five_gain"] < 5
     ranks = [row["contender"] for row in rows if row["what"].startswith("five ranks")]
     assert ranks == ["lorasae", "five runs"]
+
+
+def test_each_section_of_gpu_is_a_command_that_survives_the_others(tmp_path, monkeypatch, capsys):
+    """One runs, one takes too long, and the others end with an error."""
+    started, run, path = [], subprocess.run, tmp_path / "gpu.jsonl"
+
+    def spy(words, **how):
+        if how != {"timeout": 600, "check": True}:
+            return run(words, **how)                    # PyTorch's report on the machine
+        started.append(words[3])
+        if words[3] == "headline":
+            raise subprocess.TimeoutExpired(words, 600)
+        return run(words if words[3] == "kl" else ["false"], check=True)
+
+    monkeypatch.setattr(subprocess, "run", spy)
+    line = refusal(MAIN, "gpu", "--quick", "--device", "cpu", "--json", path)
+    assert started == list(SECTIONS) and line.startswith("these sections failed: headline (")
+    assert {json.loads(line)["section"] for line in path.open()} == {"kl"}
+    assert f"PyTorch version: {torch.__version__}" in capsys.readouterr().out
 
 
 def test_without_the_peers_ours_is_still_timed(monkeypatch, capsys):

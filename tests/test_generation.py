@@ -62,6 +62,19 @@ def test_a_row_ends_at_eos_or_where_it_is_told_to(model, tokens, saes):
     assert generate(model, tokens, 12, stop=lambda row, ids: len(ids) == 3).shape == (2, 43)
 
 
+def test_a_temperature_draws_by_the_softmax_and_a_generator_repeats_it(model, tokens, saes):
+    def drawn(seed, temperature=0.7, prompts=tokens):
+        generator = torch.Generator().manual_seed(seed)
+        return generate(model, prompts, 4, saes, temperature, generator)
+
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+    assert torch.equal(drawn(0, 1e-6), generate(model, tokens, 4, saes))
+    many = drawn(0, 0.7, tokens[:1].expand(4000, -1))[:, 40]
+    p = (model(tokens[:1], saes)[0, -1] / 0.7).softmax(-1)
+    found = many.bincount(minlength=97) / 4000
+    assert (found - p).abs().max() < 4 * (p * (1 - p) / 4000).sqrt().max()
+
+
 def test_text_becomes_tokens_with_one_bos_in_front(whole_model, raw_config):
     tokenizer = lorasae.load_tokenizer(whole_model)
     tokens = lorasae.encode(whole_model, "def area(width")

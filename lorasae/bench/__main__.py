@@ -7,31 +7,36 @@
     python -m lorasae.bench kl              the loss against its naive formula (objectives.py)
     python -m lorasae.bench topk            top-k, and a TopK SAE's whole step (topk.py)
     python -m lorasae.bench all             all of these
+    python -m lorasae.bench gpu             the same, each in a process of its own
 
 Contenders take turns, so a busy machine slows all of them; times are medians, with minimum and
 maximum. Answers are compared before anything is timed: a wrong one ends the section. Peak memory is
 what one call adds to its inputs: on a CPU the resident memory of a fresh process (scratch space of
 the libraries included; Linux only), on a GPU the allocator's. ours_faster is the contender's median
 time over ours, ours_memory is ours over theirs, and utilisation is FLOPs counted over those of a
-matrix product that is timed in the same run. `python -m torch.utils.collect_env` prints what
-figures depend on beside the code.
+matrix product that is timed in the same run.
 
 A row is printed, and added to the file of --json, as soon as it is measured. Models and SAEs are
 random, as speed hardly depends on values: of real shapes on a GPU, of small ones on a CPU.
 """
 import json
 import os
+import subprocess
+import sys
 from itertools import chain
 
 import torch
+from torch.utils.collect_env import get_pretty_env_info
 
 from lorasae.bench.kernels import bench_kl, bench_topk
 from lorasae.bench.steps import bench_headline, bench_real, bench_step
+from lorasae.errors import InputError
 from lorasae.io.console import Parser, one_line_errors
 from lorasae.io.files import local
 from lorasae.runs import distributed
 from lorasae.runs.machine import keep_freed_memory
 
+LIMIT = 600                     # seconds for each section of `gpu`
 SECTIONS = {                    # section(device, quick) yields rows {heading: value}
     "headline": bench_headline,
     "step": bench_step,
@@ -43,7 +48,7 @@ SECTIONS = {                    # section(device, quick) yields rows {heading: v
 def main(argv=None):
     parser = Parser(prog="python -m lorasae.bench", description=__doc__)
     add = parser.add_argument
-    add("section", choices=[*SECTIONS, "all"], help="what to measure")
+    add("section", choices=[*SECTIONS, "all", "gpu"], help="what to measure")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         choices=["cpu", "cuda"], help="(default: the GPU if there is one)")
     add("--model", metavar="DIR", type=local, action="append", default=[],
@@ -55,9 +60,27 @@ def main(argv=None):
 
     with one_line_errors():
         distributed.local(args.device)                  # refuses what is not there
+        if args.section == "gpu":
+            return run_apart(args)
         with args.json.open("a") as file:
             for section in SECTIONS if args.section == "all" else [args.section]:
                 measure(section, args, file)
+
+
+def run_apart(args):
+    """Runs every section as a command of its own, so that it survives another's failure."""
+    print(get_pretty_env_info())                        # what figures depend on beside the code
+    failed = []
+    for section in SECTIONS:
+        words = [section, "--device", args.device, "--json", str(args.json)]
+        words += ["--quick"] * args.quick
+        try:
+            command = [sys.executable, "-m", "lorasae.bench", *words]
+            subprocess.run(command, timeout=LIMIT, check=True)
+        except subprocess.SubprocessError as error:     # its status, or its time was up
+            failed.append(f"{section} ({error})")
+    if failed:
+        raise InputError(f"these sections failed: {', '.join(failed)}")
 
 
 def measure(section, args, file):
@@ -67,15 +90,32 @@ def measure(section, args, file):
     rows = SECTIONS[section](args.device, args.quick)
     if section == "step" and args.model:
         rows = chain(*(bench_real(folder, args.device, args.quick) for folder in args.model))
+    before = {}
     for row in rows:
-        print("  ".join(f"{name} {shown(value)}" for name, value in row.items()), flush=True)
+        show(row, before)
         print(json.dumps({"section": section, **row}), file=file, flush=True)
+        before = row
+
+
+def show(row, before):
+    """Prints a row; first what it measures and its headings, if they are not as before."""
+    what, *cells = row.values()
+    _, *headings = row
+    if before.get("what") != what:
+        print(f"\n{what}\n\n{line(headings, headings)}")
+    print(line(cells, headings), flush=True)
+
+
+def line(cells, headings):
+    first, *others = map(shown, cells)
+    widths = [max(12, 2 + len(heading)) for heading in headings[1:]]
+    return first.ljust(24) + "".join(map(str.rjust, others, widths))
 
 
 def shown(value):
     if isinstance(value, float):
         return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-    return value
+    return str(value)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,11 @@ def main(argv=None):
     with one_line_errors("interrupted: the same command continues"):
         study = study_of(args)
         parts = chosen(study, args.only)
+        if args.list:
+            for part in parts:
+                figures = ", ".join(part.words["figures"])
+                print(f"{part.name:12}{figures:32}{part.words['title']}")
+            return
         again = shlex.join(["python", "-m", "lorasae.paper", *words])
         if args.redraw:
             report(study, parts, {}, again)
@@ -97,6 +102,7 @@ def arguments(argv):
         help=f"{', '.join(PLANS)}, or a folder of such a name (default: %(default)s)")
     add("--only", help="parts, figures or tables, separated by commas, such as fig3,table1 "
         "(default: all)")
+    add("--list", action="store_true", help="list the parts, and stop")
     add("--quick", action="store_true", help="few tokens, one seed")
     add("--dry-run", action="store_true", help="print what would run, and stop")
     add("--redraw", action="store_true", help="show what is in OUT/numbers/, and stop")
