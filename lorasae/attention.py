@@ -86,27 +86,24 @@ class Positions(NamedTuple):
 
 def positions(config, start, x):
     """The Positions start .. start + T - 1 of x [B, T, D]."""
-    frequencies = rotary_frequencies(
-        config.head_dim, config.rope_theta, config.rope_scaling, x.device)
-    rotary = local = rotary_table(frequencies, start, x)
-    if config.local_rope_theta is not None:
-        frequencies = rotary_frequencies(config.head_dim, config.local_rope_theta, None, x.device)
-        local = rotary_table(frequencies, start, x)
+    C, local_theta = config.head_dim, config.local_rope_theta
+    rotary = local = rotary_table(C, config.rope_theta, config.rope_scaling, start, x)
+    if local_theta is not None:
+        local = rotary_table(C, local_theta, None, start, x)
     return Positions(rotary, local, flex_masks(config, x))
 
 
-def rotary_frequencies(head_dim, theta, scaling=None, device=None):
-    """θ^(-2i/C) radians per position, [C/2], in fp32: bf16 would turn late positions wrongly.
+def rotary_table(C, theta, scaling, start, x):
+    """cos and sin of the angles at positions start .. start + T - 1 of x [B, T, D], [T, C] each.
 
-    scaling: a RopeScaling or LinearScaling (family.py).
+    The frequencies are θ^(-2i/C) radians per position, in fp32: bf16 would turn late positions
+    wrongly. scaling: None, or a RopeScaling or LinearScaling (family.py).
     """
-    even = torch.arange(0, head_dim, 2, device=device, dtype=torch.int64)
-    frequencies = 1.0 / theta ** (even.float() / head_dim)
-    return frequencies if scaling is None else scaling.scaled(frequencies)
+    even = torch.arange(0, C, 2, device=x.device, dtype=torch.int64)
+    frequencies = 1.0 / theta ** (even.float() / C)
+    if scaling is not None:
+        frequencies = scaling.scaled(frequencies)
 
-
-def rotary_table(frequencies, start, x):
-    """cos and sin of the angles at positions start .. start + T - 1 of x [B, T, D], [T, C] each."""
     numbers = torch.arange(start, start + x.shape[1], device=x.device)
     angles = numbers.float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)        # both halves of C turn by the same
@@ -267,17 +264,12 @@ def flex_attention(q, k, v, scale, softcap, mask):
 
 
 def flex_masks(config, x):
-    """{window: mask} for x [B, T, D]: of soft-capped blocks, and of windows that bind, on CUDA."""
-    if not x.is_cuda:
+    """{window: mask} for x [B, T, D], with a window and without; on CUDA, if blocks have windows.
+    """
+    if not x.is_cuda or config.sliding_window is None:
         return {}
-
-    T, window = x.shape[1], config.sliding_window
-    windows = []
-    if config.attn_logit_softcapping is not None:
-        windows.append(None)
-    if window is not None and window < T:
-        windows.append(window)
-    return {window: flex_mask(T, window, x.device) for window in windows}
+    windows = (None, config.sliding_window)
+    return {window: flex_mask(x.shape[1], window, x.device) for window in windows}
 
 
 @lru_cache(maxsize=4)

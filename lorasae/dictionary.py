@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorasae import topk
-from lorasae.adapt import ALONE, FrozenPart, frozen_forward, objective
-from lorasae.sae import KINDS, START_L0, StandIn, left_alone, norms, splice, used_positions
+from lorasae.adapt import ALONE, FrozenPart, adapted_loss, frozen_forward
+from lorasae.sae import KINDS, START_L0, StandIn, norms, splice, used_positions
 
 WARMUP = 1000           # steps from 0 to the full rate; at most a tenth of the run
 AUX_WEIGHT = 1 / 32     # of AuxK beside the FVU (Gao et al. 2024)
@@ -135,16 +135,11 @@ class InTraining(StandIn):
         self.bandwidth = bandwidth
 
     def __call__(self, x):
-        spared = left_alone(self.sae, x, self.special)
-        everywhere = spared is None
-        rows = x.flatten(0, 1) if everywhere else x[~spared]
-        self.x = rows.float()
-
+        used = used_positions(self.sae, x, self.special)
+        self.x = x[used].float()
         made = self.sae.training_step(self.x, self.bandwidth)
         self.x_hat, self.fired, self.active = made
-        if everywhere:
-            return self.x_hat.view_as(x)
-        return x.index_put((~spared,), self.x_hat.to(x.dtype))
+        return x.index_put((used,), self.x_hat.to(x.dtype))
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -209,9 +204,7 @@ def end_to_end_loss(model, layer, seen, spliced, config, world):
     spliced [B, T, D]: the output of the SAE's block, reconstructed. Returns (loss, {name: value per
     token}).
     """
-    x = model.run(spliced, layer + 1, len(model.layers))
-    total, sums = objective(model, seen, model.norm(x), config)
-
+    total, sums = adapted_loss(model, {}, seen._replace(x=spliced), layer + 1, config)
     B, T = config.batch_size, spliced.shape[1]
     loss = world.sum(total) / B
     values = {name: world.sum(value) / B / T for name, value in sums.items()}

@@ -48,10 +48,9 @@ SIZES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The fields of every family, named as in config.json.
+    """The fields of every family, named as in config.json; None for what a family does not have.
 
-    A family adds its own, and None for what it does not have. It gives those that may be absent
-    from the file transformers' default.
+    A family adds its own, and gives those that may be absent from the file transformers' default.
     """
     vocab_size: int
     hidden_size: int
@@ -62,18 +61,27 @@ class Config:
     head_dim: int | None = None                         # None: hidden_size / query heads
     rms_norm_eps: float = 1e-6
     rope_theta: float
+    rope_scaling: RopeScaling | LinearScaling | None = None
+    local_rope_theta: float | None = None               # of blocks with a window, if another
+    with_vision: bool = False                           # the file's model has a vision tower
     bos_token_id: int
     eos_token_id: int
     tie_word_embeddings: bool
     max_position_embeddings: int
 
+    sliding_window = attn_logit_softcapping = final_logit_softcapping = None
+
     def embed_scale(self, dtype):
         return 1
 
 
+MADE = ("rope_scaling", "local_rope_theta", "with_vision")      # not keys of the file
+
+
 def defaults(config):
     """{key: its field} of the keys that a family's Config has a default for."""
-    return {known.name: known for known in fields_of(config) if known.default is not MISSING}
+    return {known.name: known for known in fields_of(config)
+            if known.default is not MISSING and known.name not in MADE}
 
 
 def common(fields, config):

@@ -17,6 +17,8 @@ from lorasae.attention import MLP, Attention
 from lorasae.errors import InputError
 from lorasae.sae import splice
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(family.Config):
@@ -27,15 +29,13 @@ class Config(family.Config):
     head_dim: int = 256                                 # 27B's is not hidden_size / heads
     query_pre_attn_scalar: float = 256.0
     sliding_window: int = 4096
+    layer_types: tuple                                  # SLIDING or FULL, one per block
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
     bos_token_id: int = 2
     eos_token_id: int = 1
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 8192
-
-    rope_scaling = local_rope_theta = None
-    with_vision = False
 
     def embed_scale(self, dtype):
         """√D in the model's dtype, as in training (in bf16, 27B's 67.882 becomes 68)."""
@@ -44,6 +44,13 @@ class Config(family.Config):
 
 def parse(fields):
     """Config from the Fields of config.json, which it may change."""
+    theta, scaling = family.rotary(fields)
+    values = common(fields, Config, pattern=2)
+    return Config(**values, rope_theta=theta, rope_scaling=scaling)
+
+
+def common(fields, config, pattern):
+    """family.common, and the kind of each block: as listed, or every pattern-th one is FULL."""
     # transformers reads hidden_activation; files have both keys, which must agree
     gelu = "gelu_pytorch_tanh"
     fields.only(hidden_activation=gelu, hidden_act=gelu, attention_bias=False)
@@ -52,17 +59,15 @@ def parse(fields):
             f"{fields.where}: use_bidirectional_attention true is not supported: attention must be "
             "causal")
 
-    values = family.common(fields, Config)
-    layers = values["num_hidden_layers"]
-    kinds = ["sliding_attention", "full_attention"] * layers
-    if fields.take("layer_types", list, None) not in (None, kinds[:layers]):
+    values = family.common(fields, config)
+    depth = values["num_hidden_layers"]
+    kinds = [SLIDING if layer % pattern else FULL for layer in range(1, depth + 1)]
+    kinds = fields.take("layer_types", list, None) or kinds
+    if len(kinds) != depth or not all(kind in (SLIDING, FULL) for kind in kinds):
         raise InputError(
-            f"{fields.where}: layer_types must alternate sliding_attention and full_attention, "
-            f"{layers} in all (num_hidden_layers)")
-    theta, scaling = family.rotary(fields)
-    if scaling is not None:
-        raise InputError(f"{fields.where}: rotary scaling is not part of Gemma-2")
-    return Config(**values, rope_theta=theta)
+            f"{fields.where}: layer_types must have {SLIDING} or {FULL} for each of the {depth} "
+            "blocks (num_hidden_layers)")
+    return {**values, "layer_types": tuple(kinds)}
 
 
 class RMSNorm(nn.Module):
@@ -91,11 +96,12 @@ class Block(nn.Module):
         self.mlp = MLP(config, partial(F.gelu, approximate="tanh"))
         self.post_feedforward_layernorm = norm()
 
-    def attention(self, config, layer):
-        window = config.sliding_window if layer % 2 == 0 else None     # odd blocks see everything
+    def attention(self, config, layer, **more):
+        sliding = config.layer_types[layer] == SLIDING
         return Attention(
             config, layer, scale=config.query_pre_attn_scalar ** -0.5,
-            softcap=config.attn_logit_softcapping, window=window)
+            softcap=config.attn_logit_softcapping,
+            window=config.sliding_window if sliding else None, **more)
 
     def forward(self, x, positions, cache=None, sae=None, special=None):
         """sae: the SAE of this MLP's output, if any: Gemma Scope's read it after its last norm."""

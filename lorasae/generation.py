@@ -8,7 +8,8 @@ Shapes: B prompts, T tokens, V vocabulary.
 import torch
 
 from lorasae.attention import Cache
-from lorasae.objectives import capped, to_logits
+from lorasae.linear import linear_fp32
+from lorasae.objectives import capped
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def generate(
 
 def fp32_logits(model, x):
     """Residual stream after the last block [N, D] -> logits [N, V], fp32: in bf16 choices tie."""
-    return capped(to_logits(model.norm(x), model.head), model.softcap)
+    return capped(linear_fp32(model.norm(x), model.head), model.softcap)
 
 
 def pick(logits, temperature, generator):

@@ -11,6 +11,8 @@ from torch import nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+WIDENED = 2 ** 25       # elements of a bf16 weight that a CPU has in fp32 at once: 134 MB
+
 
 def linear(x, weight, bias=None):
     """x [..., in], weight [out, in], bias [out] -> x Wᵀ + b [..., out]: F.linear up to rounding."""
@@ -29,7 +31,8 @@ def linear_fp32(x, weight, bias=None):
     if x.is_cuda:
         y = torch.mm(x, weight.T, out_dtype=torch.float32)
     else:
-        parts = [linear(x.float(), part.float()) for part in weight.split(2 ** 14)]
+        rows = max(1, WIDENED // weight.shape[1])
+        parts = [linear(x.float(), part.float()) for part in weight.split(rows)]
         y = torch.cat(parts, dim=1)
     return y if bias is None else y + bias
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from lorasae import family
 from lorasae.attention import MLP, Attention
-from lorasae.family import RopeScaling
 from lorasae.sae import splice
 
 
@@ -21,15 +20,10 @@ class Config(family.Config):
     """The defaults are those of transformers' LlamaConfig."""
     model_type = "llama"
 
-    rope_scaling: RopeScaling | None
     bos_token_id: int = 1
     eos_token_id: int = 2
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
-
-    attn_logit_softcapping = final_logit_softcapping = None
-    sliding_window = local_rope_theta = None
-    with_vision = False
 
 
 def parse(fields, config=Config):

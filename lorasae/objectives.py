@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorasae.linear import linear, linear_fp32 as to_logits
+from lorasae.linear import linear_fp32
 
 # Logits of a model held at once: 25 MB on a CPU, 0.5 GB on a GPU.
 CHUNK_ELEMENTS = {"cpu": 3 * 2 ** 21, "cuda": 2 ** 27}
@@ -72,14 +72,14 @@ class LinearKL(torch.autograd.Function):
         for start in range(0, N, chunk):
             # The base model's logits. Once for all adapted models, log p takes their place.
             rows = slice(start, start + chunk)
-            base = to_logits(target[rows], weight)
+            base = linear_fp32(target[rows], weight)
             if not compiled:
                 for piece in pieces(base):
                     base[piece] = log_probabilities(base[piece], softcap)
 
             for s in range(S):
                 # The loss. It leaves the gradient of the logits in their place.
-                u_q = to_logits(hidden[s, rows], weight)
+                u_q = linear_fp32(hidden[s, rows], weight)
                 if compiled:
                     totals[s] += compiled_kl()(base, u_q, softcap)
                 else:
@@ -88,7 +88,7 @@ class LinearKL(torch.autograd.Function):
 
                 # Back through the head. The chunk is freed before the next one is made.
                 d_logits = u_q.to(weight.dtype)
-                gradient[s, rows] = to_hidden(d_logits, weight)
+                gradient[s, rows] = linear_fp32(d_logits, weight.T)
                 del u_q, d_logits
             del base
 
@@ -175,9 +175,9 @@ def token_losses(hidden, labels, weight, softcap=None, target=None):
     for start in range(0, len(hidden), chunk):
         # The logits of a chunk.
         rows = slice(start, start + chunk)
-        u_q = to_logits(hidden[rows], weight)
+        u_q = linear_fp32(hidden[rows], weight)
         if target is not None:
-            u_p = to_logits(target[rows], weight)
+            u_p = linear_fp32(target[rows], weight)
 
         # Their losses, piece by piece.
         for piece in pieces(u_q):
@@ -215,19 +215,3 @@ def pieces(logits):
     n, V = logits.shape
     rows = n if logits.is_cuda else max(1, CACHED_ELEMENTS // V)
     return [slice(start, start + rows) for start in range(0, n, rows)]
-
-
-# ---- The two products with the head W [V, D] -----------------------------------------------------
-# to_logits, hidden Wᵀ, is linear_fp32. Both products are fp32 even if hidden and W are bf16.
-
-def to_hidden(d_logits, weight):
-    """d_logits [n, V], weight [V, D] -> d_logits W [n, D] fp32: the gradient on its way back."""
-    if d_logits.dtype == torch.float32:
-        return linear(d_logits, weight.T)
-    if d_logits.is_cuda:
-        return torch.mm(d_logits, weight, out_dtype=torch.float32)
-
-    d_hidden = torch.zeros(len(d_logits), weight.shape[1])
-    for columns, part in zip(d_logits.split(2 ** 14, dim=1), weight.split(2 ** 14)):
-        d_hidden += columns.float() @ part.float()
-    return d_hidden

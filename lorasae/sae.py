@@ -174,18 +174,15 @@ KINDS = {"topk": TopK, "jumprelu": JumpReLU}
 def splice(x, sae, special=None):
     """Replaces the residual stream x [B, T, D] by its reconstruction (Eq. 5).
 
-    Positions that the SAE was not trained on stay as they are (`left_alone`). special [B, T]: BOS
-    and EOS. (So does the published training, utils.py:606; the published benchmarks spare only
-    position 0.)
+    Positions that the SAE was not trained on stay as they are. special [B, T]: BOS and EOS. (So
+    does the published training, utils.py:606; the published benchmarks spare only position 0.)
 
     Any callable x -> x̂ may stand in for an SAE, here and in `model(tokens, saes)`. It replaces
     every position of its block's output, unless it is a StandIn.
     """
     x_hat = sae(x).to(x.dtype)
-    spared = left_alone(sae, x, special)
-    if spared is None:
-        return x_hat
-    return torch.where(spared[..., None], x, x_hat)
+    used = used_positions(sae, x, special)
+    return torch.where(used[..., None], x_hat, x)
 
 
 class StandIn:
@@ -216,26 +213,20 @@ def is_in_mlp(sae):
     return getattr(sae, "site", SAE.site) == "mlp"
 
 
-def left_alone(sae, x, special):
-    """The positions of x [B, T, D] that an SAE was not trained on, bool [B, T]; None: no positions.
+def used_positions(sae, x, special):
+    """bool [B, T]: the positions of x [B, T, D] that an SAE is trained on, and replaces.
 
-    They are BOS and EOS, special [B, T], unless it is `on_special`; and norms beyond `max_norm`.
+    Not BOS and EOS, special [B, T], unless it is `on_special`; nor norms beyond `max_norm`.
     """
-    on_special = getattr(sae, "on_special", True)
     max_norm = getattr(sae, "max_norm", None)
-    if not on_special and special is None:
+    if getattr(sae, "on_special", True):
+        used = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    elif special is not None:
+        used = ~special
+    else:
         raise InputError("this SAE was trained without BOS and EOS and must leave them alone: "
                          "pass special=model.special(tokens)")
-    if max_norm is None:
-        return None if on_special else special
-    outliers = norms(x) > max_norm
-    return outliers if on_special else outliers | special
-
-
-def used_positions(sae, x, special):
-    """bool [B, T]: the positions of x [B, T, D] that this SAE is trained on."""
-    spared = left_alone(sae, x, special)
-    return torch.ones_like(special) if spared is None else ~spared
+    return used if max_norm is None else used & ~(norms(x) > max_norm)
 
 
 def norms(x):

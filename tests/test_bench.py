@@ -42,7 +42,7 @@ def section(tmp_path, capsys):
                 assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
             if "utilisation" in row:
                 assert row["tokens_per_s"] * row["ms"] / 1e3 == pytest.approx(2 * 16)
-                assert 0 < row["utilisation"] < 1
+                assert 0 < row["utilisation"] < 1 and row["peak_tflops"] > 0
             if row.get("contender") == "lorasae":
                 assert row.get("ours_faster", 1) == 1
         return rows
@@ -50,20 +50,13 @@ def section(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, contenders", [
-    ("kl", ["lorasae", "naive"]), ("sae", 3 * ["lorasae"]),
+    ("kl", ["lorasae", "naive"]),
     ("headline", ["lorasae"]),
     ("topk", ["lorasae", "torch.topk", "lorasae", *SPARSIFY, "dense autograd"])])
 def test_sections_without_peers(section, name, contenders):
     rows = section(name)
     assert [row["contender"] for row in rows] == contenders
-    assert all(row["tokens_per_s"] > 0 for row in rows if name in ("sae", "headline"))
-
-
-def test_environment_and_peak(section):
-    facts = {row["fact"] for row in section("environment")}
-    assert {f"torch {torch.__version__}", f"threads {torch.get_num_threads()}"} <= facts
-    tflops = [row["tflops"] for row in section("peak")]
-    assert len(tflops) == 2 and min(tflops) > 0
+    assert all(row["tokens_per_s"] > 0 for row in rows if name == "headline")
 
 
 def test_a_row_is_printed_and_kept_as_soon_as_it_is_measured(monkeypatch, tmp_path, capsys):
@@ -95,22 +88,23 @@ def test_step_section_beside_the_peers(section):
     assert ranks == ["lorasae", "five runs"]
 
 
-def test_each_section_of_gpu_is_a_command_that_survives_the_others(tmp_path, monkeypatch):
-    """Two run, one takes too long, and the others end with an error."""
+def test_each_section_of_gpu_is_a_command_that_survives_the_others(tmp_path, monkeypatch, capsys):
+    """One runs, one takes too long, and the others end with an error."""
     started, run, path = [], subprocess.run, tmp_path / "gpu.jsonl"
 
     def spy(words, **how):
-        assert how == {"timeout": 600, "check": True}
+        if how != {"timeout": 600, "check": True}:
+            return run(words, **how)                    # PyTorch's report on the machine
         started.append(words[3])
         if words[3] == "headline":
             raise subprocess.TimeoutExpired(words, 600)
-        return run(words if words[3] in ("environment", "peak") else ["false"], check=True)
+        return run(words if words[3] == "kl" else ["false"], check=True)
 
     monkeypatch.setattr(subprocess, "run", spy)
     line = refusal(MAIN, "gpu", "--quick", "--device", "cpu", "--json", path)
     assert started == list(SECTIONS) and line.startswith("these sections failed: headline (")
-    rows = [json.loads(line) for line in path.open()]
-    assert {row["section"] for row in rows} == {"environment", "peak"}
+    assert {json.loads(line)["section"] for line in path.open()} == {"kl"}
+    assert f"PyTorch version: {torch.__version__}" in capsys.readouterr().out
 
 
 def test_without_the_peers_ours_is_still_timed(monkeypatch, capsys):

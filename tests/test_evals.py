@@ -404,7 +404,6 @@ def test_distances_are_those_of_whole_forward_passes(model, sequences):
             cosine = [torch.cosine_similarity(a, b, -1)[:, start:].mean(1) for b in (sae, adapted)]
             for measure, (before, after) in (("l2", l2), ("cosine", cosine)):
                 found = numbers[name][measure]
-                assert found["sae"][i] == pytest.approx(before.mean().item(), rel=1e-5)
                 change = found["change"][i], found["ci90"][i]
                 assert change == pytest.approx(interval(after - before), rel=1e-3, abs=1e-6)
                 changes.setdefault((name, measure), []).append(after - before)
@@ -464,6 +463,7 @@ def test_files_that_no_suite_wrote_are_answered_in_one_line(place, damage):
 
 
 @pytest.mark.parametrize("words, said", [
+    (["--suite", "scr", "--seeds", 0], "--seeds: '0': pass 1 to 1000"),
     (["--seeds", 2], "--seeds has no effect with --suite fidelity"),
     (["--suite", "tokens,lm", "--labelled", "saebench"], "--labelled has no effect with --suite"),
     (["--suite", "absorption", "--words", 300, "--limit", 3], "--limit has no effect"),

@@ -97,7 +97,7 @@ def test_a_vision_tower_by_itself_is_refused(seeing, tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"layer_types": ["full_attention"]}, "for each of the 4 blocks"),
     ({"layer_types": ["linear"] * 4}, "layer_types must have"),
-    ({"final_logit_softcapping": 30.0}, "must be null"),
+    ({"attn_logit_softcapping": 50.0}, "must be null"),
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}}, "yarn"),
     ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},

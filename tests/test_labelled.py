@@ -8,9 +8,8 @@ import pytest
 
 from helpers import one_line
 from lorasae.errors import InputError
-from lorasae.evals import labelled_saebench
+from lorasae.evals import labelled_saebench, labelled_stdlib
 from lorasae.evals.labelled_stdlib import PACKAGES, PAIRS, cut_passages, passages, split_source
-from lorasae.evals.saebench import labelled_sets
 from lorasae.io.text import held_out, standard_library
 
 NAMES = re.compile("|".join(PACKAGES), re.IGNORECASE)
@@ -21,13 +20,13 @@ def all_texts(cut):
 
 
 def test_every_class_and_quadrant_has_enough_texts():
-    by_package, = labelled_sets("stdlib", "tpp").values()
+    by_package, = labelled_stdlib.suite_sets("tpp").values()
     cut = by_package(42)
     assert cut == by_package(42) != by_package(43) and list(cut.train) == list(PACKAGES)
     assert {len(texts) for texts in cut.train.values()} == {240}
     assert min(map(len, cut.test.values())) >= 60
 
-    for cut in labelled_sets("stdlib", "scr").values():
+    for cut in labelled_stdlib.suite_sets("scr").values():
         train, test = cut(42)
         assert [kind for _, kind in train] == ["code", "documentation"] * 2
         assert min(map(len, train.values())) >= 60 and min(map(len, test.values())) >= 30
@@ -36,12 +35,12 @@ def test_every_class_and_quadrant_has_enough_texts():
 
 
 def test_no_text_names_its_package_or_imports():
-    for cut in labelled_sets("stdlib", "probing").values():
+    for cut in labelled_stdlib.suite_sets("probing").values():
         for text in all_texts(cut(1)):
             assert not NAMES.search(text)
             for line in text.split("\n"):
                 assert not (line.startswith(("import ", "from ")) and " import" in line)
-    for pair, cut in zip(PAIRS, labelled_sets("stdlib", "scr").values()):
+    for pair, cut in zip(PAIRS, labelled_stdlib.suite_sets("scr").values()):
         for text in all_texts(cut(1)):
             assert not any(package in text.lower() for package in pair)
 
@@ -104,7 +103,7 @@ def answers(monkeypatch):
 
 
 def saebench_cut(suite, name):
-    return labelled_sets(name, suite)[name](42)
+    return labelled_saebench.suite_sets(suite)[name](42)
 
 
 def test_professions_are_sampled_as_pandas_samples_them_balanced_by_gender(answers):
@@ -170,9 +169,6 @@ def test_what_is_missing_is_said_in_one_line(answers, monkeypatch):
 
 
 def test_every_suite_has_the_papers_data_sets():
-    sizes = {suite: len(labelled_sets("saebench", suite)) for suite in ("probing", "tpp", "scr")}
+    sizes = {suite: len(labelled_saebench.suite_sets(suite)) for suite in ("probing", "tpp", "scr")}
     assert sizes == {"probing": 8, "tpp": 2, "scr": 8}
-    assert list(labelled_sets("saebench", "tpp")) == ["bias_in_bios_1", "amazon_categories"]
-    assert list(labelled_sets("europarl,ag_news", "probing")) == ["europarl", "ag_news"]
-    with pytest.raises(InputError, match="expected stdlib, saebench.*bias_in_bios_1,amazon_cat"):
-        labelled_sets("imdb", "tpp")
+    assert list(labelled_saebench.suite_sets("tpp")) == ["bias_in_bios_1", "amazon_categories"]

@@ -27,6 +27,12 @@ GEMMA3_OLDER = {                                        # as transformers 4 wrot
     "sliding_window_pattern": 3, "rope_theta": 1000000, "rope_local_base_freq": 10000,
     "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "cache_implementation": "hybrid"}
 
+# What these families can do, but their published models do not
+GEMMA_OTHER = {
+    **GEMMA, "layer_types": ["full_attention"] * 2 + ["sliding_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
+GEMMA3_CAPPED = {**GEMMA3, "final_logit_softcapping": 3.0}
+
 
 def logits_of(folder, tokens, dtype=None):
     with torch.no_grad():
@@ -34,8 +40,9 @@ def logits_of(folder, tokens, dtype=None):
 
 
 @pytest.mark.parametrize("raw", [
-    GEMMA, GEMMA_27B, LLAMA, {**LLAMA, "tie_word_embeddings": True}, GEMMA3, GEMMA3_OLDER],
-    ids=["gemma", "gemma-27b", "llama", "llama-tied", "gemma-3", "gemma-3-older"])
+    GEMMA, GEMMA_27B, GEMMA_OTHER, LLAMA, {**LLAMA, "tie_word_embeddings": True}, GEMMA3,
+    GEMMA3_OLDER, GEMMA3_CAPPED], ids=["gemma", "gemma-27b", "gemma-other", "llama", "llama-tied",
+                                       "gemma-3", "gemma-3-older", "gemma-3-capped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_logits_equal_transformers(raw, dtype, tmp_path, monkeypatch):
     """200 positions: twelve sliding windows, three times the length where rotary scaling begins.

@@ -1,17 +1,18 @@
 """The page of `python -m lorasae.paper`, and the parts that eval.py's suites measure."""
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
-from lorasae.evals import distances
+from lorasae.evals import distances, saebench
 from lorasae.evals.common import Estimate
 from lorasae.evals.report import Table
 from lorasae.io.files import write_json
 from lorasae.paper import downstream, page
 from lorasae.paper.results import PAPER, Claim, Part
-from lorasae.paper.study import Study, around_topk
+from lorasae.paper.study import Study
 
 
 @pytest.fixture
@@ -27,28 +28,28 @@ def claim(*means, half=0.1, **more):
 @pytest.fixture
 def render(study, monkeypatch):
     """(HTML, its text) of a page whose part fig3 is done and makes some claims."""
-    def make(*claims, study=study):
-        parts, table = [], Table("A table", ["", "x"], [["<script>", 0.12345]], ["a note"])
+    def make(*claims, study=study, png=None):
+        sections, table = [], Table("A table", ["", "x"], [["<script>", 0.12345]], ["a note"])
+        found = {"numbers": {}, "trainings": 7, "trained_tokens": 42_000, "seconds": 183.2,
+                 "budget": "Adapters train."}
         for name in "fig3", "fig8", "fig9":
-            parts.append(Part(name, lambda study: [around_topk(study, 0), around_topk(study, 1)],
-                              measure=None, draw=None, own_tables=lambda numbers: [table]))
             monkeypatch.setitem(PAPER, name, {
                 "title": "Gap", "figures": ["fig3", "fig4"], "about": "a < b",
                 "caption": "Bars: over seeds."})
-        monkeypatch.setattr(Part, "claims", lambda part, numbers: claims)
-        shown = {"fig3": {"numbers": {}, "trainings": 7, "trained_tokens": 42_000,
-                          "seconds": 183.2, "budget": "Adapters train."}}
+            part = Part(name, jobs=None, measure=None, draw=print, own_tables=None)
+            sections.append((part, None, [], None))
+        first = sections[0][0]
+        sections[0] = first, found, [table], png
         reasons = {"fig8": "pip install lm-eval"}
-        html = page.page(study, parts, shown, reasons, "python -m lorasae.paper")
+        html = page.page(study, sections, [(first, claim) for claim in claims], reasons,
+                         "python -m lorasae.paper")
         tree = ElementTree.fromstring(re.sub("<(meta|img|br)[^>]*>", " ", html))
         return html, " ".join(" ".join(tree.itertext()).split())
     return make
 
 
 def test_page_shows_claims_then_parts(study, render):
-    (study.folder / "pictures").mkdir()
-    (study.folder / "pictures" / "fig3.png").write_bytes(b"\x89PNG\r\n")
-    html, text = render(claim(0.2), claim(-0.3, -0.2, 0.05))
+    html, text = render(claim(0.2), claim(-0.3, -0.2, 0.05), png=b"\x89PNG\r\n")
 
     assert "<script" not in html and "<b>" not in html
     assert re.findall('src="(.*?)"', html) == ["data:image/png;base64,iVBORw0K"]
@@ -60,7 +61,7 @@ def test_page_shows_claims_then_parts(study, render):
         "about 0.2 of these cases would agree by chance",
         "<b>bold</b> Fig. 3",
         "agrees ours: +0.200 ± 0.100 nats (9 documents) paper: 30 & 55 %",
-        "2 of 3 differ, 1 within noise: -0.300 to +0.050 nats paper: 30 & 55 % each case case 0: "
+        "2 of 3 differ, 1 within noise paper: 30 & 55 % each case case 0: "
         "-0.300 ± 0.100 nats (9 documents); case 1: -0.200 ± 0.100 nats (9 documents); case 2:",
         "Gap Fig. 3, Fig. 4 a < b Adapters train. Bars: over seeds. A table x <script> 0.1235 a "
         "note 7 trainings on 42,000 tokens, some shared with other parts; 183 seconds · python -m "
@@ -78,16 +79,23 @@ def test_page_says_what_is_missing(study, render):
     assert "<circle" not in html.split('class="claim"')[1]
 
 
-def test_strip_keeps_the_order_of_its_marks():
-    found = page.strip(claim(0.2, 0.6, threshold=0.3, paper_values=(0.55, 0.9), form=".0%"))
-    (_, low, x, high), (text, next_low, next_x, _) = found["cases"]
-    places = [low, x, found["threshold"], next_low, found["paper"][0], next_x, found["paper"][1]]
+def test_a_claims_marks_are_where_its_values_are(render):
+    """Case 0 with its interval, the threshold, case 1 and the paper's two values, in this order."""
+    html, _ = render(claim(0.2, 0.6, threshold=0.3, paper_values=(0.55, 0.9), form=".0%"))
+    svg = html.split('class="claim"')[1]
+    (low, high), (next_low, _) = [map(float, ends) for ends in
+                                  re.findall(r'"M(\S+) \d+ H(\S+)"', svg)]
+    x, next_x = map(float, re.findall('cx="(.*?)"', svg))
+    threshold, = map(float, re.findall('class="threshold" d="M([0-9.]+) ', svg))
+    papers = [float(place) for place in re.findall('class="paper" d="M([0-9.]+) ', svg)]
+    places = [low, x, threshold, next_low, papers[0], next_x, papers[1]]
     assert places == sorted(places) and (low, places[-1]) == (page.LEFT, page.RIGHT)
-    assert high - x == pytest.approx(x - low, abs=0.2)
-    assert text == "case 1: 60% ± 10% nats (9 documents)" and found["label"] == "30%"
+    assert high - x == pytest.approx(x - low, abs=0.2) and 'fill="none"' not in svg
+    assert "<title>case 1: 60% ± 10% nats (9 documents)</title>" in svg and ">30%</text>" in svg
 
-    (_, low, x, high), = page.strip(claim(0.2, half=None))["cases"]
-    assert low == x == high                             # no interval: no whisker
+    svg = render(claim(0.2, half=None))[0].split('class="claim"')[1]
+    low, high = re.findall(r'"M(\S+) \d+ H(\S+)"', svg)[0]
+    assert low == high and 'fill="none"' in svg         # no interval: no whisker, a hollow mark
 
 
 # ---- What the suites found -----------------------------------------------------------------------
@@ -99,14 +107,15 @@ def claims_of(part, cases):
 
 def test_saebench_claims_are_of_table_3():
     row = {"difference": 0.02, "ci90": 0.01}
-    found = [{"seeds": 3, "rows": dict.fromkeys(suite.PAPER, row)}
-             for suite in downstream.SUITES.values()]
+    papers = {name: saebench.table_6(name) for name in downstream.TABLE_3}
+    found = [{"seeds": 3, "rows": dict.fromkeys(paper, row)} for _, paper, _ in papers.values()]
     claims = claims_of(downstream.SAEBENCH, downstream.saebench_cases(found))
-    for (name, suite), claim in zip(downstream.SUITES.items(), claims.values(), strict=True):
-        lora, base = next(iter(suite.PAPER.values()))
+    for (name, paper), claim in zip(papers.items(), claims.values(), strict=True):
+        _, scores, tolerance = paper
+        lora, base = scores[downstream.TABLE_3[name]]
         assert claim.paper_values == [pytest.approx(lora - base)]
         assert claim.paper == (f"{lora - base:+.3f} in one seed; SAEBench's reruns differ by up to "
-                               f"{suite.TOLERANCE}")
+                               f"{tolerance}")
         assert name in claim.says and claim.verdict == "agrees"
         assert claim.cases == {name: (0.02, 0.01, "3 seeds of the evaluation")}
 
@@ -116,9 +125,10 @@ def test_steering_has_a_case_for_each_latent():
     for latent, positive, negative, alpha in (3, 0.9, -0.2, 1), (4, 0.4, -2, 2), (5, 0, 0, 0):
         row = {"latent": latent, "alpha_base": 0, "alpha_lora": alpha}
         for side, delta in ("positive", positive), ("negative", negative):
-            row[side] = {"d": {"base": [0.0] * 50}, "delta": delta, "ci90": 0.3}
+            half = 0.3 if alpha else None               # never steered: all differences are 0
+            row[side] = {"d": {"base": [0.0] * 50}, "delta": delta, "ci90": half}
         rows.append(row)
-    claims = claims_of(downstream.STEERING, downstream.steering_cases({"rows": rows}))
+    claims = claims_of(downstream.STEERING, downstream.steering_cases([{"rows": rows}]))
     more, alike = claims["positive"], claims["negative"]
     assert more.counts == {"agrees": 2, "no interval": 1}
     assert alike.counts == {"agrees": 1, "differs": 1, "no interval": 1}
@@ -127,7 +137,7 @@ def test_steering_has_a_case_for_each_latent():
 
 def test_benchmarks_are_paired_by_question_and_beside_table_5():
     pairs = {"with_sae": [0.02, 0.01, 1200], "without_sae": [-0.02, 0.03, 1200]}
-    cases = downstream.benchmark_cases({"paired": {"MMLU": pairs, "MC1": pairs}})
+    cases = downstream.benchmark_cases([{"paired": {"MMLU": pairs, "MC1": pairs}}])
     claims = claims_of(downstream.BENCHMARKS, cases)
     assert [claim.verdict for claim in claims.values()] == ["agrees", "within noise"]
     assert claims["with_sae"].cases["MC1"].over == "1,200 questions"
@@ -164,11 +174,12 @@ def test_distances_at_every_block_and_after_the_sae():
 @pytest.mark.parametrize("model", ["tiny-gemma-2", "gemma-2-2b"])
 def test_a_part_of_evaluations_takes_what_each_found(study, model):
     study = replace(study, model=model)
-    seen = downstream.part("saebench", downstream.saebench_jobs, cases=len, draw=None, tables=len)
+    suite = SimpleNamespace(tables=lambda found: [found])
+    seen = downstream.part("saebench", 4 * [suite], downstream.saebench_jobs, cases=len)
     jobs = seen.jobs(study)
     for job in jobs:
         assert job.needs[0].folder == job.folder
         write_json(job.command.done, job.suite)
     numbers = seen.measure(study)
-    assert numbers == {"found": list(downstream.SUITES), "cases": 4}
-    assert seen.own_tables(numbers) == 4
+    assert numbers == {"found": ["scr", "tpp", "probing", "absorption"], "cases": 4}
+    assert seen.own_tables(numbers) == numbers["found"] and seen.draw is None

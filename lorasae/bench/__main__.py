@@ -1,12 +1,9 @@
 """Speed and memory beside the alternatives, every ratio from one run on one machine.
 
-    python -m lorasae.bench environment     what figures depend on: hardware, driver, versions
-    python -m lorasae.bench peak            FLOP/s of a square matrix product
     python -m lorasae.bench headline        the step of `train.py --model gemma-2-2b`, in detail
     python -m lorasae.bench step            the LoRA step (adapt.py) beside two peers (peers.py),
                                             five ranks in one pass beside five runs, FLOPs beside
                                             the published recipe's
-    python -m lorasae.bench sae             SAE training (dictionary.py)
     python -m lorasae.bench kl              the loss against its naive formula (objectives.py)
     python -m lorasae.bench topk            top-k, and a TopK SAE's whole step (topk.py)
     python -m lorasae.bench all             all of these
@@ -26,15 +23,13 @@ import json
 import os
 import subprocess
 import sys
-from importlib import metadata
 from itertools import chain
 
 import torch
 from torch.utils.collect_env import get_pretty_env_info
 
 from lorasae.bench.kernels import bench_kl, bench_topk
-from lorasae.bench.race import bench_peak
-from lorasae.bench.steps import bench_headline, bench_real, bench_sae, bench_step
+from lorasae.bench.steps import bench_headline, bench_real, bench_step
 from lorasae.errors import InputError
 from lorasae.io.console import Parser, one_line_errors
 from lorasae.io.files import local
@@ -42,6 +37,12 @@ from lorasae.runs import distributed
 from lorasae.runs.machine import keep_freed_memory
 
 LIMIT = 600                     # seconds for each section of `gpu`
+SECTIONS = {                    # section(device, quick) yields rows {heading: value}
+    "headline": bench_headline,
+    "step": bench_step,
+    "kl": bench_kl,
+    "topk": bench_topk,
+}
 
 
 def main(argv=None):
@@ -68,6 +69,7 @@ def main(argv=None):
 
 def run_apart(args):
     """Runs every section as a command of its own, so that it survives another's failure."""
+    print(get_pretty_env_info())                        # what figures depend on beside the code
     failed = []
     for section in SECTIONS:
         words = [section, "--device", args.device, "--json", str(args.json)]
@@ -94,30 +96,6 @@ def measure(section, args, file):
         print(json.dumps({"section": section, **row}), file=file, flush=True)
         before = row
 
-
-# ---- Sections ------------------------------------------------------------------------------------
-
-def bench_environment(device, quick):
-    """What figures depend on beside the code: versions, and some of PyTorch's report."""
-    versions = [f"{package.name} {package.version}" for package in metadata.distributions()
-                if package.name in ("torch", "transformers", "peft", "triton")]
-    versions.append(f"threads {torch.get_num_threads()}")
-    for fact in versions + get_pretty_env_info().splitlines():
-        yield {"what": "environment", "fact": fact}
-
-
-SECTIONS = {                    # section(device, quick) yields rows {heading: value}
-    "environment": bench_environment,
-    "peak": bench_peak,
-    "headline": bench_headline,
-    "step": bench_step,
-    "sae": bench_sae,
-    "kl": bench_kl,
-    "topk": bench_topk,
-}
-
-
-# ---- Rows ----------------------------------------------------------------------------------------
 
 def show(row, before):
     """Prints a row; first what it measures and its headings, if they are not as before."""

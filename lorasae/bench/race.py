@@ -84,14 +84,6 @@ def first_difference(answer, reference, tolerance=None):
 
 # ---- Time ----------------------------------------------------------------------------------------
 
-def speed(what, function, device, tokens):
-    """A row of ours without contenders. tokens: in each call."""
-    function()
-    row = milliseconds([timed(function, device) for _ in range(ROUNDS)])
-    rate = tokens / (row["ms"] / 1e3)
-    return {"what": what, "contender": "lorasae", **row, "tokens_per_s": rate}
-
-
 def milliseconds(times):
     """The median of some seconds, with minimum and maximum."""
     return {"ms": 1e3 * statistics.median(times), "ms_min": 1e3 * min(times),
@@ -110,16 +102,6 @@ def timed(function, device):
 def synchronise(device):
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def bench_peak(device, quick):
-    """TFLOP/s of a square product; on a GPU in fp32 also by TF32: python -m lorasae.bench peak"""
-    kinds = [("bfloat16", "highest"), ("float32", "highest"), ("float32", "high")]
-    for dtype, precision in kinds if device == "cuda" else kinds[:2]:
-        torch.set_float32_matmul_precision(precision)
-        flops = matmul_peak(device, getattr(torch, dtype))
-        yield {"what": "square product", "dtype": dtype, "precision": precision,
-               "tflops": flops / 1e12}
 
 
 def matmul_peak(device, dtype):

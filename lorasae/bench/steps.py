@@ -3,15 +3,14 @@
     python -m lorasae.bench step        the LoRA step beside two peers (peers.py), five ranks in one
                                         pass beside five runs, FLOPs
     python -m lorasae.bench headline    the step of `train.py --model gemma-2-2b` in detail
-    python -m lorasae.bench sae         training an SAE, frozen model included
 """
 from functools import partial
 
 import torch
 from torch import nn
 
-from lorasae import dictionary
-from lorasae.bench.race import floor_seconds, matmul_peak, race, speed, synchronise
+from lorasae.bench.race import (
+    ROUNDS, floor_seconds, matmul_peak, milliseconds, race, synchronise, timed)
 from lorasae.bench.workloads import (
     REAL, TINY, as_compiled, cases_for, cases_of, config_for, flops_per_token, random_setting,
     take_steps)
@@ -19,7 +18,6 @@ from lorasae.io.adapters import adapter_state
 from lorasae.io.console import note
 from lorasae.lora import attach_lora, detach_lora
 from lorasae.runs.adapting import Adapting, new_adapters
-from lorasae.runs.sae_training import SAETraining
 
 
 def bench_step(device, quick):
@@ -54,7 +52,9 @@ def bench_headline(device, quick):
     name, case = next(iter(cases_for(device, quick).items()))
     peak = matmul_peak(device, case.dtype)
     step = Ours(case, *random_setting(case, device), (case.rank,), dropout=0.1)
-    row = speed(f"headline step, {name}", step, device, step.tokens.numel())
+    step()                                              # the first one warms up
+    times = [timed(step, device) for _ in range(ROUNDS)]
+    row = {"what": f"headline step, {name}", "contender": "lorasae", **milliseconds(times)}
     if device == "cuda":
         row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
         torch.cuda.set_sync_debug_mode("warn")
@@ -69,27 +69,14 @@ def bench_headline(device, quick):
     print(kernels.table(sort_by=f"self_{device}_time_total", row_limit=20), flush=True)
 
 
-def bench_sae(device, quick):
-    """A TopK, a JumpReLU and an end-to-end SAE on the headline's model."""
-    case = next(iter(cases_for(device, quick).values()))
-    model, _, tokens = random_setting(case, device)
-    D, M = case.config.hidden_size, case.width
-    for method in ("topk", "jumprelu", "e2e"):
-        config = config_for(case, device, method=method, lr=1e-4, l0=64)
-        sae = dictionary.new_sae(method, D, M, config.k).to(device)
-        kind = SAETraining(model, sae, case.layer, config, tokens[:case.batch])
-        run = partial(take_steps, kind, tokens)
-        yield speed(f"SAE training, {method}, D {D} M {M}", run, device, tokens.numel())
-
-
 # ---- What a step takes ---------------------------------------------------------------------------
 
 def with_rates(row, case, peak):
-    """A row of calls with tokens per second, GFLOPs per token and the part of the `peak` FLOP/s."""
+    """A row of calls with tokens per second, GFLOPs per token and the part of `peak`, in FLOP/s."""
     flops = sum(flops_per_token(case, recipe=not row["contender"].startswith("lorasae")))
     rate = case.ahead * case.context / (row["ms"] / 1e3)
     return {**row, "tokens_per_s": rate, "gflop_per_token": flops / 1e9,
-            "utilisation": flops * rate / peak}
+            "utilisation": flops * rate / peak, "peak_tflops": peak / 1e12}
 
 
 def flops_row(name, case):

@@ -37,7 +37,6 @@ LEAST_WORDS = 200
 MOST_LATENTS = 10                       # that may stand for one letter
 F1_GAIN, SILENT, LEAST_COSINE, LEAST_SHARE = 0.03, 1e-8, 0.025, 0.4
 LETTERS = len(ascii_uppercase)
-LABELS, PAPER, TOLERANCE = saebench.table_6("absorption")
 
 
 def add_options(add):
@@ -242,7 +241,7 @@ def absorbs(sae, x, z, direction, latents):
 
 
 def scores(counts):
-    """{letter: counts} -> {metric of LABELS: its mean over letters}."""
+    """{letter: counts} -> {metric: its mean over letters}."""
     rates = [row["absorbed"] / row["right"] for row in counts.values() if row["silent"]]
     known = [row["probe_f1"] for row in counts.values()]
     return {"absorption": sum(rates) / max(len(rates), 1), "probe_f1": sum(known) / len(known)}

@@ -48,7 +48,6 @@ SCORED = (TOP - TOP_SHOWN) + (DRAWN - DRAWN_SHOWN) + RANDOM
 THRESHOLD = 0.01                        # a latent fires above this share of its largest activation
 WORKERS = 8                             # latents about which an endpoint is asked at a time
 PAPERS_JUDGE = "gpt-4o-mini"
-LABELS, PAPER, TOLERANCE = saebench.table_6("autointerp")
 
 
 class Window(NamedTuple):

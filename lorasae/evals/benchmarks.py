@@ -21,7 +21,7 @@ import torch
 from lorasae.errors import InputError
 from lorasae.evals.common import as_model, evaluating, interval
 from lorasae.evals.local_tasks import local_tasks
-from lorasae.evals.report import Table, bars, with_interval, zero_line
+from lorasae.evals.report import Table, with_interval
 from lorasae.io.console import note
 from lorasae.io.files import first_line
 from lorasae.io.presets import TINY, preset
@@ -182,16 +182,3 @@ def tables(numbers):
         "BLEU, ROUGE-1 and ROUGE-2 score the same answers, MC1 the same questions",
     )
     return [Table("Benchmarks (Table 5)", headings, rows, notes)]
-
-
-def draw(numbers, figure):
-    """The effect of adapting: a group of bars per benchmark."""
-    paired = numbers["paired"]
-    figure.set_size_inches(8, 3.6)
-    axes = figure.subplots()
-    series = {pair.replace("_sae", " SAE"): [pairs[pair] for pairs in paired.values()]
-              for pair in PAIRS}
-    bars(axes, list(paired), series)
-    zero_line(axes)
-    axes.set_ylabel("adapted - base (± 90 % over questions)")
-    axes.legend()

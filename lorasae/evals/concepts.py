@@ -17,7 +17,6 @@ from functools import partial
 
 import torch
 
-from lorasae.evals import saebench
 from lorasae.evals.probes import hold_out, train_probes
 
 BATCH, LEAST_STEPS = 16, 2000                           # SAEBench's 4,000 texts make 5,000 steps
@@ -49,11 +48,7 @@ def ablate(sae, means, latents):
     return means.residual - means.latents[:, latents] @ sae.W_dec[latents].float()
 
 
-def summary(setting, labelled, seeds, found):
-    """What an evaluation returns, with Table 3's maximum and average over thresholds."""
-    values = saebench.over_sets(found)
-    for metrics in values.values():
-        by_threshold = torch.stack([metrics[f"top_{n}"] for n in THRESHOLDS])
-        metrics["max"] = by_threshold.amax(0)
-        metrics["average"] = by_threshold.mean(0)
-    return saebench.summary_of_sets(setting, labelled, seeds, found, values)
+def over_thresholds(metrics):
+    """Table 3's maximum, and the average, of {"top_2": values [seeds], ...}."""
+    by_threshold = torch.stack([metrics[f"top_{n}"] for n in THRESHOLDS])
+    return {"max": by_threshold.amax(0), "average": by_threshold.mean(0)}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from lorasae.evals.common import (batches, count_documents, evaluating, interval, progress,
                                   without_interval)
-from lorasae.evals.report import Table, lines, with_interval, zero_line
+from lorasae.evals.report import Table, lines, with_interval
 from lorasae.lora import base
 
 MEASURES = {"cosine": "cosine similarity", "l2": "L2 distance"}
@@ -28,23 +28,23 @@ def evaluate(setting):
     """
     model, saes, documents = setting.model, setting.saes, setting.text.documents
     first = min(saes)
-    before, after = [], []
+    changes = []
     with evaluating(model):
         for tokens in progress(batches(setting), "distances"):
             tokens = tokens.to(model.device)
             with base(model):
                 original = list(outputs(model, tokens, first))
-                before.append(compare(original, outputs(model, tokens, first, saes)))
-            after.append(compare(original, outputs(model, tokens, first, saes)))
-    sae, adapted = torch.cat(before, 2), torch.cat(after, 2)
+                before = compare(original, outputs(model, tokens, first, saes))
+            changes.append(compare(original, outputs(model, tokens, first, saes)) - before)
+    changes = torch.cat(changes, 2)
 
     numbers = {
         "layers": list(range(first, len(model.layers))),
         "documents": count_documents(documents),
     }
-    for i, positions in enumerate(POSITIONS):
-        numbers[positions] = {name: summary(sae[i, j], adapted[i, j], documents)
-                              for j, name in enumerate(MEASURES)}
+    for positions, of_measures in zip(POSITIONS, changes):
+        numbers[positions] = {name: summary(change, documents)
+                              for name, change in zip(MEASURES, of_measures)}
     return numbers
 
 
@@ -67,24 +67,17 @@ def compare(original, changed):
     return torch.stack(layers, -1).cpu()
 
 
-def summary(sae, adapted, documents):
-    """One measure [n, layers] without and with adapters -> {"sae", "change", "ci90"}, per layer.
+def summary(changes, documents):
+    """Changes of one measure by adapting [n, layers] -> {"change", "ci90"}, per layer.
 
     change_after and ci90_after are of the mean over the blocks after the first SAE's; None if there
     are none. A block before all adapters changes nothing: 0, without an interval.
     """
-    apart = adapted - sae
-    change, half = zip(*(interval(values, documents) for values in apart.T))
+    change, half = zip(*(interval(values, documents) for values in changes.T))
     after, half_after = None, None
-    if apart.shape[1] > 1:
-        after, half_after = interval(apart[:, 1:].mean(1), documents)
-    return {
-        "sae": sae.mean(0).tolist(),
-        "change": change,
-        "ci90": half,
-        "change_after": after,
-        "ci90_after": half_after,
-    }
+    if changes.shape[1] > 1:
+        after, half_after = interval(changes[:, 1:].mean(1), documents)
+    return {"change": change, "ci90": half, "change_after": after, "ci90_after": half_after}
 
 
 def tables(numbers):
@@ -113,7 +106,7 @@ def draw(numbers, figure):
             found = numbers[positions][name]
             series[title] = list(zip(found["change"], found["ci90"]))
         lines(axes, after, series)
-        zero_line(axes)
+        axes.axhline(0, color="grey", linewidth=1)
         axes.set(xlabel="blocks after the SAE", ylabel=f"change in {label}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()

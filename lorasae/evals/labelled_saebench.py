@@ -1,7 +1,6 @@
 """SAEBench's own data sets, cut as SAEBench cuts them, through the optional `datasets` package.
 
-    --labelled saebench                     all: eight for probing, two for TPP, eight pairs for SCR
-    --labelled ag_news,bias_in_bios_1       some of them
+    --labelled saebench         eight for probing, two for TPP, eight pairs for SCR
 
 At seed 42 the texts are SAEBench's (sae_bench_utils/dataset_utils.py). Other seeds draw others,
 except for SCR, which takes the first texts of its data sets, and europarl and github_code, which
@@ -57,8 +56,8 @@ def readable(repository):
         yield
     except Exception as error:                          # those of `datasets` have no common type
         raise InputError(f"cannot load the data set {repository} ({first_line(error)}): pip "
-                         "install datasets if it is missing, check the network, name other sets "
-                         "(--labelled ag_news,europarl), or use --labelled stdlib") from error
+                         "install datasets if it is missing, check the network, or use --labelled "
+                         "stdlib") from error
 
 
 # ---- Cutting -----------------------------------------------------------------------------------

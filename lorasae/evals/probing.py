@@ -19,7 +19,6 @@ from lorasae.evals.probes import (accuracy, hold_out, logistic, mean_difference,
                                   scikit_learn, train_probes)
 
 KS = (1, 2, 5, 10, 20, 50)
-LABELS, PAPER, TOLERANCE = saebench.table_6("probing")
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.01, fused=True)
 
 add_options = saebench.add_options                      # of all suites of SAEBench
@@ -29,8 +28,7 @@ def evaluate(setting, labelled, seeds):
     """Table 6's rows on probing, for the first SAE of a setting."""
     scikit_learn()                                      # refuses before any work if it is missing
     found = saebench.compare(setting, "probing", labelled, seeds, measure)
-    values = saebench.over_sets(found)
-    return saebench.summary_of_sets(setting, labelled, seeds, found, values)
+    return saebench.summary_of_sets(setting, labelled, seeds, found)
 
 
 def measure(sae, train, test, cut, seed):

@@ -96,21 +96,16 @@ def bars(axes, names, series, scale=1):
     series: {label: [(mean, half, ...) for each name]}
     """
     width = 0.8 / len(series)
+    places = np.arange(len(names))
     for i, (label, found) in enumerate(series.items()):
-        offset = width * (i - (len(series) - 1) / 2)
-        places = [place + offset for place in range(len(names))]
         means, halves = columns(found, scale)
-        axes.bar(places, means, width, yerr=halves, capsize=2, label=label)
-    axes.set_xticks(range(len(names)), names)
+        axes.bar(places + i * width, means, width, yerr=halves, capsize=2, label=label)
+    axes.set_xticks(places + (0.8 - width) / 2, names)
 
 
 def columns(found, scale=1):
     """[(mean, half, ...)] -> [means, halves]; NaN for None, which matplotlib does not draw."""
     return scale * np.array([estimate[:2] for estimate in found], dtype=float).T
-
-
-def zero_line(axes):
-    axes.axhline(0, color="grey", linewidth=1)
 
 
 def save_figure(draw, numbers, path, again):

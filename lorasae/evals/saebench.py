@@ -13,11 +13,13 @@ from lorasae.evals import labelled_saebench, labelled_stdlib
 from lorasae.evals.common import as_model, evaluating, interval, progress
 from lorasae.evals.report import Table, with_interval
 from lorasae.evals.texts import read_means, tokenise
+from lorasae.io.console import few
 from lorasae.io.files import read_json
 from lorasae.lora import blocks_with_adapters
 
 FIRST_SEED = 42                                         # SAEBench's only one
-MODELS = {"base": "base", "lora": "LoRA"}               # and their names in tables and pictures
+MODELS = ("base", "lora")
+LABELLED = {"stdlib": labelled_stdlib, "saebench": labelled_saebench}
 HEADINGS = ["", "base", "LoRA", "difference", "paper: base", "LoRA", "difference"]
 
 
@@ -32,28 +34,12 @@ def table_6(suite):
 
 
 def add_options(add):
-    add("--labelled", default="stdlib", metavar="WHAT",
-        help="texts of probing, scr, tpp: stdlib (packages of the standard library), saebench, or "
-             "some of SAEBench's sets by name, comma-separated (default: %(default)s)")
-    add("--seeds", type=int, default=3, metavar="N",
+    add("--labelled", default="stdlib", choices=LABELLED,
+        help="texts of probing, scr, tpp: packages of the standard library, or SAEBench's own "
+        "(default: %(default)s)")
+    add("--seeds", type=few, default=3, metavar="N",
         help="how often probing, scr, tpp, absorption and autointerp are measured; the paper "
              "measured once (default: %(default)s)")
-
-
-def labelled_sets(labelled, suite):
-    """{name: cut} of the data sets that --labelled names; cut(seed) -> Cut.
-
-    suite: "probing", "tpp" or "scr".
-    """
-    if labelled == "stdlib":
-        return labelled_stdlib.suite_sets(suite)
-    sets = labelled_saebench.suite_sets(suite)
-    names = list(sets) if labelled == "saebench" else labelled.split(",")
-    for name in names:
-        if name not in sets:
-            raise InputError(f"--labelled {name}: expected stdlib, saebench or, for --suite "
-                             f"{suite}, some of {','.join(sets)}")
-    return {name: sets[name] for name in names}
 
 
 # ---- Measuring ---------------------------------------------------------------------------------
@@ -63,8 +49,6 @@ def reading(setting, suite, seeds):
 
     InputError if all adapters lie after the SAE: adapting then changes nothing that it reads.
     """
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}: expected 1 or more")
     layer, sae = next(iter(setting.saes.items()))
     if all(block > layer for block in blocks_with_adapters(setting.model)):
         raise InputError(f"--suite {suite} would give the base and the adapted model exactly the "
@@ -79,7 +63,7 @@ def compare(setting, suite, labelled, seeds, measure):
     measure(SAE, Means of the training texts, of the test texts, their Cut, seed) -> {metric: value}
     """
     layer, sae, seeds = reading(setting, suite, seeds)
-    sets = labelled_sets(labelled, suite)
+    sets = LABELLED[labelled].suite_sets(suite)
     model = setting.model
     found = {name: {who: [] for who in MODELS} for name in sets}
 
@@ -100,17 +84,6 @@ def columns(scores):
             for metric in scores[0]}
 
 
-def over_sets(found):
-    """{model: {metric: values [seeds]}}: the mean over data sets, as SAEBench takes it."""
-    sets = list(found.values())
-    out = {}
-    for who in sets[0]:
-        of_sets = [columns(models[who]) for models in sets]
-        out[who] = {metric: sum(each[metric] for each in of_sets) / len(sets)
-                    for metric in of_sets[0]}
-    return out
-
-
 def summary(layer, values, seeds, over=None, **more):
     """What a suite returns: {"layer", "seeds", "over", "rows": {metric: its row}} and more.
 
@@ -120,18 +93,24 @@ def summary(layer, values, seeds, over=None, **more):
     adapted = values.get("paired", values["lora"])
     rows = {}
     for metric, base in values["base"].items():
-        row = rows[metric] = {}
-        for who in MODELS:
-            row[who], row[f"{who}_ci90"] = interval(values[who][metric])
+        row = rows[metric] = {who: values[who][metric].mean().item() for who in MODELS}
         row["difference"], row["ci90"] = interval(adapted[metric] - base)
     over = over or f"seeds of evaluation ({seeds})"
     return {"layer": layer, "seeds": seeds, "over": over, "rows": rows, **more}
 
 
-def summary_of_sets(setting, labelled, seeds, found, values):
-    """The summary of an evaluation on labelled texts."""
+def summary_of_sets(setting, labelled, seeds, found, further=lambda metrics: {}):
+    """The summary of what `compare` found: the mean over data sets, as SAEBench takes it.
+
+    further({metric: values [seeds]}) -> metrics that are made from these means.
+    """
+    values, sets = {}, list(found)
+    for who in found[sets[0]]:
+        of_sets = [columns(found[name][who]) for name in sets]
+        means = {metric: sum(each[metric] for each in of_sets) / len(sets) for metric in of_sets[0]}
+        values[who] = {**means, **further(means)}
     layer = next(iter(setting.saes))
-    return summary(layer, values, seeds, labelled=labelled, sets=list(found), by_set=found)
+    return summary(layer, values, seeds, labelled=labelled, sets=sets, by_set=found)
 
 
 # ---- Showing -----------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ and base model compares one quantity: S of the concept that the base model's pro
 """
 import torch
 
-from lorasae.evals import concepts, saebench
-from lorasae.evals.concepts import THRESHOLDS, ablate, concept_probes, strongest
+from lorasae.evals import saebench
+from lorasae.evals.concepts import (THRESHOLDS, ablate, concept_probes, over_thresholds,
+                                    strongest)
 from lorasae.evals.probes import Probe, accuracy, halves, mean_difference, rows_by_class
 
 ATTRIBUTE, CLASS, BIASED = range(3)                     # the three probes
-LABELS, PAPER, TOLERANCE = saebench.table_6("scr")
 
 
 def evaluate(setting, labelled, seeds):
@@ -36,7 +36,7 @@ def evaluate(setting, labelled, seeds):
         for who in saebench.MODELS:
             models[who] = [scores[worse_known(scores)] for scores in models[who]]
         models["paired"] = paired
-    return concepts.summary(setting, labelled, seeds, found)
+    return saebench.summary_of_sets(setting, labelled, seeds, found, over_thresholds)
 
 
 def worse_known(scores):

@@ -13,17 +13,17 @@ have this one.) The mean over data sets, then the maximum and average over numbe
 """
 import torch
 
-from lorasae.evals import concepts, saebench
-from lorasae.evals.concepts import THRESHOLDS, ablate, concept_probes, strongest
+from lorasae.evals import saebench
+from lorasae.evals.concepts import (THRESHOLDS, ablate, concept_probes, over_thresholds,
+                                    strongest)
 from lorasae.evals.probes import accuracy, mean_difference, one_against_rest
 
-LABELS, PAPER, TOLERANCE = saebench.table_6("tpp")
 
 
 def evaluate(setting, labelled, seeds):
     """Table 6's rows on TPP, for the first SAE of a setting."""
     found = saebench.compare(setting, "tpp", labelled, seeds, measure)
-    return concepts.summary(setting, labelled, seeds, found)
+    return saebench.summary_of_sets(setting, labelled, seeds, found, over_thresholds)
 
 
 def measure(sae, train, test, cut, seed):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lorasae.errors import InputError
-from lorasae.evals.report import print_table, print_tables, save_figure
+from lorasae.evals.report import print_tables, save_figure
 from lorasae.io.console import Parser, count, few, one_line_errors, progress_line
 from lorasae.io.files import damage, local, read_object, write_bytes, write_json
 from lorasae.paper import control, downstream, frontier, gap
@@ -63,7 +63,6 @@ def main(argv=None):
                 figures = ", ".join(part.words["figures"])
                 print(f"{part.name:12}{figures:32}{part.words['title']}")
             return
-
         again = shlex.join(["python", "-m", "lorasae.paper", *words])
         if args.redraw:
             report(study, parts, {}, again)
@@ -74,17 +73,17 @@ def main(argv=None):
         for job in jobs.values():
             job.command.check()
         if args.dry_run:
-            show_plan(study, parts, jobs)
+            show_plan(study, parts)
             return
 
-        # The runs. They share the cores; of real models and on a GPU, each has all of them.
+        # The runs. On embedded models up to four share the cores; otherwise each has all of them.
         begin(study)
         progress_line(f"writing to {study.folder}/; index.html there is the page")
         one_per_core = (study.plan.size, study.device) == ("miniature", "cpu")
-        processes = args.jobs or (min(4, torch.get_num_threads()) if one_per_core else 1)
+        processes = min(4, torch.get_num_threads()) if one_per_core else 1
         failed = {}
-        for timed, commands in stages(jobs):
-            failed |= run_all(commands, 1 if timed else processes, study.folder / "logs")
+        for (_, shared), commands in stages(jobs):
+            failed |= run_all(commands, processes if shared else 1, study.folder / "logs")
 
         # What they found.
         reasons = measure(study, parts, failed)
@@ -114,8 +113,6 @@ def arguments(argv):
         add(f"--{name.replace('_', '-')}", type=count, help=f"tokens {what}")
     add("--seeds", type=few, help="of adapters, in the parts that take several (default: 3; quick "
         "and real models: 1)")
-    add("--jobs", type=few, help="commands at a time, which share the cores (default: one per "
-        "core, at most 4; of real models and on a GPU 1)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default: %(default)s)")
     add("--out", type=local, help=f"folder (default: {RUNS}/paper-MODEL, or "
@@ -162,31 +159,26 @@ def begin(study):
 # ---- What would run ------------------------------------------------------------------------------
 
 def stages(jobs):
-    """[(whether they are timed, Commands that do not need each other)] in order."""
+    """[((depth, whether they share the cores), Commands that do not need each other)] in order."""
     found = {}
     for job in jobs.values():
         found.setdefault(job.stage, []).append(job.command)
-    return [(not untimed, found[depth, untimed]) for depth, untimed in sorted(found)]
+    return sorted(found.items())
 
 
-def show_plan(study, parts, jobs):
-    """Prints what each part still needs, and the commands in the order in which they would run."""
-    rows, left = [], {done for done in jobs if not done.exists()}
+def show_plan(study, parts):
+    """Prints the commands that each part still needs, which are not another's before it."""
+    shown = set()
     for part in parts:
-        own = [job for done, job in all_jobs(part.jobs(study)).items() if done in left]
-        left -= {job.command.done for job in own}
-        tokens = [job.options["tokens"] for job in own if job.suite is None]
-        shows = ", ".join(part.words["figures"])
-        rows.append([part.name, shows, str(len(tokens)), f"{sum(tokens):,}",
-                     str(len(own) - len(tokens))])
-    print_table(rows, ["part", "shows", "trainings", "their tokens", "evaluations"])
-
-    print("\nWhat several parts need is counted once. In this order, and one at a time if their "
-          "seconds are a result:\n")
-    for _, commands in stages(jobs):
-        for command in commands:
-            if not command.done.exists():
-                print(command.line())
+        own = {done: job for done, job in all_jobs(part.jobs(study)).items()
+               if done not in shown and not done.exists()}
+        shown |= own.keys()
+        tokens = [job.options["tokens"] for job in own.values() if job.suite is None]
+        figures = ", ".join(part.words["figures"])
+        print(f"\n{part.name} ({figures}): {len(tokens)} trainings on {sum(tokens):,} tokens, "
+              f"{len(own) - len(tokens)} evaluations\n")
+        for job in own.values():
+            print(job.command.line())
 
 
 # ---- What was found ------------------------------------------------------------------------------
@@ -219,25 +211,27 @@ def measure(study, parts, failed):
 
 def report(study, parts, reasons, command):
     """The page with all that was found, now or earlier; pictures; the tables of `parts`."""
-    shown, on_page, claims = {}, [], []
+    sections, claims = [], []
     for part in PARTS:
-        name, path = part.name, study.folder / "numbers" / f"{part.name}.json"
-        if path.exists() and name not in reasons:
-            shown[name] = read_object(path)
+        path, found, tables = study.folder / "numbers" / f"{part.name}.json", None, []
+        png = study.folder / "pictures" / f"{part.name}.png"
+        if path.exists() and part.name not in reasons:
+            found = read_object(path)
             with damage(path):
-                numbers = shown[name]["numbers"]
-                save_figure(part.draw, numbers, study.folder / "pictures" / f"{name}.png", command)
-                tables, found = part.tables(numbers), part.claims(numbers)
-            if part in parts:
-                print_tables(tables)
-                claims += found
-        if part in parts or name in shown:
-            on_page.append(part)
-    print_tables([table_of_claims(claims)])
+                numbers = found["numbers"]
+                tables = part.tables(numbers)
+                claims += [(part, claim) for claim in part.claims(numbers)]
+                if part.draw:
+                    save_figure(part.draw, numbers, png, command)
+        if part in parts:
+            print_tables(tables)
+        if part in parts or found:
+            sections.append((part, found, tables, png.read_bytes() if png.exists() else None))
+    print_tables([table_of_claims(claim for part, claim in claims if part in parts)])
 
     path = study.folder / "index.html"
     with damage(study.folder / "numbers"):
-        html = page(study, on_page, shown, reasons, command)
+        html = page(study, sections, claims, reasons, command)
     write_bytes(path, html.encode())
     print(f"\n{path}")
 

@@ -10,29 +10,30 @@
 
 The suites measure and draw; here their numbers become cases of the paper's claims.
 """
-from lorasae.evals import (absorption, benchmarks, distances, probing, scr, steering, tokens, tpp)
+from lorasae.evals import absorption, benchmarks, distances, probing, scr, steering, tokens, tpp
 from lorasae.evals.common import Estimate
-from lorasae.evals.report import bars, zero_line
 from lorasae.paper.results import Part, over_seeds
 from lorasae.paper.study import around_jumprelu, around_long, around_topk, evaluation
 
-SUITES = {"scr": scr, "tpp": tpp, "probing": probing, "absorption": absorption}
+TABLE_3 = {"scr": "max", "tpp": "max", "probing": "sae_top_1", "absorption": "absorption"}
 
 
-def part(name, jobs, cases, draw, tables):
-    """A Part whose jobs are evaluations. cases, draw and tables take the list of what these found.
+def part(name, suites, jobs, cases):
+    """A Part whose jobs are evaluations, which are shown as the suites show them: each suite the
+    job in its place, so a single one the first. cases: of the list of what the jobs found.
     """
     def measure(study):
         found = [job.found() for job in jobs(study)]
         return {"found": found, "cases": cases(found)}
 
-    return Part(name, jobs, measure, lambda numbers, figure: draw(numbers["found"], figure),
-                lambda numbers: tables(numbers["found"]))
+    def tables(numbers):
+        return [table for suite, found in zip(suites, numbers["found"])
+                for table in suite.tables(found)]
 
+    def draw(numbers, figure):
+        suites[0].draw(numbers["found"][0], figure)
 
-def of_first(function):
-    """A function of what one evaluation found, as one of the list: the first, or the only one."""
-    return lambda found, *others: function(found[0], *others)
+    return Part(name, jobs, measure, draw if hasattr(suites[0], "draw") else None, tables)
 
 
 # ---- SAEBench: Tables 3 and 6 --------------------------------------------------------------------
@@ -45,44 +46,16 @@ def saebench_jobs(study):
     return [*made, evaluation(training, "absorption", words=words, seeds=seeds)]
 
 
-def differences(found):
-    """{suite: {metric of Table 6: the Estimate of adapted - base}}"""
-    made = {}
-    for (name, suite), own in zip(SUITES.items(), found):
-        over, rows = f"{own['seeds']} seeds of the evaluation", own["rows"]
-        made[name] = {metric: Estimate(rows[metric]["difference"], rows[metric]["ci90"], over)
-                      for metric in suite.PAPER}
-    return made
-
-
 def saebench_cases(found):
-    """Table 3 has each suite's first metric."""
-    return {name: {name: next(iter(metrics.values()))}
-            for name, metrics in differences(found).items()}
+    """Adapted - base of Table 3's metric of each suite."""
+    cases = {}
+    for (name, metric), own in zip(TABLE_3.items(), found):
+        row, over = own["rows"][metric], f"{own['seeds']} seeds of the evaluation"
+        cases[name] = {name: Estimate(row["difference"], row["ci90"], over)}
+    return cases
 
 
-def draw_saebench(found, figure):
-    """The change of every metric of Table 6, ours and the paper's."""
-    labels, ours, paper = [], [], []
-    for name, metrics in differences(found).items():
-        suite = SUITES[name]
-        labels += [suite.LABELS[metric] for metric in metrics]
-        ours += metrics.values()
-        paper += [(lora - base, None) for lora, base in suite.PAPER.values()]
-    figure.set_size_inches(8, 4)
-    axes = figure.subplots()
-    bars(axes, labels, {"ours": ours, "paper (one seed)": paper})
-    zero_line(axes)
-    axes.tick_params("x", rotation=90, labelsize=7)
-    axes.set_ylabel("adapted minus base")
-    axes.legend()
-
-
-def saebench_tables(found):
-    return [table for suite, own in zip(SUITES.values(), found) for table in suite.tables(own)]
-
-
-SAEBENCH = part("saebench", saebench_jobs, saebench_cases, draw_saebench, saebench_tables)
+SAEBENCH = part("saebench", [scr, tpp, probing, absorption], saebench_jobs, saebench_cases)
 
 
 # ---- Steering: Table 4, Figures 7 and 10 ---------------------------------------------------------
@@ -98,39 +71,37 @@ def steering_jobs(study):
 def steering_cases(found):
     """d_LoRA - d_base of each latent's positive texts, and the size of that of negative ones."""
     cases = {"positive": {}, "negative": {}}
-    for row in found["rows"]:
+    for row in found[0]["rows"]:
         for side, latents in cases.items():
             delta, half = row[side]["delta"], row[side]["ci90"]
             over = f"{len(row[side]['d']['base'])} texts"
-            if row["alpha_base"] == row["alpha_lora"] == 0:
-                delta, half, over = 0.0, None, "no α helps either model"
             if side == "negative":
                 delta = abs(delta)
             latents[f"latent {row['latent']}"] = Estimate(delta, half, over)
     return cases
 
 
-STEERING = part("steering", steering_jobs, of_first(steering_cases), of_first(steering.draw),
-                of_first(steering.tables))
+STEERING = part("steering", [steering], steering_jobs, steering_cases)
 
 
 # ---- Language-model benchmarks: Table 5 ----------------------------------------------------------
 
+def benchmark_jobs(study):
+    tasks = "local" if study.laptop else None
+    return [evaluation(around_jumprelu(study, study.seeds[0]), "lm", tasks=tasks)]
+
+
 def benchmark_cases(found):
     """Adapted - base of each score, with the SAE and without it."""
     cases = {"with_sae": {}, "without_sae": {}}
-    for label, pairs in found["paired"].items():
+    for label, pairs in found[0]["paired"].items():
         for setting, scores in cases.items():
             mean, half, questions = pairs[setting]
             scores[label] = Estimate(mean, half, f"{questions:,} questions")
     return cases
 
 
-BENCHMARKS = part(
-    "benchmarks",
-    lambda study: [evaluation(around_jumprelu(study, study.seeds[0]), "lm",
-                              tasks="local" if study.laptop else None)],
-    of_first(benchmark_cases), of_first(benchmarks.draw), of_first(benchmarks.tables))
+BENCHMARKS = part("benchmarks", [benchmarks], benchmark_jobs, benchmark_cases)
 
 
 # ---- Loss by token, activations: Figures 8 and 11 ------------------------------------------------
@@ -165,7 +136,5 @@ def distance_cases(runs):
     return cases
 
 
-TOKENS = part("tokens", for_each_seed("tokens"), token_cases, of_first(tokens.draw),
-              of_first(tokens.tables))
-DISTANCES = part("distances", for_each_seed("distances"), distance_cases,
-                 of_first(distances.draw), of_first(distances.tables))
+TOKENS = part("tokens", [tokens], for_each_seed("tokens"), token_cases)
+DISTANCES = part("distances", [distances], for_each_seed("distances"), distance_cases)

@@ -38,11 +38,9 @@ def tenths(study, model):
 
 def adapters_of(study, model):
     """{percent: the Job of adapters around the TopK SAE after that part of its training}"""
-    of_control = study.plan.percents, "after", 0
-    own = range(10, 101, 10), "all", Config.seed
-    percents, adapt, seed = of_control if study.laptop else own
+    adapt, seed = ("after", 0) if study.laptop else ("all", Config.seed)
     return {percent: around_long(study, seed, adapt, percent, model, study.plan.frontier_lora)
-            for percent in percents}
+            for percent in study.plan.percents}
 
 
 def jobs(study):
@@ -80,8 +78,8 @@ def measure(study):
         e2e = read(made["e2e"].needs[0])
         limit = curves["e2e"][-1]["seconds"] / LEAST_SPEEDUP[figure]
         sooner = Estimate(None, None, "no TopK + LoRA was there so soon")
-        in_time = [runs[point["percent"]] for point in curves["topk_lora"]
-                   if point["seconds"] <= limit]
+        in_time = [run for percent, run in runs.items()
+                   if before[percent] + run.found["seconds"] <= limit]
         if in_time:
             best = min(in_time, key=lambda run: run.found["ce_adapted"])
             sooner = paired(e2e.sae - best.adapted, e2e, best)
@@ -98,26 +96,16 @@ def reached(points, ce):
 # ---- What it comes to ----------------------------------------------------------------------------
 
 def table_of(own):
-    """A row for each tenth of the training, and the time to e2e's loss there."""
+    """The paper's Tables 1 and 2: a row for each loss that e2e has after a tenth of its training.
+    """
     rows = []
-    for e2e in own["curves"]["e2e"]:
-        row = [f"{e2e['percent']} %"]
-        for name in CURVES:
-            cells = ["", ""]
-            for point in own["curves"][name]:
-                if point["percent"] == e2e["percent"]:
-                    cells = [f"{point['seconds']:,.1f}", point["ce"]]
-            row += cells
-        times = [reached(own["curves"][name], e2e["ce"]) for name in CURVES]
-        row += ["-" if time is None else f"{time:,.1f}" for time in times[:2]]
-        row.append("-" if times[0] is None else f"{times[2] / times[0]:.2f}x")
-        rows.append(row)
-    rows[-1][0] += " (e2e's last loss)"
-    headings = ["training of the SAE"]
-    for label in CURVES.values():
-        headings += [f"{label} (s)", "CE"]
-    caption = f"{own['model']}: seconds of training, CE in nats (without SAE {own['ce_base']:.4f})"
-    headings += ["TopK + LoRA to e2e's CE (s)", "TopK to e2e's CE (s)", "sooner than e2e"]
+    for point in own["curves"]["e2e"]:
+        times = [reached(own["curves"][name], point["ce"]) for name in CURVES]
+        cells = ["-" if time is None else f"{time:,.1f}" for time in times]
+        cells.append("-" if times[0] is None else f"{times[-1] / times[0]:.2f}x")
+        rows.append([f"{point['ce']:.4f}", *cells])
+    caption = f"{own['model']}: seconds of training to a loss (without SAE {own['ce_base']:.4f})"
+    headings = ["CE", *(f"{label} (s)" for label in CURVES.values()), "sooner than e2e"]
     return Table(caption, headings, rows)
 
 
@@ -126,11 +114,9 @@ def draw(numbers, figure):
     figure.set_size_inches(10, 3.8)
     for axes, own in zip(figure.subplots(1, 2), numbers["figures"].values()):
         for name, label in CURVES.items():
-            points = own["curves"][name]
-            axes.plot([point["seconds"] for point in points], [point["ce"] for point in points],
-                      marker="o", label=label)
-        alone = own["ce_base"]
-        axes.axhline(alone, color="grey", linestyle="--", label=f"original model ({alone:.3f})")
+            points = [(point["seconds"], point["ce"]) for point in own["curves"][name]]
+            axes.plot(*zip(*points), marker="o", label=label)
+        axes.axhline(own["ce_base"], color="grey", linestyle="--", label="without SAE")
         axes.set(xlabel="training time (s)", ylabel="cross-entropy (nats/token)",
                  title=own["model"])
         axes.legend(fontsize=8)

@@ -32,7 +32,7 @@ class Part(NamedTuple):
     name: str                           # there, and of numbers/NAME.json
     jobs: Callable                      # study -> [Job]; what they need is understood
     measure: Callable                   # study -> numbers; {"cases": {claim: its cases}, ...}
-    draw: Callable                      # numbers, figure
+    draw: Callable | None               # numbers, figure; None: the paper has only tables
     own_tables: Callable                # numbers -> [Table], without the paper's
 
     @property
