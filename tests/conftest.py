@@ -183,11 +183,11 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory, text_folder):
-    """A folder with what a run needs: gemma2/, llama/ (models), their SAEs in */sae, and text/."""
+    """What runs need: gemma2/, gemma3/, llama/ (models), their SAEs in */sae, and text/."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(text_folder, folder / "text")
     text = "".join(path.read_text() for path in sorted(text_folder.iterdir()))
-    for name, raw in (("gemma2", GEMMA), ("llama", LLAMA)):
+    for name, raw in (("gemma2", GEMMA), ("gemma3", GEMMA3), ("llama", LLAMA)):
         write_tokenizer(write_model(folder / name, raw), raw, text)
         write_sae(folder / name / "sae", raw["hidden_size"], name, scale=0.05)
     return folder

@@ -7,10 +7,10 @@ import torch
 
 from helpers import adapted, moved, random_sae
 from lorasae.adapt import (
-    World, adamw, adapted_loss, blocks_to_adapt, compiled_blocks, first_differing, frozen_forward,
+    adamw, adapted_loss, blocks_to_adapt, compiled_blocks, first_differing, frozen_forward,
     learning_rate, naive_loss, naive_train, step_seed, take_step)
 from lorasae.errors import InputError
-from lorasae.lora import add_lora, lora_parameters, merge_lora
+from lorasae.lora import add_lora, lora_parameters
 from lorasae.sae import StandIn, splice
 
 
@@ -161,25 +161,6 @@ def test_a_step_is_clipped_adamw_on_the_loss_averaged_over_its_sequences(model, 
     assert all(parameter.grad is None for parameter in parameters)
 
 
-def test_a_step_adds_up_losses_and_gradients_over_the_processes(model, text):
-    saes, how, summed = {1: random_sae("topk", model)}, config(clip=1e9), []
-    parameters = lora_parameters(adapted(model, [1, 2]))
-    alone = loss_of(model, saes, text)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(alone, parameters)])
-
-    def double(tensors):
-        for tensor in tensors:
-            tensor.mul_(2)                              # as if another process had found the same
-        summed.append(len(tensors))
-
-    first = first_differing(model, saes)
-    part = frozen_forward(model, saes, text, first)
-    values = take_step(model, saes, part, first, adamw(parameters, how), how, World(0, 2, double))
-    assert summed == [1 + len(parameters)]              # in one message
-    assert values["kl"].item() == pytest.approx(2 * alone.item() / (2 * 40), rel=1e-6)
-    assert values["grad_norm"].item() == pytest.approx(2 * gradient.norm().item() / 2, rel=1e-5)
-
-
 def test_the_rate_falls_and_every_step_and_process_draws_its_own_random_numbers():
     rates = [learning_rate(0.5, step, config(lr_decay=True)) for step in range(5)]
     assert rates == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
@@ -190,17 +171,6 @@ def test_the_rate_falls_and_every_step_and_process_draws_its_own_random_numbers(
 
 
 # ---- What the settings promise -------------------------------------------------------------------
-
-def test_adapters_after_the_sae_leave_its_input_alone_and_those_before_cannot_exceed_k(
-        model, tokens):
-    sae = random_sae("topk", model)
-    x = model.run(model.embed(tokens), 0, 2)
-    adapted(model, [2, 3])
-    assert torch.equal(x, model.run(model.embed(tokens), 0, 2))
-    adapted(merge_lora(model), [0, 1])
-    after = model.run(model.embed(tokens), 0, 2)
-    assert not torch.equal(x, after) and (sae.encode(after) > 0).sum(-1).max() <= sae.k
-
 
 def test_which_blocks_are_adapted_and_where_the_models_begin_to_differ(model):
     topk, jumprelu = (random_sae(kind, model) for kind in ("topk", "jumprelu"))

@@ -61,7 +61,7 @@ WRONG = {                                               # by the type of an opti
     str: [True, 3], bool: [0, "yes"], int: [-1, 1.5, math.nan, True, "3", 2 ** 62],
     float: [-1e-9, math.nan, math.inf, 10 ** 400, True, "3"]}
 OWN = {                                                 # beside those, of one option
-    "method": ["magic", ""], "dtype": ["int8"], "width": [0], "device": ["gpu", "cuda:x", "meta"],
+    "method": ["magic", ""], "dtype": ["int8"], "width": [0], "k": [0], "device": ["gpu", "cuda:x", "meta"],
     **dict.fromkeys(["batch_size", "micro_batch", "ahead"], [0, 2 ** 16, 10 ** 9]), "context": [1],
     "tokens": [0], "dropout": [1, 1.5], "l0": [0], "alpha": [0], "layer": [[1], 1, (1, 1), ()],
     "rank": [4, (0,), (4, 4), (), (10 ** 9,)], "adapt": ["after"], "sae": ["a"],

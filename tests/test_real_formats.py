@@ -19,7 +19,6 @@ from lorasae.io.models import parse_config
 from lorasae.io.presets import PRESETS, TINY, preset
 from lorasae.io.sae_readers import check_layer
 from lorasae.io.saes import load_sae, save_sae
-from lorasae.model import Transformer
 from lorasae.runs.config import configure
 from lorasae.runs.training import same_model
 from lorasae.sae import JumpReLU
@@ -101,13 +100,10 @@ def test_gemma_3_is_read_to_the_digit(size, spelling):
     assert tables[FULL].get("factor") == scaling
 
 
-@pytest.mark.parametrize("name, size, parameters", [
-    ("gemma-3-270m", "270m", 268_098_176), ("gemma-3-1b", "1b", 999_885_952)])
-def test_a_presets_sizes_are_the_published_ones(name, size, parameters):
-    config = parse_config(PRESETS[name].config, name)
+@pytest.mark.parametrize("size", ["270m", "1b"])
+def test_a_presets_sizes_are_the_published_ones(size):
+    config = parse_config(PRESETS[f"gemma-3-{size}"].config, "preset")
     assert config == parse_config(published(size, "both"), "here")
-    with torch.device("meta"):
-        assert sum(weight.numel() for weight in Transformer(config).parameters()) == parameters
 
 
 # ---- Gemma Scope 2 -------------------------------------------------------------------------------

@@ -148,10 +148,8 @@ def test_a_checkpoint_is_that_of_its_step_and_the_newest_two_are_kept(stopped, f
     assert state["step"] == 16 and steps == {16}
 
 
-def test_what_cannot_be_resumed_is_one_clear_line(stopped, finished, tmp_path):
+def test_what_cannot_be_resumed_is_one_clear_line(stopped, finished):
     assert "is a finished run" in refusal("train", "--resume", finished("lora"))
-    assert "has no config.json" in refusal("train", "--resume", tmp_path / "nowhere")
-    assert not (tmp_path / "nowhere").exists()
     path = stopped / "checkpoint/step-00000016.pt"
     state = torch.load(path, weights_only=True)
     fewer = {"parameters": state["parameters"][1:]}
