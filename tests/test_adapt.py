@@ -80,10 +80,10 @@ def test_without_an_sae_and_at_the_start_nothing_differs(model, text):
     assert all(map(torch.equal, before, adapted_part))
 
 
-@pytest.mark.parametrize("kind, blocks", [("jumprelu", [2, 3]), ("topk", [0, 1, 2, 3])])
-def test_compiled_blocks_take_the_same_step(model, text, kind, blocks):
+def test_compiled_blocks_take_the_same_step(model, text):
     """Every block is one graph in each role. aot_eager is torch.compile without its code."""
-    saes, parameters = {1: random_sae(kind, model)}, lora_parameters(adapted(model, blocks))
+    del model.layers[:2]                                # two are enough, and quicker
+    saes, parameters = {0: random_sae("topk", model)}, lora_parameters(adapted(model, [0]))
 
     def step():
         loss = loss_of(model.train(), saes, text)

@@ -247,7 +247,7 @@ def test_auxk_and_nothing_else_trains_dead_latents_encoder_and_decoder(model, au
         assert moved > 1e-2 if auxk else moved < 1e-6, name
     x = model.run(model.embed(batch(model, 0)), 0, LAYER + 1)
     fired = (sae.encode(x)[..., dead] > 0).flatten(0, 1).any(0).float().mean()
-    assert fired > 0.3 if auxk else fired == 0
+    assert fired > 0.2 if auxk else fired == 0
     assert auxk or values[-1]["dead"] >= 40 / M - 1e-6
 
 
