@@ -36,6 +36,9 @@ def test_the_defaults_are_the_papers():
         weight_decay=0.01, clip=1.0, k=64, auxk=False, seed=42, dtype="bfloat16",
         sae_dtype="float32", optimizer="adamw", targets=TARGETS)
     headline = configured(model="gemma-2-2b")
+    for name in ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "llama-3.1-8b"):
+        assert not PAPER.keys() & (PRESETS[name].lora.keys() | PRESETS[name].common.keys()), name
+    holds(Config(), PAPER)
     for config in (Config(), headline):
         holds(config, paper)
     assert (headline.sae, headline.width, headline.l0, headline.adapt) == (
@@ -61,7 +64,8 @@ WRONG = {                                               # by the type of an opti
     str: [True, 3], bool: [0, "yes"], int: [-1, 1.5, math.nan, True, "3", 2 ** 62],
     float: [-1e-9, math.nan, math.inf, 10 ** 400, True, "3"]}
 OWN = {                                                 # beside those, of one option
-    "method": ["magic", ""], "dtype": ["int8"], "width": [0], "k": [0], "device": ["gpu", "cuda:x", "meta"],
+    "method": ["magic", ""], "dtype": ["int8"], "width": [0], "k": [0],
+    "device": ["gpu", "cuda:x", "meta"],
     **dict.fromkeys(["batch_size", "micro_batch", "ahead"], [0, 2 ** 16, 10 ** 9]), "context": [1],
     "tokens": [0], "dropout": [1, 1.5], "l0": [0], "alpha": [0], "layer": [[1], 1, (1, 1), ()],
     "rank": [4, (0,), (4, 4), (), (10 ** 9,)], "adapt": ["after"], "sae": ["a"],
@@ -190,12 +194,6 @@ def test_a_recipe_decides_what_is_not_given_and_the_preset_the_rest():
     assert configured(method="finetune", sae=(own.sae,)).lr == own.finetune["lr"]
 
 
-def test_the_papers_models_are_trained_as_published_unless_asked_otherwise():
-    for name in ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "llama-3.1-8b"):
-        assert not PAPER.keys() & (PRESETS[name].lora.keys() | PRESETS[name].common.keys()), name
-    holds(Config(), PAPER)
-
-
 def test_an_sae_that_trains_is_float32_whatever_its_preset_says_of_frozen_ones():
     assert PRESETS["llama-3.1-8b"].lora["sae_dtype"] == "bfloat16"
     given = {"model": "llama-3.1-8b", "sae": ("an SAE",)}
@@ -257,11 +255,8 @@ def test_a_models_folder_beside_an_sae_is_not_taken_for_a_run(sae_run, tmp_path)
     assert run_of(sae_run / "sae") == sae_run
     given = {"model": "tiny-llama-3", "sae": (str(model / "sae-layer2"),)}
     assert configured(**given).context == 256           # the preset's
-
-
-def test_of_saes_of_which_only_some_are_runs_nothing_is_taken_over(sae_run, tmp_path):
-    config = configured(sae=(str(sae_run), "owner/name"), layer=(1, 2))
-    assert (config.layer, config.context) == ((1, 2), 256)
+    some = configured(sae=(str(sae_run), "owner/name"), layer=(1, 2))
+    assert (some.layer, some.context) == ((1, 2), 256)
 
 
 # ---- Files ---------------------------------------------------------------------------------------

@@ -84,16 +84,6 @@ def test_its_adapters_load_in_peft_and_merge_into_a_plain_model(seeing, tokens, 
     assert (plain(tokens).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_a_vision_tower_by_itself_is_refused(seeing, tmp_path):
-    folder, _ = seeing
-    weights = load_file(folder / "model.safetensors")
-    save_file({name: tensor for name, tensor in weights.items() if "vision" in name},
-              tmp_path / "model.safetensors", {"format": "pt"})
-    write_json(tmp_path / "config.json", read_json(folder / "config.json"))
-    with pytest.raises(InputError, match="lacks 'model.embed_tokens.weight'"):
-        load_model(tmp_path)
-
-
 @pytest.mark.parametrize("change, message", [
     ({"layer_types": ["full_attention"]}, "for each of the 4 blocks"),
     ({"layer_types": ["linear"] * 4}, "layer_types must have"),

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from conftest import GEMMA3
-from helpers import command, refusal
+from helpers import command, one_line, refusal
 from lorasae.errors import InputError
 from lorasae.io import hub
 from lorasae.io.files import write_json
@@ -130,20 +130,16 @@ def gemma_scope_2(root, folder=f"resid_post/{MEDIUM}", config=CONFIG, seed=0, wi
     return tensors
 
 
-def config_of(part):
-    """The config.json of one of its SAEs: None for some that have none."""
-    suffix = ".post_feedforward_layernorm.output" if part.startswith("mlp_out") else ".output"
-    hook = f"model.layers.1{suffix}"
-    return {**CONFIG, "hf_hook_point_in": hook, "hf_hook_point_out": hook}
-
-
 @pytest.mark.parametrize("with_config", [True, False])
 @pytest.mark.parametrize("part", ["resid_post", "resid_post_all", "mlp_out", "mlp_out_all"])
 def test_gemma_scope_2_is_its_closed_form_and_what_sae_lens_reads(
         tmp_path, part, with_config, monkeypatch):
     repo, folder = "google/gemma-scope-2-270m-pt", f"{part}/{MEDIUM}"
-    t = gemma_scope_2(tmp_path, folder, config_of(part) if with_config else None)
     site = "mlp" if part.startswith("mlp_out") else "resid"
+    suffix = ".post_feedforward_layernorm.output" if site == "mlp" else ".output"
+    hook = f"model.layers.1{suffix}"
+    config = {**CONFIG, "hf_hook_point_in": hook, "hf_hook_point_out": hook}
+    t = gemma_scope_2(tmp_path, folder, config if with_config else None)
     ours = load_sae(tmp_path, layer=1, width="16k", l0="medium", site=site)
     assert isinstance(ours, JumpReLU) and not ours.on_special
     assert (ours.site, ours.after_norm) == (site, True)
@@ -221,9 +217,8 @@ def test_the_l0_is_a_number_or_a_name_and_four_layers_go_before_all(tmp_path, ca
 ])
 def test_what_is_not_a_residual_sae_of_gemma_scope_2_is_refused(tmp_path, folder, config, message):
     gemma_scope_2(tmp_path, folder, config)
-    with pytest.raises(InputError, match=message) as refused:
+    with one_line(message):
         load_sae(tmp_path, layer=1)
-    assert "\n" not in str(refused.value)
 
 
 def test_an_mlps_sae_says_so_and_comes_back(tmp_path):
@@ -309,16 +304,13 @@ def test_a_path_tells_the_layer_of_a_file_that_does_not(tmp_path):
     """And only its last five parts tell anything."""
     above = tmp_path / "transcoder/layer_3/a/b/c"
     npz = above / f"gemma-scope-2b-pt-res/{AVERAGE}/params.npz"
-    for path in (npz, above / f"gemma-scope-2b-pt-mlp/{AVERAGE}/params.npz",
-                 above / "layers.17/cfg.json", above / "layers.17/sae.safetensors"):
+    for path in npz, above / "layers.17/cfg.json", above / "layers.17/sae.safetensors":
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     for source in (npz, npz.parent, npz.parents[1], npz.parents[2]):
         assert find_sae(source, layer=12).kind == "gemma_scope"
         with pytest.raises(InputError, match="offers layer 12, but not 9: choose another --layer"):
             find_sae(source, layer=9)
-    with pytest.raises(InputError, match="only of the output of an MLP: --site mlp reads them"):
-        find_sae(above / f"gemma-scope-2b-pt-mlp/{AVERAGE}/params.npz", layer=12)
     with pytest.raises(InputError, match="offers layer 17, but not 12"):
         find_sae(above / "layers.17", layer=12)
 
