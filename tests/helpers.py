@@ -9,6 +9,7 @@ import threading
 from contextlib import contextmanager, suppress
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
@@ -86,22 +87,6 @@ def metrics(folder):
     for line in lines:
         line.pop("seconds", None), line.pop("tokens_per_second", None)
     return lines
-
-
-@contextmanager
-def interrupted_after(count, module, name):
-    """Inside the `with`, a function is interrupted (Ctrl-C) in its call number `count` + 1."""
-    real, calls = getattr(module, name), []
-
-    def interrupted(*args):
-        if len(calls) == count:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, name, interrupted)
-        yield
 
 
 @contextmanager
@@ -329,14 +314,13 @@ class HubHandler(Handler):
         inside = [path for path in files if path.startswith(folder + "/" if folder else "")]
         if not inside:
             return self.refuse(404, "EntryNotFound")
-        entries = {}
-        for path in inside:
-            tail = path[len(folder) + 1 if folder else 0:].split("/")
-            for depth in range(1, len(tail) + 1 if recursive else 2):
-                name = "/".join(([folder] if folder else []) + tail[:depth])
-                kind, size = ("file", len(files[path])) if depth == len(tail) else ("directory", 0)
-                oid = sha1(files.get(path, b"")).hexdigest()
-                entries[name] = {"type": kind, "size": size, "path": name, "oid": oid}
+        entries, above = {}, len(Path(folder).parts)
+        for path in map(Path, inside):
+            for depth in range(above + 1, len(path.parts) + 1 if recursive else above + 2):
+                name = "/".join(path.parts[:depth])
+                kind, data = ("file", files[name]) if name in files else ("directory", b"")
+                entries[name] = {"type": kind, "size": len(data), "path": name,
+                                 "oid": sha1(data).hexdigest()}
         self.reply_json(list(entries.values()))
 
     def file(self, data):

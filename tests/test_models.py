@@ -8,7 +8,7 @@ from torch import nn
 from safetensors import safe_open
 
 from conftest import GEMMA, GEMMA3, LLAMA, write_model, write_shards
-from helpers import adapted, one_line, random_sae, transformers_model
+from helpers import adapted, one_line, transformers_model
 from lorasae.adapt import adapted_loss, first_differing, frozen_forward, naive_loss
 from lorasae.attention import Cache, naive_attention
 from lorasae.io.files import local, read_json, write_json

@@ -232,7 +232,7 @@ def test_what_failed_is_left_out_by_name_and_the_rest_is_shown(study, monkeypatc
 
 def test_a_figure_from_its_commands_and_again_after_a_kill(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "run_all", in_this_process)
-    words = ["--only", "fig9", "--quick", "--lora-tokens", "1k", "--eval-tokens", "2k"]
+    words = ["--only", "fig9", "--quick", "--lora-tokens", "1k", "--eval-tokens", "1k"]
     words += ["--out", tmp_path, "--jobs", 1]
     command(PAPER, *words, "--device", "cpu")
     numbers = read(tmp_path / "numbers" / "one_block.json")["numbers"]

@@ -19,6 +19,7 @@ from lorasae.runs.config import BOTH, OPTIONS, Config
 from lorasae.runs.setting import runs_in
 from lorasae.runs.training import same_model
 from lorasae.sae import TopK
+from test_bad_files import FILES as DAMAGES, JSONS
 
 ROOT = Path(__file__).parent.parent
 AGREES = ("ce_base", "ce_sae", "kl_sae", "gap_closed", "kl_gap_closed", "l0_sae")
@@ -155,19 +156,8 @@ def test_a_merged_run_loads_in_transformers_with_the_adapted_logits(site, model,
 
 # ---- Damaged files -------------------------------------------------------------------------------
 
-def a_folder(path):
-    path.unlink()
-    path.mkdir()
-
-
-SPOILT = {
-    "half": lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
-    "garbage": lambda path: path.write_bytes(b"\x00\xff<html>no such page" * 100),
-    "null": lambda path: path.write_text("null"),
-    "an object": lambda path: path.write_text('{"a": 1}'),
-    "deep": lambda path: path.write_text("[" * 100_000),
-    "a folder": a_folder,
-}
+SPOILT = {name: (DAMAGES | JSONS)[name]
+          for name in ("half", "garbage", "a folder", "null", "a list", "deep")}
 FILES = (                               # adapters and SAEs: tests/test_bad_files.py
     "config.json", "metrics.jsonl", "results.json", "sequences.json", "adapter/adapter_config.json",
     "text/text.json", "text/held-out.npy")
@@ -176,7 +166,7 @@ FILES = (                               # adapters and SAEs: tests/test_bad_file
 @pytest.mark.parametrize("name", FILES)
 def test_a_spoilt_file_is_one_line_that_names_it_or_changes_nothing(finished, tmp_path, name):
     for damage, spoil in SPOILT.items():
-        if damage in ("null", "an object", "deep") and not name.endswith(".json"):
+        if damage in JSONS and not name.endswith(".json"):
             continue
         run = Path(shutil.copytree(finished("both"), tmp_path / damage))
         spoil(run / name)
