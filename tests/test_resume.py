@@ -44,7 +44,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(site, finished, tmp_path, ki
 
 def test_a_run_killed_many_times_ends_as_the_uninterrupted_one(site, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    arguments = words(site, "lora", "--tokens", 60 * 64, "--checkpoint-every", 3)
+    arguments = words(site, "lora", "--tokens", 40 * 64, "--checkpoint-every", 3)
     command("train", *arguments, "--out", whole)
 
     chance, deaths, line = random.Random(0), 0, [*arguments, "--out", str(killed)]
