@@ -187,6 +187,7 @@ def test_a_presets_plan_does_without_the_hub(server, unreachable):
     for width in (65536, "65k"):
         assert sae_plan(SCOPE, layer=9, width=width)[0].bytes == 4 * 2 * 65536 * 2304
     assert sae_plan("llama-3.1-8b", layer=3)[0].bytes == 2 * 2 * 131072 * 4096
+    assert sae_plan("gemma-3-270m", layer=12)[0].bytes == 4 * 2 * 16384 * 640
     with pytest.raises(InputError, match=why):
         sae_plan("some/scope", layer=3)
 

@@ -85,8 +85,9 @@ def test_saved_models_read_back(raw_config, model_folder, tokens, tmp_path):
 
 @pytest.mark.parametrize("name, parameters", [
     ("gemma-2-2b", 2_614_341_888), ("gemma-2-9b", 9_241_705_984), ("gemma-2-27b", 27_227_128_320),
-    ("gemma-3-270m", 268_098_176), ("gemma-3-1b", 999_885_952),
-    ("llama-3.2-1b", 1_235_814_400), ("llama-3.1-8b", 8_030_261_248)])
+    ("gemma-3-270m", 268_098_176), ("gemma-3-1b", 999_885_952), ("smollm2-135m", 134_515_008),
+    ("smollm2-1.7b", 1_711_376_384), ("llama-3.2-1b", 1_235_814_400),
+    ("llama-3.1-8b", 8_030_261_248)])
 def test_the_presets_configurations_are_those_of_the_published_models(name, parameters):
     known = PRESETS[name]
     with torch.device("meta"):
