@@ -87,7 +87,6 @@ def test_compiled_blocks_take_the_same_step(model, text):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_compiled_step_of_a_gpu_is_the_plain_one(model, text):
     """Inductor, FlexAttention under a soft-cap, and the compiled loss, as train.py uses them."""
     model, text, saes = model.cuda(), text.cuda(), {1: random_sae("jumprelu", model).cuda()}

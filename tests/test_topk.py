@@ -10,7 +10,6 @@ from lorasae.errors import InputError
 from on_cuda import on_cuda
 
 NAMES = ["x_hat", "values", "x", "W_enc", "b_enc", "W_dec", "b_dec"]
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def random(*shape, seed=0):
@@ -332,7 +331,6 @@ def test_bf16_on_cuda_selects_fp32_preactivations_and_multiplies_what_it_can():
 
 
 @pytest.mark.cuda
-@cuda
 @pytest.mark.parametrize("N", [0, 1, 64])
 @both
 def test_cuda_equals_the_cpu(step, N):
@@ -345,7 +343,6 @@ def test_cuda_equals_the_cpu(step, N):
 
 
 @pytest.mark.cuda
-@cuda
 def test_cuda_bf16_keeps_fp32_preactivations():
     x, W_enc, b_enc, W_dec, _ = problem(N=64, D=64, M=3000, dtype=torch.bfloat16, device="cuda")
     values, indices = topk.encode(x, W_enc, b_enc, 16)
