@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import adapted, random_sae
+from helpers import adapted, random_sae, same_gradients
 from lorasae.adapt import (
     adamw, adapted_loss, blocks_to_adapt, compiled_blocks, first_differing, frozen_forward,
     learning_rate, naive_loss, naive_train, step_seed, take_step)
@@ -39,14 +39,6 @@ def loss_of(model, saes, tokens, compile=False):
     assert values.keys() == {"kl"} and torch.equal(values["kl"], loss)
     assert not values["kl"].requires_grad
     return loss
-
-
-def same_gradients(found, expected, tolerance=1e-3):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected):
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert (a - b).norm() <= tolerance * b.norm() + 1e-6
 
 
 # ---- The loss ------------------------------------------------------------------------------------
