@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import GEMMA, write_model
 from helpers import moved, transformers_model
-from lorasae.io.models import load_model, save_model
+from lorasae.io.models import load_model
 from lorasae.errors import InputError
 from lorasae.io.files import write_json
 from lorasae.linear import Linear, linear
@@ -217,16 +216,6 @@ def test_we_load_pefts_adapter(model_folder, tokens, tmp_path, options):
         5e-5 if model.config.attn_logit_softcapping else 1e-5)
 
 
-def test_transformers_loads_the_merged_checkpoint(model_folder, raw_config, tokens, tmp_path):
-    model = trained(load_model(model_folder))
-    adapted = model(tokens).detach()
-    stale = {**raw_config, "dtype": "bfloat16"}
-    save_model(merge_lora(model), tmp_path / "merged", config=stale)
-    with torch.no_grad():
-        expected = transformers_model(tmp_path / "merged")(tokens).logits
-    assert (expected - adapted).abs().max() <= 1e-4
-
-
 # ---- What is refused -----------------------------------------------------------------------------
 
 def test_impossible_adapters_and_a_second_set_are_refused(model, tmp_path):
@@ -297,11 +286,3 @@ def test_adapters_of_every_floating_dtype_load_as_fp32_masters(model_folder, sav
     rewrite(saved, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
     model = load_adapter(load_model(model_folder), saved)
     assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
-
-
-def test_an_adapter_of_another_model_is_refused(model_folder, tmp_path):
-    other = write_model(tmp_path / "other",
-                        {**GEMMA, "num_hidden_layers": 6, "intermediate_size": 96})
-    save_adapter(trained(load_model(other), layers=[5]), tmp_path / "adapter")
-    with pytest.raises(InputError, match="another model"):
-        load_adapter(load_model(model_folder), tmp_path / "adapter")

@@ -1,6 +1,5 @@
 """Public models and SAEs as they are published: configurations, files, places, presets."""
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,14 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import GEMMA3
-from helpers import one_line, refusal
+from helpers import one_line
 from lorasae.errors import InputError
 from lorasae.io import hub
 from lorasae.io.files import write_json
 from lorasae.io.hub import SAE_FILES, find_sae
 from lorasae.io.models import parse_config
-from lorasae.io.presets import PRESETS, TINY, preset
+from lorasae.io.presets import PRESETS, preset
 from lorasae.io.sae_readers import check_layer
 from lorasae.io.saes import load_sae, save_sae
 from lorasae.runs.config import configure
@@ -378,21 +376,3 @@ def test_a_preset_applies_to_a_folder_of_its_name_and_sizes(tmp_path, name, pres
     assert preset(write_config(tmp_path / "other" / name, other)) is None
     assert preset(tmp_path / "nothing" / name) is None
     assert preset(write_config(tmp_path / "empty" / name, {})) is None
-
-
-# ---- Bad input: one line -------------------------------------------------------------------------
-
-def test_what_does_not_fit_gemma_3_is_one_line(tmp_path):
-    model = write_config(tmp_path / "gemma-3-270m", published("270m", "newer"))
-    save_file({"nothing": torch.zeros(1)}, Path(model, "model.safetensors"))
-    shutil.copy(TINY / "gemma-2" / "tokenizer.json", model)
-    gemma_scope_2(tmp_path / "1b", width=1152)
-    words = ["train", "--model", model, "--sae", tmp_path / "1b", "--layer", 1, "--dry-run"]
-    assert refusal(*words) == ("the SAE reads activations of width 1152, but the model's have 640: "
-                               "it was trained on another model")
-    wrong = {**published("270m", "newer"), "layer_types": pattern(17)}
-    write_config(tmp_path / "gemma-3-270m", wrong)
-    assert "for each of the 18 blocks (num_hidden_layers)" in refusal(*words)
-    write_config(tmp_path / "gemma-3-270m", {"model_type": "siglip_vision_model"})
-    assert "model_type is 'siglip_vision_model'" in refusal(*words)
-    assert GEMMA3["model_type"] in refusal(*words)
