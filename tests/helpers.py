@@ -53,7 +53,7 @@ def adapted(model, blocks, rank=3, std=0.05, dropout=0.0, **how):
     return moved(add_lora(model, blocks, rank, dropout=dropout, **how), std)
 
 
-def same_gradients(found, expected, tolerance=1e-3):
+def same_tensors(found, expected, tolerance=1e-3):
     """Each differs from the other by less than this part of its norm, or both are None."""
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)

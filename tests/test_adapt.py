@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import adapted, random_sae, same_gradients
+from helpers import adapted, random_sae, same_tensors
 from lorasae.adapt import (
     adamw, adapted_loss, blocks_to_adapt, compiled_blocks, first_differing, frozen_forward,
     learning_rate, naive_loss, naive_train, step_seed, take_step)
@@ -59,7 +59,7 @@ def test_a_step_is_the_naive_loss_by_value_and_every_gradient(
     loss = loss_of(model, saes, text)
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     assert naive > 1 and loss.item() == pytest.approx(naive.item(), rel=1e-4)
-    same_gradients(found, expected)
+    same_tensors(found, expected)
 
 
 def test_compiled_blocks_take_the_same_step(model, text):
@@ -74,7 +74,7 @@ def test_compiled_blocks_take_the_same_step(model, text):
     expected, plain = step(), model.layers[0].forward
     with compiled_blocks(model, backend="aot_eager"):
         assert model.layers[0].forward != plain
-        same_gradients(step(), expected, 1e-4)
+        same_tensors(step(), expected, 1e-4)
     assert model.layers[0].forward == plain
 
 

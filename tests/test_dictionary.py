@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import command, read, same_gradients, words
+from helpers import command, read, same_tensors, words
 from lorasae import dictionary
 from lorasae.adapt import blocks_to_adapt, naive_loss
 from lorasae.dictionary import aux_loss, fvu, new_sae, observe, schedule, target_l0
@@ -129,7 +129,7 @@ def test_the_end_to_end_loss_and_gradient_are_those_of_two_whole_forward_passes(
     x = spliced(model.run(model.embed(tokens), 0, LAYER + 1))
     hidden = model.norm(model.run(x, LAYER + 1, depth))
     naive = naive_kl(target, hidden, model.head, model.softcap) / B
-    same_gradients(found, gradients_of(naive, sae))
+    same_tensors(found, gradients_of(naive, sae))
 
     # It is the method's own loss, Eq. 7 with nothing adapted.
     naive = naive_loss(model, {LAYER: sae}, tokens)
@@ -143,7 +143,7 @@ def test_the_topk_gradient_is_that_of_the_dense_fvu_and_no_later_block_runs(mode
     found, values = first_step(model, sae, "topk", monkeypatch)
     x = model.run(model.embed(batch(model, 0)), 0, LAYER + 1).flatten(0, 1)
     loss = fvu(sae.decode(sae.encode(x)), x)
-    same_gradients(found, gradients_of(loss, sae))
+    same_tensors(found, gradients_of(loss, sae))
     assert values["fvu"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -159,7 +159,7 @@ def test_the_jumprelu_gradient_is_that_of_fvu_and_l0_penalty_on_ordinary_positio
     l0 = gates.sum(1).mean()
     penalty = (l0 / target_l0(wanted, 0) - 1) ** 2
     loss = fvu(z @ sae.W_dec + sae.b_dec, x) + dictionary.L0_WEIGHT * penalty
-    same_gradients(found, gradients_of(loss, sae))
+    same_tensors(found, gradients_of(loss, sae))
     assert values["l0"].item() == pytest.approx(l0.item(), rel=1e-5)
 
 
@@ -267,7 +267,7 @@ def test_a_new_kind_is_one_class_and_one_line(model, monkeypatch, method):
     else:
         x = ordinary(model, tokens)
         loss = fvu(sae(x), x)
-    same_gradients(found, gradients_of(loss, sae))
+    same_tensors(found, gradients_of(loss, sae))
     tensors, facts = sae.saved()
     assert facts == {"architecture": "standard", "apply_b_dec_to_input": False}
     assert tensors.keys() == {"W_enc", "W_dec", "b_enc", "b_dec"}

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 import helpers
-from helpers import command, metrics, moved, one_line, read, same_gradients, words
+from helpers import command, metrics, moved, one_line, read, same_tensors, words
 from lorasae import adapt, add_lora, dictionary, load_sae, save_sae
 from lorasae.adapt import adamw, first_differing, frozen_forward
 from lorasae.beyond import finetune
@@ -81,7 +81,7 @@ def test_value_and_gradients_are_the_naive_ones(model, tokens, kind, objective, 
     expected = naive_loss(model, {LAYER: sae}, tokens, objective)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert values["l0"].item() == pytest.approx(l0_of(model, sae, tokens), rel=1e-5)
-    same_gradients(gradients(loss, sae), gradients(expected, sae), 2e-4)
+    same_tensors(gradients(loss, sae), gradients(expected, sae), 2e-4)
 
 
 def l0_of(model, sae, tokens):
@@ -124,7 +124,7 @@ def test_thresholds_follow_their_slopes_and_the_penalty_of_l0(model, tokens, obj
     assert wanted < 0.9 * l0.item()
     expected = expected + finetune.L0_WEIGHT * (l0 / wanted - 1) ** 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    same_gradients(gradients(loss, sae), gradients(expected, sae), 2e-4)
+    same_tensors(gradients(loss, sae), gradients(expected, sae), 2e-4)
 
 
 def fit(model, sae, tokens, steps=8, **how):
@@ -221,7 +221,7 @@ def test_every_gradient_of_both_is_that_of_equation_7(model, tokens, sae_kind):
     assert naive.item() == pytest.approx(expected.item(), rel=1e-5)
 
     trained = lora_parameters(model) + [p for p in sae.parameters() if p.requires_grad]
-    same_gradients(*(torch.autograd.grad(value, trained) for value in (loss, expected)))
+    same_tensors(*(torch.autograd.grad(value, trained) for value in (loss, expected)))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

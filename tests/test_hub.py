@@ -232,7 +232,8 @@ def test_an_sae_that_does_not_exist_lists_those_that_do(server, how, message):
     assert fetched(server) == []
 
 
-def test_other_layouts_are_found_by_layer(server):
+def test_the_files_of_another_layout_are_fetched_and_half_an_sae_is_none(server):
+    """More layouts: tests/test_real_formats.py."""
     names = ("checkpoints/final.safetensors", "hyperparams.json", "lm_config.json")
     server.models["fnlp/scope"] = {
         f"Llama3_1-8B-Base-L{layer}R-32x/{name}": name.encode()
@@ -240,16 +241,9 @@ def test_other_layouts_are_found_by_layer(server):
     assert sae_files("fnlp/scope", layer=16).name == "Llama3_1-8B-Base-L16R-32x"
     assert fetched(server) == [f"Llama3_1-8B-Base-L16R-32x/{name}" for name in names[:2]]
 
-    server.models["some/sparsify"] = {
-        f"layers.{layer}{part}/{name}": b"x" for layer in (2, 12) for part in ("", ".mlp")
-        for name in ("cfg.json", "sae.safetensors")}
-    assert sae_files("some/sparsify", layer=12).name == "layers.12"     # not that of the MLP
-    assert sae_files("some/sparsify/layers.12", layer=12).name == "layers.12"
-    with pytest.raises(InputError, match="nothing holds no SAE of a known format: expected params"):
-        sae_files("some/sparsify/nothing", layer=12)
     for half in ("cfg.json", "sae.safetensors"):
         server.models["some/half"] = {f"layers.2/{half}": b"x"}
-        with pytest.raises(InputError, match="some/half holds no SAE of a known format"):
+        with pytest.raises(InputError, match="some/half holds no SAE of a known format: expected"):
             sae_files("some/half")
 
 
@@ -265,19 +259,6 @@ def test_without_the_hub_the_saes_in_the_cache_are_offered(server, unreachable, 
         sae_files("google/scope", layer=12, width="16k", l0=62)
     with pytest.raises(InputError, match=f"{why}.* and google/other is not wholly in the cache"):
         sae_files("google/other", layer=12)
-
-
-def test_local_saes_are_found_in_a_folder_or_a_run(tmp_path):
-    one = {"cfg.json": b"x", "sae_weights.safetensors": b"x"}
-    write(tmp_path / "run" / "sae", one)
-    write(tmp_path / "run" / "checkpoints" / "50pct", one)
-    for source in ("run", "run/", "run/sae", "run/sae/"):
-        assert sae_files(f"{tmp_path}/{source}") == tmp_path / "run" / "sae"
-    assert sae_files(tmp_path / "run" / "checkpoints").name == "50pct"
-    write(tmp_path / "l", {"hyperparams.json": b"x", "checkpoints/final.safetensors": b"x"})
-    assert sae_files(tmp_path / "l") == tmp_path / "l" and sae_plan(tmp_path / "l") == []
-    with pytest.raises(InputError, match="cfg.json holds no SAE of a known format"):
-        sae_files(tmp_path / "run" / "sae" / "cfg.json")
 
 
 def test_presets_are_known_by_repository_and_mirror_and_what_is_given_goes_before():
