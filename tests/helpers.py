@@ -118,6 +118,12 @@ def one_line(message=None, kind=InputError):
     assert "\n" not in str(error.value)
 
 
+def refuses(message, function, *arguments, **how):
+    """The call raises InputError in one line that matches."""
+    with one_line(message):
+        function(*arguments, **how)
+
+
 def transformers_model(folder, **how):
     """The oracle: a folder as transformers opens it, with attention written out."""
     transformers = pytest.importorskip("transformers", reason="the oracle is transformers")

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import adapted, random_sae, same_tensors
+from helpers import adapted, random_sae, refuses, same_tensors
 from lorasae.adapt import (
     adamw, adapted_loss, blocks_to_adapt, compiled_blocks, first_differing, frozen_forward,
     learning_rate, naive_loss, naive_train, step_seed, take_step)
-from lorasae.errors import InputError
 from lorasae.lora import add_lora, lora_parameters
 from lorasae.sae import StandIn, splice
 
@@ -165,8 +164,7 @@ def test_which_blocks_are_adapted_and_where_the_models_begin_to_differ(model):
     assert blocks_to_adapt((), {1: topk}, 4) == [0, 1, 2, 3]
     assert blocks_to_adapt((), {1: topk, 2: jumprelu}, 4) == [2, 3]
     for word in ("before", "²", "-1"):
-        with pytest.raises(InputError, match="after, all, next"):
-            blocks_to_adapt((word,), one, 4)
+        refuses("after, all, next", blocks_to_adapt, (word,), one, 4)
 
     assert first_differing(model, {}) == 4 and first_differing(model, {2: topk}) == 3
     assert first_differing(model, {3: topk, 0: topk}) == 1
@@ -204,8 +202,7 @@ def test_saes_of_both_kinds_are_spliced_together_each_by_its_own_rule(model, tex
 
 def test_a_run_of_blocks_that_is_not_told_where_bos_is_refuses_such_an_sae(model, text):
     x = model.embed(text)
-    with pytest.raises(InputError, match="special=model.special"):
-        model.run(x, 0, 2, {1: random_sae("jumprelu", model)})
+    refuses("special=model.special", model.run, x, 0, 2, {1: random_sae("jumprelu", model)})
     model.run(x, 0, 1, {1: random_sae("jumprelu", model)})  # its block is not among them
     model.run(x, 0, 2, {1: random_sae("topk", model)})
     model.run(x, 0, 2, {1: random_sae("jumprelu", model, on_special=True)})

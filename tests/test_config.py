@@ -7,7 +7,7 @@ import pytest
 
 import train
 from conftest import GEMMA, write_model
-from helpers import misuse, one_line
+from helpers import misuse, one_line, refuses
 from lorasae.beyond.recipe import tuned
 from lorasae.errors import InputError
 from lorasae.io.files import write_json
@@ -107,8 +107,7 @@ def test_values_at_the_edge_are_taken(name, values):
     ({"method": "finetune", "lr": (1, 4)}, "--method finetune is for one of each"),
     ({"train_sae": True, "rank": (1, 4)}, "--method lora --train-sae is for one of each")])
 def test_what_does_not_go_together_is_refused(given, message):
-    with pytest.raises(InputError, match=message):
-        Config(**given)
+    refuses(message, Config, **given)
 
 
 # ---- Filling in ----------------------------------------------------------------------------------
@@ -118,8 +117,7 @@ def test_what_does_not_go_together_is_refused(given, message):
 def test_every_preset_gives_a_configuration_of_every_method(name, method):
     known, given = PRESETS[name], {"model": name, "method": method}
     if method not in SCRATCH and known.sae is None:
-        with pytest.raises(InputError, match="--method topk"):
-            configured(**given)
+        refuses("--method topk", configured, **given)
         return
     config, own = configured(**given), known.sae_training if method in SCRATCH else known.lora
     assert config.layer == (known.layer,)
@@ -149,8 +147,7 @@ def test_what_changes_nothing_is_refused(given, name):
     method = BOTH if "train_sae" in given else given.get("method", "lora")
     with pytest.raises(InputError, match=f"^{option(name)} has no effect with --method {method}"):
         configured(**{**given, name: True})
-    with pytest.raises(InputError, match="--field has no effect with --data stdlib"):
-        configured(field="content", data="stdlib")
+    refuses("--field has no effect with --data stdlib", configured, field="content", data="stdlib")
 
 
 def test_a_width_is_a_number_of_latents_or_the_name_of_a_power_of_two(capsys):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from helpers import one_line
+from helpers import one_line, refuses
 from lorasae.errors import InputError
 from lorasae.io.console import count, one_line_errors
 from lorasae.io.files import (
@@ -141,15 +141,12 @@ def test_a_wrong_value_is_a_line_that_names_file_and_key(key, kind, how, message
 
 def test_an_inner_object_knows_where_it_stands_and_only_refuses_other_values():
     inner = FIELDS.take("dict", dict)
-    with pytest.raises(InputError, match="a.json, dict: inner is '7', but should be a whole"):
-        inner.take("inner", int)
-    with pytest.raises(InputError, match="a.json, dict lacks other"):
-        inner.take("other", int)
+    refuses("a.json, dict: inner is '7', but should be a whole", inner.take, "inner", int)
+    refuses("a.json, dict lacks other", inner.take, "other", int)
 
     FIELDS.only(str="s", bool=True, absent=1)
     for wrong in ({"str": "t"}, {"bool": 1}, {"int": True}, {"null": False}):
-        with pytest.raises(InputError, match="a.json: .* but should be .*, equal to"):
-            FIELDS.only(**wrong)
+        refuses("a.json: .* but should be .*, equal to", FIELDS.only, **wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -159,8 +156,7 @@ def test_one_value_that_is_not_finite_is_refused(dtype):
     for value in (float("nan"), float("inf"), -float("inf")):
         x[2, 3] = value
         for tensor in (x, x.T):
-            with pytest.raises(InputError, match="x holds values that are not finite"):
-                check_finite("x", tensor)
+            refuses("x holds values that are not finite", check_finite, "x", tensor)
 
 
 @pytest.mark.parametrize("work, message", [

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import adapted, command, misuse, one_line, random_sae, read, refusal
+from helpers import adapted, command, misuse, random_sae, read, refusal, refuses
 from lorasae.evals import distances, fidelity, tokens as token_suite
 from lorasae.evals.common import (
     evaluating, interval, linearised, over, over_documents, ratio, t_quantile, without_interval)
@@ -342,8 +342,7 @@ def test_an_sae_that_trained_is_compared_with_the_run_s_file(model, sequences, t
     for damage in ({**whole, "documents": [0] * 9},     # another run's; others: test_train.py
                    {**whole, "before": {"ce": [1.0]}}, {"documents": list(range(9))}):
         path.write_text(json.dumps(damage))
-        with one_line("sequences.json"):
-            fidelity.evaluate(setting)
+        refuses("sequences.json", fidelity.evaluate, setting)
 
 
 def test_tables_say_where_documents_are_too_few(model, sequences, capsys, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 import helpers
-from helpers import command, metrics, moved, one_line, read, same_tensors, words
+from helpers import command, metrics, moved, read, refuses, same_tensors, words
 from lorasae import adapt, add_lora, dictionary, load_sae, save_sae
 from lorasae.adapt import adamw, first_differing, frozen_forward
 from lorasae.beyond import finetune
@@ -61,8 +61,7 @@ def test_the_balanced_loss_is_the_mse_in_value_and_gives_both_gradients_the_size
     assert loss.item() == pytest.approx(4.0)
     assert torch.autograd.grad(loss, a)[0].item() == pytest.approx((1 + 60 * 4 / 90) / 2)
 
-    with one_line("nothing to balance"):
-        combined("balanced", 0 * kl, mse)
+    refuses("nothing to balance", combined, "balanced", 0 * kl, mse)
     assert combined("kl", 0 * kl, mse) == 0
     assert combined("balanced", torch.nan * kl, mse).isnan()            # the run says: diverged
 

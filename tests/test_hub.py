@@ -4,7 +4,7 @@ import torch
 from huggingface_hub import constants
 
 from conftest import LLAMA, write_shards
-from helpers import Hub, HubHandler, counted, gemma_scope_files, one_line, use_hub
+from helpers import Hub, HubHandler, counted, gemma_scope_files, one_line, refuses, use_hub
 from lorasae import InputError, load_model, load_sae, load_tokenizer
 from lorasae.io import hub
 from lorasae.io.hub import find_sae, model_files, model_plan, sae_choice, sae_plan
@@ -90,8 +90,7 @@ def test_the_cache_serves_when_the_hub_does_not(server, unreachable):
     assert model_files("some/model") == folder
     assert sorted(model_plan("some/model")) == sorted(plan) and all(f.cached for f in plan)
     for find in (model_files, model_plan):
-        with pytest.raises(InputError, match=f"{why}.* and other/model is not wholly in the cache"):
-            find("other/model")
+        refuses(f"{why}.* and other/model is not wholly in the cache", find, "other/model")
 
 
 def test_half_a_cache_says_which_file_is_missing_where(server, tmp_path, monkeypatch):
@@ -127,8 +126,7 @@ LICENCE = "google/gemma-2-2b is gated: .*https://huggingface.co/google/gemma-2-2
     ("some/private", (401, ""), "local folder some/private, and .* needs `hf auth login`")])
 def test_a_repository_may_need_a_licence_or_a_login(server, name, refusal, message):
     server.models[name], server.refused[name] = MODEL, refusal
-    with one_line(message):
-        model_files(name)
+    refuses(message, model_files, name)
 
 
 @pytest.mark.parametrize("find", [model_files, model_plan, sae_files])
@@ -138,15 +136,13 @@ def test_a_repository_that_is_not_there_is_one_line(server, find):
             find(name)
     server.requests.clear()
     for name in ("gemma-3", "/no/where", "./x/y"):      # which can be no repository
-        with one_line(f"no (model|SAE) {name}: expected .*gemma-2-2b.*OWNER"):
-            find(name)
+        refuses(f"no (model|SAE) {name}: expected .*gemma-2-2b.*OWNER", find, name)
     assert server.requests == []
 
 
 def test_pickled_weights_are_not_fetched(server):
     server.models["some/pickles"] = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
-    with pytest.raises(InputError, match=r"no \*.safetensors .*pickled weights are never opened"):
-        model_files("some/pickles")
+    refuses(r"no \*.safetensors .*pickled weights are never opened", model_files, "some/pickles")
     assert fetched(server) == ["config.json"]
 
 
@@ -175,11 +171,9 @@ def test_a_presets_plan_does_without_the_hub(server, unreachable):
     assert model_plan("gemma-2-2b") == [("google/gemma-2-2b", *weights)]
     half = [("unsloth/gemma-2-2b", "config.json", 2, True), ("unsloth/gemma-2-2b", *weights)]
     assert model_plan("unsloth/gemma-2-2b") == half     # what the cache lacks is in it too
-    with pytest.raises(InputError, match=why):
-        load_config("gemma-2-2b")
+    refuses(why, load_config, "gemma-2-2b")
     assert load_config("gemma-2-2b", offline=True).hidden_size == 2304
-    with pytest.raises(InputError, match=why):
-        load_config("some/model", offline=True)
+    refuses(why, load_config, "some/model", offline=True)
 
     one = "an SAE of 16,384 latents"
     for source in (SCOPE, "gemma-2-2b"):
@@ -188,8 +182,7 @@ def test_a_presets_plan_does_without_the_hub(server, unreachable):
         assert sae_plan(SCOPE, layer=9, width=width)[0].bytes == 4 * 2 * 65536 * 2304
     assert sae_plan("llama-3.1-8b", layer=3)[0].bytes == 2 * 2 * 131072 * 4096
     assert sae_plan("gemma-3-270m", layer=12)[0].bytes == 4 * 2 * 16384 * 640
-    with pytest.raises(InputError, match=why):
-        sae_plan("some/scope", layer=3)
+    refuses(why, sae_plan, "some/scope", layer=3)
 
 
 def test_one_sae_is_fetched_of_a_repository_of_many(server):
@@ -227,8 +220,7 @@ def test_the_l0_nearest_to_the_papers_is_taken_and_said(server, tmp_path, capsys
 ])
 def test_an_sae_that_does_not_exist_lists_those_that_do(server, how, message):
     server.models["google/scope"] = gemma_scope()
-    with pytest.raises(InputError, match=f"google/scope .*{message}"):
-        sae_files("google/scope", **how)
+    refuses(f"google/scope .*{message}", sae_files, "google/scope", **how)
     assert fetched(server) == []
 
 
@@ -243,8 +235,7 @@ def test_the_files_of_another_layout_are_fetched_and_half_an_sae_is_none(server)
 
     for half in ("cfg.json", "sae.safetensors"):
         server.models["some/half"] = {f"layers.2/{half}": b"x"}
-        with pytest.raises(InputError, match="some/half holds no SAE of a known format: expected"):
-            sae_files("some/half")
+        refuses("some/half holds no SAE of a known format: expected", sae_files, "some/half")
 
 
 def test_without_the_hub_the_saes_in_the_cache_are_offered(server, unreachable, capsys):
@@ -255,8 +246,7 @@ def test_without_the_hub_the_saes_in_the_cache_are_offered(server, unreachable, 
     assert sae_files("google/scope", layer=12, width="16k", l0=114) == folder
     assert "choosing among the files of google/scope in the cache" in capsys.readouterr().err
     assert sae_files("google/scope", layer=12, width="16k") == folder
-    with pytest.raises(InputError, match="offers l0 114, but not 62"):
-        sae_files("google/scope", layer=12, width="16k", l0=62)
+    refuses("offers l0 114, but not 62", sae_files, "google/scope", layer=12, width="16k", l0=62)
     with pytest.raises(InputError, match=f"{why}.* and google/other is not wholly in the cache"):
         sae_files("google/other", layer=12)
 
@@ -280,7 +270,5 @@ def test_presets_are_known_by_repository_and_mirror_and_what_is_given_goes_befor
 def test_a_model_without_an_sae_says_how_to_get_one():
     message = "train.py --model llama-3.2-1b --method topk --out RUN_DIR`, then pass --sae"
     for find in (sae_choice, load_sae):
-        with pytest.raises(InputError, match=message):
-            find("llama-3.2-1b")
-    with pytest.raises(InputError, match="some/model is not a preset, .* pass one with --sae"):
-        sae_choice("some/model")
+        refuses(message, find, "llama-3.2-1b")
+    refuses("some/model is not a preset, .* pass one with --sae", sae_choice, "some/model")

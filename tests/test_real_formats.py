@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import one_line
+from helpers import refuses
 from lorasae.errors import InputError
 from lorasae.io import hub
 from lorasae.io.files import write_json
@@ -214,16 +214,14 @@ def test_the_l0_is_a_number_or_a_name_and_four_layers_go_before_all(tmp_path, ca
 ])
 def test_what_is_not_a_residual_sae_of_gemma_scope_2_is_refused(tmp_path, folder, config, message):
     gemma_scope_2(tmp_path, folder, config)
-    with one_line(message):
-        load_sae(tmp_path, layer=1)
+    refuses(message, load_sae, tmp_path, layer=1)
 
 
 def test_an_mlps_sae_says_so_and_comes_back(tmp_path):
     gemma_scope_2(tmp_path, f"mlp_out/{MEDIUM}", None)
     sae = load_sae(tmp_path, layer=1, site="mlp")
     save_sae(sae, tmp_path / "saved", model_name="m", layer=1, context=32)
-    with pytest.raises(InputError, match="--site mlp"):
-        load_sae(tmp_path / "saved", layer=1)
+    refuses("--site mlp", load_sae, tmp_path / "saved", layer=1)
     again = load_sae(tmp_path / "saved", layer=1, site="mlp")
     assert torch.equal(again.W_enc, sae.W_enc) and (again.site, again.after_norm) == ("mlp", True)
 
@@ -293,8 +291,7 @@ def test_a_public_sae_goes_where_it_belongs_or_nowhere(tmp_path, monkeypatch, pl
                 find_sae(source, layer=layer)
             assert ("--site mlp" in str(refused.value)) is (site == "mlp")
         if site and layer is not None and source != local:
-            with pytest.raises(InputError, match=f"offers layer {layer}, but not 2"):
-                find_sae(source, layer=2, site=site)
+            refuses(f"offers layer {layer}, but not 2", find_sae, source, layer=2, site=site)
 
 
 def test_a_path_tells_the_layer_of_a_file_that_does_not(tmp_path):
@@ -306,10 +303,8 @@ def test_a_path_tells_the_layer_of_a_file_that_does_not(tmp_path):
         path.touch()
     for source in (npz, npz.parent, npz.parents[1], npz.parents[2]):
         assert find_sae(source, layer=12).kind == "gemma_scope"
-        with pytest.raises(InputError, match="offers layer 12, but not 9: choose another --layer"):
-            find_sae(source, layer=9)
-    with pytest.raises(InputError, match="offers layer 17, but not 12"):
-        find_sae(above / "layers.17", layer=12)
+        refuses("offers layer 12, but not 9: choose another --layer", find_sae, source, layer=9)
+    refuses("offers layer 17, but not 12", find_sae, above / "layers.17", layer=12)
 
 
 @pytest.mark.parametrize("hook, site", [

@@ -13,8 +13,8 @@ import torch
 
 import train
 from helpers import (
-    command, counted, metrics, processes, products, refusal, same_run, stopped_at, words)
-from lorasae.errors import InputError
+    command, counted, metrics, processes, products, refusal, refuses, same_run, stopped_at,
+    words)
 from lorasae.runs.config import Config, read_config
 from lorasae.runs.folder import Run, digest
 from test_train import SPOILT
@@ -179,8 +179,7 @@ def test_a_folder_in_use_is_refused_and_is_free_when_its_writer_dies(site, tmp_p
 def test_a_run_that_goes_on_elsewhere_is_not_resumed_twice(stopped, finished):
     config = read_config(stopped)
     first = Run.resume(stopped, config)
-    with pytest.raises(InputError, match="is being written by another process"):
-        Run.resume(stopped, config)
+    refuses("is being written by another process", Run.resume, stopped, config)
     first.close()
     command("train", "--resume", stopped, "--device", "cpu")
     same_run(stopped, finished("lora"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import one_line
+from helpers import refuses
 from lorasae.io.files import write_json, write_tensors
 from lorasae.io import sae_readers, saes as sae_formats
 from lorasae.errors import InputError
@@ -209,8 +209,7 @@ def test_the_threshold_is_strict_and_an_activation_equal_to_it_is_none(tmp_path,
 @pytest.mark.parametrize("theta", [-1.0, 0.0])
 def test_a_batch_topk_that_has_learnt_no_threshold_is_refused(tmp_path, t, kind, theta):
     folder = dictionary_learning(tmp_path, t, kind, theta=theta)
-    with pytest.raises(InputError, match=rf"threshold is tensor\({theta:g}.*, but should be"):
-        load_sae(folder)
+    refuses(rf"threshold is tensor\({theta:g}.*, but should be", load_sae, folder)
 
 
 @pytest.mark.parametrize("dict_class", sae_readers.DICTIONARIES)
@@ -400,15 +399,12 @@ def bomb(tmp_path):
 
 def test_pickles_are_refused_and_not_executed(tmp_path, t, bomb):
     gemma_scope(tmp_path / "a", t, scaling_factor=np.array([bomb], dtype=object))
-    with pytest.raises(InputError, match="cannot read .*params.npz: scaling_factor .*Object"):
-        load_sae(tmp_path / "a")
+    refuses("cannot read .*params.npz: scaling_factor .*Object", load_sae, tmp_path / "a")
     (tmp_path / "a" / "params.npz").write_bytes(pickle.dumps(bomb))
-    with pytest.raises(InputError, match=r"cannot read .*params.npz \("):
-        load_sae(tmp_path / "a")
+    refuses(r"cannot read .*params.npz \(", load_sae, tmp_path / "a")
     dictionary_learning(tmp_path / "b", t, "AutoEncoder")
     torch.save({"encoder.weight": bomb}, tmp_path / "b" / "ae.pt")
-    with pytest.raises(InputError, match=r"cannot read .*ae.pt \("):
-        load_sae(tmp_path / "b")
+    refuses(r"cannot read .*ae.pt \(", load_sae, tmp_path / "b")
 
 
 MLP = "blocks.3.hook_mlp_out"
@@ -430,8 +426,7 @@ SIGNED = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K, "signed"
 ])
 def test_what_is_not_supported_is_refused_by_name(tmp_path, t, write, how, cfg, message):
     """Other values of every key that is read: tests/test_bad_files.py."""
-    with one_line(message):
-        load_sae(write(tmp_path, t, *how, **cfg))
+    refuses(message, load_sae, write(tmp_path, t, *how, **cfg))
 
 
 def test_a_pt_file_of_something_else_than_tensors_is_one_line(tmp_path, t):
@@ -440,16 +435,14 @@ def test_a_pt_file_of_something_else_than_tensors_is_one_line(tmp_path, t):
     bias = state["bias"]
     for wrong in ({**state, "bias": 7}, {**state, "bias": {"a": bias}}, [bias], bias, 7):
         torch.save(wrong, folder / "ae.pt")
-        with one_line("ae.pt"):
-            load_sae(folder)
+        refuses("ae.pt", load_sae, folder)
 
 
 def test_a_layer_that_the_file_contradicts_is_refused(tmp_path, t):
     for folder in (llama_scope(tmp_path / "l", t), sae_lens_6(tmp_path / "s", t, "topk"),
                    dictionary_learning(tmp_path / "d", t, "AutoEncoder")):
         assert load_sae(folder, layer=3).W_enc.shape == (M, D)
-        with pytest.raises(InputError, match="was trained on block 3, not 5: pass --layer 3"):
-            load_sae(folder, layer=5)
+        refuses("was trained on block 3, not 5: pass --layer 3", load_sae, folder, layer=5)
     before = sae_lens_6(tmp_path / "pre", t, "topk", {"hook_name": "blocks.3.hook_resid_pre"})
     assert load_sae(before, layer=2).k == K             # block 3's input is block 2's output
 
@@ -458,5 +451,4 @@ def test_other_mistakes_are_one_line(tmp_path, t):
     with pytest.raises(InputError, match="dtype 'float7' is not one of float32"):
         load_sae(gemma_scope(tmp_path / "a", t), dtype="float7")
     gemma_scope(sparsify(tmp_path / "d", t), t)
-    with pytest.raises(InputError, match=r"several SAEs that fit: . \(gemma_scope\), . \(sparsi"):
-        load_sae(tmp_path / "d")
+    refuses(r"several SAEs that fit: . \(gemma_scope\), . \(sparsi", load_sae, tmp_path / "d")

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from zstandard import compress as zstd_compress
 
-from helpers import counted, lines, one_line
+from helpers import counted, lines, refuses
 from lorasae.errors import InputError
 from lorasae.io import shards
 from lorasae.io.files import write_json
@@ -346,8 +346,7 @@ def test_a_text_that_has_changed_is_refused_if_more_of_it_is_needed(tmp_path, st
     change(path)
     message = r"has changed since the run began \(.*/1b?\.jsonl is new, missing or different\)"
     with text_of(source, folder=run) as text:
-        with one_line(message):
-            take(text, 100)
+        refuses(message, take, text, 100)
         assert torch.equal(take(text, 2), whole[:2])                    # what is there is there
 
 
@@ -383,8 +382,7 @@ def test_too_little_text_is_refused_in_one_line(tmp_path, streamed, monkeypatch,
 def test_a_tokenizer_without_the_special_tokens_or_a_vocabulary_is_refused(tmp_path):
     path = write_documents(tmp_path / "a.jsonl", map(numbered, range(300)))
     for bos, eos, name in ((9999, EOS, "BOS"), (BOS, 9999, "EOS")):
-        with pytest.raises(InputError, match=f"the tokenizer has no {name} token"):
-            Text(path, NUMBERED, bos, eos)
+        refuses(f"the tokenizer has no {name} token", Text, path, NUMBERED, bos, eos)
     empty = Tokenizer(models.BPE())
     empty.add_special_tokens(["<bos>", "<eos>"])
     with pytest.raises(InputError, match="the tokenizer makes no tokens of .*a.jsonl: is its voc"):
@@ -405,8 +403,7 @@ def test_a_bad_line_deep_in_the_text_reaches_who_asks_for_it(tmp_path, streamed)
     with path.open("a") as file:
         file.write("{broken\n")
     with text_of(path) as text:
-        with pytest.raises(InputError, match=r"line 301 \(Expecting"):
-            take(text, 100)
+        refuses(r"line 301 \(Expecting", take, text, 100)
         newest, _ = text.shards[-1]
         with counted(Text, "_write") as calls:          # what was written before it is good
             take(text, newest.stop // 4)

@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import adapted, random_sae, toy_text
-from lorasae.errors import InputError
+from helpers import adapted, random_sae, refuses, toy_text
 from lorasae.evals import steering
 from lorasae.evals.common import interval
 from lorasae.evals.report import print_tables
@@ -151,8 +150,7 @@ def test_the_latents_chosen_fire_hard_in_enough_texts_but_in_few(planted):
     best = sorted(eligible, key=strength.get, reverse=True)
     assert steering.choose_latents(peak, 3, least=16) == best[:3]
     assert steering.choose_latents(peak, 40, least=16) == best
-    with pytest.raises(InputError, match="--latents"):
-        steering.choose_latents(peak, 3, least=299)
+    refuses("--latents", steering.choose_latents, peak, 3, least=299)
 
 
 @pytest.fixture
@@ -167,8 +165,7 @@ def setting(model, raw_config, tmp_path, planted):
     ({"latents": [40]}, "0 to 39"), ({"latents": [-1]}, "0 to 39"),
     ({"examples": 7}, "--examples 7.*8 or more")])
 def test_what_cannot_be_steered_is_one_clear_line(setting, how, message):
-    with pytest.raises(InputError, match=message):
-        steering.evaluate(setting, **how)
+    refuses(message, steering.evaluate, setting, **how)
 
 
 @pytest.mark.parametrize("raw_config", ["gemma2", "llama"], indirect=True)

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 from zstandard import compress as zstd_compress
 
-from helpers import Hub, lines, one_line
+from helpers import Hub, lines, one_line, refuses
 from lorasae.errors import InputError
 from lorasae.io import text
 from lorasae.io.text import PIECE, documents_in, files, held_out
@@ -255,8 +255,7 @@ def test_a_dataset_that_cannot_be_read_is_told_in_one_line(hub, source, message)
     hub.datasets["owner/name"] = {"a.jsonl": lines(MANY), "tables/a.parquet": b"PAR1"}
     hub.datasets["owner/gated"] = {"a.jsonl": lines(MANY)}
     hub.refused = {"owner/gated": (403, "GatedRepo")}
-    with one_line(message):
-        documents(f"hf://datasets/{source}")
+    refuses(message, documents, f"hf://datasets/{source}")
 
 
 @pytest.mark.parametrize("offline, message", [(True, "HF_HUB_OFFLINE is set"),
@@ -264,5 +263,4 @@ def test_a_dataset_that_cannot_be_read_is_told_in_one_line(hub, source, message)
 def test_without_a_network_a_dataset_is_refused_in_one_line(hub, monkeypatch, offline, message):
     hub.stop()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    with one_line(message):
-        files("pile-val")
+    refuses(message, files, "pile-val")
