@@ -1,5 +1,6 @@
 """The benchmarks against lm-eval's own Hugging Face model: same checkpoint, adapter, SAE, tasks."""
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ class Bench:
     def ours(self, **how):
         return SplicedLM(self.model, self.tokenizer, self.saes, **how)
 
+    @cache
     def theirs(self, setting="adapted"):
         """lm-eval's HFLM; PEFT loads the adapter, and a hook on the block splices the SAE in."""
         pytest.importorskip("peft", reason="the oracle needs peft")

@@ -80,6 +80,9 @@ def test_a_repository_is_fetched_once_and_only_what_is_read(server):
     assert all((folder / name).read_bytes() == {**MODEL, **small}[name] for name in wanted)
     server.requests.clear()
     assert model_files("some/model/") == folder and fetched(server) == []
+    server.models["some/pickles"] = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
+    refuses("no .*.safetensors .*pickled weights are never opened", model_files, "some/pickles")
+    assert fetched(server) == ["config.json"]
 
 
 def test_the_cache_serves_when_the_hub_does_not(server, unreachable):
@@ -138,12 +141,6 @@ def test_a_repository_that_is_not_there_is_one_line(server, find):
     for name in ("gemma-3", "/no/where", "./x/y"):      # which can be no repository
         refuses(f"no (model|SAE) {name}: expected .*gemma-2-2b.*OWNER", find, name)
     assert server.requests == []
-
-
-def test_pickled_weights_are_not_fetched(server):
-    server.models["some/pickles"] = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
-    refuses(r"no \*.safetensors .*pickled weights are never opened", model_files, "some/pickles")
-    assert fetched(server) == ["config.json"]
 
 
 def test_the_plan_lists_sizes_and_what_the_cache_holds(server):
@@ -265,9 +262,6 @@ def test_presets_are_known_by_repository_and_mirror_and_what_is_given_goes_befor
     assert chosen(layer=9) == (SCOPE, 9, "16k", None)
     assert chosen(width="65k") == (SCOPE, 12, "65k", None)
     assert chosen(l0=41) == (SCOPE, 12, "16k", 41)
-
-
-def test_a_model_without_an_sae_says_how_to_get_one():
     message = "train.py --model llama-3.2-1b --method topk --out RUN_DIR`, then pass --sae"
     for find in (sae_choice, load_sae):
         refuses(message, find, "llama-3.2-1b")
