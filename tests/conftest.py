@@ -107,14 +107,19 @@ def model_folder(raw_config, tmp_path):
     return write_model(tmp_path / "model", raw_config)
 
 
-@pytest.fixture
-def model(raw_config):
-    """A random frozen Transformer of each family."""
+def random_model(raw, scale=0.15):
+    """A random frozen Transformer."""
     from lorasae.io.models import parse_config
     from lorasae.model import Transformer
-    model = Transformer(parse_config(raw_config, "the test"))
-    model.load_state_dict(random_weights(raw_config, scale=0.15), strict=True)
+    model = Transformer(parse_config(raw, "the test"))
+    model.load_state_dict(random_weights(raw, scale=scale), strict=True)
     return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def model(raw_config):
+    """One of each family."""
+    return random_model(raw_config)
 
 
 @pytest.fixture

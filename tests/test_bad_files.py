@@ -19,13 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import GEMMA, LLAMA, random_weights, write_model, write_shards
+from conftest import GEMMA, LLAMA, random_model, write_model, write_shards
 from helpers import adapted, one_line, refuses
 from lorasae import InputError, load_adapter, load_model, load_sae, save_adapter
 from lorasae.io.files import read_json, write_json
-from lorasae.io.models import parse_config
 from lorasae.io.shards import open_held_out
-from lorasae.model import Transformer
 from test_sae_formats import (
     D, M, dictionary_learning, gemma_scope, llama_scope, random_tensors, sae_lens_6, sparsify)
 from test_shards import BOS, EOS, NUMBERED, numbered, text_of, write_documents
@@ -67,18 +65,11 @@ def write_dictionary(dict_class):
 
 
 def write_adapter(folder):
-    save_adapter(adapted(small_llama(), [1], rank=2, std=1.0), folder)
+    save_adapter(adapted(random_model(LLAMA_SMALL, 0.2), [1], rank=2, std=1.0), folder)
     written = read_json(folder / "adapter_config.json")         # PEFT writes more keys
     for name in ("use_dora", "use_rslora", "modules_to_save", "fan_in_fan_out"):
         written[name] = False
     write_json(folder / "adapter_config.json", written)
-
-
-def small_llama():
-    """The model that the adapters belong to."""
-    model = Transformer(parse_config(LLAMA_SMALL, "the test"))
-    model.load_state_dict(random_weights(LLAMA_SMALL))
-    return model.requires_grad_(False).eval()
 
 
 @torch.no_grad()
@@ -95,7 +86,7 @@ def run_sae(folder):
 
 @torch.no_grad()
 def run_adapter(folder):
-    return load_adapter(small_llama(), folder)(TOKENS)
+    return load_adapter(random_model(LLAMA_SMALL, 0.2), folder)(TOKENS)
 
 
 KINDS = {

@@ -4,11 +4,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import GEMMA3
-from helpers import refuses
+from helpers import adapted, refuses
 from lorasae.io.adapters import load_adapter, save_adapter
 from lorasae.io.files import read_json, write_json
 from lorasae.io.models import load_model, parse_config, save_model, text_config
-from lorasae.lora import add_lora, merge_lora
+from lorasae.lora import merge_lora
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,7 @@ def test_its_adapters_load_in_peft_and_merge_into_a_plain_model(seeing, tokens, 
     peft = pytest.importorskip("peft", reason="reads the adapters")
     transformers = pytest.importorskip("transformers", reason="reads the merged model")
     folder, oracle = seeing
-    model = load_model(folder)
-    add_lora(model, [1, 3], 4, dropout=0.0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    model = adapted(load_model(folder), [1, 3], rank=4, std=0.1)
     save_adapter(model, tmp_path / "adapter")
     again = load_adapter(load_model(folder), tmp_path / "adapter")
     assert torch.equal(again(tokens), model(tokens))

@@ -1,5 +1,6 @@
 """LoRA: the identity at the start, Eq. 1 after, PEFT's files both ways, and what is refused."""
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import moved, refuses, transformers_model
+from helpers import adapted, moved, refuses, transformers_model
 from lorasae.io.models import load_model
 from lorasae.errors import InputError
 from lorasae.io.files import write_json
@@ -20,9 +21,7 @@ from lorasae.lora import (
 KEY = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
 
 
-def trained(model, layers=(1, 3), rank=3, **how):
-    """A model whose adapters are not the identity."""
-    return moved(add_lora(model, layers, rank, **how)).eval()
+trained = partial(adapted, blocks=(1, 3))               # adapters that are not the identity
 
 
 def test_a_fresh_adapter_is_the_identity_and_only_it_trains(model, tokens):
