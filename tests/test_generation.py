@@ -101,6 +101,7 @@ def test_a_stand_in_is_spliced_where_its_sae_is(model, tokens):
     sae = random_sae("jumprelu", model)
     same = StandIn(sae, sae)
     assert torch.equal(model(tokens, {1: same}), model(tokens, {1: sae}))
+    assert not torch.equal(model(tokens, {1: sae.forward}), model(tokens, {1: sae}))
     assert same.W_dec is sae.W_dec and StandIn(sae, sae, everywhere=True).on_special
     with pytest.raises(AttributeError):
         StandIn(lambda x: x).threshold

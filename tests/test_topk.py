@@ -80,6 +80,14 @@ def test_topk_is_exact(M, k, dtype):
     check_topk(random(9, M, seed=M + k).to(dtype), k)
 
 
+def test_groups_are_used_where_they_help(monkeypatch):
+    widths, whole = [], torch.topk
+    monkeypatch.setattr(
+        torch, "topk", lambda x, *a, **how: widths.append(x.shape[-1]) or whole(x, *a, **how))
+    topk.topk(torch.randn(2, 131072), 64)
+    assert max(widths) <= 131072 // 64
+
+
 def test_topk_with_ties_infinities_and_a_lone_maximum_anywhere():
     g = torch.Generator().manual_seed(0)
     # thousands of ties at the threshold
