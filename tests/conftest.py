@@ -20,6 +20,11 @@ def pytest_xdist_make_scheduler(config, log):
     return WorkStealingScheduling(config, log)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 GEMMA = {
     "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 97,
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -102,14 +107,19 @@ def model_folder(raw_config, tmp_path):
     return write_model(tmp_path / "model", raw_config)
 
 
-@pytest.fixture
-def model(raw_config):
-    """A random frozen Transformer of each family."""
+def random_model(raw, scale=0.15):
+    """A random frozen Transformer."""
     from lorasae.io.models import parse_config
     from lorasae.model import Transformer
-    model = Transformer(parse_config(raw_config, "the test"))
-    model.load_state_dict(random_weights(raw_config, scale=0.15), strict=True)
+    model = Transformer(parse_config(raw, "the test"))
+    model.load_state_dict(random_weights(raw, scale=scale), strict=True)
     return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def model(raw_config):
+    """One of each family."""
+    return random_model(raw_config)
 
 
 @pytest.fixture
@@ -183,11 +193,11 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory, text_folder):
-    """A folder with what a run needs: gemma2/, llama/ (models), their SAEs in */sae, and text/."""
+    """What runs need: gemma2/, gemma3/, llama/ (models), their SAEs in */sae, and text/."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(text_folder, folder / "text")
     text = "".join(path.read_text() for path in sorted(text_folder.iterdir()))
-    for name, raw in (("gemma2", GEMMA), ("llama", LLAMA)):
+    for name, raw in (("gemma2", GEMMA), ("gemma3", GEMMA3), ("llama", LLAMA)):
         write_tokenizer(write_model(folder / name, raw), raw, text)
         write_sae(folder / name / "sae", raw["hidden_size"], name, scale=0.05)
     return folder

@@ -9,6 +9,7 @@ import threading
 from contextlib import contextmanager, suppress
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
@@ -52,6 +53,13 @@ def adapted(model, blocks, rank=3, std=0.05, dropout=0.0, **how):
     return moved(add_lora(model, blocks, rank, dropout=dropout, **how), std)
 
 
+def same_tensors(found, expected, tolerance=1e-3):
+    """Each differs from the other by less than this part of its norm, or both are None."""
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).norm() <= tolerance * b.norm() + 1e-7
+
+
 # ---- Commands ------------------------------------------------------------------------------------
 
 def command(script, *words):
@@ -89,22 +97,6 @@ def metrics(folder):
 
 
 @contextmanager
-def interrupted_after(count, module, name):
-    """Inside the `with`, a function is interrupted (Ctrl-C) in its call number `count` + 1."""
-    real, calls = getattr(module, name), []
-
-    def interrupted(*args):
-        if len(calls) == count:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, name, interrupted)
-        yield
-
-
-@contextmanager
 def counted(module, name):
     """Inside the `with`, [an entry a call of a function of a module]."""
     real, calls = getattr(module, name), []
@@ -124,6 +116,12 @@ def one_line(message=None, kind=InputError):
     with pytest.raises(kind, match=message) as error:
         yield error
     assert "\n" not in str(error.value)
+
+
+def refuses(message, function, *arguments, **how):
+    """The call raises InputError in one line that matches."""
+    with one_line(message):
+        function(*arguments, **how)
 
 
 def transformers_model(folder, **how):
@@ -329,14 +327,13 @@ class HubHandler(Handler):
         inside = [path for path in files if path.startswith(folder + "/" if folder else "")]
         if not inside:
             return self.refuse(404, "EntryNotFound")
-        entries = {}
-        for path in inside:
-            tail = path[len(folder) + 1 if folder else 0:].split("/")
-            for depth in range(1, len(tail) + 1 if recursive else 2):
-                name = "/".join(([folder] if folder else []) + tail[:depth])
-                kind, size = ("file", len(files[path])) if depth == len(tail) else ("directory", 0)
-                oid = sha1(files.get(path, b"")).hexdigest()
-                entries[name] = {"type": kind, "size": size, "path": name, "oid": oid}
+        entries, above = {}, len(Path(folder).parts)
+        for path in map(Path, inside):
+            for depth in range(above + 1, len(path.parts) + 1 if recursive else above + 2):
+                name = "/".join(path.parts[:depth])
+                kind, data = ("file", files[name]) if name in files else ("directory", b"")
+                entries[name] = {"type": kind, "size": len(data), "path": name,
+                                 "oid": sha1(data).hexdigest()}
         self.reply_json(list(entries.values()))
 
     def file(self, data):

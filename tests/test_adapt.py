@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import adapted, moved, random_sae
+from helpers import adapted, random_sae, refuses, same_tensors
 from lorasae.adapt import (
-    World, adamw, adapted_loss, blocks_to_adapt, compiled_blocks, first_differing, frozen_forward,
+    adamw, adapted_loss, blocks_to_adapt, compiled_blocks, first_differing, frozen_forward,
     learning_rate, naive_loss, naive_train, step_seed, take_step)
-from lorasae.errors import InputError
-from lorasae.lora import add_lora, lora_parameters, merge_lora
+from lorasae.lora import add_lora, lora_parameters
 from lorasae.sae import StandIn, splice
 
 
@@ -41,14 +40,6 @@ def loss_of(model, saes, tokens, compile=False):
     return loss
 
 
-def same_gradients(found, expected, tolerance=1e-3):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected):
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert (a - b).norm() <= tolerance * b.norm() + 1e-6
-
-
 # ---- The loss ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kinds, blocks", [
@@ -67,23 +58,13 @@ def test_a_step_is_the_naive_loss_by_value_and_every_gradient(
     loss = loss_of(model, saes, text)
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     assert naive > 1 and loss.item() == pytest.approx(naive.item(), rel=1e-4)
-    same_gradients(found, expected)
+    same_tensors(found, expected)
 
 
-def test_without_an_sae_and_at_the_start_nothing_differs(model, text):
-    add_lora(model, [1, 2], 3)
-    assert naive_loss(model, {}, text).item() == pytest.approx(0, abs=1e-4)
-    assert loss_of(model, {}, text).item() == pytest.approx(0, abs=1e-4)
-
-    before = frozen_forward(model, {}, text, 1)         # and the frozen part never does
-    adapted_part = frozen_forward(moved(model), {}, text, 1)
-    assert all(map(torch.equal, before, adapted_part))
-
-
-@pytest.mark.parametrize("kind, blocks", [("jumprelu", [2, 3]), ("topk", [0, 1, 2, 3])])
-def test_compiled_blocks_take_the_same_step(model, text, kind, blocks):
+def test_compiled_blocks_take_the_same_step(model, text):
     """Every block is one graph in each role. aot_eager is torch.compile without its code."""
-    saes, parameters = {1: random_sae(kind, model)}, lora_parameters(adapted(model, blocks))
+    del model.layers[:2]                                # two are enough, and quicker
+    saes, parameters = {0: random_sae("topk", model)}, lora_parameters(adapted(model, [0]))
 
     def step():
         loss = loss_of(model.train(), saes, text)
@@ -92,12 +73,11 @@ def test_compiled_blocks_take_the_same_step(model, text, kind, blocks):
     expected, plain = step(), model.layers[0].forward
     with compiled_blocks(model, backend="aot_eager"):
         assert model.layers[0].forward != plain
-        same_gradients(step(), expected, 1e-4)
+        same_tensors(step(), expected, 1e-4)
     assert model.layers[0].forward == plain
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_compiled_step_of_a_gpu_is_the_plain_one(model, text):
     """Inductor, FlexAttention under a soft-cap, and the compiled loss, as train.py uses them."""
     model, text, saes = model.cuda(), text.cuda(), {1: random_sae("jumprelu", model).cuda()}
@@ -161,25 +141,6 @@ def test_a_step_is_clipped_adamw_on_the_loss_averaged_over_its_sequences(model, 
     assert all(parameter.grad is None for parameter in parameters)
 
 
-def test_a_step_adds_up_losses_and_gradients_over_the_processes(model, text):
-    saes, how, summed = {1: random_sae("topk", model)}, config(clip=1e9), []
-    parameters = lora_parameters(adapted(model, [1, 2]))
-    alone = loss_of(model, saes, text)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(alone, parameters)])
-
-    def double(tensors):
-        for tensor in tensors:
-            tensor.mul_(2)                              # as if another process had found the same
-        summed.append(len(tensors))
-
-    first = first_differing(model, saes)
-    part = frozen_forward(model, saes, text, first)
-    values = take_step(model, saes, part, first, adamw(parameters, how), how, World(0, 2, double))
-    assert summed == [1 + len(parameters)]              # in one message
-    assert values["kl"].item() == pytest.approx(2 * alone.item() / (2 * 40), rel=1e-6)
-    assert values["grad_norm"].item() == pytest.approx(2 * gradient.norm().item() / 2, rel=1e-5)
-
-
 def test_the_rate_falls_and_every_step_and_process_draws_its_own_random_numbers():
     rates = [learning_rate(0.5, step, config(lr_decay=True)) for step in range(5)]
     assert rates == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
@@ -190,17 +151,6 @@ def test_the_rate_falls_and_every_step_and_process_draws_its_own_random_numbers(
 
 
 # ---- What the settings promise -------------------------------------------------------------------
-
-def test_adapters_after_the_sae_leave_its_input_alone_and_those_before_cannot_exceed_k(
-        model, tokens):
-    sae = random_sae("topk", model)
-    x = model.run(model.embed(tokens), 0, 2)
-    adapted(model, [2, 3])
-    assert torch.equal(x, model.run(model.embed(tokens), 0, 2))
-    adapted(merge_lora(model), [0, 1])
-    after = model.run(model.embed(tokens), 0, 2)
-    assert not torch.equal(x, after) and (sae.encode(after) > 0).sum(-1).max() <= sae.k
-
 
 def test_which_blocks_are_adapted_and_where_the_models_begin_to_differ(model):
     topk, jumprelu = (random_sae(kind, model) for kind in ("topk", "jumprelu"))
@@ -214,8 +164,7 @@ def test_which_blocks_are_adapted_and_where_the_models_begin_to_differ(model):
     assert blocks_to_adapt((), {1: topk}, 4) == [0, 1, 2, 3]
     assert blocks_to_adapt((), {1: topk, 2: jumprelu}, 4) == [2, 3]
     for word in ("before", "²", "-1"):
-        with pytest.raises(InputError, match="after, all, next"):
-            blocks_to_adapt((word,), one, 4)
+        refuses("after, all, next", blocks_to_adapt, (word,), one, 4)
 
     assert first_differing(model, {}) == 4 and first_differing(model, {2: topk}) == 3
     assert first_differing(model, {3: topk, 0: topk}) == 1
@@ -253,8 +202,7 @@ def test_saes_of_both_kinds_are_spliced_together_each_by_its_own_rule(model, tex
 
 def test_a_run_of_blocks_that_is_not_told_where_bos_is_refuses_such_an_sae(model, text):
     x = model.embed(text)
-    with pytest.raises(InputError, match="special=model.special"):
-        model.run(x, 0, 2, {1: random_sae("jumprelu", model)})
+    refuses("special=model.special", model.run, x, 0, 2, {1: random_sae("jumprelu", model)})
     model.run(x, 0, 1, {1: random_sae("jumprelu", model)})  # its block is not among them
     model.run(x, 0, 2, {1: random_sae("topk", model)})
     model.run(x, 0, 2, {1: random_sae("jumprelu", model, on_special=True)})

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format on some modules only; test_lora.py has those on all seven."""
+"""Adapters in PEFT's format."""
 from pathlib import Path
 
 import pytest
@@ -6,19 +6,21 @@ import torch
 
 from helpers import adapted, moved, read, transformers_model
 from lorasae import load_adapter, load_model, save_adapter
-from lorasae.lora import LoRALinear, adapters, replace_module
+from lorasae.lora import TARGETS, LoRALinear, adapters, replace_module
 
 
-def test_an_adapter_of_the_attention_only_goes_both_ways(model_folder, tokens, tmp_path):
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), TARGETS], ids=["some", "all"])
+def test_an_adapter_goes_both_ways(model_folder, tokens, tmp_path, targets):
     torch.manual_seed(0)
-    model = adapted(load_model(model_folder), [1, 3], alpha=8, targets=("q_proj", "v_proj")).eval()
+    model = adapted(load_model(model_folder), [1, 3], alpha=8, targets=targets).eval()
     save_adapter(model, tmp_path / "adapter", str(model_folder))
     config = read(tmp_path / "adapter" / "adapter_config.json")
-    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert sorted(config["target_modules"]) == sorted(targets)
     assert config["layers_to_transform"] == [1, 3]
 
     back = load_adapter(load_model(model_folder), tmp_path / "adapter")
-    assert sorted(adapters(back)) == sorted(adapters(model)) and len(adapters(back)) == 4
+    assert sorted(adapters(back)) == sorted(adapters(model))
+    assert len(adapters(back)) == 2 * len(targets)
     assert torch.equal(back(tokens), model(tokens))
 
     peft = pytest.importorskip("peft", reason="the oracle is peft")

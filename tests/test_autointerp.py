@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from conftest import TEXT, write_tokenizer
-from helpers import adapted, one_line, random_sae, toy_text
+from helpers import adapted, random_sae, refuses, toy_text
 from lorasae import InputError, base
 from lorasae.evals import autointerp
 from lorasae.evals import judge as judges
@@ -266,8 +266,7 @@ def test_a_chat_models_answers_are_kept_and_only_the_rest_is_asked(setting, judg
     for path in (setting.folder / "autointerp").iterdir():
         path.unlink()
     judge.answer = busy
-    with pytest.raises(InputError, match="401"):
-        judge()
+    refuses("401", judge)
     judge.answer = politely
     assert judge() == whole and len(judge.asked) == total - 5
 
@@ -278,8 +277,7 @@ def test_a_latent_whose_answer_names_no_windows_is_left_out_and_counted(judge):
     judge.answer = lambda text: strange.pop() if strange and "<<" not in text else politely(text)
     assert "and 1 got answers that name no windows" in judge()["left_out"]
     judge.answer = lambda text: ""
-    with pytest.raises(InputError, match="nothing is left to score"):
-        judge(chat_model="other")
+    refuses("nothing is left to score", judge, chat_model="other")
 
 
 @one_family
@@ -297,13 +295,11 @@ def test_what_cannot_be_judged_is_one_clear_line(setting, judge):
             ({"latents": [24]}, "0 to 23"), ({"latents": [-1]}, "0 to 23"),
             ({"judge_latents": 0}, "1 or more"),
             ({"judge": None}, "needs a language model as its judge: --judge http")):
-        with one_line(message):
-            judge(**options)
+        refuses(message, judge, **options)
         assert not judge.asked
 
     text = setting.text
     for chunks, message in ((text.held_out[:2], "--eval-tokens|too rarely"),
                             (text.held_out[:2, :20], "--context")):
         setting.text = SimpleNamespace(held_out=chunks, bos=text.bos, tokenizer=text.tokenizer)
-        with pytest.raises(InputError, match=message):
-            judge()
+        refuses(message, judge)

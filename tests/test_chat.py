@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from helpers import Handler, Server
+from helpers import Handler, Server, refuses
 from lorasae.errors import InputError
 from lorasae.evals import chat as chat_module
 from lorasae.evals.chat import Kept, chat
@@ -65,8 +65,7 @@ def test_an_endpoint_that_stays_wrong_is_quoted_in_one_line(endpoint, trouble, s
 def test_only_http_addresses_are_endpoints_and_a_model_may_say_nothing(endpoint):
     for url, said in (("localhost:8000/v1", "http"), ("file:///etc/passwd", "http"), ("", "http"),
                       ("http://127.0.0.1:9/v1", "no answer: .*refused")):
-        with pytest.raises(InputError, match=said):
-            chat(url, "m", [], 5)
+        refuses(said, chat, url, "m", [], 5)
     endpoint.answer = lambda body: (200, b'{"choices": [{"message": {"content": null}}]}')
     assert chat(endpoint.url, "m", [], 5) == ""
 
@@ -87,5 +86,4 @@ def test_a_question_is_asked_once_and_another_judges_answers_are_not_taken(tmp_p
     assert not list(path.parent.glob("*.part"))
     for damage in (b"{", b"[]"):
         path.write_bytes(damage)
-        with pytest.raises(InputError, match="latent_3.json"):
-            Kept(path, None, "m")
+        refuses("latent_3.json", Kept, path, None, "m")

@@ -7,7 +7,7 @@ import pytest
 
 import train
 from conftest import GEMMA, write_model
-from helpers import misuse, one_line
+from helpers import misuse, one_line, refuses
 from lorasae.beyond.recipe import tuned
 from lorasae.errors import InputError
 from lorasae.io.files import write_json
@@ -36,6 +36,9 @@ def test_the_defaults_are_the_papers():
         weight_decay=0.01, clip=1.0, k=64, auxk=False, seed=42, dtype="bfloat16",
         sae_dtype="float32", optimizer="adamw", targets=TARGETS)
     headline = configured(model="gemma-2-2b")
+    for name in ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "llama-3.1-8b"):
+        assert not PAPER.keys() & (PRESETS[name].lora.keys() | PRESETS[name].common.keys()), name
+    holds(Config(), PAPER)
     for config in (Config(), headline):
         holds(config, paper)
     assert (headline.sae, headline.width, headline.l0, headline.adapt) == (
@@ -61,7 +64,8 @@ WRONG = {                                               # by the type of an opti
     str: [True, 3], bool: [0, "yes"], int: [-1, 1.5, math.nan, True, "3", 2 ** 62],
     float: [-1e-9, math.nan, math.inf, 10 ** 400, True, "3"]}
 OWN = {                                                 # beside those, of one option
-    "method": ["magic", ""], "dtype": ["int8"], "width": [0], "device": ["gpu", "cuda:x", "meta"],
+    "method": ["magic", ""], "dtype": ["int8"], "width": [0], "k": [0],
+    "device": ["gpu", "cuda:x", "meta"],
     **dict.fromkeys(["batch_size", "micro_batch", "ahead"], [0, 2 ** 16, 10 ** 9]), "context": [1],
     "tokens": [0], "dropout": [1, 1.5], "l0": [0], "alpha": [0], "layer": [[1], 1, (1, 1), ()],
     "rank": [4, (0,), (4, 4), (), (10 ** 9,)], "adapt": ["after"], "sae": ["a"],
@@ -103,8 +107,7 @@ def test_values_at_the_edge_are_taken(name, values):
     ({"method": "finetune", "lr": (1, 4)}, "--method finetune is for one of each"),
     ({"train_sae": True, "rank": (1, 4)}, "--method lora --train-sae is for one of each")])
 def test_what_does_not_go_together_is_refused(given, message):
-    with pytest.raises(InputError, match=message):
-        Config(**given)
+    refuses(message, Config, **given)
 
 
 # ---- Filling in ----------------------------------------------------------------------------------
@@ -114,8 +117,7 @@ def test_what_does_not_go_together_is_refused(given, message):
 def test_every_preset_gives_a_configuration_of_every_method(name, method):
     known, given = PRESETS[name], {"model": name, "method": method}
     if method not in SCRATCH and known.sae is None:
-        with pytest.raises(InputError, match="--method topk"):
-            configured(**given)
+        refuses("--method topk", configured, **given)
         return
     config, own = configured(**given), known.sae_training if method in SCRATCH else known.lora
     assert config.layer == (known.layer,)
@@ -145,8 +147,7 @@ def test_what_changes_nothing_is_refused(given, name):
     method = BOTH if "train_sae" in given else given.get("method", "lora")
     with pytest.raises(InputError, match=f"^{option(name)} has no effect with --method {method}"):
         configured(**{**given, name: True})
-    with pytest.raises(InputError, match="--field has no effect with --data stdlib"):
-        configured(field="content", data="stdlib")
+    refuses("--field has no effect with --data stdlib", configured, field="content", data="stdlib")
 
 
 def test_a_width_is_a_number_of_latents_or_the_name_of_a_power_of_two(capsys):
@@ -188,12 +189,6 @@ def test_a_recipe_decides_what_is_not_given_and_the_preset_the_rest():
     assert configured(recipe="paper", train_sae=True).sae_lr == own.finetune["lr"]
     assert configured(optimizer="adamw", train_sae=True).lr == tuned(192, 6, "adamw")["lr"]
     assert configured(method="finetune", sae=(own.sae,)).lr == own.finetune["lr"]
-
-
-def test_the_papers_models_are_trained_as_published_unless_asked_otherwise():
-    for name in ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "llama-3.1-8b"):
-        assert not PAPER.keys() & (PRESETS[name].lora.keys() | PRESETS[name].common.keys()), name
-    holds(Config(), PAPER)
 
 
 def test_an_sae_that_trains_is_float32_whatever_its_preset_says_of_frozen_ones():
@@ -257,11 +252,8 @@ def test_a_models_folder_beside_an_sae_is_not_taken_for_a_run(sae_run, tmp_path)
     assert run_of(sae_run / "sae") == sae_run
     given = {"model": "tiny-llama-3", "sae": (str(model / "sae-layer2"),)}
     assert configured(**given).context == 256           # the preset's
-
-
-def test_of_saes_of_which_only_some_are_runs_nothing_is_taken_over(sae_run, tmp_path):
-    config = configured(sae=(str(sae_run), "owner/name"), layer=(1, 2))
-    assert (config.layer, config.context) == ((1, 2), 256)
+    some = configured(sae=(str(sae_run), "owner/name"), layer=(1, 2))
+    assert (some.layer, some.context) == ((1, 2), 256)
 
 
 # ---- Files ---------------------------------------------------------------------------------------

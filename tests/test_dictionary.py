@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import command, read, refusal
+from helpers import command, read, same_tensors, words
 from lorasae import dictionary
 from lorasae.adapt import blocks_to_adapt, naive_loss
 from lorasae.dictionary import aux_loss, fvu, new_sae, observe, schedule, target_l0
@@ -19,11 +19,18 @@ LAYER, B, T, M, K = 1, 2, 16, 128, 4
 
 
 def batch(model, number):
-    """Random tokens with a BOS in front."""
+    """Random tokens with a BOS in front, and an EOS."""
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(3, 97, (B, T), generator=generator)
     tokens[:, 0] = model.config.bos_token_id
+    tokens[0, 7] = model.config.eos_token_id
     return tokens
+
+
+def ordinary(model, tokens):
+    """Activations that are not of BOS or EOS."""
+    special = torch.tensor([model.config.bos_token_id, model.config.eos_token_id])
+    return model.run(model.embed(tokens), 0, LAYER + 1)[~torch.isin(tokens, special)]
 
 
 def fresh(method, model, seed=0):
@@ -97,23 +104,15 @@ def test_the_geometric_median_balances_directions_and_ignores_an_outlier():
 
 # ---- A step --------------------------------------------------------------------------------------
 
-def first_step(model, sae, method, monkeypatch, **how):
-    """{parameter: gradient} of the first step, and what it logs, before anything is updated."""
-    found = {}
-
-    def keep(sae, optimizer):
-        found.update({name: p.grad.clone() for name, p in sae.named_parameters()})
-
-    monkeypatch.setattr(dictionary, "update", keep)
-    values, = fit(model, sae, method, steps=1, clip=1e9, **how)
-    return found, values
+def first_step(model, sae, method, monkeypatch):
+    """The gradients of the first step, and what it logs, before anything is updated."""
+    monkeypatch.setattr(dictionary, "update", lambda sae, optimizer: None)
+    values, = fit(model, sae, method, steps=1, clip=1e9)
+    return [parameter.grad for parameter in sae.parameters()], values
 
 
-def same_gradients(found, sae, loss):
-    expected = torch.autograd.grad(loss, list(sae.parameters()))
-    for (name, _), gradient in zip(sae.named_parameters(), expected):
-        assert found[name].norm() > 0 or gradient.norm() == 0
-        assert (found[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
+def gradients_of(loss, sae):
+    return torch.autograd.grad(loss, list(sae.parameters()))
 
 
 def test_the_end_to_end_loss_and_gradient_are_those_of_two_whole_forward_passes(
@@ -129,7 +128,8 @@ def test_the_end_to_end_loss_and_gradient_are_those_of_two_whole_forward_passes(
     target = model.norm(model.run(model.embed(tokens), 0, depth))
     x = spliced(model.run(model.embed(tokens), 0, LAYER + 1))
     hidden = model.norm(model.run(x, LAYER + 1, depth))
-    same_gradients(found, sae, naive_kl(target, hidden, model.head, model.softcap) / B)
+    naive = naive_kl(target, hidden, model.head, model.softcap) / B
+    same_tensors(found, gradients_of(naive, sae))
 
     # It is the method's own loss, Eq. 7 with nothing adapted.
     naive = naive_loss(model, {LAYER: sae}, tokens)
@@ -143,7 +143,7 @@ def test_the_topk_gradient_is_that_of_the_dense_fvu_and_no_later_block_runs(mode
     found, values = first_step(model, sae, "topk", monkeypatch)
     x = model.run(model.embed(batch(model, 0)), 0, LAYER + 1).flatten(0, 1)
     loss = fvu(sae.decode(sae.encode(x)), x)
-    same_gradients(found, sae, loss)
+    same_tensors(found, gradients_of(loss, sae))
     assert values["fvu"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -152,24 +152,15 @@ def test_the_jumprelu_gradient_is_that_of_fvu_and_l0_penalty_on_ordinary_positio
     sae = fresh("jumprelu", model)
     wanted = configuration("jumprelu", steps=1)
     found, values = first_step(model, sae, "jumprelu", monkeypatch)
-    x = model.run(model.embed(batch(model, 0)), 0, LAYER + 1)[:, 1:].flatten(0, 1)      # no BOS
+    x = ordinary(model, batch(model, 0))
     unit = (x - geometric_median(x)).square().sum(1).mean().sqrt()
     pre = x @ sae.W_enc.T + sae.b_enc
     z, gates = Jump.apply(pre, sae.threshold, dictionary.BANDWIDTH * unit)
     l0 = gates.sum(1).mean()
     penalty = (l0 / target_l0(wanted, 0) - 1) ** 2
     loss = fvu(z @ sae.W_dec + sae.b_dec, x) + dictionary.L0_WEIGHT * penalty
-    same_gradients(found, sae, loss)
+    same_tensors(found, gradients_of(loss, sae))
     assert values["l0"].item() == pytest.approx(l0.item(), rel=1e-5)
-
-
-def test_an_sae_is_not_trained_on_bos_and_eos_unless_its_kind_is(model):
-    tokens = batch(model, 0)
-    tokens[0, 5] = model.config.eos_token_id
-    for method, count in (("topk", B * T), ("e2e", B * T), ("jumprelu", B * T - 3)):
-        seen = observe(model, fresh(method, model), LAYER, tokens, method == "e2e")
-        used = used_positions(fresh(method, model), seen.x, seen.special)
-        assert used.sum() == count and (seen.target is None) == (method != "e2e")
 
 
 @pytest.mark.parametrize("method", ["topk", "jumprelu", "e2e"])
@@ -249,7 +240,7 @@ def test_auxk_and_nothing_else_trains_dead_latents_encoder_and_decoder(model, au
         assert moved > 1e-2 if auxk else moved < 1e-6, name
     x = model.run(model.embed(batch(model, 0)), 0, LAYER + 1)
     fired = (sae.encode(x)[..., dead] > 0).flatten(0, 1).any(0).float().mean()
-    assert fired > 0.3 if auxk else fired == 0
+    assert fired > 0.2 if auxk else fired == 0
     assert auxk or values[-1]["dead"] >= 40 / M - 1e-6
 
 
@@ -274,9 +265,9 @@ def test_a_new_kind_is_one_class_and_one_line(model, monkeypatch, method):
     if method == "e2e":
         loss = naive_loss(model, {LAYER: sae}, tokens) / B
     else:
-        x = model.run(model.embed(tokens), 0, LAYER + 1)[:, 1:].flatten(0, 1)
+        x = ordinary(model, tokens)
         loss = fvu(sae(x), x)
-    same_gradients(found, sae, loss)
+    same_tensors(found, gradients_of(loss, sae))
     tensors, facts = sae.saved()
     assert facts == {"architecture": "standard", "apply_b_dec_to_input": False}
     assert tensors.keys() == {"W_enc", "W_dec", "b_enc", "b_dec"}
@@ -285,18 +276,7 @@ def test_a_new_kind_is_one_class_and_one_line(model, monkeypatch, method):
 
 # ---- The command ---------------------------------------------------------------------------------
 
-@pytest.fixture
-def words(whole_model, text_folder):
-    def words(method, *more, tokens=2560):
-        return ["--method", method, "--model", whole_model, "--layer", 1, "--data", text_folder,
-                "--context", 32, "--tokens", tokens, "--eval-tokens", 256, "--batch-size", 2,
-                "--width", 96, "--dtype", "float32", "--device", "cpu", *more]
-    return words
-
-
-@pytest.mark.parametrize("raw_config", ["llama"], indirect=True)
-@pytest.mark.parametrize("steps", [37])
-def test_each_tenth_is_kept_under_its_true_percentage(words, tmp_path, monkeypatch, steps):
+def test_each_tenth_is_kept_under_its_true_percentage(site, tmp_path, monkeypatch, steps=37):
     snapshots, exact = [None], dictionary.update
 
     def spy(sae, optimizer):
@@ -304,7 +284,8 @@ def test_each_tenth_is_kept_under_its_true_percentage(words, tmp_path, monkeypat
         snapshots.append(sae.W_enc.detach().clone())
 
     monkeypatch.setattr(dictionary, "update", spy)
-    command("train", *words("topk", "--k", 4, tokens=64 * steps), "--out", tmp_path / "run")
+    arguments = words(site, "topk", "--tokens", 64 * steps, model="llama")
+    command("train", *arguments, "--out", tmp_path / "run")
     kept = sorted(path.name for path in (tmp_path / "run").glob("sae-*"))
     assert kept == [f"sae-{percent}pct" for percent in range(10, 100, 10)]
     seconds = 0
@@ -318,50 +299,27 @@ def test_each_tenth_is_kept_under_its_true_percentage(words, tmp_path, monkeypat
         assert torch.equal(load_sae(folder).W_enc, snapshots[about["step"]])
 
 
-def test_a_run_reports_and_keeps_an_sae_that_a_model_is_then_adapted_to(words, tmp_path, capsys):
+def test_a_run_reports_and_keeps_an_sae_that_a_model_is_then_adapted_to(site, tmp_path, capsys):
     run = tmp_path / "run"
-    command("train", *words("topk", "--k", 4, "--lr", 3e-3), "--out", run)
+    command("train", *words(site, "topk", "--k", 4, "--lr", 3e-3), "--out", run)
     printed = capsys.readouterr().out
     results, config = read(run / "results.json"), read(run / "config.json")
     assert "dead latents" in printed and "tokens/s" in printed
     assert results.keys() >= {"ce_base", "ce_sae", "kl_sae", "fvu", "l0", "dead_latents", "seconds",
                               "train_tokens"}
     assert 0 < results["fvu"] < 1 and 0 < results["l0"] <= 4
-    assert config["width"] == 96 and config["steps"] == 40
+    assert config["width"] == 96 and config["steps"] == 20
     assert read(run / "sae/training.json")["percent"] == 100
     sae = load_sae(run, layer=1)
     assert isinstance(sae, TopK) and sae.k == 4 and len(sae.W_enc) == 96
     assert not sae.on_special and sae.max_norm == read(run / "sae/cfg.json")["metadata"]["max_norm"]
 
-    around = without_width(words("lora", "--rank", 2, "--sae", run))
-    command("train", *around, "--out", tmp_path / "adapted")
+    command("train", *words(site, "lora", "--sae", run), "--out", tmp_path / "adapted")
     again = read(tmp_path / "adapted/results.json")
     assert again["ce_sae"] == pytest.approx(results["ce_sae"], rel=1e-5)
-
-
-def without_width(words):
-    place = words.index("--width")
-    return words[:place] + words[place + 2:]
 
 
 def test_the_paper_s_rate_and_width_are_the_defaults(model):
     config, width = Config(method="topk", lr=None, layer=(1,)), 8 * model.config.hidden_size
     found = resolved(config, model.config)
     assert found.width == width and found.lr == pytest.approx(2e-4 / (width / 2 ** 14) ** 0.5)
-
-
-@pytest.mark.parametrize("raw_config", ["gemma2"], indirect=True)
-@pytest.mark.parametrize("method, change, message", [
-    ("topk", ["--k", 97], "96"), ("topk", ["--k", 0], "--k is 0, but should be"),
-    ("e2e", ["--k", -3], "--k is -3, but should be"), ("topk", ["--layer", 4], "0 to 3"),
-    ("topk", ["--layer", -1], "at least 0"), ("topk", ["--layer", 1, 2], "one layer"),
-    ("jumprelu", ["--l0", 0], "--l0 is 0.0, but should be"), ("topk", ["--lr", -1], "lr"),
-    ("jumprelu", ["--l0", 96], "cannot be reached"), ("jumprelu", ["--l0", "nan"], "--l0 is nan"),
-    ("topk", ["--l0", 8], "no effect"), ("jumprelu", ["--k", 8], "no effect"),
-    ("topk", ["--sae", "somewhere"], "no effect"),
-    ("e2e", ["--rank", 8], "no effect")])
-def test_mistakes_are_answered_with_one_line_and_nothing_is_written(
-        words, tmp_path, method, change, message):
-    before = set(tmp_path.rglob("*"))
-    assert message in refusal("train", *words(method, *change), "--out", tmp_path / "run")
-    assert set(tmp_path.rglob("*")) == before

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import adapted, command, misuse, one_line, random_sae, read, refusal
+from helpers import adapted, command, misuse, random_sae, read, refusal, refuses
 from lorasae.evals import distances, fidelity, tokens as token_suite
 from lorasae.evals.common import (
     evaluating, interval, linearised, over, over_documents, ratio, t_quantile, without_interval)
@@ -64,6 +64,10 @@ def test_an_interval_is_students_and_one_value_has_none():
     assert (mean - half, mean + half) == pytest.approx((0.1073512, 7.3926488), abs=1e-6)
     assert interval(torch.tensor([3.])) == (3, None)
     assert interval(values.repeat(2), torch.arange(8)) == pytest.approx(interval(values.repeat(2)))
+    mean, half, what = over([0.1, 0.3], "seeds")
+    assert (mean, half, what) == (pytest.approx(0.2), pytest.approx(0.6313752), "2 seeds")
+    assert over([0.5], "seeds") == (0.5, None, "1 seed")
+    assert over_documents(NINE.double(), NINE) == (*interval(NINE.double(), NINE), "9 documents")
 
 
 def test_a_ratio_of_paired_values_knows_that_they_move_together():
@@ -161,13 +165,6 @@ def test_too_few_documents_have_no_interval_whatever_the_number_of_sequences():
         assert interval(values, documents) == (values.mean().item(), None)
         assert ratio(values, values + 3, documents)[1] is None
     assert interval(values, torch.arange(400) % 8)[1] > 0
-
-
-def test_an_estimate_says_what_it_is_over():
-    mean, half, what = over([0.1, 0.3], "seeds")
-    assert (mean, half, what) == (pytest.approx(0.2), pytest.approx(0.6313752), "2 seeds")
-    assert over([0.5], "seeds") == (0.5, None, "1 seed")
-    assert over_documents(NINE.double(), NINE) == (*interval(NINE.double(), NINE), "9 documents")
 
 
 def test_a_missing_interval_is_neither_printed_nor_drawn(capsys):
@@ -339,13 +336,10 @@ def test_an_sae_that_trained_is_compared_with_the_run_s_file(model, sequences, t
 
     path = tmp_path / "sequences.json"
     whole = read(path)
-    for damage in (b"", b"{", b"[]", b"{}", b'{"documents": [1], "before": {"ce": [null]}}',
-                   json.dumps({**whole, "documents": [0] * 9}).encode(),        # another run's
-                   json.dumps({**whole, "before": {"ce": [1.0]}}).encode(),
-                   json.dumps({"documents": list(range(9))}).encode()):
-        path.write_bytes(damage)
-        with one_line("sequences.json"):
-            fidelity.evaluate(setting)
+    for damage in ({**whole, "documents": [0] * 9},     # another run's; others: test_train.py
+                   {**whole, "before": {"ce": [1.0]}}, {"documents": list(range(9))}):
+        path.write_text(json.dumps(damage))
+        refuses("sequences.json", fidelity.evaluate, setting)
 
 
 def test_tables_say_where_documents_are_too_few(model, sequences, capsys, tmp_path):

@@ -63,14 +63,14 @@ def test_a_row_ends_at_eos_or_where_it_is_told_to(model, tokens, saes):
 
 
 def test_a_temperature_draws_by_the_softmax_and_a_generator_repeats_it(model, tokens, saes):
-    def drawn(seed, temperature=0.7, prompts=tokens):
+    def drawn(seed, temperature=0.7, prompts=tokens, count=4):
         generator = torch.Generator().manual_seed(seed)
-        return generate(model, prompts, 4, saes, temperature, generator)
+        return generate(model, prompts, count, saes, temperature, generator)
 
     assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
     assert torch.equal(drawn(0, 1e-6), generate(model, tokens, 4, saes))
-    many = drawn(0, 0.7, tokens[:1].expand(4000, -1))[:, 40]
-    p = (model(tokens[:1], saes)[0, -1] / 0.7).softmax(-1)
+    many = drawn(0, 0.7, tokens[:1, :8].expand(4000, -1), count=1)[:, 8]
+    p = (model(tokens[:1, :8], saes)[0, -1] / 0.7).softmax(-1)
     found = many.bincount(minlength=97) / 4000
     assert (found - p).abs().max() < 4 * (p * (1 - p) / 4000).sqrt().max()
 

@@ -4,9 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers import command, read
+from helpers import command, read, refuses
 from lorasae.beyond import experiments
-from lorasae.errors import InputError
 from lorasae.evals.common import interval
 from lorasae.evals.report import save_figure
 from lorasae.io.files import write_json
@@ -289,8 +288,7 @@ def test_arms_are_paired_by_seed_within_a_case(tmp_path):
     good = read(done)
     for other in {"seconds": None}, {"l0": {}}, {"l0": 8.0}, {"kl_gap_closed": "seven"}:
         write_json(done, {**good, **other})
-        with pytest.raises(InputError, match=f"{done}.* {[*other][0]}|{done}.*l0_sae"):
-            experiments.measure(alone)
+        refuses(f"{done}.* {[*other][0]}|{done}.*l0_sae", experiments.measure, alone)
 
 
 def test_the_command_trains_by_train_py_and_refuses_another_plan(

@@ -1,13 +1,14 @@
 """The benchmarks against lm-eval's own Hugging Face model: same checkpoint, adapter, SAE, tasks."""
 import json
+from functools import cache
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 from conftest import GEMMA, LLAMA, TEXT, write_model, write_tokenizer
-from helpers import adapted, command, one_line, random_sae, read, refusal
-from lorasae import InputError, load_adapter, load_model, save_adapter, save_sae
+from helpers import adapted, command, random_sae, read, refusal, refuses
+from lorasae import load_adapter, load_model, save_adapter, save_sae
 from lorasae.evals.common import interval
 from lorasae.io.files import write_json
 
@@ -53,6 +54,7 @@ class Bench:
     def ours(self, **how):
         return SplicedLM(self.model, self.tokenizer, self.saes, **how)
 
+    @cache
     def theirs(self, setting="adapted"):
         """lm-eval's HFLM; PEFT loads the adapter, and a hook on the block splices the SAE in."""
         pytest.importorskip("peft", reason="the oracle needs peft")
@@ -306,25 +308,19 @@ def test_mistakes_in_tasks_are_one_line(tasks, tmp_path, monkeypatch):
     (tmp_path / "lost.yaml").write_text(lost)
     for name, reason in (("no.yaml", "no.yaml"), ("broken.yaml", "cannot load"),
                          ("lost.yaml", "nowhere.jsonl")):
-        with one_line(reason):
-            load(tmp_path / name)
+        refuses(reason, load, tmp_path / name)
 
     def offline(*_):
         raise ConnectionError("Couldn't reach the Hub")
     monkeypatch.setattr(TaskManager, "load", offline)
-    with pytest.raises(InputError, match="reach the Hub.*whose data come from the Hub"):
-        load(choice)
+    refuses("reach the Hub.*whose data come from the Hub", load, choice)
 
 
 def test_requests_that_cannot_be_answered_are_refused(bench):
     ours = bench.ours()
-    with pytest.raises(InputError, match="at least 1"):
-        benchmarks.measure(bench.model, {}, bench.tokenizer, {}, limit=0)
+    refuses("at least 1", benchmarks.measure, bench.model, {}, bench.tokenizer, {}, limit=0)
     for how, reason in (({"do_sample": True, "temperature": 0.7}, "greedy"),
                         ({}, "asks for 256 new tokens.*holds 96")):
-        with pytest.raises(InputError, match=reason):
-            ours.generate_until(generations(**how))
-    with pytest.raises(InputError, match="cannot score"):
-        ours._loglikelihood_tokens([(("a", "b"), [5], [5] * (LENGTH + 1))])
-    with pytest.raises(InputError, match="not supported"):
-        ours.loglikelihood_rolling([])
+        refuses(reason, ours.generate_until, generations(**how))
+    refuses("cannot score", ours._loglikelihood_tokens, [(("a", "b"), [5], [5] * (LENGTH + 1))])
+    refuses("not supported", ours.loglikelihood_rolling, [])

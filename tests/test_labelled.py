@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import one_line
+from helpers import refuses
 from lorasae.errors import InputError
 from lorasae.evals import labelled_saebench, labelled_stdlib
 from lorasae.evals.labelled_stdlib import PACKAGES, PAIRS, cut_passages, passages, split_source
@@ -156,16 +156,14 @@ def test_languages_and_code_are_the_first_of_a_stream_shuffled_one_after_the_oth
 def test_what_is_missing_is_said_in_one_line(answers, monkeypatch):
     answers["LabHC/bias_in_bios",] = ConnectionError("Couldn't reach the Hub\nand more")
     expected = "cannot load the data set LabHC/bias_in_bios .*--labelled stdlib"
-    with one_line(expected):
-        saebench_cut("tpp", "bias_in_bios_1")
+    refuses(expected, saebench_cut, "tpp", "bias_in_bios_1")
 
     answers["LabHC/bias_in_bios",] = bios(20, 20)
     with pytest.raises(InputError, match="LabHC/bias_in_bios .Cannot take a larger sample"):
         saebench_cut("tpp", "bias_in_bios_1")
 
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match="pip install datasets"):
-        saebench_cut("tpp", "bias_in_bios_1")
+    refuses("pip install datasets", saebench_cut, "tpp", "bias_in_bios_1")
 
 
 def test_every_suite_has_the_papers_data_sets():

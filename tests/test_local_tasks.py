@@ -75,7 +75,7 @@ def test_passages_are_whole_lines_and_a_question_needs_three_different_wrong_ans
     assert not passages(["short\n" * 10, "y" * 10_000 + "\n" + "x" * 90])
 
 
-def test_an_embedded_model_gets_them_by_default_and_others_the_papers(capsys):
+def test_an_embedded_model_gets_them_by_default_and_others_the_papers(capsys, monkeypatch):
     for model in ("tiny-gemma-2", str(TINY / "llama-3")):
         assert benchmarks.default_tasks(model) == "local"
     said = capsys.readouterr().err.splitlines()
@@ -83,9 +83,6 @@ def test_an_embedded_model_gets_them_by_default_and_others_the_papers(capsys):
     for model in ("gemma-2-2b", "google/gemma-2-2b", "models/my-own"):
         assert benchmarks.default_tasks(model) == "mmlu,hellaswag,truthfulqa_gen,truthfulqa_mc1"
     assert capsys.readouterr().err == ""
-
-
-def test_without_lm_eval_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r'need the lm-eval package: pip install "lm-eval'):
         benchmarks.evaluate(None, tasks="local", limit=3)

@@ -1,5 +1,6 @@
 """LoRA: the identity at the start, Eq. 1 after, PEFT's files both ways, and what is refused."""
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import GEMMA, write_model
-from lorasae.io.models import load_model, save_model
-from helpers import moved
+from helpers import adapted, moved, refuses, transformers_model
+from lorasae.io.models import load_model
 from lorasae.errors import InputError
 from lorasae.io.files import write_json
 from lorasae.linear import Linear, linear
@@ -21,9 +21,7 @@ from lorasae.lora import (
 KEY = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
 
 
-def trained(model, layers=(1, 3), rank=3, **how):
-    """A model whose adapters are not the identity."""
-    return moved(add_lora(model, layers, rank, **how)).eval()
+trained = partial(adapted, blocks=(1, 3))               # adapters that are not the identity
 
 
 def test_a_fresh_adapter_is_the_identity_and_only_it_trains(model, tokens):
@@ -114,28 +112,31 @@ def test_base_switches_the_adapters_off_and_back_on_even_after_an_error(model, t
     assert torch.equal(model(tokens), adapted) and not torch.equal(adapted, plain)
 
 
-@pytest.mark.parametrize("on", ["every projection", "q, k and v"])
-def test_biases_stay_in_the_model_and_in_its_merged_weights(model, tokens, on):
-    """As in Qwen-2, whose q, k and v have biases."""
+@pytest.mark.parametrize("with_bias", [(), TARGETS, TARGETS[:3]], ids=["none", "all", "q, k, v"])
+def test_adapters_come_off_go_back_as_they_were_and_are_merged(model, tokens, with_bias):
+    """Biases stay in the model. Qwen-2's q, k and v have some."""
     torch.manual_seed(0)
     for name, module in model.layers.named_modules():
-        if isinstance(module, Linear) and (on != "q, k and v"
-                                           or name.split(".")[-1] in TARGETS[:3]):
+        if name.split(".")[-1] in with_bias:
             module.bias = torch.nn.Parameter(torch.randn(module.out_features), requires_grad=False)
     plain = model(tokens)
     biases = {name: p.clone() for name, p in model.named_parameters() if name.endswith("bias")}
-    assert len(biases) == (28 if on == "every projection" else 12)
+    assert len(biases) == 4 * len(with_bias)
 
-    assert torch.equal(add_lora(model, range(4), 3)(tokens), plain)
-    adapted = moved(model)(tokens)
+    assert torch.equal(add_lora(model, [1, 3], 3)(tokens), plain)
+    own, adapted = lora_parameters(model), moved(model)(tokens)
     with base(model):
         assert torch.equal(model(tokens), plain)
-    assert not torch.equal(adapted, plain)
-    assert all(parameter.dim() == 2 for parameter in lora_parameters(model))
+    assert not torch.equal(adapted, plain) and all(parameter.dim() == 2 for parameter in own)
     taken = detach_lora(model)
     assert torch.equal(model(tokens), plain)
-    torch.testing.assert_close(merge_lora(attach_lora(model, taken))(tokens), adapted,
-                               rtol=1e-4, atol=1e-5)
+    assert not adapters(model) and blocks_with_adapters(model) == []
+    assert torch.equal(attach_lora(model, taken)(tokens), adapted)
+    assert blocks_with_adapters(model) == [1, 3]
+    assert all(a is b for a, b in zip(own, lora_parameters(model), strict=True))
+    merge_lora(model)
+    assert not adapters(model) and not any("lora" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(model(tokens), adapted, rtol=1e-4, atol=1e-5)
     for name, bias in biases.items():
         assert torch.equal(model.get_parameter(name), bias)
 
@@ -168,20 +169,6 @@ def test_new_modules_take_the_mode_of_their_surroundings(model, training):
     assert modes() == {training}
 
 
-def test_adapters_come_off_go_back_as_they_were_and_are_merged(model, tokens):
-    plain = model(tokens)
-    adapted = trained(model)(tokens)
-    taken = detach_lora(model)
-    assert torch.equal(model(tokens), plain)
-    assert not adapters(model) and blocks_with_adapters(model) == []
-    assert torch.equal(attach_lora(model, taken)(tokens), adapted)
-    assert blocks_with_adapters(model) == [1, 3]
-    assert all(a is b for a, b in zip(lora_parameters(taken), lora_parameters(model), strict=True))
-    merge_lora(model)
-    assert not adapters(model) and not any("lora" in name for name, _ in model.named_parameters())
-    torch.testing.assert_close(model(tokens), adapted, rtol=1e-4, atol=1e-5)
-
-
 def test_masters_stay_fp32_over_a_bf16_base(model_folder, tokens):
     model = trained(load_model(model_folder, dtype="bfloat16"))
     assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
@@ -205,24 +192,11 @@ def test_adapters_survive_saving_and_loading_and_take_the_models_mode(
 
 # ---- PEFT and transformers -----------------------------------------------------------------------
 
-def oracle_of(folder):
-    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-
-
 @torch.no_grad()
 def distance(oracle, model, tokens):
     """As a part of the largest logit."""
     expected, found = oracle(tokens).logits, model(tokens)
     return (expected - found).abs().max() / max(1, found.abs().max())
-
-
-def test_peft_loads_our_adapter(model_folder, tokens, tmp_path):
-    peft = pytest.importorskip("peft", reason="the oracle is peft")
-    model = trained(load_model(model_folder), rank=5, alpha=7)
-    save_adapter(model, tmp_path / "adapter", str(model_folder))
-    oracle = peft.PeftModel.from_pretrained(oracle_of(model_folder), tmp_path / "adapter").eval()
-    assert distance(oracle, model, tokens) <= 1e-5
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
@@ -232,7 +206,7 @@ def test_we_load_pefts_adapter(model_folder, tokens, tmp_path, options):
              for layer in (0, 2) for name in ("down_proj", "up_proj")]
     config = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=names, init_lora_weights=False, **options)
-    oracle = peft.get_peft_model(oracle_of(model_folder), config).eval()
+    oracle = peft.get_peft_model(transformers_model(model_folder), config).eval()
     oracle.save_pretrained(tmp_path / "adapter")
     model = load_adapter(load_model(model_folder), tmp_path / "adapter")
     assert sorted(adapters(model)) == names
@@ -241,28 +215,15 @@ def test_we_load_pefts_adapter(model_folder, tokens, tmp_path, options):
         5e-5 if model.config.attn_logit_softcapping else 1e-5)
 
 
-def test_transformers_loads_the_merged_checkpoint(model_folder, raw_config, tokens, tmp_path):
-    model = trained(load_model(model_folder))
-    adapted = model(tokens).detach()
-    stale = {**raw_config, "dtype": "bfloat16"}
-    save_model(merge_lora(model), tmp_path / "merged", config=stale)
-    with torch.no_grad():
-        oracle = oracle_of(tmp_path / "merged")
-        assert (oracle(tokens).logits - adapted).abs().max() <= 1e-4
-
-
 # ---- What is refused -----------------------------------------------------------------------------
 
 def test_impossible_adapters_and_a_second_set_are_refused(model, tmp_path):
     for layers, rank, message in (
             ([1], 0, "rank"), ([4], 2, "0 to 3"), ([-1], 2, "0 to 3"), ([], 2, "0 to 3")):
-        with pytest.raises(InputError, match=message):
-            add_lora(model, layers, rank)
+        refuses(message, add_lora, model, layers, rank)
     save_adapter(add_lora(model, [1], 2), tmp_path / "adapter")
-    with pytest.raises(InputError, match="already"):
-        add_lora(model, [2], 2)
-    with pytest.raises(InputError, match="already"):
-        load_adapter(model, tmp_path / "adapter")
+    refuses("already", add_lora, model, [2], 2)
+    refuses("already", load_adapter, model, tmp_path / "adapter")
 
 
 @pytest.fixture
@@ -278,24 +239,15 @@ def rewrite(folder, change):
 
 
 @pytest.mark.parametrize("change, message", [                   # wrong kinds: test_bad_files.py
-    ({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"),
     ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"), ({"r": 9}, "another model or rank"),
     ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"), ({"use_rslora": 1}, "use_rslora is 1"),
     ({"alora_invocation_tokens": [5]}, "alora"), ({"target_parameters": ["x"]}, "target_param"),
     ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changed the base model too"),
-    ({"r": None}, "r is None, but should be a whole number, at least 1"), ({"r": 2.0}, "r is 2.0"),
-    ({"lora_alpha": 0}, "lora_alpha is 0, but should be a number, above 0"),
     ({"lora_dropout": 1}, "lora_dropout is 1, but should be a number, at least 0, below 1")])
 def test_adapters_outside_equation_1_are_refused_by_name(model_folder, saved, change, message):
     path = saved / "adapter_config.json"
     write_json(path, {**json.loads(path.read_text()), **change})
-    with pytest.raises(InputError, match=message):
-        load_adapter(load_model(model_folder), saved)
-
-
-def with_A(change):
-    """The adapter whose tensor KEY is another."""
-    return lambda tensors: {**tensors, KEY: change(tensors[KEY])}
+    refuses(message, load_adapter, load_model(model_folder), saved)
 
 
 def and_also(name):
@@ -307,15 +259,12 @@ def and_also(name):
     (lambda tensors: {}, "holds no adapter: there is no tensor in it"),
     (lambda tensors: {name: t for name, t in tensors.items() if name != KEY},
      "lacks the tensor .*lora_A.weight"),
-    (with_A(lambda A: A * float("nan")),
-     "lora_A.weight holds values that are not finite: the adapter diverged"),
-    (with_A(lambda A: A.to(torch.int8)), "lora_A.weight is int8, but only float32"),
     (and_also(KEY.replace("lora_A.weight", "lora_magnitude_vector")),
      "which is not the A or B of a LoRA adapter"),
     (and_also(KEY.replace("up_proj", "../../up_proj")), "which this model does not have"),
     (and_also("base_model.model.lm_head.lora_A.weight"),
      "adapts 'lm_head', which this model does not have"),
-], ids=["empty", "half", "nan", "int8", "dora", "path", "head"])
+], ids=["empty", "half", "dora", "path", "head"])
 def test_an_adapter_that_is_not_whole_is_refused_and_the_model_stays_as_it_was(
         model_folder, saved, tokens, change, message):
     rewrite(saved, change)
@@ -332,11 +281,3 @@ def test_adapters_of_every_floating_dtype_load_as_fp32_masters(model_folder, sav
     rewrite(saved, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
     model = load_adapter(load_model(model_folder), saved)
     assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
-
-
-def test_an_adapter_of_another_model_is_refused(model_folder, tmp_path):
-    other = write_model(tmp_path / "other",
-                        {**GEMMA, "num_hidden_layers": 6, "intermediate_size": 96})
-    save_adapter(trained(load_model(other), layers=[5]), tmp_path / "adapter")
-    with pytest.raises(InputError, match="another model"):
-        load_adapter(load_model(model_folder), tmp_path / "adapter")

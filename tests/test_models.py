@@ -8,7 +8,7 @@ from torch import nn
 from safetensors import safe_open
 
 from conftest import GEMMA, GEMMA3, LLAMA, write_model, write_shards
-from helpers import adapted, one_line, random_sae, transformers_model
+from helpers import adapted, refuses, transformers_model
 from lorasae.adapt import adapted_loss, first_differing, frozen_forward, naive_loss
 from lorasae.attention import Cache, naive_attention
 from lorasae.io.files import local, read_json, write_json
@@ -77,13 +77,14 @@ def test_sharded_files_give_the_same_logits_as_one_file(raw_config, model_folder
 def test_saved_models_read_back(raw_config, model_folder, tokens, tmp_path):
     model, copy = load_model(model_folder), tmp_path / "copy"
     index = copy / "model.safetensors.index.json"
-    save_model(model, copy, config=raw_config, shard_bytes=40_000)
+    stale = {**raw_config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    save_model(model, copy, config=stale, shard_bytes=40_000)
     assert len(list(copy.glob("*.safetensors"))) > 2
     total = read_json(index)["metadata"]["total_size"]
     assert total == sum(tensor.nbytes for tensor in model.state_dict().values())
     assert torch.equal(logits_of(copy, tokens), model(tokens).detach())
 
-    save_model(model, copy, config=raw_config)
+    save_model(model, copy, config=stale)
     assert not index.exists() and safe_open(copy / "model.safetensors", "pt").metadata() == {
         "format": "pt"}
     assert torch.equal(logits_of(copy, tokens), model(tokens).detach())
@@ -92,13 +93,15 @@ def test_saved_models_read_back(raw_config, model_folder, tokens, tmp_path):
 
 @pytest.mark.parametrize("name, parameters", [
     ("gemma-2-2b", 2_614_341_888), ("gemma-2-9b", 9_241_705_984), ("gemma-2-27b", 27_227_128_320),
-    ("llama-3.2-1b", 1_235_814_400), ("llama-3.1-8b", 8_030_261_248)])
+    ("gemma-3-270m", 268_098_176), ("gemma-3-1b", 999_885_952), ("smollm2-135m", 134_515_008),
+    ("smollm2-1.7b", 1_711_376_384), ("llama-3.2-1b", 1_235_814_400),
+    ("llama-3.1-8b", 8_030_261_248)])
 def test_the_presets_configurations_are_those_of_the_published_models(name, parameters):
     known = PRESETS[name]
     with torch.device("meta"):
         model = Transformer(parse_config(known.config, name))
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert known.weights == parameters * (4 if name.startswith("gemma") else 2)
+    assert known.weights == parameters * (4 if name.startswith("gemma-2") else 2)
 
 
 def test_a_home_folder_is_harmless(whole_model, raw_config, tokens, monkeypatch, tmp_path):
@@ -122,14 +125,9 @@ def test_a_home_folder_is_harmless(whole_model, raw_config, tokens, monkeypatch,
 
 
 def test_new_spellings_of_the_configuration_mean_the_same():
-    assert parse_config(GEMMA3_OLDER, "old") == parse_config(GEMMA3, "new")
+    """Gemma 3's: tests/test_real_formats.py."""
     both = {**GEMMA3, "rope_local_base_freq": 777.0}    # a stale one, beside the newer spelling
     assert parse_config(both, "both") == parse_config(GEMMA3, "new")
-    plain = {key: GEMMA3[key] for key in GEMMA3.keys() - {"layer_types", "rope_parameters"}}
-    config = parse_config({**plain, "num_hidden_layers": 7}, "plain")
-    assert config.layer_types.index("full_attention") == 5
-    assert (config.rope_theta, config.rope_scaling, config.local_rope_theta) == (1e6, None, 1e4)
-
     new = {**LLAMA, "dtype": "float32"}
     theta, scaling, _ = (new.pop(key) for key in ("rope_theta", "rope_scaling", "torch_dtype"))
     new["rope_parameters"] = {**scaling, "rope_theta": theta}
@@ -143,19 +141,6 @@ def test_a_cache_gives_the_same_logits_piece_by_piece(model, tokens, pieces):
     for part in tokens.split(pieces, dim=1):
         parts.append(model(part, cache=cache))
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
-def test_several_saes_are_spliced_after_their_blocks(model, tokens, kind):
-    """Eq. 5 by hand: each block in turn, its output replaced where an SAE stands."""
-    saes = {layer: random_sae(kind, model, seed=layer) for layer in (1, 3)}
-    x = model.embed(tokens)
-    for layer in range(4):
-        x = model.run(x, layer, layer + 1)
-        if layer in saes:
-            sae = saes[layer]
-            x = (sae.encode(x) @ sae.W_dec + sae.b_dec).to(x.dtype)
-    torch.testing.assert_close(model(tokens, saes), model.logits(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("site, after_norm", [("mlp", True), ("mlp", False), ("resid", False)])
@@ -200,5 +185,4 @@ def test_an_sae_is_spliced_in_where_it_was_trained(model, tokens, site, after_no
 def test_a_model_of_other_blocks_is_one_clear_line(model_folder, raw_config, layers, message):
     other = {**raw_config, "num_hidden_layers": layers, "layer_types": None}
     write_json(model_folder / "config.json", other)
-    with one_line(message):
-        load_model(model_folder)
+    refuses(message, load_model, model_folder)

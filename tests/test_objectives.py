@@ -153,7 +153,6 @@ def test_chunks_on_cuda_are_multiples_of_128_rows():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_linear_kl_on_cuda_matches_float64():
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 5e-3)):
         target, hidden, weight = problem(N=128, D=64, V=1000, dtype=dtype)

@@ -45,7 +45,6 @@ def test_tf32_moves_l0_by_less_than_a_thousandth_and_flips_less_than_bf16(case):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_l0_with_and_without_tf32_on_cuda(case):
     x, sae = (value.cuda() for value in case)
     before, found = torch.get_float32_matmul_precision(), {}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import one_line
-from lorasae import InputError, add_lora, load_model, load_sae, load_tokenizer
+from helpers import refuses
+from lorasae import add_lora, load_model, load_sae, load_tokenizer
 from lorasae.evals import absorption, concepts, probing, saebench, scr, texts, tpp
 from lorasae.evals.probes import (Task, accuracy, hold_out, logistic, mean_difference,
                                   one_against_rest, train_probes)
@@ -130,15 +130,13 @@ def test_what_cannot_be_compared_is_refused_in_one_line(setting, suite, blocks, 
     add_lora(setting.model, blocks, 2)
     if suite is absorption:
         pytest.importorskip("sklearn", reason="fits the probes")
-    with one_line(said):
-        suite.evaluate(setting, *options)
+    refuses(said, suite.evaluate, setting, *options)
 
 
 def test_a_missing_scikit_learn_is_named_before_any_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     for evaluate in (probing.evaluate, absorption.evaluate):
-        with pytest.raises(InputError, match="pip install scikit-learn"):
-            evaluate(None, "stdlib", 1)
+        refuses("pip install scikit-learn", evaluate, None, "stdlib", 1)
 
 
 def crossed(seed):

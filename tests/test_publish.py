@@ -179,13 +179,10 @@ def test_a_resumed_run_goes_on_in_the_same_tracked_run(site, tmp_path, calls):
     assert [*last.values()] == [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
-def test_only_the_first_process_tracks_and_only_if_asked(calls):
-    for writes, track in ((False, True), (True, False)):
+def test_who_tracks_and_what_is_said_without_trackio(site, tmp_path, calls, monkeypatch):
+    for writes, track in ((False, True), (True, False)):        # not the first process, not asked
         with tracked(SimpleNamespace(config=SimpleNamespace(track=track), writes=writes)):
             assert not calls
-
-
-def test_without_trackio_the_pip_command_is_named_and_nothing_is_left(site, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     tracking = words(site, "lora", "--track", "--out", tmp_path / "run")
     assert "pip install trackio" in refusal("train", *tracking) and not [*tmp_path.iterdir()]

@@ -1,10 +1,13 @@
 """The README is true: its Python runs, its commands parse, its files, sizes and names exist."""
 import ast
 import importlib
+import io
 import re
 import shlex
 import subprocess
 import sys
+import tokenize
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -67,26 +70,26 @@ assert (seen - adapted).abs().max() <= 1e-5 * adapted.abs().max()
 }
 
 
-@pytest.mark.parametrize("place", CHECKS)
-def test_its_python_runs_as_it_stands(tmp_path, place):
+NEEDED = {"here": [], "in peft": ["transformers", "peft"], "in nnsight": ["nnsight", "peft"]}
+
+
+def test_its_python_runs_as_it_stands(tmp_path):
     """In another folder, after the line that says where the package is."""
-    wanted = {"here": [], "in peft": ["transformers", "peft"], "in nnsight": ["nnsight", "peft"]}
-    for library in wanted[place]:
-        pytest.importorskip(library, reason=f"the block needs {library}")
+    able = [place for place, needed in NEEDED.items() if all(map(find_spec, needed))]
     (tmp_path / "lorasae").mkdir()
     (tmp_path / "lorasae" / "tiny").symlink_to(ROOT / "lorasae" / "tiny")
-    script, = re.findall(r"`(sys\.path\.append\(.*?\))`", README)
-    script = f"import sys\n{script.replace('PATH/TO/THIS/FOLDER', str(ROOT))}\n"
-    for block, (name, check) in zip((HERE, IN_PEFT, IN_NNSIGHT), CHECKS.items()):
-        script += block.replace("PATH/TO/THIS/FOLDER", str(ROOT)) + check
-        if name == place:
-            break
+    start, = re.findall(r"`(sys\.path\.append\(.*?\))`", README)
+    parts = {"here": HERE, "in peft": IN_PEFT, "in nnsight": IN_NNSIGHT}
+    script = "\n".join(["import sys", start, *(parts[place] + CHECKS[place] for place in able)])
+    script = script.replace("PATH/TO/THIS/FOLDER", str(ROOT))
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "def area(" in done.stdout and "KL 0." in done.stdout
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    if len(able) < len(NEEDED):
+        pytest.skip("the other blocks need transformers, peft and nnsight")
 
 
 def test_the_example_of_the_package_itself_runs(monkeypatch):
@@ -132,7 +135,7 @@ def test_every_option_it_names_exists():
     for source in SOURCES.values():
         found |= set(re.findall(r'add(?:_argument)?\(\s*"(--[a-z0-9-]+)"', source))
     found |= {"--no-" + name[2:] for name in found}
-    assert len(commands()) > 8 and named and not named - found
+    assert named and not named - found
 
 
 # ---- Its files and names -------------------------------------------------------------------------
@@ -150,99 +153,50 @@ PATHS = [span for span in SPANS if PATH.fullmatch(span) and not OF_A_RUN.search(
 LINKS = sorted(set(re.findall(r"\]\(([^)#]+)", README)))
 
 
-def tree():
-    """The path of every file and folder in the annotated tree: names at the start of a line."""
-    for block in blocks(README):
-        above = []                                      # (indent, folder) of the folders around
-        for line in block.splitlines():
-            indent = len(line) - len(line.lstrip())
-            names = re.match(r"((?:[\w-]+(?:\.py|/) *)+)", line.lstrip())
-            if not names or line.lstrip().startswith("python"):
-                continue
-            above = [(depth, folder) for depth, folder in above if depth < indent]
-            inside = "".join(folder for _, folder in above)
-            for name in names.group(1).split():
-                yield inside + name
-                if name.endswith("/"):
-                    above.append((indent, name))
+SIZES = re.findall(r"^ {6}([\w/.]+) +([\d,]{3,}) ", README, re.M)       # in the annotated tree
 
 
-@pytest.mark.parametrize("name", [*PATHS, *LINKS, *sorted(set(tree()))])
-def test_a_path_a_link_or_a_place_in_the_tree_exists(name):
-    if name in PATHS:
-        assert found_at(name), f"there is no {name}"
-    else:
-        assert name.startswith("https://") or (ROOT / name).exists(), f"there is no {name}"
+@pytest.mark.parametrize("name", [*PATHS, *LINKS])
+def test_a_path_or_a_link_exists(name):
+    assert name.startswith("https://") or (ROOT / name).exists() or found_at(name)
 
 
-def sizes():
-    """(file or folder, lines) as the annotated tree says."""
-    found = re.findall(r"^ {4,6}([a-z]+(?:\.py|/)) +([\d,]{3,}) ", README, re.M)
-    return [(name, int(lines.replace(",", ""))) for name, lines in found]
-
-
-@pytest.mark.parametrize("name, lines", sizes())
+@pytest.mark.parametrize("name, lines", SIZES)
 def test_a_file_is_about_as_long_as_it_says(name, lines):
     path = ROOT / "lorasae" / name
     files = [path] if path.is_file() else [file for file in SOURCES if path in file.parents]
-    assert abs(sum(len(SOURCES[file].splitlines()) for file in files) / lines - 1) < 0.1
+    found = sum(len(SOURCES[file].splitlines()) for file in files)
+    assert abs(found / int(lines.replace(",", "")) - 1) < 0.1
 
 
-def definitions(source):
-    """Every name that a file defines: functions, classes, fields, constants, parameters."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found.add(node.name)
-        elif isinstance(node, ast.arg):
-            found.add(node.arg)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            found.add(node.attr)
-    return found
+def words_of(source):
+    """Every name in its code; comments and texts do not count."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {token.string for token in tokens if token.type == tokenize.NAME}
 
 
-DEFINED = {path: definitions(source) for path, source in SOURCES.items()}
-IDENTIFIER = r"[A-Za-z_]\w*"
-BETWEEN = r"[\s,]*(and|beside)?\s*|\]\([\w./]+\)[\s,]*"         # or it speaks of something else
+WORDS = {path: words_of(source) for path, source in SOURCES.items()}
+BESIDE = sorted(set(re.findall(r"`(\w+\.py)` `(\w+)`", PROSE)))
 
 
-def pairs():
-    """(files, name): in a cell or a sentence, names belong to the files named just before them."""
-    for cell in re.split(r"[|;:.]\s", PROSE.replace("\n", " ")):
-        files = ()
-        for span, gap in re.findall(r"`([^`]+)`([^`]*)", cell):
-            if span.endswith(".py"):
-                files += (span,)
-            elif re.fullmatch(IDENTIFIER, span) and files:
-                yield files, span
-            if not re.fullmatch(BETWEEN, gap):
-                files = ()
-
-
-@pytest.mark.parametrize("files, name", sorted(set(pairs())))
-def test_a_name_beside_a_file_is_defined_there(files, name):
-    places = [path for file in files for path in found_at(file)]
-    assert any(name in DEFINED.get(path, ()) for path in places), f"{files} define no {name}"
+@pytest.mark.parametrize("file, name", BESIDE)
+def test_a_name_beside_a_file_is_in_it(file, name):
+    assert any(name in WORDS.get(path, ()) for path in found_at(file)), f"{file} has no {name}"
 
 
 NOT_OURS = {*PRESETS, "hf", "pip", 'sys.path.append("PATH/TO/THIS/FOLDER")'}
-NAMES = [span for span in SPANS if re.fullmatch(rf"{IDENTIFIER}(\.{IDENTIFIER})*(\(.*\))?", span)
+NAMES = [span for span in SPANS if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\(.*\))?", span)
          and not span.endswith((".py", ".json", ".md"))]
 
 
 @pytest.mark.parametrize("span", sorted(set(NAMES) - NOT_OURS))
-def test_a_name_between_backticks_is_defined_somewhere(span):
-    """`adapt.objective` in adapt.py, `LoRALinear.forward`, `model.run(x, start, stop)`."""
-    everything = set().union(*DEFINED.values())
+def test_a_name_between_backticks_is_in_the_code(span):
+    """`adapt.objective`, `LoRALinear.forward`, `model.run(x, start, stop)`."""
     owner, *names = span.partition("(")[0].split(".")
-    if not names:
-        printed = re.search(rf"\b{owner}\b", SOURCES[ROOT / "train.py"])
-        of_a_file = any(path.stem == owner for path in DEFINED)
-        assert printed or owner in everything or of_a_file, f"nothing defines {owner}"
-        return
-    modules = [path for path in DEFINED if path.stem == owner]
-    where = set().union(*(DEFINED[path] for path in modules)) if modules else everything
-    assert set(names) <= where, f"{span} is defined nowhere"
-    assert modules or owner in everything, f"nothing defines {owner}"
+    modules = [path for path in WORDS if path.stem == owner]
+    assert names or modules or any(owner in words for words in WORDS.values())
+    assert set(names) <= set().union(*(WORDS[path] for path in modules or WORDS))
+
+
+def test_there_is_something_to_check():
+    assert min(map(len, (commands(), PATHS, LINKS, SIZES, BESIDE, NAMES))) > 3

@@ -27,7 +27,6 @@ def as_means(sae, x):
 
 def test_scr_and_tpp_of_saebenchs_toy_values():
     assert scr.cured(clean=0.95, biased=0.80, ablated=0.88) == pytest.approx(0.53333, abs=1e-5)
-    assert scr.cured(clean=0.90, biased=0.70, ablated=0.78) == pytest.approx(0.4)
     # A biased probe that is not worse leaves nothing to cure
     assert scr.cured(clean=0.9, biased=0.9, ablated=0.7) == 0
 

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from zstandard import compress as zstd_compress
 
-from helpers import counted, lines, one_line
+from helpers import counted, lines, refuses
 from lorasae.errors import InputError
 from lorasae.io import shards
 from lorasae.io.files import write_json
@@ -276,11 +276,6 @@ def test_runs_share_the_shards_of_a_small_source(tmp_path, monkeypatch, cache, s
         (folder / name).write_bytes((folder / name).read_bytes()[:-9])
         with text_of(path) as text:
             assert torch.equal(take(text, 12), whole), name
-    about = json.loads((folder / "shard-00000.json").read_bytes())
-    for key, value in ("chunks", -1), ("first", -1), ("rest", json.loads("[" * 900 + "]" * 900)):
-        (folder / "shard-00000.json").write_text(json.dumps({**about, key: value}))
-        with text_of(path) as text:
-            assert torch.equal(take(text, 12), whole), key
     (folder / "shard-00001.npy").unlink()
     shutil.copy(path, moved)
     with text_of(moved, folder=tmp_path / "run") as text:               # it knows its own files
@@ -351,8 +346,7 @@ def test_a_text_that_has_changed_is_refused_if_more_of_it_is_needed(tmp_path, st
     change(path)
     message = r"has changed since the run began \(.*/1b?\.jsonl is new, missing or different\)"
     with text_of(source, folder=run) as text:
-        with one_line(message):
-            take(text, 100)
+        refuses(message, take, text, 100)
         assert torch.equal(take(text, 2), whole[:2])                    # what is there is there
 
 
@@ -385,16 +379,12 @@ def test_too_little_text_is_refused_in_one_line(tmp_path, streamed, monkeypatch,
                 text.batch(0)
 
 
-@pytest.mark.parametrize("bos, eos, name", [(9999, EOS, "BOS"), (BOS, 9999, "EOS")])
-def test_a_tokenizer_without_the_models_special_tokens_is_refused(tmp_path, bos, eos, name):
-    with pytest.raises(InputError, match=f"the tokenizer has no {name} token"):
-        Text(write_documents(tmp_path / "a.jsonl", [numbered(0)]), NUMBERED, bos, eos)
-
-
-def test_a_vocabulary_without_entries_is_told_from_too_little_text(tmp_path):
+def test_a_tokenizer_without_the_special_tokens_or_a_vocabulary_is_refused(tmp_path):
+    path = write_documents(tmp_path / "a.jsonl", map(numbered, range(300)))
+    for bos, eos, name in ((9999, EOS, "BOS"), (BOS, 9999, "EOS")):
+        refuses(f"the tokenizer has no {name} token", Text, path, NUMBERED, bos, eos)
     empty = Tokenizer(models.BPE())
     empty.add_special_tokens(["<bos>", "<eos>"])
-    path = write_documents(tmp_path / "a.jsonl", map(numbered, range(300)))
     with pytest.raises(InputError, match="the tokenizer makes no tokens of .*a.jsonl: is its voc"):
         Text(path, empty, BOS, EOS, context=4, eval_tokens=16, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -413,8 +403,7 @@ def test_a_bad_line_deep_in_the_text_reaches_who_asks_for_it(tmp_path, streamed)
     with path.open("a") as file:
         file.write("{broken\n")
     with text_of(path) as text:
-        with pytest.raises(InputError, match=r"line 301 \(Expecting"):
-            take(text, 100)
+        refuses(r"line 301 \(Expecting", take, text, 100)
         newest, _ = text.shards[-1]
         with counted(Text, "_write") as calls:          # what was written before it is good
             take(text, newest.stop // 4)
@@ -510,8 +499,10 @@ def test_a_shard_without_a_chunk_is_whole(tmp_path):
     write_json(tmp_path / "shard-00000.json", facts._asdict())
     (shard, chunks), = read_shards(tmp_path)
     assert shard.ends and chunks.shape == (0, 16)
+    deep = json.loads("[" * 900 + "]" * 900)
     for key in facts._fields:
-        for value in (None, "3", {}, 2.5, float("nan")):
+        negative = [-1] * (key in ("first", "chunks"))
+        for value in (None, "3", {}, 2.5, float("nan"), deep, *negative):
             text = json.dumps({**facts._asdict(), key: value})
             (tmp_path / "shard-00000.json").write_text(text)
             assert read_shards(tmp_path) == []

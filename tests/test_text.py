@@ -1,13 +1,11 @@
 """Sources to documents, good and bad files, and datasets of a Hub that fails: io/text.py."""
 import gzip
 import hashlib
-import io
 import json
 import os
 import struct
 import sys
 import time
-import zipfile
 from functools import partial
 
 import huggingface_hub
@@ -15,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 from zstandard import compress as zstd_compress
 
-from helpers import Hub, lines, one_line
+from helpers import Hub, lines, one_line, refuses
 from lorasae.errors import InputError
 from lorasae.io import text
 from lorasae.io.text import PIECE, documents_in, files, held_out
@@ -43,12 +41,11 @@ def write(path, data):
 
 
 def answer(source, field=None):
-    """The InputError of a run on this source."""
-    with pytest.raises((InputError, OSError)) as caught:
+    """The error of a run on this source."""
+    with one_line(kind=(InputError, OSError)) as caught:
         text_of(source, field=field).close()
-    line = str(caught.value)
-    assert "\n" not in line and len(line) < 600, line
-    return line
+    assert len(str(caught.value)) < 600
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("name, pack, field", [
@@ -66,14 +63,11 @@ def test_json_lines_of_every_packing_give_the_same_documents(tmp_path, name, pac
         assert documents(write(tmp_path / name, members)) == TEXTS
 
 
-def test_a_field_is_chosen_by_name_before_the_usual_ones(tmp_path):
+def test_a_field_is_chosen_by_name_and_half_of_a_surrogate_pair_is_a_question_mark(tmp_path):
     data = b'{"text": "no", "body": "yes"}\n\n  \n{"body": "also", "raw_content": "no"}'
     assert documents(write(tmp_path / "a.jsonl", data), field="body") == ["yes", "also"]
-
-
-def test_half_of_a_surrogate_pair_becomes_a_question_mark(tmp_path):
-    found, = documents(write(tmp_path / "a.jsonl", rb'{"text": "a\ud83db \ud83d\ude42"}'))
-    assert found == "a?b 🙂"
+    half = rb'{"text": "a\ud83db \ud83d\ude42"}'
+    assert documents(write(tmp_path / "a.jsonl", half)) == ["a?b 🙂"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
@@ -143,13 +137,6 @@ def test_what_is_neither_a_file_nor_a_folder_is_refused_and_passed_over(make, tm
     assert [file.name for file in files(str(tmp_path))] == [f"{tmp_path}/good.jsonl"]
 
 
-def archive():
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as writer:
-        writer.writestr(zipfile.ZipInfo("a.txt"), numbered(0, 100))
-    return file.getvalue()
-
-
 PNG = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + bytes(100)
 NOT_TEXT, CUT, SHORT = "codec can't decode byte", "if it is damaged, download", "too short"
 ZST = zstd_compress(lines(hashlib.sha256(b"%d" % i).hexdigest() for i in range(20_000)))
@@ -158,13 +145,11 @@ ZST = zstd_compress(lines(hashlib.sha256(b"%d" % i).hexdigest() for i in range(2
 @pytest.mark.parametrize("name, data, words", [
     ("a.txt", PNG, NOT_TEXT), ("a.txt", bytes(1000), "has a zero byte"),
     ("a.md", numbered(0, 100).encode("utf-16-le"), "has a zero byte"),
-    ("a.py", archive(), NOT_TEXT), ("a.txt", b"a\xc3", NOT_TEXT),
+    ("a.txt", b"a\xc3", NOT_TEXT),
     ("a.txt", numbered(0, 20_000).encode() + b"\xff", NOT_TEXT),
     ("a.jsonl", PNG, "line 1 ("), ("a.jsonl", bytes(1000), "line 1 ("),
-    ("a.jsonl", gzip_compress(GOOD), "line 1 ("),
     ("a.jsonl.gz", GOOD, CUT), ("a.jsonl.gz", gzip_compress(GOOD)[:-4], CUT),
     ("a.jsonl.gz", gzip_compress(GOOD) + b"more", CUT),
-    ("a.jsonl.gz", gzip_compress(GOOD)[:5], CUT),
     ("a.jsonl.gz", gzip_compress(GOOD)[:20] + b"\xff" * 60, CUT), ("a.jsonl.zst", GOOD, CUT),
     ("a.txt.zst", PNG, "a single compressed document: decompress it"),
     ("a.jsonl.zst", ZST[:50] + b"\xff" * len(ZST), CUT),
@@ -193,13 +178,10 @@ def test_a_bad_line_of_json_is_told_by_its_number(bad, words, tmp_path):
     assert f"{tmp_path}/a.jsonl, line 61" in line and words in line
 
 
-@pytest.mark.parametrize("field", ["absent", "meta", "te\nxt"])
-def test_a_field_that_is_no_text(field, tmp_path):
-    words = f"line 1: expected a JSON object with a string {field!r}; its strings are: text"
-    assert words in answer(write(tmp_path / "a.jsonl", GOOD), field)
-
-
-def test_a_missing_zstandard_is_named(tmp_path, monkeypatch):
+def test_a_field_that_is_no_text_and_a_missing_zstandard_are_named(tmp_path, monkeypatch):
+    for field in ("absent", "meta", "te\nxt"):
+        words = f"line 1: expected a JSON object with a string {field!r}; its strings are: text"
+        assert words in answer(write(tmp_path / "a.jsonl", GOOD), field)
     monkeypatch.setitem(sys.modules, "zstandard", None)
     assert "import of zstandard halted" in answer(write(tmp_path / "a.jsonl.zst", ZST))
 
@@ -233,7 +215,7 @@ def test_a_dataset_is_read_as_the_same_file_on_disk(hub, name, pack, fault):
         assert len(hub.faults) <= (5 if name.endswith("zst") else 0)    # read in one block
 
 
-def test_only_what_is_used_is_fetched(hub):
+def test_only_what_is_used_is_fetched_and_a_server_that_stays_away_ends_the_stream(hub):
     hub.datasets["owner/name"] = {"a.jsonl": lines(MANY * 50)}
     file, = files("hf://datasets/owner/name/a.jsonl")
     listed = hub.sent
@@ -241,9 +223,6 @@ def test_only_what_is_used_is_fetched(hub):
     assert [joined(next(found)[1]) for _ in range(10)] == MANY[:10]
     assert file.size > 1_000_000 and hub.sent - listed < 5000
 
-
-def test_a_server_that_stays_away_ends_the_stream_with_one_line(hub):
-    hub.datasets["owner/name"] = {"a.jsonl": lines(MANY)}
     hub.faults = [None] * 3 + ["busy"] * 100
     with pytest.raises(InputError, match=r"cannot read datasets/owner/name/a.jsonl \(.*503"):
         documents("hf://datasets/owner/name/a.jsonl")
@@ -276,8 +255,7 @@ def test_a_dataset_that_cannot_be_read_is_told_in_one_line(hub, source, message)
     hub.datasets["owner/name"] = {"a.jsonl": lines(MANY), "tables/a.parquet": b"PAR1"}
     hub.datasets["owner/gated"] = {"a.jsonl": lines(MANY)}
     hub.refused = {"owner/gated": (403, "GatedRepo")}
-    with one_line(message):
-        documents(f"hf://datasets/{source}")
+    refuses(message, documents, f"hf://datasets/{source}")
 
 
 @pytest.mark.parametrize("offline, message", [(True, "HF_HUB_OFFLINE is set"),
@@ -285,5 +263,4 @@ def test_a_dataset_that_cannot_be_read_is_told_in_one_line(hub, source, message)
 def test_without_a_network_a_dataset_is_refused_in_one_line(hub, monkeypatch, offline, message):
     hub.stop()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    with one_line(message):
-        files("pile-val")
+    refuses(message, files, "pile-val")

@@ -19,6 +19,7 @@ from lorasae.runs.config import BOTH, OPTIONS, Config
 from lorasae.runs.setting import runs_in
 from lorasae.runs.training import same_model
 from lorasae.sae import TopK
+from test_bad_files import FILES as DAMAGES, JSONS
 
 ROOT = Path(__file__).parent.parent
 AGREES = ("ce_base", "ce_sae", "kl_sae", "gap_closed", "kl_gap_closed", "l0_sae")
@@ -79,11 +80,10 @@ def test_eval_finds_in_a_runs_files_what_training_found(finished, tmp_path, kind
         assert len(names) >= (4 if kind in ("topk", "jumprelu", "e2e") else 6)
 
 
-def test_the_same_seed_gives_the_same_adapter(site, finished, tmp_path):
-    for name, seed in (("same", 42), ("other", 2)):             # adapters, dropout, order of text
-        command("train", *words(site, "lora", "--seed", seed), "--out", tmp_path / name)
-    same, other = (products(tmp_path / name) for name in ("same", "other"))
-    assert same == products(finished("lora")) != other
+def test_another_seed_gives_another_adapter(site, finished, tmp_path):
+    """And the same one the same: tests/test_resume.py."""
+    command("train", *words(site, "lora", "--seed", 2), "--out", tmp_path / "other")
+    assert products(tmp_path / "other") != products(finished("lora"))
 
 
 MODES = {"several": "lora", "both": BOTH}               # of the kinds of runs; others are their own
@@ -139,7 +139,7 @@ def test_eval_needs_neither_the_text_nor_the_first_folder(site, tmp_path, monkey
         assert f"there is no model {tmp_path}/there/gemma2" in refusal(script, *how, run)
 
 
-@pytest.mark.parametrize("model", ["gemma2", "llama"])
+@pytest.mark.parametrize("model", ["gemma2", "gemma3", "llama"])
 def test_a_merged_run_loads_in_transformers_with_the_adapted_logits(site, model, tmp_path, capsys):
     from lorasae import load_adapter, load_model
     run = tmp_path / "run"
@@ -156,19 +156,8 @@ def test_a_merged_run_loads_in_transformers_with_the_adapted_logits(site, model,
 
 # ---- Damaged files -------------------------------------------------------------------------------
 
-def a_folder(path):
-    path.unlink()
-    path.mkdir()
-
-
-SPOILT = {
-    "half": lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
-    "garbage": lambda path: path.write_bytes(b"\x00\xff<html>no such page" * 100),
-    "null": lambda path: path.write_text("null"),
-    "an object": lambda path: path.write_text('{"a": 1}'),
-    "deep": lambda path: path.write_text("[" * 100_000),
-    "a folder": a_folder,
-}
+SPOILT = {name: (DAMAGES | JSONS)[name]
+          for name in ("half", "garbage", "a folder", "null", "a list", "deep")}
 FILES = (                               # adapters and SAEs: tests/test_bad_files.py
     "config.json", "metrics.jsonl", "results.json", "sequences.json", "adapter/adapter_config.json",
     "text/text.json", "text/held-out.npy")
@@ -177,7 +166,7 @@ FILES = (                               # adapters and SAEs: tests/test_bad_file
 @pytest.mark.parametrize("name", FILES)
 def test_a_spoilt_file_is_one_line_that_names_it_or_changes_nothing(finished, tmp_path, name):
     for damage, spoil in SPOILT.items():
-        if damage in ("null", "an object", "deep") and not name.endswith(".json"):
+        if damage in JSONS and not name.endswith(".json"):
             continue
         run = Path(shutil.copytree(finished("both"), tmp_path / damage))
         spoil(run / name)
@@ -258,23 +247,18 @@ LATE = (                                                # --dry-run knows nothin
     (["--sae", "no-such-sae"], "there is no SAE no-such-sae"),
     (["--sae", "narrow"], "reads activations of width 40, but the model's have 48"),
     (["--sae", "narrow", "narrow"], "--sae names 2 SAEs for --layer 1"),
-    (["--layer", 4], "--layer 4 is out of range"), (["--layer", 1, 1], "names a value twice"),
+    (["--layer", 4], "--layer 4 is out of range"),
     (["--rank", 0], "options: --rank is 0, but should be a whole number, at least 1"),
     (["--width", 64], "--width 64: the SAE has 128 latents"),
-    (["--k", 8], "--k has no effect with --method lora: leave it out"),
     (["--sae-lr", 1], "--sae-lr has no effect with --method lora: leave it out, or pass --train-"),
     (["--train-sae", "--sae-lr", 1, "--thresholds", "frozen"], "this SAE has none; leave it out"),
-    (["--device", "gpu"], "--device gpu is not supported: pass cpu, cuda, cuda:1 or mps"),
     (["--device", "cuda:99"], LATE[2]), (["--shard"], LATE[3]),
-    (["--adapt", "before"], "--adapt before: expected after, all, next"),
     (["--adapt", "3-5"], "or block numbers such as 3 4 5"),
     (["--adapt", 7], "cannot adapt blocks [7]: the model has blocks 0 to 3"),
     (["--layer", 3], "sae was trained on block 1, not 3: pass --layer 1, or another SAE"),
     (["--sae", "last", "--layer", 3, "--adapt", "after"], "no block comes after the SAE at layer"),
-    (["--data", "no-such-text"], "no file or folder no-such-text"),
     (["--data", "empty.txt"], LATE[1]), (["--data", "latin1.txt"], LATE[0]),
     (["--data", ""], "no file or folder ; expected one"),
-    (["--data", "SITE/gemma2/sae"], "holds no text"),
     (["--context", 10 ** 6], "--context 1000000 is more than"),
     (["--eval-tokens", "1M"], LATE[1]),
     (["--out", "taken"], "--resume taken alone"), (["--out", "mine"], "already holds files"),
@@ -300,15 +284,13 @@ def test_mistakes_are_one_line_and_leave_nothing(site, tmp_path, monkeypatch, ch
 
 @pytest.mark.parametrize("given, message", [
     (["--tokens", "many"], "'many' is not a positive number of tokens, such as 15M, 1.5e6"),
-    (["--tokens", "²"], "'²' is not"), (["--eval-tokens", "-5"], "'-5' is not"),
-    (["--tokens", "1e30"], "'1e30' is not"), (["--tokens", "1.5"], "'1.5' is not"),
+    (["--eval-tokens", "-5"], "'-5' is not"),
     (["--rank", "²"], "--rank: expected a whole number, not '²'"),
     (["--lr", "fast"], "--lr: expected a number, not 'fast'"),
     (["--l0", "x" * 5000], "--l0: expected a number, not 'xxxxxxx"),
     (["--out", ""], "--out: expected a path, not ''"),
     (["--lr", "1e-3,5e-4"], "'1e-3,5e-4'; separate values by spaces"),
     (["--targets", "q_proj,v_proj"], "separate values by spaces"),
-    *[(["--width", width], "number of latents") for width in ("many", "²k", "0")],
     (["--method", "magic"], "--method: invalid choice: 'magic'"),
     (["--targets", "head"], "--targets: invalid choice: 'head'"),
     (["--nothing", "1"], "unrecognized arguments: --nothing 1"),
@@ -333,7 +315,6 @@ def test_what_is_not_a_finished_run_is_one_clear_line(site, finished, tmp_path, 
     assert "nothing to merge" in refusal("train", "--merge", finished("topk"))
     sweep = finished("several")
     assert f"merge one of them, such as {sweep}/rank-1" in refusal("train", "--merge", sweep)
-    assert "no adapter, so --suite tokens" in refusal("eval", finished("topk"), "--suite", "tokens")
     other = Path(shutil.copytree(finished("lora"), tmp_path / "other"))
     config = read(other / "config.json")
     (other / "config.json").write_text(json.dumps({**config, "sae": []}))
@@ -349,17 +330,6 @@ def test_a_loss_that_turns_nan_stops_the_run_and_says_at_which_step(site, tmp_pa
     line = refusal("train", *words(site, "lora", *how), "--out", tmp_path / "run")
     assert re.search(r"became nan at step \d+: start again with a lower --lr", line)
     assert not (tmp_path / "run/adapter").exists()
-
-
-def test_runs_without_out_have_folders_named_after_the_model(site, tmp_path, monkeypatch):
-    monkeypatch.chdir(shutil.copytree(site / "gemma2", tmp_path / "gemma2"))
-    arguments = words(site, "lora", "--tokens", 64, "--model", ".", "--sae")
-    for sae in ("sae", "sae", "nowhere"):
-        if sae == "nowhere":
-            refusal("train", *arguments, sae)
-        else:
-            command("train", *arguments, sae)
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["gemma2-lora", "gemma2-lora-2"]
 
 
 # ---- Terminals, pipes and disks ------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,20 +53,12 @@ def test_the_readme_tells_of_every_variant():
 
 # ---- In the copy ---------------------------------------------------------------------------------
 
-def random_model(raw, scale=0.15):
-    from conftest import random_weights
-    from lorasae.io.models import parse_config
-    from lorasae.model import Transformer
-    model = Transformer(parse_config(raw, "here"))
-    model.load_state_dict(random_weights(raw, scale=scale))
-    return model.requires_grad_(False).eval()
-
-
 def gemma():
     """A model, tokens, and a TopK SAE of block 1 that leaves BOS alone."""
-    from conftest import GEMMA
+    from conftest import GEMMA, write_model
     from helpers import random_sae
-    model = random_model(GEMMA)
+    from lorasae import load_model
+    model = load_model(write_model(Path("model"), GEMMA, scale=0.15))
     tokens = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(1))
     tokens[:, 0] = model.config.bos_token_id
     return model, tokens, random_sae("topk", model, on_special=False)
@@ -223,7 +216,6 @@ def qwen(kind):
     for parameter in oracle.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     oracle.save_pretrained("qwen")
-
     model, tokens = load_model("qwen"), torch.randint(3, 97, (2, 40))
     expected = oracle(tokens).logits
     close(model(tokens), expected)
@@ -236,12 +228,7 @@ def qwen(kind):
         close(model(tokens), expected)
 
 
-def qwen2():
-    qwen("Qwen2")
-
-
-def qwen3():
-    qwen("Qwen3")
+qwen2, qwen3 = (partial(qwen, kind) for kind in ("Qwen2", "Qwen3"))
 
 
 def agreement():
