@@ -78,12 +78,13 @@ def test_an_interrupt_leaves_no_process_and_starts_no_more(made, tmp_path):
     code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
             f"from lorasae.runs import commands; commands.ROOT = commands.Path({str(tmp_path)!r}); "
             f"commands.run_all([{', '.join(words)}], 1, commands.ROOT / 'logs')")
-    running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE,
+                               start_new_session=True)
     begun = time.monotonic()
     while not (tmp_path / "a" / "words").exists():
         assert time.monotonic() - begun < 120 and running.poll() is None
         time.sleep(0.05)
-    os.kill(running.pid, signal.SIGINT)
+    os.killpg(running.pid, signal.SIGINT)               # as a terminal does for Ctrl-C
     _, errors = running.communicate(timeout=60)         # ends at once, without the 100 seconds
     assert b"KeyboardInterrupt" in errors
     assert not (tmp_path / "b").exists() and not (tmp_path / "a" / "results.json").exists()

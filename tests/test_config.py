@@ -62,9 +62,9 @@ WRONG = {                                               # by the type of an opti
     float: [-1e-9, math.nan, math.inf, 10 ** 400, True, "3"]}
 OWN = {                                                 # beside those, of one option
     "method": ["magic", ""], "dtype": ["int8"], "width": [0], "device": ["gpu", "cuda:x", "meta"],
-    **dict.fromkeys(["batch_size", "micro_batch", "ahead"], [0, 2 ** 16, 10 ** 9]), "context": [1],
+    **dict.fromkeys(["batch_size", "micro_batch", "ahead"], [0]), "context": [1],
     "tokens": [0], "dropout": [1, 1.5], "l0": [0], "alpha": [0], "layer": [[1], 1, (1, 1), ()],
-    "rank": [4, (0,), (4, 4), (), (10 ** 9,)], "adapt": ["after"], "sae": ["a"],
+    "rank": [4, (0,), (4, 4), ()], "adapt": ["after"], "sae": ["a"],
     "targets": ["q_proj", ()], "lr": [0, (1e-3, -1), (1e-3, 1e-3), ()]}
 
 
@@ -151,11 +151,10 @@ def test_what_changes_nothing_is_refused(given, name):
 
 def test_a_width_is_a_number_of_latents_or_the_name_of_a_power_of_two(capsys):
     known = {"100": 100, "16384": 16384, "16k": 2 ** 14, "65K": 2 ** 16, "131k": 2 ** 17,
-             "1m": 2 ** 20}
+             "1m": 2 ** 20, "64k": 2 ** 16}
     assert {width: train.arguments(["--width", width]).width for width in known} == known
-    for width in ("", "k", "many", "-3", "0", "0k", "1.5k", "²", "²k", "1e4", "١٦", "1b", "64k"):
-        line = misuse(capsys, "train", f"--width={width}")
-        assert "is not a number of latents, such as 16384, or 16k and 131k" in line
+    for width in ("", "k", "many", "0k", "1.5k", "²", "²k", "1e4", "1b"):
+        assert f"--width: cannot take '{width}'" in misuse(capsys, "train", f"--width={width}")
 
 
 def test_for_a_model_without_a_preset_it_is_said_what_is_chosen(tmp_path, capsys):
@@ -280,19 +279,13 @@ def test_a_configuration_comes_back_from_its_file_as_it_was(config, tmp_path):
     assert found.keys() == {*OPTIONS, "steps", "versions"} and found["steps"] == config.steps
 
 
-CHOSEN = ("micro_batch", "compile", "ahead", "objective", "steps")     # follow from the rest
-
-
-@pytest.mark.parametrize("method, name", [
-    *(("lora", name) for name in (*OPTIONS, "steps", "magic")),
-    ("topk", "width"), ("topk", "lr"), ("finetune", "objective")])
-def test_a_file_changed_by_hand_is_refused_by_its_path_and_key(method, name, tmp_path):
+@pytest.mark.parametrize("name", [*OPTIONS, "magic"])
+def test_a_file_changed_by_hand_is_refused_by_its_path_and_key(name, tmp_path):
     """A key is missing, or new, or it holds null or nonsense."""
-    good = Config(method=method, width=512, objective="mse").to_json()
+    good = Config(width=512, objective="mse").to_json()
     path = tmp_path / "config.json"
     values = [{"a": 1}, [[1]], -math.inf, 10 ** 400]
-    stands_for_none = DEFAULTS.get(name) is None and name not in CHOSEN and method == "lora"
-    values += [] if stands_for_none else [None]
+    values += [None] * (DEFAULTS.get(name) is not None or name == "magic")
     spoilt = [{**good, name: value} for value in values]
     if name in good:
         spoilt.append({key: value for key, value in good.items() if key != name})

@@ -300,10 +300,11 @@ def test_what_is_given_goes_before_the_preset():
         source, which = sae_choice(model, **how)
         return source, *which.values()
 
-    assert chosen() == chosen("unsloth/gemma-2-2b", layer=12) == (SCOPE, 12, "16k", 82)
-    assert chosen(layer=9) == (SCOPE, 9, "16k", None)
-    assert chosen(width="65k") == (SCOPE, 12, "65k", None)
-    assert chosen(l0=41) == (SCOPE, 12, "16k", 41)
+    assert chosen() == chosen("unsloth/gemma-2-2b", layer=12) == (SCOPE, 12, 16384, 82)
+    assert chosen(layer=9) == (SCOPE, 9, 16384, None)
+    assert chosen(width="65k") == (SCOPE, 12, 65536, None)
+    assert chosen(width=16384, l0=41) == (SCOPE, 12, 16384, 41)
+    assert chosen(width="16k") == (SCOPE, 12, 16384, 82)
 
 
 def test_a_model_without_an_sae_says_how_to_get_one():

@@ -196,8 +196,8 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed_twice(stopped, finished):
 
 
 @pytest.mark.parametrize("there, left", [
-    ([], []), (["mine"], ["mine"]), (["mine", "mine/run"], ["mine", "mine/run"])])
-def test_a_run_that_never_began_takes_only_its_own_folders_away(site, tmp_path, there, left):
+    ([], ["mine"]), (["mine"], ["mine"]), (["mine", "mine/run"], ["mine", "mine/run"])])
+def test_a_run_that_never_began_takes_only_its_own_folder_away(site, tmp_path, there, left):
     for folder in there:
         (tmp_path / folder).mkdir()
     arguments = words(site, "lora", "--sae", "nowhere")

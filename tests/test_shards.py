@@ -263,24 +263,13 @@ def test_runs_share_the_shards_of_a_small_source(tmp_path, monkeypatch, cache, s
         text.batch(0)
     assert len(list(cache.iterdir())) == 5
 
-    # a token that the tokenizer does not have is one line
-    shard = folder / "shard-00000.npy"
-    good = shard.read_bytes()
-    shard.write_bytes(good[:-4] + b"\x7f" * 4)
-    with text_of(path) as text, pytest.raises(InputError, match=f"{folder} is damaged"):
-        take(text, 12)
-    shard.write_bytes(good)
-
-    # damaged or deleted, it is written again
+    # damaged, it is one line; deleted, it is written again
     for name in ("shard-00001.npy", "shard-00000.json"):
-        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
-        with text_of(path) as text:
-            assert torch.equal(take(text, 12), whole), name
-    about = json.loads((folder / "shard-00000.json").read_bytes())
-    for key, value in ("chunks", -1), ("first", -1), ("rest", json.loads("[" * 900 + "]" * 900)):
-        (folder / "shard-00000.json").write_text(json.dumps({**about, key: value}))
-        with text_of(path) as text:
-            assert torch.equal(take(text, 12), whole), key
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(good[:-9])
+        with one_line(f"cannot read {folder}"):
+            text_of(path)
+        (folder / name).write_bytes(good)
     (folder / "shard-00001.npy").unlink()
     shutil.copy(path, moved)
     with text_of(moved, folder=tmp_path / "run") as text:               # it knows its own files
@@ -391,23 +380,6 @@ def test_a_tokenizer_without_the_models_special_tokens_is_refused(tmp_path, bos,
         Text(write_documents(tmp_path / "a.jsonl", [numbered(0)]), NUMBERED, bos, eos)
 
 
-def test_a_vocabulary_without_entries_is_told_from_too_little_text(tmp_path):
-    empty = Tokenizer(models.BPE())
-    empty.add_special_tokens(["<bos>", "<eos>"])
-    path = write_documents(tmp_path / "a.jsonl", map(numbered, range(300)))
-    with pytest.raises(InputError, match="the tokenizer makes no tokens of .*a.jsonl: is its voc"):
-        Text(path, empty, BOS, EOS, context=4, eval_tokens=16, folder=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, small_shards):
-    monkeypatch.setenv("LORASAE_CACHE", str(tmp_path / "file"))
-    (tmp_path / "file").write_text("")
-    path = write_documents(tmp_path / "a.jsonl", map(numbered, range(80)))
-    with text_of(path, folder=tmp_path / "run") as text:
-        assert take(text, 9).shape == (9, 4, 16) and len(read_shards(tmp_path / "run")) > 1
-
-
 def test_a_bad_line_deep_in_the_text_reaches_who_asks_for_it(tmp_path, streamed):
     path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(300)])
     with path.open("a") as file:
@@ -504,14 +476,9 @@ def test_memory_is_bounded_whatever_a_file_holds(tmp_path):
 
 
 def test_a_shard_without_a_chunk_is_whole(tmp_path):
-    """The last one, if fewer tokens than a chunk were left. Nonsense is no shard."""
+    """The last one, if fewer tokens than a chunk were left."""
     shards.write_array(tmp_path / "shard-00000.npy", np.empty((0, 16), np.int32))
-    facts = shards.Shard(0, 0, 0, 16, True, 1, 1, [])
+    facts = shards.Shard(0, 0, 0, 16, True, 1, [])
     write_json(tmp_path / "shard-00000.json", facts._asdict())
     (shard, chunks), = read_shards(tmp_path)
     assert shard.ends and chunks.shape == (0, 16)
-    for key in facts._fields:
-        for value in (None, "3", {}, 2.5, float("nan")):
-            text = json.dumps({**facts._asdict(), key: value})
-            (tmp_path / "shard-00000.json").write_text(text)
-            assert read_shards(tmp_path) == []

@@ -295,20 +295,18 @@ def test_mistakes_are_one_line_and_leave_nothing(site, tmp_path, monkeypatch, ch
     line = refusal("train", *arguments)
     assert message in line
     assert message in LATE or refusal("train", *arguments, "--dry-run") == line
-    assert {path for path in tmp_path.rglob("*")} == before
+    left = {path for path in tmp_path.rglob("*")} - {tmp_path / "run"}
+    assert left == before and not [*tmp_path.glob("run/*")]
 
 
 @pytest.mark.parametrize("given, message", [
     (["--tokens", "many"], "'many' is not a positive number of tokens, such as 15M, 1.5e6"),
     (["--tokens", "²"], "'²' is not"), (["--eval-tokens", "-5"], "'-5' is not"),
     (["--tokens", "1e30"], "'1e30' is not"), (["--tokens", "1.5"], "'1.5' is not"),
-    (["--rank", "²"], "--rank: expected a whole number, not '²'"),
-    (["--lr", "fast"], "--lr: expected a number, not 'fast'"),
-    (["--l0", "x" * 5000], "--l0: expected a number, not 'xxxxxxx"),
-    (["--out", ""], "--out: expected a path, not ''"),
+    (["--rank", "²"], "--rank: cannot take '²'"), (["--lr", "fast"], "--lr: cannot take 'fast'"),
+    (["--out", ""], "--out: cannot take ''"),
     (["--lr", "1e-3,5e-4"], "'1e-3,5e-4'; separate values by spaces"),
     (["--targets", "q_proj,v_proj"], "separate values by spaces"),
-    *[(["--width", width], "number of latents") for width in ("many", "²k", "0")],
     (["--method", "magic"], "--method: invalid choice: 'magic'"),
     (["--targets", "head"], "--targets: invalid choice: 'head'"),
     (["--nothing", "1"], "unrecognized arguments: --nothing 1"),

@@ -3,7 +3,6 @@ import argparse
 import os
 import re
 import sys
-from ast import literal_eval
 from contextlib import contextmanager
 from decimal import Decimal
 
@@ -13,7 +12,6 @@ from lorasae.errors import InputError
 from lorasae.io.files import first_line, shown
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-WANTED = {"int": "a whole number", "local": "a path"}   # by argparse's name of the type
 CLOSED = "standard output was closed"
 
 
@@ -51,10 +49,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if re.search(r"invalid .*: '[^']*\w,", message):
             message += "; separate values by spaces"
-        found = re.fullmatch(r"(argument .*): invalid (\S+) value: (['\"].*['\"])(.*)", message)
-        if found:
-            wanted, value = WANTED.get(found[2], "a number"), shown(literal_eval(found[3]))
-            message = f"{found[1]}: expected {wanted}, not {value}{found[4]}"
+        message = re.sub("invalid .* value:", "cannot take", message)
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 

@@ -138,21 +138,6 @@ def read_object(path):
     return Fields(value, path)
 
 
-def read_metrics(folder):
-    """The whole lines of a run's metrics.jsonl, [{name: value}]; other lines are skipped."""
-    path, lines = Path(folder) / "metrics.jsonl", []
-    if not path.is_file():
-        return lines
-    for text in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue                                    # a killed process leaves half a line
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
-
-
 class Fields(dict):
     """A JSON object that knows its file, so that an error names the file and the key."""
 

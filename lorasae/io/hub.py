@@ -18,7 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 from lorasae.errors import InputError
 from lorasae.io.console import note
 from lorasae.io.files import local
-from lorasae.io.presets import PRESETS, preset
+from lorasae.io.presets import PRESETS, latents, preset
 from lorasae.io.sae_readers import SITES
 
 PAPER_L0 = 70       # of several L0s the paper takes the nearest to this one
@@ -37,7 +37,6 @@ SAE_FILES = {                                                   # the files of a
     "dictionary_learning": ("ae.pt", "config.json"),
 }
 NAMELESS = ("gemma_scope", "sparsify")                          # whose files tell no site or layer
-MAY_LACK = {"gemma_scope_2": ("config.json",)}                  # files that some folders have
 FACTS = {                                                       # what a folder's name says
     "layer": re.compile(r".*(?:layers?[._]|blocks\.|-L)(\d+)"),
     "width": re.compile(r".*width_(\d+[km])"),
@@ -148,7 +147,7 @@ class SAEFiles(NamedTuple):
 def sae_choice(model, *, layer=None, width=None, l0=None):
     """-> (source, {layer, width, l0}): the public SAE of a preset; arguments replace its choice.
 
-    The preset's L0 belongs to its own layer and width.
+    width: in latents. The preset's L0 belongs to its own layer and width.
     """
     known = preset(model)
     if known is None:
@@ -159,8 +158,9 @@ def sae_choice(model, *, layer=None, width=None, l0=None):
             f"{model} has no public SAE: make one with `python train.py --model {model} --method "
             "topk --out RUN_DIR`, then pass --sae RUN_DIR")
 
-    layer, width = known.layer if layer is None else layer, width or known.width
-    if l0 is None and (layer, width) == (known.layer, known.width):
+    layer = known.layer if layer is None else layer
+    own, width = (each and latents(each) for each in (known.width, width or known.width))
+    if l0 is None and (layer, width) == (known.layer, own):
         l0 = known.l0
     return known.sae, {"layer": layer, "width": width, "l0": l0}
 
@@ -243,7 +243,7 @@ def sae_plan(source, *, layer=None, width=None, l0=None, site="resid"):
     except OutOfReach:
         for name, known in PRESETS.items():
             if source in (name, known.sae):
-                M, size = known.sae_size(width and width_name(width))
+                M, size = known.sae_size(width)
                 return plan(known.sae, {f"an SAE of {M:,} latents": size})
         raise
     return plan(sae.place, sae.files) if isinstance(sae.place, str) else []
@@ -258,8 +258,6 @@ def saes_among(place, sizes, inside):
                 folder = path.removesuffix(names[0])    # "" or "some/folder/"
                 files = {folder + name: sizes.get(folder + name) for name in names}
                 if None not in files.values():
-                    more = [folder + name for name in MAY_LACK.get(kind, ())]
-                    files |= {file: sizes[file] for file in more if file in sizes}
                     found.append(SAEFiles(kind, place, folder.rstrip("/"), files))
     return found
 

@@ -61,6 +61,7 @@ class Parts:
     enc: torch.Tensor | float = 1.0                     # factors for the rows of W_enc
     dec: torch.Tensor | float = 1.0                     # factors for the rows of W_dec
     model_name: str | None = None                       # the model it was trained on, if it says
+    hook: str | None = None                             # and what it reads, as in HOOKS
 
     def matrix(self, name):
         """W_enc or W_dec -> [M, D], in the dtype of the file.
@@ -89,7 +90,7 @@ def parts_of(file, names, **about):
 
 # ---- Gemma Scope and Llama Scope -----------------------------------------------------------------
 
-def read_gemma_scope(path, layer=None, site="resid"):
+def read_gemma_scope(path):
     """pre = x W_enc + b_enc;  z = ReLU(pre) · H(pre - θ);  x̂ = z W_dec + b_dec
 
     The file has W_enc as [D, M]. Trained without BOS. `path` is a folder with params.npz or an .npz
@@ -99,35 +100,22 @@ def read_gemma_scope(path, layer=None, site="resid"):
     return parts_of(file, PLAIN, threshold=file["threshold"], centred=False, on_special=False)
 
 
-def read_gemma_scope_2(folder, layer=None, site="resid"):
-    """Gemma Scope's formula, in params.safetensors, with a config.json or a name that tells.
+def read_gemma_scope_2(folder):
+    """Gemma Scope's formula, in params.safetensors. The folder's name tells site and layer.
 
-    Of its other files, transcoders, crosscoders and cross-layer transcoders are refused.
+    (Its transcoders and crosscoders, whose tensors have the same names, are in other folders.)
     """
-    cfg, file = {}, Tensors(folder / "params.safetensors")
     named = NAMED.search(folder.absolute().as_posix())
-    if (folder / "config.json").exists():
-        cfg = read_object(folder / "config.json")
-        cfg.only(architecture="jump_relu", type="sae", affine_connection=False)
-        hook = cfg.take("hf_hook_point_in", str)
-        cfg.only(hf_hook_point_out=hook)
-        check_layer(hook, layer, folder, site)
-    elif named:
-        part = ".mlp" if named[1] == "mlp_out" else ""
-        check_layer(f"model.layers.{named[2]}{part}", layer, folder, site)
-    else:
-        raise InputError(f"{folder} has no config.json, and its name does not tell site and layer: "
-                         "keep the name that it has on the Hub, such as "
-                         "resid_post/layer_12_width_16k_l0_medium")
-
-    # Some say gemma-v3-270m-pt; the repository is gemma-3-270m.
-    name = str(cfg.get("model_name") or "").replace("-v3", "-3").replace("270m-pt", "270m")
+    if not named:
+        raise InputError(f"the name of {folder} does not tell site and layer: keep the one that it "
+                         "has on the Hub, such as resid_post/layer_12_width_16k_l0_medium")
+    file = Tensors(folder / "params.safetensors")
     return parts_of(
         file, ("w_enc.T", "w_dec", "b_enc", "b_dec"), threshold=file["threshold"], centred=False,
-        on_special=False, model_name=name or None)
+        on_special=False, hook=f"blocks.{named[2]}.hook_{named[1]}")
 
 
-def read_llama_scope(folder, layer=None, site="resid"):
+def read_llama_scope(folder):
     """pre = f_in W_e x + b_e;  z = pre · H(pre c/f_in - θ);  x̂ = (W_d z + b_d) / f_out
 
     f = √D / the dataset's mean activation norm (in, out); c = ‖W_d,i‖ f_in/f_out; θ is one number.
@@ -136,7 +124,6 @@ def read_llama_scope(folder, layer=None, site="resid"):
     """
     cfg = read_object(folder / "hyperparams.json")
     hook = cfg.take("hook_point_in", str)
-    check_layer(hook, layer, folder, site)
     cfg.only(
         act_fn="jumprelu", norm_activation="dataset-wise", hook_point_out=hook,
         use_decoder_bias=True, use_glu_encoder=False, apply_decoder_bias_to_pre_encoder=False)
@@ -144,7 +131,7 @@ def read_llama_scope(folder, layer=None, site="resid"):
 
     file = Tensors(folder / "checkpoints" / "final.safetensors")
     names = ("encoder.weight", "decoder.weight.T", "encoder.bias", "decoder.bias")
-    parts = parts_of(file, names, centred=False, on_special=False)
+    parts = parts_of(file, names, centred=False, on_special=False, hook=hook)
     D = len(parts.b_dec)
     f_in = math.sqrt(D) / norms.take("in", float, above=0)
     f_out = math.sqrt(D) / norms.take("out", float, above=0)
@@ -162,7 +149,7 @@ def read_llama_scope(folder, layer=None, site="resid"):
 
 # ---- sparsify ------------------------------------------------------------------------------------
 
-def read_sparsify(folder, layer=None, site="resid"):
+def read_sparsify(folder):
     """z = TopK(ReLU((x - b_dec) W_encᵀ + b_enc));  x̂ = z W_dec + b_dec
 
     The file has both matrices as [M, D] and does not say the layer. Trained with BOS. `multi_topk`
@@ -178,7 +165,7 @@ def read_sparsify(folder, layer=None, site="resid"):
 
 # ---- SAELens -------------------------------------------------------------------------------------
 
-def read_sae_lens(folder, layer=None, site="resid"):
+def read_sae_lens(folder):
     """pre = (x - a b_dec) W_enc + b_enc;  x̂ = z W_dec + b_dec, with a = apply_b_dec_to_input
 
     z is ReLU(TopK(pre)), or ReLU(pre) · H(pre - θ), or ReLU(pre) ("standard": θ = 0). With
@@ -193,8 +180,6 @@ def read_sae_lens(folder, layer=None, site="resid"):
     for key in ("metadata", "activation_fn_kwargs"):
         cfg = Fields({**(cfg.take(key, dict, None) or {}), **cfg}, cfg.where)
     kind = sae_lens_kind(cfg)
-    check_layer(cfg.get("hook_name"), layer, folder, site)
-
     file = Tensors(folder / "sae_weights.safetensors")
     parts = parts_of(
         file, PLAIN,
@@ -202,7 +187,8 @@ def read_sae_lens(folder, layer=None, site="resid"):
         on_special=sae_lens_on_special(kind, cfg),
         max_norm=cfg.take("max_norm", float, None, above=0),
         after_norm=not str(cfg.get("hf_hook_name")).endswith(".mlp"),
-        model_name=cfg.take("model_name", str, None))
+        model_name=cfg.take("model_name", str, None),
+        hook=cfg.get("hook_name"))
 
     # which latents are active
     if kind == "topk":
@@ -242,7 +228,7 @@ def sae_lens_on_special(kind, cfg):
 
 # ---- dictionary_learning -------------------------------------------------------------------------
 
-def read_dictionary_learning(folder, layer=None, site="resid"):
+def read_dictionary_learning(folder):
     """z = ReLU(pre), pre = W_e (x - b) + b_e;  x̂ = W_d z + b, and by its dict_class:
 
     AutoEncoder             as it is
@@ -259,9 +245,7 @@ def read_dictionary_learning(folder, layer=None, site="resid"):
     at = trainer.take("layer", int, None, at_least=0)
     submodule = trainer.take("submodule_name", str, None) or ""
     part = ".mlp" if "mlp" in submodule else ".attn" if "attn" in submodule else ""
-    if part or at is not None:
-        hook = f"model.layers.{at or 0}{part}"
-        check_layer(hook, None if at is None else layer, folder, site)
+    unknown = at is None and not part
 
     # some classes are made of plain matrices, some of nn.Linear
     file = Tensors(folder / "ae.pt")
@@ -271,7 +255,8 @@ def read_dictionary_learning(folder, layer=None, site="resid"):
         file, PLAIN if "W_enc" in file else linear,
         centred=kind != "JumpReluAutoEncoder",
         on_special=not buffer.take("remove_bos", bool, False),
-        model_name=trainer.take("lm_name", str, None))
+        model_name=trainer.take("lm_name", str, None),
+        hook=None if unknown else f"model.layers.{at}{part}")
 
     # which latents are active
     if kind == "AutoEncoder":

@@ -17,7 +17,7 @@ import torch
 from lorasae.errors import InputError
 from lorasae.io.files import as_dtype, check_finite, check_shape, write_json, write_tensors
 from lorasae.io.hub import find_sae
-from lorasae.io.sae_readers import READERS, ROWS
+from lorasae.io.sae_readers import READERS, ROWS, check_layer
 from lorasae.sae import JumpReLU, TopK
 
 
@@ -76,7 +76,10 @@ def describe(source, **which):
 def read_parts(source, layer=None, width=None, l0=None, site="resid"):
     """The Parts of an SAE."""
     found = find_sae(source, layer=layer, width=width, l0=l0, site=site)
-    return READERS[found.kind](found.fetch(), layer, site)
+    folder = found.fetch()
+    parts = READERS[found.kind](folder)
+    check_layer(parts.hook, layer, folder, site)
+    return parts
 
 
 def kind_of(parts):

@@ -9,7 +9,7 @@ A shard is a .npy file of int32 [chunks, context] with a .json beside it that sa
 one begins. A background thread writes one shard ahead. The first holds 2**18 tokens, so training
 starts soon, and each next one twice as many, up to 2**22. With several processes, process 0 writes
 for all. Nothing about text is in a checkpoint. A resumed run that needs another shard reads its way
-to there again, in the background, without tokenising or even parsing what it passes.
+to there again, in the background, without tokenising what it passes.
 
 Where they are. The shards of a source of up to 256 MiB stay in ~/.cache/lorasae/text (or
 $LORASAE_CACHE), for all runs with the same text, tokenizer, context, seed and held-out text. A
@@ -34,11 +34,13 @@ import os
 import sys
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -53,7 +55,7 @@ from lorasae.io.files import damage, local, read_object, whole, write_json
 from lorasae.io.text import (
     LINE, SMALL, digest, documents, files, fingerprints, held_out, is_plain)
 
-ORDER = 4                   # the version of the order described above: part of a cache's key
+ORDER = 5                   # the version of the order described above: part of a cache's key
 FIRST, LARGEST = 2 ** 18, 2 ** 22       # tokens of a shard
 BATCH = 2 ** 18             # characters read before they are tokenised
 TEXTS = 32                  # texts tokenised at a time, for memory's sake
@@ -81,16 +83,9 @@ def open_held_out(folder, tokenizer, bos, eos):
         of = torch.tensor(of, dtype=torch.long)
         if chunks.dim() != 2 or of.shape != chunks.shape[:1]:
             raise ValueError("it does not fit text.json")
-        check_tokens(chunks, tokenizer, path)
+        if None in map(tokenizer.id_to_token, chunks.unique().tolist()):
+            raise ValueError("it has tokens that the tokenizer has not")
     return HeldOut(chunks, of, tokenizer, bos, eos)
-
-
-def check_tokens(tokens, tokenizer, what):
-    """InputError if the file that `what` names holds a token that the tokenizer does not have."""
-    for token in tokens.aminmax():
-        if tokenizer.id_to_token(token.item()) is None:
-            raise InputError(f"{what} is damaged, or of another model: the tokenizer has no token "
-                             f"{token}; remove it, or start a new run")
 
 
 class Shard(NamedTuple):
@@ -100,16 +95,15 @@ class Shard(NamedTuple):
     chunks: int
     context: int
     ends: bool              # whether a small source ends with it
-    read: int               # the number, from 1, of the last document that it has something of
-    taken: int              # and how many pieces of that
-    rest: list              # tokens before that place that are in no chunk yet
+    taken: int              # how many pieces of the text it and those before it have
+    rest: list              # their tokens that are in no chunk yet
 
     @property
     def stop(self):
         return self.first + self.chunks
 
 
-NONE = Shard(-1, 0, 0, 0, False, 0, 0, [])              # what the first shard follows
+NONE = Shard(-1, 0, 0, 0, False, 0, [])              # what the first shard follows
 
 
 @dataclass(eq=False)
@@ -193,9 +187,7 @@ class Text:
 
     def _sequences(self, start, stop):
         chunks = [self._chunk(row) for row in range(start, stop)]
-        tokens = torch.from_numpy(np.stack(chunks)).long()
-        check_tokens(tokens, self.tokenizer, f"a shard in {self.place}")
-        return tokens
+        return torch.from_numpy(np.stack(chunks)).long()
 
     def _chunk(self, row):
         """The chunk of this number, as soon as its shard is there."""
@@ -228,7 +220,7 @@ class Text:
         return row
 
     def _note_reuse(self):
-        if not self.noted and self.process == 0:
+        if not self.noted:
             self.noted = True
             note(f"note: all of {self.source} has been read: it is used again, in another order")
 
@@ -247,16 +239,16 @@ class Text:
 
         # Read to where it begins. The one before it mostly ended there.
         if self.reached != number:
-            self.pieces = self._pieces(last.read, last.taken)
+            self.pieces = self._pieces()
+            deque(islice(self.pieces, last.taken), maxlen=0)
         self.reached = None                             # as long as an error may come
 
         # Tokens, until it is full or the text ends.
-        size, batch = min(FIRST << number, LARGEST), True
+        size, batch, taken = min(FIRST << number, LARGEST), True, last.taken
         found = [np.array(last.rest, np.int32)]
         while batch and sum(map(len, found)) < size:
-            if self.stopped.is_set():
-                raise CancelledError
             batch = take(self.pieces, BATCH)
+            taken += len(batch)
             found.append(tokens_of(batch, self.tokenizer, self.eos))
         chunks, rest = chunks_of(np.concatenate(found), self.context, self.bos)
         if not batch:
@@ -266,15 +258,11 @@ class Text:
         # The .json comes last: it says that the shard is whole.
         turns = np.random.default_rng([self.seed, 0, number]).permutation(len(chunks))
         write_array(shard_path(self.place, number), chunks[turns])
-        shard = Shard(number, last.stop, *chunks.shape, not batch, *self.read, rest.tolist())
+        shard = Shard(number, last.stop, *chunks.shape, not batch, taken, rest.tolist())
         write_json(shard_path(self.place, number).with_suffix(".json"), shard._asdict())
 
-    def _pieces(self, read, taken):
-        """Yields the pieces of the training text: a small source once, a stream without end.
-
-        They begin inside document number `read`, from 1, of which so many pieces have been taken.
-        `self.read` is where the newest piece ends, in the same terms.
-        """
+    def _pieces(self):
+        """Yields the pieces of the training text: a small source once, a stream without end."""
         if self.files is None:
             self.files = files(self.source)
             known = set(map(str, self.record.take("files", list)))
@@ -284,24 +272,18 @@ class Text:
                 raise InputError(f"{self.source} has changed since the run began ({name} is "
                                  "new, missing or different): restore the text or start a new run")
 
-        left_out = set(map(str, self.record.take("held_out", list)))
-        number, found, self.read = 0, read > 0, (read, taken)
+        left_out, found = set(map(str, self.record.take("held_out", list))), False
         for epoch in range(1 if self.small else sys.maxsize):
             if epoch > 0:
                 self._note_reuse()
             for document in documents(self._files(held=False), self.field, [self.seed, epoch]):
-                number += 1
-                if self.stopped.is_set():
-                    raise CancelledError
-                if number < read:
-                    continue                            # nothing of it is parsed
                 for i, (begins, text) in enumerate(document):
+                    if self.stopped.is_set():
+                        raise CancelledError
                     if i == 0 and digest(text) in left_out:
                         break
-                    if number > read or i >= taken:
-                        self.read = number, i + 1
-                        yield begins, text
-                        found = True
+                    yield begins, text
+                    found = True
             if not found:
                 raise InputError(f"{self.source} leaves nothing to train on: its documents all "
                                  "begin like those held out for evaluation")
@@ -332,7 +314,7 @@ class Text:
         facts = [ORDER, names, self.field, self.tokenizer.to_str(), self.bos, self.eos,
                  self.context, self.eval_tokens, self.seed]
         key = sha256(json.dumps(facts).encode()).hexdigest()[:32]
-        if sum(file.size for file in self.files) > SMALL or not may_write(cache_of(key)):
+        if sum(file.size for file in self.files) > SMALL:
             key = None                                  # the shards stay in the run's folder
         write_json(self.folder / "text.json", {**record, "files": lines, "key": key})
 
@@ -374,9 +356,6 @@ class Text:
         turns = np.random.default_rng(FIXED).permutation(len(of))[:count]
         self._check_length("held-out", len(turns), count)
         chosen = np.concatenate([*own, shared])[turns]
-        if np.isin(chosen, [self.bos, self.eos]).all():
-            raise InputError(f"the tokenizer makes no tokens of {self.source}: is its vocabulary "
-                             "empty, or of another language?")
         return chosen, {"documents": [of[i] for i in turns], "held_out": digests}
 
 
@@ -440,13 +419,6 @@ def cache_of(key):
     return local(root) / "text" / key
 
 
-def may_write(folder):
-    """Whether files can be written to a folder, which is made if need be."""
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return os.access(folder, os.W_OK)
-
-
 def shard_path(folder, number):
     return folder / f"shard-{number:05d}.npy"
 
@@ -455,12 +427,8 @@ def read_shards(folder):
     """[(Shard, its chunks)] of the shards in a folder that are whole, by their numbers."""
     found = []
     for path in sorted(folder.glob("shard-*.json")):
-        with suppress(OSError, ValueError, TypeError, OverflowError):   # being deleted, or damaged
+        with suppress(FileNotFoundError), damage(path):                 # it is being deleted
             shard = Shard(**read_object(path))
-            np.array(shard.rest, np.int32)              # it holds tokens
-            kinds = [*map(type, shard)]
-            if kinds != [*Shard.__annotations__.values()] or min(shard.first, shard.chunks) < 0:
-                continue
             # np.load parses the header with Python's ast, which two threads can crash in 3.11.
             numbers = np.memmap(path.with_suffix(".npy"), np.int32, "r", offset=HEADER)
             found.append((shard, numbers.reshape(shard.chunks, shard.context)))

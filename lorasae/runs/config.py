@@ -10,7 +10,7 @@ defaults of Config's fields.
 import math
 import os
 import re
-from argparse import ArgumentTypeError, BooleanOptionalAction
+from argparse import BooleanOptionalAction
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lorasae.errors import InputError
 from lorasae.io.console import count, note
 from lorasae.io.files import Fields, read_object, shown
-from lorasae.io.hub import LEVELS, sae_choice, width_name
+from lorasae.io.hub import LEVELS, sae_choice
 from lorasae.io.models import load_config
 from lorasae.io.presets import PAPER, PRESETS, latents, preset
 from lorasae.io.text import NAMED
@@ -36,7 +36,6 @@ ADAPTERS = ("lora", BOTH)
 RETRAINED = ("finetune", BOTH)                          # train an existing SAE
 AROUND_SAE = ("lora", *RETRAINED)                       # take an existing SAE
 DEAD_AFTER = 10_000_000                                 # tokens; Gao et al. (2024)
-MOST_AT_ONCE = 2 ** 24                                  # tokens; more is a slip of the finger
 
 
 # ---- The options ---------------------------------------------------------------------------------
@@ -46,17 +45,6 @@ def full_path(text):
     path = os.path.expanduser(text)
     is_name = text in (*PRESETS, "stdlib", *NAMED)
     return os.path.abspath(path) if os.path.exists(path) and not is_name else path
-
-
-def latents_of(text):
-    """16384 of "16384", and of "16k", as Gemma Scope names powers of two."""
-    found = re.fullmatch(r"([1-9][0-9]{0,8})([km]?)", text.lower())
-    if found and not found[2]:
-        return int(text)
-    if found and width_name(latents(found[0])) == found[0]:
-        return latents(found[0])
-    raise ArgumentTypeError(f"{shown(text)} is not a number of latents, such as 16384, or 16k and "
-                            "131k for powers of two")
 
 
 class Kind(NamedTuple):
@@ -76,9 +64,7 @@ SWITCH = Kind(bool)
 FROM_0 = Kind(int, {"at_least": 0})
 WHOLE = Kind(int, {"at_least": 1})
 TOKENS = Kind(int, {"at_least": 1}, count)
-SEVERAL = {"at_least": 1, "below": 2 ** 20}             # of what memory must hold
-SEQUENCES = Kind(int, SEVERAL)
-WIDTH = Kind(int, {"at_least": 1, "below": 2 ** 30}, latents_of)
+WIDTH = Kind(int, {"at_least": 1, "below": 2 ** 30}, latents)
 CONTEXT = Kind(int, {"at_least": 2})                    # BOS and one more
 NOT_NEGATIVE = Kind(float, {"at_least": 0})
 POSITIVE = Kind(float, {"above": 0})
@@ -146,7 +132,7 @@ class Config:
         "sinks, which are most of the variance (0: train on all, as published)", SCRATCH)
 
     rank: tuple = opt(
-        (64,), Kind(int, SEVERAL),
+        (64,), WHOLE,
         "rank of every adapter; several, as in 1 4 16 64, train side by side, each with every --lr",
         ADAPTERS)
     alpha: float = opt(32.0, POSITIVE, "adapters are scaled by alpha / rank", ADAPTERS)
@@ -183,9 +169,9 @@ class Config:
     context: int = opt(1024, CONTEXT, "tokens per sequence, BOS included")
 
     optimizer: str = opt("adamw", one_of("adamw", "muon"), "of adapters", ADAPTERS)
-    batch_size: int = opt(1, SEQUENCES, "sequences per step")
+    batch_size: int = opt(1, WHOLE, "sequences per step")
     micro_batch: int | None = opt(
-        None, SEQUENCES,
+        None, WHOLE,
         "sequences that pass through the model at once: less memory, the same step except for "
         "dropout masks (default: the batch)", ("lora",))
     lr: float | tuple | None = opt(
@@ -211,7 +197,7 @@ class Config:
     compile: bool | None = opt(
         None, SWITCH, "put blocks and loss through torch.compile (default: on a GPU)")
     ahead: int | None = opt(
-        None, SEQUENCES,
+        None, WHOLE,
         "sequences whose frozen part runs at once, before their steps (default: 8 on a GPU, else "
         "1)")
     shard: bool = opt(
@@ -333,11 +319,6 @@ def check(config):
                          "adapters that train side by side")
     if config.method in BY_L0 and config.l0 is None:
         raise InputError(f"--method {config.method}: pass --l0, the active latents to reach")
-    at_once = max(config.batch_size, config.micro_batch or 1, config.ahead or 1)
-    if at_once * config.context > MOST_AT_ONCE:
-        raise InputError(f"{at_once:,} sequences of --context {config.context:,} at once are more "
-                         f"than {MOST_AT_ONCE:,} tokens: lower --batch-size, --micro-batch, "
-                         "--ahead or --context")
 
 
 # ---- The parser ----------------------------------------------------------------------------------
@@ -446,16 +427,13 @@ def of_sae(known, model, given, mode):
     if "sae" in given:                                  # --adapt depends on its kind
         return {"adapt": (), **of_sae_runs(given, with_tokens=known is None)}
 
-    layers, l0, width = given.get("layer", (None,)), given.get("l0"), given.get("width")
-    name = width and width_name(width)
-    source, chosen = sae_choice(model, layer=layers[0], width=name, l0=l0)
+    layers, l0 = given.get("layer", (None,)), given.get("l0")
+    source, chosen = sae_choice(model, layer=layers[0], width=given.get("width"), l0=l0)
     if os.path.isdir(source):                           # an embedded one: the checkout may move
         source = next(name for name in PRESETS if PRESETS[name] is known)
     if len(layers) == 1:                                # else each has its own nearest L0
         l0 = chosen["l0"]
-    if width is None and chosen["width"]:
-        width = latents(chosen["width"])
-    return {"sae": (source,), "width": width, "l0": l0}
+    return {"sae": (source,), "width": chosen["width"], "l0": l0}
 
 
 def of_sae_runs(given, with_tokens):
@@ -503,20 +481,10 @@ def read_config(folder, device=None):
     if wrong:
         raise InputError(f"{path} is not of this version of train.py, whose files differ in "
                          f"{shown(joined(sorted(wrong)))}")
-    asked = as_fields(found)
     try:
-        config = Config(**asked)
+        config = Config(**as_fields(found))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-
-    # What train.py chose by itself is not chosen again.
-    if config.method in SCRATCH:
-        found.take("width", int), found.take("lr", float)
-    for name, chosen in {**asdict(config), "steps": config.steps}.items():
-        value = asked.get(name, found[name])
-        if value != chosen:
-            raise InputError(f"{path}: {name!r} is {shown(value)}, but train.py wrote "
-                             f"{shown(chosen)} there: restore the file")
     if device is None:
         return config
     return replace(config, device=device, compile=config.compile and device.startswith("cuda"))
