@@ -6,7 +6,6 @@
 
 A missing file or a full disk is an OSError, which names the file.
 """
-import errno
 import json
 import operator
 import os
@@ -43,9 +42,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FLOATS = (*DTYPES.values(), torch.float64)
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-
-
 def local(path):
     """A path in which ~ is the user's home folder. InputError for none, and for a zero byte."""
     text = str(path)
@@ -69,11 +65,7 @@ def whole(path):
         with open(part, "xb") as file:
             yield file
             file.flush()
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:
-                if error.errno in FULL:                 # else this file system cannot do it
-                    raise
+            os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         # torch.save hides the file's own error (a full disk) behind a RuntimeError

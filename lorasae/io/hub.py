@@ -99,12 +99,7 @@ def model_files(name_or_dir, patterns=MODEL_FILES):
     folder, repo = model_place(name_or_dir)
     if folder is not None:
         return folder
-    folder = fetch(repo, patterns)
-    if patterns is MODEL_FILES and not any(folder.glob("*.safetensors")):
-        raise OutOfReach(f"{repo} has no *.safetensors in the cache {constants.HF_HUB_CACHE}, nor "
-                         "on the Hub if that was asked: fetch it once with a network (pickled "
-                         "weights are never opened)")
-    return folder
+    return fetch(repo, patterns)
 
 
 def model_plan(name_or_dir):
@@ -139,7 +134,7 @@ class SAEFiles(NamedTuple):
     files: dict                                         # {path: bytes}
 
     def fetch(self):
-        """The local folder of these files (or the .npz file itself), fetched if need be."""
+        """The local folder of these files, fetched if need be."""
         local = isinstance(self.place, Path)
         return (self.place if local else fetch(self.place, list(self.files))) / self.folder
 
@@ -168,7 +163,7 @@ def sae_choice(model, *, layer=None, width=None, l0=None):
 def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
     """The SAEFiles of one SAE of this site.
 
-    source: a preset, a local folder, an .npz file, the folder of a run, or OWNER/NAME[/FOLDER] on
+    source: a preset, a local folder or a file in it, the folder of a run, or OWNER/NAME[/FOLDER] on
     the Hub. If it holds several SAEs, layer, width ("16k" or 16384) and l0 (a number, or small,
     medium, big) choose; without l0 the nearest to PAPER_L0, with a note.
     """
@@ -183,15 +178,10 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
         owner, name, *folders = on_hub.split("/")
         place, inside = f"{owner}/{name}", "".join(f"{folder}/" for folder in folders)
         sizes = listing(place)
-    elif place.suffix == ".npz":
-        one = SAEFiles("gemma_scope", place.parent, place.name, {})
-        return choose(of_site([one], source, site), source, wanted)
     else:
+        place = place.parent if place.is_file() else place
         if (place / "sae").is_dir():
             place = place / "sae"                       # a run keeps its SAE there
-        elif (place / "metrics.jsonl").exists():
-            raise InputError(f"{source} is a run without an SAE in sae/: finish it with python "
-                             f"train.py --resume {source}, or name one such as {source}/sae-50pct")
         sizes = sizes_in(place)
 
     # those that make an SAE, and the one that is wanted
@@ -297,12 +287,10 @@ def pick(fact, value, offered, source):
 
 
 def pick_l0(l0, offered, offer):
-    """The name of this L0, or of the nearest to it among targets; without one the paper's."""
+    """The name of the nearest to this L0; without one, to the paper's."""
     about = {name: LEVELS.get(name) or int(name) for name in offered}
     near = PAPER_L0 if l0 is None else l0
     nearest = min(offered, key=lambda name: abs(about[name] - near))
-    if l0 is not None and about[nearest] != l0 and nearest not in LEVELS:
-        raise InputError(f"{offer}, but not {l0:g}: choose another --l0, or another SAE")
     if about[nearest] != l0 and len(offered) > 1:
         note(f"{offer}: taking {nearest}, the nearest to {near:g}")
     return nearest

@@ -60,8 +60,7 @@ class Parts:
     k: int | None = None
     enc: torch.Tensor | float = 1.0                     # factors for the rows of W_enc
     dec: torch.Tensor | float = 1.0                     # factors for the rows of W_dec
-    model_name: str | None = None                       # the model it was trained on, if it says
-    hook: str | None = None                             # and what it reads, as in HOOKS
+    hook: str | None = None                             # what it reads, as in HOOKS, if it says
 
     def matrix(self, name):
         """W_enc or W_dec -> [M, D], in the dtype of the file.
@@ -90,13 +89,12 @@ def parts_of(file, names, **about):
 
 # ---- Gemma Scope and Llama Scope -----------------------------------------------------------------
 
-def read_gemma_scope(path):
+def read_gemma_scope(folder):
     """pre = x W_enc + b_enc;  z = ReLU(pre) · H(pre - θ);  x̂ = z W_dec + b_dec
 
-    The file has W_enc as [D, M]. Trained without BOS. `path` is a folder with params.npz or an .npz
-    file, which does not say the layer.
+    The file has W_enc as [D, M] and does not say the layer. Trained without BOS.
     """
-    file = Tensors(path if path.is_file() else path / "params.npz")
+    file = Tensors(folder / "params.npz")
     return parts_of(file, PLAIN, threshold=file["threshold"], centred=False, on_special=False)
 
 
@@ -187,7 +185,6 @@ def read_sae_lens(folder):
         on_special=sae_lens_on_special(kind, cfg),
         max_norm=cfg.take("max_norm", float, None, above=0),
         after_norm=not str(cfg.get("hf_hook_name")).endswith(".mlp"),
-        model_name=cfg.take("model_name", str, None),
         hook=cfg.get("hook_name"))
 
     # which latents are active
@@ -255,7 +252,6 @@ def read_dictionary_learning(folder):
         file, PLAIN if "W_enc" in file else linear,
         centred=kind != "JumpReluAutoEncoder",
         on_special=not buffer.take("remove_bos", bool, False),
-        model_name=trainer.take("lm_name", str, None),
         hook=None if unknown else f"model.layers.{at}{part}")
 
     # which latents are active
@@ -266,7 +262,11 @@ def read_dictionary_learning(folder):
     elif kind == "JumpReluAutoEncoder":
         parts.threshold = file["threshold"]
     else:
-        parts.threshold = learnt(file, "threshold")
+        threshold = file["threshold"]
+        if threshold.numel() != 1 or not threshold > 0:
+            raise InputError(f"{file.path}: threshold is {shown(threshold)}, but should be above "
+                             "0: it has not been learnt yet")
+        parts.threshold = threshold.item()
     return parts
 
 
@@ -281,15 +281,6 @@ READERS = {                                             # by the format of hub.S
 
 
 # ---- What the readers share ----------------------------------------------------------------------
-
-def learnt(file, name):
-    """The one threshold of a BatchTopK SAE."""
-    threshold = file[name]
-    if threshold.numel() != 1 or not threshold > 0:
-        raise InputError(f"{file.path}: {name} is {shown(threshold)}, but should be a number above "
-                         "0: it has not been learnt yet")
-    return threshold.item()
-
 
 def check_layer(hook, layer, where, site):
     """InputError unless `hook`, as TransformerLens or transformers call it, is at this site.

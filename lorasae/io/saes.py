@@ -26,8 +26,7 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
 
     layer, width, l0: which SAE, if the source holds several (hub.find_sae). site: "resid", a
     block's output, or "mlp", that of its MLP; SAEs of another site are refused. dtype: of the
-    weights, a torch dtype or its name, float32 if None; thresholds stay float32. The SAE's
-    `model_name` is the model that the file says it was trained on, or None. A file that names
+    weights, a torch dtype or its name, float32 if None; thresholds stay float32. A file that names
     another layer is refused.
     """
     dtype = as_dtype(dtype or "float32")
@@ -62,8 +61,7 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
         check_shape(what, tensors[name], parameter.shape)
         check_finite(what, tensors[name])
     sae.load_state_dict(tensors, assign=True)
-    sae.model_name, sae.max_norm = parts.model_name, parts.max_norm
-    sae.site, sae.after_norm = site, parts.after_norm
+    sae.max_norm, sae.site, sae.after_norm = parts.max_norm, site, parts.after_norm
     return sae.requires_grad_(False).to(device)
 
 
@@ -95,14 +93,6 @@ def scaled(weight, factor, dtype):
         rows = slice(start, start + ROWS)
         out[rows] = weight[rows].float() * factor[rows, None]
     return out
-
-
-def check_fits(width, d_model):
-    """InputError unless an SAE that reads activations of this width fits a model of d_model."""
-    if width != d_model:
-        raise InputError(
-            f"the SAE reads activations of width {width}, but the model's have {d_model}: it was "
-            "trained on another model")
 
 
 # ---- Writing -------------------------------------------------------------------------------------

@@ -37,11 +37,10 @@ def dry_run(config):
         config = resolved(config, model_config)
         shapes[config.layer[0]] = KINDS.get(config.method, TopK), config.width
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
-        which = {"layer": layer, "width": config.width, "l0": config.l0, "site": config.site}
-        of_sae = hub.sae_plan(source, **which)
+        of_sae = hub.sae_plan(source, **config.which(layer))
         files += of_sae
         if all(file.cached for file in of_sae):
-            kind, width, d_model = describe(source, **which)
+            kind, width, d_model = describe(source, **config.which(layer))
             check_sae(config, kind, width, d_model, model_config)
         else:                                           # the paper's public SAEs are JumpReLUs
             kind, width = JumpReLU, config.width or latents_in(of_sae, model_config)

@@ -7,16 +7,14 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter
-from lorasae.io.files import read_object
 from lorasae.io.models import load_model, load_tokenizer
-from lorasae.io.saes import check_fits, load_sae
+from lorasae.io.saes import load_sae
 from lorasae.io.shards import Text, open_held_out
 from lorasae.model import Transformer
 from lorasae.runs import distributed
 from lorasae.runs.adapting import adapter_names
 from lorasae.runs.config import SCRATCH, Config, joined, read_config
 from lorasae.runs.machine import settled
-from lorasae.runs.training import same_model
 
 
 class Setting(NamedTuple):
@@ -62,8 +60,7 @@ def load_saes(config, model_config, device):
     """{layer: SAE} of a configuration, frozen."""
     saes = {}
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
-        sae = load_sae(source, layer=layer, width=config.width, l0=config.l0, site=config.site,
-                       dtype=config.sae_dtype, device=device)
+        sae = load_sae(source, **config.which(layer), dtype=config.sae_dtype, device=device)
         check_sae(config, type(sae), *sae.W_enc.shape, model_config)
         saes[layer] = sae
     return saes
@@ -71,7 +68,9 @@ def load_saes(config, model_config, device):
 
 def check_sae(config, kind, width, d_model, model_config):
     """Raises InputError for an existing SAE [width, d_model] that this run could not use."""
-    check_fits(d_model, model_config.hidden_size)
+    if d_model != model_config.hidden_size:
+        raise InputError(f"the SAE reads activations of width {d_model}, but the model's have "
+                         f"{model_config.hidden_size}: it was trained on another model")
     if config.width not in (None, width):
         raise InputError(f"--width {config.width}: the SAE has {width} latents")
     if config.thresholds == "frozen" and kind.l0_is_bounded:
@@ -115,11 +114,6 @@ def open_run(folder, device=None):
 
     model, saes = load_model_and_saes(config)
     if config.method == "lora":
-        path = folder / "adapter" / "adapter_config.json"
-        base = read_object(path).take("base_model_name_or_path", str, None)
-        if not same_model(base, config.model):
-            raise InputError(f"{path} is of an adapter of {base}, but this is a run of "
-                             f"{config.model}")
         load_adapter(model, folder / "adapter")
     own = folder / "text"
     text = open_held_out(own if own.is_dir() else folder.parent / "text",
