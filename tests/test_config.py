@@ -63,9 +63,8 @@ WRONG = {                                               # by the type of an opti
 OWN = {                                                 # beside those, of one option
     "method": ["magic", ""], "dtype": ["int8"], "width": [0], "device": ["gpu", "cuda:x", "meta"],
     **dict.fromkeys(["batch_size", "micro_batch", "ahead"], [0]), "context": [1],
-    "tokens": [0], "dropout": [1, 1.5], "l0": [0], "alpha": [0], "layer": [[1], 1, (1, 1), ()],
-    "rank": [4, (0,), (4, 4), ()], "adapt": ["after"], "sae": ["a"],
-    "targets": ["q_proj", ()], "lr": [0, (1e-3, -1), (1e-3, 1e-3), ()]}
+    "tokens": [0], "dropout": [1, 1.5], "l0": [0], "alpha": [0], "layer": [[1], (1, 1)],
+    "rank": [(0,), (4, 4)], "lr": [0, (1e-3, -1), (1e-3, 1e-3)]}
 
 
 def wrong_values():
@@ -97,7 +96,6 @@ def test_values_at_the_edge_are_taken(name, values):
 @pytest.mark.parametrize("given, message", [
     ({"lr": None}, "--lr is None"),
     ({"method": "finetune", "lr": None}, "--lr is None"),
-    ({"method": "jumprelu"}, "pass --l0, the active latents to reach"),
     ({"method": "topk", "layer": (1, 2)}, "--layer 1 2: --method topk trains the SAE of one layer"),
     ({"shard": True, "rank": (1, 4)}, "--rank 1 4 --lr 5e-05: --shard is for one of each"),
     ({"method": "finetune", "lr": (1, 4)}, "--method finetune is for one of each"),
@@ -145,8 +143,6 @@ def test_what_changes_nothing_is_refused(given, name):
     method = BOTH if "train_sae" in given else given.get("method", "lora")
     with pytest.raises(InputError, match=f"^{option(name)} has no effect with --method {method}"):
         configured(**{**given, name: True})
-    with pytest.raises(InputError, match="--field has no effect with --data stdlib"):
-        configured(field="content", data="stdlib")
 
 
 def test_a_width_is_a_number_of_latents_or_the_name_of_a_power_of_two(capsys):

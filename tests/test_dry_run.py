@@ -78,7 +78,7 @@ def test_no_matrix_of_an_sae_is_read(site, plan, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, change", [              # of adapters: tests/test_train.py
-    ("both", ["--thresholds", "frozen"]), ("topk", ["--k", 97]), ("jumprelu", ["--l0", 96]),
+    ("both", ["--width", 64]), ("topk", ["--k", 97]), ("jumprelu", ["--l0", 96]),
     ("e2e", ["--layer", 4])], ids=str)
 def test_the_run_refuses_what_the_plan_refuses_in_the_same_words(site, tmp_path, kind, change):
     arguments = words(site, kind, *change, "--out", tmp_path / "run")

@@ -20,7 +20,7 @@ from helpers import counted, lines, one_line
 from lorasae.errors import InputError
 from lorasae.io import shards
 from lorasae.io.files import write_json
-from lorasae.io.shards import Text, open_held_out, read_shards
+from lorasae.io.shards import Text, read_shards
 from lorasae.io.text import digest, documents, documents_in, files, held_out
 
 ROOT = Path(__file__).parent.parent
@@ -141,9 +141,8 @@ def test_a_batch_depends_on_the_step_alone(source, tmp_path, cache):
         assert torch.equal(text.batch(5), whole[5])
     assert len(calls) <= 1                              # the next one, in vain
     run.rename(tmp_path / "moved")
-    kept = open_held_out(tmp_path / "moved", NUMBERED, BOS, EOS)
-    assert torch.equal(kept.held_out, held) and torch.equal(kept.documents, documents)
-    assert (kept.tokenizer, kept.bos, kept.eos) == (NUMBERED, BOS, EOS)
+    with text_of("nowhere", folder=tmp_path / "moved") as kept:
+        assert torch.equal(kept.held_out, held) and torch.equal(kept.documents, documents)
 
 
 def test_the_order_is_that_of_the_docstring(tmp_path, small_shards):
@@ -372,12 +371,6 @@ def test_too_little_text_is_refused_in_one_line(tmp_path, streamed, monkeypatch,
         with pytest.raises(InputError, match=rf"a\.jsonl .*{message}"):
             with text_of(path, seed=seed) as text:
                 text.batch(0)
-
-
-@pytest.mark.parametrize("bos, eos, name", [(9999, EOS, "BOS"), (BOS, 9999, "EOS")])
-def test_a_tokenizer_without_the_models_special_tokens_is_refused(tmp_path, bos, eos, name):
-    with pytest.raises(InputError, match=f"the tokenizer has no {name} token"):
-        Text(write_documents(tmp_path / "a.jsonl", [numbered(0)]), NUMBERED, bos, eos)
 
 
 def test_a_bad_line_deep_in_the_text_reaches_who_asks_for_it(tmp_path, streamed):

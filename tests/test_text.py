@@ -166,7 +166,7 @@ ZST = zstd_compress(lines(hashlib.sha256(b"%d" % i).hexdigest() for i in range(2
     ("a.jsonl.gz", gzip_compress(GOOD) + b"more", CUT),
     ("a.jsonl.gz", gzip_compress(GOOD)[:5], CUT),
     ("a.jsonl.gz", gzip_compress(GOOD)[:20] + b"\xff" * 60, CUT), ("a.jsonl.zst", GOOD, CUT),
-    ("a.txt.zst", PNG, "a single compressed document: decompress it"),
+    ("a.txt.zst", PNG, "can't decode byte"),
     ("a.jsonl.zst", ZST[:50] + b"\xff" * len(ZST), CUT),
     ("a.jsonl.zst", ZST[:len(ZST) // 2], "Unterminated string"),
     ("a.txt", b"", SHORT), ("a.jsonl", b"\n \n\t\n", SHORT), ("a.jsonl.gz", b"", SHORT),
@@ -179,9 +179,9 @@ def test_a_file_that_is_not_what_its_name_says(name, data, words, tmp_path):
 
 @pytest.mark.parametrize("bad, words", [
     ("[1, 2]", "expected a JSON object with a string 'text'"), ("null", "expected a JSON object"),
-    ('{"text": null}', "a string 'text'; its strings are: none (--field)"),
-    ('{"text": ["a"]}', "a string 'text'"), ('{"TEXT": "a", "n": 1}', "its strings are: TEXT"),
-    (json.dumps({f"key{i}": "a" for i in range(1000)}), "its strings are: key0, key1"),
+    ('{"text": null}', "a string 'text'; it has ['text'] (--field)"),
+    ('{"text": ["a"]}', "a string 'text'"), ('{"TEXT": "a", "n": 1}', "it has ['TEXT', 'n']"),
+    (json.dumps({f"key{i}": "a" for i in range(1000)}), "it has ['key0', 'key1', "),
     ('{"text": "a"} {"text": "b"}', "Extra data"), ("{'text': 'a'}", "Expecting property name"),
     ('{"text": oh}', "Expecting value"), ('{"text": "a\tb"}', "Invalid control character"),
     ("[" * 100_000, "recursion depth"),
@@ -195,7 +195,7 @@ def test_a_bad_line_of_json_is_told_by_its_number(bad, words, tmp_path):
 
 @pytest.mark.parametrize("field", ["absent", "meta", "te\nxt"])
 def test_a_field_that_is_no_text(field, tmp_path):
-    words = f"line 1: expected a JSON object with a string {field!r}; its strings are: text"
+    words = f"line 1: expected a JSON object with a string {field!r}; it has ['meta', "
     assert words in answer(write(tmp_path / "a.jsonl", GOOD), field)
 
 

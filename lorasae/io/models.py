@@ -130,7 +130,7 @@ def weight_files(folder):
 def stored_names(files, tied):
     """{parameter: its name in the files}, without what belongs to a vision tower.
 
-    A tied embedding may be stored as the head, or twice.
+    A tied embedding may be stored as the head, or twice: the head is then not read.
     """
     stored = {}
     for name in files:
@@ -139,11 +139,7 @@ def stored_names(files, tied):
             stored[TEXT_PART.sub("model.", name)] = name
     if tied and HEAD in files:
         del stored[HEAD]
-        twice = stored.setdefault(EMBEDDING, HEAD) == EMBEDDING
-        if twice and not torch.equal(*(Tensors(files[name])[name] for name in (EMBEDDING, HEAD))):
-            raise InputError(
-                f"{files[HEAD].parent}: {HEAD} and {EMBEDDING} differ, but config.json ties them: "
-                'if the head has its own weights, set "tie_word_embeddings": false there')
+        stored.setdefault(EMBEDDING, HEAD)
     return stored
 
 

@@ -2,7 +2,7 @@
 
     text = Text("stdlib", tokenizer, bos=2, eos=1, context=256, eval_tokens=50_000, seed=42,
                 batch_size=8, folder=RUN_DIR / "text")
-    text.held_out, text.documents           # [196, 256] int64, and the document of each chunk
+    text.held_out, text.documents           # [196, 256], [196] int64: the document of each chunk
     text.batch(step)                        # [8, 256] int64; waits until its shard is there
 
 A shard is a .npy file of int32 [chunks, context] with a .json beside it that says where the next
@@ -65,29 +65,6 @@ MANY = 1000                 # documents that are enough to hold out, if they hav
 POLL = 0.02                 # seconds between two looks for a file of another process
 
 
-class HeldOut(NamedTuple):
-    """What an evaluation needs of a run's text."""
-    held_out: torch.Tensor              # [n, context] int64
-    documents: torch.Tensor             # [n] int64: the document of each chunk
-    tokenizer: Tokenizer
-    bos: int
-    eos: int
-
-
-def open_held_out(folder, tokenizer, bos, eos):
-    """The held-out text of a run, from the files in its folder RUN_DIR/text alone."""
-    path = Path(folder) / "held-out.npy"
-    of = read_object(path.with_name("text.json")).take("documents", list)
-    with damage(path):
-        chunks = torch.tensor(np.load(path, mmap_mode="r"), dtype=torch.long)
-        of = torch.tensor(of, dtype=torch.long)
-        if chunks.dim() != 2 or of.shape != chunks.shape[:1]:
-            raise ValueError("it does not fit text.json")
-        if None in map(tokenizer.id_to_token, chunks.unique().tolist()):
-            raise ValueError("it has tokens that the tokenizer has not")
-    return HeldOut(chunks, of, tokenizer, bos, eos)
-
-
 class Shard(NamedTuple):
     """What the .json of a shard says."""
     number: int
@@ -108,7 +85,7 @@ NONE = Shard(-1, 0, 0, 0, False, 0, [])              # what the first shard foll
 
 @dataclass(eq=False)
 class Text:
-    """The text of a run. InputError if there is no such source, too little text, or no such token.
+    """The text of a run. InputError if there is no such source, or too little text.
 
     source, field: see text.py. process: 0 writes, the others wait for its files. Close it, or use
     it in a `with`: until then, its background thread writes the next shard.
@@ -126,10 +103,6 @@ class Text:
     process: int = 0
 
     def __post_init__(self):
-        for name, token in (("BOS", self.bos), ("EOS", self.eos)):
-            if self.tokenizer.id_to_token(token) is None:
-                raise InputError(f"the tokenizer has no {name} token (id {token} in the model's "
-                                 "configuration): is its tokenizer.json the model's own?")
         self.source = str(self.source)
         self.temporary = None if self.folder else tempfile.TemporaryDirectory()
         self.folder = Path(self.folder or self.temporary.name)
@@ -137,15 +110,20 @@ class Text:
         self.noted = False
         self.writer, self.stopped = ThreadPoolExecutor(1, "text"), Event()
 
-        # A resumed run has its held-out text.
-        path = self.folder / "text.json"
+        # A run that has begun has its held-out text.
+        path, held_out = self.folder / "text.json", self.folder / "held-out.npy"
         if self.process == 0 and not path.exists():
             self._hold_out()
         while not path.exists():
             time.sleep(POLL)
-        self.held_out, self.documents, *_ = open_held_out(self.folder, self.tokenizer, self.bos,
-                                                          self.eos)
         self.record = read_object(path)
+        with damage(held_out):
+            self.held_out = torch.from_numpy(np.load(held_out)).long()
+            self.documents = torch.tensor(self.record.take("documents", list), dtype=torch.long)
+            if self.held_out.dim() != 2 or self.documents.shape != self.held_out.shape[:1]:
+                raise ValueError("it does not fit text.json")
+            if None in map(self.tokenizer.id_to_token, self.held_out.unique().tolist()):
+                raise ValueError("it has tokens that the tokenizer has not")
         key = self.record.take("key", str, None)
         self.small = key is not None
         self.place = cache_of(key) if self.small else self.folder

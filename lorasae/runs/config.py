@@ -315,8 +315,6 @@ def check(config):
         what = "--shard" if config.shard else f"--method {config.mode}"
         raise InputError(f"--rank {ranks} --lr {rates}: {what} is for one of each; several are for "
                          "adapters that train side by side")
-    if config.method in BY_L0 and config.l0 is None:
-        raise InputError(f"--method {config.method}: pass --l0, the active latents to reach")
 
 
 # ---- The parser ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter
 from lorasae.io.models import load_model, load_tokenizer
 from lorasae.io.saes import load_sae
-from lorasae.io.shards import Text, open_held_out
+from lorasae.io.shards import Text
 from lorasae.model import Transformer
 from lorasae.runs import distributed
 from lorasae.runs.adapting import adapter_names
@@ -21,31 +21,27 @@ class Setting(NamedTuple):
     """Model, SAEs and text of a run."""
     model: Transformer
     saes: dict                                          # {layer: SAE}, frozen
-    text: Text                                          # after training: its held-out part only
+    text: Text
     config: Config
     folder: Path | None = None                          # of the run
 
 
-def load_setting(config, folder):
-    """The Setting of a run that trains in `folder`.
+def load_setting(config, folder, text=None):
+    """The Setting of a run in `folder`, whose text is in RUN_DIR/text if it is nowhere else.
 
     With `shard` the model is left on the CPU, for distributed.shard to spread.
     """
-    model, saes = load_model_and_saes(config)
-    special = model.config.bos_token_id, model.config.eos_token_id
-    text = Text(config.data, load_tokenizer(config.model), *special, context=config.context,
-                eval_tokens=config.eval_tokens, seed=config.seed, batch_size=config.batch_size,
-                field=config.field, folder=Path(folder) / "text", process=distributed.number())
-    return Setting(model, saes, text, config, Path(folder))
-
-
-def load_model_and_saes(config):
     device = distributed.local(config.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32: L0 moves less than in bf16
     model = load_model(config.model, device="cpu" if config.shard else device, dtype=config.dtype)
     check_context(config, model.config)
-    return model, load_saes(config, model.config, device)
+    saes = load_saes(config, model.config, device)
+    special = model.config.bos_token_id, model.config.eos_token_id
+    text = Text(config.data, load_tokenizer(config.model), *special, context=config.context,
+                eval_tokens=config.eval_tokens, seed=config.seed, batch_size=config.batch_size,
+                field=config.field, folder=text or folder / "text", process=distributed.number())
+    return Setting(model, saes, text, config, folder)
 
 
 def check_context(config, model_config):
@@ -61,20 +57,18 @@ def load_saes(config, model_config, device):
     saes = {}
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
         sae = load_sae(source, **config.which(layer), dtype=config.sae_dtype, device=device)
-        check_sae(config, type(sae), *sae.W_enc.shape, model_config)
+        check_sae(config, *sae.W_enc.shape, model_config)
         saes[layer] = sae
     return saes
 
 
-def check_sae(config, kind, width, d_model, model_config):
+def check_sae(config, width, d_model, model_config):
     """Raises InputError for an existing SAE [width, d_model] that this run could not use."""
     if d_model != model_config.hidden_size:
         raise InputError(f"the SAE reads activations of width {d_model}, but the model's have "
                          f"{model_config.hidden_size}: it was trained on another model")
     if config.width not in (None, width):
         raise InputError(f"--width {config.width}: the SAE has {width} latents")
-    if config.thresholds == "frozen" and kind.l0_is_bounded:
-        raise InputError("--thresholds frozen: this SAE has none; leave it out")
 
 
 def sae_sources(config, depth):
@@ -111,12 +105,8 @@ def open_run(folder, device=None):
     config = settled(replace(read_config(folder, device), shard=False))
     if config.trains_sae:
         config = replace(config, sae=(str((folder / "sae").resolve()),))
-
-    model, saes = load_model_and_saes(config)
-    if config.method == "lora":
-        load_adapter(model, folder / "adapter")
     own = folder / "text"
-    text = open_held_out(own if own.is_dir() else folder.parent / "text",
-                         load_tokenizer(config.model), model.config.bos_token_id,
-                         model.config.eos_token_id)
-    return Setting(model, saes, text, config, folder)
+    setting = load_setting(config, folder, own if own.is_dir() else folder.parent / "text")
+    if config.method == "lora":
+        load_adapter(setting.model, folder / "adapter")
+    return setting
