@@ -19,7 +19,6 @@ from lorasae.errors import InputError
 from lorasae.io.console import note
 from lorasae.io.files import local
 from lorasae.io.presets import PRESETS, latents, preset
-from lorasae.io.sae_readers import SITES
 
 PAPER_L0 = 70       # of several L0s the paper takes the nearest to this one
 BESIDE_WEIGHTS = (                                              # what a tokenizer may need
@@ -51,7 +50,7 @@ SITE_NAMES = {
     "mlp": re.compile(
         r"/layers\.\d+\.mlp/|/gemma-scope-\w+-\w+-mlp/|/mlp_out(_all)?/"
         r"|/Llama3_1-8B-Base-L(X|\d+)M-"),
-    "another": re.compile(
+    "other": re.compile(
         r"/layers\.\d+\.(self_)?att\w*/|/gemma-scope-\w+-\w+-(att|transcoders)/"
         r"|/(attn_out|transcoder|crosscoder|clt)(_all)?/|/embedding/|/embed_tokens/"
         r"|/Llama3_1-8B-Base-L(X|\d+)(A|TC)-"),
@@ -190,30 +189,7 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
         formats = (f"{' + '.join(files)} ({name})" for name, files in SAE_FILES.items())
         raise InputError(
             f"{source} holds no SAE of a known format: expected {'; '.join(formats)}")
-    return choose(of_site(found, source, site), source, wanted)
-
-
-def of_site(found, source, site):
-    """Those of SAEFiles that read activations of this site."""
-    sites = [site_of(sae, site) for sae in found]
-    fitting = [sae for sae, its in zip(found, sites) if its == site]
-    if not fitting:
-        instead = f", only of {SITES[sites[0]]}" if sites[0] in SITES else ""
-        advice = ": --site mlp reads them" if "mlp" in sites else ""
-        raise InputError(f"{source} holds no SAE of {SITES[site]}{instead}{advice}")
-    return fitting
-
-
-def site_of(sae, wanted):
-    """Which activations SAEFiles read: "resid", "mlp" or "another", as their names say.
-
-    If they say nothing, a reader checks the file against the wanted site; some files do not say
-    either, and are of a block's output.
-    """
-    for site, pattern in SITE_NAMES.items():
-        if pattern.search(path_of(sae)):
-            return site
-    return "resid" if sae.kind in NAMELESS else wanted
+    return choose(found, source, {"site": site, **wanted})
 
 
 def path_of(sae):
@@ -223,17 +199,17 @@ def path_of(sae):
     return f"/{'/'.join(names)}/"
 
 
-def sae_plan(source, *, layer=None, width=None, l0=None, site="resid"):
+def sae_plan(source, **which):
     """A Fetch for each file of one SAE that is read from the Hub; [] for a local source.
 
     If the Hub is out of reach, what the preset says of its SAEs takes their place.
     """
     try:
-        sae = find_sae(source, layer=layer, width=width, l0=l0, site=site)
+        sae = find_sae(source, **which)
     except OutOfReach:
         for name, known in PRESETS.items():
             if source in (name, known.sae):
-                M, size = known.sae_size(width)
+                M, size = known.sae_size(which.get("width"))
                 return plan(known.sae, {f"an SAE of {M:,} latents": size})
         raise
     return plan(sae.place, sae.files) if isinstance(sae.place, str) else []
@@ -253,14 +229,13 @@ def saes_among(place, sizes, inside):
 
 
 def choose(found, source, wanted):
-    """The one of SAEFiles that agrees with wanted {layer, width, l0}, if folders' names say it."""
-    for fact, pattern in FACTS.items():
-        names = [path_of(sae) if sae.kind in NAMELESS else sae.folder for sae in found]
-        matches = [pattern.match(name) for name in names]
-        offered = {match[1] for match in matches if match}
+    """The one of SAEFiles that agrees with wanted {site, layer, width, l0}, if names say it."""
+    for fact, value in wanted.items():
+        said = [said_by(sae, fact, wanted) for sae in found]
+        offered = {each for each in said if each}
         if offered:
-            value = pick(fact, wanted[fact], offered, source)
-            found = [sae for sae, match in zip(found, matches) if match and match[1] == value]
+            name = pick(fact, value, offered, source)
+            found = [sae for sae, its in zip(found, said) if its == name]
 
     # Gemma Scope 2 has more SAEs at four layers, beside the few that it has at all.
     found = [sae for sae in found if "_all/" not in sae.folder] or found
@@ -272,28 +247,38 @@ def choose(found, source, wanted):
     return found[0]
 
 
+def said_by(sae, fact, wanted):
+    """What the names of SAEFiles say of a fact, or None.
+
+    If they do not say which activations it reads, a reader checks the file against the wanted site;
+    some files do not say it either, and are of a block's output.
+    """
+    if fact == "site":
+        for site, pattern in SITE_NAMES.items():
+            if pattern.search(path_of(sae)):
+                return site
+        return "resid" if sae.kind in NAMELESS else wanted["site"]
+    match = FACTS[fact].match(path_of(sae) if sae.kind in NAMELESS else sae.folder)
+    return match and match[1]
+
+
 def pick(fact, value, offered, source):
-    """The value of a fact: the one that is wanted, else the only one; of L0s the paper's choice."""
+    """The name of a fact that is wanted, else the only one; of L0s, the nearest one."""
     offered = sorted(offered, key=lambda value: (len(value), value))
     offer = f"{source} offers {fact} {', '.join(offered)}"
     if fact == "l0":
-        return pick_l0(LEVELS.get(value, value), offered, offer)
+        near = PAPER_L0 if value is None else LEVELS.get(value, value)
+        about = {name: LEVELS.get(name) or int(name) for name in offered}
+        name = min(offered, key=lambda name: abs(about[name] - near))
+        if about[name] != near and len(offered) > 1:
+            note(f"{offer}: taking {name}, the nearest to {near:g}")
+        return name
     if value is None and len(offered) > 1:
         raise InputError(f"{offer}: choose with --{fact}")
     name = offered[0] if value is None else width_name(value)
     if name not in offered:
         raise InputError(f"{offer}, but not {name}: choose another --{fact}, or another SAE")
     return name
-
-
-def pick_l0(l0, offered, offer):
-    """The name of the nearest to this L0; without one, to the paper's."""
-    about = {name: LEVELS.get(name) or int(name) for name in offered}
-    near = PAPER_L0 if l0 is None else l0
-    nearest = min(offered, key=lambda name: abs(about[name] - near))
-    if about[nearest] != l0 and len(offered) > 1:
-        note(f"{offer}: taking {nearest}, the nearest to {near:g}")
-    return nearest
 
 
 def width_name(width):
@@ -346,13 +331,12 @@ def explained(repo):
     except InputError:
         raise
     except (HTTPError, ConnectionError, FileNotFoundError, *NONSENSE) as error:
-        raise explanation(error, repo) from error
+        reached = isinstance(error.__cause__, HfHubHTTPError)           # and it refused
+        raise explanation(error.__cause__ if reached else error, repo) from error
 
 
 def explanation(error, repo):
     """The InputError for an error of huggingface_hub."""
-    if isinstance(error.__cause__, HfHubHTTPError):
-        error = error.__cause__                         # the Hub was reached and refused
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     mirror = next((known.mirror for known in PRESETS.values() if known.repo == repo), None)
 

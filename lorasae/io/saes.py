@@ -30,7 +30,7 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
     another layer is refused.
     """
     dtype = as_dtype(dtype or "float32")
-    parts = read_parts(source, layer, width, l0, site)
+    parts = read_parts(source, layer=layer, width=width, l0=l0, site=site)
     b_enc, b_dec = parts.b_enc.float(), parts.b_dec.float()
     M, D = len(b_enc), len(b_dec)
     if parts.k is not None and parts.k > M:
@@ -71,9 +71,9 @@ def describe(source, **which):
     return kind_of(parts), len(parts.b_enc), len(parts.b_dec)
 
 
-def read_parts(source, layer=None, width=None, l0=None, site="resid"):
+def read_parts(source, layer=None, site="resid", **which):
     """The Parts of an SAE."""
-    found = find_sae(source, layer=layer, width=width, l0=l0, site=site)
+    found = find_sae(source, layer=layer, site=site, **which)
     folder = found.fetch()
     parts = READERS[found.kind](folder)
     check_layer(parts.hook, layer, folder, site)
