@@ -53,7 +53,7 @@ def test_the_table_says_what_the_run_would_do_and_writes_nothing(site, plan, tmp
     assert rows["steps"] == "20 of 2 x 32 tokens, 1,280 in all" and rows["text"] == f"{site}/text"
     assert rows["SAE"] == "128 latents at the output of block 1"
     assert rows["recipe"].startswith("paper: adamw at 0.001, dropout 0.1")
-    assert "of blocks 0 to 3" in rows["adapters"]                      # around a TopK
+    assert "of blocks 0 1 2 3" in rows["adapters"]                      # around a TopK
     assert "of blocks 2 3" in plan(*words(site, "lora", "--adapt", "after"))["adapters"]
     assert not list(tmp_path.iterdir())
 

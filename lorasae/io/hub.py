@@ -273,19 +273,13 @@ def pick(fact, value, offered, source):
         if about[name] != near and len(offered) > 1:
             note(f"{offer}: taking {name}, the nearest to {near:g}")
         return name
-    if value is None and len(offered) > 1:
+    number = str if fact == "site" else latents         # "16k" is 16384
+    names = [name for name in offered if value is None or number(name) == number(value)]
+    if not names:
+        raise InputError(f"{offer}, but not {value}: choose another --{fact}, or another SAE")
+    if len(names) > 1:
         raise InputError(f"{offer}: choose with --{fact}")
-    name = offered[0] if value is None else width_name(value)
-    if name not in offered:
-        raise InputError(f"{offer}, but not {name}: choose another --{fact}, or another SAE")
-    return name
-
-
-def width_name(width):
-    """16384 -> "16k", 1048576 -> "1m"; names and the number of a layer stay as they are."""
-    if not str(width).isdecimal() or int(width) < 1000:
-        return str(width)
-    return f"{int(width) // 10**6}m" if int(width) >= 10**6 else f"{int(width) // 1000}k"
+    return names[0]
 
 
 # ---- The Hub -------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from tokenizers.processors import TemplateProcessing
 
 from lorasae import gemma3
 from lorasae.errors import InputError
-from lorasae.io.console import note
 from lorasae.io.files import (
     DTYPES, Fields, Tensors, as_dtype, check_finite, check_shape, damage, dtype_name, local,
     read_object, shown, write_bytes, write_json, write_tensors)
@@ -48,17 +47,16 @@ def load_model(name_or_dir, *, device="cpu", dtype=None):
     return model.requires_grad_(False).eval()
 
 
-def load_config(name_or_dir, *, offline=False):
+def load_config(name_or_dir):
     """A model's configuration, without its weights.
 
-    offline: whether to take a preset's sizes from presets.py if the Hub is out of reach, and
-    defaults for all else.
+    If the Hub is out of reach: a preset's sizes from presets.py, and defaults for all else.
     """
     try:
         folder = model_files(name_or_dir, ["config.json"])
     except OutOfReach:
         known = preset(name_or_dir)
-        if not offline or known is None:
+        if known is None:
             raise
         return parse_config(known.config, known.repo)
     return parse_config(read_object(folder / "config.json"), folder)
@@ -113,8 +111,6 @@ def fill(model, folder, device, dtype):
             check_finite(what, tensor)
             tensors[name] = tensor
     model.load_state_dict(tensors, assign=True)
-    if model.config.with_vision:
-        note(f"note: {folder} has a vision tower too; only its text model is read")
 
 
 def weight_files(folder):

@@ -212,7 +212,8 @@ class Text:
     def _write(self, last):
         """Writes the shard after `last`, unless another run has."""
         number = last.number + 1
-        if number in [shard.number for shard, _ in read_shards(self.place)]:
+        path = shard_path(self.place, number)
+        if path.with_suffix(".json").exists():
             return
 
         # Read to where it begins. The one before it mostly ended there.
@@ -235,9 +236,9 @@ class Text:
 
         # The .json comes last: it says that the shard is whole.
         turns = np.random.default_rng([self.seed, 0, number]).permutation(len(chunks))
-        write_array(shard_path(self.place, number), chunks[turns])
+        write_array(path, chunks[turns])
         shard = Shard(number, last.stop, *chunks.shape, not batch, taken, rest.tolist())
-        write_json(shard_path(self.place, number).with_suffix(".json"), shard._asdict())
+        write_json(path.with_suffix(".json"), shard._asdict())
 
     def _pieces(self):
         """Yields the pieces of the training text: a small source once, a stream without end."""

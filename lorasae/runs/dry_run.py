@@ -26,7 +26,7 @@ TRAINED = 4 * FP32                                      # a number, its gradient
 
 def dry_run(config):
     """Prints the plan of a run; refuses what the run itself would refuse."""
-    model_config = load_config(config.model, offline=True)
+    model_config = load_config(config.model)
     check_context(config, model_config)
     if config.data not in text.NAMED:
         text.files(config.data)                         # InputError if there is no such text
