@@ -72,7 +72,8 @@ def wrong_values():
         own = WRONG[facts["kind"].type]
         if DEFAULTS[name] is not None and name != "lr":
             own = [*own, None]
-        values = [(value,) for value in own] if facts["several"] else own
+        several = isinstance(DEFAULTS[name], tuple) or name == "lr"
+        values = [(value,) for value in own] if several else own
         yield from ((name, value) for value in [*values, *OWN.get(name, [])])
 
 

@@ -213,7 +213,7 @@ class Text:
         """Writes the shard after `last`, unless another run has."""
         number = last.number + 1
         path = shard_path(self.place, number)
-        if path.with_suffix(".json").exists():
+        if path.exists() and path.with_suffix(".json").exists():
             return
 
         # Read to where it begins. The one before it mostly ended there.

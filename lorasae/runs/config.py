@@ -64,7 +64,7 @@ SWITCH = Kind(bool)
 FROM_0 = Kind(int, {"at_least": 0})
 WHOLE = Kind(int, {"at_least": 1})
 TOKENS = Kind(int, {"at_least": 1}, count)
-WIDTH = Kind(int, {"at_least": 1, "below": 2 ** 30}, latents)
+WIDTH = Kind(int, {"at_least": 1}, latents)
 CONTEXT = Kind(int, {"at_least": 2})                    # BOS and one more
 NOT_NEGATIVE = Kind(float, {"at_least": 0})
 POSITIVE = Kind(float, {"above": 0})
@@ -83,15 +83,13 @@ GROUPS = {                                              # in --help, by their fi
 }
 
 
-def opt(default, kind, help, read_by=EVERY, several=False):
+def opt(default, kind, help, read_by=EVERY):
     """A field of Config: its default (the paper's), and all that the parser and `check` need.
 
-    read_by: the methods that use it; the others refuse it. several: whether it takes several
-    values, as every option does whose default is a tuple.
+    It takes several values if its default is a tuple. read_by: the methods that use it; the others
+    refuse it.
     """
-    several = several or isinstance(default, tuple)
-    facts = dict(kind=kind, help=help, read_by=read_by, several=several)
-    return field(default=default, metadata=facts)
+    return field(default=default, metadata=dict(kind=kind, help=help, read_by=read_by))
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ class Config:
     lr: float | tuple | None = opt(
         5e-5, POSITIVE,
         "learning rate; several, as in 5e-5 2e-4, train adapters side by side (an SAE from "
-        "scratch: 2e-4 / √(latents / 2^14))", several=True)
+        "scratch: 2e-4 / √(latents / 2^14))")
     lr_decay: bool = opt(False, SWITCH, "let the rate fall linearly to 0", AROUND_SAE)
     weight_decay: float = opt(0.01, NOT_NEGATIVE, "of the adapters", ADAPTERS)
     clip: float = opt(
@@ -335,7 +333,7 @@ def add_options(parser):
             how["action"] = BooleanOptionalAction
         else:
             how |= {"type": kind.parse or kind.type, "choices": kind.bounds.get("one_of")}
-        if facts["several"]:
+        if isinstance(DEFAULTS[name], tuple) or name == "lr":
             how |= {"nargs": "+", "metavar": name.upper()}
         add(option(name), **how)
 
