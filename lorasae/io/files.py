@@ -192,15 +192,12 @@ class Tensors:
             else:
                 self.stored = dict(torch.load(path, map_location="cpu", weights_only=True))
 
-    def __contains__(self, name):
-        return name in self.stored
-
     def __iter__(self):
         return iter(self.stored)
 
     def __getitem__(self, name):
         """A tensor of weights, on the CPU, in the dtype of the file."""
-        if name not in self:
+        if name not in self.stored:
             raise InputError(f"{self.path} lacks the tensor {name}")
         with damage(f"{self.path}: {name}"):
             tensor = torch.as_tensor(self.stored[name]).detach()
@@ -224,15 +221,13 @@ def dtype_name(tensor):
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def check_shape(what, tensor, shape, why="it does not fit the rest"):
-    """InputError, which begins with `what`, unless the tensor has this shape."""
+def check_tensor(what, tensor, shape):
+    """InputError, which begins with `what`, unless it has this shape and all values are finite."""
     found, expected = list(tensor.shape), list(shape)
     if found != expected:
-        raise InputError(f"{what} is {found}, but should be {expected}: {why}")
-
-
-def check_finite(what, tensor, why="the file is damaged, or needs a wider dtype"):
-    """InputError, which begins with `what`, unless all values are finite."""
+        raise InputError(f"{what} is {found}, but should be {expected}: it is of another model or "
+                         "rank, or damaged")
     smallest, largest = torch.aminmax(tensor)           # NaN if one is: faster than isfinite
     if not (smallest.isfinite() and largest.isfinite()):
-        raise InputError(f"{what} holds values that are not finite: {why}")
+        raise InputError(f"{what} holds values that are not finite: it is damaged, diverged, or "
+                         "needs a wider dtype")

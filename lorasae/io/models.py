@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from lorasae import gemma3
 from lorasae.errors import InputError
 from lorasae.io.files import (
-    DTYPES, Fields, Tensors, as_dtype, check_finite, check_shape, damage, dtype_name, local,
+    DTYPES, Fields, Tensors, as_dtype, check_tensor, damage, dtype_name, local,
     read_object, shown, write_bytes, write_json, write_tensors)
 from lorasae.io.hub import BESIDE_WEIGHTS, OutOfReach, model_files
 from lorasae.io.presets import preset
@@ -106,9 +106,7 @@ def fill(model, folder, device, dtype):
         file = Tensors(path)
         for name in [name for name in wanted if files[stored[name]] == path]:
             tensor = file[stored[name]].to(device=device, dtype=dtype, copy=True)
-            what = f"{path}: {stored[name]}"
-            check_shape(what, tensor, wanted[name].shape)
-            check_finite(what, tensor)
+            check_tensor(f"{path}: {stored[name]}", tensor, wanted[name].shape)
             tensors[name] = tensor
     model.load_state_dict(tensors, assign=True)
 

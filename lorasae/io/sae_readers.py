@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorasae.errors import InputError
-from lorasae.io.files import Fields, Tensors, check_shape, read_object, shown
+from lorasae.io.files import Fields, Tensors, check_tensor, read_object, shown
 
 ROWS = 8192                                             # latents converted at a time
 PLAIN = ("W_enc.T", "W_dec", "b_enc", "b_dec")          # names; ".T": the file has it as [D, M]
@@ -69,7 +69,7 @@ class Parts:
         """
         weight = self.file[name.removesuffix(".T")]
         weight = weight.transpose(0, -1) if name.endswith(".T") else weight
-        check_shape(f"{self.file.path}: {name}", weight, [len(self.b_enc), len(self.b_dec)])
+        check_tensor(f"{self.file.path}: {name}", weight, [len(self.b_enc), len(self.b_dec)])
         return weight
 
     def decoder_norms(self):

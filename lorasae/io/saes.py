@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lorasae.errors import InputError
-from lorasae.io.files import as_dtype, check_finite, check_shape, write_json, write_tensors
+from lorasae.io.files import as_dtype, check_tensor, write_json, write_tensors
 from lorasae.io.hub import find_sae
 from lorasae.io.sae_readers import READERS, ROWS, check_layer
 from lorasae.sae import JumpReLU, TopK
@@ -57,9 +57,7 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
         tensors["threshold"] = threshold.float().clamp(min=0)           # below 0, it acts as 0
 
     for name, parameter in sae.named_parameters():
-        what = f"{parts.file.path}: {name}"
-        check_shape(what, tensors[name], parameter.shape)
-        check_finite(what, tensors[name])
+        check_tensor(f"{parts.file.path}: {name}", tensors[name], parameter.shape)
     sae.load_state_dict(tensors, assign=True)
     sae.max_norm, sae.site, sae.after_norm = parts.max_norm, site, parts.after_norm
     return sae.requires_grad_(False).to(device)

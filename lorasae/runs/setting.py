@@ -100,13 +100,13 @@ def runs_in(folder):
 def open_run(folder, device=None):
     """The Setting of a finished run: its adapter attached, its own SAE spliced in.
 
-    Held-out text is read from RUN_DIR/text/, or from that of the run which trained several.
+    Held-out text is in RUN_DIR/text/; if several adapters trained, in that of their one run.
     """
     config = settled(replace(read_config(folder, device), shard=False))
     if config.trains_sae:
         config = replace(config, sae=(str((folder / "sae").resolve()),))
-    own = folder / "text"
-    setting = load_setting(config, folder, own if own.is_dir() else folder.parent / "text")
+    run = folder.parent if (folder.parent / "config.json").exists() else folder
+    setting = load_setting(config, folder, run / "text")
     if config.method == "lora":
-        load_adapter(setting.model, folder / "adapter")
+        load_adapter(setting.model, folder)
     return setting
