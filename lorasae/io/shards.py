@@ -38,7 +38,7 @@ from collections import deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -107,7 +107,6 @@ class Text:
         self.temporary = None if self.folder else tempfile.TemporaryDirectory()
         self.folder = Path(self.folder or self.temporary.name)
         self.files = self.reached = self.asked = None
-        self.noted = False
         self.writer, self.stopped = ThreadPoolExecutor(1, "text"), Event()
 
         # A run that has begun has its held-out text.
@@ -192,15 +191,10 @@ class Text:
         """The place of a chunk in the text, of which a small source's is used again and again."""
         for shard, _ in self.shards[-1:]:
             if shard.ends and row >= shard.stop:
-                self._note_reuse()
+                note_reuse(self.source)
                 epoch, place = divmod(row, shard.stop)
                 return order_of(self.seed, epoch, shard.stop)[place]
         return row
-
-    def _note_reuse(self):
-        if not self.noted:
-            self.noted = True
-            note(f"note: all of {self.source} has been read: it is used again, in another order")
 
     # ---- Writing ---------------------------------------------------------------------------------
 
@@ -254,7 +248,7 @@ class Text:
         left_out, found = set(map(str, self.record.take("held_out", list))), False
         for epoch in range(1 if self.small else sys.maxsize):
             if epoch > 0:
-                self._note_reuse()
+                note_reuse(self.source)
             for document in documents(self._files(held=False), self.field, [self.seed, epoch]):
                 for i, (begins, text) in enumerate(document):
                     if self.stopped.is_set():
@@ -336,6 +330,12 @@ class Text:
         self._check_length("held-out", len(turns), count)
         chosen = np.concatenate([*own, shared])[turns]
         return chosen, {"documents": [of[i] for i in turns], "held_out": digests}
+
+
+@cache
+def note_reuse(source):
+    """Said once."""
+    note(f"note: all of {source} has been read: it is used again, in another order")
 
 
 @lru_cache(maxsize=2)
