@@ -14,10 +14,10 @@ from helpers import command, refusal
 from lorasae.errors import InputError
 from lorasae.io import hub
 from lorasae.io.files import write_json
-from lorasae.io.hub import SAE_FILES, find_sae
+from lorasae.io.hub import find_sae
 from lorasae.io.models import parse_config
 from lorasae.io.presets import PRESETS, TINY, preset
-from lorasae.io.sae_readers import check_layer
+from lorasae.io.sae_readers import FORMATS, check_layer
 from lorasae.io.saes import load_sae, save_sae
 from lorasae.model import Transformer
 from lorasae.runs.config import configure
@@ -214,8 +214,8 @@ def test_the_l0_is_a_number_or_a_name_and_four_layers_go_before_all(tmp_path, ca
     ("resid_post/layer_2_width_16k_l0_medium/", "offers layer 2, but not 1"),
     (f"mlp_out/{MEDIUM}", "offers site mlp, but not resid: choose another --site"),
     (f"transcoder/{MEDIUM}", "offers site other, but not resid"),
-    ("renamed", "does not tell site and layer: keep the one"),
-    (MEDIUM, "does not tell site and layer: keep the one"),
+    ("renamed", "does not tell site and layer: keep its name"),
+    (MEDIUM, "does not tell site and layer: keep its name"),
 ])
 def test_what_is_not_a_residual_sae_of_gemma_scope_2_is_refused(tmp_path, folder, message):
     gemma_scope_2(tmp_path, folder)
@@ -281,7 +281,7 @@ PLACES = [                                              # repository/folder, for
 def test_a_public_sae_goes_where_it_belongs_or_nowhere(tmp_path, monkeypatch, place, files, layer,
                                                        site):
     owner, name, *folders = place.split("/")
-    names = SAE_FILES.get(files, files) if isinstance(files, str) else files
+    names = FORMATS[files][1] if isinstance(files, str) else files
     listed = {"/".join([*folders, file]): 1 for file in names}
     monkeypatch.setattr(hub, "listing", lambda repo: {"README.md": 1, **listed})
     local = tmp_path / place

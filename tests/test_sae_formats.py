@@ -207,7 +207,7 @@ def test_the_threshold_is_strict_and_an_activation_equal_to_it_is_none(tmp_path,
 @pytest.mark.parametrize("theta", [-1.0, 0.0])
 def test_a_batch_topk_that_has_learnt_no_threshold_is_refused(tmp_path, t, theta, monkeypatch):
     monkeypatch.setitem(globals(), "THETA", theta)
-    for kind in sae_readers.DICTIONARIES[2:4]:
+    for kind in "BatchTopKSAE", "MatryoshkaBatchTopKSAE":
         folder = dictionary_learning(tmp_path / kind, t, kind)
         with pytest.raises(InputError, match=rf"threshold is tensor\({theta:g}.*, but should be"):
             load_sae(folder)

@@ -19,6 +19,7 @@ from lorasae.errors import InputError
 from lorasae.io.console import note
 from lorasae.io.files import local
 from lorasae.io.presets import PRESETS, latents, preset
+from lorasae.io.sae_readers import FORMATS
 
 PAPER_L0 = 70       # of several L0s the paper takes the nearest to this one
 BESIDE_WEIGHTS = (                                              # what a tokenizer may need
@@ -27,14 +28,6 @@ BESIDE_WEIGHTS = (                                              # what a tokeniz
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 MODEL_FILES = ("config.json", *BESIDE_WEIGHTS, *WEIGHTS)        # no .bin: opening one can run code
 
-SAE_FILES = {                                                   # the files of an SAE, by format
-    "gemma_scope": ("params.npz",),
-    "gemma_scope_2": ("params.safetensors",),
-    "llama_scope": ("checkpoints/final.safetensors", "hyperparams.json"),
-    "sae_lens": ("sae_weights.safetensors", "cfg.json"),
-    "sparsify": ("sae.safetensors", "cfg.json"),
-    "dictionary_learning": ("ae.pt", "config.json"),
-}
 NAMELESS = ("gemma_scope", "sparsify")                          # whose files tell no site or layer
 FACTS = {                                                       # what a folder's name says
     "layer": re.compile(r".*(?:layers?[._]|blocks\.|-L)(\d+)"),
@@ -127,7 +120,7 @@ def model_plan(name_or_dir):
 
 class SAEFiles(NamedTuple):
     """The files of one SAE: below a local folder, or in a Hub repository."""
-    kind: str                                           # a key of SAE_FILES
+    kind: str                                           # a key of FORMATS
     place: Path | str                                   # a local folder, or a Hub repository
     folder: str                                         # below that
     files: dict                                         # {path: bytes}
@@ -186,7 +179,7 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
     # those that make an SAE, and the one that is wanted
     found = saes_among(place, sizes, inside)
     if not found:
-        formats = (f"{' + '.join(files)} ({name})" for name, files in SAE_FILES.items())
+        formats = (f"{' + '.join(files)} ({name})" for name, (_, files) in FORMATS.items())
         raise InputError(
             f"{source} holds no SAE of a known format: expected {'; '.join(formats)}")
     return choose(found, source, {"site": site, **wanted})
@@ -218,7 +211,7 @@ def sae_plan(source, **which):
 def saes_among(place, sizes, inside):
     """The SAEFiles of every whole SAE, of any format, whose path begins with `inside`."""
     found = []
-    for kind, names in SAE_FILES.items():
+    for kind, (_, names) in FORMATS.items():
         for path in sizes:
             if path.startswith(inside) and PurePosixPath(path).match(names[0]):
                 folder = path.removesuffix(names[0])    # "" or "some/folder/"

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from lorasae.errors import InputError
-from lorasae.io.files import as_dtype, check_tensor, write_json, write_tensors
+from lorasae.io.files import (
+    Tensors, as_dtype, check_tensor, read_object, write_json, write_tensors)
 from lorasae.io.hub import find_sae
-from lorasae.io.sae_readers import READERS, ROWS, check_layer
+from lorasae.io.sae_readers import FORMATS, ROWS, check_layer
 from lorasae.sae import JumpReLU, TopK
 
 
@@ -72,8 +73,9 @@ def describe(source, **which):
 def read_parts(source, layer=None, site="resid", **which):
     """The Parts of an SAE."""
     found = find_sae(source, layer=layer, site=site, **which)
-    folder = found.fetch()
-    parts = READERS[found.kind](folder)
+    folder, (read, names) = found.fetch(), FORMATS[found.kind]
+    weights, *config = (folder / name for name in names)
+    parts = read(Tensors(weights), *map(read_object, config))
     check_layer(parts.hook, layer, folder, site)
     return parts
 

@@ -88,8 +88,11 @@ def readable(found, source):
 
 def files_below(folder, without=()):
     """All files in a folder and its subfolders, less hidden ones and the subfolders `without`."""
+    def refuse(error):
+        raise error                     # a folder that cannot be listed is not passed over
+
     found = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] != "." and name not in without]
         paths = [Path(parent, name) for name in names if name[0] != "."]
         found += [path for path in paths if path.is_file()]
