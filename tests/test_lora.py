@@ -308,7 +308,7 @@ def and_also(name):
     (lambda tensors: {name: t for name, t in tensors.items() if name != KEY},
      "lacks the tensor .*lora_A.weight"),
     (with_A(lambda A: A * float("nan")),
-     "lora_A.weight holds values that are not finite: the adapter diverged"),
+     "lora_A.weight holds values that are not finite: it is damaged, diverged"),
     (with_A(lambda A: A.to(torch.int8)), "lora_A.weight is int8, but only float32"),
     (and_also(KEY.replace("lora_A.weight", "lora_magnitude_vector")),
      "which is not the A or B of a LoRA adapter"),
