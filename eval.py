@@ -94,6 +94,8 @@ def show(name, folder):
     with damage(path):
         numbers = read_json(path)
         tables = suite.tables(numbers)
+        if not all(table.rows for table in tables):
+            raise InputError(f"{path} holds no results: run --suite {name} again")
         shown = text(tables)
     print(shown)
     print(path, flush=True)
