@@ -44,6 +44,7 @@ from lorasae.runs.machine import settled
 from lorasae.runs.publish import card, publish
 from lorasae.runs.sae_training import train_sae
 from lorasae.runs.setting import load_setting, runs_in
+from lorasae.runs.tracking import tracked
 
 RECIPES = {"tuned": tuned_recipe}
 OPTIMIZERS = {"adamw": adapt.adamw, "muon": muon}
@@ -168,8 +169,9 @@ def main(argv=None):
         else:
             run = Run.create(getattr(args, "out", None), config)
         try:
-            for folder, results in take_run(run).items():
-                report(results, folder, run.config)
+            with tracked(run):
+                for folder, results in take_run(run).items():
+                    report(results, folder, run.config)
         except KeyboardInterrupt:
             sys.exit(run.after_interrupt())
         finally:

@@ -158,11 +158,12 @@ READ = {
         "apply_b_dec_to_input": {"missing", "true"}, "normalize_activations": ABSENT,
         "reshape_activations": ABSENT, "metadata": {*ABSENT, "object", "nested"},
         "metadata.hook_name": {*ABSENT, "zero"}, "metadata.hook_head_index": ABSENT,
+        "metadata.model_name": {*ABSENT, "string"},
         "metadata.exclude_special_tokens": set(VALUES)},
     "dictionary_learning AutoEncoderTopK": {
         **dict.fromkeys(["trainer", "trainer.dict_class", "trainer.k"], NONE),
         "trainer.layer": ABSENT, "trainer.submodule_name": {*ABSENT, "string"},
-        "buffer": {*ABSENT, "object", "nested"},
+        "trainer.lm_name": {*ABSENT, "string"}, "buffer": {*ABSENT, "object", "nested"},
         "buffer.remove_bos": {"missing", "true"}},
     "adapter": {
         "r": NONE, "lora_alpha": A_NUMBER, "lora_dropout": {"missing", "zero"},

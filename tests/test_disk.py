@@ -1,4 +1,5 @@
 """Files: whole or not at all, every value checked as it is taken; what commands print of errors."""
+import argparse
 import errno
 import os
 import sys
@@ -80,7 +81,7 @@ def test_a_name_as_long_as_a_name_may_be_is_written(tmp_path):
 def test_what_a_file_system_cannot_do_ends_nothing(tmp_path, monkeypatch):
     def not_permitted(*args, **kwargs):
         raise OSError(errno.EINVAL, "Invalid argument")
-    for name in ("chmod", "fchmod", "chown", "utime", "link", "symlink"):
+    for name in ("chmod", "fchmod", "chown", "utime", "fsync", "link", "symlink"):
         monkeypatch.setattr(os, name, not_permitted)
     write_json(tmp_path / "a.json", {"a": 1})
     assert read_json(tmp_path / "a.json") == {"a": 1}
@@ -191,7 +192,7 @@ def test_token_counts_are_read_as_people_write_them(text, tokens):
 
 
 @pytest.mark.parametrize("text", [
-    "", "M", "0", "-1", "nan", "inf", "1e30", "1e999999", "many", "_"])
+    "", "M", "0", "-1", "1.5", "1.0001k", "nan", "inf", "1e30", "1e999999", "many", "٣M", "_"])
 def test_what_is_not_a_count_of_tokens_is_refused(text):
-    with pytest.raises(ValueError):
+    with pytest.raises(argparse.ArgumentTypeError, match="not a positive number of tokens"):
         count(text)

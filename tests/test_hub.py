@@ -153,7 +153,8 @@ def test_a_name_that_can_be_no_repository_lists_the_presets(server, name, find, 
 
 def test_pickled_weights_are_not_fetched(server):
     server.models["some/pickles"] = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
-    model_files("some/pickles")
+    with pytest.raises(InputError, match=r"no \*.safetensors .*pickled weights are never opened"):
+        model_files("some/pickles")
     assert fetched(server) == ["config.json"]
 
 
@@ -223,6 +224,8 @@ def test_the_l0_nearest_to_the_papers_is_taken_and_said(server, tmp_path, capsys
 
 
 @pytest.mark.parametrize("how, message", [
+    ({"layer": 12, "width": "16k", "l0": 62.5}, "offers l0 22, 41, 62, 114, 445, but not 62.5"),
+    ({"layer": 12, "width": "16k", "l0": float("nan")}, "but not nan"),
     ({"layer": 12, "width": "32k"}, "offers width 1m, 16k, but not 32k"),
     ({"layer": 12}, "offers width 1m, 16k: choose with --width"),
     ({"layer": 26, "width": "16k"}, "offers layer 11, 12, but not 26"),
@@ -264,8 +267,8 @@ def test_without_the_hub_the_saes_in_the_cache_are_offered(server, unreachable, 
     assert sae_files("google/scope", layer=12, width="16k", l0=114) == folder
     assert "choosing among the files of google/scope in the cache" in capsys.readouterr().err
     assert sae_files("google/scope", layer=12, width="16k") == folder
-    with pytest.raises(InputError, match="offers width 16k, but not 65k"):
-        sae_files("google/scope", layer=12, width="65k")
+    with pytest.raises(InputError, match="offers l0 114, but not 62"):
+        sae_files("google/scope", layer=12, width="16k", l0=62)
     with pytest.raises(InputError, match=f"{why} and google/other is not wholly in the cache"):
         sae_files("google/other", layer=12)
 
@@ -279,7 +282,8 @@ def test_local_saes_are_found_in_a_folder_or_a_run(tmp_path):
     assert sae_files(tmp_path / "run" / "checkpoints").name == "50pct"
     write(tmp_path / "l", {"hyperparams.json": b"x", "checkpoints/final.safetensors": b"x"})
     assert sae_files(tmp_path / "l") == tmp_path / "l" and sae_plan(tmp_path / "l") == []
-    assert sae_files(tmp_path / "run/sae/cfg.json") == tmp_path / "run/sae"         # a file in it
+    with pytest.raises(InputError, match="cfg.json holds no SAE of a known format"):
+        sae_files(tmp_path / "run" / "sae" / "cfg.json")
 
 
 def test_presets_are_known_by_repository_and_mirror_too():

@@ -1,4 +1,6 @@
-"""Threads and the library of products: recorded, and used again."""
+"""Threads and the library of products: chosen once, recorded, and used again."""
+import time
+
 import pytest
 import torch
 
@@ -10,17 +12,59 @@ from lorasae.runs.config import Config
 @pytest.fixture(autouse=True)
 def as_before():
     threads = torch.get_num_threads()
+    machine.faster_library.cache_clear()
     yield
+    machine.faster_library.cache_clear()
     torch.set_num_threads(threads)
     torch.backends.mkldnn.enabled = True
 
 
-def test_what_is_recorded_is_used(monkeypatch):
-    monkeypatch.setattr(machine.os, "cpu_count", lambda: 3)
+def test_what_is_recorded_is_used_and_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(machine, "free_cores", None)
+    monkeypatch.setattr(machine, "faster_library", None)
+    monkeypatch.setattr(machine, "cores", lambda: range(3))
     x = torch.ones(2, 2)
     for threads, used, products in ((2, 2, "mkl"), (3, 3, "onednn"), (8, 3, "onednn")):
         config = Config(threads=threads, products=products)
         assert machine.settled(config) == config
         assert torch.get_num_threads() == used
         assert by_onednn(x, x) == (products == "onednn")
-    assert machine.settled(Config()).threads == 3       # as many as PyTorch has
+
+
+@pytest.mark.parametrize("slow, chosen", [("onednn", "mkl"), ("mkl", "onednn"), ("", "onednn")])
+def test_mkl_multiplies_only_where_it_is_clearly_faster(monkeypatch, slow, chosen):
+    def multiply(x, weight):
+        library = "onednn" if torch.backends.mkldnn.enabled else "mkl"
+        end = time.process_time() + (0.006 if library == slow else 0.003)
+        while time.process_time() < end:
+            pass
+
+    monkeypatch.setattr(machine, "linear", multiply)
+    config = machine.settled(Config(threads=1))
+    assert config.products == chosen and by_onednn(torch.ones(1, 1), torch.ones(1, 1)) == (
+        chosen == "onednn")
+    assert machine.settled(Config(threads=1, device="cuda")).products is None
+
+
+@pytest.mark.parametrize("idle, free", [(0.0, 1), (1.4, 1), (2.6, 3), (9.0, 4)])
+def test_by_default_a_run_takes_the_cores_that_idle(monkeypatch, idle, free):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    monkeypatch.setattr(machine.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(machine, "cores", lambda: range(4))
+    seconds = iter([5.0, 5.0 + idle * machine.LOOK])
+    monkeypatch.setattr(machine, "idle_seconds", lambda: next(seconds))
+    assert machine.free_cores() == free
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert machine.free_cores() == torch.get_num_threads()
+
+
+def test_only_the_cores_of_this_process_count(monkeypatch, tmp_path):
+    stat = tmp_path / "stat"
+    lines = "cpu 9 9 9 900 9/cpu0 1 1 1 100 1/cpu1 1 1 1 300 1/cpu2 1 1 1 500 1/intr 7"
+    stat.write_text(lines.replace("/", "\n"))
+    monkeypatch.setattr(machine, "Path", lambda name: stat)
+    monkeypatch.setattr(machine, "cores", lambda: {0, 2})
+    monkeypatch.setattr(machine.os, "sysconf", lambda name: 100)
+    assert machine.idle_seconds() == 6.0

@@ -1,8 +1,10 @@
-"""Publishing on a Hub of ours, and the table of presets."""
+"""Publishing on a Hub of ours, tracking with a module of ours, and the table of presets."""
 import json
 import re
 import shutil
+import sys
 from base64 import b64decode
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from huggingface_hub import ModelCard, snapshot_download
 
 import lorasae
 from helpers import (
-    KINDS, Hub, HubHandler, command, misuse, read, refusal, use_hub)
+    KINDS, Hub, HubHandler, command, misuse, read, refusal, stopped_at, use_hub, words)
 from lorasae.io.presets import PRESETS
+from lorasae.runs.tracking import tracked
 
 BASE, SAE = ["--model", "me/base"], ["--sae", "me/sae"]
 SCRATCH = ("topk", "jumprelu", "e2e")
@@ -23,6 +26,11 @@ CODE = re.compile(r"```python\n(.*?)```", re.S)
 
 class Desk(HubHandler):
     """The Hub's side of create_repo and create_commit: uploads become files of server.models."""
+    def do_GET(self):
+        if self.path != "/api/models/me/base":
+            return super().do_GET()
+        self.reply_json({"id": "me/base", "cardData": {"license": "apache-2.0"}})
+
     def do_POST(self):
         server, (_, _, kind, *repo) = self.server, self.path.split("/")
         data = self.rfile.read(int(self.headers["Content-Length"]))
@@ -81,7 +89,7 @@ def test_what_is_needed_is_uploaded_and_the_card_has_the_numbers(kind, finished,
     results = read(folder / "results.json")
     text, about = found["README.md"].decode(), ModelCard(found["README.md"].decode()).data
     end = "adapted" if kind in PARTS else "sae"
-    assert "None" not in text and about.license is None
+    assert "None" not in text and about.license == "apache-2.0"
     assert about.library_name == ("peft" if kind in PARTS else "saelens")
     for rank, numbers in results.get("ranks", {"": results}).items():
         name = f"\n      name: kl_{end}, rank-{rank}" if rank else ""
@@ -116,6 +124,7 @@ def test_the_code_on_the_card_runs_and_other_libraries_agree(kind, finished, hub
     ("is not OWNER/NAME on the Hub", ["me/run", *BASE]),
     ("run is not OWNER/NAME on the Hub", ["run", *BASE, *SAE]),
     ("names 2 SAEs for --layer 1", ["me/run", *BASE, *SAE, "me/other"]),
+    ("no repository of that name on the Hub", ["me/run", "--model", "me/x", *SAE]),
     ("me/run is not published (403", ["me/run", *BASE, *SAE]),
 ])
 def test_a_refusal_is_one_line(wanted, names, finished, hub):
@@ -144,6 +153,42 @@ def test_a_preset_has_a_name_and_a_licence(finished, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "base_model: google/gemma-3-270m\n" in text and "license: gemma\n" in text
     assert "closed 50.0% ± 25.0% of it" in text and "interval over the 4 documents" in text
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is called of a trackio of ours, in order."""
+    calls = []
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(
+        init=lambda **how: calls.append(("init", how)),
+        log=lambda values, step: calls.append(("log", {"step": step, **values})),
+        finish=lambda: calls.append(("finish", None))))
+    return calls
+
+
+def test_a_resumed_run_goes_on_in_the_same_tracked_run(site, tmp_path, calls):
+    folder = tmp_path / "run"
+    with stopped_at(13):
+        command("train", *words(site, "lora", "--track"), "--out", folder)
+    command("train", "--resume", folder)
+    begun, logged, ended = ([value for name, value in calls if name == which]
+                            for which in ("init", "log", "finish"))
+    assert begun[0] == begun[1] and len(ended) == 2 and begun[0]["config"]["rank"] == (4,)
+    assert begun[0]["name"] == str(folder) and begun[0]["resume"] == "allow"
+    last = {line["step"]: line for line in logged}      # some steps were taken twice
+    assert [*last.values()] == [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def test_only_the_first_process_tracks_and_only_if_asked(calls):
+    for writes, track in ((False, True), (True, False)):
+        with tracked(SimpleNamespace(config=SimpleNamespace(track=track), writes=writes)):
+            assert not calls
+
+
+def test_without_trackio_the_pip_command_is_named_and_nothing_is_left(site, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    tracking = words(site, "lora", "--track", "--out", tmp_path / "run")
+    assert "pip install trackio" in refusal("train", *tracking) and not [*tmp_path.iterdir()]
 
 
 def test_the_table_of_presets_needs_no_network(hub, capsys):

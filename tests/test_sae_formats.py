@@ -13,7 +13,7 @@ from lorasae.io.files import write_json, write_tensors
 from lorasae.io import sae_readers, saes as sae_formats
 from lorasae.errors import InputError
 from lorasae.sae import JumpReLU, TopK
-from lorasae.io.saes import load_sae, save_sae
+from lorasae.io.saes import check_fits, load_sae, save_sae
 from lorasae.tiny.saes import save_sparsify
 
 D, M, K, THETA = 24, 96, 7, 2.5
@@ -151,7 +151,8 @@ def test_gemma_scope_is_its_formula(tmp_path, t, shift):
     agrees(sae, t["x"], z, z @ W_dec + b_dec)
     assert isinstance(sae, JumpReLU) and not sae.on_special
     assert not any(p.requires_grad for p in sae.parameters())
-    assert torch.equal(load_sae(tmp_path / "params.npz").W_enc, t["W_enc"])
+    os.rename(tmp_path / "params.npz", tmp_path / "mine.npz")
+    assert torch.equal(load_sae(tmp_path / "mine.npz").W_enc, t["W_enc"])
 
 
 @pytest.mark.parametrize("n_out, norms", [(2.5, True), (4.0, True), (4.0, False)])
@@ -240,6 +241,18 @@ def test_special_tokens_follow_the_file_else_the_family(tmp_path, t):
         folder = sae_lens_6(tmp_path, t, "jumprelu", {"training_architecture": kind})
         assert load_sae(folder).on_special is (kind in BATCH_TOPK)
     assert load_sae(sae_lens_5(tmp_path, t, "jumprelu")).on_special is False
+
+
+def test_an_sae_knows_its_model_if_the_file_says_so(tmp_path, t):
+    for folder, expected in (
+            (sae_lens_6(tmp_path / "6", t, "topk", {"model_name": "gemma-2-2b"}), "gemma-2-2b"),
+            (sae_lens_6(tmp_path / "n", t, "topk"), None),
+            (sae_lens_5(tmp_path / "5", t, "jumprelu"), "m"),
+            (dictionary_learning(tmp_path / "d", t, "AutoEncoder"), "m"),
+            (gemma_scope(tmp_path / "g", t), None), (sparsify(tmp_path / "s", t), None)):
+        assert load_sae(folder).model_name == expected
+    save_sae(ours(t, "topk"), tmp_path / "o", **WHAT)
+    assert load_sae(tmp_path / "o").model_name == WHAT["model_name"]
 
 
 # ---- Precision and memory ------------------------------------------------------------------------
@@ -457,6 +470,9 @@ def test_a_layer_that_the_file_contradicts_is_refused(tmp_path, t):
 
 
 def test_other_mistakes_are_one_line(tmp_path, t):
+    with pytest.raises(InputError, match="model's have 32: it was trained on another model"):
+        check_fits(ours(t, "topk").W_enc.shape[1], 32)
+    check_fits(ours(t, "topk").W_enc.shape[1], D)
     with pytest.raises(InputError, match="dtype 'float7' is not one of float32"):
         load_sae(gemma_scope(tmp_path / "a", t), dtype="float7")
     gemma_scope(sparsify(tmp_path / "d", t), t)

@@ -17,6 +17,7 @@ from lorasae.io.saes import load_sae, save_sae
 from lorasae.runs import folder as run_folder
 from lorasae.runs.config import BOTH, OPTIONS, Config
 from lorasae.runs.setting import runs_in
+from lorasae.runs.training import same_model
 from lorasae.sae import TopK
 
 ROOT = Path(__file__).parent.parent
@@ -223,14 +224,25 @@ def test_a_fact_of_another_kind_is_one_line(finished, tmp_path, how, kind, name,
 
 # ---- What is looked at before training -----------------------------------------------------------
 
-def test_an_sae_without_use_is_a_warning(site, tmp_path, capsys):
+def test_an_sae_of_another_model_or_without_use_is_a_warning(site, tmp_path, capsys):
     sae = load_sae(site / "gemma2/sae")
     sae.W_enc.data *= 100
     save_sae(sae, tmp_path / "sae", model_name="google/gemma-9", layer=1, context=32)
     arguments = words(site, "lora", "--tokens", 64, "--sae", tmp_path / "sae")
     command("train", *arguments, "--out", tmp_path / "run")
-    line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: the SAE at layer 1 explains less than its mean would")
+    less, other = capsys.readouterr().err.splitlines()
+    assert less.startswith("warning: the SAE at layer 1 explains less than its mean would")
+    assert "was trained on google/gemma-9, as its file says, not on" in other
+
+
+@pytest.mark.parametrize("model, same, others", [
+    ("/here/gemma2", ["someone/Gemma2"], ["google/gemma-9", "gemma2-large"]),
+    ("gemma-2-2b", ["", None, "gemma-2-2b", "google/gemma-2-2b", "unsloth/gemma-2-2b"],
+     ["gemma-2-9b"]),
+    ("google/gemma-2-2b", ["gemma-2-2b"], [])])
+def test_a_model_has_several_names(model, same, others):
+    assert all(same_model(name, model) for name in same)
+    assert not any(same_model(name, model) for name in others)
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------
@@ -288,8 +300,9 @@ def test_mistakes_are_one_line_and_leave_nothing(site, tmp_path, monkeypatch, ch
 
 
 @pytest.mark.parametrize("given, message", [
-    *[(["--tokens", tokens], f"--tokens: cannot take '{tokens}'") for tokens in ("many", "²")],
-    (["--eval-tokens", "1e30"], "--eval-tokens: cannot take '1e30'"),
+    (["--tokens", "many"], "'many' is not a positive number of tokens, such as 15M, 1.5e6"),
+    (["--tokens", "²"], "'²' is not"), (["--eval-tokens", "-5"], "'-5' is not"),
+    (["--tokens", "1e30"], "'1e30' is not"), (["--tokens", "1.5"], "'1.5' is not"),
     (["--rank", "²"], "--rank: cannot take '²'"), (["--lr", "fast"], "--lr: cannot take 'fast'"),
     (["--lr", "1e-3,5e-4"], "'1e-3,5e-4'; separate values by spaces"),
     (["--targets", "q_proj,v_proj"], "separate values by spaces"),
@@ -322,6 +335,10 @@ def test_what_is_not_a_finished_run_is_one_clear_line(site, finished, tmp_path, 
     config = read(other / "config.json")
     (other / "config.json").write_text(json.dumps({**config, "sae": []}))
     assert "--sae names 0 SAEs for --layer 1" in refusal("eval", other)
+    (other / "config.json").write_text(json.dumps(config))
+    path = other / "adapter/adapter_config.json"
+    path.write_text(path.read_text().replace("/gemma2", "/gemma3"))
+    assert "is of an adapter of" in refusal("eval", other)
 
 
 def test_a_loss_that_turns_nan_stops_the_run_and_says_at_which_step(site, tmp_path):
@@ -349,6 +366,28 @@ def started(arguments, stdout=subprocess.PIPE, **environment):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *map(str, arguments)], text=True,
         stdout=stdout, stderr=subprocess.PIPE, env={**os.environ, **environment})
+
+
+def test_the_script_runs_in_a_terminal_that_knows_no_greek(site, tmp_path):
+    """The tables have ±: question marks take its place."""
+    arguments = [*words(site, "lora", "--tokens", 64), "--out", tmp_path / "añb"]
+    process = started(arguments, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    printed, errors = process.communicate()
+    assert process.returncode == 0 and printed.isascii() and not errors
+    assert (tmp_path / "añb/results.json").exists()
+
+
+def test_a_reader_who_leaves_is_one_line_and_costs_no_finished_results(site, tmp_path):
+    """python train.py | head"""
+    process = started([*words(site, "lora", "--tokens", 640), "--out", tmp_path / "run"])
+    assert process.stdout.readline().startswith("writing to")
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 0                          # the work goes on in silence
+    assert errors.count("\n") == 1 and "standard output was closed" in errors
+    assert (tmp_path / "run/results.json").exists()
+    assert (tmp_path / "run/adapter/adapter_config.json").exists()
 
 
 def no_room(path):
@@ -404,3 +443,12 @@ def test_a_run_with_a_presets_name_is_evaluated_with_its_own_sae(finished, tmp_p
     found, trained = (read(folder / name) for folder, name in (
         (tmp_path / "tiny-gemma-2", "eval-fidelity.json"), (finished("topk"), "results.json")))
     assert found["ce_sae"] == trained["ce_sae"]
+
+
+def test_an_sae_of_a_run_that_is_not_finished_is_named_or_refused(site, finished, tmp_path):
+    run = Path(shutil.copytree(finished("topk"), tmp_path / "run"))
+    shutil.rmtree(run / "sae")
+    for tenth in list(run.glob("sae-*pct"))[1:]:
+        shutil.rmtree(tenth)
+    message = refusal("train", *words(site, "lora", "--sae", run), "--out", tmp_path / "out")
+    assert "is a run without an SAE in sae/: finish it" in message and "sae-50pct" in message

@@ -4,13 +4,15 @@ import os
 import re
 import sys
 from contextlib import contextmanager
+from decimal import Decimal
 
 from huggingface_hub.errors import HTTPError
 
 from lorasae.errors import InputError
-from lorasae.io.files import first_line
+from lorasae.io.files import first_line, shown
 
-UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+CLOSED = "standard output was closed"
 
 
 def note(line):
@@ -20,8 +22,18 @@ def note(line):
 
 
 def progress_line(line):
-    """A line of progress, on stdout, at once."""
-    print(line, flush=True)
+    """A line of progress, on stdout. The work goes on if the pipe is closed (`... | head`)."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        mute()
+        note(f"note: {CLOSED}; the work goes on and its results will be in its files")
+
+
+def mute():
+    """Sends standard output nowhere, so that Python does not complain about a closed pipe."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +42,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **how):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=layout, allow_abbrev=False, **how)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):          # question marks where its encoding has none
+                stream.reconfigure(errors="replace")
 
     def error(self, message):
         if re.search(r"invalid .*: '[^']*\w,", message):
@@ -50,22 +65,25 @@ def one_line_errors(interrupted="interrupted"):
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(interrupted)
+    except BrokenPipeError:
+        mute()
+        sys.exit(f"error: {CLOSED}; what was computed is in its files")
     except (InputError, OSError, HTTPError) as error:
         sys.exit(f"error: {first_line(error)}")
 
 
 def count(text):
     """Token counts as people write them: 15M, 4.1M, 1.5e6, 15_000_000, 20k."""
-    unit = UNITS.get(text[-1:].lower(), 1)
-    tokens = float(text if unit == 1 else text[:-1]) * unit
-    if not 1 <= tokens < 10**15:
-        raise ValueError(text)
-    return round(tokens)
+    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([kmb]?)", text.lower())
+    value = Decimal(match[1]) * UNITS[match[2]] if match else 0
+    if 1 <= value < 10**18 and value == int(value):
+        return int(value)
+    expected = "a positive number of tokens, such as 15M, 1.5e6 or 15_000_000"
+    raise argparse.ArgumentTypeError(f"{shown(text)} is not {expected}")
 
 
 def few(text):
     """A whole number from 1 to 1000."""
-    number = int(text)
-    if not 1 <= number <= 1000:
-        raise ValueError(text)
-    return number
+    if re.fullmatch("1000|[1-9][0-9]{0,2}", text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{shown(text)}: pass 1 to 1000")

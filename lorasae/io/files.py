@@ -6,6 +6,7 @@
 
 A missing file or a full disk is an OSError, which names the file.
 """
+import errno
 import json
 import operator
 import os
@@ -42,6 +43,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FLOATS = (*DTYPES.values(), torch.float64)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
 def local(path):
     """A path in which ~ is the user's home folder."""
     return Path(os.path.expanduser(path))
@@ -62,7 +66,11 @@ def whole(path):
         with open(part, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno in FULL:                 # else this file system cannot do it
+                    raise
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         # torch.save hides the file's own error (a full disk) behind a RuntimeError

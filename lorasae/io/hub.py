@@ -91,7 +91,12 @@ def model_files(name_or_dir, patterns=MODEL_FILES):
     folder, repo = model_place(name_or_dir)
     if folder is not None:
         return folder
-    return fetch(repo, patterns)
+    folder = fetch(repo, patterns)
+    if patterns is MODEL_FILES and not any(folder.glob("*.safetensors")):
+        raise OutOfReach(f"{repo} has no *.safetensors in the cache {constants.HF_HUB_CACHE}, nor "
+                         "on the Hub if that was asked: fetch it once with a network (pickled "
+                         "weights are never opened)")
+    return folder
 
 
 def model_plan(name_or_dir):
@@ -174,6 +179,9 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
         place = place.parent if place.is_file() else place
         if (place / "sae").is_dir():
             place = place / "sae"                       # a run keeps its SAE there
+        elif (place / "metrics.jsonl").exists():
+            raise InputError(f"{source} is a run without an SAE in sae/: finish it with python "
+                             f"train.py --resume {source}, or name one such as {source}/sae-50pct")
         sizes = sizes_in(place)
 
     # those that make an SAE, and the one that is wanted
@@ -263,6 +271,8 @@ def pick(fact, value, offered, source):
         near = PAPER_L0 if value is None else LEVELS.get(value, value)
         about = {name: LEVELS.get(name) or int(name) for name in offered}
         name = min(offered, key=lambda name: abs(about[name] - near))
+        if value is not None and about[name] != near and name not in LEVELS:
+            raise InputError(f"{offer}, but not {near:g}: choose another --l0, or another SAE")
         if about[name] != near and len(offered) > 1:
             note(f"{offer}: taking {name}, the nearest to {near:g}")
         return name

@@ -60,7 +60,8 @@ class Parts:
     k: int | None = None
     enc: torch.Tensor | float = 1.0                     # factors for the rows of W_enc
     dec: torch.Tensor | float = 1.0                     # factors for the rows of W_dec
-    hook: str | None = None                             # what it reads, as in HOOKS, if it says
+    model_name: str | None = None                       # the model it was trained on, if it says
+    hook: str | None = None                             # and what it reads, as in HOOKS
 
     def matrix(self, name):
         """W_enc or W_dec -> [M, D], in the dtype of the file.
@@ -195,6 +196,7 @@ def read_sae_lens(file, cfg):
         on_special=sae_lens_on_special(kind, cfg),
         max_norm=cfg.take("max_norm", float, None, above=0),
         after_norm=not str(cfg.get("hf_hook_name")).endswith(".mlp"),
+        model_name=cfg.take("model_name", str, None),
         hook=cfg.get("hook_name"))
 
     # the decoder's norms, if the selection goes by them
@@ -252,6 +254,7 @@ def read_dictionary_learning(file, cfg):
         file, PLAIN if "W_enc" in file else linear, kind, trainer,
         centred=kind != "jumprelu",
         on_special=not buffer.take("remove_bos", bool, False),
+        model_name=trainer.take("lm_name", str, None),
         hook=None if unknown else f"model.layers.{at}{part}")
 
 

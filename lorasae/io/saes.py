@@ -27,7 +27,8 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
 
     layer, width, l0: which SAE, if the source holds several (hub.find_sae). site: "resid", a
     block's output, or "mlp", that of its MLP; SAEs of another site are refused. dtype: of the
-    weights, a torch dtype or its name, float32 if None; thresholds stay float32. A file that names
+    weights, a torch dtype or its name, float32 if None; thresholds stay float32. The SAE's
+    `model_name` is the model that the file says it was trained on, or None. A file that names
     another layer is refused.
     """
     dtype = as_dtype(dtype or "float32")
@@ -60,7 +61,8 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
     for name, parameter in sae.named_parameters():
         check_tensor(f"{parts.file.path}: {name}", tensors[name], parameter.shape)
     sae.load_state_dict(tensors, assign=True)
-    sae.max_norm, sae.site, sae.after_norm = parts.max_norm, site, parts.after_norm
+    sae.model_name, sae.max_norm = parts.model_name, parts.max_norm
+    sae.site, sae.after_norm = site, parts.after_norm
     return sae.requires_grad_(False).to(device)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from lorasae.errors import InputError
 from lorasae.io.console import note
-from lorasae.io.files import damage, shown
+from lorasae.io.files import damage
 from lorasae.io.hub import explained
 
 NAMED = {
@@ -39,6 +39,7 @@ NAMED = {
 PLAIN = tuple(".txt .md .rst .tex .py .c .h .cc .cpp .java .js .go .rs".split())
 JSON = tuple(".jsonl .jsonl.gz .jsonl.zst .json.gz .json.zst".split())
 KNOWN = (*PLAIN, ".txt.gz", ".txt.zst", *JSON)
+EXPECTED = ".txt, .md, .py (or other source code), .jsonl, .jsonl.gz, .jsonl.zst, .json.gz"
 SOURCES = f"stdlib, {', '.join(NAMED)}, or hf://datasets/OWNER/NAME/FILES"
 
 SMALL = 2 ** 28             # bytes of files; a larger source is a stream
@@ -79,7 +80,7 @@ def readable(found, source):
     known = [path for path in found if str(path).lower().endswith(KNOWN)]
     if not known:
         raise InputError(f"{source} holds no text: none of its {len(found):,} files ends in "
-                         f"{', '.join(KNOWN)}")
+                         f"{EXPECTED}")
     if len(known) < len(found):
         note(f"note: {len(found) - len(known):,} of the {len(found):,} files in {source} are not "
              "text and are skipped")
@@ -232,8 +233,10 @@ def pieces_in(line, where, field):
     fields = record if isinstance(record, dict) else {}
     text = fields.get(field) if field else fields.get("text", fields.get("raw_content"))
     if not isinstance(text, str):
-        raise InputError(f"{where}: expected a JSON object with a string {field or 'text'!r}; it "
-                         f"has {shown([*fields])} (--field)")
+        strings = [name for name, value in fields.items() if isinstance(value, str)]
+        names = ", ".join(strings)[:200] or "none"
+        raise InputError(f"{where}: expected a JSON object with a string {field or 'text'!r}; its "
+                         f"strings are: {names} (--field)")
     # JSON can spell zero bytes, and half of a surrogate pair, which is no character
     text = text.replace("\0", "").encode("utf-8", "replace")
     yield from pieces_of(io.BytesIO(text), where)

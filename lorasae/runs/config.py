@@ -188,9 +188,10 @@ class Config:
         "cpu", TEXT, "cpu, cuda, cuda:1, or mps, which is untried; cuda if PyTorch sees a GPU")
     threads: int | None = opt(
         None, WHOLE,
-        "cores of a CPU that compute (default: OMP_NUM_THREADS, else all)")
-    products: str = opt(
-        "onednn", one_of("onednn", "mkl"), "library of fp32 products on a CPU")
+        "cores of a CPU that compute (default: OMP_NUM_THREADS, else those that idle at the start)")
+    products: str | None = opt(
+        None, one_of("onednn", "mkl"),
+        "library of fp32 products on a CPU (default: onednn, unless mkl is measured to be faster)")
     compile: bool | None = opt(
         None, SWITCH, "put blocks and loss through torch.compile (default: on a GPU)")
     ahead: int | None = opt(
@@ -203,6 +204,7 @@ class Config:
         ("lora",))
     checkpoint_every: int | None = opt(
         None, WHOLE, "steps between checkpoints (default: one per minute)")
+    track: bool = opt(False, SWITCH, "log to trackio too, which is to be installed")
 
     def __post_init__(self):
         if isinstance(self.lr, tuple) and len(self.lr) == 1:
@@ -292,11 +294,15 @@ def joined(values):
 def check(config):
     """Raises InputError for the first field that no run could use."""
     for name, facts in OPTIONS.items():
-        kind, value = facts["kind"], getattr(config, name)
-        may_be_open = DEFAULTS[name] is None or (name == "lr" and config.method in SCRATCH)
+        kind, value, default = facts["kind"], getattr(config, name), DEFAULTS[name]
+        may_be_open = default is None or (name == "lr" and config.method in SCRATCH)
         if value is None and may_be_open:
             continue
-        values = value if isinstance(value, tuple) else (value,)
+        if isinstance(default, tuple) and not isinstance(value, tuple):
+            raise InputError(f"{option(name)} is {shown(value)}, but it must be a list")
+        values = value if facts["several"] and isinstance(value, tuple) else (value,)
+        if not values and default:
+            values = (None,)                            # which is no value
         for one in values:
             Fields({option(name): one}, "options").take(option(name), kind.type, **kind.bounds)
         if len(set(values)) < len(values) and kind is not PATH:
@@ -385,6 +391,8 @@ def check_effect(given, mode):
             advice = ", or pass --train-sae" if mode == "lora" and reads(BOTH, name) else ""
             raise InputError(f"{option(name)} has no effect with --method {mode}: leave it "
                              f"out{advice}")
+    if "field" in given and given.get("data") == "stdlib":
+        raise InputError("--field has no effect with --data stdlib: leave it out")
 
 
 def of_preset(known, model, mode):
@@ -433,6 +441,8 @@ def of_sae_runs(given, with_tokens):
     folders = [run_of(source) for source in given["sae"]]
     if None in folders:
         return {}
+    if "l0" in given:
+        raise InputError(f"--l0 has no effect with the SAE of {folders[0]}: leave it out")
     runs = [read_config(folder) for folder in folders]
     names = ["data", "field", "context", "dtype", "eval_tokens"] + ["tokens"] * with_tokens
     note(f"note: {', '.join(names)} and layer as in the run that made the SAE, {folders[0]}, "

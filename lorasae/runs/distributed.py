@@ -126,6 +126,11 @@ def differentiable_sum(value):
     return value + others
 
 
+def agree(value):
+    """Process 0's value."""
+    return gather(value)[0]
+
+
 def gather(value):
     """[the value of each process]"""
     if count() == 1:

@@ -40,6 +40,7 @@ class Run:
         self.lock, self.made = None, False              # whether the folder was made for the run
         self.pending, self.seconds, self.latest = [], 0.0, ""
         self.started = self.saved = time.perf_counter()
+        self.track = lambda values, step: None          # tracking.py takes what is logged
 
     # ---- Beginning and end -----------------------------------------------------------------------
 
@@ -49,7 +50,7 @@ class Run:
         made = folder is None or not folder.exists()
         if folder is None and distributed.number() == 0:
             folder = new_folder(config)
-        run = cls(distributed.gather(folder)[0], config)
+        run = cls(distributed.agree(folder), config)
         run.claim()
         run.made = made
         return run
@@ -120,8 +121,11 @@ class Run:
         state, step = self.newest_checkpoint(), 0
         if state is not None:
             with damage(f"{self.folder}/checkpoint"), torch.no_grad():
-                step = state["step"]
-                for tensor, saved in zip(tensors, state["parameters"], strict=True):
+                step, parameters = state["step"], state["parameters"]
+                if [tensor.shape for tensor in tensors] != [saved.shape for saved in parameters]:
+                    raise InputError(f"{self.folder}/checkpoint belongs to another run: its "
+                                     "tensors have other shapes than this one's")
+                for tensor, saved in zip(tensors, parameters):
                     tensor.copy_(saved)
                 optimizer.load_state_dict(state["optimizer"])
                 self.seconds = float(state["seconds"])
@@ -243,6 +247,7 @@ class Run:
         if self.writes:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+            self.track(values, step=step)
         name, value = next(iter(means.items()))
         self.latest = f"{name} {value:.4f}, {rate:,.0f} tok/s  "
 

@@ -1,23 +1,37 @@
-"""What the machine gives a run: threads, memory, and the library that multiplies on a CPU."""
+"""What the machine gives a run: threads, memory, and the library that multiplies on a CPU.
+
+    config = settled(config)        chooses what the Config leaves open, and applies all of it
+
+Each can change the last bits of a result, so a run records them, and goes on with what it began.
+"""
 import ctypes
 import os
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import torch
 
+from lorasae.linear import linear
+
+CLEARLY = 1.3           # so much faster MKL must be: repeats must agree
+LOOK = 0.2              # seconds for which other work is watched
+SIZE, ROUNDS = 1024, 5  # of the products that are timed: 0.1 s
+
 
 def settled(config):
-    """The Config with its threads; from here on PyTorch works so.
-
-    They and `products` can change the last bits of a result, so a run records them.
-    """
+    """The Config with `threads` and `products` chosen; from here on PyTorch works so."""
     keep_freed_memory()
-    threads = config.threads or torch.get_num_threads()
-    torch.set_num_threads(min(threads, os.cpu_count()))
-    torch.backends.mkldnn.enabled = config.products == "onednn"
-    return replace(config, threads=threads)
+    threads = config.threads or free_cores()
+    products = config.products
+    if products is None and config.device == "cpu":
+        products = faster_library()
+    torch.backends.mkldnn.enabled = products != "mkl"
+    torch.set_num_threads(min(threads, len(cores())))
+    return replace(config, threads=threads, products=products)
 
 
 def keep_freed_memory():
@@ -29,3 +43,49 @@ def keep_freed_memory():
         with suppress(AttributeError):                  # another C library has no mallopt
             for parameter in (-1, -3):                  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
                 ctypes.CDLL(None).mallopt(parameter, 2 ** 30)
+
+
+# ---- Threads -------------------------------------------------------------------------------------
+
+def free_cores():
+    """OMP_NUM_THREADS; else the cores that this process may use and that now idle, at least 1."""
+    if "OMP_NUM_THREADS" in os.environ or sys.platform != "linux":
+        return torch.get_num_threads()
+    before = idle_seconds()
+    time.sleep(LOOK)
+    idle = (idle_seconds() - before) / LOOK
+    return max(1, min(round(idle), len(cores())))
+
+
+def cores():
+    """The numbers of the cores that this process may use."""
+    if sys.platform != "linux":
+        return range(os.cpu_count())
+    return os.sched_getaffinity(0)
+
+
+def idle_seconds():
+    """For how long those cores have idled, in all."""
+    own, ticks = cores(), 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *times = line.split()
+        if name.removeprefix("cpu").isdecimal() and int(name[3:]) in own:
+            ticks += int(times[3])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+# ---- Products ------------------------------------------------------------------------------------
+
+@cache
+def faster_library():
+    """onednn, or mkl where one core is clearly faster with it at a product of a model's size."""
+    torch.set_num_threads(1)
+    x, weight = torch.ones(256, SIZE), torch.ones(SIZE, SIZE)
+    best = dict.fromkeys(("onednn", "mkl"), float("inf"))
+    for _ in range(ROUNDS):
+        for name in best:
+            torch.backends.mkldnn.enabled = name == "onednn"
+            start = time.process_time()                 # other processes do not count
+            linear(x, weight)
+            best[name] = min(best[name], time.process_time() - start)
+    return "mkl" if CLEARLY * best["mkl"] < best["onednn"] else "onednn"

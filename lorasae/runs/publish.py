@@ -27,6 +27,7 @@ from jinja2 import StrictUndefined, Template
 from lorasae.errors import InputError
 from lorasae.evals.report import percent, with_interval
 from lorasae.io.files import damage, first_line, local, read_object
+from lorasae.io.hub import explained
 from lorasae.io.presets import PRESETS, preset
 from lorasae.io.saes import describe
 from lorasae.runs.adapting import adapter_names
@@ -112,14 +113,23 @@ def card(folder, repo, names):
     sources = sae_sources(own, math.inf)
     if own.trains_sae:
         sources = [(own.layer[0], folder / "sae")]
-    saes = {layer: describe(source, **own.which(layer)) for layer, source in sources}
+    saes = {layer: describe(source, layer=layer, width=own.width, l0=own.l0, site=own.site)
+            for layer, source in sources}
 
     template = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"),
                         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    known = preset(own.model) or preset(config.model)
     adapters = [read_object(path) for path in folder.rglob("adapter_config.json")]
     with damage(f"the results of {folder}"):
         return ModelCard(template.render(
-            repo=repo, config=config, licence=known and known.licence, saes=saes,
+            repo=repo, config=config, licence=licence_of(own.model, config.model), saes=saes,
             sources=dict(sae_sources(config, math.inf)), results=results, adapters=adapters,
             percent=percent, with_interval=with_interval))
+
+
+def licence_of(model, name):
+    """The licence of a base model, known from its preset or from the page of `name` on the Hub."""
+    known = preset(model) or preset(name)
+    if known is not None:
+        return known.licence
+    with explained(name):
+        return (HfApi().model_info(name).card_data or {}).get("license")

@@ -7,6 +7,7 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter
+from lorasae.io.files import read_object
 from lorasae.io.models import load_model, load_tokenizer
 from lorasae.io.saes import load_sae
 from lorasae.io.shards import Text
@@ -15,6 +16,7 @@ from lorasae.runs import distributed
 from lorasae.runs.adapting import adapter_names
 from lorasae.runs.config import SCRATCH, Config, joined, read_config
 from lorasae.runs.machine import settled
+from lorasae.runs.training import same_model
 
 
 class Setting(NamedTuple):
@@ -108,5 +110,10 @@ def open_run(folder, device=None):
     run = folder.parent if (folder.parent / "config.json").exists() else folder
     setting = load_setting(config, folder, run / "text")
     if config.method == "lora":
+        path = folder / "adapter" / "adapter_config.json"
+        base = read_object(path).take("base_model_name_or_path", str, None)
+        if not same_model(base, config.model):
+            raise InputError(f"{path} is of an adapter of {base}, but this is a run of "
+                             f"{config.model}")
         load_adapter(setting.model, folder)
     return setting

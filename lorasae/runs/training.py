@@ -20,6 +20,7 @@ from lorasae.adapt import compiled_blocks, step_seed
 from lorasae.evals import fidelity
 from lorasae.evals.report import percent
 from lorasae.io.console import note, progress_line
+from lorasae.io.presets import preset
 from lorasae.runs import distributed
 from lorasae.runs.config import BY_K, joined
 from lorasae.runs.folder import ends_a_tenth
@@ -132,7 +133,7 @@ def show(rows):
 def look_before(setting):
     """Prints what splicing the SAEs in costs, on a small part of the held-out text.
 
-    Warns about an SAE that explains less than nothing.
+    Warns about an SAE that explains less than nothing, or whose file names another model.
     """
     model, saes, text, config = setting.model, setting.saes, setting.text, setting.config
     count = min(len(text.held_out), max(4, QUICK_TOKENS // config.context))
@@ -146,10 +147,21 @@ def look_before(setting):
                   f"{before:.4f} -> {after:.4f} with the SAE ({after - before:+.4f}), L0 {l0}, "
                   f"explained variance {', '.join(map(percent, explained.values()))}")
 
-    for layer, value in explained.items():
-        if value < 0:
+    for layer, sae in saes.items():
+        if explained[layer] < 0:
             note(f"warning: the SAE at layer {layer} explains less than its mean would: it may "
                  "be of another model or layer")
+        if not same_model(sae.model_name, config.model):
+            note(f"warning: the SAE at layer {layer} was trained on {sae.model_name}, as its file "
+                 f"says, not on {config.model}")
+
+
+def same_model(name, model):
+    """Whether the name of a model in an SAE's file can mean this model; True without a name."""
+    known = preset(model)
+    names = [model, known.repo, known.mirror or ""] if known else [model]
+    last_parts = {Path(other).name.lower() for other in names}
+    return not name or Path(name).name.lower() in last_parts
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
