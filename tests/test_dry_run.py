@@ -12,6 +12,7 @@ from helpers import command, processes, read, refusal, words
 from lorasae.io import sae_readers
 from lorasae.io.presets import PRESETS
 from lorasae.io.saes import load_sae
+from lorasae.runs import dry_run
 
 TOKENIZER = Path(__file__).parents[1] / "lorasae/tiny/gemma-2/tokenizer.json"
 
@@ -53,9 +54,18 @@ def test_the_table_says_what_the_run_would_do_and_writes_nothing(site, plan, tmp
     assert rows["steps"] == "20 of 2 x 32 tokens, 1,280 in all" and rows["text"] == f"{site}/text"
     assert rows["SAE"] == "128 latents at the output of block 1"
     assert rows["recipe"].startswith("paper: adamw at 0.001, dropout 0.1")
-    assert "of blocks 0 1 2 3" in rows["adapters"]                      # around a TopK
+    assert "of blocks 0 to 3" in rows["adapters"]                      # around a TopK
     assert "of blocks 2 3" in plan(*words(site, "lora", "--adapt", "after"))["adapters"]
-    assert not list(tmp_path.iterdir())
+    assert rows["time"].startswith("unknown") and not list(tmp_path.iterdir())
+
+
+def test_the_time_is_that_of_an_earlier_run_here(site, finished, plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished("lora"), tmp_path / "runs/earlier")
+    (tmp_path / "runs/half").mkdir()
+    (tmp_path / "runs/half/results.json").write_text("[]")              # no run of ours
+    assert "tokens/s of runs/earlier" in plan(*words(site, "lora", "--tokens", "1M"))["time"]
+    assert plan(*words(site, "topk"))["time"].startswith("unknown")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -78,13 +88,20 @@ def test_no_matrix_of_an_sae_is_read(site, plan, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, change", [              # of adapters: tests/test_train.py
-    ("both", ["--width", 64]), ("topk", ["--k", 97]), ("jumprelu", ["--l0", 96]),
+    ("both", ["--thresholds", "frozen"]), ("topk", ["--k", 97]), ("jumprelu", ["--l0", 96]),
     ("e2e", ["--layer", 4])], ids=str)
 def test_the_run_refuses_what_the_plan_refuses_in_the_same_words(site, tmp_path, kind, change):
     arguments = words(site, kind, *change, "--out", tmp_path / "run")
     expected = refusal("train", *arguments)
     assert refusal("train", *arguments, "--dry-run") == expected
     assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_a_warning_of_the_plan(site, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "memory_of", lambda device: 10 ** 6)
+    command("train", *words(site), "--dry-run")
+    assert capsys.readouterr().err.startswith("warning: cpu has 1.00MB: lower --micro-batch")
+    command("train", *words(site, "lora", "--tokens", 64), "--out", tmp_path / "run")
 
 
 def peak(folder, arguments):

@@ -3,6 +3,7 @@ import argparse
 import os
 import re
 import sys
+from ast import literal_eval
 from contextlib import contextmanager
 from decimal import Decimal
 
@@ -12,6 +13,8 @@ from lorasae.errors import InputError
 from lorasae.io.files import first_line, shown
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+WANTED = {                              # by argparse's name of the type; the others are numbers
+    "int": "a whole number", "local": "a path", "latents": "a number of latents, such as 16k"}
 CLOSED = "standard output was closed"
 
 
@@ -49,7 +52,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if re.search(r"invalid .*: '[^']*\w,", message):
             message += "; separate values by spaces"
-        message = re.sub("invalid .* value:", "cannot take", message)
+        found = re.fullmatch(r"(argument .*): invalid (\S+) value: (['\"].*['\"])(.*)", message)
+        if found:
+            wanted, value = WANTED.get(found[2], "a number"), shown(literal_eval(found[3]))
+            message = f"{found[1]}: expected {wanted}, not {value}{found[4]}"
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 

@@ -47,7 +47,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def local(path):
-    """A path in which ~ is the user's home folder."""
+    """A path in which ~ is the user's home folder. InputError for none, and for a zero byte."""
+    text = str(path)
+    if not text or "\0" in text:
+        raise InputError(f"{text!r} is no path: pass the name of a file or folder")
     return Path(os.path.expanduser(path))
 
 

@@ -29,6 +29,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.sa
 MODEL_FILES = ("config.json", *BESIDE_WEIGHTS, *WEIGHTS)        # no .bin: opening one can run code
 
 NAMELESS = ("gemma_scope", "sparsify")                          # whose files tell no site or layer
+MAY_LACK = {"gemma_scope_2": ("config.json",)}                  # files that some folders have
 FACTS = {                                                       # what a folder's name says
     "layer": re.compile(r".*(?:layers?[._]|blocks\.|-L)(\d+)"),
     "width": re.compile(r".*width_(\d+[km])"),
@@ -225,6 +226,8 @@ def saes_among(place, sizes, inside):
                 folder = path.removesuffix(names[0])    # "" or "some/folder/"
                 files = {folder + name: sizes.get(folder + name) for name in names}
                 if None not in files.values():
+                    more = [folder + name for name in MAY_LACK.get(kind, ())]
+                    files |= {file: sizes[file] for file in more if file in sizes}
                     found.append(SAEFiles(kind, place, folder.rstrip("/"), files))
     return found
 

@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from lorasae import gemma3
 from lorasae.errors import InputError
+from lorasae.io.console import note
 from lorasae.io.files import (
     DTYPES, Fields, Tensors, as_dtype, check_tensor, damage, dtype_name, local,
     read_object, shown, write_bytes, write_json, write_tensors)
@@ -109,6 +110,8 @@ def fill(model, folder, device, dtype):
             check_tensor(f"{path}: {stored[name]}", tensor, wanted[name].shape)
             tensors[name] = tensor
     model.load_state_dict(tensors, assign=True)
+    if model.config.with_vision:
+        note(f"note: {folder} has a vision tower too; only its text model is read")
 
 
 def weight_files(folder):
@@ -124,7 +127,7 @@ def weight_files(folder):
 def stored_names(files, tied):
     """{parameter: its name in the files}, without what belongs to a vision tower.
 
-    A tied embedding may be stored as the head, or twice: the head is then not read.
+    A tied embedding may be stored as the head, or twice.
     """
     stored = {}
     for name in files:
@@ -133,7 +136,11 @@ def stored_names(files, tied):
             stored[TEXT_PART.sub("model.", name)] = name
     if tied and HEAD in files:
         del stored[HEAD]
-        stored.setdefault(EMBEDDING, HEAD)
+        twice = stored.setdefault(EMBEDDING, HEAD) == EMBEDDING
+        if twice and not torch.equal(*(Tensors(files[name])[name] for name in (EMBEDDING, HEAD))):
+            raise InputError(
+                f"{files[HEAD].parent}: {HEAD} and {EMBEDDING} differ, but config.json ties them: "
+                'if the head has its own weights, set "tie_word_embeddings": false there')
     return stored
 
 

@@ -117,17 +117,29 @@ def read_gemma_scope(file):
 
 
 def read_gemma_scope_2(file):
-    """Gemma Scope's formula, in params.safetensors. The folder's name tells site and layer.
+    """Gemma Scope's formula, in params.safetensors, with a config.json or a name that tells.
 
-    (Its transcoders and crosscoders, whose tensors have the same names, are in other folders.)
+    Of its other files, transcoders, crosscoders and cross-layer transcoders are refused.
     """
-    named = NAMED.search(file.path.parent.absolute().as_posix())
-    if not named:
-        raise InputError(f"the folder of {file.path} does not tell site and layer: keep its name "
-                         "on the Hub, such as resid_post/layer_12_width_16k_l0_medium")
+    folder, cfg = file.path.parent, {}
+    named = NAMED.search(folder.absolute().as_posix())
+    if (folder / "config.json").exists():
+        cfg = read_object(folder / "config.json")
+        cfg.only(architecture="jump_relu", type="sae", affine_connection=False)
+        hook = cfg.take("hf_hook_point_in", str)
+        cfg.only(hf_hook_point_out=hook)
+    elif named:
+        hook = f"blocks.{named[2]}.hook_{named[1]}"
+    else:
+        raise InputError(f"{folder} has no config.json, and its name does not tell site and layer: "
+                         "keep the name that it has on the Hub, such as "
+                         "resid_post/layer_12_width_16k_l0_medium")
+
+    # Some say gemma-v3-270m-pt; the repository is gemma-3-270m.
+    name = str(cfg.get("model_name") or "").replace("-v3", "-3").replace("270m-pt", "270m")
     return parts_of(
         file, ("w_enc.T", "w_dec", "b_enc", "b_dec"), "jumprelu", centred=False, on_special=False,
-        hook=f"blocks.{named[2]}.hook_{named[1]}")
+        model_name=name or None, hook=hook)
 
 
 def read_llama_scope(file, cfg):

@@ -85,7 +85,7 @@ NONE = Shard(-1, 0, 0, 0, False, 0, [])              # what the first shard foll
 
 @dataclass(eq=False)
 class Text:
-    """The text of a run. InputError if there is no such source, or too little text.
+    """The text of a run. InputError if there is no such source, too little text, or no such token.
 
     source, field: see text.py. process: 0 writes, the others wait for its files. Close it, or use
     it in a `with`: until then, its background thread writes the next shard.
@@ -103,6 +103,10 @@ class Text:
     process: int = 0
 
     def __post_init__(self):
+        for name, token in (("BOS", self.bos), ("EOS", self.eos)):
+            if self.tokenizer.id_to_token(token) is None:
+                raise InputError(f"the tokenizer has no {name} token (id {token} in the model's "
+                                 "configuration): is its tokenizer.json the model's own?")
         self.source = str(self.source)
         self.temporary = None if self.folder else tempfile.TemporaryDirectory()
         self.folder = Path(self.folder or self.temporary.name)
@@ -121,8 +125,7 @@ class Text:
             self.documents = torch.tensor(self.record.take("documents", list), dtype=torch.long)
             if self.held_out.dim() != 2 or self.documents.shape != self.held_out.shape[:1]:
                 raise ValueError("it does not fit text.json")
-            if None in map(self.tokenizer.id_to_token, self.held_out.unique().tolist()):
-                raise ValueError("it has tokens that the tokenizer has not")
+            check_tokens(self.held_out, self.tokenizer, held_out)
         key = self.record.take("key", str, None)
         self.small = key is not None
         self.place = cache_of(key) if self.small else self.folder
@@ -164,7 +167,9 @@ class Text:
 
     def _sequences(self, start, stop):
         chunks = [self._chunk(row) for row in range(start, stop)]
-        return torch.from_numpy(np.stack(chunks)).long()
+        tokens = torch.from_numpy(np.stack(chunks)).long()
+        check_tokens(tokens, self.tokenizer, f"a shard in {self.place}")
+        return tokens
 
     def _chunk(self, row):
         """The chunk of this number, as soon as its shard is there."""
@@ -207,7 +212,7 @@ class Text:
         """Writes the shard after `last`, unless another run has."""
         number = last.number + 1
         path = shard_path(self.place, number)
-        if path.exists() and path.with_suffix(".json").exists():
+        if number in [shard.number for shard, _ in read_shards(self.place)]:
             return
 
         # Read to where it begins. The one before it mostly ended there.
@@ -287,7 +292,7 @@ class Text:
         facts = [ORDER, names, self.field, self.tokenizer.to_str(), self.bos, self.eos,
                  self.context, self.eval_tokens, self.seed]
         key = sha256(json.dumps(facts).encode()).hexdigest()[:32]
-        if sum(file.size for file in self.files) > SMALL:
+        if sum(file.size for file in self.files) > SMALL or not may_write(cache_of(key)):
             key = None                                  # the shards stay in the run's folder
         write_json(self.folder / "text.json", {**record, "files": lines, "key": key})
 
@@ -329,6 +334,9 @@ class Text:
         turns = np.random.default_rng(FIXED).permutation(len(of))[:count]
         self._check_length("held-out", len(turns), count)
         chosen = np.concatenate([*own, shared])[turns]
+        if np.isin(chosen, [self.bos, self.eos]).all():
+            raise InputError(f"the tokenizer makes no tokens of {self.source}: is its vocabulary "
+                             "empty, or of another language?")
         return chosen, {"documents": [of[i] for i in turns], "held_out": digests}
 
 
@@ -398,6 +406,21 @@ def cache_of(key):
     return local(root) / "text" / key
 
 
+def check_tokens(tokens, tokenizer, what):
+    """InputError if the file that `what` names holds a token that the tokenizer does not have."""
+    for token in tokens.aminmax():
+        if tokenizer.id_to_token(token.item()) is None:
+            raise InputError(f"{what} is damaged, or of another model: the tokenizer has no token "
+                             f"{token}; remove it, or start a new run")
+
+
+def may_write(folder):
+    """Whether files can be written to a folder, which is made if need be."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
+
+
 def shard_path(folder, number):
     return folder / f"shard-{number:05d}.npy"
 
@@ -406,8 +429,12 @@ def read_shards(folder):
     """[(Shard, its chunks)] of the shards in a folder that are whole, by their numbers."""
     found = []
     for path in sorted(folder.glob("shard-*.json")):
-        with suppress(FileNotFoundError), damage(path):                 # it is being deleted
+        with suppress(OSError, ValueError, TypeError, OverflowError):   # being deleted, or damaged
             shard = Shard(**read_object(path))
+            np.array(shard.rest, np.int32)              # it holds tokens
+            kinds = [*map(type, shard)]
+            if kinds != [*Shard.__annotations__.values()] or min(shard.first, shard.chunks) < 0:
+                continue
             # np.load parses the header with Python's ast, which two threads can crash in 3.11.
             numbers = np.memmap(path.with_suffix(".npy"), np.int32, "r", offset=HEADER)
             found.append((shard, numbers.reshape(shard.chunks, shard.context)))

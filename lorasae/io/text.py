@@ -177,6 +177,9 @@ def documents(files, field, seed):
 
 def halves(file):
     """Yields the two parts of a single document of plain text."""
+    if file.name.lower().endswith((".gz", ".zst")):
+        raise InputError(f"{file.name} is a single compressed document: decompress it first, so "
+                         "that its last sixteenth can be held out")
     passed = 0
 
     def late(piece):

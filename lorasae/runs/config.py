@@ -36,6 +36,7 @@ ADAPTERS = ("lora", BOTH)
 RETRAINED = ("finetune", BOTH)                          # train an existing SAE
 AROUND_SAE = ("lora", *RETRAINED)                       # take an existing SAE
 DEAD_AFTER = 10_000_000                                 # tokens; Gao et al. (2024)
+MOST_AT_ONCE = 2 ** 24                                  # tokens; more is a slip of the finger
 
 
 # ---- The options ---------------------------------------------------------------------------------
@@ -64,7 +65,8 @@ SWITCH = Kind(bool)
 FROM_0 = Kind(int, {"at_least": 0})
 WHOLE = Kind(int, {"at_least": 1})
 TOKENS = Kind(int, {"at_least": 1}, count)
-WIDTH = Kind(int, {"at_least": 1}, latents)
+SEVERAL = Kind(int, {"at_least": 1, "below": 2 ** 20})  # of what memory must hold
+WIDTH = Kind(int, {"at_least": 1, "below": 2 ** 30}, latents)
 CONTEXT = Kind(int, {"at_least": 2})                    # BOS and one more
 NOT_NEGATIVE = Kind(float, {"at_least": 0})
 POSITIVE = Kind(float, {"above": 0})
@@ -130,7 +132,7 @@ class Config:
         "sinks, which are most of the variance (0: train on all, as published)", SCRATCH)
 
     rank: tuple = opt(
-        (64,), WHOLE,
+        (64,), SEVERAL,
         "rank of every adapter; several, as in 1 4 16 64, train side by side, each with every --lr",
         ADAPTERS)
     alpha: float = opt(32.0, POSITIVE, "adapters are scaled by alpha / rank", ADAPTERS)
@@ -167,9 +169,9 @@ class Config:
     context: int = opt(1024, CONTEXT, "tokens per sequence, BOS included")
 
     optimizer: str = opt("adamw", one_of("adamw", "muon"), "of adapters", ADAPTERS)
-    batch_size: int = opt(1, WHOLE, "sequences per step")
+    batch_size: int = opt(1, SEVERAL, "sequences per step")
     micro_batch: int | None = opt(
-        None, WHOLE,
+        None, SEVERAL,
         "sequences that pass through the model at once: less memory, the same step except for "
         "dropout masks (default: the batch)", ("lora",))
     lr: float | tuple | None = opt(
@@ -195,7 +197,7 @@ class Config:
     compile: bool | None = opt(
         None, SWITCH, "put blocks and loss through torch.compile (default: on a GPU)")
     ahead: int | None = opt(
-        None, WHOLE,
+        None, SEVERAL,
         "sequences whose frozen part runs at once, before their steps (default: 8 on a GPU, else "
         "1)")
     shard: bool = opt(
@@ -319,6 +321,13 @@ def check(config):
         what = "--shard" if config.shard else f"--method {config.mode}"
         raise InputError(f"--rank {ranks} --lr {rates}: {what} is for one of each; several are for "
                          "adapters that train side by side")
+    if config.method in BY_L0 and config.l0 is None:
+        raise InputError(f"--method {config.method}: pass --l0, the active latents to reach")
+    at_once = max(config.batch_size, config.micro_batch or 1, config.ahead or 1)
+    if at_once * config.context > MOST_AT_ONCE:
+        raise InputError(f"{at_once:,} sequences of --context {config.context:,} at once are more "
+                         f"than {MOST_AT_ONCE:,} tokens: lower --batch-size, --micro-batch, "
+                         "--ahead or --context")
 
 
 # ---- The parser ----------------------------------------------------------------------------------
@@ -481,10 +490,20 @@ def read_config(folder, device=None):
     if wrong:
         raise InputError(f"{path} is not of this version of train.py, whose files differ in "
                          f"{shown(joined(sorted(wrong)))}")
+    asked = as_fields(found)
     try:
-        config = Config(**as_fields(found))
+        config = Config(**asked)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+    # What train.py chose by itself is not chosen again.
+    if config.method in SCRATCH:
+        found.take("width", int), found.take("lr", float)
+    for name, chosen in {**asdict(config), "steps": config.steps}.items():
+        value = asked.get(name, found[name])
+        if value != chosen:
+            raise InputError(f"{path}: {name!r} is {shown(value)}, but train.py wrote "
+                             f"{shown(chosen)} there: restore the file")
     if device is None:
         return config
     return replace(config, device=device, compile=config.compile and device.startswith("cuda"))

@@ -98,6 +98,8 @@ def others_may_end():
     """Ends this process in one line if a message to the others fails: one of them has ended."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:                       # PyTorch's, for a broken connection
         reason = str(error).splitlines()[0]
         sys.exit(f"error: lost another process of this run ({reason}); --resume RUN_DIR continues "

@@ -2,20 +2,30 @@
 
 Works without a network for presets, and for a device that is not there.
 """
+import math
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
 import torch
+from huggingface_hub import constants
 from tqdm import tqdm
 
 from lorasae.adapt import blocks_to_adapt
+from lorasae.errors import InputError
 from lorasae.io import hub, text
-from lorasae.io.files import DTYPES
-from lorasae.io.models import load_config
+from lorasae.io.console import note
+from lorasae.io.files import DTYPES, read_object
+from lorasae.io.models import load_config, load_tokenizer, weight_files
 from lorasae.io.saes import describe
 from lorasae.lora import lora_parameters
 from lorasae.model import Transformer
 from lorasae.objectives import CHUNK_ELEMENTS
 from lorasae.runs import training
 from lorasae.runs.adapting import new_adapters
-from lorasae.runs.config import SCRATCH
+from lorasae.runs.config import SCRATCH, read_config
+from lorasae.runs.folder import RUNS
 from lorasae.runs.sae_training import resolved
 from lorasae.runs.setting import check_context, check_sae, sae_sources
 from lorasae.sae import KINDS, JumpReLU, TopK
@@ -33,6 +43,9 @@ def dry_run(config):
 
     # What would be fetched, and what the SAEs are.
     files, shapes = hub.model_plan(config.model), {}
+    if all(file.cached for file in files):
+        weight_files(hub.model_files(config.model))
+        load_tokenizer(config.model)
     if config.method in SCRATCH:
         config = resolved(config, model_config)
         shapes[config.layer[0]] = KINDS.get(config.method, TopK), config.width
@@ -59,13 +72,14 @@ def dry_run(config):
         adapters = new_adapters(model, blocks, config)
         trained += sum(training.size_of(lora_parameters(own)) for own in adapters)
 
-    # What it would hold in memory, beside Python's 0.5 GB.
+    # What it would hold in memory.
     widths = [width for _, width in shapes.values()]
     parts = memory(model_config, config, widths, first=min([*blocks, *config.layer]))
     parts |= {
         "model": DTYPES[config.dtype].itemsize * of_model,
         "frozen SAEs": DTYPES[config.sae_dtype].itemsize * of_saes * (not config.trains_sae),
         "trained": TRAINED * trained}
+    total = sum(parts.values())
 
     # The table.
     missing = [file for file in files if not file.cached]
@@ -73,12 +87,17 @@ def dry_run(config):
         print(f"fetch {in_words(file.bytes):>9}  {file.repo}/{file.path}")
     to_fetch, in_all = (in_words(sum(file.bytes for file in some)) for some in (missing, files))
     training.show({
-        "to fetch": f"{to_fetch} of {in_all}",
+        "to fetch": f"{to_fetch} of {in_all}; free disk {in_words(free_disk())}",
         **training.what_trains(config, model, saes, blocks, trained),
         "text": config.data + ", streamed" * (config.data in text.NAMED),
-        "memory": f"about {in_words(sum(parts.values()))} on {config.device}; the model is "
-                  f"{config.dtype}",
+        "time": time_at_hand(config),
+        "memory": f"about {in_words(total)} on {config.device}, beside Python's 0.5 GB; the model "
+                  f"is {config.dtype}",
         **{f"  {name}": in_words(bytes) for name, bytes in parts.items() if bytes}})
+    room = memory_of(config.device)
+    if total > room:
+        note(f"warning: {config.device} has {in_words(room)}: lower --micro-batch, --context or "
+             "--ahead, pass --dtype bfloat16, or spread the model with torchrun and --shard")
 
 
 def in_words(bytes):
@@ -111,3 +130,35 @@ def memory(model_config, config, widths, first):
     logits = min(rows * model_config.vocab_size, CHUNK_ELEMENTS[device])
     return {"a step": rows * passed * per_token, "latents": 4 * FP32 * encoded * sum(widths),
             "logits": 3 * FP32 * logits}
+
+
+def time_at_hand(config):
+    """The time of a run, from the speed of the newest one in runs/ of this model and method."""
+    same = ("model", "method", "context", "batch_size", "device")
+    for path in sorted(RUNS.glob("*/results.json"), key=os.path.getmtime, reverse=True):
+        with suppress(InputError, OSError):             # no run of ours
+            earlier = read_config(path.parent)
+            rate = read_object(path).take("tokens_per_second", float, above=0)
+            if all(getattr(earlier, name) == getattr(config, name) for name in same):
+                minutes = config.trained_tokens / rate / 60
+                return f"about {minutes:,.0f} minutes, at the {rate:,.0f} tokens/s of {path.parent}"
+    return "unknown: no earlier run of this model and method is in runs/"
+
+
+def free_disk():
+    """Bytes left where the Hub's cache is, or will be."""
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def memory_of(device):
+    """Bytes of memory that a device has, within the container's limit; infinity if unknown."""
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.startswith("cuda") or not hasattr(os, "sysconf"):         # not here; Windows
+        return math.inf
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):                 # there is no limit, or no such file
+        room = min(room, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return room

@@ -108,6 +108,7 @@ def open_run(folder, device=None):
     if config.trains_sae:
         config = replace(config, sae=(str((folder / "sae").resolve()),))
     run = folder.parent if (folder.parent / "config.json").exists() else folder
+    read_object(run / "text" / "text.json")             # what was held out is not chosen again
     setting = load_setting(config, folder, run / "text")
     if config.method == "lora":
         path = folder / "adapter" / "adapter_config.json"

@@ -73,13 +73,15 @@ def frozen_parts(kind, batch, start):
     A resumed run forms the same groups, so its products are the same to the bit. Each of several
     processes computes its share of every batch.
     """
-    config, world = kind.config, kind.world
+    config, world, device = kind.config, kind.world, kind.model.device
     at_once = max(config.ahead, config.micro_batch)
     share = config.batch_size // world.count            # this process's sequences per step
     group = max(1, at_once // share)                    # steps that are computed together
     for begin in range(start - start % group, config.steps, group):
         batches = [distributed.share(batch(step), world) for step in range(begin, begin + group)]
-        tokens = torch.cat(batches).to(kind.model.device)
+        tokens = torch.cat(batches)
+        if device.type == "cuda":
+            tokens = tokens.pin_memory().to(device, non_blocking=True)
         found = [kind.frozen(some) for some in tokens.split(at_once)]
         columns = [repeat(None) if column[0] is None else torch.cat(column).split(share)
                    for column in zip(*found)]
@@ -89,6 +91,12 @@ def frozen_parts(kind, batch, start):
 
 
 # ---- What a run is about to do -------------------------------------------------------------------
+
+def listed(blocks):
+    """13 to 25, or 1 3 4"""
+    consecutive = blocks == list(range(blocks[0], blocks[-1] + 1))
+    return f"{blocks[0]} to {blocks[-1]}" if consecutive and len(blocks) > 2 else joined(blocks)
+
 
 def what_trains(config, model, saes, blocks, trained):
     """A run in words, {name: value}.
@@ -101,7 +109,7 @@ def what_trains(config, model, saes, blocks, trained):
         rows["recipe"] = (f"{config.recipe}: {config.optimizer} at {rates}, dropout "
                           f"{config.dropout:g}")
         rows["adapters"] = (f"rank {joined(config.rank)} on {joined(config.targets)} of blocks "
-                            f"{joined(blocks)}")
+                            f"{listed(blocks)}")
 
     latents = ", ".join(f"{len(sae.W_enc):,}" for sae in saes.values())
     rows["SAE"] = f"{latents} latents at the output of block {joined(saes)}"
