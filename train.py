@@ -113,7 +113,7 @@ def merge(folder):
     if target.exists():
         raise InputError(f"{target} already exists: remove it to merge again")
 
-    model = load_adapter(load_model(config.model, dtype=config.dtype), folder / "adapter")
+    model = load_adapter(load_model(config.model, dtype=config.dtype), folder)
     unfinished = folder / "merged.part"
     try:
         save_model(merge_lora(model), unfinished, config=text_config(model_files(config.model)))

@@ -174,8 +174,6 @@ def main(argv=None):
 
     with one_line_errors("interrupted: the same command continues"):
         made = commands(arms_of(tokens), folder, seeds, eval_tokens)
-        for command in made.values():
-            command.check()
         begin_with(folder / "plan.json", {"tokens": tokens, "eval_tokens": eval_tokens})
         failed = run_all(list(made.values()), args.jobs, folder / "logs")
         if failed:

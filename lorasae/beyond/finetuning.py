@@ -40,7 +40,6 @@ def finetune_sae(setting, run, optimizer=adapt.adamw):
         **training.what_trains(config, model, setting.saes, blocks, size),
         "loss": config.objective + l0_in_words(sae)})
     training.look_before(setting)
-    run.begin()
     training.train(run, kind, setting.text)
     if adapters:
         adapting.save(model, run, [adapters])

@@ -19,7 +19,7 @@ WIDTH_POWER, DEPTH_POWER = 0.5, 0.5
 
 def tuned_recipe(model, optimizer=None, train_sae=False):
     """`tuned` for a model by its name; optimizer None: the best one."""
-    config = load_config(model, offline=True)
+    config = load_config(model)
     return tuned(config.hidden_size, config.num_hidden_layers, optimizer or "muon", train_sae)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorasae.errors import InputError
 from lorasae.io.files import (
-    Tensors, check_finite, check_shape, local, read_object, shown, write_json, write_tensors)
+    Tensors, check_tensor, local, read_object, shown, write_json, write_tensors)
 from lorasae.lora import LoRALinear, adapters, replace_module
 
 PREFIX = "base_model.model."                            # PEFT's name for a wrapped model
@@ -91,10 +91,8 @@ def load_adapter(model, folder):
         fresh[name] = LoRALinear(linear, rank, alpha, dropout)
         for part in LoRALinear.parts:
             key = key_of(model, name, part)
-            what = f"{tensors.path}: {key}"
             tensor, weight = tensors[key], fresh[name].get_parameter(part)
-            check_shape(what, tensor, weight.shape, "it belongs to another model or rank")
-            check_finite(what, tensor, "the adapter diverged, or the file is damaged")
+            check_tensor(f"{tensors.path}: {key}", tensor, weight.shape)
             weight.data.copy_(tensor)
 
     model.requires_grad_(False)

@@ -13,7 +13,8 @@ from lorasae.errors import InputError
 from lorasae.io.files import first_line, shown
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-WANTED = {"int": "a whole number", "local": "a path"}   # by argparse's name of the type
+WANTED = {                              # by argparse's name of the type; the others are numbers
+    "int": "a whole number", "local": "a path", "latents": "a number of latents, such as 16k"}
 CLOSED = "standard output was closed"
 
 

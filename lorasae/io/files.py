@@ -138,21 +138,6 @@ def read_object(path):
     return Fields(value, path)
 
 
-def read_metrics(folder):
-    """The whole lines of a run's metrics.jsonl, [{name: value}]; other lines are skipped."""
-    path, lines = Path(folder) / "metrics.jsonl", []
-    if not path.is_file():
-        return lines
-    for text in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue                                    # a killed process leaves half a line
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
-
-
 class Fields(dict):
     """A JSON object that knows its file, so that an error names the file and the key."""
 
@@ -218,15 +203,12 @@ class Tensors:
             else:
                 self.stored = dict(torch.load(path, map_location="cpu", weights_only=True))
 
-    def __contains__(self, name):
-        return name in self.stored
-
     def __iter__(self):
         return iter(self.stored)
 
     def __getitem__(self, name):
         """A tensor of weights, on the CPU, in the dtype of the file."""
-        if name not in self:
+        if name not in self.stored:
             raise InputError(f"{self.path} lacks the tensor {name}")
         with damage(f"{self.path}: {name}"):
             tensor = torch.as_tensor(self.stored[name]).detach()
@@ -250,15 +232,13 @@ def dtype_name(tensor):
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def check_shape(what, tensor, shape, why="it does not fit the rest"):
-    """InputError, which begins with `what`, unless the tensor has this shape."""
+def check_tensor(what, tensor, shape):
+    """InputError, which begins with `what`, unless it has this shape and all values are finite."""
     found, expected = list(tensor.shape), list(shape)
     if found != expected:
-        raise InputError(f"{what} is {found}, but should be {expected}: {why}")
-
-
-def check_finite(what, tensor, why="the file is damaged, or needs a wider dtype"):
-    """InputError, which begins with `what`, unless all values are finite."""
+        raise InputError(f"{what} is {found}, but should be {expected}: it is of another model or "
+                         "rank, or damaged")
     smallest, largest = torch.aminmax(tensor)           # NaN if one is: faster than isfinite
     if not (smallest.isfinite() and largest.isfinite()):
-        raise InputError(f"{what} holds values that are not finite: {why}")
+        raise InputError(f"{what} holds values that are not finite: it is damaged, diverged, or "
+                         "needs a wider dtype")

@@ -18,8 +18,8 @@ from huggingface_hub.utils import filter_repo_objects
 from lorasae.errors import InputError
 from lorasae.io.console import note
 from lorasae.io.files import local
-from lorasae.io.presets import PRESETS, preset
-from lorasae.io.sae_readers import SITES
+from lorasae.io.presets import PRESETS, latents, preset
+from lorasae.io.sae_readers import FORMATS
 
 PAPER_L0 = 70       # of several L0s the paper takes the nearest to this one
 BESIDE_WEIGHTS = (                                              # what a tokenizer may need
@@ -28,14 +28,6 @@ BESIDE_WEIGHTS = (                                              # what a tokeniz
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 MODEL_FILES = ("config.json", *BESIDE_WEIGHTS, *WEIGHTS)        # no .bin: opening one can run code
 
-SAE_FILES = {                                                   # the files of an SAE, by format
-    "gemma_scope": ("params.npz",),
-    "gemma_scope_2": ("params.safetensors",),
-    "llama_scope": ("checkpoints/final.safetensors", "hyperparams.json"),
-    "sae_lens": ("sae_weights.safetensors", "cfg.json"),
-    "sparsify": ("sae.safetensors", "cfg.json"),
-    "dictionary_learning": ("ae.pt", "config.json"),
-}
 NAMELESS = ("gemma_scope", "sparsify")                          # whose files tell no site or layer
 MAY_LACK = {"gemma_scope_2": ("config.json",)}                  # files that some folders have
 FACTS = {                                                       # what a folder's name says
@@ -52,7 +44,7 @@ SITE_NAMES = {
     "mlp": re.compile(
         r"/layers\.\d+\.mlp/|/gemma-scope-\w+-\w+-mlp/|/mlp_out(_all)?/"
         r"|/Llama3_1-8B-Base-L(X|\d+)M-"),
-    "another": re.compile(
+    "other": re.compile(
         r"/layers\.\d+\.(self_)?att\w*/|/gemma-scope-\w+-\w+-(att|transcoders)/"
         r"|/(attn_out|transcoder|crosscoder|clt)(_all)?/|/embedding/|/embed_tokens/"
         r"|/Llama3_1-8B-Base-L(X|\d+)(A|TC)-"),
@@ -134,13 +126,13 @@ def model_plan(name_or_dir):
 
 class SAEFiles(NamedTuple):
     """The files of one SAE: below a local folder, or in a Hub repository."""
-    kind: str                                           # a key of SAE_FILES
+    kind: str                                           # a key of FORMATS
     place: Path | str                                   # a local folder, or a Hub repository
     folder: str                                         # below that
     files: dict                                         # {path: bytes}
 
     def fetch(self):
-        """The local folder of these files (or the .npz file itself), fetched if need be."""
+        """The local folder of these files, fetched if need be."""
         local = isinstance(self.place, Path)
         return (self.place if local else fetch(self.place, list(self.files))) / self.folder
 
@@ -148,7 +140,7 @@ class SAEFiles(NamedTuple):
 def sae_choice(model, *, layer=None, width=None, l0=None):
     """-> (source, {layer, width, l0}): the public SAE of a preset; arguments replace its choice.
 
-    The preset's L0 belongs to its own layer and width.
+    width: in latents. The preset's L0 belongs to its own layer and width.
     """
     known = preset(model)
     if known is None:
@@ -159,8 +151,9 @@ def sae_choice(model, *, layer=None, width=None, l0=None):
             f"{model} has no public SAE: make one with `python train.py --model {model} --method "
             "topk --out RUN_DIR`, then pass --sae RUN_DIR")
 
-    layer, width = known.layer if layer is None else layer, width or known.width
-    if l0 is None and (layer, width) == (known.layer, known.width):
+    layer = known.layer if layer is None else layer
+    own, width = (each and latents(each) for each in (known.width, width or known.width))
+    if l0 is None and (layer, width) == (known.layer, own):
         l0 = known.l0
     return known.sae, {"layer": layer, "width": width, "l0": l0}
 
@@ -168,7 +161,7 @@ def sae_choice(model, *, layer=None, width=None, l0=None):
 def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
     """The SAEFiles of one SAE of this site.
 
-    source: a preset, a local folder, an .npz file, the folder of a run, or OWNER/NAME[/FOLDER] on
+    source: a preset, a local folder or a file in it, the folder of a run, or OWNER/NAME[/FOLDER] on
     the Hub. If it holds several SAEs, layer, width ("16k" or 16384) and l0 (a number, or small,
     medium, big) choose; without l0 the nearest to PAPER_L0, with a note.
     """
@@ -183,10 +176,8 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
         owner, name, *folders = on_hub.split("/")
         place, inside = f"{owner}/{name}", "".join(f"{folder}/" for folder in folders)
         sizes = listing(place)
-    elif place.suffix == ".npz":
-        one = SAEFiles("gemma_scope", place.parent, place.name, {})
-        return choose(of_site([one], source, site), source, wanted)
     else:
+        place = place.parent if place.is_file() else place
         if (place / "sae").is_dir():
             place = place / "sae"                       # a run keeps its SAE there
         elif (place / "metrics.jsonl").exists():
@@ -197,33 +188,10 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
     # those that make an SAE, and the one that is wanted
     found = saes_among(place, sizes, inside)
     if not found:
-        formats = (f"{' + '.join(files)} ({name})" for name, files in SAE_FILES.items())
+        formats = (f"{' + '.join(files)} ({name})" for name, (_, files) in FORMATS.items())
         raise InputError(
             f"{source} holds no SAE of a known format: expected {'; '.join(formats)}")
-    return choose(of_site(found, source, site), source, wanted)
-
-
-def of_site(found, source, site):
-    """Those of SAEFiles that read activations of this site."""
-    sites = [site_of(sae, site) for sae in found]
-    fitting = [sae for sae, its in zip(found, sites) if its == site]
-    if not fitting:
-        instead = f", only of {SITES[sites[0]]}" if sites[0] in SITES else ""
-        advice = ": --site mlp reads them" if "mlp" in sites else ""
-        raise InputError(f"{source} holds no SAE of {SITES[site]}{instead}{advice}")
-    return fitting
-
-
-def site_of(sae, wanted):
-    """Which activations SAEFiles read: "resid", "mlp" or "another", as their names say.
-
-    If they say nothing, a reader checks the file against the wanted site; some files do not say
-    either, and are of a block's output.
-    """
-    for site, pattern in SITE_NAMES.items():
-        if pattern.search(path_of(sae)):
-            return site
-    return "resid" if sae.kind in NAMELESS else wanted
+    return choose(found, source, {"site": site, **wanted})
 
 
 def path_of(sae):
@@ -233,17 +201,17 @@ def path_of(sae):
     return f"/{'/'.join(names)}/"
 
 
-def sae_plan(source, *, layer=None, width=None, l0=None, site="resid"):
+def sae_plan(source, **which):
     """A Fetch for each file of one SAE that is read from the Hub; [] for a local source.
 
     If the Hub is out of reach, what the preset says of its SAEs takes their place.
     """
     try:
-        sae = find_sae(source, layer=layer, width=width, l0=l0, site=site)
+        sae = find_sae(source, **which)
     except OutOfReach:
         for name, known in PRESETS.items():
             if source in (name, known.sae):
-                M, size = known.sae_size(width and width_name(width))
+                M, size = known.sae_size(which.get("width"))
                 return plan(known.sae, {f"an SAE of {M:,} latents": size})
         raise
     return plan(sae.place, sae.files) if isinstance(sae.place, str) else []
@@ -252,7 +220,7 @@ def sae_plan(source, *, layer=None, width=None, l0=None, site="resid"):
 def saes_among(place, sizes, inside):
     """The SAEFiles of every whole SAE, of any format, whose path begins with `inside`."""
     found = []
-    for kind, names in SAE_FILES.items():
+    for kind, (_, names) in FORMATS.items():
         for path in sizes:
             if path.startswith(inside) and PurePosixPath(path).match(names[0]):
                 folder = path.removesuffix(names[0])    # "" or "some/folder/"
@@ -265,14 +233,13 @@ def saes_among(place, sizes, inside):
 
 
 def choose(found, source, wanted):
-    """The one of SAEFiles that agrees with wanted {layer, width, l0}, if folders' names say it."""
-    for fact, pattern in FACTS.items():
-        names = [path_of(sae) if sae.kind in NAMELESS else sae.folder for sae in found]
-        matches = [pattern.match(name) for name in names]
-        offered = {match[1] for match in matches if match}
+    """The one of SAEFiles that agrees with wanted {site, layer, width, l0}, if names say it."""
+    for fact, value in wanted.items():
+        said = [said_by(sae, fact, wanted) for sae in found]
+        offered = {each for each in said if each}
         if offered:
-            value = pick(fact, wanted[fact], offered, source)
-            found = [sae for sae, match in zip(found, matches) if match and match[1] == value]
+            name = pick(fact, value, offered, source)
+            found = [sae for sae, its in zip(found, said) if its == name]
 
     # Gemma Scope 2 has more SAEs at four layers, beside the few that it has at all.
     found = [sae for sae in found if "_all/" not in sae.folder] or found
@@ -284,37 +251,41 @@ def choose(found, source, wanted):
     return found[0]
 
 
+def said_by(sae, fact, wanted):
+    """What the names of SAEFiles say of a fact, or None.
+
+    If they do not say which activations it reads, a reader checks the file against the wanted site;
+    some files do not say it either, and are of a block's output.
+    """
+    if fact == "site":
+        for site, pattern in SITE_NAMES.items():
+            if pattern.search(path_of(sae)):
+                return site
+        return "resid" if sae.kind in NAMELESS else wanted["site"]
+    match = FACTS[fact].match(path_of(sae) if sae.kind in NAMELESS else sae.folder)
+    return match and match[1]
+
+
 def pick(fact, value, offered, source):
-    """The value of a fact: the one that is wanted, else the only one; of L0s the paper's choice."""
+    """The name of a fact that is wanted, else the only one; of L0s, the nearest one."""
     offered = sorted(offered, key=lambda value: (len(value), value))
     offer = f"{source} offers {fact} {', '.join(offered)}"
     if fact == "l0":
-        return pick_l0(LEVELS.get(value, value), offered, offer)
-    if value is None and len(offered) > 1:
+        near = PAPER_L0 if value is None else LEVELS.get(value, value)
+        about = {name: LEVELS.get(name) or int(name) for name in offered}
+        name = min(offered, key=lambda name: abs(about[name] - near))
+        if value is not None and about[name] != near and name not in LEVELS:
+            raise InputError(f"{offer}, but not {near:g}: choose another --l0, or another SAE")
+        if about[name] != near and len(offered) > 1:
+            note(f"{offer}: taking {name}, the nearest to {near:g}")
+        return name
+    number = str if fact == "site" else latents         # "16k" is 16384
+    names = [name for name in offered if value is None or number(name) == number(value)]
+    if not names:
+        raise InputError(f"{offer}, but not {value}: choose another --{fact}, or another SAE")
+    if len(names) > 1:
         raise InputError(f"{offer}: choose with --{fact}")
-    name = offered[0] if value is None else width_name(value)
-    if name not in offered:
-        raise InputError(f"{offer}, but not {name}: choose another --{fact}, or another SAE")
-    return name
-
-
-def pick_l0(l0, offered, offer):
-    """The name of this L0, or of the nearest to it among targets; without one the paper's."""
-    about = {name: LEVELS.get(name) or int(name) for name in offered}
-    near = PAPER_L0 if l0 is None else l0
-    nearest = min(offered, key=lambda name: abs(about[name] - near))
-    if l0 is not None and about[nearest] != l0 and nearest not in LEVELS:
-        raise InputError(f"{offer}, but not {l0:g}: choose another --l0, or another SAE")
-    if about[nearest] != l0 and len(offered) > 1:
-        note(f"{offer}: taking {nearest}, the nearest to {near:g}")
-    return nearest
-
-
-def width_name(width):
-    """16384 -> "16k", 1048576 -> "1m"; names and the number of a layer stay as they are."""
-    if not str(width).isdecimal() or int(width) < 1000:
-        return str(width)
-    return f"{int(width) // 10**6}m" if int(width) >= 10**6 else f"{int(width) // 1000}k"
+    return names[0]
 
 
 # ---- The Hub -------------------------------------------------------------------------------------
@@ -360,13 +331,12 @@ def explained(repo):
     except InputError:
         raise
     except (HTTPError, ConnectionError, FileNotFoundError, *NONSENSE) as error:
-        raise explanation(error, repo) from error
+        reached = isinstance(error.__cause__, HfHubHTTPError)           # and it refused
+        raise explanation(error.__cause__ if reached else error, repo) from error
 
 
 def explanation(error, repo):
     """The InputError for an error of huggingface_hub."""
-    if isinstance(error.__cause__, HfHubHTTPError):
-        error = error.__cause__                         # the Hub was reached and refused
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     mirror = next((known.mirror for known in PRESETS.values() if known.repo == repo), None)
 

@@ -17,7 +17,7 @@ from lorasae import gemma3
 from lorasae.errors import InputError
 from lorasae.io.console import note
 from lorasae.io.files import (
-    DTYPES, Fields, Tensors, as_dtype, check_finite, check_shape, damage, dtype_name, local,
+    DTYPES, Fields, Tensors, as_dtype, check_tensor, damage, dtype_name, local,
     read_object, shown, write_bytes, write_json, write_tensors)
 from lorasae.io.hub import BESIDE_WEIGHTS, OutOfReach, model_files
 from lorasae.io.presets import preset
@@ -48,17 +48,16 @@ def load_model(name_or_dir, *, device="cpu", dtype=None):
     return model.requires_grad_(False).eval()
 
 
-def load_config(name_or_dir, *, offline=False):
+def load_config(name_or_dir):
     """A model's configuration, without its weights.
 
-    offline: whether to take a preset's sizes from presets.py if the Hub is out of reach, and
-    defaults for all else.
+    If the Hub is out of reach: a preset's sizes from presets.py, and defaults for all else.
     """
     try:
         folder = model_files(name_or_dir, ["config.json"])
     except OutOfReach:
         known = preset(name_or_dir)
-        if not offline or known is None:
+        if known is None:
             raise
         return parse_config(known.config, known.repo)
     return parse_config(read_object(folder / "config.json"), folder)
@@ -108,9 +107,7 @@ def fill(model, folder, device, dtype):
         file = Tensors(path)
         for name in [name for name in wanted if files[stored[name]] == path]:
             tensor = file[stored[name]].to(device=device, dtype=dtype, copy=True)
-            what = f"{path}: {stored[name]}"
-            check_shape(what, tensor, wanted[name].shape)
-            check_finite(what, tensor)
+            check_tensor(f"{path}: {stored[name]}", tensor, wanted[name].shape)
             tensors[name] = tensor
     model.load_state_dict(tensors, assign=True)
     if model.config.with_vision:

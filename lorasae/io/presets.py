@@ -46,14 +46,17 @@ class Preset(NamedTuple):
 
     def sae_size(self, width=None):
         """(latents, bytes) of one of its SAEs, by default of the preset's width."""
-        M = latents(width or self.width or "131k")      # as Llama Scope's
+        M = latents(width or self.width)
         return M, 2 * M * self.config["hidden_size"] * self.sae_bytes
 
 
 def latents(width):
-    """"16k" -> 16384, "1m" -> 1048576: Gemma Scope's widths are powers of two."""
-    unit = {"k": 10**3, "m": 10**6}[width[-1]]
-    return 2 ** round(math.log2(int(width[:-1]) * unit))
+    """16384 of "16384", and of "16k", as Gemma Scope names powers of two."""
+    name = str(width).lower()
+    if name.endswith(("k", "m")):
+        unit = 10**6 if name.endswith("m") else 10**3
+        return 2 ** round(math.log2(int(name[:-1]) * unit))
+    return int(name)
 
 
 # ---- For a laptop --------------------------------------------------------------------------------
@@ -146,7 +149,7 @@ PRESETS = {
         licence="llama3.2", config=LLAMA_32_1B, parameters=1_235_814_400),
     "llama-3.1-8b": Preset(                             # all blocks, as for the paper's TopK SAEs
         "meta-llama/Llama-3.1-8B", layer=16, mirror="unsloth/Llama-3.1-8B",
-        sae="fnlp/Llama3_1-8B-Base-LXR-32x",
+        sae="fnlp/Llama3_1-8B-Base-LXR-32x", width="131k",
         common={"data": "redpajama-1t-sample"}, lora={"adapt": ("all",), "sae_dtype": "bfloat16"},
         saes="all: 131k, L0 about 50", licence="llama3.1",
         config=LLAMA_31_8B, sae_bytes=2, parameters=8_030_261_248),

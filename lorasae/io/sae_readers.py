@@ -23,13 +23,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorasae.errors import InputError
-from lorasae.io.files import Fields, Tensors, check_shape, read_object, shown
+from lorasae.io.files import Fields, Tensors, check_tensor, shown
 
 ROWS = 8192                                             # latents converted at a time
 PLAIN = ("W_enc.T", "W_dec", "b_enc", "b_dec")          # names; ".T": the file has it as [D, M]
-DICTIONARIES = (
-    "AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE",
-    "JumpReluAutoEncoder")
+DICTIONARIES = {                                        # dictionary_learning's, as SAELens says
+    "AutoEncoder": "standard", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk",
+    "MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu"}
 SITES = {"resid": "a block's output", "mlp": "the output of an MLP"}
 # Gemma Scope 2's folders
 NAMED = re.compile(r"/(resid_post|mlp_out)(?:_all)?/layer_(\d+)_width_[^/]*$")
@@ -61,6 +61,7 @@ class Parts:
     enc: torch.Tensor | float = 1.0                     # factors for the rows of W_enc
     dec: torch.Tensor | float = 1.0                     # factors for the rows of W_dec
     model_name: str | None = None                       # the model it was trained on, if it says
+    hook: str | None = None                             # and what it reads, as in HOOKS
 
     def matrix(self, name):
         """W_enc or W_dec -> [M, D], in the dtype of the file.
@@ -69,7 +70,7 @@ class Parts:
         """
         weight = self.file[name.removesuffix(".T")]
         weight = weight.transpose(0, -1) if name.endswith(".T") else weight
-        check_shape(f"{self.file.path}: {name}", weight, [len(self.b_enc), len(self.b_dec)])
+        check_tensor(f"{self.file.path}: {name}", weight, [len(self.b_enc), len(self.b_dec)])
         return weight
 
     def decoder_norms(self):
@@ -78,43 +79,57 @@ class Parts:
         return torch.cat(norms).clamp(min=torch.finfo().tiny)
 
 
-def parts_of(file, names, **about):
-    """Parts of a file that calls its W_enc, W_dec, b_enc and b_dec by these names."""
+def parts_of(file, names, kind, cfg=None, **about):
+    """Parts of a file that calls its W_enc, W_dec, b_enc and b_dec by these names.
+
+    kind: "topk", whose k is in cfg; "jumprelu" or "batchtopk", whose thresholds are in the file;
+    "standard", without any.
+    """
     for name in {"scaling_factor", "finetuning_scaling_factor"}.intersection(file):
         if not (file[name] == 1).all():
             raise InputError(f"{file.path}: a {name} other than 1 is not supported")
     W_enc, W_dec, b_enc, b_dec = names
-    return Parts(file, W_enc, W_dec, file[b_enc], file[b_dec], **about)
+    parts = Parts(file, W_enc, W_dec, file[b_enc], file[b_dec], **about)
+
+    if kind == "topk":
+        parts.k = cfg.take("k", int, at_least=1)
+    elif kind == "standard":
+        parts.threshold = 0.0
+    elif kind == "jumprelu":
+        parts.threshold = file["threshold"]
+    elif kind == "batchtopk":
+        threshold = file["threshold"]
+        if threshold.numel() != 1 or not threshold > 0:
+            raise InputError(f"{file.path}: threshold is {shown(threshold)}, but should be above "
+                             "0: it has not been learnt yet")
+        parts.threshold = threshold.item()
+    return parts
 
 
 # ---- Gemma Scope and Llama Scope -----------------------------------------------------------------
 
-def read_gemma_scope(path, layer=None, site="resid"):
+def read_gemma_scope(file):
     """pre = x W_enc + b_enc;  z = ReLU(pre) · H(pre - θ);  x̂ = z W_dec + b_dec
 
-    The file has W_enc as [D, M]. Trained without BOS. `path` is a folder with params.npz or an .npz
-    file, which does not say the layer.
+    The file has W_enc as [D, M] and does not say the layer. Trained without BOS.
     """
-    file = Tensors(path if path.is_file() else path / "params.npz")
-    return parts_of(file, PLAIN, threshold=file["threshold"], centred=False, on_special=False)
+    return parts_of(file, PLAIN, "jumprelu", centred=False, on_special=False)
 
 
-def read_gemma_scope_2(folder, layer=None, site="resid"):
+def read_gemma_scope_2(file):
     """Gemma Scope's formula, in params.safetensors, with a config.json or a name that tells.
 
     Of its other files, transcoders, crosscoders and cross-layer transcoders are refused.
     """
-    cfg, file = {}, Tensors(folder / "params.safetensors")
+    folder, cfg = file.path.parent, {}
     named = NAMED.search(folder.absolute().as_posix())
     if (folder / "config.json").exists():
         cfg = read_object(folder / "config.json")
         cfg.only(architecture="jump_relu", type="sae", affine_connection=False)
         hook = cfg.take("hf_hook_point_in", str)
         cfg.only(hf_hook_point_out=hook)
-        check_layer(hook, layer, folder, site)
     elif named:
-        part = ".mlp" if named[1] == "mlp_out" else ""
-        check_layer(f"model.layers.{named[2]}{part}", layer, folder, site)
+        hook = f"blocks.{named[2]}.hook_{named[1]}"
     else:
         raise InputError(f"{folder} has no config.json, and its name does not tell site and layer: "
                          "keep the name that it has on the Hub, such as "
@@ -123,28 +138,25 @@ def read_gemma_scope_2(folder, layer=None, site="resid"):
     # Some say gemma-v3-270m-pt; the repository is gemma-3-270m.
     name = str(cfg.get("model_name") or "").replace("-v3", "-3").replace("270m-pt", "270m")
     return parts_of(
-        file, ("w_enc.T", "w_dec", "b_enc", "b_dec"), threshold=file["threshold"], centred=False,
-        on_special=False, model_name=name or None)
+        file, ("w_enc.T", "w_dec", "b_enc", "b_dec"), "jumprelu", centred=False, on_special=False,
+        model_name=name or None, hook=hook)
 
 
-def read_llama_scope(folder, layer=None, site="resid"):
+def read_llama_scope(file, cfg):
     """pre = f_in W_e x + b_e;  z = pre · H(pre c/f_in - θ);  x̂ = (W_d z + b_d) / f_out
 
     f = √D / the dataset's mean activation norm (in, out); c = ‖W_d,i‖ f_in/f_out; θ is one number.
     The file has W_d as [D, M]. Trained without BOS. Latents here are pre c/f_in, so that decoder
     rows have norm 1 and the threshold is θ. (SAELens leaves out c and f_out.)
     """
-    cfg = read_object(folder / "hyperparams.json")
     hook = cfg.take("hook_point_in", str)
-    check_layer(hook, layer, folder, site)
     cfg.only(
         act_fn="jumprelu", norm_activation="dataset-wise", hook_point_out=hook,
         use_decoder_bias=True, use_glu_encoder=False, apply_decoder_bias_to_pre_encoder=False)
     norms = cfg.take("dataset_average_activation_norm", dict)
 
-    file = Tensors(folder / "checkpoints" / "final.safetensors")
     names = ("encoder.weight", "decoder.weight.T", "encoder.bias", "decoder.bias")
-    parts = parts_of(file, names, centred=False, on_special=False)
+    parts = parts_of(file, names, None, centred=False, on_special=False, hook=hook)
     D = len(parts.b_dec)
     f_in = math.sqrt(D) / norms.take("in", float, above=0)
     f_out = math.sqrt(D) / norms.take("out", float, above=0)
@@ -162,23 +174,21 @@ def read_llama_scope(folder, layer=None, site="resid"):
 
 # ---- sparsify ------------------------------------------------------------------------------------
 
-def read_sparsify(folder, layer=None, site="resid"):
+def read_sparsify(file, cfg):
     """z = TopK(ReLU((x - b_dec) W_encᵀ + b_enc));  x̂ = z W_dec + b_dec
 
     The file has both matrices as [M, D] and does not say the layer. Trained with BOS. `multi_topk`
     only changes its training loss.
     """
-    cfg = read_object(folder / "cfg.json")
     cfg.only(activation="topk", skip_connection=False, transcode=False, signed=False)
     names = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
     return parts_of(
-        Tensors(folder / "sae.safetensors"), names, k=cfg.take("k", int, at_least=1), centred=True,
-        on_special=True, after_norm=False)
+        file, names, "topk", cfg, centred=True, on_special=True, after_norm=False)
 
 
 # ---- SAELens -------------------------------------------------------------------------------------
 
-def read_sae_lens(folder, layer=None, site="resid"):
+def read_sae_lens(file, cfg):
     """pre = (x - a b_dec) W_enc + b_enc;  x̂ = z W_dec + b_dec, with a = apply_b_dec_to_input
 
     z is ReLU(TopK(pre)), or ReLU(pre) · H(pre - θ), or ReLU(pre) ("standard": θ = 0). With
@@ -189,28 +199,17 @@ def read_sae_lens(folder, layer=None, site="resid"):
     of their training are not read.
     """
     # version 6 keeps some keys in inner objects, version 5 others: all are put side by side
-    cfg = read_object(folder / "cfg.json")
     for key in ("metadata", "activation_fn_kwargs"):
         cfg = Fields({**(cfg.take(key, dict, None) or {}), **cfg}, cfg.where)
     kind = sae_lens_kind(cfg)
-    check_layer(cfg.get("hook_name"), layer, folder, site)
-
-    file = Tensors(folder / "sae_weights.safetensors")
     parts = parts_of(
-        file, PLAIN,
+        file, PLAIN, kind, cfg,
         centred=cfg.take("apply_b_dec_to_input", bool, True),
         on_special=sae_lens_on_special(kind, cfg),
         max_norm=cfg.take("max_norm", float, None, above=0),
         after_norm=not str(cfg.get("hf_hook_name")).endswith(".mlp"),
-        model_name=cfg.take("model_name", str, None))
-
-    # which latents are active
-    if kind == "topk":
-        parts.k = cfg.take("k", int, at_least=1)
-    elif kind == "standard":
-        parts.threshold = 0.0
-    else:
-        parts.threshold = file["threshold"]
+        model_name=cfg.take("model_name", str, None),
+        hook=cfg.get("hook_name"))
 
     # the decoder's norms, if the selection goes by them
     if cfg.take("rescale_acts_by_decoder_norm", bool, False) and kind == "topk":
@@ -242,7 +241,7 @@ def sae_lens_on_special(kind, cfg):
 
 # ---- dictionary_learning -------------------------------------------------------------------------
 
-def read_dictionary_learning(folder, layer=None, site="resid"):
+def read_dictionary_learning(file, cfg):
     """z = ReLU(pre), pre = W_e (x - b) + b_e;  x̂ = W_d z + b, and by its dict_class:
 
     AutoEncoder             as it is
@@ -252,59 +251,36 @@ def read_dictionary_learning(folder, layer=None, site="resid"):
 
     Trained with BOS unless the buffer says remove_bos.
     """
-    cfg = read_object(folder / "config.json")
     trainer = cfg.take("trainer", dict)
     buffer = cfg.take("buffer", dict, None) or cfg
-    kind = trainer.take("dict_class", str, one_of=DICTIONARIES)
+    kind = DICTIONARIES[trainer.take("dict_class", str, one_of=[*DICTIONARIES])]
     at = trainer.take("layer", int, None, at_least=0)
     submodule = trainer.take("submodule_name", str, None) or ""
     part = ".mlp" if "mlp" in submodule else ".attn" if "attn" in submodule else ""
-    if part or at is not None:
-        hook = f"model.layers.{at or 0}{part}"
-        check_layer(hook, None if at is None else layer, folder, site)
+    unknown = at is None and not part
 
     # some classes are made of plain matrices, some of nn.Linear
-    file = Tensors(folder / "ae.pt")
-    b_dec = "bias" if kind == "AutoEncoder" else "b_dec"
+    b_dec = "bias" if kind == "standard" else "b_dec"
     linear = ("encoder.weight", "decoder.weight.T", "encoder.bias", b_dec)
-    parts = parts_of(
-        file, PLAIN if "W_enc" in file else linear,
-        centred=kind != "JumpReluAutoEncoder",
+    return parts_of(
+        file, PLAIN if "W_enc" in file else linear, kind, trainer,
+        centred=kind != "jumprelu",
         on_special=not buffer.take("remove_bos", bool, False),
-        model_name=trainer.take("lm_name", str, None))
-
-    # which latents are active
-    if kind == "AutoEncoder":
-        parts.threshold = 0.0
-    elif kind == "AutoEncoderTopK":
-        parts.k = trainer.take("k", int, at_least=1)
-    elif kind == "JumpReluAutoEncoder":
-        parts.threshold = file["threshold"]
-    else:
-        parts.threshold = learnt(file, "threshold")
-    return parts
+        model_name=trainer.take("lm_name", str, None),
+        hook=None if unknown else f"model.layers.{at}{part}")
 
 
-READERS = {                                             # by the format of hub.SAE_FILES
-    "gemma_scope": read_gemma_scope,
-    "gemma_scope_2": read_gemma_scope_2,
-    "llama_scope": read_llama_scope,
-    "sae_lens": read_sae_lens,
-    "sparsify": read_sparsify,
-    "dictionary_learning": read_dictionary_learning,
+FORMATS = {                             # each with its reader and files, tensors first
+    "gemma_scope": (read_gemma_scope, ("params.npz",)),
+    "gemma_scope_2": (read_gemma_scope_2, ("params.safetensors",)),
+    "llama_scope": (read_llama_scope, ("checkpoints/final.safetensors", "hyperparams.json")),
+    "sae_lens": (read_sae_lens, ("sae_weights.safetensors", "cfg.json")),
+    "sparsify": (read_sparsify, ("sae.safetensors", "cfg.json")),
+    "dictionary_learning": (read_dictionary_learning, ("ae.pt", "config.json")),
 }
 
 
 # ---- What the readers share ----------------------------------------------------------------------
-
-def learnt(file, name):
-    """The one threshold of a BatchTopK SAE."""
-    threshold = file[name]
-    if threshold.numel() != 1 or not threshold > 0:
-        raise InputError(f"{file.path}: {name} is {shown(threshold)}, but should be a number above "
-                         "0: it has not been learnt yet")
-    return threshold.item()
-
 
 def check_layer(hook, layer, where, site):
     """InputError unless `hook`, as TransformerLens or transformers call it, is at this site.

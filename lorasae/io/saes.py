@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from lorasae.errors import InputError
-from lorasae.io.files import as_dtype, check_finite, check_shape, write_json, write_tensors
+from lorasae.io.files import (
+    Tensors, as_dtype, check_tensor, read_object, write_json, write_tensors)
 from lorasae.io.hub import find_sae
-from lorasae.io.sae_readers import READERS, ROWS
+from lorasae.io.sae_readers import FORMATS, ROWS, check_layer
 from lorasae.sae import JumpReLU, TopK
 
 
@@ -31,7 +32,7 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
     another layer is refused.
     """
     dtype = as_dtype(dtype or "float32")
-    parts = read_parts(source, layer, width, l0, site)
+    parts = read_parts(source, layer=layer, width=width, l0=l0, site=site)
     b_enc, b_dec = parts.b_enc.float(), parts.b_dec.float()
     M, D = len(b_enc), len(b_dec)
     if parts.k is not None and parts.k > M:
@@ -58,9 +59,7 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
         tensors["threshold"] = threshold.float().clamp(min=0)           # below 0, it acts as 0
 
     for name, parameter in sae.named_parameters():
-        what = f"{parts.file.path}: {name}"
-        check_shape(what, tensors[name], parameter.shape)
-        check_finite(what, tensors[name])
+        check_tensor(f"{parts.file.path}: {name}", tensors[name], parameter.shape)
     sae.load_state_dict(tensors, assign=True)
     sae.model_name, sae.max_norm = parts.model_name, parts.max_norm
     sae.site, sae.after_norm = site, parts.after_norm
@@ -73,10 +72,14 @@ def describe(source, **which):
     return kind_of(parts), len(parts.b_enc), len(parts.b_dec)
 
 
-def read_parts(source, layer=None, width=None, l0=None, site="resid"):
+def read_parts(source, layer=None, site="resid", **which):
     """The Parts of an SAE."""
-    found = find_sae(source, layer=layer, width=width, l0=l0, site=site)
-    return READERS[found.kind](found.fetch(), layer, site)
+    found = find_sae(source, layer=layer, site=site, **which)
+    folder, (read, names) = found.fetch(), FORMATS[found.kind]
+    weights, *config = (folder / name for name in names)
+    parts = read(Tensors(weights), *map(read_object, config))
+    check_layer(parts.hook, layer, folder, site)
+    return parts
 
 
 def kind_of(parts):
@@ -92,14 +95,6 @@ def scaled(weight, factor, dtype):
         rows = slice(start, start + ROWS)
         out[rows] = weight[rows].float() * factor[rows, None]
     return out
-
-
-def check_fits(width, d_model):
-    """InputError unless an SAE that reads activations of this width fits a model of d_model."""
-    if width != d_model:
-        raise InputError(
-            f"the SAE reads activations of width {width}, but the model's have {d_model}: it was "
-            "trained on another model")
 
 
 # ---- Writing -------------------------------------------------------------------------------------

@@ -2,14 +2,14 @@
 
     text = Text("stdlib", tokenizer, bos=2, eos=1, context=256, eval_tokens=50_000, seed=42,
                 batch_size=8, folder=RUN_DIR / "text")
-    text.held_out, text.documents           # [196, 256] int64, and the document of each chunk
+    text.held_out, text.documents           # [196, 256], [196] int64: the document of each chunk
     text.batch(step)                        # [8, 256] int64; waits until its shard is there
 
 A shard is a .npy file of int32 [chunks, context] with a .json beside it that says where the next
 one begins. A background thread writes one shard ahead. The first holds 2**18 tokens, so training
 starts soon, and each next one twice as many, up to 2**22. With several processes, process 0 writes
 for all. Nothing about text is in a checkpoint. A resumed run that needs another shard reads its way
-to there again, in the background, without tokenising or even parsing what it passes.
+to there again, in the background, without tokenising what it passes.
 
 Where they are. The shards of a source of up to 256 MiB stay in ~/.cache/lorasae/text (or
 $LORASAE_CACHE), for all runs with the same text, tokenizer, context, seed and held-out text. A
@@ -34,11 +34,13 @@ import os
 import sys
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -53,7 +55,7 @@ from lorasae.io.files import damage, local, read_object, whole, write_json
 from lorasae.io.text import (
     LINE, SMALL, digest, documents, files, fingerprints, held_out, is_plain)
 
-ORDER = 4                   # the version of the order described above: part of a cache's key
+ORDER = 5                   # the version of the order described above: part of a cache's key
 FIRST, LARGEST = 2 ** 18, 2 ** 22       # tokens of a shard
 BATCH = 2 ** 18             # characters read before they are tokenised
 TEXTS = 32                  # texts tokenised at a time, for memory's sake
@@ -63,36 +65,6 @@ MANY = 1000                 # documents that are enough to hold out, if they hav
 POLL = 0.02                 # seconds between two looks for a file of another process
 
 
-class HeldOut(NamedTuple):
-    """What an evaluation needs of a run's text."""
-    held_out: torch.Tensor              # [n, context] int64
-    documents: torch.Tensor             # [n] int64: the document of each chunk
-    tokenizer: Tokenizer
-    bos: int
-    eos: int
-
-
-def open_held_out(folder, tokenizer, bos, eos):
-    """The held-out text of a run, from the files in its folder RUN_DIR/text alone."""
-    path = Path(folder) / "held-out.npy"
-    of = read_object(path.with_name("text.json")).take("documents", list)
-    with damage(path):
-        chunks = torch.tensor(np.load(path, mmap_mode="r"), dtype=torch.long)
-        of = torch.tensor(of, dtype=torch.long)
-        if chunks.dim() != 2 or of.shape != chunks.shape[:1]:
-            raise ValueError("it does not fit text.json")
-        check_tokens(chunks, tokenizer, path)
-    return HeldOut(chunks, of, tokenizer, bos, eos)
-
-
-def check_tokens(tokens, tokenizer, what):
-    """InputError if the file that `what` names holds a token that the tokenizer does not have."""
-    for token in tokens.aminmax():
-        if tokenizer.id_to_token(token.item()) is None:
-            raise InputError(f"{what} is damaged, or of another model: the tokenizer has no token "
-                             f"{token}; remove it, or start a new run")
-
-
 class Shard(NamedTuple):
     """What the .json of a shard says."""
     number: int
@@ -100,16 +72,15 @@ class Shard(NamedTuple):
     chunks: int
     context: int
     ends: bool              # whether a small source ends with it
-    read: int               # the number, from 1, of the last document that it has something of
-    taken: int              # and how many pieces of that
-    rest: list              # tokens before that place that are in no chunk yet
+    taken: int              # how many pieces of the text it and those before it have
+    rest: list              # their tokens that are in no chunk yet
 
     @property
     def stop(self):
         return self.first + self.chunks
 
 
-NONE = Shard(-1, 0, 0, 0, False, 0, 0, [])              # what the first shard follows
+NONE = Shard(-1, 0, 0, 0, False, 0, [])              # what the first shard follows
 
 
 @dataclass(eq=False)
@@ -140,18 +111,21 @@ class Text:
         self.temporary = None if self.folder else tempfile.TemporaryDirectory()
         self.folder = Path(self.folder or self.temporary.name)
         self.files = self.reached = self.asked = None
-        self.noted = False
         self.writer, self.stopped = ThreadPoolExecutor(1, "text"), Event()
 
-        # A resumed run has its held-out text.
-        path = self.folder / "text.json"
+        # A run that has begun has its held-out text.
+        path, held_out = self.folder / "text.json", self.folder / "held-out.npy"
         if self.process == 0 and not path.exists():
             self._hold_out()
         while not path.exists():
             time.sleep(POLL)
-        self.held_out, self.documents, *_ = open_held_out(self.folder, self.tokenizer, self.bos,
-                                                          self.eos)
         self.record = read_object(path)
+        with damage(held_out):
+            self.held_out = torch.from_numpy(np.load(held_out)).long()
+            self.documents = torch.tensor(self.record.take("documents", list), dtype=torch.long)
+            if self.held_out.dim() != 2 or self.documents.shape != self.held_out.shape[:1]:
+                raise ValueError("it does not fit text.json")
+            check_tokens(self.held_out, self.tokenizer, held_out)
         key = self.record.take("key", str, None)
         self.small = key is not None
         self.place = cache_of(key) if self.small else self.folder
@@ -222,15 +196,10 @@ class Text:
         """The place of a chunk in the text, of which a small source's is used again and again."""
         for shard, _ in self.shards[-1:]:
             if shard.ends and row >= shard.stop:
-                self._note_reuse()
+                note_reuse(self.source)
                 epoch, place = divmod(row, shard.stop)
                 return order_of(self.seed, epoch, shard.stop)[place]
         return row
-
-    def _note_reuse(self):
-        if not self.noted and self.process == 0:
-            self.noted = True
-            note(f"note: all of {self.source} has been read: it is used again, in another order")
 
     # ---- Writing ---------------------------------------------------------------------------------
 
@@ -242,21 +211,22 @@ class Text:
     def _write(self, last):
         """Writes the shard after `last`, unless another run has."""
         number = last.number + 1
+        path = shard_path(self.place, number)
         if number in [shard.number for shard, _ in read_shards(self.place)]:
             return
 
         # Read to where it begins. The one before it mostly ended there.
         if self.reached != number:
-            self.pieces = self._pieces(last.read, last.taken)
+            self.pieces = self._pieces()
+            deque(islice(self.pieces, last.taken), maxlen=0)
         self.reached = None                             # as long as an error may come
 
         # Tokens, until it is full or the text ends.
-        size, batch = min(FIRST << number, LARGEST), True
+        size, batch, taken = min(FIRST << number, LARGEST), True, last.taken
         found = [np.array(last.rest, np.int32)]
         while batch and sum(map(len, found)) < size:
-            if self.stopped.is_set():
-                raise CancelledError
             batch = take(self.pieces, BATCH)
+            taken += len(batch)
             found.append(tokens_of(batch, self.tokenizer, self.eos))
         chunks, rest = chunks_of(np.concatenate(found), self.context, self.bos)
         if not batch:
@@ -265,16 +235,12 @@ class Text:
 
         # The .json comes last: it says that the shard is whole.
         turns = np.random.default_rng([self.seed, 0, number]).permutation(len(chunks))
-        write_array(shard_path(self.place, number), chunks[turns])
-        shard = Shard(number, last.stop, *chunks.shape, not batch, *self.read, rest.tolist())
-        write_json(shard_path(self.place, number).with_suffix(".json"), shard._asdict())
+        write_array(path, chunks[turns])
+        shard = Shard(number, last.stop, *chunks.shape, not batch, taken, rest.tolist())
+        write_json(path.with_suffix(".json"), shard._asdict())
 
-    def _pieces(self, read, taken):
-        """Yields the pieces of the training text: a small source once, a stream without end.
-
-        They begin inside document number `read`, from 1, of which so many pieces have been taken.
-        `self.read` is where the newest piece ends, in the same terms.
-        """
+    def _pieces(self):
+        """Yields the pieces of the training text: a small source once, a stream without end."""
         if self.files is None:
             self.files = files(self.source)
             known = set(map(str, self.record.take("files", list)))
@@ -284,24 +250,18 @@ class Text:
                 raise InputError(f"{self.source} has changed since the run began ({name} is "
                                  "new, missing or different): restore the text or start a new run")
 
-        left_out = set(map(str, self.record.take("held_out", list)))
-        number, found, self.read = 0, read > 0, (read, taken)
+        left_out, found = set(map(str, self.record.take("held_out", list))), False
         for epoch in range(1 if self.small else sys.maxsize):
             if epoch > 0:
-                self._note_reuse()
+                note_reuse(self.source)
             for document in documents(self._files(held=False), self.field, [self.seed, epoch]):
-                number += 1
-                if self.stopped.is_set():
-                    raise CancelledError
-                if number < read:
-                    continue                            # nothing of it is parsed
                 for i, (begins, text) in enumerate(document):
+                    if self.stopped.is_set():
+                        raise CancelledError
                     if i == 0 and digest(text) in left_out:
                         break
-                    if number > read or i >= taken:
-                        self.read = number, i + 1
-                        yield begins, text
-                        found = True
+                    yield begins, text
+                    found = True
             if not found:
                 raise InputError(f"{self.source} leaves nothing to train on: its documents all "
                                  "begin like those held out for evaluation")
@@ -380,6 +340,12 @@ class Text:
         return chosen, {"documents": [of[i] for i in turns], "held_out": digests}
 
 
+@cache
+def note_reuse(source):
+    """Said once."""
+    note(f"note: all of {source} has been read: it is used again, in another order")
+
+
 @lru_cache(maxsize=2)
 def order_of(seed, epoch, count):
     """The order in which the chunks of a small source are used in a later epoch."""
@@ -438,6 +404,14 @@ def cache_of(key):
     """The folder of a small source's shards."""
     root = os.environ.get("LORASAE_CACHE") or "~/.cache/lorasae"
     return local(root) / "text" / key
+
+
+def check_tokens(tokens, tokenizer, what):
+    """InputError if the file that `what` names holds a token that the tokenizer does not have."""
+    for token in tokens.aminmax():
+        if tokenizer.id_to_token(token.item()) is None:
+            raise InputError(f"{what} is damaged, or of another model: the tokenizer has no token "
+                             f"{token}; remove it, or start a new run")
 
 
 def may_write(folder):

@@ -68,10 +68,8 @@ def main(argv=None):
             report(study, parts, {}, again)
             return
 
-        # What is needed. What is there already must be of this study.
+        # What is needed.
         jobs = all_jobs(job for part in parts for job in part.jobs(study))
-        for job in jobs.values():
-            job.command.check()
         if args.dry_run:
             show_plan(study, parts)
             return

@@ -39,8 +39,6 @@ def adapt_model(setting, run, optimizer=adapt.adamw):
     training.show(training.what_trains(config, model, saes, blocks, sum(sizes)))
 
     training.look_before(setting)
-    setting.text.first(config.batch_size)               # a text that is too short fails here
-    run.begin()
     training.train(run, kind, setting.text)
     folders = save(model, run, adapters)
 

@@ -10,18 +10,15 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from lorasae.errors import InputError
 from lorasae.io.console import progress_line
-from lorasae.io.files import read_object
-from lorasae.runs.config import full_path
 
 ROOT = Path(__file__).parents[2]                        # where train.py and eval.py are
-POLL = 0.05                                             # seconds between two looks at processes
 
 
 class Command(NamedTuple):
@@ -45,18 +42,6 @@ class Command(NamedTuple):
             return "--resume", str(self.folder)
         return self.words
 
-    def check(self):
-        """InputError if the folder holds a run of another model, or with other tokens or seed."""
-        path = self.folder / "config.json"
-        if self.script == "train.py" and path.exists():
-            found, asked = read_object(path), dict(zip(self.words, self.words[1:]))
-            for name, kind in ("model", str), ("tokens", int), ("seed", int):
-                value = str(found.take(name, kind))
-                wanted = asked.get(f"--{name}", value)
-                if value not in (wanted, full_path(wanted)):
-                    raise InputError(f"{self.folder} holds a run with --{name} {value}, where "
-                                     f"{wanted} is asked for: pass another --out, or move it away")
-
     def line(self):
         """The same as a line to paste into a shell in the current directory."""
         return shlex.join(["python", os.path.relpath(ROOT / self.script), *self.to_run()])
@@ -70,39 +55,29 @@ def run_all(commands, processes, logs):
     left = [command for command in commands if not command.done.exists()]
     cores = str(max(1, torch.get_num_threads() // processes))
     environment = {**os.environ, "OMP_NUM_THREADS": cores, "MKL_NUM_THREADS": cores}
-    running, failed, ended = {}, {}, 0
+    logs.mkdir(parents=True, exist_ok=True)
+    failed = {}
+
+    def run(command):
+        """How a command went, in words."""
+        log, begun = logs / f"{command.name}.log", time.perf_counter()
+        words = [sys.executable, ROOT / command.script, *command.to_run()]
+        with open(log, "wb") as output:
+            ended = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=subprocess.STDOUT, env=environment)
+        if ended.returncode == 0 and command.done.exists():
+            return f"{time.perf_counter() - begun:,.0f} s"
+        failed[command.done] = reason_in(log, ended.returncode)
+        return f"failed: {failed[command.done]}"
+
+    pool = ThreadPoolExecutor(processes)
     try:
-        while ended < len(left):
-
-            # Start as many as there is room for.
-            begun = ended + len(running)
-            for command in left[begun:ended + processes]:
-                log = logs / f"{command.name}.log"
-                running[start(command, log, environment)] = command, log, time.perf_counter()
-            time.sleep(POLL)
-
-            # Report those that have ended.
-            for process in [process for process in running if process.poll() is not None]:
-                command, log, started = running.pop(process)
-                ended += 1
-                came = f"{time.perf_counter() - started:,.0f} s"
-                if process.returncode != 0 or not command.done.exists():
-                    failed[command.done] = reason_in(log, process.returncode)
-                    came = f"failed: {failed[command.done]}"
-                progress_line(f"[{ended} of {len(left)}] {command.name}: {came}")
+        names = {pool.submit(run, command): command.name for command in left}
+        for number, future in enumerate(as_completed(names), 1):
+            progress_line(f"[{number} of {len(left)}] {names[future]}: {future.result()}")
     finally:
-        for process in running:                         # Ctrl-C: no process stays behind
-            process.terminate()
+        pool.shutdown(cancel_futures=True)              # Ctrl-C ends the processes, too
     return failed
-
-
-def start(command, log, environment):
-    """The process of a command, which prints into `log`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, ROOT / command.script, *command.to_run()]
-    with open(log, "wb") as output:
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output,
-                                stderr=subprocess.STDOUT, env=environment)
 
 
 def reason_in(log, status):

@@ -10,7 +10,7 @@ defaults of Config's fields.
 import math
 import os
 import re
-from argparse import ArgumentTypeError, BooleanOptionalAction
+from argparse import BooleanOptionalAction
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lorasae.errors import InputError
 from lorasae.io.console import count, note
 from lorasae.io.files import Fields, read_object, shown
-from lorasae.io.hub import LEVELS, sae_choice, width_name
+from lorasae.io.hub import LEVELS, sae_choice
 from lorasae.io.models import load_config
 from lorasae.io.presets import PAPER, PRESETS, latents, preset
 from lorasae.io.text import NAMED
@@ -48,17 +48,6 @@ def full_path(text):
     return os.path.abspath(path) if os.path.exists(path) and not is_name else path
 
 
-def latents_of(text):
-    """16384 of "16384", and of "16k", as Gemma Scope names powers of two."""
-    found = re.fullmatch(r"([1-9][0-9]{0,8})([km]?)", text.lower())
-    if found and not found[2]:
-        return int(text)
-    if found and width_name(latents(found[0])) == found[0]:
-        return latents(found[0])
-    raise ArgumentTypeError(f"{shown(text)} is not a number of latents, such as 16384, or 16k and "
-                            "131k for powers of two")
-
-
 class Kind(NamedTuple):
     """What a value may be, in the terms of io.files.Fields.take, and how a word becomes one."""
     type: type
@@ -76,9 +65,8 @@ SWITCH = Kind(bool)
 FROM_0 = Kind(int, {"at_least": 0})
 WHOLE = Kind(int, {"at_least": 1})
 TOKENS = Kind(int, {"at_least": 1}, count)
-SEVERAL = {"at_least": 1, "below": 2 ** 20}             # of what memory must hold
-SEQUENCES = Kind(int, SEVERAL)
-WIDTH = Kind(int, {"at_least": 1, "below": 2 ** 30}, latents_of)
+SEVERAL = Kind(int, {"at_least": 1, "below": 2 ** 20})  # of what memory must hold
+WIDTH = Kind(int, {"at_least": 1, "below": 2 ** 30}, latents)
 CONTEXT = Kind(int, {"at_least": 2})                    # BOS and one more
 NOT_NEGATIVE = Kind(float, {"at_least": 0})
 POSITIVE = Kind(float, {"above": 0})
@@ -97,15 +85,13 @@ GROUPS = {                                              # in --help, by their fi
 }
 
 
-def opt(default, kind, help, read_by=EVERY, several=False):
+def opt(default, kind, help, read_by=EVERY):
     """A field of Config: its default (the paper's), and all that the parser and `check` need.
 
-    read_by: the methods that use it; the others refuse it. several: whether it takes several
-    values, as every option does whose default is a tuple.
+    It takes several values if its default is a tuple. read_by: the methods that use it; the others
+    refuse it.
     """
-    several = several or isinstance(default, tuple)
-    facts = dict(kind=kind, help=help, read_by=read_by, several=several)
-    return field(default=default, metadata=facts)
+    return field(default=default, metadata=dict(kind=kind, help=help, read_by=read_by))
 
 
 @dataclass(frozen=True)
@@ -146,7 +132,7 @@ class Config:
         "sinks, which are most of the variance (0: train on all, as published)", SCRATCH)
 
     rank: tuple = opt(
-        (64,), Kind(int, SEVERAL),
+        (64,), SEVERAL,
         "rank of every adapter; several, as in 1 4 16 64, train side by side, each with every --lr",
         ADAPTERS)
     alpha: float = opt(32.0, POSITIVE, "adapters are scaled by alpha / rank", ADAPTERS)
@@ -183,15 +169,15 @@ class Config:
     context: int = opt(1024, CONTEXT, "tokens per sequence, BOS included")
 
     optimizer: str = opt("adamw", one_of("adamw", "muon"), "of adapters", ADAPTERS)
-    batch_size: int = opt(1, SEQUENCES, "sequences per step")
+    batch_size: int = opt(1, SEVERAL, "sequences per step")
     micro_batch: int | None = opt(
-        None, SEQUENCES,
+        None, SEVERAL,
         "sequences that pass through the model at once: less memory, the same step except for "
         "dropout masks (default: the batch)", ("lora",))
     lr: float | tuple | None = opt(
         5e-5, POSITIVE,
         "learning rate; several, as in 5e-5 2e-4, train adapters side by side (an SAE from "
-        "scratch: 2e-4 / √(latents / 2^14))", several=True)
+        "scratch: 2e-4 / √(latents / 2^14))")
     lr_decay: bool = opt(False, SWITCH, "let the rate fall linearly to 0", AROUND_SAE)
     weight_decay: float = opt(0.01, NOT_NEGATIVE, "of the adapters", ADAPTERS)
     clip: float = opt(
@@ -211,7 +197,7 @@ class Config:
     compile: bool | None = opt(
         None, SWITCH, "put blocks and loss through torch.compile (default: on a GPU)")
     ahead: int | None = opt(
-        None, SEQUENCES,
+        None, SEVERAL,
         "sequences whose frozen part runs at once, before their steps (default: 8 on a GPU, else "
         "1)")
     shard: bool = opt(
@@ -282,6 +268,10 @@ class Config:
     def variants(self):
         """A Config for each adapter that trains side by side: every rank with every rate."""
         return [replace(self, rank=(rank,), lr=lr) for rank in self.rank for lr in self.rates]
+
+    def which(self, layer):
+        """What says which SAE of a source belongs to a layer."""
+        return {"layer": layer, "width": self.width, "l0": self.l0, "site": self.site}
 
     def to_json(self):
         """The object that config.json holds."""
@@ -358,7 +348,7 @@ def add_options(parser):
             how["action"] = BooleanOptionalAction
         else:
             how |= {"type": kind.parse or kind.type, "choices": kind.bounds.get("one_of")}
-        if facts["several"]:
+        if isinstance(DEFAULTS[name], tuple) or name == "lr":
             how |= {"nargs": "+", "metavar": name.upper()}
         add(option(name), **how)
 
@@ -446,16 +436,13 @@ def of_sae(known, model, given, mode):
     if "sae" in given:                                  # --adapt depends on its kind
         return {"adapt": (), **of_sae_runs(given, with_tokens=known is None)}
 
-    layers, l0, width = given.get("layer", (None,)), given.get("l0"), given.get("width")
-    name = width and width_name(width)
-    source, chosen = sae_choice(model, layer=layers[0], width=name, l0=l0)
+    layers, l0 = given.get("layer", (None,)), given.get("l0")
+    source, chosen = sae_choice(model, layer=layers[0], width=given.get("width"), l0=l0)
     if os.path.isdir(source):                           # an embedded one: the checkout may move
         source = next(name for name in PRESETS if PRESETS[name] is known)
     if len(layers) == 1:                                # else each has its own nearest L0
         l0 = chosen["l0"]
-    if width is None and chosen["width"]:
-        width = latents(chosen["width"])
-    return {"sae": (source,), "width": width, "l0": l0}
+    return {"sae": (source,), "width": chosen["width"], "l0": l0}
 
 
 def of_sae_runs(given, with_tokens):

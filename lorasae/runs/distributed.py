@@ -10,7 +10,6 @@ as one (with dropout: with other masks). Process 0 writes every file and does th
 torchrun there is one process, and all of this does nothing.
 """
 import os
-import signal
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,7 +21,6 @@ from lorasae.adapt import ALONE, World
 from lorasae.errors import InputError
 
 JOIN_TIMEOUT = timedelta(seconds=45)                    # how long processes wait at the start
-RESUME = "--resume RUN_DIR continues from the last checkpoint"
 
 
 def local(device):
@@ -40,21 +38,17 @@ def local(device):
 def start(config):
     """Joins the processes that torchrun started; raises InputError if some do not come.
 
-    Each takes its share of a step's sequences, which must be one. torch would wait for minutes, so
-    the processes meet in a store first.
+    Each takes its share of a step's sequences, which must be one.
     """
     device, size = local(config.device), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1 and not dist.is_initialized():
         try:
             store, rank, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-            store.set(f"here/{rank}", "yes")
-            store.wait([f"here/{other}" for other in range(size)], JOIN_TIMEOUT)
         except (ValueError, RuntimeError) as error:
             raise InputError(
                 f"the processes of this run did not meet within {JOIN_TIMEOUT.seconds} s ({error}):"
                 " start all of them with torchrun --nproc-per-node N train.py ..., or unset "
                 "WORLD_SIZE") from None
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"error: stopped by SIGTERM; {RESUME}"))
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -108,7 +102,8 @@ def others_may_end():
         raise
     except RuntimeError as error:                       # PyTorch's, for a broken connection
         reason = str(error).splitlines()[0]
-        sys.exit(f"error: lost another process of this run ({reason}); {RESUME}")
+        sys.exit(f"error: lost another process of this run ({reason}); --resume RUN_DIR continues "
+                 "from the last checkpoint")
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ TRAINED = 4 * FP32                                      # a number, its gradient
 
 def dry_run(config):
     """Prints the plan of a run; refuses what the run itself would refuse."""
-    model_config = load_config(config.model, offline=True)
+    model_config = load_config(config.model)
     check_context(config, model_config)
     if config.data not in text.NAMED:
         text.files(config.data)                         # InputError if there is no such text
@@ -50,12 +50,11 @@ def dry_run(config):
         config = resolved(config, model_config)
         shapes[config.layer[0]] = KINDS.get(config.method, TopK), config.width
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
-        which = {"layer": layer, "width": config.width, "l0": config.l0, "site": config.site}
-        of_sae = hub.sae_plan(source, **which)
+        of_sae = hub.sae_plan(source, **config.which(layer))
         files += of_sae
         if all(file.cached for file in of_sae):
-            kind, width, d_model = describe(source, **which)
-            check_sae(config, kind, width, d_model, model_config)
+            kind, width, d_model = describe(source, **config.which(layer))
+            check_sae(config, width, d_model, model_config)
         else:                                           # the paper's public SAEs are JumpReLUs
             kind, width = JumpReLU, config.width or latents_in(of_sae, model_config)
         shapes[layer] = kind, width

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lorasae.errors import InputError
 from lorasae.io.console import note, progress_line
 from lorasae.io.files import (
-    damage, first_line, read_metrics, read_object, whole, write_bytes, write_json)
+    damage, first_line, read_object, whole, write_bytes, write_json)
 from lorasae.runs import distributed
 
 LOG_EVERY = 10                          # steps per metrics line: reading values waits for the GPU
@@ -37,7 +37,7 @@ class Run:
     def __init__(self, folder, config):
         self.folder, self.config = Path(folder), config
         self.writes = distributed.number() == 0
-        self.lock, self.made = None, []                 # the folders that were made for the run
+        self.lock, self.made = None, False              # whether the folder was made for the run
         self.pending, self.seconds, self.latest = [], 0.0, ""
         self.started = self.saved = time.perf_counter()
         self.track = lambda values, step: None          # tracking.py takes what is logged
@@ -47,9 +47,9 @@ class Run:
     @classmethod
     def create(cls, folder, config):
         """Claims a fresh folder, by default runs/MODEL-METHOD. `begin` writes the first file."""
-        made = []
-        if distributed.number() == 0:
-            folder, made = (folder, missing(folder)) if folder else new_folder(config)
+        made = folder is None or not folder.exists()
+        if folder is None and distributed.number() == 0:
+            folder = new_folder(config)
         run = cls(distributed.agree(folder), config)
         run.claim()
         run.made = made
@@ -111,7 +111,8 @@ class Run:
         if not self.has_begun:
             shutil.rmtree(self.folder / "text", ignore_errors=True)
             (self.folder / ".lock").unlink(missing_ok=True)
-            remove(self.made)
+            if self.made and not any(self.folder.iterdir()):    # nor is anything of the user's
+                self.folder.rmdir()
 
     # ---- Checkpoints -----------------------------------------------------------------------------
 
@@ -133,8 +134,12 @@ class Run:
         # Steps that will be taken again are not in the log twice.
         log = self.folder / "metrics.jsonl"
         if self.writes and log.exists():
-            kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
-            write_bytes(log, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            kept = []
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, TypeError, KeyError):         # half a line, of a kill
+                    if json.loads(line)["step"] <= step:
+                        kept.append(f"{line}\n")
+            write_bytes(log, "".join(kept).encode())
         return step
 
     def newest_checkpoint(self):
@@ -266,47 +271,27 @@ def check_free(folder):
 
 
 def new_folder(config):
-    """Makes runs/MODEL-METHOD, or the first free one of -2, -3, ... -> (path, folders made)."""
+    """Makes runs/MODEL-METHOD, or the first free one of -2, -3, ..."""
     name = f"{Path(config.model).name}-{config.method}"
     for number in itertools.count(1):
         folder = RUNS / (name if number == 1 else f"{name}-{number}")
-        made = missing(folder)
         with suppress(FileExistsError):                 # also if another run makes it right now
             folder.mkdir(parents=True)
-            return folder, made
+            return folder
 
 
-def begin_with(path, asked, **notes):
-    """Writes the arguments of a folder of runs, and notes beside them, unless they are there.
+def begin_with(path, asked):
+    """Writes the arguments {name: value} of a folder of runs, unless they are there.
 
-    asked: {name: value}. InputError if the folder was begun with other values. If nothing can be
-    written, no folder is left.
+    InputError if the folder was begun with other values.
     """
     if not path.exists():
-        made = missing(path.parent)
-        try:
-            write_json(path, {**asked, **notes})
-        except (InputError, OSError):
-            remove(made)
-            raise
-
+        write_json(path, asked)
     before = read_object(path)
     for name, value in asked.items():
         if before.get(name) != value:
             raise InputError(f"{path.parent} was begun with {name} {before.get(name)}, not "
                              f"{value}: pass another --out, or the same arguments to continue")
-
-
-def missing(folder):
-    """A folder and its parents that do not exist yet, innermost first."""
-    return [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
-
-
-def remove(folders):
-    """Removes those of the folders that are empty, innermost first."""
-    for folder in folders:
-        with suppress(OSError):                         # something of the user's is in it
-            folder.rmdir()
 
 
 def digest(path):

@@ -53,7 +53,6 @@ def train_sae(setting, run):
 
     first = setting.text.first(config.batch_size)
     kind = SAETraining(model, sae, layer, config, first, distributed.world())
-    run.begin()
     training.train(run, kind, setting.text, keep=lambda step: keep(run, sae, step))
 
     found = training.evaluate(setting, {layer: sae}, ("base", "sae"))

@@ -9,8 +9,8 @@ from lorasae.errors import InputError
 from lorasae.io.adapters import load_adapter
 from lorasae.io.files import read_object
 from lorasae.io.models import load_model, load_tokenizer
-from lorasae.io.saes import check_fits, load_sae
-from lorasae.io.shards import Text, open_held_out
+from lorasae.io.saes import load_sae
+from lorasae.io.shards import Text
 from lorasae.model import Transformer
 from lorasae.runs import distributed
 from lorasae.runs.adapting import adapter_names
@@ -23,31 +23,27 @@ class Setting(NamedTuple):
     """Model, SAEs and text of a run."""
     model: Transformer
     saes: dict                                          # {layer: SAE}, frozen
-    text: Text                                          # after training: its held-out part only
+    text: Text
     config: Config
     folder: Path | None = None                          # of the run
 
 
-def load_setting(config, folder):
-    """The Setting of a run that trains in `folder`.
+def load_setting(config, folder, text=None):
+    """The Setting of a run in `folder`, whose text is in RUN_DIR/text if it is nowhere else.
 
     With `shard` the model is left on the CPU, for distributed.shard to spread.
     """
-    model, saes = load_model_and_saes(config)
-    special = model.config.bos_token_id, model.config.eos_token_id
-    text = Text(config.data, load_tokenizer(config.model), *special, context=config.context,
-                eval_tokens=config.eval_tokens, seed=config.seed, batch_size=config.batch_size,
-                field=config.field, folder=Path(folder) / "text", process=distributed.number())
-    return Setting(model, saes, text, config, Path(folder))
-
-
-def load_model_and_saes(config):
     device = distributed.local(config.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32: L0 moves less than in bf16
     model = load_model(config.model, device="cpu" if config.shard else device, dtype=config.dtype)
     check_context(config, model.config)
-    return model, load_saes(config, model.config, device)
+    saes = load_saes(config, model.config, device)
+    special = model.config.bos_token_id, model.config.eos_token_id
+    text = Text(config.data, load_tokenizer(config.model), *special, context=config.context,
+                eval_tokens=config.eval_tokens, seed=config.seed, batch_size=config.batch_size,
+                field=config.field, folder=text or folder / "text", process=distributed.number())
+    return Setting(model, saes, text, config, folder)
 
 
 def check_context(config, model_config):
@@ -62,20 +58,19 @@ def load_saes(config, model_config, device):
     """{layer: SAE} of a configuration, frozen."""
     saes = {}
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
-        sae = load_sae(source, layer=layer, width=config.width, l0=config.l0, site=config.site,
-                       dtype=config.sae_dtype, device=device)
-        check_sae(config, type(sae), *sae.W_enc.shape, model_config)
+        sae = load_sae(source, **config.which(layer), dtype=config.sae_dtype, device=device)
+        check_sae(config, *sae.W_enc.shape, model_config)
         saes[layer] = sae
     return saes
 
 
-def check_sae(config, kind, width, d_model, model_config):
+def check_sae(config, width, d_model, model_config):
     """Raises InputError for an existing SAE [width, d_model] that this run could not use."""
-    check_fits(d_model, model_config.hidden_size)
+    if d_model != model_config.hidden_size:
+        raise InputError(f"the SAE reads activations of width {d_model}, but the model's have "
+                         f"{model_config.hidden_size}: it was trained on another model")
     if config.width not in (None, width):
         raise InputError(f"--width {config.width}: the SAE has {width} latents")
-    if config.thresholds == "frozen" and kind.l0_is_bounded:
-        raise InputError("--thresholds frozen: this SAE has none; leave it out")
 
 
 def sae_sources(config, depth):
@@ -107,22 +102,19 @@ def runs_in(folder):
 def open_run(folder, device=None):
     """The Setting of a finished run: its adapter attached, its own SAE spliced in.
 
-    Held-out text is read from RUN_DIR/text/, or from that of the run which trained several.
+    Held-out text is in RUN_DIR/text/; if several adapters trained, in that of their one run.
     """
     config = settled(replace(read_config(folder, device), shard=False))
     if config.trains_sae:
         config = replace(config, sae=(str((folder / "sae").resolve()),))
-
-    model, saes = load_model_and_saes(config)
+    run = folder.parent if (folder.parent / "config.json").exists() else folder
+    read_object(run / "text" / "text.json")             # what was held out is not chosen again
+    setting = load_setting(config, folder, run / "text")
     if config.method == "lora":
         path = folder / "adapter" / "adapter_config.json"
         base = read_object(path).take("base_model_name_or_path", str, None)
         if not same_model(base, config.model):
             raise InputError(f"{path} is of an adapter of {base}, but this is a run of "
                              f"{config.model}")
-        load_adapter(model, folder / "adapter")
-    own = folder / "text"
-    text = open_held_out(own if own.is_dir() else folder.parent / "text",
-                         load_tokenizer(config.model), model.config.bos_token_id,
-                         model.config.eos_token_id)
-    return Setting(model, saes, text, config, folder)
+        load_adapter(setting.model, folder)
+    return setting

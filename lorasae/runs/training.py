@@ -29,11 +29,13 @@ QUICK_TOKENS = 1024                                     # held-out, looked at be
 
 
 def train(run, kind, text, keep=None):
-    """Takes a run's steps, from its last checkpoint on.
+    """Begins a run, and takes its steps from its last checkpoint on.
 
     keep(step) is called after each tenth of the steps.
     """
     config, model = kind.config, kind.model
+    text.first(config.batch_size)                       # a text that is too short fails here
+    run.begin()
 
     # Restore what trains. Text and random numbers follow from the number of the step.
     start = run.restore(kind.tensors, kind.optimizer)
