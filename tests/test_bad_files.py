@@ -23,10 +23,9 @@ from conftest import GEMMA, LLAMA, random_model, write_model, write_shards
 from helpers import adapted, one_line, refuses
 from lorasae import InputError, load_adapter, load_model, load_sae, save_adapter
 from lorasae.io.files import read_json, write_json
-from lorasae.io.shards import open_held_out
 from test_sae_formats import (
     D, M, dictionary_learning, gemma_scope, llama_scope, random_tensors, sae_lens_6, sparsify)
-from test_shards import BOS, EOS, NUMBERED, numbered, text_of, write_documents
+from test_shards import numbered, text_of, write_documents
 
 T = random_tensors()
 MISSING = object()
@@ -374,11 +373,11 @@ HELD_OUT = [
 def test_held_out_text_that_is_spoilt_is_one_line(name, changes, held_out, tmp_path):
     folder = Path(shutil.copytree(held_out, tmp_path / "text"))
     good = (folder / name).read_bytes()
-    assert len(open_held_out(folder, NUMBERED, BOS, EOS).held_out) == 4
+    assert len(text_of("nowhere", folder=folder).held_out) == 4
     for change in changes:
         (folder / name).write_bytes(change(good))
         with one_line(str(folder), kind=(InputError, OSError)):
-            open_held_out(folder, NUMBERED, BOS, EOS)
+            text_of("nowhere", folder=folder)
 
 
 INDEX_NAMES = {

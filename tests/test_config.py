@@ -14,7 +14,8 @@ from lorasae.io.files import write_json
 from lorasae.io.presets import PAPER, PRESETS
 from lorasae.lora import TARGETS
 from lorasae.runs.config import (
-    BOTH, DEFAULTS, METHODS, OPTIONS, SCRATCH, Config, configure, option, read_config, run_of)
+    BOTH, DEFAULTS, METHODS, OPTIONS, SCRATCH, Config, configure, option, read_config, run_of,
+    takes_several)
 
 
 def configured(**given):
@@ -77,7 +78,7 @@ def wrong_values():
         own = WRONG[facts["kind"].type]
         if DEFAULTS[name] is not None and name != "lr":
             own = [*own, None]
-        values = [(value,) for value in own] if facts["several"] else own
+        values = [(value,) for value in own] if takes_several(name) else own
         yield from ((name, value) for value in [*values, *OWN.get(name, [])])
 
 
@@ -154,9 +155,9 @@ def test_a_width_is_a_number_of_latents_or_the_name_of_a_power_of_two(capsys):
     known = {"100": 100, "16384": 16384, "16k": 2 ** 14, "65K": 2 ** 16, "131k": 2 ** 17,
              "1m": 2 ** 20}
     assert {width: train.arguments(["--width", width]).width for width in known} == known
-    for width in ("", "k", "many", "-3", "0", "0k", "1.5k", "²", "²k", "1e4", "١٦", "1b", "64k"):
+    for width in ("", "k", "many", "0k", "1.5k", "²", "²k", "1e4", "1b"):
         line = misuse(capsys, "train", f"--width={width}")
-        assert "is not a number of latents, such as 16384, or 16k and 131k" in line
+        assert "expected a number of latents, such as 16k, not" in line
 
 
 def test_for_a_model_without_a_preset_it_is_said_what_is_chosen(tmp_path, capsys):

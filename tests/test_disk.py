@@ -11,7 +11,7 @@ from helpers import one_line, refuses
 from lorasae.errors import InputError
 from lorasae.io.console import count, one_line_errors
 from lorasae.io.files import (
-    Fields, check_finite, read_json, whole, write_bytes, write_json, write_tensors)
+    Fields, check_tensor, read_json, whole, write_bytes, write_json, write_tensors)
 
 FULL = OSError(28, "No space left on device")
 
@@ -152,11 +152,11 @@ def test_an_inner_object_knows_where_it_stands_and_only_refuses_other_values():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_one_value_that_is_not_finite_is_refused(dtype):
     x = torch.randn(5, 7).to(dtype)
-    check_finite("x", x)
+    check_tensor("x", x, [5, 7])
     for value in (float("nan"), float("inf"), -float("inf")):
         x[2, 3] = value
         for tensor in (x, x.T):
-            refuses("x holds values that are not finite", check_finite, "x", tensor)
+            refuses("x holds values that are not finite", check_tensor, "x", tensor, tensor.shape)
 
 
 @pytest.mark.parametrize("work, message", [

@@ -11,10 +11,10 @@ from helpers import refuses
 from lorasae.errors import InputError
 from lorasae.io import hub
 from lorasae.io.files import write_json
-from lorasae.io.hub import SAE_FILES, find_sae
+from lorasae.io.hub import find_sae
 from lorasae.io.models import parse_config
 from lorasae.io.presets import PRESETS, preset
-from lorasae.io.sae_readers import check_layer
+from lorasae.io.sae_readers import FORMATS, check_layer
 from lorasae.io.saes import load_sae, save_sae
 from lorasae.runs.config import configure
 from lorasae.runs.training import same_model
@@ -208,7 +208,7 @@ def test_the_l0_is_a_number_or_a_name_and_four_layers_go_before_all(tmp_path, ca
     (MEDIUM, {**CONFIG, "hf_hook_point_in": "model.layers.2.output",
               "hf_hook_point_out": "model.layers.2.output"}, "on block 2, not 1: pass --layer 2"),
     ("resid_post/layer_2_width_16k_l0_medium/", None, "offers layer 2, but not 1"),
-    (f"mlp_out/{MEDIUM}", None, "--site mlp reads them"),
+    (f"mlp_out/{MEDIUM}", None, "offers site mlp, but not resid: choose another --site"),
     ("renamed", None, "its name does not tell site and layer: keep the name"),
     (MEDIUM, None, "its name does not tell site and layer: keep the name"),
 ])
@@ -273,7 +273,7 @@ PLACES = [                                              # repository/folder, for
 def test_a_public_sae_goes_where_it_belongs_or_nowhere(tmp_path, monkeypatch, place, files, layer,
                                                        site):
     owner, name, *folders = place.split("/")
-    names = SAE_FILES.get(files, files) if isinstance(files, str) else files
+    names = FORMATS[files][1] if isinstance(files, str) else files
     listed = {"/".join([*folders, file]): 1 for file in names}
     monkeypatch.setattr(hub, "listing", lambda repo: {"README.md": 1, **listed})
     local = tmp_path / place
@@ -287,9 +287,10 @@ def test_a_public_sae_goes_where_it_belongs_or_nowhere(tmp_path, monkeypatch, pl
             found = find_sae(source, layer=layer, site=site)
             assert isinstance(files, str) and found.kind == files
         if site != "resid":
-            with pytest.raises(InputError, match="holds no SAE of a") as refused:
+            message = "holds no SAE of a known format|offers site (other|mlp), but not resid"
+            with pytest.raises(InputError, match=message) as refused:
                 find_sae(source, layer=layer)
-            assert ("--site mlp" in str(refused.value)) is (site == "mlp")
+            assert ("site mlp" in str(refused.value)) is (site == "mlp")
         if site and layer is not None and source != local:
             refuses(f"offers layer {layer}, but not 2", find_sae, source, layer=2, site=site)
 

@@ -158,8 +158,7 @@ def test_gemma_scope_is_its_formula(tmp_path, t, shift):
     agrees(sae, t["x"], *formula(t, "jumprelu", centred=False))
     assert isinstance(sae, JumpReLU) and not sae.on_special
     assert not any(p.requires_grad for p in sae.parameters())
-    os.rename(tmp_path / "params.npz", tmp_path / "mine.npz")
-    assert torch.equal(load_sae(tmp_path / "mine.npz").W_enc, t["W_enc"])
+    assert torch.equal(load_sae(tmp_path / "params.npz").W_enc, t["W_enc"])
 
 
 @pytest.mark.parametrize("n_out, norms", [(2.5, True), (4.0, True), (4.0, False)])
@@ -205,7 +204,7 @@ def test_the_threshold_is_strict_and_an_activation_equal_to_it_is_none(tmp_path,
     assert (pre == 3).any() and torch.equal(sae.encode(t["x"]), pre * (pre > 3))
 
 
-@pytest.mark.parametrize("kind", sae_readers.DICTIONARIES[2:4])
+@pytest.mark.parametrize("kind", ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"))
 @pytest.mark.parametrize("theta", [-1.0, 0.0])
 def test_a_batch_topk_that_has_learnt_no_threshold_is_refused(tmp_path, t, kind, theta):
     folder = dictionary_learning(tmp_path, t, kind, theta=theta)

@@ -20,7 +20,7 @@ from helpers import counted, lines, refuses
 from lorasae.errors import InputError
 from lorasae.io import shards
 from lorasae.io.files import write_json
-from lorasae.io.shards import Text, open_held_out, read_shards
+from lorasae.io.shards import Text, read_shards
 from lorasae.io.text import digest, documents, documents_in, files, held_out
 
 ROOT = Path(__file__).parent.parent
@@ -141,9 +141,8 @@ def test_a_batch_depends_on_the_step_alone(source, tmp_path, cache):
         assert torch.equal(text.batch(5), whole[5])
     assert len(calls) <= 1                              # the next one, in vain
     run.rename(tmp_path / "moved")
-    kept = open_held_out(tmp_path / "moved", NUMBERED, BOS, EOS)
-    assert torch.equal(kept.held_out, held) and torch.equal(kept.documents, documents)
-    assert (kept.tokenizer, kept.bos, kept.eos) == (NUMBERED, BOS, EOS)
+    with text_of("nowhere", folder=tmp_path / "moved") as kept:
+        assert torch.equal(kept.held_out, held) and torch.equal(kept.documents, documents)
 
 
 def test_the_order_is_that_of_the_docstring(tmp_path, small_shards):
@@ -495,7 +494,7 @@ def test_memory_is_bounded_whatever_a_file_holds(tmp_path):
 def test_a_shard_without_a_chunk_is_whole(tmp_path):
     """The last one, if fewer tokens than a chunk were left. Nonsense is no shard."""
     shards.write_array(tmp_path / "shard-00000.npy", np.empty((0, 16), np.int32))
-    facts = shards.Shard(0, 0, 0, 16, True, 1, 1, [])
+    facts = shards.Shard(0, 0, 0, 16, True, 1, [])
     write_json(tmp_path / "shard-00000.json", facts._asdict())
     (shard, chunks), = read_shards(tmp_path)
     assert shard.ends and chunks.shape == (0, 16)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorasae.errors import InputError
-from lorasae.io.files import Fields, Tensors, check_tensor, shown
+from lorasae.io.files import Fields, Tensors, check_tensor, read_object, shown
 
 ROWS = 8192                                             # latents converted at a time
 PLAIN = ("W_enc.T", "W_dec", "b_enc", "b_dec")          # names; ".T": the file has it as [D, M]

@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ import torch
 from lorasae.io.console import progress_line
 
 ROOT = Path(__file__).parents[2]                        # where train.py and eval.py are
+POLL = 0.05                                             # seconds between two looks at processes
 
 
 class Command(NamedTuple):
@@ -55,29 +55,39 @@ def run_all(commands, processes, logs):
     left = [command for command in commands if not command.done.exists()]
     cores = str(max(1, torch.get_num_threads() // processes))
     environment = {**os.environ, "OMP_NUM_THREADS": cores, "MKL_NUM_THREADS": cores}
-    logs.mkdir(parents=True, exist_ok=True)
-    failed = {}
-
-    def run(command):
-        """How a command went, in words."""
-        log, begun = logs / f"{command.name}.log", time.perf_counter()
-        words = [sys.executable, ROOT / command.script, *command.to_run()]
-        with open(log, "wb") as output:
-            ended = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=subprocess.STDOUT, env=environment)
-        if ended.returncode == 0 and command.done.exists():
-            return f"{time.perf_counter() - begun:,.0f} s"
-        failed[command.done] = reason_in(log, ended.returncode)
-        return f"failed: {failed[command.done]}"
-
-    pool = ThreadPoolExecutor(processes)
+    running, failed, ended = {}, {}, 0
     try:
-        names = {pool.submit(run, command): command.name for command in left}
-        for number, future in enumerate(as_completed(names), 1):
-            progress_line(f"[{number} of {len(left)}] {names[future]}: {future.result()}")
+        while ended < len(left):
+
+            # Start as many as there is room for.
+            begun = ended + len(running)
+            for command in left[begun:ended + processes]:
+                log = logs / f"{command.name}.log"
+                running[start(command, log, environment)] = command, log, time.perf_counter()
+            time.sleep(POLL)
+
+            # Report those that have ended.
+            for process in [process for process in running if process.poll() is not None]:
+                command, log, started = running.pop(process)
+                ended += 1
+                came = f"{time.perf_counter() - started:,.0f} s"
+                if process.returncode != 0 or not command.done.exists():
+                    failed[command.done] = reason_in(log, process.returncode)
+                    came = f"failed: {failed[command.done]}"
+                progress_line(f"[{ended} of {len(left)}] {command.name}: {came}")
     finally:
-        pool.shutdown(cancel_futures=True)              # Ctrl-C ends the processes, too
+        for process in running:                         # Ctrl-C: no process stays behind
+            process.terminate()
     return failed
+
+
+def start(command, log, environment):
+    """The process of a command, which prints into `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, ROOT / command.script, *command.to_run()]
+    with open(log, "wb") as output:
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output,
+                                stderr=subprocess.STDOUT, env=environment)
 
 
 def reason_in(log, status):

@@ -287,6 +287,11 @@ def option(name):
     return f"--{name.replace('_', '-')}"
 
 
+def takes_several(name):
+    """Whether an option takes several values."""
+    return isinstance(DEFAULTS[name], tuple) or name == "lr"
+
+
 def joined(values):
     return " ".join(map(str, values))
 
@@ -302,7 +307,8 @@ def check(config):
             continue
         if isinstance(default, tuple) and not isinstance(value, tuple):
             raise InputError(f"{option(name)} is {shown(value)}, but it must be a list")
-        values = value if facts["several"] and isinstance(value, tuple) else (value,)
+        several = isinstance(value, tuple) and takes_several(name)
+        values = value if several else (value,)
         if not values and default:
             values = (None,)                            # which is no value
         for one in values:
@@ -348,7 +354,7 @@ def add_options(parser):
             how["action"] = BooleanOptionalAction
         else:
             how |= {"type": kind.parse or kind.type, "choices": kind.bounds.get("one_of")}
-        if isinstance(DEFAULTS[name], tuple) or name == "lr":
+        if takes_several(name):
             how |= {"nargs": "+", "metavar": name.upper()}
         add(option(name), **how)
 

@@ -54,7 +54,7 @@ def dry_run(config):
         files += of_sae
         if all(file.cached for file in of_sae):
             kind, width, d_model = describe(source, **config.which(layer))
-            check_sae(config, width, d_model, model_config)
+            check_sae(config, kind, width, d_model, model_config)
         else:                                           # the paper's public SAEs are JumpReLUs
             kind, width = JumpReLU, config.width or latents_in(of_sae, model_config)
         shapes[layer] = kind, width

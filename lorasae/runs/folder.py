@@ -37,7 +37,7 @@ class Run:
     def __init__(self, folder, config):
         self.folder, self.config = Path(folder), config
         self.writes = distributed.number() == 0
-        self.lock, self.made = None, False              # whether the folder was made for the run
+        self.lock, self.made = None, []                 # the folders that were made for the run
         self.pending, self.seconds, self.latest = [], 0.0, ""
         self.started = self.saved = time.perf_counter()
         self.track = lambda values, step: None          # tracking.py takes what is logged
@@ -47,9 +47,11 @@ class Run:
     @classmethod
     def create(cls, folder, config):
         """Claims a fresh folder, by default runs/MODEL-METHOD. `begin` writes the first file."""
-        made = folder is None or not folder.exists()
+        target = folder or RUNS
+        made = [path for path in (target, *target.parents) if not path.exists()]
         if folder is None and distributed.number() == 0:
             folder = new_folder(config)
+            made = [folder, *made]                      # innermost first
         run = cls(distributed.agree(folder), config)
         run.claim()
         run.made = made
@@ -111,8 +113,9 @@ class Run:
         if not self.has_begun:
             shutil.rmtree(self.folder / "text", ignore_errors=True)
             (self.folder / ".lock").unlink(missing_ok=True)
-            if self.made and not any(self.folder.iterdir()):    # nor is anything of the user's
-                self.folder.rmdir()
+            for folder in self.made:
+                with suppress(OSError):                 # something of the user's is in it
+                    folder.rmdir()
 
     # ---- Checkpoints -----------------------------------------------------------------------------
 

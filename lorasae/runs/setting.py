@@ -59,18 +59,20 @@ def load_saes(config, model_config, device):
     saes = {}
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
         sae = load_sae(source, **config.which(layer), dtype=config.sae_dtype, device=device)
-        check_sae(config, *sae.W_enc.shape, model_config)
+        check_sae(config, type(sae), *sae.W_enc.shape, model_config)
         saes[layer] = sae
     return saes
 
 
-def check_sae(config, width, d_model, model_config):
+def check_sae(config, kind, width, d_model, model_config):
     """Raises InputError for an existing SAE [width, d_model] that this run could not use."""
     if d_model != model_config.hidden_size:
         raise InputError(f"the SAE reads activations of width {d_model}, but the model's have "
                          f"{model_config.hidden_size}: it was trained on another model")
     if config.width not in (None, width):
         raise InputError(f"--width {config.width}: the SAE has {width} latents")
+    if config.thresholds == "frozen" and kind.l0_is_bounded:
+        raise InputError("--thresholds frozen: this SAE has none; leave it out")
 
 
 def sae_sources(config, depth):
