@@ -171,18 +171,6 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("option, held", [("model", "tiny-llama-3"), ("tokens", 7), ("seed", 9)])
-def test_a_run_of_something_else_is_not_used(study, option, held):
-    job, *_ = gap.ONE_BLOCK.jobs(study)
-    config = {"model": "tiny-gemma-2", "tokens": 60_000, "seed": 0, option: held}
-    write_json(job.folder / "config.json", config)
-    finish(job.folder, base=2.0, sae=3.0, adapted=2.5)
-    for how in [], ["--dry-run"]:
-        line = refusal(PAPER, "--only", "fig9", "--seeds", 2, "--out", study.folder, *how)
-        assert line.startswith(f"{job.folder} holds a run with --{option} {held}, where ")
-    assert not (study.folder / "study.json").exists()
-
-
 def test_a_study_keeps_its_arguments(study):
     paper.begin(study)
     paper.begin(study)

@@ -47,8 +47,7 @@ class Run:
     @classmethod
     def create(cls, folder, config):
         """Claims a fresh folder, by default runs/MODEL-METHOD. `begin` writes the first file."""
-        target = folder or RUNS
-        made = [path for path in (target, *target.parents) if not path.exists()]
+        made = missing(folder or RUNS)
         if folder is None and distributed.number() == 0:
             folder = new_folder(config)
             made = [folder, *made]                      # innermost first
@@ -113,9 +112,7 @@ class Run:
         if not self.has_begun:
             shutil.rmtree(self.folder / "text", ignore_errors=True)
             (self.folder / ".lock").unlink(missing_ok=True)
-            for folder in self.made:
-                with suppress(OSError):                 # something of the user's is in it
-                    folder.rmdir()
+            remove(self.made)
 
     # ---- Checkpoints -----------------------------------------------------------------------------
 
@@ -286,15 +283,34 @@ def new_folder(config):
 def begin_with(path, asked):
     """Writes the arguments {name: value} of a folder of runs, unless they are there.
 
-    InputError if the folder was begun with other values.
+    InputError if the folder was begun with other values. If nothing can be written, no folder is
+    left.
     """
     if not path.exists():
-        write_json(path, asked)
+        made = missing(path.parent)
+        try:
+            write_json(path, asked)
+        except (InputError, OSError):
+            remove(made)
+            raise
+
     before = read_object(path)
     for name, value in asked.items():
         if before.get(name) != value:
             raise InputError(f"{path.parent} was begun with {name} {before.get(name)}, not "
                              f"{value}: pass another --out, or the same arguments to continue")
+
+
+def missing(folder):
+    """A folder and its parents that do not exist yet, innermost first."""
+    return [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+
+
+def remove(folders):
+    """Removes those of the folders that are empty, innermost first."""
+    for folder in folders:
+        with suppress(OSError):                         # something of the user's is in it
+            folder.rmdir()
 
 
 def digest(path):
