@@ -169,7 +169,11 @@ PRESETS = {
         "HuggingFaceTB/SmolLM2-135M", layer=12, **LAPTOP,
         config=SMOLLM2_135M, parameters=134_515_008, licence="apache-2.0"),
     "smollm2-135m-instruct": Preset(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", layer=12, **LAPTOP,
+        "HuggingFaceTB/SmolLM2-135M-Instruct", layer=12,
+        sae=str(TINY / "smollm2-135m-instruct-sae"), width="4608", sae_bytes=2,
+        saes="12: 4608, L0 32",
+        common=SMALL, sae_training=LAPTOP["sae_training"],
+        lora={**LAPTOP["lora"], "adapt": ("after",)},
         config=SMOLLM2_135M, parameters=134_515_008, licence="apache-2.0"),
     "smollm2-1.7b": Preset(
         "HuggingFaceTB/SmolLM2-1.7B", layer=17, sae="EleutherAI/sae-SmolLM2-1.7B-layer17-32x",
