@@ -57,9 +57,9 @@ def test_the_tokenizer_puts_bos_first_and_gives_the_text_back(folder):
     assert tokenizer.encode(SAMPLE, add_special_tokens=False).ids == encoding.ids[1:]
 
 
-def test_all_that_is_shipped_fits_in_19_mb():
+def test_all_that_is_shipped_fits_in_31_mb():
     files = [path for path in make.HERE.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 19_000_000
+    assert sum(path.stat().st_size for path in files) <= 31_000_000
 
 
 def test_the_model_has_learned_what_word_counts_cannot(folder):

@@ -20,8 +20,8 @@ no source.
 Held-out text. Documents are held out whole, and the same ones for every seed: of the standard
 library by file name; of other sources a sixteenth of the documents, or more if eval_tokens need
 them. A single file of plain text holds out its last sixteenth. A chunk belongs to one document, but
-short documents share chunks, which then count as documents. All chunks are mixed, and the first
-ones taken. Training leaves out every document that begins like a held-out one.
+short documents share chunks, which then count as documents. Every document gives one chunk before
+any gives another. Training leaves out every document that begins like a held-out one.
 
 Training order. Files are permuted by the seed. Sixteen files of documents in lines are read at a
 time, in proportion to their sizes; a file of plain text is one document and is read to its end. The
@@ -34,7 +34,7 @@ import os
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -331,7 +331,15 @@ class Text:
         # A chunk that short documents share counts as a document of its own.
         shared, _ = chunks_of(np.concatenate(short), self.context, self.bos)
         of += range(len(digests), len(digests) + len(shared))
-        turns = np.random.default_rng(FIXED).permutation(len(of))[:count]
+
+        # Chunks at random, but one of every document before a second one of any: what intervals
+        # are over is documents.
+        turns = np.random.default_rng(FIXED).permutation(len(of))
+        earlier, given = Counter(), []
+        for i in turns:
+            given.append(earlier[of[i]])
+            earlier[of[i]] += 1
+        turns = turns[np.argsort(given, kind="stable")][:count]
         self._check_length("held-out", len(turns), count)
         chosen = np.concatenate([*own, shared])[turns]
         if np.isin(chosen, [self.bos, self.eos]).all():
