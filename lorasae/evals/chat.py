@@ -7,12 +7,12 @@
 (huggingface_hub's http_backoff refuses even a local endpoint if HF_HUB_OFFLINE is set, and closes
 the connections of all threads if that of one fails.)
 """
+import http.client
 import json
 import os
 import time
 from pathlib import Path
-
-import httpx                                            # huggingface_hub brings it
+from urllib.request import HTTPErrorProcessor, Request, build_opener
 
 from lorasae.errors import InputError
 from lorasae.io.files import read_object, write_json
@@ -23,23 +23,30 @@ WAITS = (2, 4, 8, 16, 32)                               # seconds before it does
 TIMEOUT = 300                                           # seconds without a byte
 
 
+class AsItIs(HTTPErrorProcessor):
+    """Redirects and errors are answers: the key goes only to the endpoint that was named."""
+
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
+
+
 def chat(url, model, messages, max_tokens):
     """The answer to messages [{role, content}] as text. InputError if the endpoint gives none."""
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{url} is not an OpenAI-compatible endpoint: expected http(s)://HOST/v1")
     address = f"{url.rstrip('/')}/chat/completions"
     body = {"model": model, "messages": messages, "max_tokens": max_tokens}
+    headers = {"Content-Type": "application/json"}
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    request = Request(address, json.dumps(body).encode(), headers)
 
-    # A redirect is an answer: the key goes only to the endpoint that was named
     for wait in (0, *WAITS):
         time.sleep(wait)
-        try:
-            reply = httpx.post(address, json=body, headers=headers, timeout=TIMEOUT)
-            status, answer = reply.status_code, reply.text or reply.reason_phrase
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            status, answer = NO_ANSWER, str(error)
+        status, answer = post(request)
         if status not in BUSY:
             break
 
@@ -49,8 +56,26 @@ def chat(url, model, messages, max_tokens):
         text = None
     if status != 200 or not isinstance(text, str):
         raise InputError(f"{address} ({model}) gave no chat completion: {status}: "
-                         f"{' '.join(answer.split())[:300]}")
+                         f"{own_words(answer)}")
     return text
+
+
+def post(request):
+    """(status, text) of the answer to a request."""
+    try:
+        with build_opener(AsItIs).open(request, timeout=TIMEOUT) as reply:
+            return reply.status, reply.read().decode(errors="replace") or reply.reason
+    except (OSError, http.client.HTTPException) as error:
+        return NO_ANSWER, str(error)
+
+
+def own_words(answer):
+    """What an endpoint says of an error: its error.message, or the beginning of its answer."""
+    try:
+        answer = str(json.loads(answer)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        pass
+    return " ".join(answer.split())[:300]
 
 
 class Kept:
