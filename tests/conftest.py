@@ -75,7 +75,6 @@ def random_weights(raw, seed=0, scale=0.2):
 def write_model(folder, raw, seed=0, scale=0.2):
     """A single-file Hugging Face folder with random weights."""
     from lorasae.io.files import write_json
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", raw)
     save_file(random_weights(raw, seed, scale), folder / "model.safetensors", {"format": "pt"})
     return folder
@@ -85,7 +84,7 @@ def write_shards(folder, raw, shards=3, scale=0.2, dtype=torch.float32):
     """The same in several files behind an index."""
     from lorasae.io.files import write_json
     tensors, weight_map = random_weights(raw, scale=scale), {}
-    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", raw)
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: tensors[name].to(dtype) for name in sorted(tensors)[i::shards]}
@@ -93,7 +92,6 @@ def write_shards(folder, raw, shards=3, scale=0.2, dtype=torch.float32):
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
-    write_json(folder / "config.json", raw)
     return folder
 
 
@@ -170,11 +168,9 @@ def whole_model(model_folder, raw_config, text_folder):
 
 def write_sae(folder, d_model, model_name="test", scale=1.0):
     """A random TopK SAE for layer 1, in SAELens's format. scale: of its encoder."""
-    from lorasae.sae import TopK
+    from helpers import random_sae
     from lorasae.io.saes import save_sae
-    torch.manual_seed(0)
-    sae = TopK(d_model, 128, 8)
-    torch.nn.init.normal_(sae.W_enc)
+    sae = random_sae("topk", d_model, 128, std=1)
     sae.W_dec.data = torch.nn.functional.normalize(sae.W_enc.data, dim=1)
     sae.W_enc.data *= scale
     save_sae(sae, folder, model_name=model_name, layer=1, context=32)
@@ -216,3 +212,28 @@ def finished(site, tmp_path_factory):
             command("train", *words(site, kind, *more), "--out", made[key])
         return made[key]
     return run
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A Hub of ours, which huggingface_hub asks: an empty cache, nobody logged in."""
+    from huggingface_hub import constants
+    from helpers import Hub
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A small study of the embedded models."""
+    from lorasae.paper.study import Study
+    return Study(tmp_path, sae_tokens=400_000, frontier_tokens=2_000_000, lora_tokens=60_000,
+                 long_tokens=300_000, eval_tokens=12_000, seeds=[0, 1])

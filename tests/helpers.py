@@ -1,7 +1,5 @@
 """What several tests need: SAEs, adapters, commands, metrics, local servers, text."""
 import importlib
-import io
-import itertools
 import json
 import multiprocessing
 import socket
@@ -10,16 +8,17 @@ from contextlib import contextmanager, suppress
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 from urllib.parse import unquote, urlsplit
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from conftest import GEMMA, TEXT, write_shards, write_tokenizer
+from conftest import TEXT, write_tokenizer
 from lorasae.errors import InputError
+from lorasae.io.files import read_json as read
 from lorasae.io.shards import Text
 from lorasae.lora import add_lora, adapters
 from lorasae.sae import JumpReLU, TopK
@@ -53,6 +52,23 @@ def adapted(model, blocks, rank=3, std=0.05, dropout=0.0, **how):
     return moved(add_lora(model, blocks, rank, dropout=dropout, **how), std)
 
 
+def some_tokens(model, B=2, T=40, seed=1):
+    """Random tokens [B, T] with BOS in front, and an EOS in the first row."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 97, (B, T), generator=generator)
+    tokens[:, 0] = model.config.bos_token_id
+    tokens[0, 7] = model.config.eos_token_id
+    return tokens
+
+
+def without_cache(model, tokens, count, saes):
+    """Greedy text: every step from the beginning."""
+    for _ in range(count):
+        best = model(tokens, saes)[:, -1:].argmax(-1)
+        tokens = torch.cat([tokens, best], 1)
+    return tokens
+
+
 def same_tensors(found, expected, tolerance=1e-3):
     """Each differs from the other by less than this part of its norm, or both are None."""
     for a, b in zip(found, expected, strict=True):
@@ -82,11 +98,6 @@ def lines(texts, field="text"):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def read(path):
-    """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def metrics(folder):
     """The lines of a run's metrics.jsonl, without what differs from one machine to the next."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
@@ -96,18 +107,9 @@ def metrics(folder):
     return lines
 
 
-@contextmanager
 def counted(module, name):
-    """Inside the `with`, [an entry a call of a function of a module]."""
-    real, calls = getattr(module, name), []
-
-    def counting(*args):
-        calls.append(1)
-        return real(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, name, counting)
-        yield calls
+    """A context: the mock that stands for a function and calls it; .call_count."""
+    return mock.patch.object(module, name, autospec=True, side_effect=getattr(module, name))
 
 
 @contextmanager
@@ -278,14 +280,13 @@ class Hub(Server):
 
     models, datasets: {OWNER/NAME: {path: bytes}}. refused: {OWNER/NAME: (status, error code)}, the
     answer to who wants a file. down: answers 503 to everything. requests: "GET path" and "HEAD
-    path"; ranges: where each request for a part of a dataset's file began. faults: what happens to
-    the next of these, first to last: "drop" closes the connection halfway, "busy" answers 503, None
-    is as it should be.
+    path"; faults: what happens to the next requests for a part of a dataset's file, first to last:
+    "drop" closes the connection halfway, "busy" answers 503, None is as it should be.
     """
     commit = "c" * 40
 
     def __init__(self):
-        self.models, self.datasets, self.refused, self.faults, self.ranges = {}, {}, {}, [], []
+        self.models, self.datasets, self.refused, self.faults = {}, {}, {}, []
         self.down = False
         super().__init__(HubHandler)
 
@@ -344,7 +345,6 @@ class HubHandler(Handler):
 
     def part(self, data):
         first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-        self.server.ranges.append(first)
         fault = self.server.faults.pop(0) if self.server.faults else None
         body = data[first:last + 1]
         headers = {"Content_Range": f"bytes {first}-{first + len(body) - 1}/{len(data)}"}
@@ -357,45 +357,26 @@ class HubHandler(Handler):
             self.reply(206, body, **headers)
 
 
-def use_hub(monkeypatch, server, folder):
-    """Points huggingface_hub at a Hub of ours, with an empty cache and nobody logged in."""
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+# ---- Tensors that say they are on CUDA -----------------------------------------------------------
+
+class OnCuda(torch.Tensor):
+    """is_cuda is True. What only CUDA can do is emulated; what it cannot do fails as there."""
+    is_cuda = True
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.mm and "out_dtype" in kwargs:
+            dtype = kwargs["out_dtype"]
+            assert args[0].dtype == args[1].dtype == torch.bfloat16 and dtype == torch.float32
+            function, args, kwargs = torch.matmul, [matrix.to(dtype) for matrix in args], {}
+        if "embedding_bag_per_sample_weights_backward" in str(function):
+            assert args[0].dtype != torch.bfloat16, "not implemented for 'BFloat16'"
+        return super().__torch_function__(function, types, args, kwargs)
 
 
-# ---- Gemma-2-2B and its SAEs, but small ----------------------------------------------------------
-
-GEMMA_2B = {
-    **GEMMA, "num_hidden_layers": 26, "hidden_size": 32, "intermediate_size": 48,
-    "sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0}
-
-
-def gemma_2b_files(folder):
-    """The files of a Gemma-2-2B repository, made in a folder: three shards behind an index."""
-    write_shards(folder, GEMMA_2B, scale=0.05, dtype=torch.bfloat16)
-    write_tokenizer(folder, GEMMA_2B, TEXT)
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    return {**files, "README.md": b"# Gemma 2"}
-
-
-def gemma_scope_files(D, M, layers=(12,), widths=("16k",), l0s=(82,)):
-    """The repository's layout, with random JumpReLUs that fire and tell their layer and L0."""
-    rng, files = np.random.default_rng(0), {"README.md": b"# Gemma Scope"}
-    for layer, width, l0 in itertools.product(layers, widths, l0s):
-        W, buffer = rng.normal(size=(M, D)).astype("f") / D ** 0.5, io.BytesIO()
-        np.savez(
-            buffer, W_enc=W.T, W_dec=W, b_enc=np.zeros(M, "f"), b_dec=np.full(D, l0 / 10_000, "f"),
-            threshold=np.full(M, layer / 100, "f"))
-        files[f"layer_{layer}/width_{width}/average_l0_{l0}/params.npz"] = buffer.getvalue()
-    return files
+def on_cuda(tensor):
+    return tensor.detach().as_subclass(OnCuda)
 
 
 # ---- Text ----------------------------------------------------------------------------------------

@@ -165,15 +165,13 @@ def measured(absorbing):
     return absorption.absorption(sae, x, Asked(*sides, [], 5), seed=0), int(test[odd].sum())
 
 
-def test_an_sae_built_to_absorb_is_found_out():
+def test_an_sae_built_to_absorb_is_found_out_and_one_of_the_letters_absorbs_nothing():
     counts, snakes = measured(absorbing=True)
     assert counts["S"]["latents"] == [18]
     assert counts["S"]["absorbed"] == counts["S"]["silent"] == snakes > 0
     assert counts["S"]["right"] > snakes and scores(counts)["absorption"] > 0
     assert all(row["absorbed"] == 0 for name, row in counts.items() if name != "S")
 
-
-def test_an_sae_whose_latents_are_the_letters_absorbs_nothing():
     counts, _ = measured(absorbing=False)
     assert len(counts) == 26
     for row in counts.values():

@@ -17,12 +17,11 @@ from lorasae import adapt, attention, objectives, topk
 from lorasae.bench import kernels, race, steps
 from lorasae.bench.__main__ import SECTIONS
 from lorasae.bench.race import peak_memory
-from lorasae.bench.workloads import REAL, TINY, flops_per_token, random_setting
+from lorasae.bench.workloads import TINY, flops_per_token, random_setting
 from lorasae.lora import LoRALinear, base
 
 MAIN = "lorasae.bench.__main__"
 SPARSIFY = ["sparsify"] * bool(find_spec("sparsify"))
-
 
 needs_peers = pytest.mark.skipif(not all(map(find_spec, ("transformers", "peft"))),
                                  reason="the peers are built over transformers and peft")
@@ -56,7 +55,7 @@ def section(tmp_path, capsys):
 def test_sections_without_peers(section, name, contenders):
     rows = section(name)
     assert [row["contender"] for row in rows] == contenders
-    assert all(row["tokens_per_s"] > 0 for row in rows if name == "headline")
+    assert ("tokens_per_s" in rows[0]) == (name == "headline")
 
 
 def test_a_row_is_printed_and_kept_as_soon_as_it_is_measured(monkeypatch, tmp_path, capsys):
@@ -186,11 +185,6 @@ def test_flops_are_those_that_torch_counts(case, monkeypatch):
     monkeypatch.setattr(attention, "attention", lambda *inputs: attention.naive_attention(
         *inputs[:6]))
     assert counted_flops(published) == case.context * sum(flops_per_token(case, recipe=True))
-
-
-def test_a_step_at_the_headlines_shape_takes_0_85_of_the_recipes_flops():
-    ours, recipe = (sum(flops_per_token(REAL["gemma-2-2b"], how)) for how in (False, True))
-    assert ours == pytest.approx(12.3e9, rel=0.01) and ours / recipe <= 0.85
 
 
 def allocating(device):

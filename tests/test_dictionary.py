@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import command, read, same_tensors, words
+from helpers import command, read, same_tensors, some_tokens, words
 from lorasae import dictionary
 from lorasae.adapt import blocks_to_adapt, naive_loss
 from lorasae.dictionary import aux_loss, fvu, new_sae, observe, schedule, target_l0
@@ -16,15 +16,6 @@ from lorasae.runs.sae_training import resolved
 from lorasae.sae import KINDS, SAE, Jump, TopK, geometric_median, splice, used_positions
 
 LAYER, B, T, M, K = 1, 2, 16, 128, 4
-
-
-def batch(model, number):
-    """Random tokens with a BOS in front, and an EOS."""
-    generator = torch.Generator().manual_seed(number)
-    tokens = torch.randint(3, 97, (B, T), generator=generator)
-    tokens[:, 0] = model.config.bos_token_id
-    tokens[0, 7] = model.config.eos_token_id
-    return tokens
 
 
 def ordinary(model, tokens):
@@ -47,12 +38,12 @@ def configuration(method, steps=20, **how):
 def fit(model, sae, method, after=lambda step: None, **how):
     """Trains a fresh SAE -> what each step logs."""
     config = configuration(method, **how)
-    first = observe(model, sae, LAYER, batch(model, 0), end_to_end=False)
+    first = observe(model, sae, LAYER, some_tokens(model, B, T, 0), end_to_end=False)
     training = dictionary.begin(sae, first, config)
     values = []
     for step in range(config.steps):
         after(step)
-        seen = observe(model, sae, LAYER, batch(model, step), method == "e2e")
+        seen = observe(model, sae, LAYER, some_tokens(model, B, T, step), method == "e2e")
         values.append(dictionary.take_step(model, sae, LAYER, seen, step, training, config))
     return values
 
@@ -71,8 +62,7 @@ def test_the_jump_has_the_straight_through_gradients_of_its_formula():
     above, inside = pre > theta, ((pre - theta) / eps).abs() < 0.5
     assert torch.equal(z, torch.where(above, pre, 0.0)) and torch.equal(gates, above.double())
     expected_theta = (-(theta * d_z + d_gates) / eps * inside).sum(0).detach()
-    torch.testing.assert_close(found[0], torch.where(above, d_z, 0.0))
-    torch.testing.assert_close(found[1], expected_theta)
+    torch.testing.assert_close(found, (torch.where(above, d_z, 0.0), expected_theta))
     assert (expected_theta != 0).all()
 
 
@@ -117,7 +107,7 @@ def gradients_of(loss, sae):
 
 def test_the_end_to_end_loss_and_gradient_are_those_of_two_whole_forward_passes(
         model, monkeypatch):
-    sae, tokens, depth = fresh("e2e", model), batch(model, 0), len(model.layers)
+    sae, tokens, depth = fresh("e2e", model), some_tokens(model, B, T, 0), len(model.layers)
     found, values = first_step(model, sae, "e2e", monkeypatch)
 
     def spliced(x):                                     # a TopK SAE in plain dense autograd
@@ -141,7 +131,7 @@ def test_the_topk_gradient_is_that_of_the_dense_fvu_and_no_later_block_runs(mode
         block.forward = None
     sae = fresh("topk", model)
     found, values = first_step(model, sae, "topk", monkeypatch)
-    x = model.run(model.embed(batch(model, 0)), 0, LAYER + 1).flatten(0, 1)
+    x = model.run(model.embed(some_tokens(model, B, T, 0)), 0, LAYER + 1).flatten(0, 1)
     loss = fvu(sae.decode(sae.encode(x)), x)
     same_tensors(found, gradients_of(loss, sae))
     assert values["fvu"].item() == pytest.approx(loss.item(), rel=1e-5)
@@ -152,7 +142,7 @@ def test_the_jumprelu_gradient_is_that_of_fvu_and_l0_penalty_on_ordinary_positio
     sae = fresh("jumprelu", model)
     wanted = configuration("jumprelu", steps=1)
     found, values = first_step(model, sae, "jumprelu", monkeypatch)
-    x = ordinary(model, batch(model, 0))
+    x = ordinary(model, some_tokens(model, B, T, 0))
     unit = (x - geometric_median(x)).square().sum(1).mean().sqrt()
     pre = x @ sae.W_enc.T + sae.b_enc
     z, gates = Jump.apply(pre, sae.threshold, dictionary.BANDWIDTH * unit)
@@ -166,7 +156,7 @@ def test_the_jumprelu_gradient_is_that_of_fvu_and_l0_penalty_on_ordinary_positio
 @pytest.mark.parametrize("method", ["topk", "jumprelu", "e2e"])
 def test_attention_sinks_are_left_out_of_training_splicing_and_metrics(model, method):
     """One position of a batch has a hundred times the norm of the others, and is not BOS."""
-    tokens = batch(model, 0)
+    tokens = some_tokens(model, B, T, 0)
     loud = tokens[0, 5].item()
     model.model["embed_tokens"].weight.data[loud] *= 300
     sinks = tokens == loud
@@ -238,14 +228,13 @@ def test_auxk_and_nothing_else_trains_dead_latents_encoder_and_decoder(model, au
     for name, rows in before.items():
         moved = (getattr(sae, name)[dead].detach() - rows).abs().max()
         assert moved > 1e-2 if auxk else moved < 1e-6, name
-    x = model.run(model.embed(batch(model, 0)), 0, LAYER + 1)
+    x = model.run(model.embed(some_tokens(model, B, T, 0)), 0, LAYER + 1)
     fired = (sae.encode(x)[..., dead] > 0).flatten(0, 1).any(0).float().mean()
     assert fired > 0.2 if auxk else fired == 0
     assert auxk or values[-1]["dead"] >= 40 / M - 1e-6
 
 
-@pytest.mark.parametrize("method", ["relu", "e2e"])
-def test_a_new_kind_is_one_class_and_one_line(model, monkeypatch, method):
+def test_a_new_kind_is_one_class_and_one_line(model, monkeypatch):
     """Also one that leaves BOS and EOS alone, end to end: Eq. 7 of the spliced model."""
     class ReLU(SAE):
         """z = ReLU(W_enc x + b_enc)"""
@@ -259,14 +248,10 @@ def test_a_new_kind_is_one_class_and_one_line(model, monkeypatch, method):
             fired = (z > 0).float().sum(0)
             return self.decode(z), fired, fired.sum()
 
-    monkeypatch.setitem(KINDS, "topk" if method == "e2e" else "relu", ReLU)
-    sae, tokens = fresh(method, model), batch(model, 0)
-    found, _ = first_step(model, sae, method, monkeypatch)
-    if method == "e2e":
-        loss = naive_loss(model, {LAYER: sae}, tokens) / B
-    else:
-        x = ordinary(model, tokens)
-        loss = fvu(sae(x), x)
+    monkeypatch.setitem(KINDS, "topk", ReLU)
+    sae, tokens = fresh("e2e", model), some_tokens(model, B, T, 0)
+    found, _ = first_step(model, sae, "e2e", monkeypatch)
+    loss = naive_loss(model, {LAYER: sae}, tokens) / B
     same_tensors(found, gradients_of(loss, sae))
     tensors, facts = sae.saved()
     assert facts == {"architecture": "standard", "apply_b_dec_to_input": False}
@@ -286,8 +271,6 @@ def test_each_tenth_is_kept_under_its_true_percentage(site, tmp_path, monkeypatc
     monkeypatch.setattr(dictionary, "update", spy)
     arguments = words(site, "topk", "--tokens", 64 * steps, model="llama")
     command("train", *arguments, "--out", tmp_path / "run")
-    kept = sorted(path.name for path in (tmp_path / "run").glob("sae-*"))
-    assert kept == [f"sae-{percent}pct" for percent in range(10, 100, 10)]
     seconds = 0
     for percent in range(10, 100, 10):
         folder = tmp_path / f"run/sae-{percent}pct"
@@ -299,16 +282,13 @@ def test_each_tenth_is_kept_under_its_true_percentage(site, tmp_path, monkeypatc
         assert torch.equal(load_sae(folder).W_enc, snapshots[about["step"]])
 
 
-def test_a_run_reports_and_keeps_an_sae_that_a_model_is_then_adapted_to(site, tmp_path, capsys):
+def test_a_run_keeps_an_sae_that_a_model_is_then_adapted_to(site, tmp_path):
     run = tmp_path / "run"
     command("train", *words(site, "topk", "--k", 4, "--lr", 3e-3), "--out", run)
-    printed = capsys.readouterr().out
-    results, config = read(run / "results.json"), read(run / "config.json")
-    assert "dead latents" in printed and "tokens/s" in printed
+    results = read(run / "results.json")
     assert results.keys() >= {"ce_base", "ce_sae", "kl_sae", "fvu", "l0", "dead_latents", "seconds",
                               "train_tokens"}
     assert 0 < results["fvu"] < 1 and 0 < results["l0"] <= 4
-    assert config["width"] == 96 and config["steps"] == 20
     assert read(run / "sae/training.json")["percent"] == 100
     sae = load_sae(run, layer=1)
     assert isinstance(sae, TopK) and sae.k == 4 and len(sae.W_enc) == 96

@@ -10,18 +10,7 @@ from lorasae.evals.common import interval
 from lorasae.evals.report import save_figure
 from lorasae.io.files import write_json
 from lorasae.paper import control, frontier, gap
-from lorasae.paper.study import Study
 from lorasae.runs.config import read_config
-
-
-def miniature(folder):
-    return Study(folder, sae_tokens=400_000, frontier_tokens=2_000_000, lora_tokens=60_000,
-                 long_tokens=300_000, eval_tokens=12_000, seeds=[0, 1])
-
-
-@pytest.fixture
-def study(tmp_path):
-    return miniature(tmp_path)
 
 
 def in_this_process(commands, processes, logs):
@@ -184,6 +173,9 @@ def test_control(study):
     assert lora["gap_closed"][0] == pytest.approx(0.25)
     tuned = rows["what is done, on held-out text", "10 %: finetuned for KL"]
     assert tuned["gap_closed"][0] == pytest.approx(0.2 * 0.95) and tuned["kl_lora"][0] is None
+    beside = {(text, what): difference for text, what, difference in numbers["beside"]}
+    less, half, _ = beside["what is done, on held-out text", "10 %: finetuned for KL"]
+    assert less == pytest.approx((0.5 - 0.2) * 0.95) and half > 0 and len(beside) == len(rows) - 6
     falls = claims["falls"].cases["first - last"]
     assert falls.mean == pytest.approx(0.5 * 0.95 - 0.25) and falls.over == "20 documents"
     assert "KL without SAE" in text and "30 to 55 %" in text

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 
 from conftest import GEMMA, LLAMA, TEXT, write_model, write_tokenizer
-from helpers import adapted, command, random_sae, read, refusal, refuses
+from helpers import adapted, command, random_sae, read, refusal, refuses, without_cache
 from lorasae import load_adapter, load_model, save_adapter, save_sae
 from lorasae.evals.common import interval
 from lorasae.io.files import write_json
@@ -144,14 +144,9 @@ def test_neither_batches_nor_padding_nor_shared_rows_move_a_log_likelihood(bench
     assert [rows for rows, _ in shapes] == [1]          # choices of one token share a row
 
 
-@torch.no_grad()
 def naive_continuation(bench, prompt, count):
-    """Greedy decoding without a cache: the whole sequence again for every token."""
-    tokens = torch.tensor([prompt])
-    for _ in range(count):
-        best = bench.model(tokens, bench.saes)[:, -1:].argmax(-1)
-        tokens = torch.cat([tokens, best], dim=1)
-    return tokens[0, len(prompt):].tolist()
+    whole = without_cache(bench.model, torch.tensor([prompt]), count, bench.saes)
+    return whole[0, len(prompt):].tolist()
 
 
 def test_generated_text_is_that_of_lm_evals_own_model(bench):
@@ -261,7 +256,8 @@ def test_scores_of_all_four_settings_are_lm_evals_own(bench, tasks, monkeypatch)
 
     table, = benchmarks.tables(numbers)
     assert [row[0] for row in table.rows] == [*paired, "tiny_generate bleu"]
-    assert "±" in table.rows[1][3] and table.rows[-1][3] == ""
+    varies = paired["tiny_choice acc_norm"]["with_sae"][1] is not None  # of ten, by chance
+    assert ("±" in table.rows[1][3]) == varies and table.rows[-1][3] == ""
 
 
 def test_a_groups_score_is_over_all_its_questions(bench, tasks, tmp_path):
@@ -285,7 +281,7 @@ def test_a_groups_score_is_over_all_its_questions(bench, tasks, tmp_path):
     assert questions == 17 and mean == pytest.approx(row["adapted"] - row["sae"])
 
 
-def test_the_command_writes_table_5(bench, tasks, text_folder, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_table_5(bench, tasks, text_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_sae(bench.saes[LAYER], tmp_path / "sae", model_name="test", layer=LAYER, context=32)
     command("train", "--model", bench.folder / "model", "--sae", "sae", "--layer", LAYER,
@@ -294,7 +290,6 @@ def test_the_command_writes_table_5(bench, tasks, text_folder, tmp_path, monkeyp
     choice, generate, _ = tasks
     lm = ("eval", "run", "--suite", "lm", "--tasks")
     command(*lm, f"{choice},{generate}", "--limit", 3)
-    assert "tiny_choice acc" in capsys.readouterr().out
     numbers = read(tmp_path / "run" / "eval-lm.json")
     assert set(SETTINGS) < set(numbers["rows"]["tiny_choice acc"]) and numbers["limit"] == 3
     assert numbers["paired"]["tiny_choice acc"]["with_sae"][2] == 3

@@ -1,12 +1,18 @@
 """Presets, and fetching over HTTP from a server in this process that speaks the Hub's protocol."""
+import io
+import itertools
+
+import numpy as np
 import pytest
 import torch
+import zstandard
 from huggingface_hub import constants
 
-from conftest import LLAMA, write_shards
-from helpers import Hub, HubHandler, counted, gemma_scope_files, one_line, refuses, use_hub
+from conftest import GEMMA, LLAMA, TEXT, write_shards, write_tokenizer
+from helpers import HubHandler, command, counted, lines, one_line, read, refuses
 from lorasae import InputError, load_model, load_sae, load_tokenizer
 from lorasae.io import hub
+from lorasae.io.files import write_bytes
 from lorasae.io.hub import find_sae, model_files, model_plan, sae_choice, sae_plan
 from lorasae.io.models import load_config
 from lorasae.io.presets import PRESETS, preset
@@ -19,17 +25,6 @@ MODEL = {
     "model-00002-of-00002.safetensors": b"2" * 3000, "pytorch_model.bin": b"pickle",
     "original/consolidated.00.pth": b"pickle", "consolidated.safetensors": b"3"}
 SCOPE = "google/gemma-scope-2b-pt-res"
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A Hub of our own, with .cache, the folder of what was fetched from it."""
-    server = Hub()
-    server.cache = tmp_path / "hub"
-    use_hub(monkeypatch, server, tmp_path)
-    yield server
-    if server.thread.is_alive():
-        server.stop()
 
 
 @pytest.fixture(params=["HF_HUB_OFFLINE is set", "the Hub is out of reach", "the Hub is down"])
@@ -54,20 +49,27 @@ def fetched(server):
                   if line.startswith("GET") and "/resolve/" in line)
 
 
+def gemma_scope_files(D, M, layers=(12,), widths=("16k",), l0s=(82,)):
+    """The repository's layout, with random JumpReLUs that fire and tell their layer and L0."""
+    rng, files = np.random.default_rng(0), {"README.md": b"# Gemma Scope"}
+    for layer, width, l0 in itertools.product(layers, widths, l0s):
+        W, buffer = rng.normal(size=(M, D)).astype("f") / D ** 0.5, io.BytesIO()
+        np.savez(
+            buffer, W_enc=W.T, W_dec=W, b_enc=np.zeros(M, "f"), b_dec=np.full(D, l0 / 10_000, "f"),
+            threshold=np.full(M, layer / 100, "f"))
+        files[f"layer_{layer}/width_{width}/average_l0_{l0}/params.npz"] = buffer.getvalue()
+    return files
+
+
 def gemma_scope():
     other = {"embedding/width_4k/average_l0_6/params.npz": b"another kind of SAE"}
     return other | gemma_scope_files(6, 16, layers=(11, 12), widths=("16k", "1m"), l0s=L0S)
 
 
-def write(folder, files):
-    for path, data in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
-
-
 def test_a_repository_is_fetched_once_and_only_what_is_read(server):
     small = {"tokenizer_config.json": b"1", "special_tokens_map.json": b"2",
-             "tokenizer.model": b"3", "chat_template.jinja": b"4", "merges.txt": b"5"}
+             "tokenizer.model": b"3", "chat_template.jinja": b"4", "merges.txt": b"5",
+             "added_tokens.json": b"6", "generation_config.json": b"7"}
     server.models["some/model"] = {**MODEL, **small}
     assert (model_files("some/model", ["config.json"]) / "config.json").read_bytes() == b"{}"
     assert fetched(server) == ["config.json"]
@@ -93,7 +95,7 @@ def test_the_cache_serves_when_the_hub_does_not(server, unreachable):
     assert model_files("some/model") == folder
     assert sorted(model_plan("some/model")) == sorted(plan) and all(f.cached for f in plan)
     for find in (model_files, model_plan):
-        refuses(f"{why}.* and other/model is not wholly in the cache", find, "other/model")
+        refuses(f"{why}.* and other/model is not completely in the cache", find, "other/model")
 
 
 def test_half_a_cache_says_which_file_is_missing_where(server, tmp_path, monkeypatch):
@@ -104,7 +106,7 @@ def test_half_a_cache_says_which_file_is_missing_where(server, tmp_path, monkeyp
     model_files("some/model")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for find, name in ((load_model, missing), (load_tokenizer, "tokenizer.json")):
-        with one_line(f"{server.cache}/.*{name}", kind=(InputError, OSError)) as error:
+        with one_line(f"{tmp_path}/hub/.*{name}", kind=(InputError, OSError)) as error:
             find("some/model")
         assert "No such file" in str(error.value)
 
@@ -135,8 +137,7 @@ def test_a_repository_may_need_a_licence_or_a_login(server, name, refusal, messa
 @pytest.mark.parametrize("find", [model_files, model_plan, sae_files])
 def test_a_repository_that_is_not_there_is_one_line(server, find):
     for name in ("some/nothing", "some/bad--name"):
-        with one_line(f"no local folder {name}, and no repository of that name .* needs `hf auth"):
-            find(name)
+        refuses(f"no local folder {name}, and no repository .* needs `hf auth", find, name)
     server.requests.clear()
     for name in ("gemma-3", "/no/where", "./x/y"):      # which can be no repository
         refuses(f"no (model|SAE) {name}: expected .*gemma-2-2b.*OWNER", find, name)
@@ -185,7 +186,7 @@ def test_one_sae_is_fetched_of_a_repository_of_many(server):
     server.models["google/scope"] = gemma_scope()
     with counted(hub, "listing") as calls:
         sae = load_sae("google/scope", layer=12, width="16k", l0=114)
-    assert len(calls) == 1
+    assert calls.call_count == 1
     assert fetched(server) == ["layer_12/width_16k/average_l0_114/params.npz"]
     assert (sae.b_dec == torch.tensor(0.0114)).all() and (sae.threshold == 0.12).all()
     same = load_sae("google/scope/layer_12/width_16k/average_l0_114/")
@@ -195,7 +196,8 @@ def test_one_sae_is_fetched_of_a_repository_of_many(server):
 @pytest.mark.parametrize("source", ["hub", "folder"])
 def test_the_l0_nearest_to_the_papers_is_taken_and_said(server, tmp_path, capsys, source):
     server.models["google/scope"] = gemma_scope()
-    write(tmp_path / "scope", gemma_scope())
+    for path, data in gemma_scope().items():
+        write_bytes(tmp_path / "scope" / path, data)
     name = f"{tmp_path}/scope" if source == "folder" else "google/scope"
     found = sae_files(name, layer=12, width=2 ** 20)
     assert found.match("layer_12/width_1m/average_l0_62")
@@ -243,8 +245,8 @@ def test_without_the_hub_the_saes_in_the_cache_are_offered(server, unreachable, 
     assert "choosing among the files of google/scope in the cache" in capsys.readouterr().err
     assert sae_files("google/scope", layer=12, width="16k") == folder
     refuses("offers l0 114, but not 62", sae_files, "google/scope", layer=12, width="16k", l0=62)
-    with pytest.raises(InputError, match=f"{why}.* and google/other is not wholly in the cache"):
-        sae_files("google/other", layer=12)
+    message = f"{why}.* and google/other is not completely in the cache"
+    refuses(message, sae_files, "google/other", layer=12)
 
 
 def test_presets_are_known_by_repository_and_mirror_and_what_is_given_goes_before():
@@ -265,3 +267,48 @@ def test_presets_are_known_by_repository_and_mirror_and_what_is_given_goes_befor
     for find in (sae_choice, load_sae):
         refuses(message, find, "llama-3.2-1b")
     refuses("some/model is not a preset, .* pass one with --sae", sae_choice, "some/model")
+
+
+# ---- The headline command ------------------------------------------------------------------------
+
+GEMMA_2B = {
+    **GEMMA, "num_hidden_layers": 26, "hidden_size": 32, "intermediate_size": 48,
+    "sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0}
+
+
+def test_the_headline_command_runs_to_its_end(server, tmp_path, monkeypatch, capsys):
+    """From a server with all that the real one would fetch, but small: Gemma-2-2B in all but size
+    (26 blocks, three shards, bf16 weights, the same names of files and tensors, a tokenizer that
+    puts BOS first), Gemma Scope in its own layout, and the Pile as .jsonl.zst.
+    """
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "model", GEMMA_2B, scale=0.05, dtype=torch.bfloat16)
+    write_tokenizer(tmp_path / "model", GEMMA_2B, TEXT)
+    model = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    scope = gemma_scope_files(GEMMA_2B["hidden_size"], 2 ** 14, l0s=(22, 82))
+    pile = zstandard.compress(lines([f"note {i}\n" + TEXT * 20 for i in range(100)]))
+    server.models = {"google/gemma-2-2b": {**model, "README.md": b"# Gemma 2"},
+                     "google/gemma-scope-2b-pt-res": scope}
+    server.datasets = {"monology/pile-uncopyrighted": {"train/00.jsonl.zst": pile}}
+
+    words = ["train", "--model", "gemma-2-2b", "--layer", 12, "--rank", 64]
+    words += ["--tokens", 1024, "--eval-tokens", 1024, "--device", "cpu"]   # what there is time for
+    command(*words, "--dry-run")
+    planned = capsys.readouterr().out
+    for part in ("model-00003-of-00003.safetensors", "of blocks 13 to 25",
+                 "layer_12/width_16k/average_l0_82/params.npz"):
+        assert part in planned, planned
+
+    command(*words)
+    run = tmp_path / "runs" / "gemma-2-2b-lora"
+    config, results = read(run / "config.json"), read(run / "results.json")
+    expected = {"dtype": "bfloat16", "context": 1024, "batch_size": 1, "lr": 5e-5, "width": 16384,
+                "l0": 82}
+    assert {name: config[name] for name in expected} == expected
+    assert results["train_tokens"] == 1024 == results["eval_tokens"] and results["kl_sae"] > 0
+    adapter = read(run / "adapter" / "adapter_config.json")
+    assert (adapter["r"], adapter["lora_alpha"]) == (64, 32)
+    assert adapter["layers_to_transform"] == list(range(13, 26))
+    unneeded = ("README", "average_l0_22")
+    assert not any(name in path for path in server.requests for name in unneeded)

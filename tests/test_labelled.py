@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 
 from helpers import refuses
-from lorasae.errors import InputError
 from lorasae.evals import labelled_saebench, labelled_stdlib
 from lorasae.evals.labelled_stdlib import PACKAGES, PAIRS, cut_passages, passages, split_source
 from lorasae.io.text import held_out, standard_library
@@ -159,14 +158,8 @@ def test_what_is_missing_is_said_in_one_line(answers, monkeypatch):
     refuses(expected, saebench_cut, "tpp", "bias_in_bios_1")
 
     answers["LabHC/bias_in_bios",] = bios(20, 20)
-    with pytest.raises(InputError, match="LabHC/bias_in_bios .Cannot take a larger sample"):
-        saebench_cut("tpp", "bias_in_bios_1")
+    message = "LabHC/bias_in_bios .Cannot take a larger sample"
+    refuses(message, saebench_cut, "tpp", "bias_in_bios_1")
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     refuses("pip install datasets", saebench_cut, "tpp", "bias_in_bios_1")
-
-
-def test_every_suite_has_the_papers_data_sets():
-    sizes = {suite: len(labelled_saebench.suite_sets(suite)) for suite in ("probing", "tpp", "scr")}
-    assert sizes == {"probing": 8, "tpp": 2, "scr": 8}
-    assert list(labelled_saebench.suite_sets("tpp")) == ["bias_in_bios_1", "amazon_categories"]

@@ -1,4 +1,5 @@
-"""The hand-written models against transformers, and how they load, splice and refuse."""
+"""The hand-written models against transformers; how they load, splice, refuse, and generate."""
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -6,18 +7,20 @@ import pytest
 import torch
 from torch import nn
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from conftest import GEMMA, GEMMA3, LLAMA, write_model, write_shards
-from helpers import adapted, refuses, transformers_model
+from conftest import GEMMA, GEMMA3, LLAMA, write_model
+from helpers import adapted, random_sae, refuses, same_tensors, transformers_model, without_cache
 from lorasae.adapt import adapted_loss, first_differing, frozen_forward, naive_loss
 from lorasae.attention import Cache, naive_attention
+from lorasae.generation import generate
 from lorasae.io.files import local, read_json, write_json
 from lorasae.io.adapters import load_adapter, save_adapter
-from lorasae.io.models import load_model, load_tokenizer, parse_config, save_model
+from lorasae.io.models import load_model, load_tokenizer, parse_config, save_model, text_config
 from lorasae.io.presets import PRESETS
 from lorasae.io.saes import load_sae, save_sae
 from lorasae.io.text import files
-from lorasae.lora import adapters, add_lora, lora_parameters
+from lorasae.lora import adapters, add_lora, lora_parameters, merge_lora
 from lorasae.model import Transformer
 from lorasae.sae import JumpReLU, TopK
 
@@ -32,11 +35,6 @@ GEMMA_OTHER = {
     **GEMMA, "layer_types": ["full_attention"] * 2 + ["sliding_attention", "full_attention"],
     "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
 GEMMA3_CAPPED = {**GEMMA3, "final_logit_softcapping": 3.0}
-
-
-def logits_of(folder, tokens, dtype=None):
-    with torch.no_grad():
-        return load_model(folder, dtype=dtype)(tokens)
 
 
 @pytest.mark.parametrize("raw", [
@@ -56,22 +54,11 @@ def test_logits_equal_transformers(raw, dtype, tmp_path, monkeypatch):
     folder = write_model(tmp_path / "model", raw)
     oracle = transformers_model(folder, dtype=dtype)
     tokens = torch.randint(0, 97, (2, 200))
-    with torch.no_grad():
-        expected = oracle(tokens).logits
-    ours = logits_of(folder, tokens, dtype)
+    expected = oracle(tokens).logits
+    ours = load_model(folder, dtype=dtype)(tokens)
     assert expected.float().std() > 0.1
     assert raw["model_type"] != "gemma2" or expected.abs().max() > 1.5
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=10)
-
-
-def test_sharded_files_give_the_same_logits_as_one_file(raw_config, model_folder, tokens, tmp_path):
-    sharded = write_shards(tmp_path / "sharded", raw_config)
-    assert torch.equal(logits_of(sharded, tokens), logits_of(model_folder, tokens))
-
-    # of two savings in one folder the single file counts, as in transformers
-    write_model(sharded, raw_config, seed=1)
-    other = write_model(tmp_path / "other", raw_config, seed=1)
-    assert torch.equal(logits_of(sharded, tokens), logits_of(other, tokens))
 
 
 def test_saved_models_read_back(raw_config, model_folder, tokens, tmp_path):
@@ -82,12 +69,17 @@ def test_saved_models_read_back(raw_config, model_folder, tokens, tmp_path):
     assert len(list(copy.glob("*.safetensors"))) > 2
     total = read_json(index)["metadata"]["total_size"]
     assert total == sum(tensor.nbytes for tensor in model.state_dict().values())
-    assert torch.equal(logits_of(copy, tokens), model(tokens).detach())
+    assert torch.equal(load_model(copy)(tokens), model(tokens))
+
+    # of two savings in one folder the single file counts, as in transformers
+    other = write_model(tmp_path / "other", raw_config, seed=1)
+    shutil.copy(other / "model.safetensors", copy)
+    assert torch.equal(load_model(copy)(tokens), load_model(other)(tokens))
 
     save_model(model, copy, config=stale)
     assert not index.exists() and safe_open(copy / "model.safetensors", "pt").metadata() == {
         "format": "pt"}
-    assert torch.equal(logits_of(copy, tokens), model(tokens).detach())
+    assert torch.equal(load_model(copy)(tokens), model(tokens))
     assert read_json(copy / "config.json") == raw_config and not list(copy.rglob("*.part"))
 
 
@@ -118,7 +110,7 @@ def test_a_home_folder_is_harmless(whole_model, raw_config, tokens, monkeypatch,
     save_sae(TopK(8, 16, 4), "~/s", model_name="m", layer=0, context=8)
     assert load_sae("~/s/").k == 4
     save_model(load_model(whole_model), "~/copy", config=raw_config)
-    assert torch.equal(logits_of("~/copy", tokens), logits_of(whole_model, tokens))
+    assert torch.equal(load_model("~/copy")(tokens), load_model(whole_model)(tokens))
     (tmp_path / "t.jsonl").write_text('{"text": "a"}')
     assert [file.name for file in files("~/t.jsonl")] == [f"{tmp_path}/t.jsonl"]
     assert not (tmp_path / "~").exists()
@@ -132,7 +124,6 @@ def test_new_spellings_of_the_configuration_mean_the_same():
     theta, scaling, _ = (new.pop(key) for key in ("rope_theta", "rope_scaling", "torch_dtype"))
     new["rope_parameters"] = {**scaling, "rope_theta": theta}
     assert parse_config(new, "new") == parse_config(LLAMA, "old")
-    assert parse_config({**GEMMA, "head_dim": 6}, "g").head_dim == 6
 
 
 @pytest.mark.parametrize("pieces", [[40], [39, 1], [10, 20, 10], [1] * 40])
@@ -176,8 +167,7 @@ def test_an_sae_is_spliced_in_where_it_was_trained(model, tokens, site, after_no
     first = first_differing(model, {2: sae})
     part = frozen_forward(model, {2: sae}, tokens, first)
     loss, _ = adapted_loss(model, {2: sae}, part, first, SimpleNamespace(compile=False))
-    for a, b in zip(torch.autograd.grad(loss, parameters), expected):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+    same_tensors(torch.autograd.grad(loss, parameters), expected)
 
 
 @pytest.mark.parametrize("layers, message", [
@@ -186,3 +176,133 @@ def test_a_model_of_other_blocks_is_one_clear_line(model_folder, raw_config, lay
     other = {**raw_config, "num_hidden_layers": layers, "layer_types": None}
     write_json(model_folder / "config.json", other)
     refuses(message, load_model, model_folder)
+
+
+# ---- Gemma 3 beside a vision tower ---------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A random model with a vision tower, as transformers saves it."""
+    transformers = pytest.importorskip("transformers", reason="makes the model")
+    text = {key: value for key, value in GEMMA3.items() if key not in ("architectures",)}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision,
+                                       mm_tokens_per_image=4, bos_token_id=2, eos_token_id=[1, 5])
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("seeing")
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_the_text_model_beside_a_vision_tower_is_transformers_own(seeing, tokens, capsys):
+    folder, oracle = seeing
+    model = load_model(folder)
+    assert "vision tower" in capsys.readouterr().err
+    expected = oracle(input_ids=tokens).logits
+    assert (model(tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (model.config.eos_token_id, model.config.with_vision) == (1, True)
+
+
+def test_both_spellings_of_its_weights_are_read(seeing, tokens, tmp_path):
+    folder, _ = seeing
+    weights = load_file(folder / "model.safetensors")
+    renamed = {}
+    for name, tensor in weights.items():
+        for new, old in (("model.language_model.", "language_model.model."),
+                         ("language_model.model.", "model.language_model."),
+                         ("model.vision_tower.", "vision_tower."),
+                         ("vision_tower.", "model.vision_tower.")):
+            if name.startswith(new):
+                name = old + name.removeprefix(new)
+                break
+        renamed[name] = tensor
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    write_json(tmp_path / "config.json", read_json(folder / "config.json"))
+    assert torch.equal(load_model(tmp_path)(tokens), load_model(folder)(tokens))
+
+
+def test_its_adapters_load_in_peft_and_merge_into_a_plain_model(seeing, tokens, tmp_path):
+    peft = pytest.importorskip("peft", reason="reads the adapters")
+    transformers = pytest.importorskip("transformers", reason="reads the merged model")
+    folder, oracle = seeing
+    model = adapted(load_model(folder), [1, 3], rank=4, std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(load_model(folder), tmp_path / "adapter")
+    assert torch.equal(again(tokens), model(tokens))
+
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.Gemma3ForConditionalGeneration.from_pretrained(folder), tmp_path / "adapter")
+    found = theirs.eval()(input_ids=tokens).logits
+    assert (found - model(tokens)).abs().max() <= 1e-5 * found.abs().max()
+    assert (found - oracle(input_ids=tokens).logits).abs().max() > 1e-2
+    assert not [name for name, _ in theirs.named_modules() if "vision" in name and "lora" in name]
+
+    expected = model(tokens)
+    save_model(merge_lora(model), tmp_path / "merged", config=text_config(folder))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(plain).__name__ == "Gemma3ForCausalLM"
+    assert (plain(tokens).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+# ---- Generated text ------------------------------------------------------------------------------
+
+@pytest.fixture
+def saes(model, tokens):
+    """SAEs of a model whose EOS does not come up in what is generated here."""
+    saes = {1: random_sae("topk", model), 2: random_sae("jumprelu", model)}
+    model.config.__dict__["eos_token_id"] = 0
+    seen = [without_cache(model, tokens, 12, saes) for saes in (saes, {})]
+    unseen = set(range(3, 97)) - set(torch.cat(seen).flatten().tolist())
+    model.config.__dict__["eos_token_id"] = min(unseen)
+    return saes
+
+
+def test_it_is_greedy_and_new_positions_get_the_saes(model, tokens, saes):
+    found = generate(model, tokens, 12, saes)
+    assert torch.equal(found, without_cache(model, tokens, 12, saes))
+    assert not torch.equal(found, generate(model, tokens, 12))
+    assert torch.equal(generate(model, tokens, 0), tokens)
+    refuses("blocks 0 to 3", generate, model, tokens, 1, {4: saes[1]})
+
+    # Rows are independent, and prompts may be of any lengths.
+    lengths = [40, 23]
+    ragged = generate(model, tokens, 12, saes, lengths=lengths)
+    assert torch.equal(ragged[0], found[0])
+    alone = without_cache(model, tokens[1:, :23], 12, saes)
+    assert torch.equal(ragged[1, :35], alone[0])
+    assert (ragged[1, 35:] == model.config.eos_token_id).all()
+
+
+def test_a_row_ends_at_eos_or_where_it_is_told_to(model, tokens, saes):
+    free = generate(model, tokens, 12)
+    new = free[:, 40:].tolist()
+    model.config.__dict__["eos_token_id"] = eos = new[0][4]
+    first = new[0].index(eos)
+    found = generate(model, tokens[:1], 12)
+    assert torch.equal(found, free[:1, :40 + first + 1])
+    both = generate(model, tokens, 12)
+    assert (both[0, 40 + first:] == eos).all()
+
+    asked = []
+    stopped = generate(model, tokens, 12, stop=lambda row, ids: asked.append((row, len(ids))))
+    assert torch.equal(stopped, free) and sorted(asked) == [
+        (row, length) for row in (0, 1) for length in range(1, 13)]
+    assert generate(model, tokens, 12, stop=lambda row, ids: len(ids) == 3).shape == (2, 43)
+
+
+def test_a_temperature_draws_by_the_softmax_and_a_generator_repeats_it(model, tokens, saes):
+    def drawn(seed, temperature=0.7, prompts=tokens, count=4):
+        generator = torch.Generator().manual_seed(seed)
+        return generate(model, prompts, count, saes, temperature, generator)
+
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+    assert torch.equal(drawn(0, 1e-6), generate(model, tokens, 4, saes))
+    many = drawn(0, 0.7, tokens[:1, :8].expand(4000, -1), count=1)[:, 8]
+    p = (model(tokens[:1, :8], saes)[0, -1] / 0.7).softmax(-1)
+    found = many.bincount(minlength=97) / 4000
+    assert (found - p).abs().max() < 4 * (p * (1 - p) / 4000).sqrt().max()

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from lorasae.beyond.muon import Muon, muon, naive_orthogonal, orthogonal
-from lorasae.runs.config import Config
 
 SHAPES = [(6, 20), (20, 6), (6, 20), (6, 6), (3, 40), (20, 20)]
 
@@ -26,25 +25,6 @@ def test_matrices_of_one_shape_together_are_the_formula_one_by_one(steps):
         torch.testing.assert_close(found, expected)
     found, = orthogonal([torch.zeros(3, 5)], steps)     # A's gradient at the first step: B is 0
     assert not found.any()
-
-
-def test_the_formula_leaves_the_directions_and_evens_out_their_sizes():
-    torch.manual_seed(0)
-    P, Q = torch.linalg.qr(torch.randn(8, 8)).Q, torch.linalg.qr(torch.randn(32, 8)).Q
-    sizes = torch.logspace(0, -2, 8)
-    # diagonal, as P and Q are unchanged
-    found = P.T @ naive_orthogonal(P @ torch.diag(sizes) @ Q.T) @ Q
-    torch.testing.assert_close(found, torch.diag(found.diagonal()), atol=1e-5, rtol=0)
-    assert 0.6 < found.diagonal().min() and found.diagonal().max() < 1.3
-
-
-def test_a_step_moves_a_matrix_in_all_its_directions_at_about_one_speed():
-    torch.manual_seed(0)
-    matrix = torch.nn.Parameter(torch.zeros(8, 32))
-    matrix.grad = torch.diag(torch.logspace(0, -2, 8)) @ torch.linalg.qr(torch.randn(32, 8)).Q.T
-    muon([{"params": [matrix]}], Config(optimizer="muon", lr=1.0)).step()
-    speeds = torch.linalg.svdvals(matrix.detach()) / (0.2 * 32 ** 0.5)  # in steps of AdamW's size
-    assert 0.5 < speeds.min() and speeds.max() < 1.5
 
 
 def take_steps(seeds, optimisers, *weights):
@@ -87,17 +67,10 @@ def test_its_steps_and_state_are_those_of_pytorch_to_the_rounding_of_bf16(weight
     assert not any(map(torch.equal, continued, ours))                   # on with the momentum
 
 
-def test_a_group_of_its_own_has_the_same_bits_and_its_own_rate():
-    """As adapters side by side have."""
-    alone, _ = trained(Muon)
-    first, second = parameters(), parameters()
-    optimiser = Muon([{"params": first}, {"params": second, "lr": 0.02}], lr=0.01)
-    take_steps(range(4), [optimiser], first, second)
-    assert all(map(torch.equal, first, alone)) and not any(map(torch.equal, second, alone))
-
+def test_a_weight_without_a_gradient_stays():
     still, moving = (torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2))
     moving.grad = torch.randn(3, 4)
-    Muon([still, moving], lr=0.1).step()                # without a gradient, a weight stays
+    Muon([still, moving], lr=0.1).step()
     assert torch.equal(still, torch.ones(3, 4)) and not torch.equal(moving, torch.ones(3, 4))
 
 
@@ -117,5 +90,4 @@ def test_vectors_and_scalars_go_to_adamw_and_matrices_to_muon():
     again = muon([{"params": resumed}], how)
     again.load_state_dict(state)
     take_steps(range(2, 4), [again], resumed)
-    for found, expected in zip(resumed, apart):
-        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(resumed, apart)

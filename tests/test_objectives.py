@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers import on_cuda
 from lorasae import objectives
-from lorasae.objectives import (
-    capped, chunk_rows, linear_kl, naive_kl, pieces, token_losses)
-from on_cuda import OnCuda, on_cuda
+from lorasae.objectives import capped, linear_kl, naive_kl, token_losses
 
 
 def problem(N=37, D=24, V=101, dtype=torch.float32, distance=0.3):
@@ -143,13 +142,6 @@ def test_the_ways_of_cuda_give_the_same_losses_and_gradients(
     for found, bound in ((losses, 1e-4), (gradients, tolerance)):
         plain = [tensor.as_subclass(torch.Tensor) for tensor in found]
         torch.testing.assert_close(*plain, rtol=bound, atol=bound)
-
-
-def test_chunks_on_cuda_are_multiples_of_128_rows():
-    for V, rows in ((256_000, 512), (128_256, 1024), (32_768, 4096), (5_000_000, 128)):
-        weight = torch.empty(V, 1, device="meta").as_subclass(OnCuda)
-        assert chunk_rows(weight) == rows
-        assert pieces(torch.empty(rows, V, device="meta").as_subclass(OnCuda)) == [slice(0, rows)]
 
 
 @pytest.mark.cuda

@@ -1,13 +1,17 @@
-"""The paper by one command: one rule for claims, shared runs, and a stopped command continues."""
+"""The paper by one command: a rule for claims, shared runs, processes; a stopped one continues."""
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from helpers import command, misuse, read, refusal
-from test_grids import finish, in_this_process, miniature
+from test_grids import finish, in_this_process
 from lorasae.evals.common import Estimate
 from lorasae.io.files import write_json
 from lorasae.io.presets import PRESETS
@@ -15,14 +19,11 @@ from lorasae.paper import __main__ as paper
 from lorasae.paper import gap
 from lorasae.paper.results import Claim, by_chance, cell, intervals, over_seeds, table_of_claims
 from lorasae.paper.study import all_jobs, around, budget, evaluation, new_sae
+from lorasae.runs import commands
+from lorasae.runs.commands import Command, run_all
 
 PAPER = "lorasae.paper.__main__"
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def study(tmp_path):
-    return miniature(tmp_path)
 
 
 # ---- Claims --------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def test_a_claim_takes_the_verdict_of_more_than_half_of_its_cases():
     assert claim(yes, yes, noise).ours == "2 of 3 agree, 1 within noise"
     assert claim(no, no, none).ours == "2 of 3 differ, 1 no interval"
     assert claim(yes, yes, no, noise).verdict == "mixed"            # half is not enough
-    assert claim(none, none, yes).verdict == "no interval" and claim().verdict == "no interval"
+    assert claim(none, none, yes).verdict == "no interval"
     assert claim((None, None), (None, None)).ours == "2 of 2 no interval"
 
     tested, by_luck = by_chance([claim(yes, none, (None, None)), claim(*[noise] * 39)])
@@ -87,9 +88,11 @@ def test_trainings_and_evaluations_are_commands(study):
     of_job = evaluation(job, "lm", limit=3)
     assert of_job.command.line() == f"python eval.py {made.folder} --suite lm --limit 3"
     assert of_job.command.done == made.folder / "eval-lm.json"
-    assert budget(study, gap.ONE_BLOCK).endswith("60,000 tokens (the paper: 15M). Seeds: 0, 1.")
-    said = budget(study, gap.SCALING)
-    assert said.startswith("SAEs train on 400,000 tokens. Adapters") and "Seeds: 42." in said
+    assert budget(study, gap.ONE_BLOCK) == {
+        "sae_tokens": [], "adapter_tokens": [60_000], "seeds": [0, 1], "optimizer": "adamw",
+        "recipe": "tuned"}
+    made_by = budget(study, gap.SCALING)
+    assert made_by["sae_tokens"] == [400_000] and made_by["seeds"] == [42]
     write_json(made.folder / "config.json", {})
     assert made.line() == f"python train.py --resume {made.folder}"
 
@@ -98,7 +101,8 @@ def test_trainings_and_evaluations_are_commands(study):
     ("tiny-gemma-2", 24), ("gemma-2-2b", 27), ("/x/smollm2-135m-instruct", 11),
     ("gemma-3-270m", 8)])
 def test_parts_share_trainings_and_each_comes_after_what_it_needs(study, model, timed):
-    study = replace(study, model=model, sae_tokens=None, frontier_tokens=None, long_tokens=None)
+    study = replace(study, model=model, sae_tokens=None, frontier_tokens=None, long_tokens=None,
+                    data="/d")
     parts = paper.chosen(study, None)
     jobs = all_jobs(job for part in parts for job in part.jobs(study))
     options = {}
@@ -110,33 +114,10 @@ def test_parts_share_trainings_and_each_comes_after_what_it_needs(study, model, 
     assert place.keys() == jobs.keys()
     for done, job in jobs.items():
         assert all(place[needed.command.done] < place[done] for needed in job.needs)
+        assert job.suite or job.options["data"] == "/d"
         assert job.suite or Path(job.options["model"]).name in PRESETS
         assert "/x/" not in str(job.folder)
     assert sum(len(commands) for (_, shared), commands in stages if not shared) == timed
-
-
-def test_a_real_model_on_a_laptop(tmp_path, capsys):
-    """SAEs are trained here, around which all parts adapt; the long one's are shared."""
-    model, data = tmp_path / "smollm2-135m-instruct", tmp_path / "mix"
-    model.mkdir(), data.mkdir()
-    words = ["--model", model, "--data", data, "--dry-run", "--out", tmp_path / "out"]
-    command(PAPER, *words, "--only", "fig3,fig6,fig8,fig9,fig10")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
-    saes = [line for line in lines if " --method topk" in line]
-    assert len(saes) == 1 + 5 + 2                       # Figure 6 has two
-    assert sum("--tokens 2000000" in line for line in saes) == 1
-    assert all(f"--model {model} " in line and f"--data {data} " in line
-               for line in lines if "train.py" in line)
-    assert any("--layer 12 --width 4608 --l0 32 --tokens 400000" in line for line in lines)
-    assert sum("--rank 64 4 16" in line for line in lines) == 1
-    assert sum("--suite" in line for line in lines) == 2
-
-    command(PAPER, *words, "--only", "control", "--quick", "--other-data", data)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
-    assert sum("--method finetune --objective kl --sae" in line for line in lines) == 3
-    assert sum(f"--suite elsewhere --data {data}" in line for line in lines) == 9
-    assert "there is no such part" in refusal(PAPER, "--model", "gemma-3-270m", "--only", "fig6")
-    assert "--model gpt2: expected tiny-gemma-2, " in refusal(PAPER, "--model", "gpt2")
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -158,6 +139,8 @@ def test_every_figure_and_table_has_a_part_and_a_dry_run_shows_its_commands(caps
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
     out = tmp_path / "out"
     assert "choose from frontier, fig1" in refusal(PAPER, "--only", "fig2", "--out", out)
+    assert "there is no such part" in refusal(PAPER, "--model", "gemma-3-270m", "--only", "fig6")
+    assert "--model gpt2: expected tiny-gemma-2, " in refusal(PAPER, "--model", "gpt2")
     for option, value in ("--seeds", 0), ("--seeds", "9" * 30), ("--lora-tokens", "-3"):
         assert option in misuse(capsys, PAPER, option, value)
     for script, *more in ([PAPER, "--out"], ["lorasae.beyond.experiments", "recipe", "--out"],
@@ -197,7 +180,7 @@ def test_what_failed_is_left_out_by_name_and_the_rest_is_shown(study, monkeypatc
     assert "Fig. 9: The first block" in shown and "Fig. 6" not in shown
     found = read(study.folder / "numbers" / "one_block.json")
     assert (found["trainings"], found["trained_tokens"], found["seconds"]) == (4, 4000, 4.0)
-    assert "60,000 tokens" in found["budget"] and str(study.folder) not in str(found)
+    assert "60,000 tokens\n(the paper: 15M)" in page and str(study.folder) not in str(found)
 
     path = study.folder / "numbers/one_block.json"                  # earlier parts stay
     good = path.read_text()
@@ -240,3 +223,82 @@ def test_a_figure_from_its_commands_and_again_after_a_kill(tmp_path, monkeypatch
         del row["seconds"]                              # all else is the same
     assert again == numbers
     assert all((run / "results.json").stat().st_mtime_ns == before[run] for run in kept)
+
+
+# ---- Its commands as processes -------------------------------------------------------------------
+
+SCRIPT = '''
+import os, pathlib, sys, time
+word, folder = sys.argv[-2:]
+folder = pathlib.Path(folder)
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "words").write_text(" ".join(sys.argv[1:]))
+print(os.environ["OMP_NUM_THREADS"], sys.stdin.read())
+if word == "fail":
+    print("error: not this one\\nerror: too few tokens")
+    sys.exit("(--help lists the options)")
+if word == "killed":
+    os.kill(os.getpid(), 9)
+if word == "lazy":
+    sys.exit()
+if word == "slow":
+    time.sleep(100)
+(folder / "results.json").write_text("{}")
+'''
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Commands of a script that does what its word says: made("fail")."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
+
+    def make(word):
+        folder = tmp_path / "runs" / word
+        return Command("train.py", (word, str(folder)), folder)
+    return make
+
+
+def test_a_failure_has_a_reason_and_the_others_run(made, tmp_path, capsys):
+    asked = [made(word) for word in ("fail", "well", "killed", "lazy")]
+    failed = run_all(asked, 2, tmp_path / "logs")
+    log = tmp_path / "logs" / "runs-lazy-results.log"
+    assert failed == {
+        asked[0].done: "too few tokens",
+        asked[2].done: "signal 9 killed it (too little memory?), see "
+                       f"{log.parent}/runs-killed-results.log",
+        asked[3].done: f"see {log}",
+    }
+    shown = capsys.readouterr().out
+    assert "of 4] runs-fail-results: failed: too few tokens" in shown
+    assert "runs-well-results: " in shown
+    assert log.read_text().split()[0].isdigit()         # its threads
+
+
+def test_what_is_finished_is_skipped_and_what_was_begun_is_resumed(made, tmp_path):
+    finished, begun = made("fail"), made("well")
+    for each, name in (finished, "results.json"), (begun, "config.json"):
+        each.folder.mkdir(parents=True)
+        (each.folder / name).touch()
+    assert run_all([finished, begun], 1, tmp_path / "logs") == {}
+    assert not (finished.folder / "words").exists()
+    assert (begun.folder / "words").read_text() == f"--resume {begun.folder}"
+    evaluation = Command("eval.py", ("--suite", "lm"), begun.folder, "eval-lm.json")
+    assert evaluation.to_run() == evaluation.words and evaluation.name == "runs-well-eval-lm"
+
+
+def test_an_interrupt_leaves_no_process_and_starts_no_more(made, tmp_path):
+    words = [f"commands.Command('train.py', ('slow', {str(tmp_path / name)!r}), "
+             f"commands.Path({str(tmp_path / name)!r}))" for name in ("a", "b")]
+    code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            f"from lorasae.runs import commands; commands.ROOT = commands.Path({str(tmp_path)!r}); "
+            f"commands.run_all([{', '.join(words)}], 1, commands.ROOT / 'logs')")
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
+    begun = time.monotonic()
+    while not (tmp_path / "a" / "words").exists():
+        assert time.monotonic() - begun < 120 and running.poll() is None
+        time.sleep(0.05)
+    os.kill(running.pid, signal.SIGINT)
+    _, errors = running.communicate(timeout=60)         # ends at once, without the 100 seconds
+    assert b"KeyboardInterrupt" in errors
+    assert not (tmp_path / "b").exists() and not (tmp_path / "a" / "results.json").exists()

@@ -48,14 +48,10 @@ def is_python(block):
 HERE, IN_PEFT, IN_NNSIGHT = filter(is_python, blocks(README) + blocks(ELSEWHERE))
 CHECKS = {                                              # what is run after the blocks
     "here": """
-losses = {name: lorasae.adapt.naive_loss(model, saes, tokens).item() for name, saes in
-          {"sae": {2: sae}, "half": {2: half}}.items()}
 with torch.no_grad(), lorasae.base(model):
     assert torch.equal(untouched, model(tokens)) and torch.equal(logits, model(tokens, {2: sae}))
-    assert torch.equal(closer, model(tokens, {2: half}))
-    distances = [(x - untouched).norm() for x in (logits, closer)]
     plain, with_sae = (lorasae.generate(model, tokens, 20, saes) for saes in ({}, {2: sae}))
-assert distances[1] < 0.8 * distances[0] and kl < 1
+assert kl < 1
 assert latents.shape == (1, 5, 1024) and strength == latents[0, -1, latent] > 0
 assert text.shape[1] <= 25 and not any(map(text.equal, (plain, with_sae)))
 """,
@@ -68,7 +64,6 @@ assert (adapted - logits).abs().max() > 1e-2 * expected.abs().max()
 assert (seen - adapted).abs().max() <= 1e-5 * adapted.abs().max()
 """,
 }
-
 
 NEEDED = {"here": [], "in peft": ["transformers", "peft"], "in nnsight": ["nnsight", "peft"]}
 
@@ -150,15 +145,14 @@ def found_at(name):
 OF_A_RUN = re.compile(r"^(runs|RUN_DIR|OUT)(/|$)|[A-Z]{3,}")      # written by a command
 PATH = re.compile(r"[\w./*-]+(\.(py|md|json|png|txt|toml|ini)|/)")
 PATHS = [span for span in SPANS if PATH.fullmatch(span) and not OF_A_RUN.search(span)]
-LINKS = sorted(set(re.findall(r"\]\(([^)#]+)", README)))
-
+LINKS = sorted(set(re.findall(r"\]\((?!https://)([^)#]+)", README)))
 
 SIZES = re.findall(r"^ {6}([\w/.]+) +([\d,]{3,}) ", README, re.M)       # in the annotated tree
 
 
 @pytest.mark.parametrize("name", [*PATHS, *LINKS])
 def test_a_path_or_a_link_exists(name):
-    assert name.startswith("https://") or (ROOT / name).exists() or found_at(name)
+    assert (ROOT / name).exists() or found_at(name)
 
 
 @pytest.mark.parametrize("name, lines", SIZES)

@@ -25,40 +25,17 @@ def texts_of(count, length, model, seed=0):
     return F.pad(tokens, (1, 0), value=model.config.bos_token_id)
 
 
-def adapt(model):
-    return adapted(model, [2, 3], std=0.1)
-
-
-def naive_log_likelihood(log_probs, tokens):
-    """Mean log p(token | those before): row t of log_probs [T, V] predicts tokens[t + 1]."""
-    return log_probs[:-1].gather(-1, tokens[1:, None]).mean()
-
-
 @pytest.mark.parametrize("alpha", [0, 2.5])
 def test_likelihoods_of_many_texts_are_those_of_each(model, alpha, monkeypatch):
     texts, v, layer = texts_of(5, 20, model), unit(model.config.hidden_size), 1
     monkeypatch.setattr(steering, "BATCH", 2)
     found = steering.log_likelihoods(model, texts, layer, v, (alpha, 0))
     for i, text in enumerate(texts):
-        tokens = text[None]
         every = {layer: lambda x: x + alpha * torch.outer(x[0] @ v, v)[None]}
-        logits = model(tokens, every)
-        expected = naive_log_likelihood(logits[0].double().log_softmax(-1), tokens[0])
+        log_p = model(text[None], every)[0].double().log_softmax(-1)
+        expected = log_p[:-1].gather(-1, text[1:, None]).mean()     # of the token after each
         assert found[0, i].item() == pytest.approx(expected.item(), abs=1e-5)
     assert torch.equal(found[0], found[1]) == (alpha == 0)
-
-
-def test_steering_multiplies_what_lies_along_the_latent_and_has_its_units():
-    x, v = torch.randn(2, 3, 8), unit(8)
-    steered = steering.steer(x, v, 2.0)
-    torch.testing.assert_close(steered @ v, 3 * (x @ v))
-    torch.testing.assert_close(steered - x, (x @ v)[..., None] * 2 * v)
-    assert torch.equal(steering.steer(x, v, 0), x)
-
-    # A change is in units in which the unsteered texts span 100
-    unsteered = torch.tensor([-5.0, -3.0, -1.0])
-    assert steering.change(unsteered, unsteered).tolist() == [0, 0, 0]
-    assert steering.change(torch.tensor([-3.0, -3.0, 0.0]), unsteered).tolist() == [50, 0, 25]
 
 
 def test_alpha_raises_positives_and_not_negatives():
@@ -72,10 +49,6 @@ def test_alpha_raises_positives_and_not_negatives():
         assert steering.tune(raised(*positives), raised(*negatives), alphas) == best
 
 
-def texts_for(model):
-    return {side: texts_of(12, 10, model, seed) for seed, side in enumerate(steering.SIDES)}
-
-
 def test_alpha_is_tuned_on_one_half_and_table_4_pairs_the_models_on_the_other(model, monkeypatch):
     tried = []
 
@@ -84,7 +57,9 @@ def test_alpha_is_tuned_on_one_half_and_table_4_pairs_the_models_on_the_other(mo
         return (2, 0.5)[len(tried) - 1]                     # of the base model; of the adapted one
 
     monkeypatch.setattr(steering, "tune", tune)
-    v, sets = unit(model.config.hidden_size, 3), texts_for(adapt(model))
+    adapted(model, [2, 3], std=0.1)
+    v = unit(model.config.hidden_size, 3)
+    sets = {side: texts_of(12, 10, model, seed) for seed, side in enumerate(steering.SIDES)}
     row = steering.compare(model, 1, v, sets)
     assert (row["alpha_base"], row["alpha_lora"]) == (2, 0.5)
     for i, (side, texts) in enumerate(sets.items()):
@@ -120,12 +95,11 @@ def planted(model):
     """A JumpReLU at layer 1, texts, and the highest activation of each latent in each text."""
     sae = random_sae("jumprelu", model, 40, std=1, seed=2)
     texts = texts_of(300, 12, model)
-    with torch.no_grad():
-        x = model.run(model.embed(texts), 0, 2)
-        pre = torch.stack([F.linear(row[1:], sae.W_enc) for row in x])  # [300, 12, 40], without BOS
-        sorted_ = pre.flatten(0, 1).sort(0).values          # latent i is to fire 3 (i + 1) times
-        sae.threshold.data = sorted_[-3 * torch.arange(1, 41), torch.arange(40)].clamp(min=0.1)
-        peak = torch.where(pre > sae.threshold, pre, 0).amax(1)
+    x = model.run(model.embed(texts), 0, 2)
+    pre = torch.stack([F.linear(row[1:], sae.W_enc) for row in x])      # [300, 12, 40], without BOS
+    sorted_ = pre.flatten(0, 1).sort(0).values              # latent i is to fire 3 (i + 1) times
+    sae.threshold.data = sorted_[-3 * torch.arange(1, 41), torch.arange(40)].clamp(min=0.1)
+    peak = torch.where(pre > sae.threshold, pre, 0).amax(1)
     return sae, texts, peak
 
 
@@ -157,7 +131,7 @@ def test_the_latents_chosen_fire_hard_in_enough_texts_but_in_few(planted):
 def setting(model, raw_config, tmp_path, planted):
     words = [f"x{i}" for i in range(1000)]
     text = toy_text(tmp_path, raw_config, words, "x0123456789", eval_tokens=14_000)
-    return Setting(adapt(model), {1: planted[0]}, text, Config(), tmp_path)
+    return Setting(adapted(model, [2, 3], std=0.1), {1: planted[0]}, text, Config(), tmp_path)
 
 
 @pytest.mark.parametrize("raw_config", ["gemma2", "llama"], indirect=True)

@@ -67,10 +67,10 @@ def test_losses_and_gradients_are_to_the_bit_those_of_each_alone(model, tokens, 
     kind = kind_of(model.train(), saes, found)
     part = kind.frozen(tokens)
     torch.manual_seed(7)
-    losses, values = kind.losses(part)
+    losses, _ = kind.losses(part)
     losses.sum().backward()
     drawn = torch.rand(1)               # each has drawn the same numbers, as one alone does
-    assert losses.shape == (len(RANKS),) and torch.equal(values["kl"], losses.detach())
+    assert losses.shape == (len(RANKS),)
     for loss, own in zip(losses, found):
         parameters = lora_parameters(own)
         attach_lora(model, own)

@@ -6,14 +6,12 @@ import os
 import struct
 import sys
 import time
-from functools import partial
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from zstandard import compress as zstd_compress
 
-from helpers import Hub, lines, one_line, refuses
+from helpers import lines, one_line, refuses
 from lorasae.errors import InputError
 from lorasae.io import text
 from lorasae.io.text import PIECE, documents_in, files, held_out
@@ -167,9 +165,7 @@ def test_a_file_that_is_not_what_its_name_says(name, data, words, tmp_path):
     ('{"text": null}', "a string 'text'; its strings are: none (--field)"),
     ('{"text": ["a"]}', "a string 'text'"), ('{"TEXT": "a", "n": 1}', "its strings are: TEXT"),
     (json.dumps({f"key{i}": "a" for i in range(1000)}), "its strings are: key0, key1"),
-    ('{"text": "a"} {"text": "b"}', "Extra data"), ("{'text': 'a'}", "Expecting property name"),
-    ('{"text": oh}', "Expecting value"), ('{"text": "a\tb"}', "Invalid control character"),
-    ("[" * 100_000, "recursion depth"),
+    ('{"text": "a"} {"text": "b"}', "Extra data"), ("[" * 100_000, "recursion depth"),
     ('{"text": "a", "n": ' + "9" * 5000 + "}", "Exceeds the limit (4300 digits)"),
 ])
 def test_a_bad_line_of_json_is_told_by_its_number(bad, words, tmp_path):
@@ -191,17 +187,11 @@ PACKINGS = [("a.jsonl", bytes), ("a.jsonl.gz", gzip_compress), ("a.jsonl.zst", z
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    filesystem = huggingface_hub.HfFileSystem
-    with Hub() as server:
-        here = partial(filesystem, endpoint=server.url)
-        monkeypatch.setattr(huggingface_hub, "HfFileSystem", here)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.001))
-        monkeypatch.setattr(text, "HUB_BLOCK", 1000)
-        monkeypatch.setattr(text, "BLOCK", 500)
-        yield server
+def hub(server, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.001))
+    monkeypatch.setattr(text, "HUB_BLOCK", 1000)
+    monkeypatch.setattr(text, "BLOCK", 500)
+    return server
 
 
 @pytest.mark.parametrize("fault", [None, "drop", "busy"])

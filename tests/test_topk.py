@@ -5,11 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import refuses
+from helpers import on_cuda, refuses
 from lorasae import topk
-from on_cuda import on_cuda
-
-NAMES = ["x_hat", "values", "x", "W_enc", "b_enc", "W_dec", "b_dec"]
 
 
 def random(*shape, seed=0):
@@ -45,17 +42,16 @@ def outcome(step, tensors, k=8):
     return recon, values.sort(-1).values, *torch.autograd.grad(loss, tensors)
 
 
-def close(a, b, tolerance=1e-5, name="values"):
+def close(a, b, tolerance=1e-5):
     """Equal up to `tolerance` of the largest entry; exactly, where all are zero."""
     assert a.shape == b.shape
     scale = b.abs().max().item() if b.numel() else 0.0
-    torch.testing.assert_close(
-        a, b.to(a.dtype), rtol=0, atol=tolerance * scale, msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=tolerance * scale)
 
 
 def all_close(found, expected, tolerance=1e-5):
-    for name, a, b in zip(NAMES, found, expected, strict=True):
-        close(a, b, tolerance, name)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, tolerance)
 
 
 # ---- The k largest -------------------------------------------------------------------------------
@@ -114,9 +110,9 @@ def test_topk_ranks_nan_first_like_torch(nans):
     check_topk(x, 40)
 
 
-def test_topk_takes_any_leading_shape_and_stride():
+def test_topk_takes_any_stride():
     x = random(20000, 6, seed=4).T
-    for view in (x, x.reshape(2, 3, 20000)[:, ::2, 10:], x[0], x[:0]):
+    for view in (x, x[::2, 10:], x[:0]):
         check_topk(view, 16)
 
 
@@ -164,9 +160,8 @@ def test_ties_give_the_gradient_of_the_latents_that_were_kept():
     close(kept.sort(1).values, torch.topk(pre, 5).values.relu().sort(1).values)
     dense = topk.naive_decode(kept, indices, W_dec) + b_dec
     close(recon, dense)
-    for a, b in zip(torch.autograd.grad((recon ** 2).sum(), leaves),
-                    torch.autograd.grad((dense ** 2).sum(), leaves)):
-        close(a, b)
+    all_close(torch.autograd.grad((recon ** 2).sum(), leaves),
+              torch.autograd.grad((dense ** 2).sum(), leaves))
 
 
 def test_two_runs_agree_to_the_bit():
@@ -196,8 +191,7 @@ def test_only_one_output_used(pick):
     fast, dense = (
         torch.autograd.grad((step(*tensors, 8)[pick] ** 2).sum(), tensors, materialize_grads=True)
         for step in (topk.sae_step, topk.naive_step))
-    for a, b in zip(fast, dense):
-        close(a, b)
+    all_close(fast, dense)
 
 
 @both
@@ -208,8 +202,7 @@ def test_x_and_gradients_of_any_stride(step):
     for function in (step, topk.naive_step):
         recon = function(strided, *rest, 8)[0]
         results.append(torch.autograd.grad(recon.sum(), [strided, *rest]))  # gradient of stride 0
-    for a, b in zip(*results):
-        close(a, b)
+    all_close(*results)
     # stored column by column
     turned = [t.detach().T.contiguous().T if t.dim() == 2 else t for t in rest]
     close(step(strided, *turned, 8)[0], topk.naive_step(strided, *rest, 8)[0])
@@ -260,8 +253,7 @@ def test_auxk_gradients_equal_dense_autograd(dead, k):
         assert not alone[0][~mask].any() and not alone[2][~mask].any()
         total = ((recon - x) ** 2).sum() + aux_loss / 32
         results.append([aux_loss, *alone, *torch.autograd.grad(total, tensors)])
-    for a, b in zip(*results):
-        close(a, b)
+    all_close(*results)
     none = torch.zeros_like(mask)                       # without dead latents it adds nothing
     assert not topk.aux_decode(x, W_enc, b_enc, W_dec, none, k).any()
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import (
-    command, metrics, misuse, products, read, refusal, transformers_model, words)
+from helpers import command, metrics, misuse, read, refusal, transformers_model, words
 from lorasae.io.saes import load_sae, save_sae
 from lorasae.runs import folder as run_folder
 from lorasae.runs.config import BOTH, OPTIONS, Config
@@ -34,8 +33,6 @@ def test_a_run_says_where_it_writes_how_far_it_is_and_what_it_found(site, tmp_pa
     lines = printed.out.splitlines()
     assert printed.err == ""                            # not a terminal: no progress bar
     assert lines[0] == f"writing to {run}/"
-    assert lines[1].endswith("paper: adamw at 0.001, dropout 0.1")
-    assert lines[5].endswith(" 20 of 2 x 32 tokens, 1,280 in all")
     tenths = re.findall(r"^ *(\d+)%  step (\d+) of 20  ", printed.out, re.MULTILINE)
     assert tenths == [(f"{10 * i}", f"{2 * i}") for i in range(1, 11)]
     assert any(line.startswith("with SAE + LoRA") for line in lines)
@@ -80,12 +77,6 @@ def test_eval_finds_in_a_runs_files_what_training_found(finished, tmp_path, kind
         assert len(names) >= (4 if kind in ("topk", "jumprelu", "e2e") else 6)
 
 
-def test_another_seed_gives_another_adapter(site, finished, tmp_path):
-    """And the same one the same: tests/test_resume.py."""
-    command("train", *words(site, "lora", "--seed", 2), "--out", tmp_path / "other")
-    assert products(tmp_path / "other") != products(finished("lora"))
-
-
 MODES = {"several": "lora", "both": BOTH}               # of the kinds of runs; others are their own
 OUTSIDE = ("check", "__post_init__")                    # which see every field
 
@@ -115,11 +106,6 @@ def test_eval_needs_neither_the_text_nor_the_first_folder(site, tmp_path, monkey
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "there")
     command("train", *words(".", kind, "--tokens", 128), "--out", "run")
-    config = read("run" / Path("config.json"))
-    assert config["model"] == str(tmp_path / "there/gemma2")
-    assert config["sae"] == [str(tmp_path / "there/gemma2/sae")]
-    assert config["data"] == str(tmp_path / "there/text")
-
     shutil.move(tmp_path / "there/run", tmp_path / "here/run")
     shutil.rmtree(tmp_path / "there/text")
     monkeypatch.setenv("HOME", str(tmp_path / "here"))
@@ -147,9 +133,8 @@ def test_a_merged_run_loads_in_transformers_with_the_adapted_logits(site, model,
     command("train", "--merge", run)
     oracle = transformers_model(run / "merged")
     tokens = torch.randint(3, 97, (2, 40))
-    with torch.no_grad():
-        adapted = load_adapter(load_model(site / model), run / "adapter").eval()(tokens)
-        assert (oracle(tokens).logits - adapted).abs().max() <= 1e-4
+    adapted = load_adapter(load_model(site / model), run / "adapter")(tokens)
+    assert (oracle(tokens).logits - adapted).abs().max() <= 1e-4
     assert (run / "merged/tokenizer.json").exists()
     assert "merged already exists" in refusal("train", "--merge", run)
 
@@ -158,30 +143,6 @@ def test_a_merged_run_loads_in_transformers_with_the_adapted_logits(site, model,
 
 SPOILT = {name: (DAMAGES | JSONS)[name]
           for name in ("half", "garbage", "a folder", "null", "a list", "deep")}
-FILES = (                               # adapters and SAEs: tests/test_bad_files.py
-    "config.json", "metrics.jsonl", "results.json", "sequences.json", "adapter/adapter_config.json",
-    "text/text.json", "text/held-out.npy")
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_spoilt_file_is_one_line_that_names_it_or_changes_nothing(finished, tmp_path, name):
-    for damage, spoil in SPOILT.items():
-        if damage in JSONS and not name.endswith(".json"):
-            continue
-        run = Path(shutil.copytree(finished("both"), tmp_path / damage))
-        spoil(run / name)
-        try:
-            command("eval", run)
-        except SystemExit as stopped:
-            line = stopped.code
-            assert line.startswith("error: ") and "\n" not in line and str(run) in line, damage
-            assert not (run / "eval-fidelity.json").exists()
-        else:
-            again = read(run / "eval-fidelity.json")
-            assert again["kl_adapted"] == read(finished("both") / "results.json")["kl_adapted"]
-            assert name in ("metrics.jsonl", "results.json"), damage
-
-
 FACTS = [                               # command, kind of run, file, a key of it
     ("--suite tenths", "topk", "sae-50pct/training.json", "tokens"),
     ("--suite fidelity", "both", "sequences.json", "before"),
@@ -220,7 +181,7 @@ def test_an_sae_of_another_model_or_without_use_is_a_warning(site, tmp_path, cap
     arguments = words(site, "lora", "--tokens", 64, "--sae", tmp_path / "sae")
     command("train", *arguments, "--out", tmp_path / "run")
     less, other = capsys.readouterr().err.splitlines()
-    assert less.startswith("warning: the SAE at layer 1 explains less than its mean would")
+    assert less.startswith("warning: the SAE at layer 1 explains less than the mean activation")
     assert "was trained on google/gemma-9, as its file says, not on" in other
 
 
@@ -242,15 +203,11 @@ LATE = (                                                # --dry-run knows nothin
 
 
 @pytest.mark.parametrize("change, message", [
-    (["--model", "no-such-model"], "there is no model no-such-model"),
     (["--model", "bare"], "config.json"),
-    (["--sae", "no-such-sae"], "there is no SAE no-such-sae"),
     (["--sae", "narrow"], "reads activations of width 40, but the model's have 48"),
     (["--sae", "narrow", "narrow"], "--sae names 2 SAEs for --layer 1"),
     (["--layer", 4], "--layer 4 is out of range"),
-    (["--rank", 0], "options: --rank is 0, but should be a whole number, at least 1"),
     (["--width", 64], "--width 64: the SAE has 128 latents"),
-    (["--sae-lr", 1], "--sae-lr has no effect with --method lora: leave it out, or pass --train-"),
     (["--train-sae", "--sae-lr", 1, "--thresholds", "frozen"], "this SAE has none; leave it out"),
     (["--device", "cuda:99"], LATE[2]), (["--shard"], LATE[3]),
     (["--adapt", "3-5"], "or block numbers such as 3 4 5"),
@@ -283,22 +240,17 @@ def test_mistakes_are_one_line_and_leave_nothing(site, tmp_path, monkeypatch, ch
 
 
 @pytest.mark.parametrize("given, message", [
-    (["--tokens", "many"], "'many' is not a positive number of tokens, such as 15M, 1.5e6"),
     (["--eval-tokens", "-5"], "'-5' is not"),
     (["--rank", "²"], "--rank: expected a whole number, not '²'"),
     (["--lr", "fast"], "--lr: expected a number, not 'fast'"),
     (["--l0", "x" * 5000], "--l0: expected a number, not 'xxxxxxx"),
-    (["--out", ""], "--out: expected a path, not ''"),
     (["--lr", "1e-3,5e-4"], "'1e-3,5e-4'; separate values by spaces"),
     (["--targets", "q_proj,v_proj"], "separate values by spaces"),
     (["--method", "magic"], "--method: invalid choice: 'magic'"),
-    (["--targets", "head"], "--targets: invalid choice: 'head'"),
-    (["--nothing", "1"], "unrecognized arguments: --nothing 1"),
     (["--tok", "5"], "unrecognized arguments: --tok 5"),
     (["--out"], "--out: expected one argument"),
     (["--resume", "run", "--lr", "1"], "--resume takes every other argument from the run's "
-     "config.json: leave out --lr"),
-    (["--merge", "run", "--device", "cpu"], "--merge takes every other argument")])
+     "config.json: leave out --lr")])
 def test_what_cannot_be_read_has_status_2(capsys, tmp_path, monkeypatch, given, message):
     monkeypatch.chdir(tmp_path)
     assert message in misuse(capsys, "train", *given) and not list(tmp_path.iterdir())

@@ -54,14 +54,12 @@ def test_the_readme_tells_of_every_variant():
 # ---- In the copy ---------------------------------------------------------------------------------
 
 def gemma():
-    """A model, tokens, and a TopK SAE of block 1 that leaves BOS alone."""
+    """A model, tokens, and a TopK SAE of block 1 that leaves BOS and EOS alone."""
     from conftest import GEMMA, write_model
-    from helpers import random_sae
+    from helpers import random_sae, some_tokens
     from lorasae import load_model
     model = load_model(write_model(Path("model"), GEMMA, scale=0.15))
-    tokens = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(1))
-    tokens[:, 0] = model.config.bos_token_id
-    return model, tokens, random_sae("topk", model, on_special=False)
+    return model, some_tokens(model), random_sae("topk", model, on_special=False)
 
 
 def close(found, expected, tolerance=1e-5):
@@ -105,7 +103,8 @@ def error_term():
     model, tokens, sae = gemma()
     x = model.run(model.embed(tokens), 0, 2)
     spliced = (x + sae(x)) / 2
-    spliced[:, 0] = x[:, 0]
+    special = model.special(tokens)
+    spliced[special] = x[special]
     close(model(tokens, {1: sae}), model.logits(model.run(spliced, 2, 4)))
     half = naive_loss(model, {1: sae}, tokens)
     sae.error = 0.0
