@@ -64,8 +64,8 @@ def arguments(argv):
     add("--merge", metavar="RUN_DIR", type=local, help="fold that run's adapters into its model, "
         "write RUN_DIR/merged/, and stop")
     add("--publish", metavar=("RUN_DIR", "OWNER/NAME"), nargs=2, help="upload that run's adapters "
-        "or SAE to the Hub, with a model card; --model and --sae say what is there under other "
-        "names than the run knows")
+        "or SAE to the Hub, with a model card; --model and --sae give their names on the Hub, "
+        "if the run knows them by others")
     add("--card", metavar="RUN_DIR", type=local, help="print that model card, and stop")
     add("--list", action="store_true", help="print the presets with their SAEs, sizes and "
         "licences, and stop")
@@ -139,7 +139,7 @@ def report(results, folder, config):
         facts.append(f"dead latents {results['dead_latents']:.1%}")
     print("   ".join(facts))
 
-    print(f"{folder}/ holds it all; python eval.py {folder} recomputes the table")
+    print(f"{folder}/ holds everything; python eval.py {folder} recomputes the table")
     if config.method != "lora":
         print(f"python train.py --model {config.model} --sae {folder} adapts the model around the "
               "SAE")

@@ -1,6 +1,7 @@
 """THE METHOD (paper §3.4): low-rank adapters fit a model to its frozen SAEs.
 
-They minimise KL(base ‖ adapted with SAE), Eq. 7.
+They minimise KL(base ‖ adapted with SAE) = Σ p log(p / q), with p of the base model. The paper
+writes KL(ŷ, y) (Eq. 7); this is what its code computes.
 
     naive_loss, naive_train         Eq. 7 as written, and the loop that minimises it: read these
                                     first
@@ -15,19 +16,18 @@ What the paper's symbols are called here:
     M, the base model           the model with its adapters switched off, `with base(model):`
     M adapted, with its SAE     the same model, adapters on, SAEs spliced in
     A, B of every W (Eq. 1)     an adapter; all of them are `lora_parameters(model)`
-    x_1 .. x_i before the SAE   the prefix: frozen blocks whose output both models share
-    y, ŷ (Eq. 7)                softmax(head(target)) and softmax(head(hidden)), which exist for
-                                one chunk of tokens at a time
-    (none)                      the frozen part of a step: what no adapter changes
+    h_1 .. h_i                  the prefix: the blocks before the first adapter, up to the first
+                                SAE, which both models share; empty if block 0 is adapted
+    y, ŷ (Eq. 7)                softmax(cap(head(target))) and softmax(cap(head(hidden))), which
+                                exist for one chunk of tokens at a time
+    (none)                      `part`, a FrozenPart: what the frozen model computes for a step
 
 A layer is the number of a block, from 0.
 Shapes: B batch, T tokens, D d_model, S adapted models side by side.
 """
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from lorasae.errors import InputError
@@ -57,9 +57,9 @@ def naive_train(model, saes, batches, lr=5e-5, weight_decay=0.01, clip=1.0):
     parameters = lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
 
-    model.train()                                               # dropout on
     for tokens in batches:
-        # Eq. 7, summed over the tokens of a sequence and averaged over sequences.
+        # Eq. 7, with dropout, summed over a sequence's tokens and averaged over sequences.
+        model.train()
         loss = naive_loss(model, saes, tokens) / len(tokens)
         loss.backward()
 
@@ -67,16 +67,18 @@ def naive_train(model, saes, batches, lr=5e-5, weight_decay=0.01, clip=1.0):
         torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         optimizer.zero_grad()
+        model.eval()
         yield loss.item() / tokens.shape[1]
-    model.eval()
 
 
 # ---- The same without waste ----------------------------------------------------------------------
 
 class FrozenPart(NamedTuple):
     """Outputs of the frozen model that one training step uses."""
-    x: torch.Tensor             # [B, T, D] input of the first block that differs, SAE spliced in
-    target: torch.Tensor | None     # [B, T, D] the base model's final hidden state
+    x: torch.Tensor             # [B, T, D] where the prefix ends; reconstructed already, if a
+                                # frozen SAE is there
+    target: torch.Tensor | None     # [B, T, D] the base model's final hidden state; None if the
+                                    # loss needs no logits
     special: torch.Tensor       # [B, T] bool: BOS and EOS positions
 
 
@@ -85,10 +87,10 @@ def first_differing(model, saes):
 
     The blocks before it run once, for both. The SAE of an MLP lies inside its block.
     """
-    first = blocks_with_adapters(model)
+    differing = blocks_with_adapters(model)
     for layer, sae in saes.items():
-        first.append(layer if is_in_mlp(sae) else layer + 1)
-    return min(first, default=len(model.layers))
+        differing.append(layer if is_in_mlp(sae) else layer + 1)
+    return min(differing, default=len(model.layers))
 
 
 @torch.no_grad()
@@ -100,9 +102,10 @@ def frozen_forward(model, saes, tokens, first):
         last = model.run(x, first, len(model.layers))
         target = model.norm(last)
 
+    # Eq. 5, if the prefix ends with an SAE. (That of an MLP lies in block `first` or later.)
     special = model.special(tokens)
     if first - 1 in saes:
-        x = splice(x, saes[first - 1], special)                 # Eq. 5, where the prefix ends
+        x = splice(x, saes[first - 1], special)
     return FrozenPart(x, target, special)
 
 
@@ -113,7 +116,7 @@ def adapted_loss(model, saes, part, first, config):
 
 
 def objective(model, part, hidden, config):
-    """What every training mode minimises (adapters, end-to-end SAEs, finetuning): Eq. 7.
+    """Eq. 7, which adapters, end-to-end SAEs and finetuning share.
 
     hidden: the final hidden state with adapters and SAEs, [B, T, D], or [S, B, T, D] of several
     adapted models. Returns (loss, {name: value}): the loss is summed over tokens, a scalar or [S];
@@ -178,19 +181,6 @@ def split(part, size):
     return [FrozenPart(*tensors) for tensors in zip(*pieces)]
 
 
-def learning_rate(lr, step, config):
-    """The rate of step 0, 1, ...: constant, as published, or falling linearly to 0."""
-    if not config.lr_decay:
-        return lr
-    return lr * (1 - step / config.steps)
-
-
-def step_seed(seed, step, number=0):
-    """Seed for the dropout of a step in process `number`: a resumed run draws the same masks."""
-    sequence = np.random.SeedSequence([seed, step, number])
-    return int(sequence.generate_state(1, np.uint64)[0])
-
-
 # ---- Which blocks --------------------------------------------------------------------------------
 
 def blocks_to_adapt(words, saes, depth):
@@ -225,23 +215,3 @@ def blocks_to_adapt(words, saes, depth):
         raise InputError(f"no block comes after the SAE at layer {max(saes)}: "
                          "pass --adapt all, or another --layer")
     return list(blocks)
-
-
-# ---- Compilation ---------------------------------------------------------------------------------
-
-@contextmanager
-def compiled_blocks(model, backend="inductor"):
-    """Runs the blocks through torch.compile inside the `with`.
-
-    Graph breaks raise instead of falling back to eager.
-    """
-    # One graph per kind of block, shape and role.
-    with torch._dynamo.config.patch(recompile_limit=64):
-        for block in model.layers:
-            block.forward = torch.compile(
-                block.forward, fullgraph=True, dynamic=False, backend=backend)
-        try:
-            yield
-        finally:
-            for block in model.layers:
-                del block.forward                               # uncovers the class's own

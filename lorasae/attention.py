@@ -87,19 +87,24 @@ class Positions(NamedTuple):
 def positions(config, start, x):
     """The Positions start .. start + T - 1 of x [B, T, D]."""
     C, local_theta = config.head_dim, config.local_rope_theta
-    rotary = local = rotary_table(C, config.rope_theta, config.rope_scaling, start, x)
+    rotary = local = cos_and_sin(C, config.rope_theta, config.rope_scaling, start, x)
     if local_theta is not None:
-        local = rotary_table(C, local_theta, None, start, x)
-    return Positions(rotary, local, flex_masks(config, x))
+        local = cos_and_sin(C, local_theta, None, start, x)
+
+    masks = {}
+    if x.is_cuda and config.sliding_window is not None:
+        for window in (None, config.sliding_window):
+            masks[window] = flex_mask(x.shape[1], window, x.device)
+    return Positions(rotary, local, masks)
 
 
-def rotary_table(C, theta, scaling, start, x):
+def cos_and_sin(C, theta, scaling, start, x):
     """cos and sin of the angles at positions start .. start + T - 1 of x [B, T, D], [T, C] each.
 
     The frequencies are θ^(-2i/C) radians per position, in fp32: bf16 would turn late positions
     wrongly. scaling: None, or a RopeScaling or LinearScaling (family.py).
     """
-    even = torch.arange(0, C, 2, device=x.device, dtype=torch.int64)
+    even = torch.arange(0, C, 2, device=x.device)
     frequencies = 1.0 / theta ** (even.float() / C)
     if scaling is not None:
         frequencies = scaling.scaled(frequencies)
@@ -121,7 +126,9 @@ def rotate(x, rotary):
 # ---- Attention -----------------------------------------------------------------------------------
 
 def naive_attention(q, k, v, scale, softcap=None, window=None):
-    """softmax(mask(cap · tanh(q kᵀ scale / cap))) v: first the soft-cap, then the mask; in fp32.
+    """softmax(mask(cap · tanh(q kᵀ scale / cap))) v: first the soft-cap, then the mask.
+
+    The softmax is in fp32.
 
     q [B, H, T, C], k and v [B, G, S, C] -> [B, H, T, C].
     """
@@ -222,16 +229,14 @@ def blockwise_attention(q, k, v, scale, softcap, window, rows):
         if window is not None:
             first_key = max(0, S - T + start + 1 - window)
 
-        queries = q[:, :, start:stop]
-        keys = k[..., first_key:last_key]
-        scores = queries @ keys
+        scores = q[:, :, start:stop] @ k[..., first_key:last_key]
         if softcap is not None:
             scores = 2 * softcap * scores.sigmoid()
 
         # A small mask of 0 and -∞, which the sum spreads over batch and heads.
-        hidden = ~causal_mask(stop - start, last_key - first_key, window, q.device)
-        mask = torch.zeros(hidden.shape, device=q.device)
-        scores += mask.masked_fill_(hidden, -torch.inf)
+        unseen = ~causal_mask(stop - start, last_key - first_key, window, q.device)
+        mask = torch.zeros(unseen.shape, device=q.device)
+        scores += mask.masked_fill_(unseen, -torch.inf)
 
         weights = scores.softmax(dim=-1).to(v.dtype)
         parts.append(weights @ v[:, :, first_key:last_key])
@@ -261,15 +266,6 @@ def flex_attention(q, k, v, scale, softcap, mask):
         enable_gqa=True,
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
-
-
-def flex_masks(config, x):
-    """{window: mask} for x [B, T, D], with a window and without; on CUDA, if blocks have windows.
-    """
-    if not x.is_cuda or config.sliding_window is None:
-        return {}
-    windows = (None, config.sliding_window)
-    return {window: flex_mask(x.shape[1], window, x.device) for window in windows}
 
 
 @lru_cache(maxsize=4)

@@ -36,7 +36,9 @@ RAMP = 0.2              # the part of a run over which the L0 asked for falls to
 # `world` holds the processes that share a step's tokens: world.sum adds a value over all of them.
 
 def fvu(x_hat, x, world=ALONE):
-    """Fraction of variance unexplained, Σ‖x - x̂‖² / Σ‖x - x̄‖²; x, x̂ [N, D], x̄ the mean of x."""
+    """Fraction of variance unexplained: §3.1's ‖x - x̂‖², summed over tokens and divided by
+    Σ‖x - x̄‖², as in the published code. x, x̂ [N, D]; x̄ the mean of x.
+    """
     count = x.new_full((), len(x))
     mean = world.sum(x.sum(0)) / world.sum(count)
     error = world.sum((x - x_hat).square().sum())
@@ -61,7 +63,7 @@ def aux_loss(e_hat, x_hat, x, world=ALONE):
 def new_sae(method, d_model, width, k, on_special=None):
     """A fresh SAE: W_enc uniform in ±1/√D and W_dec its rows at norm 1; `begin` does the rest.
 
-    End to end, a TopK trains, as in the paper.
+    End to end it is a TopK SAE, as in the paper.
     """
     kind = "topk" if method == "e2e" else method
     sae = KINDS[kind](d_model, width, k, on_special=on_special)
@@ -125,8 +127,8 @@ def observe(model, sae, layer, tokens, end_to_end):
 class InTraining(StandIn):
     """Stands in for an SAE while it trains: x [B, T, D] -> x̂, with the gradients of training_step.
 
-    Positions that the SAE is not trained on stay as they are. After the call, `x` and `x_hat`
-    [N, D], `fired` [M] and `active` tell the losses what happened.
+    Positions that the SAE is not trained on stay as they are. After the call it holds `x` and
+    `x_hat` [N, D], `fired` [M] (on how many tokens each latent fired) and `active` (their sum).
     """
 
     def __init__(self, sae, special, bandwidth):
@@ -136,15 +138,16 @@ class InTraining(StandIn):
 
     def __call__(self, x):
         used = used_positions(self.sae, x, self.special)
-        self.x = x[used].float()
+        places = used.nonzero(as_tuple=True)                    # a GPU waits here, once
+        self.x = x[places].float()
         made = self.sae.training_step(self.x, self.bandwidth)
         self.x_hat, self.fired, self.active = made
-        return x.index_put((used,), self.x_hat.to(x.dtype))
+        return x.index_put(places, self.x_hat.to(x.dtype))
 
 
 # ---- One step ------------------------------------------------------------------------------------
 
-def take_step(model, sae, layer, seen, step, training, config, world=ALONE):
+def take_step(model, sae, layer, part, step, training, config, world=ALONE):
     """One Adam step on a FrozenPart -> {name: value}: losses, and the norm before clipping.
 
     The loss is the FVU, or end to end Eq. 7. If gradients reach L0, a penalty holds it at the L0
@@ -152,17 +155,17 @@ def take_step(model, sae, layer, seen, step, training, config, world=ALONE):
     """
     *parameters, idle = training.tensors
 
-    # The reconstruction takes the place of the activation.
+    # The reconstruction takes the place of the activation. ε is in the unit of the vectors.
     unit = training.optimizer.param_groups[1]["unit"]
-    stand_in = InTraining(sae, seen.special, BANDWIDTH * unit)
-    spliced = splice(seen.x, stand_in)
+    stand_in = InTraining(sae, part.special, BANDWIDTH * unit)
+    spliced = splice(part.x, stand_in)
     x = stand_in.x
     x_hat = stand_in.x_hat
-    if seen.target is None:
+    if part.target is None:
         loss = fvu(x_hat, x, world)
         values = {"fvu": loss.detach()}
     else:
-        loss, values = end_to_end_loss(model, layer, seen, spliced, config, world)
+        loss, values = end_to_end_loss(model, layer, part, spliced, config, world)
 
     # L0, over all processes.
     tokens = world.sum(x.new_full((), len(x)))
@@ -181,7 +184,7 @@ def take_step(model, sae, layer, seen, step, training, config, world=ALONE):
         e_hat = topk.aux_decode(
             read, sae.W_enc, sae.b_enc, sae.W_dec, dead, half)
         loss = loss + AUX_WEIGHT * aux_loss(e_hat, x_hat, x, world)
-    left_out = 1 - tokens / (seen.special.numel() * world.count)
+    left_out = 1 - tokens / (part.special.numel() * world.count)
     values |= {"l0": l0.detach(), "dead": dead.float().mean(), "left_out": left_out}
 
     # The gradient, clipped.
@@ -190,21 +193,21 @@ def take_step(model, sae, layer, seen, step, training, config, world=ALONE):
     values["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip)
 
     # The step.
-    part = schedule(step, config.steps)
+    factor = schedule(step, config.steps)
     for group in training.optimizer.param_groups:
-        group["lr"] = config.lr * group["unit"] * part
+        group["lr"] = config.lr * group["unit"] * factor
     update(sae, training.optimizer)
     idle.add_(tokens.long()).masked_fill_(fired > 0, 0)
     return values
 
 
-def end_to_end_loss(model, layer, seen, spliced, config, world):
+def end_to_end_loss(model, layer, part, spliced, config, world):
     """The adapters' objective with nothing adapted (§3.2), summed over a sequence.
 
     spliced [B, T, D]: the output of the SAE's block, reconstructed. Returns (loss, {name: value per
     token}).
     """
-    total, sums = adapted_loss(model, {}, seen._replace(x=spliced), layer + 1, config)
+    total, sums = adapted_loss(model, {}, part._replace(x=spliced), layer + 1, config)
     B, T = config.batch_size, spliced.shape[1]
     loss = world.sum(total) / B
     values = {name: world.sum(value) / B / T for name, value in sums.items()}

@@ -108,9 +108,10 @@ class Block(nn.Module):
         attended = self.self_attn(self.input_layernorm(x), positions, cache)
         x = x + self.post_attention_layernorm(attended)
         y = self.mlp(self.pre_feedforward_layernorm(x))
-        if sae is not None and not sae.after_norm:
+        after_norm = getattr(sae, "after_norm", True)
+        if sae is not None and not after_norm:
             y = splice(y, sae, special)
         y = self.post_feedforward_layernorm(y)
-        if sae is not None and sae.after_norm:
+        if sae is not None and after_norm:
             y = splice(y, sae, special)
         return x + y

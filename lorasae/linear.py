@@ -61,8 +61,7 @@ class OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        _, weight_trains, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if weight_trains else None, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return product(x, weight, bias)
 
     @staticmethod

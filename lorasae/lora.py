@@ -25,9 +25,10 @@ TARGETS = (
 class LoRALinear(Linear):
     """y = W x + b + (alpha / R) · B A dropout(x)  (Eq. 1), with A [R, in] and B [out, R] in fp32.
 
-    W and b, the bias if there is one, are frozen in their own dtype. A starts uniform in ±1/√in and
-    B at zero, so that a fresh adapter is the identity. The low-rank product is computed in the
-    dtype of x; gradients and optimiser states stay fp32.
+    The letters are PEFT's: the paper's A is our B and its B our A. W and b, the bias if there is
+    one, are frozen in their own dtype. A starts uniform in ±1/√in and B at zero, so that a fresh
+    adapter is the identity. The low-rank product is computed in the dtype of x; gradients and
+    optimiser states stay fp32.
     """
     parts = ("lora_A.weight", "lora_B.weight")          # what trains, under PEFT's names
     peft = {}                                           # what adapter_config.json says besides
@@ -39,7 +40,7 @@ class LoRALinear(Linear):
         self.weight = frozen.weight
         self.bias = frozen.bias
 
-        # nn.Linear's own initialisation is uniform in ±1/√in.
+        # fp32 master weights, which `low_rank` casts. nn.Linear starts uniform in ±1/√in.
         masters = dict(bias=False, device=frozen.weight.device, dtype=torch.float32)
         self.lora_A = nn.Linear(self.in_features, rank, **masters)
         self.lora_B = nn.Linear(rank, self.out_features, **masters)

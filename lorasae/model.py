@@ -23,7 +23,7 @@ FAMILIES[gemma3.WITH_VISION] = gemma3
 
 
 class Transformer(nn.Module):
-    """x_0 = embed(tokens),  x_i = h_i(x_{i-1}),  y = softmax(head(norm(x_L)))  (Eq. 2-3)
+    """x_0 = embed(tokens),  x_i = h_i(x_{i-1}),  y = softmax(cap(head(norm(x_L))))  (Eq. 2-3)
 
     Weights have Hugging Face's names. `layer` counts blocks from 0, so SAE layer 12 reads the
     output of the 13th block. (The published code of Figure 6 hooks it a block late,
@@ -83,13 +83,13 @@ class Transformer(nn.Module):
         special [B, T]: `model.special(tokens)`, needed by SAEs that were trained without BOS and
         EOS. cache: an attention.Cache to extend; x then continues the positions it holds.
         """
-        begun = cache.length if cache is not None else 0
-        where = positions(self.config, begun, x)
+        first_position = cache.length if cache is not None else 0
+        places = positions(self.config, first_position, x)
         for layer in range(start, stop):
             sae = saes.get(layer)
-            inside = sae if is_in_mlp(sae) else None
-            x = self.layers[layer](x, where, cache, inside, special)
-            if sae is not None and inside is None:
+            mlp_sae = sae if is_in_mlp(sae) else None
+            x = self.layers[layer](x, places, cache, mlp_sae, special)
+            if sae is not None and mlp_sae is None:
                 x = splice(x, sae, special)                     # Eq. 5
         return x
 
@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         return self.run(x, 0, len(self.layers), saes, self.special(tokens), cache)
 
     def logits(self, x):
-        """Residual stream after the last block [B, T, D] -> logits [B, T, V], soft-capped if so."""
+        """Residual stream after the last block [B, T, D] -> logits [B, T, V], with its soft-cap."""
         return capped(linear(self.norm(x), self.head), self.softcap)
 
     def forward(self, tokens, saes={}, cache=None):

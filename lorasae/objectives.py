@@ -2,7 +2,7 @@
 
 The vocabulary is the largest dimension of all: for one Gemma-2 sequence the naive formula holds
 seven [1024, 256000] fp32 tensors. Here the logits of a few hundred tokens at a time are made,
-turned into losses and gradients, and dropped. Exercised by `python -m lorasae.bench kl`.
+turned into losses and gradients, and dropped. Its benchmark: `python -m lorasae.bench kl`.
 
 Suffix _p: base model; _q: adapted model. u are logits as the head gives them, z the same under the
 soft-cap, z = cap(u).
@@ -14,6 +14,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from lorasae.linear import linear_fp32
 
@@ -70,47 +71,48 @@ class LinearKL(torch.autograd.Function):
 
         chunk = chunk_rows(weight)
         for start in range(0, N, chunk):
-            # The base model's logits. Once for all adapted models, log p takes their place.
+            # The base model's logits; of the eager path log p, once for all adapted models.
             rows = slice(start, start + chunk)
-            base = linear_fp32(target[rows], weight)
+            of_base = linear_fp32(target[rows], weight)
             if not compiled:
-                for piece in pieces(base):
-                    base[piece] = log_probabilities(base[piece], softcap)
+                for piece in pieces(of_base):
+                    of_base[piece] = log_probabilities(of_base[piece], softcap)
 
             for s in range(S):
                 # The loss. It leaves the gradient of the logits in their place.
                 u_q = linear_fp32(hidden[s, rows], weight)
                 if compiled:
-                    totals[s] += compiled_kl()(base, u_q, softcap)
+                    totals[s] += compiled_kl()(of_base, u_q, softcap)
                 else:
                     for piece in pieces(u_q):
-                        totals[s] += kl_and_gradient(base[piece], u_q[piece], softcap)
+                        totals[s] += kl_and_gradient(of_base[piece], u_q[piece], softcap)
 
                 # Back through the head. The chunk is freed before the next one is made.
                 d_logits = u_q.to(weight.dtype)
                 gradient[s, rows] = linear_fp32(d_logits, weight.T)
                 del u_q, d_logits
-            del base
+            del of_base
 
         ctx.save_for_backward(gradient)
         return totals
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_totals):
         gradient, = ctx.saved_tensors
-        d_hidden = gradient * d_totals.to(gradient.dtype)[:, None, None]
-        return d_hidden, None, None, None, None
+        d_hidden = gradient * d_totals[:, None, None]           # in fp32, as d_totals
+        return d_hidden.to(gradient.dtype), None, None, None, None
 
 
-def log_probabilities(u_p, softcap):
-    """Uncapped fp32 logits of the base model [n, V] -> log p [n, V].
+def log_probabilities(u, softcap):
+    """Uncapped fp32 logits of a model [n, V] -> its log-probabilities [n, V].
 
     The soft-cap is c tanh(u / c) = 2c σ(2u / c) - c. No softmax sees the constant, and on a CPU σ
     takes a sixth of the time of tanh.
     """
     if softcap is None:
-        return u_p.log_softmax(-1)
-    sigmoid = torch.sigmoid(u_p * (2 / softcap))
+        return u.log_softmax(-1)
+    sigmoid = torch.sigmoid(u * (2 / softcap))
     return sigmoid.mul_(2 * softcap).log_softmax(-1)
 
 
@@ -153,7 +155,7 @@ def compiled_kl():
 
 
 class TokenLosses(NamedTuple):
-    """Losses in nats, [N] fp32 each."""
+    """Losses in nats, fp32, in the shape of the labels."""
     ce: torch.Tensor                    # -log q(label)
     kl: torch.Tensor | None             # KL(p ‖ q) to the base; None without a target
 
@@ -181,11 +183,11 @@ def token_losses(hidden, labels, weight, softcap=None, target=None):
 
         # Their losses, piece by piece.
         for piece in pieces(u_q):
-            log_q = capped(u_q[piece], softcap).log_softmax(-1)
+            log_q = log_probabilities(u_q[piece], softcap)
             label = labels[rows][piece]
             ce.append(-log_q.gather(-1, label[:, None])[:, 0])
             if target is not None:
-                log_p = capped(u_p[piece], softcap).log_softmax(-1)
+                log_p = log_probabilities(u_p[piece], softcap)
                 kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
 
     ce = torch.cat(ce).view(shape)

@@ -1,8 +1,8 @@
 """Sparse autoencoders: the TopK and JumpReLU equations (paper §3.1 and §3.3), and the splice.
 
-Both kinds store W_enc and W_dec as [M, D], one row per latent, and both read and write the
-residual stream at the output of a transformer block. Each kind owns its equation, start, training
-step, penalty and saved form. A new kind is one class here and one line in KINDS.
+Both kinds store W_enc and W_dec as [M, D], one row per latent (the paper's W_dec has one column).
+They read and replace the output of a block, or of its MLP. Each kind owns its equation, start,
+training step, penalty and saved form. A new kind is one class here and one line in KINDS.
 io/sae_readers.py maps the files of other projects onto them; dictionary.py trains them.
 
 Shapes: B batch, T tokens, D d_model, M latents, K active latents; N = B*T.
@@ -28,8 +28,8 @@ class SAE(nn.Module):
 
     W_enc, W_dec [M, D]; b_enc [M]; b_dec [D]. k: the number of active latents, for the kinds that
     fix it. on_special: whether the SAE was trained on BOS and EOS positions (None: as its kind is).
-    max_norm: it was not trained on activations of a larger norm, such as attention sinks (None: on
-    all). Positions that it was not trained on keep their activation when the SAE is spliced in.
+    max_norm: the largest norm of the activations that it was trained on: attention sinks have more
+    (None: any). Where it was not trained, splicing it in leaves the activation as it is.
     site: "resid", a block's output, or "mlp", what its MLP adds to the residual stream.
     """
     architecture = None                 # SAELens's name of the kind
@@ -64,11 +64,13 @@ class SAE(nn.Module):
         self.b_dec.copy_(geometric_median(x))
 
     def unit(self, x):
-        """The scale of biases and thresholds on activations x [N, D]: a factor of their rate."""
+        """The scale of activations x [N, D], by which the rate of biases and thresholds is
+        multiplied (dictionary.begin).
+        """
         return 1.0
 
     def penalty(self, l0, target):
-        """(L0 / target - 1)², which asks for an L0, where Eq. 6 has λ L0 and λ has to be found."""
+        """(L0 / target - 1)² in place of Eq. 6's λ L0: a target can be named, λ must be sought."""
         return (l0 / target - 1).square()
 
     def after_step(self):
@@ -88,7 +90,8 @@ class TopK(SAE):
     """z = TopK(ReLU(W_enc (x - b_dec) + b_enc))  (Eq. 4, Gao et al. 2024): the k largest survive.
 
     ReLU comes first, so fewer than k may be active. `forward` computes only the active latents
-    (topk.py); `encode` and `decode` are the same function written densely.
+    (topk.py); `encode` and `decode` are the same function written densely (in bf16, `encode`
+    selects among rounded pre-activations).
     """
     architecture = "topk"
     l0_is_bounded = True
@@ -192,7 +195,7 @@ class StandIn:
 
         StandIn(sae, lambda x: sae(x) + 0.5 * (x - sae(x)))
 
-    everywhere: its output replaces every position, and no position is left to `splice`.
+    everywhere: its output replaces every position, and the function decides which it changes.
     """
 
     def __init__(self, sae, function=None, everywhere=False):
@@ -204,8 +207,10 @@ class StandIn:
     def __call__(self, x):
         return self.function(x)
 
-    def __getattr__(self, name):
-        return getattr(self.sae, name)                  # site, on_special, W_dec, ...
+    def __getattr__(self, name):                        # site, on_special, W_dec, ...
+        if name == "sae":                               # a copy has none at first
+            raise AttributeError(name)
+        return getattr(self.sae, name)
 
 
 def is_in_mlp(sae):
@@ -237,10 +242,10 @@ def norms(x):
 # ---- Thresholds, the jump, and the median --------------------------------------------------------
 
 def first_thresholds(pre, l0):
-    """Those at which all latents fire equally often, with L0 = START_L0 · l0: pre [N, M] -> [M].
+    """Thresholds [M] at which all latents fire equally often on pre [N, M], L0 = START_L0 · l0.
 
-    If L0 were l0 from the first step, a third of the latents would fall below their thresholds for
-    good before they had trained.
+    If L0 started at l0, a third of the latents would fall below their thresholds for good before
+    they had trained.
     """
     # A latent's threshold is its highest pre-activation among the tokens that should not fire it:
     # the one after the `firing` largest.
@@ -253,9 +258,9 @@ class Jump(torch.autograd.Function):
     """pre [N, M], θ [M] -> latents pre · H(pre - θ) and gates H(pre - θ), both [N, M] (§3.3).
 
     A jump has no gradient that θ could follow, so θ gets the straight-through one of Rajamanoharan
-    et al. (2024), with K the rectangle that is 1 on (-½, ½) and ε the bandwidth:
+    et al. (2024), with rect(u) = 1 on (-½, ½), else 0, and ε the bandwidth:
 
-        ∂z/∂θ = -(θ/ε) K((pre - θ)/ε)        ∂H/∂θ = -(1/ε) K((pre - θ)/ε)
+        ∂z/∂θ = -(θ/ε) rect((pre - θ)/ε)     ∂H/∂θ = -(1/ε) rect((pre - θ)/ε)
 
     pre gets ∂z/∂pre = H, and nothing from the gates.
     """
@@ -284,7 +289,7 @@ def geometric_median(x, steps=100, tolerance=1e-6):
     guess = x.mean(0)
     for _ in range(steps):
         distances = (x - guess).norm(dim=1)
-        weights = 1 / distances.clamp(min=torch.finfo(x.dtype).tiny)
+        weights = 1 / distances.clamp(min=1e-12)
         last, guess = guess, weights @ x / weights.sum()
         if (guess - last).norm() <= tolerance * last.norm():
             break

@@ -52,12 +52,12 @@ def encode(x, W_enc, b_enc, k):
     Values are fp32, or fp64 if x is. The backward pass touches k latents per token, not M. With
     frozen weights it is one weighted sum of W_enc's rows per token.
     """
-    return Encode.apply(x, W_enc, b_enc, None, k, [])
+    return Encode.apply(x, W_enc, b_enc, None, k, None)
 
 
 def decode(values, indices, W_dec):
     """values, indices [N, k] -> Σ_k values · W_dec[indices]  [N, D]. b_dec is not added."""
-    return Decode.apply(values, indices, W_dec, [])
+    return Decode.apply(values, indices, W_dec, None)
 
 
 def sae_step(x, W_enc, b_enc, W_dec, b_dec, k):
@@ -90,19 +90,17 @@ def aux_decode(x, W_enc, b_enc, W_dec, dead, k):
 # ---- Selecting the k largest ---------------------------------------------------------------------
 
 def topk(x, k):
-    """x [..., M] -> values [..., k], indices [..., k]: torch.topk(x, k) up to order and ties.
+    """x [N, M] -> values [N, k], indices [N, k]: torch.topk(x, k) up to order and ties.
 
     As in torch.topk, NaN is larger than any number.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    parts = [rows]
+    parts = [x]
     if x.device.type == "cpu":
-        parts = rows.split(ROWS)
+        parts = x.split(ROWS)
 
     found = [topk_by_groups(part, k) for part in parts]
     values, indices = [torch.cat(each) for each in zip(*found)]
-    shape = (*x.shape[:-1], k)
-    return values.view(shape), indices.view(shape)
+    return values, indices
 
 
 def topk_by_groups(x, k):
@@ -233,7 +231,8 @@ def naive_dot(x, rows, indices):
 
 
 # ---- Forward and backward ------------------------------------------------------------------------
-# `shared` is a list through which the decoder's backward hands its sorted pairs to the encoder's.
+# `shared` is a list through which the decoder's backward hands its sorted pairs to the encoder's;
+# None inside a compiled block, where nothing may be handed on.
 
 class Encode(torch.autograd.Function):
     """The k largest of ReLU((x - b_dec) W_encᵀ + b_enc); b_dec may be None.
@@ -286,7 +285,8 @@ class Decode(torch.autograd.Function):
     def backward(ctx, grad):
         values, indices, W_dec = ctx.saved_tensors
         pairs = ByLatent(indices, len(W_dec))
-        ctx.shared.append(pairs)
+        if ctx.shared is not None:
+            ctx.shared.append(pairs)
         grad_values = pairs.dot(grad, W_dec).to(values.dtype)
         grad_W = pairs.sum(values, grad) if ctx.needs_input_grad[2] else None
         return grad_values, None, grad_W, None

@@ -72,10 +72,9 @@ def run_apart(args):
     print(get_pretty_env_info())                        # what figures depend on beside the code
     failed = []
     for section in SECTIONS:
-        words = [section, "--device", args.device, "--json", str(args.json)]
-        words += ["--quick"] * args.quick
+        command = [sys.executable, "-m", "lorasae.bench", section, "--device", args.device,
+                   "--json", str(args.json), *["--quick"] * args.quick]
         try:
-            command = [sys.executable, "-m", "lorasae.bench", *words]
             subprocess.run(command, timeout=LIMIT, check=True)
         except subprocess.SubprocessError as error:     # its status, or its time was up
             failed.append(f"{section} ({error})")
@@ -89,7 +88,7 @@ def measure(section, args, file):
     keep_freed_memory()
     rows = SECTIONS[section](args.device, args.quick)
     if section == "step" and args.model:
-        rows = chain(*(bench_real(folder, args.device, args.quick) for folder in args.model))
+        rows = chain(*(bench_real(folder, args.quick) for folder in args.model))
     before = {}
     for row in rows:
         show(row, before)

@@ -46,6 +46,7 @@ class Peer:
         self.spliced = False
         model.model.layers[case.layer].register_forward_hook(self.splice)
 
+        self.whole = model                              # into which PEFT puts its adapters
         self.model = get_peft_model(model, LoraConfig(
             task_type="CAUSAL_LM", r=case.rank, lora_alpha=32,
             lora_dropout=0.0 if tuned else DROPOUT, target_modules=list(TARGETS),
@@ -61,8 +62,8 @@ class Peer:
 
     def loss(self, tokens):
         """Σ_tokens KL(base ‖ adapted with SAE) / B."""
-        whole = self.model.base_model.model
-        run = whole.model if self.tuned else whole          # to the final hidden state, or logits
+        # To the final hidden state, or to logits.
+        run = self.whole.model if self.tuned else self.whole
         with torch.no_grad(), self.model.disable_adapter():
             base = run(input_ids=tokens)[0]
         self.spliced = True
@@ -75,10 +76,8 @@ class Peer:
 
     def chunked(self, base, adapted):
         """The sum of the KL of hidden states [N, D], whose gradient is made chunk by chunk."""
-        whole = self.model.base_model.model
-
         def logits(hidden):
-            return capped(whole.lm_head(hidden), self.cap)
+            return capped(self.whole.lm_head(hidden), self.cap)
 
         total, leaf = 0, adapted.detach().requires_grad_()
         for target, hidden in zip(base.split(CHUNK), leaf.split(CHUNK)):

@@ -29,19 +29,12 @@ def race(what, build, device, quick, tolerance=None, rounds=ROUNDS):
 
     build(device) -> {name: contender}, the last one ours; it is pickled, as another process
     measures memory. A contender is a function. Its answer, a list of tensors, is what it returns,
-    or what its own function `answer` returns. tolerance: see first_difference.
+    or what its own function `answer` returns. tolerance: see compare_answers.
     """
     torch.compiler.reset()                  # graphs of earlier races would count against the limit
     contenders = build(device)
+    compare_answers(what, contenders, tolerance)
     names = list(contenders)
-
-    # The answers.
-    reference = answer_of(contenders[names[0]])
-    for name in names[1:]:
-        complaint = first_difference(answer_of(contenders[name]), reference, tolerance)
-        if complaint:
-            raise RuntimeError(f"{what}: {name} disagrees with {names[0]}: {complaint}")
-    del reference
 
     # The times, in turns, so that a busy machine slows all of them. The first round warms up.
     seconds = {name: [] for name in names}
@@ -68,18 +61,22 @@ def answer_of(contender):
     return getattr(contender, "answer", contender)()
 
 
-def first_difference(answer, reference, tolerance=None):
-    """Which tensor is off by more than `tolerance`, relative to the norm of the reference's; or "".
+def compare_answers(what, contenders, tolerance):
+    """RuntimeError if a tensor of an answer is off by more than `tolerance`, relative to the norm
+    of the first contender's.
 
     The default is 1e-5, or 1e-4 on CUDA, which adds up 256,000 terms in another order than a CPU.
     """
+    (first, contender), *others = contenders.items()
+    reference = answer_of(contender)
     if tolerance is None:
         tolerance = 1e-4 if any(expected.is_cuda for expected in reference) else 1e-5
-    for number, (found, expected) in enumerate(zip(answer, reference)):
-        error = ((found - expected).norm() / expected.norm()).item()
-        if not error <= tolerance:                      # it may be NaN
-            return f"tensor {number} is off by {error:.1e}"
-    return ""
+    for name, contender in others:
+        for number, (found, expected) in enumerate(zip(answer_of(contender), reference)):
+            error = ((found - expected).norm() / expected.norm()).item()
+            if not error <= tolerance:                  # it may be NaN
+                raise RuntimeError(f"{what}: {name} disagrees with {first}: tensor {number} is off "
+                                   f"by {error:.1e}")
 
 
 # ---- Time ----------------------------------------------------------------------------------------
@@ -157,7 +154,7 @@ def peak_memory(build, name, device):
     """Bytes that one call of a contender adds at its peak, on a GPU or on Linux."""
     if device == "cuda":
         function = build(device)[name]
-        function()                                      # cuBLAS's workspace is nobody's own
+        function()                                      # cuBLAS's workspace does not count
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()

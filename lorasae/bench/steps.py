@@ -36,12 +36,12 @@ def bench_step(device, quick):
         yield flops_row(name, case)
 
 
-def bench_real(folder, device, quick):
+def bench_real(folder, quick):
     """The step of a real model beside its peers and its floor: the time of its matrix products."""
     for name, case in cases_of(folder).items():
-        floor = floor_seconds(Ours(case, *random_setting(case, device), (case.rank,)))
+        floor = floor_seconds(Ours(case, *random_setting(case, "cpu"), (case.rank,)))
         build = partial(lora_contenders, case)
-        for row in race(f"LoRA step, {name}", build, device, quick, 1e-3, rounds=3):
+        for row in race(f"LoRA step, {name}", build, "cpu", quick, 1e-3, rounds=3):
             yield {**row, "floors": row["ms"] / 1e3 / floor}
 
 
@@ -65,8 +65,8 @@ def bench_headline(device, quick):
         step()
         synchronise(device)
     yield with_rates(row, case, peak)
-    kernels = profile.key_averages()
-    print(kernels.table(sort_by=f"self_{device}_time_total", row_limit=20), flush=True)
+    print(profile.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=20),
+          flush=True)
 
 
 # ---- What a step takes ---------------------------------------------------------------------------

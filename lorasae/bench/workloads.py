@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 
 from lorasae import dictionary
-from lorasae.adapt import compiled_blocks
 from lorasae.io.files import read_object
 from lorasae.io.models import load_model, parse_config
 from lorasae.io.presets import GEMMA_2, LLAMA_3, PRESETS, sizes
 from lorasae.model import Transformer
 from lorasae.runs.config import Config
-from lorasae.runs.training import frozen_parts
+from lorasae.runs.training import compiled_blocks, frozen_parts
 
 
 # ---- Shapes --------------------------------------------------------------------------------------
@@ -110,8 +109,8 @@ def random_setting(case, device):
     model = load_model(case.folder, dtype=case.dtype) if case.folder else random_model(case, device)
     tokens = torch.randint(3, case.config.vocab_size, (case.ahead, case.context), device=device)
 
-    # `start` gives a JumpReLU four times this L0, by thresholds that are pre-activations. Rounding
-    # must not decide, so they are moved.
+    # `start` sets thresholds equal to pre-activations (and an L0 four times this one). They are
+    # moved a little, so that rounding does not decide which latents fire.
     sae = dictionary.new_sae(case.kind, D, case.width, case.k).to(device).requires_grad_(False)
     sae.on_special = True                               # so the peers need not look for BOS and EOS
     x = model.run(model.embed(tokens[:1]), 0, case.layer + 1)

@@ -64,13 +64,14 @@ def naive_loss(model, saes, tokens, name):
     """
     (layer, sae), = saes.items()
     with torch.no_grad(), base(model):
-        log_p = model(tokens).log_softmax(-1)
-    log_q = model(tokens, saes).log_softmax(-1)
+        log_p = model(tokens).float().log_softmax(-1)
+    log_q = model(tokens, saes).float().log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
     x = model.read(tokens, sae, layer)
     used = used_positions(sae, x, model.special(tokens))
-    mse = fvu(sae(x[used]), x[used])
+    x = x[used].float()
+    mse = fvu(sae(x), x)
     return combined(name, kl, mse)
 
 

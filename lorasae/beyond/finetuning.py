@@ -10,7 +10,6 @@ import torch
 from lorasae import adapt, dictionary
 from lorasae.adapt import ALONE
 from lorasae.beyond import finetune
-from lorasae.errors import InputError
 from lorasae.evals import fidelity
 from lorasae.lora import lora_parameters
 from lorasae.runs import adapting, distributed, sae_training, training
@@ -95,16 +94,13 @@ class Finetuning:
 
     def step(self, part, step):
         for group in self.optimizer.param_groups:
-            group["lr"] = adapt.learning_rate(group["rate"], step, self.config)
+            group["lr"] = training.learning_rate(group["rate"], step, self.config)
         return finetune.take_step(self.model, self.trained, part, self.first, self.optimizer,
                                   self.config, self.world)
 
 
 def make_trainable(sae, config):
     """Lets the SAE train: all of it, or all but its thresholds."""
-    parameters = dict(sae.named_parameters())
-    if config.thresholds == "frozen" and "threshold" not in parameters:
-        raise InputError("--thresholds frozen: this SAE has none; leave it out")
-    for name, parameter in parameters.items():
+    for name, parameter in sae.named_parameters():
         frozen = name == "threshold" and config.thresholds == "frozen"
         parameter.requires_grad_(not frozen)

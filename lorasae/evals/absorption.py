@@ -63,11 +63,9 @@ def evaluate(setting, words, seeds):
                     x = read_at_word(setting.model, sae, layer, asked)
                 letters[who].append(absorption(sae, x, asked, seed))
 
-    values = {}
-    for who, found in letters.items():
-        values[who] = saebench.columns([scores(counts) for counts in found])
-    words = f"{len(asked.train)} + {len(asked.test)} words"
-    return saebench.summary(layer, values, len(seeds), sets=[words], letters=letters)
+    values = {who: saebench.columns(list(map(scores, found))) for who, found in letters.items()}
+    drawn = f"{min(words, len(vocabulary))} words drawn for each seed"
+    return saebench.summary(layer, values, len(seeds), sets=[drawn], letters=letters)
 
 
 # ---- Words and prompts -------------------------------------------------------------------------

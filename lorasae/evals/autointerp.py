@@ -39,7 +39,7 @@ from lorasae.evals.saebench import MODELS
 from lorasae.evals.texts import LENGTH, activations
 from lorasae.io.console import note
 
-ALIVE = 15                              # latents that fire on no more tokens are not judged
+ALIVE = 15                              # latents that fire on so many tokens or fewer are left out
 AROUND = 10                             # a window is a token and this many on either side
 TOP, TOP_SHOWN = 12, 10                 # the strongest windows; how many of them explain
 DRAWN, DRAWN_SHOWN = 7, 5               # windows drawn by activation²; how many of them explain
@@ -216,10 +216,8 @@ def evaluate(setting, judge, chat_model, judge_latents, latents, seeds):
                 f"and {unusable} got answers that name no windows")
     if not usable:
         raise InputError(f"{left_out}: nothing is left to score")
-    values = {}
-    for who in MODELS:
-        means = [fmean(row["score"][who]) for row in usable]
-        values[who] = {"score": torch.tensor(means, dtype=torch.float64)}
+    values = {who: saebench.columns([{"score": fmean(row["score"][who])} for row in usable])
+              for who in MODELS}
     return saebench.summary(layer, values, len(seeds), f"latents ({len(usable):,})", sets=[name],
                             left_out=left_out, latents=usable)
 
@@ -264,7 +262,7 @@ def judge_latent(latent, activation, rows, tokenizer, ask, seeds):
 def tables(numbers):
     notes = [
         f'{numbers["left_out"]}. Always answering "None" scores {RANDOM / SCORED:.3f}.',
-        f"The paper's judge is {PAPERS_JUDGE}: the scores of another are no yardstick.",
+        f"The paper's judge is {PAPERS_JUDGE}: scores from another cannot be compared.",
     ]
     caption = "Autointerp: the share of windows in which a judge rightly says if a latent fires"
     return [saebench.table(numbers, "autointerp", caption, notes)]

@@ -153,8 +153,9 @@ def by_question(tasks, samples, task, metric, score):
     """
     group = tasks["groups"].get(task)
     members = [member.task_name for member in group.get_all_tasks()] if group else [task]
-    name = metric.partition(",")[0]
-    values = [sample.get(name) for member in members for sample in samples.get(member, ())]
+    name, _, filtered = metric.partition(",")
+    values = [sample.get(name) for member in members for sample in samples.get(member, ())
+              if sample["filter"] == filtered]
     if not all(isinstance(value, (int, float)) for value in values):
         values = []
     values = torch.tensor(values, dtype=torch.float64)

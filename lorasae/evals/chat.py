@@ -11,7 +11,6 @@ import http.client
 import json
 import os
 import time
-from pathlib import Path
 from urllib.request import HTTPErrorProcessor, Request, build_opener
 
 from lorasae.errors import InputError
@@ -86,8 +85,8 @@ class Kept:
     """
 
     def __init__(self, path, ask, name):
-        self.path, self.ask, self.name = Path(path), ask, name
-        self.answers = read_object(path) if self.path.exists() else {}
+        self.path, self.ask, self.name = path, ask, name
+        self.answers = read_object(path) if path.exists() else {}
 
     def __call__(self, messages, max_tokens):
         question = json.dumps([self.name, messages, max_tokens])

@@ -1,10 +1,10 @@
 """What the evaluations share: 90 % confidence intervals, a progress bar, dropout off.
 
-Sequences from one document are alike, so they say less than as many documents would. An interval
-over documents sums the deviations within each document before it squares them (a cluster-robust
-variance), corrects for few documents of unequal length (CR2, Bell & McCaffrey 2002), and uses
-Student's t with the degrees of freedom that Imbens & Kolesár (2016) derive from the correlation
-within documents. For a mean, all of this has a closed form.
+Sequences from one document are alike, so they carry less information than as many sequences from
+different documents. An interval over documents sums the deviations within each document before it
+squares them (a cluster-robust variance), corrects for few documents of unequal length (CR2, Bell &
+McCaffrey 2002), and uses Student's t with the degrees of freedom that Imbens & Kolesár (2016)
+derive from the correlation within documents. For a mean, all of this has a closed form.
 
     G documents; document g holds n_g of the n sequences, a share h_g = n_g / n
     mean       m = Σ x / n
@@ -61,7 +61,7 @@ def interval(values, clusters=None):
         return mean, t_quantile(n - 1) * values.std().item() / math.sqrt(n)
 
     sizes, sums, correlation = by_cluster(values.double() - mean, clusters)
-    if effective(sizes) < ENOUGH:
+    if n ** 2 / sizes.square().sum() < ENOUGH:
         return mean, None
     variance = (sums.square() / (1 - sizes / n)).sum().item() / n ** 2
     return mean, t_quantile(freedom(sizes, correlation)) * math.sqrt(variance)
@@ -73,14 +73,12 @@ def by_cluster(deviations, clusters):
     The correlation is the mean product of two deviations in one cluster, divided by the variance;
     at least 0, and 0 if no cluster has two values.
     """
-    _, cluster = torch.as_tensor(clusters).unique(return_inverse=True)
+    _, cluster = clusters.unique(return_inverse=True)
     sizes = cluster.bincount().double()
     sums = cluster.bincount(deviations)
     pairs = (sizes * (sizes - 1)).sum()
     total = deviations.square().sum()
-    if pairs == 0 or total == 0:
-        return sizes, sums, 0.0
-    products = (sums.square().sum() - total) / pairs
+    products = (sums.square().sum() - total) / pairs.clamp(min=1)
     correlation = products / (total / len(deviations))
     return sizes, sums, correlation.clamp(0, 1).item()
 
@@ -99,11 +97,6 @@ def freedom(sizes, correlation):
     scale = (1 - share).rsqrt()
     B = scale[:, None] * covariance * scale
     return (B.trace().square() / B.square().sum()).item()
-
-
-def effective(sizes):
-    """The number of equally long documents that say as much as documents of these sizes [G]."""
-    return (sizes.sum().square() / sizes.square().sum()).item()
 
 
 def ratio(a, b, clusters=None):
@@ -129,7 +122,7 @@ def linearised(a, b):
 
 def count_documents(documents):
     """The number of different documents; documents: [n], that of each sequence."""
-    return len(torch.as_tensor(documents).unique())
+    return len(documents.unique())
 
 
 # ---- Estimates ---------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def tables(numbers):
 def draw(numbers, figure):
     """Figure 11: the change by adapting, block by block."""
     figure.set_size_inches(9, 3.4)
-    after = [layer - numbers["layers"][0] for layer in numbers["layers"]]
+    after = range(len(numbers["layers"]))
     for axes, (name, label) in zip(figure.subplots(1, 2), MEASURES.items()):
         series = {}
         for positions, title in POSITIONS.items():

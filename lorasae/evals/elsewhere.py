@@ -1,10 +1,11 @@
-"""Fidelity on text of another kind than the run's: does what was won hold where nothing trained?
+"""Fidelity on a different kind of text: does the gain carry over to text that nothing trained on?
 
     python eval.py RUN_DIR --suite elsewhere --data FOLDER      the held-out part of that text
 
-Of a run that trained an SAE from scratch, every tenth is measured. RUN_DIR/elsewhere/sequences.json
-has CE and KL of every sequence, to compare runs in pairs.
+If a run trained an SAE from scratch, the SAE after each tenth is measured too.
+RUN_DIR/elsewhere/sequences.json has CE and KL of every sequence, to compare runs in pairs.
 """
+from lorasae.errors import InputError
 from lorasae.evals import fidelity, tenths
 from lorasae.evals.common import batches
 from lorasae.io.console import count
@@ -18,10 +19,12 @@ def add_options(add):
 
 
 def evaluate(setting, data, eval_tokens):
-    """Every setting of a run on other text -> the numbers of fidelity.summary, and the text's name.
+    """Every setting of a run on other text -> the numbers of fidelity.summary.
 
     An SAE that the run trained is measured as it is now.
     """
+    if data is None:
+        raise InputError(f"--suite elsewhere needs text: --data with {SOURCES}, a file or a folder")
     own, config = setting.text, setting.config
     with Text(data, own.tokenizer, own.bos, own.eos, context=config.context,
               eval_tokens=eval_tokens or own.held_out.numel()) as text:

@@ -23,8 +23,6 @@ Differences are paired by sequence.
 
 Shapes: B batch, T tokens, D d_model, n sequences.
 """
-from pathlib import Path
-
 import torch
 
 from lorasae.adapt import first_differing
@@ -78,7 +76,7 @@ def settings_of(config):
     return ("base", "sae", *ADAPTED) if config.method == "lora" else ("base", "sae")
 
 
-def measure(model, saes, batches, settings=("base", "sae", "adapted"), gather=lambda found: found):
+def measure(model, saes, batches, settings, gather=lambda found: found, others={}):
     """Runs each setting over batches of tokens [B, T] -> {setting: {"ce", "kl", "l0", "ev",
     "left_out"}}.
 
@@ -86,19 +84,20 @@ def measure(model, saes, batches, settings=("base", "sae", "adapted"), gather=la
     variance, 1 - Σ‖x - x̂‖² / Σ‖x - mean x‖²) of the settings with SAEs: {layer: value} over all
     positions except BOS, EOS and norms beyond the SAE's max_norm, whose share is left_out. gather:
     if several processes each take a portion of the batches, joins what they found (dicts of dicts
-    of lists).
+    of lists). others: {further setting: its SAEs}, at the same layers.
     """
     found = {name: {key: [] for key in ("ce", "kl", *saes)} for name in settings}
     with evaluating(model):
         for tokens in progress(batches, "fidelity"):
-            for name, losses in losses_by_setting(model, saes, tokens, settings, found).items():
-                found[name]["ce"].append(losses.ce.double().mean(1).cpu())
-                found[name]["kl"].append(losses.kl.double().mean(1).cpu())
+            by_setting = losses_by_setting(model, saes, tokens, settings, found, others)
+            for name, losses in by_setting.items():
+                for key, values in losses._asdict().items():
+                    found[name][key].append(values.double().mean(1).cpu())
 
     results = {}
     for name, parts in gather(found).items():
-        results[name] = {"ce": torch.cat(parts["ce"]), "kl": torch.cat(parts["kl"])}
-        if name in WITH_SAE:
+        results[name] = {key: torch.cat(parts[key]) for key in ("ce", "kl")}
+        if name in WITH_SAE or name in others:
             facts = {layer: facts_of(sum(parts[layer])) for layer in saes}
             for fact in ("l0", "ev", "left_out"):
                 results[name][fact] = {layer: facts[layer][fact] for layer in saes}
@@ -106,12 +105,12 @@ def measure(model, saes, batches, settings=("base", "sae", "adapted"), gather=la
 
 
 @torch.no_grad()
-def losses_by_setting(model, saes, tokens, settings, seen=None):
+def losses_by_setting(model, saes, tokens, settings, seen=None, others={}):
     """{setting: TokenLosses of [B, T - 1]} for tokens [B, T]; KL is from the base model."""
     labels = tokens[:, 1:].to(model.device)
     in_order = dict.fromkeys(("base", *settings))       # the base model first, and each once
     losses = {}
-    for name, hidden in hidden_by_setting(model, saes, tokens, in_order, seen):
+    for name, hidden in hidden_by_setting(model, saes, tokens, in_order, seen, others):
         hidden = hidden[:, :-1]
         if name == "base":
             target = hidden
@@ -121,11 +120,13 @@ def losses_by_setting(model, saes, tokens, settings, seen=None):
 
 
 @torch.no_grad()
-def hidden_by_setting(model, saes, tokens, settings=("base", "sae", "adapted"), seen=None):
+def hidden_by_setting(
+        model, saes, tokens, settings=("base", "sae", "adapted"), seen=None, others={}):
     """Yields (setting, final hidden state [B, T, D] after the last norm) for tokens [B, T].
 
     Each setting has its SAEs spliced in and its adapters on or off. The blocks before the first
-    difference run once. seen: {setting: {layer: a list}}, to which a `Watched` SAE adds.
+    difference run once. seen: {setting: {layer: a list}}, to which a `Watched` SAE adds. others: as
+    in `measure`.
     """
     tokens = tokens.to(model.device)
     special = model.special(tokens)
@@ -134,7 +135,7 @@ def hidden_by_setting(model, saes, tokens, settings=("base", "sae", "adapted"), 
         shared = model.run(model.embed(tokens), 0, first)
 
     for name in settings:
-        spliced = saes if name in WITH_SAE else {}
+        spliced = others.get(name, saes if name in WITH_SAE else {})
         if seen:
             spliced = {layer: Watched(sae, special, seen[name][layer])
                        for layer, sae in spliced.items()}
@@ -195,12 +196,12 @@ def write_sequences(folder, results, documents):
     for name, values in results.items():
         plain[name] = {key: value.tolist() if isinstance(value, torch.Tensor) else value
                        for key, value in values.items()}
-    write_json(Path(folder) / SEQUENCES, plain)
+    write_json(folder / SEQUENCES, plain)
 
 
 def read_sequences(folder):
     """What write_sequences wrote, to the bit; "documents" is an int tensor [n]."""
-    path = Path(folder) / SEQUENCES
+    path = folder / SEQUENCES
     with damage(path):
         results = read_json(path)
         documents = torch.tensor(results.pop("documents"))
@@ -234,21 +235,20 @@ def summary(results, documents):
         found[f"ce_{name}"] = interval(ce[name], documents)
         if name != "base":
             found[f"kl_{name}"] = interval(kl[name], documents)
-        if name != "base" and "base" in results:
             found[f"excess_{name}"] = interval(ce[name] - ce["base"], documents)
 
     # What training closed of the gap of the SAEs as they came
     start = "before" if "before" in results else "sae"
     end = "adapted" if "adapted" in results else "sae"
-    if {"base", start, end} <= results.keys() and start != end:
+    if start != end:
         excess, half = found[f"excess_{start}"]
-        there_is_a_gap = excess > 0 if half is None else excess > half
+        there_is_a_gap = excess > (half or 0)
         closed = ratio(ce[start] - ce[end], ce[start] - ce["base"], documents)
         found["gap_closed"] = closed if there_is_a_gap else (None, None)
         found["kl_gap_closed"] = ratio(kl[start] - kl[end], kl[start], documents)
 
     # What adapters win back of the cost of SAEs that trained beside them: no part of the gap
-    if {"base", "before", "sae", "adapted"} <= results.keys():
+    if {"before", "adapted"} <= results.keys():
         won = ratio(ce["sae"] - ce["adapted"], ce["sae"] - ce["base"], documents)
         found["won_back_by_adapters"] = won
 
@@ -302,7 +302,7 @@ def notes(numbers):
                      "the SAE does not measurably raise the cross-entropy: no gap to close")
         parts.append(f"KL gap closed {part('kl_gap_closed')}")
     if "won_back_by_adapters" in numbers:
-        parts.append(f"of what the SAE costs now, adapters win back {part('won_back_by_adapters')}")
+        parts.append(f"adapters win back {part('won_back_by_adapters')} of what the SAE costs now")
     if half["ce_base"] is None:
         parts.append(f"({without_interval(numbers['documents'])})")
     return [first, "   ".join(parts)] if parts else [first]

@@ -1,7 +1,7 @@
-"""The judge of autointerp.py, a chat model: a latent in words, and where by these it should fire.
+"""The judge of autointerp.py: a chat model that puts a latent into words, and predicts from them.
 
-It explains a latent by the windows `shown`, in which it fires. By this explanation only, it
-predicts in which of the windows `scored` the latent fires; of these it reads nothing but the text.
+It explains a latent from the windows `shown`, in which it fires. From this explanation only, it
+predicts in which of the windows `scored` the latent fires; of these it sees only the text.
 A window is an autointerp.Window.
 """
 import re
@@ -59,9 +59,9 @@ def numbered(tokenizer, windows, marked):
 def written(tokenizer, window, marked):
     """A window as one line of text. marked: with << and >> around the tokens on which it fires."""
     text = ""
-    places = range(len(window.tokens))
-    for fires, run in groupby(places, lambda i: marked and window.activations[i] > 0):
-        piece = tokenizer.decode([window.tokens[i] for i in run], skip_special_tokens=False)
+    pairs = zip(window.tokens, window.activations)
+    for fires, run in groupby(pairs, lambda pair: marked and pair[1] > 0):
+        piece = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
         text += f"<<{piece}>>" if fires else piece
     return text.replace("\n", "↵")
 

@@ -63,7 +63,7 @@ def readable(repository):
 # ---- Cutting -----------------------------------------------------------------------------------
 
 def sampled_classes(repository, text, label, attribute, classes, seed):
-    """2,000 texts of each class to train and 500 to test, as many of both attributes."""
+    """2,000 texts of each class to train and 500 to test, half with each attribute."""
     data = load(repository)
     cut = Cut({}, {})
     for side, split, count in zip(cut, ("train", "test"), (TRAIN, TEST)):

@@ -13,7 +13,7 @@ from functools import cache, partial
 from hashlib import sha256
 
 from lorasae.evals.texts import Cut
-from lorasae.io.text import held_out, standard_library
+from lorasae.io.text import held_out, standard_library, text_of
 
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")   # large; in every Python
 PAIRS = (
@@ -65,23 +65,16 @@ def draw(found, train, test, seed):
 # ---- Passages of a package ---------------------------------------------------------------------
 
 @cache
-def library():
-    return standard_library()
-
-
-@cache
 def passages(package, packages):
     """{kind: Cut of [texts]} of a package, without the lines that name one of `packages`."""
     names = re.compile("|".join(packages), re.IGNORECASE)
-    files = [file for file in library() if file.name.startswith(f"{package}/")]
+    files = [file for file in standard_library() if file.name.startswith(f"{package}/")]
     files.sort(key=lambda file: (not held_out(file.name), sha256(file.name.encode()).hexdigest()))
 
     found = {kind: Cut([], []) for kind in KINDS}
     for_testing = sum(file.size for file in files) / 4
     for file in files:
-        with file.open() as stream:
-            source = stream.read().decode()
-        for cut, lines in zip(found.values(), split_source(source)):
+        for cut, lines in zip(found.values(), split_source(text_of(file))):
             kept = [line for line in lines if line and not names.search(line)]
             side = cut.test if for_testing > 0 else cut.train
             side.extend(cut_passages(kept))

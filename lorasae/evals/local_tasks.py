@@ -22,14 +22,14 @@ from collections import defaultdict
 from itertools import islice
 from typing import NamedTuple
 
-from lorasae.io.text import held_out, standard_library
+from lorasae.io.text import held_out, standard_library, text_of
 
 SEED = 42
 # Whole lines of at least 120 characters, with blank ones after them, then of at least 80: about 40
 # and 30 tokens
 PASSAGE = re.compile(r"([\s\S]{119,}?\n(?:[^\S\n]*\n)*)([\s\S]{79,}?\n)")
 LONGEST = 400                           # characters; more is a table in one long line, no passage
-LINE, BEGUN = 40, 12                    # characters: a line to be ended has, and shows, at least
+LINE, BEGUN = 40, 12                    # characters: the least of a line, and what a question shows
 NAME = re.compile(r"(?<=\w\.)[a-z][a-z_]{2,7}\b")       # most are a single token
 
 
@@ -42,12 +42,7 @@ class Passage(NamedTuple):
 
 def held_out_sources():
     """The held-out files of the standard library, as text."""
-    sources = []
-    for file in standard_library():
-        if held_out(file.name):
-            with file.open() as stream:
-                sources.append(stream.read().decode())
-    return sources
+    return [text_of(file) for file in standard_library() if held_out(file.name)]
 
 
 def passages(sources):

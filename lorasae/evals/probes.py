@@ -72,7 +72,6 @@ def hold_out(task, seed):
     """
     texts = task.rows.shape[1]
     order = torch.randperm(texts, generator=torch.Generator().manual_seed(seed))
-    order = order.to(task.rows.device)
     count = max(1, round(texts / 10))
     held, rest = order[:count], order[count:]
     return [Task(task.rows[:, part], task.labels[:, part]) for part in (rest, held)]
@@ -80,11 +79,8 @@ def hold_out(task, seed):
 
 def mean_difference(features, task):
     """features [n, D] -> [P, D]: the mean over a task's positive texts less the negative ones'."""
-    differences = []
-    for rows, labels in zip(*task):
-        difference = features[rows[labels]].mean(0) - features[rows[~labels]].mean(0)
-        differences.append(difference)
-    return torch.stack(differences)
+    return torch.stack([features[rows[labels]].mean(0) - features[rows[~labels]].mean(0)
+                        for rows, labels in zip(*task)])
 
 
 def accuracy(probe, features, task):
@@ -145,7 +141,7 @@ def train_probes(features, train, held=None, *, optimizer, batch, epochs, seed, 
     probe = Probe(start(tasks, features.shape[1]), start(tasks))
     optimizer = optimizer(probe)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
-    best = Probe(*(part.detach().clone() for part in probe))
+    best = Probe(*map(torch.zeros_like, probe))         # the first epoch takes their place
     best_accuracy = torch.full((tasks,), -1.0, dtype=torch.double, device=device)
     stale = torch.zeros_like(best_accuracy)
     better = stale == 0

@@ -51,15 +51,13 @@ def cell_text(cell):
     return cell if isinstance(cell, str) else f"{cell:.4f}"
 
 
-def table_text(rows, headings=None):
+def table_text(rows, headings):
     """Rows of cells in columns: the first aligned to the left, the others to the right."""
-    rows = ([headings] if headings else []) + list(rows)
-    cells = [[cell_text(cell) for cell in row] for row in rows]
+    cells = [[cell_text(cell) for cell in row] for row in (headings, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []
     for first, *others in cells:
-        line = [first.ljust(widths[0])]
-        line += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        line = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
         lines.append("  ".join(line).rstrip())
     return "\n".join(lines)
 
@@ -72,10 +70,6 @@ def text(tables):
         parts.append(table_text(table.rows, table.headings))
         parts += ["", *table.notes] if table.notes else []
     return "\n".join(parts)
-
-
-def print_table(rows, headings=None):
-    print(table_text(rows, headings))
 
 
 def print_tables(tables):

@@ -4,7 +4,6 @@ Karvonen et al. 2024; paper §5.1, Tables 3 and 6. Base and adapted model see th
 and batches, so differences are paired.
 """
 from itertools import product
-from pathlib import Path
 
 import torch
 
@@ -14,20 +13,18 @@ from lorasae.evals.common import as_model, evaluating, interval, progress
 from lorasae.evals.report import Table, with_interval
 from lorasae.evals.texts import read_means, tokenise
 from lorasae.io.console import few
-from lorasae.io.files import read_json
 from lorasae.lora import blocks_with_adapters
 
 FIRST_SEED = 42                                         # SAEBench's only one
 MODELS = ("base", "lora")
 LABELLED = {"stdlib": labelled_stdlib, "saebench": labelled_saebench}
-HEADINGS = ["", "base", "LoRA", "difference", "paper: base", "LoRA", "difference"]
 
 
 def table_6(suite):
     """Of the paper's Table 6: {metric: its label}, {metric: (LoRA, base)}, and how far SAEBench
     lets its own reruns differ.
     """
-    part = read_json(Path(__file__).with_name("saebench.json"))["table 6"][suite]
+    part = labelled_saebench.FACTS["table 6"][suite]
     labels = {metric: label for metric, label, *_ in part["rows"]}
     paper = {metric: scores for metric, _, *scores in part["rows"] if scores}
     return labels, paper, part["tolerance"]
@@ -131,7 +128,7 @@ def table(numbers, suite, caption, notes=()):
         f"SAE at layer {numbers['layer']}; {', '.join(numbers['sets'])}.",
         f"Intervals are 90 %, over {numbers['over']}; the adapters were trained once.",
         *notes,
-        "The paper measured once, on another model, other texts and a wider SAE; SAEBench lets its "
-        f"own reruns differ by {tolerance}.",
+        f"The paper measured once; SAEBench lets its own reruns differ by {tolerance}.",
     )
-    return Table(caption, HEADINGS, rows, notes)
+    headings = ["", "base", "LoRA", "difference", "paper: base", "LoRA", "difference"]
+    return Table(caption, headings, rows, notes)

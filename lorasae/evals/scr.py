@@ -30,12 +30,11 @@ def evaluate(setting, labelled, seeds):
     found = saebench.compare(setting, "scr", labelled, seeds, measure)
     for models in found.values():
         # To pair: the adapted model's scores for the concept that the base model reports
-        concepts_of_base = [worse_known(scores) for scores in models["base"]]
-        paired = [scores[concept] for scores, concept in zip(models["lora"], concepts_of_base)]
+        models["paired"] = [lora[worse_known(base)]
+                            for base, lora in zip(models["base"], models["lora"])]
         # Each model's own score, as SAEBench reports it
         for who in saebench.MODELS:
             models[who] = [scores[worse_known(scores)] for scores in models[who]]
-        models["paired"] = paired
     return saebench.summary_of_sets(setting, labelled, seeds, found, over_thresholds)
 
 

@@ -137,23 +137,20 @@ class SplicedLM(TemplateLM):
 
         texts = [None] * len(requests)
         for batch in self.batches(prompts, Prompt.size, "generating"):
-            for prompt, text in zip(batch, self.generate(batch)):
-                texts[prompt.index] = text
+            self.generate(batch, texts)
         return texts
 
-    def generate(self, prompts):
-        """The answer to each Prompt, all of them token by token."""
-        texts = [None] * len(prompts)
-
+    def generate(self, prompts, texts):
+        """Writes the answer to each Prompt into texts, all of them token by token."""
         def stop(row, ids):
-            texts[row] = self.finished(ids, prompts[row])
-            return texts[row] is not None
+            prompt = prompts[row]
+            texts[prompt.index] = self.finished(ids, prompt)
+            return texts[prompt.index] is not None
 
         rows = [prompt.ids for prompt in prompts]
         lengths = [len(ids) for ids in rows]
         budget = max(prompt.budget for prompt in prompts)
         generate(self.model, self.pad(rows), budget, self.saes, lengths=lengths, stop=stop)
-        return texts
 
     def finished(self, ids, prompt):
         """The answer that the new tokens make, or None if it goes on.

@@ -85,15 +85,14 @@ def compare(model, layer, v, sets):
     own, and the rest test it. The published code tunes one α for both models, on the test texts,
     and sorts each model's values before it pairs them (run_steering.py:190).
     """
-    tuning = {side: texts[::2] for side, texts in sets.items()}
-    testing = {side: texts[1::2] for side, texts in sets.items()}
     row, found = {}, {side: {} for side in SIDES}
     for name in MODELS:
         with as_model(model, name):
-            tried = [log_likelihoods(model, tuning[side], layer, v, ALPHAS) for side in SIDES]
+            tried = [log_likelihoods(model, sets[side][::2], layer, v, ALPHAS) for side in SIDES]
             alpha = row[f"alpha_{name}"] = tune(*tried)
             for side, d in found.items():
-                unsteered, steered = log_likelihoods(model, testing[side], layer, v, (0, alpha))
+                unsteered, steered = log_likelihoods(model, sets[side][1::2], layer, v,
+                                                     (0, alpha))
                 d[name] = change(steered, unsteered)
 
     for side, d in found.items():
@@ -118,6 +117,9 @@ def windows(text):
     for piece, document in zip(pieces.tolist(), documents.tolist()):
         if text.bos not in piece and text.eos not in piece:
             found.setdefault(tuple(piece), document)
+    if not found:
+        raise InputError(f"no document of the held-out text gives {WINDOW} tokens in one sequence: "
+                         "evaluate a run with a longer --context, or with longer documents")
     texts = torch.tensor(list(found))
     return F.pad(texts, (1, 0), value=text.bos), torch.tensor(list(found.values()))
 
@@ -213,7 +215,7 @@ def tables(numbers):
             cells += [str(len(found["d"]["base"])), str(found["documents"])]
         rows.append(cells)
     notes = [
-        "d: change by steering, if the unsteered texts span 100; α 0: steering does not help",
+        "d: change by steering, if the unsteered texts span 100; α 0: no α that was tried helps",
         "Δ: d LoRA - d base, paired by text, ± 90 % over texts; texts of one document are alike",
     ]
     notes += [f"latent {row['latent']}: {row['example']!r}" for row in numbers["rows"]]

@@ -7,7 +7,7 @@ tokens of training. Intervals are 90 %, over documents.
 """
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.evals.common import batches, interval, progress, with_ci90
+from lorasae.evals.common import batches, interval, with_ci90
 from lorasae.evals.report import Table, plus_minus
 from lorasae.io.files import read_object
 from lorasae.io.saes import load_sae
@@ -28,7 +28,7 @@ def evaluate(setting):
         file = read_object(setting.folder / folder / "training.json")
         training = {name: file.take(name, kind, at_least=0) for name, kind in TRAINING.items()}
         rows.append({**training, **with_ci90(losses)})
-    return {"layer": setting.config.layer[0], "rows": rows}
+    return {"rows": rows}
 
 
 def measured(setting):
@@ -37,12 +37,9 @@ def measured(setting):
     if len(folders) == 1 or not (folders[-1] / "training.json").exists():
         raise InputError(f"{setting.folder} did not keep its SAE tenth by tenth: --suite tenths is "
                          "for runs that train one from scratch")
-    layer, seen = setting.config.layer[0], {}
-    for folder in progress(folders, "tenths"):
-        saes = {layer: load_sae(folder, device=setting.model.device)}
-        found = fidelity.measure(setting.model, saes, batches(setting), ("sae",))
-        seen[folder.name] = found["sae"]
-    return seen
+    model, layer = setting.model, setting.config.layer[0]
+    saes = {folder.name: {layer: load_sae(folder, device=model.device)} for folder in folders}
+    return fidelity.measure(model, setting.saes, batches(setting), saes, others=saes)
 
 
 def tables(numbers):

@@ -43,7 +43,7 @@ def tokenise(text, classes):
 def activations(model, sae, layer, rows):
     """Yields (which rows, tokens [B, T], x [B, T, D]) until all rows of token ids have been read.
 
-    Rows of about the same length go together, those of one length in their order. They are padded
+    Rows of similar length share a batch; those of one length keep their order. They are padded
     with EOS on the right, where a causal model does not see it.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -39,10 +39,8 @@ def measure(sae, train, test, cut, seed):
 
     scores = {"clean": clean.mean().item()}
     for n in THRESHOLDS:
-        ablated = []
-        for effect in effects:
-            x = ablate(sae, test, strongest(effect, n))
-            ablated.append(accuracy(probes, x, test_task))
+        ablated = [accuracy(probes, ablate(sae, test, strongest(effect, n)), test_task)
+                   for effect in effects]
         scores[f"top_{n}"] = perturbation(clean, torch.stack(ablated))
     return scores
 

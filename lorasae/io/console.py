@@ -30,7 +30,7 @@ def progress_line(line):
         print(line, flush=True)
     except BrokenPipeError:
         mute()
-        note(f"note: {CLOSED}; the work goes on and its results will be in its files")
+        note(f"note: {CLOSED}; the run continues and writes its results to its files")
 
 
 def mute():

@@ -47,10 +47,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def local(path):
-    """A path in which ~ is the user's home folder. InputError for none, and for a zero byte."""
+    """A path in which ~ is the user's home folder. InputError if it is empty or has a zero byte."""
     text = str(path)
     if not text or "\0" in text:
-        raise InputError(f"{text!r} is no path: pass the name of a file or folder")
+        raise InputError(f"{text!r} is not a path: pass the name of a file or folder")
     return Path(os.path.expanduser(path))
 
 
@@ -72,7 +72,7 @@ def whole(path):
             try:
                 os.fsync(file.fileno())
             except OSError as error:
-                if error.errno in FULL:                 # else this file system cannot do it
+                if error.errno in FULL:                 # otherwise the file system has no fsync
                     raise
         os.replace(part, path)
     except (OSError, RuntimeError) as error:

@@ -28,14 +28,13 @@ BESIDE_WEIGHTS = (                                              # what a tokeniz
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 MODEL_FILES = ("config.json", *BESIDE_WEIGHTS, *WEIGHTS)        # no .bin: opening one can run code
 
-NAMELESS = ("gemma_scope", "sparsify")                          # whose files tell no site or layer
+NAMELESS = ("gemma_scope", "sparsify")                          # whose files state no site or layer
 MAY_LACK = {"gemma_scope_2": ("config.json",)}                  # files that some folders have
 FACTS = {                                                       # what a folder's name says
     "layer": re.compile(r".*(?:layers?[._]|blocks\.|-L)(\d+)"),
     "width": re.compile(r".*width_(\d+[km])"),
     "l0": re.compile(r".*_l0_(\d+|small$|medium$|big$)"),
 }
-NONSENSE = (ValueError, TypeError, LookupError)                 # met in what is not from the Hub
 LEVELS = {"small": 20, "medium": 60, "big": 150}                # Gemma Scope 2's targets, about
 # Which activations an SAE reads, as its repository or folder says. The files of others say it, or
 # they read a block's output.
@@ -64,13 +63,13 @@ class Fetch(NamedTuple):
 
 
 def local_or_hub(name, what):
-    """-> (local path, None), or (None, OWNER/NAME[/FOLDER] on the Hub)"""
+    """-> a local Path, or the text OWNER/NAME[/FOLDER] on the Hub"""
     path = local(name)
     if os.path.exists(path):
-        return path, None
+        return path
     on_hub = str(name).rstrip("/")
     if re.match(r"\w[\w.-]*/\w", on_hub):
-        return None, on_hub
+        return on_hub
     raise InputError(
         f"there is no {what} {name}: expected a preset ({', '.join(PRESETS)}), a local folder, or "
         "OWNER/NAME on the Hub")
@@ -79,7 +78,7 @@ def local_or_hub(name, what):
 # ---- Models --------------------------------------------------------------------------------------
 
 def model_place(name):
-    """-> (local folder, None) or (None, Hub repository)"""
+    """-> a local Path, or the name of a Hub repository"""
     known = PRESETS.get(str(name))
     return local_or_hub(known.repo if known else name, "model")
 
@@ -89,13 +88,13 @@ def model_files(name_or_dir, patterns=MODEL_FILES):
 
     name_or_dir: a preset, a local folder, or OWNER/NAME on the Hub, tried in this order.
     """
-    folder, repo = model_place(name_or_dir)
-    if folder is not None:
-        return folder
-    folder = fetch(repo, patterns)
+    place = model_place(name_or_dir)
+    if isinstance(place, Path):
+        return place
+    folder = fetch(place, patterns)
     if patterns is MODEL_FILES and not any(folder.glob("*.safetensors")):
-        raise OutOfReach(f"{repo} has no *.safetensors in the cache {constants.HF_HUB_CACHE}, nor "
-                         "on the Hub if that was asked: fetch it once with a network (pickled "
+        raise OutOfReach(f"{place} has no *.safetensors in the cache {constants.HF_HUB_CACHE}, nor "
+                         "on the Hub if it could be reached: fetch it once while online (pickled "
                          "weights are never opened)")
     return folder
 
@@ -105,12 +104,12 @@ def model_plan(name_or_dir):
 
     If the Hub is out of reach, the preset says what the cache lacks.
     """
-    folder, repo = model_place(name_or_dir)
-    if folder is not None:
+    place = model_place(name_or_dir)
+    if isinstance(place, Path):
         return []
     known = preset(name_or_dir)
     try:
-        sizes = listing(repo)
+        sizes = listing(place)
     except OutOfReach:
         if known is None:
             raise
@@ -119,7 +118,7 @@ def model_plan(name_or_dir):
     read = {path: sizes[path] for path in filter_repo_objects(sizes, allow_patterns=MODEL_FILES)}
     if known is not None and not any(path.endswith(".safetensors") for path in read):
         read["*.safetensors"] = known.weights
-    return plan(repo, read)
+    return plan(place, read)
 
 
 # ---- SAEs ----------------------------------------------------------------------------------------
@@ -133,8 +132,7 @@ class SAEFiles(NamedTuple):
 
     def fetch(self):
         """The local folder of these files, fetched if need be."""
-        local = isinstance(self.place, Path)
-        return (self.place if local else fetch(self.place, list(self.files))) / self.folder
+        return fetch(self.place, list(self.files)) / self.folder
 
 
 def sae_choice(model, *, layer=None, width=None, l0=None):
@@ -168,12 +166,11 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
     wanted = {"layer": layer, "width": width, "l0": l0}
     if str(source) in PRESETS:
         source, wanted = sae_choice(source, **wanted)
-    place, on_hub = local_or_hub(source, "SAE")
+    place, inside = local_or_hub(source, "SAE"), ""
 
     # all files there are
-    inside = ""
-    if place is None:
-        owner, name, *folders = on_hub.split("/")
+    if isinstance(place, str):
+        owner, name, *folders = place.split("/")
         place, inside = f"{owner}/{name}", "".join(f"{folder}/" for folder in folders)
         sizes = listing(place)
     else:
@@ -182,7 +179,8 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
             place = place / "sae"                       # a run keeps its SAE there
         elif (place / "metrics.jsonl").exists():
             raise InputError(f"{source} is a run without an SAE in sae/: finish it with python "
-                             f"train.py --resume {source}, or name one such as {source}/sae-50pct")
+                             f"train.py --resume {source} if it trains one, or name one such as "
+                             f"{source}/sae-50pct")
         sizes = sizes_in(place)
 
     # those that make an SAE, and the one that is wanted
@@ -224,10 +222,9 @@ def saes_among(place, sizes, inside):
         for path in sizes:
             if path.startswith(inside) and PurePosixPath(path).match(names[0]):
                 folder = path.removesuffix(names[0])    # "" or "some/folder/"
-                files = {folder + name: sizes.get(folder + name) for name in names}
-                if None not in files.values():
-                    more = [folder + name for name in MAY_LACK.get(kind, ())]
-                    files |= {file: sizes[file] for file in more if file in sizes}
+                parts = [folder + name for name in (*names, *MAY_LACK.get(kind, ()))]
+                files = {part: sizes[part] for part in parts if part in sizes}
+                if all(folder + name in files for name in names):
                     found.append(SAEFiles(kind, place, folder.rstrip("/"), files))
     return found
 
@@ -240,8 +237,10 @@ def choose(found, source, wanted):
         if offered:
             name = pick(fact, value, offered, source)
             found = [sae for sae, its in zip(found, said) if its == name]
+        elif fact == "l0" and value is not None and found[0].kind != "sae_lens":
+            raise InputError(f"{source} does not say its L0: leave out --l0")
 
-    # Gemma Scope 2 has more SAEs at four layers, beside the few that it has at all.
+    # Gemma Scope 2 has many SAEs at four layers and, in ..._all folders, a few at every layer.
     found = [sae for sae in found if "_all/" not in sae.folder] or found
     if len(found) > 1:
         some = ", ".join(f"{sae.folder or '.'} ({sae.kind})" for sae in found[:8])
@@ -258,8 +257,10 @@ def said_by(sae, fact, wanted):
     some files do not say it either, and are of a block's output.
     """
     if fact == "site":
+        # SAELens's cfg.json says it too: only folders below the source choose.
+        path = f"/{sae.folder}/" if sae.kind == "sae_lens" else path_of(sae)
         for site, pattern in SITE_NAMES.items():
-            if pattern.search(path_of(sae)):
+            if pattern.search(path):
                 return site
         return "resid" if sae.kind in NAMELESS else wanted["site"]
     match = FACTS[fact].match(path_of(sae) if sae.kind in NAMELESS else sae.folder)
@@ -290,10 +291,12 @@ def pick(fact, value, offered, source):
 
 # ---- The Hub -------------------------------------------------------------------------------------
 
-def fetch(repo, patterns):
-    """The local snapshot of a repository with its files of these names, downloaded if need be."""
-    with explained(repo):
-        return Path(snapshot_download(repo, allow_patterns=patterns))
+def fetch(place, patterns):
+    """A local folder itself; of a repository its snapshot, with the files of these names."""
+    if isinstance(place, Path):
+        return place
+    with explained(place):
+        return Path(snapshot_download(place, allow_patterns=patterns))
 
 
 def listing(repo):
@@ -313,8 +316,8 @@ def listing(repo):
 
 def sizes_in(folder):
     """{path: bytes} of the files below a local folder."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return {path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in folder.rglob("*") if path.is_file()}
 
 
 def plan(repo, sizes):
@@ -330,7 +333,8 @@ def explained(repo):
         yield
     except InputError:
         raise
-    except (HTTPError, ConnectionError, FileNotFoundError, *NONSENSE) as error:
+    except (HTTPError, ConnectionError, FileNotFoundError,
+            ValueError, TypeError, LookupError) as error:       # these: the answer is not the Hub's
         reached = isinstance(error.__cause__, HfHubHTTPError)           # and it refused
         raise explanation(error.__cause__ if reached else error, repo) from error
 
@@ -354,5 +358,5 @@ def explanation(error, repo):
     if constants.is_offline_mode():
         why = "HF_HUB_OFFLINE is set"
     return OutOfReach(
-        f"{why} and {repo} is not wholly in the cache {constants.HF_HUB_CACHE}: fetch it once with "
-        "a network, or pass a local folder")
+        f"{why} and {repo} is not completely in the cache {constants.HF_HUB_CACHE}: fetch it once "
+        "with a network, or pass a local folder")

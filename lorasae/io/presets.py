@@ -71,13 +71,13 @@ EMBEDDED_SAE = {
     "width": 1024, "k": 8, "l0": 8, "lr": 4e-3, "batch_size": 8, "tokens": 2_000_000}
 
 
-def embedded(name, layer, adapt, tokens, sae=None):
+def embedded(name, layer, tokens, sae=None):
     """The Preset of a model in this package, whose adapters train on so many tokens."""
     return Preset(
         str(TINY / name), layer, sae=sae, common=SMALL, sae_training=EMBEDDED_SAE,
         saes="2: 1k, L0 8" if sae else "",
         lora={
-            "recipe": "tuned", "adapt": (adapt,), "tokens": tokens,
+            "recipe": "tuned", "tokens": tokens,
             "batch_size": 2, "ahead": 8},               # larger products are faster
         e2e={"lr": 3e-3, "batch_size": 2},              # larger batches do not beat reconstruction
         finetune={"lr": 1e-3, "batch_size": 4})
@@ -117,35 +117,31 @@ SMOLLM2_17B = {**SMOLLM2, **sizes(2048, 8192, 24, 32, 32), "rope_theta": 130_000
 
 PRESETS = {
     "tiny-gemma-2": embedded(
-        "gemma-2", 2, "after", 700_000, sae=str(TINY / "gemma-2-sae" / "jumprelu")),
-    "tiny-gemma-2-medium": embedded("gemma-2-medium", 1, "after", 300_000),     # for Figure 4
-    "tiny-gemma-2-small": embedded("gemma-2-small", 1, "after", 300_000),
-    "tiny-llama-3": embedded(
-        "llama-3", 2, "all", 600_000, sae=str(TINY / "llama-3-sae" / "topk")),
+        "gemma-2", 2, 700_000, sae=str(TINY / "gemma-2-sae" / "jumprelu")),
+    "tiny-gemma-2-medium": embedded("gemma-2-medium", 1, 300_000),              # for Figure 4
+    "tiny-gemma-2-small": embedded("gemma-2-small", 1, 300_000),
+    "tiny-llama-3": embedded("llama-3", 2, 600_000, sae=str(TINY / "llama-3-sae" / "topk")),
 
     "gemma-2-2b": Preset(
         "google/gemma-2-2b", layer=12, mirror="unsloth/gemma-2-2b",
         sae="google/gemma-scope-2b-pt-res", width="16k", l0=82,
-        lora={"adapt": ("after",), "data": "pile"},
         sae_training={"data": "redpajama-v2", "dtype": "float32"},
         saes="12: 16k-1m, L0 22 41 82 176 445; all: 16k 65k", licence="gemma",
         config=GEMMA_2_2B, parameters=2_614_341_888, weight_bytes=4),
     "gemma-2-9b": Preset(
         "google/gemma-2-9b", layer=20, mirror="unsloth/gemma-2-9b",
         sae="google/gemma-scope-9b-pt-res", width="131k", l0=62,
-        common={"data": "pile"}, lora={"adapt": ("after",)},
         saes="20: 16k-1m, L0 11-276; all: 16k 131k", licence="gemma",
         config=GEMMA_2_9B, parameters=9_241_705_984, weight_bytes=4),
     "gemma-2-27b": Preset(
         "google/gemma-2-27b", layer=22, mirror="unsloth/gemma-2-27b",
         sae="google/gemma-scope-27b-pt-res", width="131k", l0=82,
-        common={"data": "pile"}, lora={"adapt": ("after",)},
         saes="10 22 34: 131k, L0 20-290", licence="gemma",
         config=GEMMA_2_27B, parameters=27_227_128_320, weight_bytes=4),
     "llama-3.2-1b": Preset(                             # its SAE is made by --method topk
         "meta-llama/Llama-3.2-1B", layer=12, mirror="unsloth/Llama-3.2-1B",
         common={"data": "redpajama-v2", "dtype": "float32"},
-        lora={"adapt": ("all",), "tokens": 100_000_000}, sae_training={"tokens": 4_000_000_000},
+        lora={"tokens": 100_000_000}, sae_training={"tokens": 4_000_000_000},
         licence="llama3.2", config=LLAMA_32_1B, parameters=1_235_814_400),
     "llama-3.1-8b": Preset(                             # all blocks, as for the paper's TopK SAEs
         "meta-llama/Llama-3.1-8B", layer=16, mirror="unsloth/Llama-3.1-8B",

@@ -89,6 +89,10 @@ def parts_of(file, names, kind, cfg=None, **about):
         if not (file[name] == 1).all():
             raise InputError(f"{file.path}: a {name} other than 1 is not supported")
     W_enc, W_dec, b_enc, b_dec = names
+    for name in (b_enc, b_dec):
+        if file[name].dim() != 1 or not file[name].numel():
+            raise InputError(f"{file.path}: {name} is {list(file[name].shape)}, but should be a "
+                             "vector")
     parts = Parts(file, W_enc, W_dec, file[b_enc], file[b_dec], **about)
 
     if kind == "topk":
@@ -207,7 +211,8 @@ def read_sae_lens(file, cfg):
         centred=cfg.take("apply_b_dec_to_input", bool, True),
         on_special=sae_lens_on_special(kind, cfg),
         max_norm=cfg.take("max_norm", float, None, above=0),
-        after_norm=not str(cfg.get("hf_hook_name")).endswith(".mlp"),
+        after_norm=not str(cfg.get("hf_hook_name") or cfg.get("hook_name")).endswith(
+            (".mlp", ".mlp.output")),
         model_name=cfg.take("model_name", str, None),
         hook=cfg.get("hook_name"))
 
@@ -266,6 +271,7 @@ def read_dictionary_learning(file, cfg):
         file, PLAIN if "W_enc" in file else linear, kind, trainer,
         centred=kind != "jumprelu",
         on_special=not buffer.take("remove_bos", bool, False),
+        after_norm=False,                               # transformers' mlp ends before it
         model_name=trainer.take("lm_name", str, None),
         hook=None if unknown else f"model.layers.{at}{part}")
 

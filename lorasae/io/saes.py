@@ -34,11 +34,10 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
     dtype = as_dtype(dtype or "float32")
     parts = read_parts(source, layer=layer, width=width, l0=l0, site=site)
     b_enc, b_dec = parts.b_enc.float(), parts.b_dec.float()
-    M, D = len(b_enc), len(b_dec)
+    M = len(b_enc)
     if parts.k is not None and parts.k > M:
         raise InputError(f"{parts.file.path} has {M:,} latents, fewer than its k, {parts.k:,}")
-    with torch.device("meta"):
-        sae = kind_of(parts)(D, M, parts.k, on_special=parts.on_special)
+    sae = empty(parts)
 
     # TopK reads x - b_dec, JumpReLU reads x; if the file does not, b_enc takes up the difference:
     # W x + b = W (x - b_dec) + b + W b_dec
@@ -67,9 +66,8 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
 
 
 def describe(source, **which):
-    """(kind of SAE, latents, d_model) of what load_sae would load; no matrix is read."""
-    parts = read_parts(source, **which)
-    return kind_of(parts), len(parts.b_enc), len(parts.b_dec)
+    """The SAE that load_sae would load, on the meta device: no matrix is read."""
+    return empty(read_parts(source, **which))
 
 
 def read_parts(source, layer=None, site="resid", **which):
@@ -82,9 +80,11 @@ def read_parts(source, layer=None, site="resid", **which):
     return parts
 
 
-def kind_of(parts):
-    """TopK or JumpReLU."""
-    return JumpReLU if parts.k is None else TopK
+def empty(parts):
+    """The TopK or JumpReLU that Parts belong to, without values."""
+    kind = JumpReLU if parts.k is None else TopK
+    with torch.device("meta"):
+        return kind(len(parts.b_dec), len(parts.b_enc), parts.k, on_special=parts.on_special)
 
 
 def scaled(weight, factor, dtype):

@@ -31,6 +31,7 @@ that is new. When the text ends, it is used again in another order.
 """
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -127,6 +128,8 @@ class Text:
                 raise ValueError("it does not fit text.json")
             check_tokens(self.held_out, self.tokenizer, held_out)
         key = self.record.take("key", str, None)
+        if key is not None and not re.fullmatch("[0-9a-f]{32}", key):
+            raise InputError(f"{path}: {key!r} names no folder of the cache: start a new run")
         self.small = key is not None
         self.place = cache_of(key) if self.small else self.folder
         self.shards = read_shards(self.place)
@@ -219,7 +222,7 @@ class Text:
         if self.reached != number:
             self.pieces = self._pieces()
             deque(islice(self.pieces, last.taken), maxlen=0)
-        self.reached = None                             # as long as an error may come
+        self.reached = None                             # until the shard is written
 
         # Tokens, until it is full or the text ends.
         size, batch, taken = min(FIRST << number, LARGEST), True, last.taken
@@ -302,7 +305,7 @@ class Text:
         found = documents(candidates, self.field, FIXED)
         if len(candidates) == 1 and is_plain(candidates[0].name):
             note(f"note: {self.source} is a single document: its last sixteenth is held out")
-            next(found, None)                           # those before it
+            next(found, None)                           # skip everything before it
 
         # All of the standard library's documents, a sixteenth of others.
         least = count_documents(candidates, self.field)
@@ -417,7 +420,7 @@ def cache_of(key):
 def check_tokens(tokens, tokenizer, what):
     """InputError if the file that `what` names holds a token that the tokenizer does not have."""
     for token in tokens.aminmax():
-        if tokenizer.id_to_token(token.item()) is None:
+        if token < 0 or tokenizer.id_to_token(token.item()) is None:
             raise InputError(f"{what} is damaged, or of another model: the tokenizer has no token "
                              f"{token}; remove it, or start a new run")
 

@@ -72,7 +72,7 @@ def files(source):
         found = files_below(source)
     else:
         raise InputError(f"no file or folder {source}; expected one, or {SOURCES}")
-    return sorted(map(local_file, readable(found, source)), key=lambda file: file.name)
+    return sorted(map(local_file, readable(found, source)))
 
 
 def readable(found, source):
@@ -109,13 +109,19 @@ def standard_library():
     root = Path(sysconfig.get_paths()["stdlib"])
     without = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test",
                "encodings", "pydoc_data"}
-    paths = {path.relative_to(root).as_posix(): path for path in files_below(root, without)}
-    return [local_file(path, name) for name, path in sorted(paths.items()) if name.endswith(".py")]
+    found = [path for path in files_below(root, without) if path.suffix == ".py"]
+    return sorted(local_file(path, path.relative_to(root).as_posix()) for path in found)
 
 
 def held_out(name):
     """Whether a file of the standard library is held out: one in sixteen, chosen by its path."""
     return sha256(name.encode()).hexdigest()[0] == "0"
+
+
+def text_of(file):
+    """The whole text of a File that is not compressed."""
+    with file.open() as raw:
+        return raw.read().decode()
 
 
 def hub_files(url):
@@ -129,7 +135,7 @@ def hub_files(url):
     with explained(match[1]):
         found = search(url, detail=True)
         names = sorted(readable(found, url))
-        filesystem.cat_file(names[0], 0, 1, block_size=1)       # a gated one is listed all the same
+        filesystem.cat_file(names[0], 0, 1, block_size=1)       # even a gated one can be listed
     return [File(name, found[name]["size"], content=found[name]["blob_id"],
                  open=partial(filesystem.open, name, block_size=HUB_BLOCK)) for name in names]
 
@@ -230,7 +236,7 @@ def decompressed(raw, name):
 
 
 def pieces_in(line, where, field):
-    """Yields the pieces of the text in a line of a JSON-lines file, which is not parsed before."""
+    """Yields the pieces of the text in a line of a JSON-lines file, which is parsed only now."""
     with damage(where):
         record = json.loads(line)
     fields = record if isinstance(record, dict) else {}

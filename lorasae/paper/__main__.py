@@ -165,7 +165,7 @@ def stages(jobs):
 
 
 def show_plan(study, parts):
-    """Prints the commands that each part still needs, which are not another's before it."""
+    """Prints the commands that each part still needs and that no earlier part has listed."""
     shown = set()
     for part in parts:
         own = {done: job for done, job in all_jobs(part.jobs(study)).items()

@@ -1,17 +1,18 @@
-"""Does more training of the SAE do as well? One long TopK SAE, as it was after some of its tokens.
+"""Does training the SAE longer do as well? One long TopK SAE, at several points of its training.
 
-    as many seconds of training     it trains on, as long as the adapters after it take
+    as many seconds of training     its own training goes on for as long as the adapters take
     finetuned for KL                on as many tokens as the adapters
     LoRA after it                   the model is adapted to it: rank 64, on the blocks after it
-    LoRA on all blocks              only to the last one
+    LoRA on all blocks              only around the last one
 
     python -m lorasae.paper --only control --data FOLDER --other-data FOLDER
 
 Whatever is done is compared with the same SAE as it was, on the same text, sequence by sequence.
 """
 from lorasae.evals.fidelity import read_sequences, summary
+from lorasae.evals.report import Table
 from lorasae.paper.gap import draw_grid, paired, row_of, run_of, tables
-from lorasae.paper.results import Part
+from lorasae.paper.results import Part, cell
 from lorasae.paper.study import Job, around_long, checkpoint, evaluation, long_sae, of_text
 
 LORA, MORE = "LoRA after it", "as many seconds of training"
@@ -60,11 +61,12 @@ def jobs(study):
 # ---- What they found -----------------------------------------------------------------------------
 
 def measure(study):
-    """A row for each text, SAE, and what was done with it.
+    """A row for each text, SAE, and what was done with it; LoRA beside all else that was done.
 
     Case: the share of the gap that LoRA closes around the first SAE - that around the last one.
     """
-    rows, runs, sae, percents = [], {}, long_sae(study), study.plan.percents
+    rows, beside, runs = [], [], {}
+    sae, percents = long_sae(study), study.plan.percents
     tenths = evaluation(sae, "tenths").found()["rows"]
     for text, (suite, of_sae) in texts(study).items():
         trained = read_sequences(sae.folder / of_sae)
@@ -76,24 +78,37 @@ def measure(study):
             # More training of the SAE: of the tenths that follow, the one that fits best.
             now, *later = [row for row in tenths if row["percent"] >= percent]
             until = now["seconds"] + cost[LORA]["seconds"]
-            for then in sorted(later, key=lambda row: abs(row["seconds"] - until))[:1]:
-                end = trained[checkpoint(sae, then["percent"]).name]
-                seen[MORE] = {"documents": trained["documents"], "sae": end}
+            if later:
+                then = min(later, key=lambda row: abs(row["seconds"] - until))
+                seen[MORE] = {"documents": trained["documents"],
+                              "sae": trained[checkpoint(sae, then["percent"]).name]}
                 cost[MORE] = {"train_tokens": then["tokens"] - now["tokens"],
                               "seconds": then["seconds"] - now["seconds"]}
 
             # All are compared with the SAE as it was.
-            base, before = seen[LORA]["base"], seen[LORA]["sae"]
+            base, before, here = seen[LORA]["base"], seen[LORA]["sae"], {}
             for name, own in seen.items():
                 end, documents = own.get("adapted", own["sae"]), own.pop("documents")
                 settings = {**own, "base": base, "sae": before, "adapted": end}
                 found = {**cost[name], **summary(settings, documents)}
-                run = run_of(found, documents, base, before, end)
+                here[name] = run = run_of(found, documents, base, before, end)
                 rows.append(row_of(run, text, f"{percent} %: {name}"))
-                runs.setdefault((name, percent), run)
-    first, last = runs[LORA, percents[0]], runs[LORA, percents[-1]]
+
+            # LoRA beside all else, sequence by sequence.
+            lora = here.pop(LORA)
+            runs.setdefault(percent, lora)
+            for name, run in here.items():
+                difference = paired(lora.gap_closed - run.gap_closed, lora, run)
+                beside.append([text, f"{percent} %: {name}", difference])
+    first, last = runs[percents[0]], runs[percents[-1]]
     falls = paired(first.gap_closed - last.gap_closed, first, last)
-    return {"rows": rows, "cases": {"falls": {"first - last": falls}}}
+    return {"rows": rows, "beside": beside, "cases": {"falls": {"first - last": falls}}}
 
 
-CONTROL = Part("control", jobs, measure, draw_grid, tables)
+def own_tables(numbers):
+    rows = [[text, what, cell(difference, "+.1%")] for text, what, difference in numbers["beside"]]
+    caption = "Gap closed by LoRA after the SAE, less that by what else was done (± 90 %)"
+    return [*tables(numbers), Table(caption, ["text", "less", "difference"], rows)]
+
+
+CONTROL = Part("control", jobs, measure, draw_grid, own_tables)

@@ -19,8 +19,8 @@ TABLE_3 = {"scr": "max", "tpp": "max", "probing": "sae_top_1", "absorption": "ab
 
 
 def part(name, suites, jobs, cases):
-    """A Part whose jobs are evaluations, which are shown as the suites show them: each suite the
-    job in its place, so a single one the first. cases: of the list of what the jobs found.
+    """A Part whose jobs are evaluations. Each suite shows what the job in the same place found; a
+    single suite shows the first job's. cases: [what each job found] -> {claim: its cases}.
     """
     def measure(study):
         found = [job.found() for job in jobs(study)]
@@ -62,10 +62,9 @@ SAEBENCH = part("saebench", [scr, tpp, probing, absorption], saebench_jobs, saeb
 
 def steering_jobs(study):
     seed = study.seeds[0]
-    if not study.full:
-        return [evaluation(around_jumprelu(study, seed), "steering", examples=100)]
-    steered = around_long(study, seed, "after", rank=1)
-    return [evaluation(steered, "steering", examples=500)]
+    if study.full:
+        return [evaluation(around_long(study, seed, "after", rank=1), "steering", examples=500)]
+    return [evaluation(around_jumprelu(study, seed), "steering")]
 
 
 def steering_cases(found):
@@ -73,11 +72,10 @@ def steering_cases(found):
     cases = {"positive": {}, "negative": {}}
     for row in found[0]["rows"]:
         for side, latents in cases.items():
-            delta, half = row[side]["delta"], row[side]["ci90"]
-            over = f"{len(row[side]['d']['base'])} texts"
+            delta, over = row[side]["delta"], f"{len(row[side]['d']['base'])} texts"
             if side == "negative":
                 delta = abs(delta)
-            latents[f"latent {row['latent']}"] = Estimate(delta, half, over)
+            latents[f"latent {row['latent']}"] = Estimate(delta, row[side]["ci90"], over)
     return cases
 
 

@@ -25,13 +25,13 @@ LEAST_SPEEDUP = {"fig1": 3.05, "fig5": 2.23}            # of the paper's Tables 
 
 def models(study):
     """{figure: model}"""
-    found = ("fig1", study.model), ("fig5", study.plan.second)
-    return {figure: model for figure, model in found if model}
+    second = {"fig5": study.plan.second} if study.plan.second else {}
+    return {"fig1": study.model, **second}
 
 
 def tenths(study, model):
     """{method: the Job that evaluates its SAE after each tenth of its training}"""
-    tokens = study.plan.e2e_tokens or study.frontier_tokens
+    tokens = fewer(study.plan.e2e_tokens, study.frontier_tokens)
     e2e = new_sae(study, "e2e", model, tokens=tokens, timed=True)
     return {"topk": evaluation(long_sae(study, model), "tenths"), "e2e": evaluation(e2e, "tenths")}
 
@@ -39,8 +39,14 @@ def tenths(study, model):
 def adapters_of(study, model):
     """{percent: the Job of adapters around the TopK SAE after that part of its training}"""
     adapt, seed = ("after", 0) if study.laptop else ("all", Config.seed)
-    return {percent: around_long(study, seed, adapt, percent, model, study.plan.frontier_lora)
+    tokens = fewer(study.plan.frontier_lora, study.long_tokens)
+    return {percent: around_long(study, seed, adapt, percent, model, tokens)
             for percent in study.plan.percents}
+
+
+def fewer(*tokens):
+    """The least of the numbers that are given."""
+    return min(filter(None, tokens), default=None)
 
 
 def jobs(study):
@@ -112,7 +118,8 @@ def table_of(own):
 def draw(numbers, figure):
     """Figures 1 and 5."""
     figure.set_size_inches(10, 3.8)
-    for axes, own in zip(figure.subplots(1, 2), numbers["figures"].values()):
+    panels = figure.subplots(1, len(numbers["figures"]), squeeze=False)[0]
+    for axes, own in zip(panels, numbers["figures"].values()):
         for name, label in CURVES.items():
             points = [(point["seconds"], point["ce"]) for point in own["curves"][name]]
             axes.plot(*zip(*points), marker="o", label=label)

@@ -19,7 +19,7 @@ from lorasae.errors import InputError
 from lorasae.evals.common import Estimate, interval, linearised, over_documents
 from lorasae.evals.fidelity import read_sequences
 from lorasae.evals.report import Table, lines
-from lorasae.paper.results import NONE, Part, cell, group, intervals, over_seeds
+from lorasae.paper.results import NONE, PAPER, Part, cell, group, intervals, over_seeds
 from lorasae.paper.study import adapters, around, long_sae, new_sae
 
 
@@ -74,19 +74,7 @@ def paired(values, *runs):
     return over_documents(values, documents)
 
 
-LEVELS = {                              # of a run's results: heading, form
-    "ce_base": ("CE base", ".4f"),
-    "ce_sae": ("CE with SAE", ".4f"),
-    "l0_sae": ("measured L0", ".1f"),
-    "explained_variance_sae": ("explained variance", ".3f"),
-    "l0": ("L0, adapted", ".1f"),
-    "ce_adapted": ("CE adapted", ".4f"),
-    "kl_sae": ("KL with SAE", ".4f"),
-    "kl_adapted": ("KL adapted", ".4f"),
-    "kl_lora": ("KL without SAE", ".4f"),
-    "train_tokens": ("tokens", ",.0f"),
-    "seconds": ("seconds", ",.0f"),
-}
+LEVELS = PAPER["levels"]                # of a run's results: heading, form
 
 
 def row_of(run, axis, x, rank=64, seed=None):
@@ -118,7 +106,8 @@ def tables(numbers):
                    for name, (heading, form) in LEVELS.items() if rows[0][name][0] is not None}
         columns["improvement"] = improvement = by_x(ranks[64], "improvement"), ".4f"
         for rank, own in ranks.items():
-            columns[f"gap closed, rank {rank}"] = by_x(own, "gap_closed"), ".1%"
+            which = f", rank {rank}" if len(ranks) > 1 else ""
+            columns[f"gap closed{which}"] = by_x(own, "gap_closed"), ".1%"
 
         made.append(Table(
             f"Gap closed over {axis} (nats per token; {intervals(improvement[0].values())})",
@@ -184,10 +173,10 @@ def adapters_at(study, point):
     """The Job of a point's adapters, all ranks side by side."""
     _, model, layer, width, l0, kind, ranks = point
     name, ranks = f"scaling-{model}-layer-{layer}-{width}-l0-{l0}", ranks.split(",")
+    model = study.model if model == study.name else model           # which may be a folder
     if study.full:
         return adapters(study, name, model, layer=layer, width=width, l0=l0, rank=ranks)
     active = {"k" if kind == "topk" else "l0": l0}
-    model = study.model if model == study.name else model           # which may be a folder
     sae = new_sae(study, kind, model, layer=layer, width=width, **active)
     return around(study, f"{name}-{kind}", [sae], rank=ranks, adapt="after")
 
@@ -208,10 +197,10 @@ def measure_scaling(study):
         at_64.setdefault(axis, []).append(runs[64])
 
     cases = {"closed": closed, "ranks": ranks}
-    for axis in at_64.keys() & TRENDS.keys():
-        runs = at_64[axis]
-        trend = TRENDS[axis]([run.gap_closed for run in runs])
-        cases[axis] = {axis: paired(trend, *runs)}
+    for axis, runs in at_64.items():
+        if axis in TRENDS:
+            trend = TRENDS[axis]([run.gap_closed for run in runs])
+            cases[axis] = {axis: paired(trend, *runs)}
     return {"rows": rows, "cases": cases}
 
 
@@ -294,10 +283,8 @@ def adapters_by_block(study, seed):
     """{"all", or how far a block is after the SAE: the Job of adapters there}"""
     blocks, made = study.plan.blocks, {}
     for block in ["after", *blocks]:
-        name, x = f"one-block-{block}-seed-{seed}", "all"
-        how = {"rank": 64, "adapt": block, "seed": seed}
-        if block != "after":
-            x = block - blocks[0] + 1
+        name, how = f"one-block-{block}-seed-{seed}", {"rank": 64, "adapt": block, "seed": seed}
+        x = "all" if block == "after" else block - blocks[0] + 1
         if study.laptop:
             made[x] = around(study, name, [long_sae(study)], **how)
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lorasae.evals.report import cell_text
-from lorasae.paper.results import by_chance, cell
+from lorasae.paper.results import by_chance
 
 LEFT, RIGHT = 12, 288                                   # ends of a claim's scale, of 300
 
@@ -22,7 +22,7 @@ def page(study, sections, claims, reasons, command):
     """
     jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
                         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    jinja.filters |= {"cell": cell, "cell_text": cell_text,
+    jinja.filters |= {"cell_text": cell_text, "thousands": "{:,}".format,
                       "base64": lambda png: b64encode(png).decode()}
     return jinja.get_template("page.html").render(
         study=study,

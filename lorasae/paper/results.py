@@ -1,4 +1,4 @@
-"""What a part of the paper comes to: rows, tables, and claims that decide themselves by one rule.
+"""The results of a part: rows, tables, and claims whose verdicts follow one rule.
 
 Every case of a claim is an Estimate, whose interval covers 90 %. A case
 
@@ -23,14 +23,14 @@ from lorasae.evals.common import Estimate, over
 from lorasae.evals.report import Table, with_interval
 
 PAPER = tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8"))
-VERDICTS = ("agrees", "differs", "within noise", "no interval", "mixed")
+VERDICTS = ("agrees", "differs", "within noise", "no interval")
 OF_SEVERAL = {"agrees": "agree", "differs": "differ"}
 
 
 class Part(NamedTuple):
     """Some figures and tables of the paper. What it says of them is in paper.toml."""
     name: str                           # there, and of numbers/NAME.json
-    jobs: Callable                      # study -> [Job]; what they need is understood
+    jobs: Callable                      # study -> [Job]; those that they need are added
     measure: Callable                   # study -> numbers; {"cases": {claim: its cases}, ...}
     draw: Callable | None               # numbers, figure; None: the paper has only tables
     own_tables: Callable                # numbers -> [Table], without the paper's
@@ -75,7 +75,7 @@ class Claim:
     def verdict_of(self, name):
         """The verdict of one case."""
         mean, half, _ = self.cases[name]
-        if mean is None or half is None:
+        if half is None:
             return "no interval"
         if abs(mean - self.threshold) <= half:
             return "within noise"
@@ -92,15 +92,19 @@ class Claim:
         for verdict, count in self.counts.items():
             if 2 * count > len(self.cases):
                 return verdict
-        return "mixed" if self.cases else "no interval"
+        return "mixed"
+
+    def said(self, name):
+        """What was found in one case, in words."""
+        mean, half, what = self.cases[name]
+        value = f"{with_interval(mean, half, self.form)} {self.unit}".strip()
+        return what if mean is None else f"{value} ({what})"
 
     @property
     def ours(self):
         """What was found, in words: a value, or "11 of 13 agree, 2 within noise"."""
         if len(self.cases) == 1:
-            (mean, half, what), = self.cases.values()
-            value = f"{with_interval(mean, half, self.form)} {self.unit}".strip()
-            return what if mean is None else f"{value} ({what})"
+            return self.said(*self.cases)
         words = [f"{count} {OF_SEVERAL.get(verdict, verdict)}"
                  for verdict, count in self.counts.items()]
         return ", ".join(words).replace(" ", f" of {len(self.cases)} ", 1)
@@ -111,9 +115,7 @@ def by_chance(claims):
 
     As many would agree by chance: a 90 % interval misses on either side one time in twenty.
     """
-    tested = 0
-    for claim in claims:
-        tested += len(claim.cases) - claim.counts.get("no interval", 0)
+    tested = sum(len(claim.cases) - claim.counts.get("no interval", 0) for claim in claims)
     return tested, tested / 20
 
 

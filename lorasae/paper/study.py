@@ -11,6 +11,7 @@ train.py in a folder of its own, so it can be resumed, and eval.py opens it.
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from lorasae.io.files import read_json
@@ -19,27 +20,9 @@ from lorasae.runs.commands import Command
 from lorasae.runs.config import SAE_TOKENS, Config
 
 
-class Plan(NamedTuple):
-    """What a study trains: the words of studies.toml. Nothing and 0: not given."""
-    size: str
-    grid: str
-    sets: str = ""
-    second: str = ""
-    several: str = ""
-    seeds: int = 1
-    tokens: dict = {}
-    sae: dict = {}
-    lora: dict = {}
-    finetune: dict = {}
-    e2e_tokens: int = 0
-    frontier_lora: int = 0
-    percents: tuple = (10, 30, 100)
-    blocks: tuple = ()
-    without: tuple = ()
-
-
-KNOWN = tomllib.loads(Path(__file__).with_name("studies.toml").read_text(encoding="utf-8"))
-PLANS = {name: Plan(**words) for name, words in KNOWN.items()}
+STUDIES = tomllib.loads(Path(__file__).with_name("studies.toml").read_text(encoding="utf-8"))
+USUAL = STUDIES.pop("usual")
+PLANS = {name: SimpleNamespace(**{**USUAL, **words}) for name, words in STUDIES.items()}
 
 
 @dataclass(frozen=True)
@@ -202,7 +185,7 @@ def around_topk(study, seed):
     """Adapters on all blocks, around a TopK SAE (Tables 3 and 6; Figures 8 and 11)."""
     if study.plan.size != "miniature":
         return around_long(study, seed, "all")
-    source = Path(PRESETS[study.model].sae).parent / "topk"
+    source = Path(preset_of(study.model).sae).parent / "topk"
     return adapters(study, f"topk-seed-{seed}", study.model, source, tokens=study.long_tokens,
                     seed=seed, rank=64, adapt="all")
 
@@ -219,8 +202,8 @@ def around_jumprelu(study, seed):
 
 
 def all_jobs(jobs):
-    """{the file that a Job ends with: Job} of jobs and all that they need, these first. Of several
-    with the same file it is the first.
+    """{the file that a Job ends with: Job} of jobs and all that they need, these first. If several
+    end with the same file, the first one counts.
     """
     found = {}
 
@@ -234,13 +217,18 @@ def all_jobs(jobs):
 
 
 def budget(study, part):
-    """How the SAEs and adapters of a part train, in words."""
+    """How the SAEs and adapters of a part train: {what: the numbers of it, or a name}."""
     trained = [job.options for job in all_jobs(part.jobs(study)).values() if job.suite is None]
-    adapted = [options for options in trained if "rank" in options]
-    tokens = {f"{options['tokens']:,}": None for options in trained if "sae" not in options}
-    saes = f"SAEs train on {' and '.join(tokens)} tokens. " if tokens else ""
-    seeds = ", ".join({str(options["seed"]): None for options in adapted})
-    recipe = preset_of(study.model).lora.get("recipe", "paper")
-    optimizer = {"adamw": "AdamW", "muon": "Muon"}[adapted[-1]["optimizer"]]
-    return (f"{saes}Adapters train with {optimizer} and the {recipe} recipe, on "
-            f"{adapted[-1]['tokens']:,} tokens (the paper: 15M). Seeds: {seeds}.")
+    saes = [options for options in trained if "sae" not in options]
+    adapted = [options for options in trained if "rank" in options and options["tokens"] > 1]
+
+    def each(name, some):
+        return sorted({options[name] for options in some})
+
+    return {
+        "sae_tokens": each("tokens", saes),
+        "adapter_tokens": each("tokens", adapted),
+        "seeds": each("seed", adapted),
+        "optimizer": adapted[-1]["optimizer"],
+        "recipe": preset_of(study.model).lora.get("recipe", "paper"),
+    }

@@ -87,8 +87,8 @@ class Adapting:
         self.names = adapter_names(config, "r", "lr")
         self.parameters = [lora_parameters(own) for own in adapters]
         self.tensors = sum(self.parameters, [])
-        rates = [variant.lr for variant in config.variants]
-        groups = [{"params": own, "rate": lr} for own, lr in zip(self.parameters, rates)]
+        groups = [{"params": own, "rate": variant.lr}
+                  for own, variant in zip(self.parameters, config.variants)]
         self.optimizer = optimizer(groups, config.variants[0])
         self.first = adapt.first_differing(model, saes)
 
@@ -97,7 +97,7 @@ class Adapting:
 
     def step(self, part, step):
         for group in self.optimizer.param_groups:
-            group["lr"] = adapt.learning_rate(group["rate"], step, self.config)
+            group["lr"] = training.learning_rate(group["rate"], step, self.config)
         if len(self.adapters) > 1:
             return self.take_side_by_side(part)
         return adapt.take_step(self.model, self.saes, part, self.first, self.optimizer,
@@ -157,12 +157,10 @@ def adapter_names(config, rank="rank-", lr="lr-"):
 
 def save(model, run, adapters):
     """Writes the adapters -> the folder of each: the run's, or one inside it for each."""
-    config, folders = run.config, []
-    local, repo = model_place(config.model)             # a name that PEFT can resolve
-    for name, own in zip(adapter_names(config), adapters):
-        folder = run.folder / name
+    folders = [run.folder / name for name in adapter_names(run.config)]
+    place = str(model_place(run.config.model))          # a name that PEFT can resolve
+    for folder, own in zip(folders, adapters):
         attach_lora(model, own)
         if run.writes:
-            save_adapter(model, folder / "adapter", str(local or repo))
-        folders.append(folder)
+            save_adapter(model, folder / "adapter", place)
     return folders

@@ -1,5 +1,5 @@
 """The presets as one table, made without a network: train.py --list."""
-from lorasae.evals.report import print_table
+from lorasae.evals.report import table_text
 from lorasae.io.files import DTYPES
 from lorasae.io.presets import PRESETS
 from lorasae.runs.config import Config
@@ -24,5 +24,5 @@ def show_presets():
             name, str(known.layer), known.width or "", str(known.l0 or ""), known.saes.ljust(WIDE),
             in_words(known.weights + of_sae),
             in_words(dtype.itemsize * known.parameters), known.licence])
-    print_table(rows, HEADINGS)
+    print(table_text(rows, HEADINGS))
     print(NOTES)

@@ -36,7 +36,7 @@ ADAPTERS = ("lora", BOTH)
 RETRAINED = ("finetune", BOTH)                          # train an existing SAE
 AROUND_SAE = ("lora", *RETRAINED)                       # take an existing SAE
 DEAD_AFTER = 10_000_000                                 # tokens; Gao et al. (2024)
-MOST_AT_ONCE = 2 ** 24                                  # tokens; more is a slip of the finger
+MOST_AT_ONCE = 2 ** 24                                  # tokens; more is a typing mistake
 
 
 # ---- The options ---------------------------------------------------------------------------------
@@ -186,11 +186,10 @@ class Config:
 
     dtype: str = opt("bfloat16", DTYPE, "of the frozen model; what trains is float32")
     sae_dtype: str = opt("float32", DTYPE, "of a frozen SAE's matrices", ("lora",))
-    device: str = opt(
-        "cpu", TEXT, "cpu, cuda, cuda:1, or mps, which is untried; cuda if PyTorch sees a GPU")
+    device: str = opt("cpu", TEXT, "cpu, cuda or cuda:1; cuda if PyTorch sees a GPU")
     threads: int | None = opt(
         None, WHOLE,
-        "cores of a CPU that compute (default: OMP_NUM_THREADS, else those that idle at the start)")
+        "threads of a CPU (default: OMP_NUM_THREADS, else the cores that are idle at the start)")
     products: str | None = opt(
         None, one_of("onednn", "mkl"),
         "library of fp32 products on a CPU (default: onednn, unless mkl is measured to be faster)")
@@ -206,7 +205,7 @@ class Config:
         ("lora",))
     checkpoint_every: int | None = opt(
         None, WHOLE, "steps between checkpoints (default: one per minute)")
-    track: bool = opt(False, SWITCH, "log to trackio too, which is to be installed")
+    track: bool = opt(False, SWITCH, "also log to trackio (pip install trackio)")
 
     def __post_init__(self):
         if isinstance(self.lr, tuple) and len(self.lr) == 1:
@@ -317,16 +316,15 @@ def check(config):
             raise InputError(f"{option(name)} {joined(values)} names a value twice")
 
     # What one run can do.
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", config.device):
-        raise InputError(f"--device {config.device} is not supported: pass cpu, cuda, cuda:1 or "
-                         "mps")
-    layers, ranks, rates = map(joined, (config.layer, config.rank, config.rates))
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", config.device):
+        raise InputError(f"--device {config.device} is not supported: pass cpu, cuda or cuda:1")
     if config.trains_sae and len(config.layer) > 1:
-        raise InputError(f"--layer {layers}: --method {config.mode} trains the SAE of one layer")
+        raise InputError(f"--layer {joined(config.layer)}: --method {config.mode} trains the SAE "
+                         "of one layer")
     if (config.trains_sae or config.shard) and len(config.rank) * len(config.rates) > 1:
         what = "--shard" if config.shard else f"--method {config.mode}"
-        raise InputError(f"--rank {ranks} --lr {rates}: {what} is for one of each; several are for "
-                         "adapters that train side by side")
+        raise InputError(f"--rank {joined(config.rank)} --lr {joined(config.rates)}: {what} is for "
+                         "one of each; several are for adapters that train side by side")
     if config.method in BY_L0 and config.l0 is None:
         raise InputError(f"--method {config.method}: pass --l0, the active latents to reach")
     at_once = max(config.batch_size, config.micro_batch or 1, config.ahead or 1)
@@ -502,10 +500,10 @@ def read_config(folder, device=None):
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
-    # What train.py chose by itself is not chosen again.
+    # Values that train.py derived must be those that it would derive now.
     if config.method in SCRATCH:
         found.take("width", int), found.take("lr", float)
-    for name, chosen in {**asdict(config), "steps": config.steps}.items():
+    for name, chosen in config.to_json().items():
         value = asked.get(name, found[name])
         if value != chosen:
             raise InputError(f"{path}: {name!r} is {shown(value)}, but train.py wrote "

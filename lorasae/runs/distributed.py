@@ -24,12 +24,11 @@ JOIN_TIMEOUT = timedelta(seconds=45)                    # how long processes wai
 
 
 def local(device):
-    """The torch.device of a name such as cpu, cuda, cuda:1, mps; each process has its own GPU."""
-    found = torch.device(device)
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
-    if (found.index or 0) >= there[found.type]:
-        raise InputError(f"--device {device}: PyTorch sees {there[found.type]:d} {found.type} "
-                         "devices, counted from 0; pass --device cpu, or another number")
+    """The torch.device of a name such as cpu, cuda, cuda:1; each process has its own GPU."""
+    found, gpus = torch.device(device), torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= gpus:
+        raise InputError(f"--device {device}: PyTorch sees {gpus} GPUs, counted from 0; pass "
+                         "--device cpu, or another number")
     if found.type == "cuda" and dist.is_initialized():
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return found
@@ -40,8 +39,10 @@ def start(config):
 
     Each takes its share of a step's sequences, which must be one.
     """
-    device, size = local(config.device), int(os.environ.get("WORLD_SIZE", 1))
+    device, size = local(config.device), int(os.environ.get("WORLD_SIZE") or 1)
     if size > 1 and not dist.is_initialized():
+        if device.type == "cuda" and "LOCAL_RANK" not in os.environ:
+            raise InputError("LOCAL_RANK is not set: start the processes with torchrun")
         try:
             store, rank, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         except (ValueError, RuntimeError) as error:
@@ -67,19 +68,19 @@ def stop():
 
 def number():
     """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return world().number
 
 
 def count():
     """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return world().count
 
 
 def world():
     """The World of this run."""
-    if count() == 1:
+    if not dist.is_initialized():
         return ALONE
-    return World(number(), count(), all_reduce, differentiable_sum)
+    return World(dist.get_rank(), dist.get_world_size(), all_reduce, differentiable_sum)
 
 
 def share(batch, world):
@@ -101,9 +102,8 @@ def others_may_end():
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:                       # PyTorch's, for a broken connection
-        reason = str(error).splitlines()[0]
-        sys.exit(f"error: lost another process of this run ({reason}); --resume RUN_DIR continues "
-                 "from the last checkpoint")
+        sys.exit(f"error: lost another process of this run ({str(error).splitlines()[0]}); "
+                 "--resume RUN_DIR continues from the last checkpoint")
 
 
 @torch.no_grad()
@@ -143,24 +143,19 @@ def gather(value):
     return values
 
 
-def portion(batches, whole):
-    """This process's consecutive part of what is to be evaluated, so that `merge` keeps the order.
-
-    whole: all of it, as the blocks of a model that is sharded are run by all processes together.
-    """
-    if whole:
-        return batches
+def portion(batches):
+    """This process's consecutive part of what is to be evaluated; `merge` keeps the order."""
     begin, end = (len(batches) * part // count() for part in (number(), number() + 1))
     return batches[begin:end]
 
 
-def merge(nest, whole):
+def merge(nest):
     """What the portions found, a nest of dicts of lists: each list joined over the processes."""
     def join(parts):
         if isinstance(parts[0], dict):
             return {key: join([part[key] for part in parts]) for key in parts[0]}
         return sum(parts, [])
-    return nest if whole else join(gather(nest))
+    return join(gather(nest))
 
 
 # ---- Models that no process holds whole ----------------------------------------------------------

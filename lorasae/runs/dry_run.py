@@ -42,28 +42,29 @@ def dry_run(config):
         text.files(config.data)                         # InputError if there is no such text
 
     # What would be fetched, and what the SAEs are.
-    files, shapes = hub.model_plan(config.model), {}
+    files, saes, meta = hub.model_plan(config.model), {}, torch.device("meta")
     if all(file.cached for file in files):
         weight_files(hub.model_files(config.model))
         load_tokenizer(config.model)
     if config.method in SCRATCH:
         config = resolved(config, model_config)
-        shapes[config.layer[0]] = KINDS.get(config.method, TopK), config.width
+        kind = KINDS.get(config.method, TopK)
+        with meta:
+            saes[config.layer[0]] = kind(model_config.hidden_size, config.width)
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
         of_sae = hub.sae_plan(source, **config.which(layer))
         files += of_sae
         if all(file.cached for file in of_sae):
-            kind, width, d_model = describe(source, **config.which(layer))
-            check_sae(config, kind, width, d_model, model_config)
+            saes[layer] = describe(source, **config.which(layer))
+            check_sae(config, saes[layer], model_config)
         else:                                           # the paper's public SAEs are JumpReLUs
-            kind, width = JumpReLU, config.width or latents_in(of_sae, model_config)
-        shapes[layer] = kind, width
+            width = config.width or latents_in(of_sae, model_config)
+            with meta:
+                saes[layer] = JumpReLU(model_config.hidden_size, width)
 
     # What would train.
-    with torch.device("meta"):
+    with meta:
         model = Transformer(model_config).requires_grad_(False)
-        saes = {layer: kind(model_config.hidden_size, width)
-                for layer, (kind, width) in shapes.items()}
     of_model = training.size_of(model.parameters())
     of_saes = sum(training.size_of(sae.parameters()) for sae in saes.values())
     trained, blocks = of_saes * config.trains_sae, []
@@ -73,7 +74,7 @@ def dry_run(config):
         trained += sum(training.size_of(lora_parameters(own)) for own in adapters)
 
     # What it would hold in memory.
-    widths = [width for _, width in shapes.values()]
+    widths = [len(sae.W_enc) for sae in saes.values()]
     parts = memory(model_config, config, widths, first=min([*blocks, *config.layer]))
     parts |= {
         "model": DTYPES[config.dtype].itemsize * of_model,
@@ -91,7 +92,7 @@ def dry_run(config):
         **training.what_trains(config, model, saes, blocks, trained),
         "text": config.data + ", streamed" * (config.data in text.NAMED),
         "time": time_at_hand(config),
-        "memory": f"about {in_words(total)} on {config.device}, beside Python's 0.5 GB; the model "
+        "memory": f"about {in_words(total)} on {config.device}, plus 0.5 GB for Python; the model "
                   f"is {config.dtype}",
         **{f"  {name}": in_words(bytes) for name, bytes in parts.items() if bytes}})
     room = memory_of(config.device)
@@ -140,8 +141,8 @@ def time_at_hand(config):
             earlier = read_config(path.parent)
             rate = read_object(path).take("tokens_per_second", float, above=0)
             if all(getattr(earlier, name) == getattr(config, name) for name in same):
-                minutes = config.trained_tokens / rate / 60
-                return f"about {minutes:,.0f} minutes, at the {rate:,.0f} tokens/s of {path.parent}"
+                return (f"about {config.trained_tokens / rate / 60:,.0f} minutes, at the "
+                        f"{rate:,.0f} tokens/s of {path.parent}")
     return "unknown: no earlier run of this model and method is in runs/"
 
 
@@ -154,7 +155,7 @@ def free_disk():
 
 def memory_of(device):
     """Bytes of memory that a device has, within the container's limit; infinity if unknown."""
-    if device.startswith("cuda") and torch.cuda.is_available():
+    if device.startswith("cuda") and (torch.device(device).index or 0) < torch.cuda.device_count():
         return torch.cuda.get_device_properties(device).total_memory
     if device.startswith("cuda") or not hasattr(os, "sysconf"):         # not here; Windows
         return math.inf

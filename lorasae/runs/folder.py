@@ -11,6 +11,7 @@ import math
 import platform
 import shutil
 import time
+from collections import Counter
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -39,7 +40,6 @@ class Run:
         self.writes = distributed.number() == 0
         self.lock, self.made = None, []                 # the folders that were made for the run
         self.pending, self.seconds, self.latest = [], 0.0, ""
-        self.started = self.saved = time.perf_counter()
         self.track = lambda values, step: None          # tracking.py takes what is logged
 
     # ---- Beginning and end -----------------------------------------------------------------------
@@ -212,7 +212,7 @@ class Run:
                 yield step
                 bar.set_postfix_str(self.latest, refresh=False)
                 bar.update()
-                if self.writes and bar.disable and ends_a_tenth(step + 1, steps):
+                if bar.disable and ends_a_tenth(step + 1, steps):
                     done = (step + 1) / steps
                     left = (1 / done - 1) * (time.perf_counter() - self.started)
                     progress_line(f"{done:4.0%}  step {step + 1:,} of {steps:,}  {self.latest}"
@@ -230,17 +230,16 @@ class Run:
         self.seconds = time.perf_counter() - self.started
         if not self.pending:
             return
-        columns = {}
+        means = Counter()
         for step, values in self.pending:
             for name, value in values.items():
                 value = float(value)
                 if not math.isfinite(value):
                     raise InputError(f"{name} became {value} at step {step}: start again with a "
                                      "lower --lr or --dtype float32")
-                columns.setdefault(name, []).append(value)
+                means[name] += value / len(self.pending)
         self.pending = []
 
-        means = {name: sum(column) / len(column) for name, column in columns.items()}
         tokens = step * self.config.tokens_per_step
         rate = tokens / self.seconds
         values = {"tokens": tokens, **means, "tokens_per_second": rate, "seconds": self.seconds}
@@ -266,8 +265,8 @@ def ends_a_tenth(step, steps):
 def check_free(folder):
     """Raises InputError if the folder holds anything but the lock of an earlier run."""
     if any(path.name != ".lock" for path in folder.glob("*")):
-        raise InputError(f"{folder} already holds files: pass another --out (a run in it goes on "
-                         f"with --resume {folder} alone)")
+        raise InputError(f"{folder} already holds files: pass another --out, or remove it (a run "
+                         f"in it that has a config.json goes on with --resume {folder} alone)")
 
 
 def new_folder(config):

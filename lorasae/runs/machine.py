@@ -16,19 +16,20 @@ from pathlib import Path
 import torch
 
 from lorasae.linear import linear
+from lorasae.runs import distributed
 
-CLEARLY = 1.3           # so much faster MKL must be: repeats must agree
+CLEARLY = 1.3           # MKL must be this many times faster, so that repeated runs choose alike
 LOOK = 0.2              # seconds for which other work is watched
 SIZE, ROUNDS = 1024, 5  # of the products that are timed: 0.1 s
 
 
 def settled(config):
-    """The Config with `threads` and `products` chosen; from here on PyTorch works so."""
+    """The Config with `threads` and `products` chosen, and PyTorch set to them."""
     keep_freed_memory()
     threads = config.threads or free_cores()
     products = config.products
     if products is None and config.device == "cpu":
-        products = faster_library()
+        products = distributed.agree(faster_library())
     torch.backends.mkldnn.enabled = products != "mkl"
     torch.set_num_threads(min(threads, len(cores())))
     return replace(config, threads=threads, products=products)
@@ -66,10 +67,10 @@ def cores():
 
 def idle_seconds():
     """For how long those cores have idled, in all."""
-    own, ticks = cores(), 0
+    names, ticks = {f"cpu{core}" for core in cores()}, 0
     for line in Path("/proc/stat").read_text().splitlines():
         name, *times = line.split()
-        if name.removeprefix("cpu").isdecimal() and int(name[3:]) in own:
+        if name in names:
             ticks += int(times[3])
     return ticks / os.sysconf("SC_CLK_TCK")
 

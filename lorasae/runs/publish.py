@@ -64,12 +64,10 @@ def files(folder, repo, names):
         place = path.relative_to(folder).as_posix().replace("adapter/", "")
         found[place] = path
         if path.name == "adapter_config.json":
-            base = {"base_model_name_or_path": config.model}
-            found[place] = changed(path, base)
+            found[place] = changed(path, {"base_model_name_or_path": config.model})
         if path.name == "cfg.json":
             about = read_object(path).take("metadata", dict)
-            metadata = {**about, "model_name": config.model}
-            found[place] = changed(path, {"metadata": metadata})
+            found[place] = changed(path, {"metadata": {**about, "model_name": config.model}})
     return found
 
 
@@ -113,8 +111,7 @@ def card(folder, repo, names):
     sources = sae_sources(own, math.inf)
     if own.trains_sae:
         sources = [(own.layer[0], folder / "sae")]
-    saes = {layer: describe(source, layer=layer, width=own.width, l0=own.l0, site=own.site)
-            for layer, source in sources}
+    saes = {layer: describe(source, **own.which(layer)) for layer, source in sources}
 
     template = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"),
                         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)

@@ -19,7 +19,6 @@ from lorasae.io.files import write_json
 from lorasae.io.saes import save_sae
 from lorasae.runs import distributed, training
 from lorasae.runs.config import BY_K
-from lorasae.runs.setting import sae_sources
 
 
 def resolved(config, model_config):
@@ -27,7 +26,6 @@ def resolved(config, model_config):
 
     Raises InputError for an SAE that cannot be trained.
     """
-    sae_sources(config, model_config.num_hidden_layers)         # checks the layer
     width = config.width or 8 * model_config.hidden_size
     by_k = config.method in BY_K
     active = config.k if by_k else config.l0
@@ -96,9 +94,9 @@ def keep(run, sae, step):
     percent = 10 * (10 * step // config.steps)
     folder = run.folder / ("sae" if step == config.steps else f"sae-{percent}pct")
     save_sae(sae, folder, model_name=config.model, layer=config.layer[0], context=config.context)
-    tokens = step * config.tokens_per_step
-    write_json(folder / "training.json",
-               {"percent": percent, "step": step, "tokens": tokens, "seconds": run.seconds})
+    write_json(folder / "training.json", {
+        "percent": percent, "step": step, "tokens": step * config.tokens_per_step,
+        "seconds": run.seconds})
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class Setting(NamedTuple):
 
 
 def load_setting(config, folder, text=None):
-    """The Setting of a run in `folder`, whose text is in RUN_DIR/text if it is nowhere else.
+    """The Setting of a run in `folder`. text: the folder of its text, by default folder/text.
 
     With `shard` the model is left on the CPU, for distributed.shard to spread.
     """
@@ -59,19 +59,20 @@ def load_saes(config, model_config, device):
     saes = {}
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
         sae = load_sae(source, **config.which(layer), dtype=config.sae_dtype, device=device)
-        check_sae(config, type(sae), *sae.W_enc.shape, model_config)
+        check_sae(config, sae, model_config)
         saes[layer] = sae
     return saes
 
 
-def check_sae(config, kind, width, d_model, model_config):
-    """Raises InputError for an existing SAE [width, d_model] that this run could not use."""
+def check_sae(config, sae, model_config):
+    """Raises InputError for an existing SAE that this run could not use."""
+    width, d_model = sae.W_enc.shape
     if d_model != model_config.hidden_size:
         raise InputError(f"the SAE reads activations of width {d_model}, but the model's have "
                          f"{model_config.hidden_size}: it was trained on another model")
     if config.width not in (None, width):
         raise InputError(f"--width {config.width}: the SAE has {width} latents")
-    if config.thresholds == "frozen" and kind.l0_is_bounded:
+    if config.thresholds == "frozen" and sae.l0_is_bounded:
         raise InputError("--thresholds frozen: this SAE has none; leave it out")
 
 
@@ -104,12 +105,12 @@ def runs_in(folder):
 def open_run(folder, device=None):
     """The Setting of a finished run: its adapter attached, its own SAE spliced in.
 
-    Held-out text is in RUN_DIR/text/; if several adapters trained, in that of their one run.
+    Held-out text is in its text/; if several adapters trained, in that of the run of them all.
     """
     config = settled(replace(read_config(folder, device), shard=False))
     if config.trains_sae:
         config = replace(config, sae=(str((folder / "sae").resolve()),))
-    run = folder.parent if (folder.parent / "config.json").exists() else folder
+    run = folder if (folder / "text").exists() else folder.parent
     read_object(run / "text" / "text.json")             # what was held out is not chosen again
     setting = load_setting(config, folder, run / "text")
     if config.method == "lora":

@@ -10,13 +10,13 @@ adapting.Adapting trains one or several adapters, sae_training.SAETraining an SA
 beyond.finetuning.Finetuning an existing SAE, alone or together with adapters.
 """
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from lorasae.adapt import compiled_blocks, step_seed
 from lorasae.evals import fidelity
 from lorasae.evals.report import percent
 from lorasae.io.console import note, progress_line
@@ -90,6 +90,38 @@ def frozen_parts(kind, batch, start):
                 yield part
 
 
+@contextmanager
+def compiled_blocks(model, backend="inductor"):
+    """Runs the blocks through torch.compile inside the `with`.
+
+    Graph breaks raise instead of falling back to eager.
+    """
+    # Blocks share their code, which needs a graph for each window, shape and role (frozen, adapted,
+    # first adapted): more than the usual 8.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for block in model.layers:
+            block.forward = torch.compile(
+                block.forward, fullgraph=True, dynamic=False, backend=backend)
+        try:
+            yield
+        finally:
+            for block in model.layers:
+                del block.forward                               # uncovers the class's own
+
+
+def learning_rate(lr, step, config):
+    """The rate of step 0, 1, ...: constant, as published, or falling linearly to 0."""
+    if not config.lr_decay:
+        return lr
+    return lr * (1 - step / config.steps)
+
+
+def step_seed(seed, step, number=0):
+    """Seed for the dropout of a step in process `number`: a resumed run draws the same masks."""
+    sequence = np.random.SeedSequence([seed, step, number])
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
 # ---- What a run is about to do -------------------------------------------------------------------
 
 def listed(blocks):
@@ -112,7 +144,8 @@ def what_trains(config, model, saes, blocks, trained):
                             f"{listed(blocks)}")
 
     latents = ", ".join(f"{len(sae.W_enc):,}" for sae in saes.values())
-    rows["SAE"] = f"{latents} latents at the output of block {joined(saes)}"
+    of_mlp = "the MLP of " * (config.site == "mlp")
+    rows["SAE"] = f"{latents} latents at the output of {of_mlp}block {joined(saes)}"
     if config.method in BY_K:
         rows["SAE"] += f", k {config.k}"
     elif config.l0:
@@ -157,8 +190,8 @@ def look_before(setting):
 
     for layer, sae in saes.items():
         if explained[layer] < 0:
-            note(f"warning: the SAE at layer {layer} explains less than its mean would: it may "
-                 "be of another model or layer")
+            note(f"warning: the SAE at layer {layer} explains less than the mean activation "
+                 "would: it may be of another model or layer")
         if not same_model(sae.model_name, config.model):
             note(f"warning: the SAE at layer {layer} was trained on {sae.model_name}, as its file "
                  f"says, not on {config.model}")
@@ -178,9 +211,11 @@ def evaluate(setting, saes, settings):
     """fidelity.measure on the held-out text, each process on its portion of it."""
     config, held_out = setting.config, setting.text.held_out
     progress_line(f"measuring {', '.join(settings)} on {held_out.numel():,} held-out tokens")
-    batches = distributed.portion(held_out.split(config.eval_batch), config.shard)
-    return fidelity.measure(setting.model, saes, batches, settings,
-                            gather=lambda found: distributed.merge(found, config.shard))
+    batches = held_out.split(config.eval_batch)
+    if config.shard:                                    # all processes run each block together
+        return fidelity.measure(setting.model, saes, batches, settings)
+    return fidelity.measure(setting.model, saes, distributed.portion(batches), settings,
+                            distributed.merge)
 
 
 def results_of(found, setting, run, folder):

@@ -35,7 +35,7 @@ from lorasae.io.console import Parser, note
 from lorasae.io.files import read_json, write_bytes, write_json
 from lorasae.io.models import load_model, parse_config, save_model
 from lorasae.io.shards import Text
-from lorasae.io.text import held_out, standard_library
+from lorasae.io.text import held_out, standard_library, text_of
 from lorasae.model import Transformer
 from lorasae.runs.folder import versions
 
@@ -55,8 +55,7 @@ def texts(tests):
     """The standard library's training files, with those of its tests if asked for."""
     for file in standard_library():
         if not held_out(file.name):
-            with file.open() as raw:
-                yield raw.read().decode()
+            yield text_of(file)
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")) if tests else []:
         name = path.relative_to(root).as_posix()
@@ -70,12 +69,11 @@ def make_tokenizer(vocabulary):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts(tests=False), trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=["<pad>", "<eos>", "<bos>"], show_progress=False,
-        initial_alphabet=alphabet))
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)])
+        single="<bos> $A", special_tokens=[("<bos>", BOS)])
     return tokenizer
 
 
@@ -116,11 +114,6 @@ def new_model(raw):
     return model
 
 
-def loss(model, tokens):
-    """Mean cross-entropy of tokens [n, CONTEXT], BOS excepted, in nats per token."""
-    return F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
 def train(model, stream, seed, minutes, tokens):
     """Trains in place for so many tokens or, without them, minutes -> (steps, seconds).
 
@@ -131,7 +124,8 @@ def train(model, stream, seed, minutes, tokens):
     @torch.compile
     def step_loss(chunk):
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            return loss(model, chunk)
+            logits = model(chunk)[:, :-1].flatten(0, 1)
+            return F.cross_entropy(logits.float(), chunk[:, 1:].flatten())
 
     matrices, others = [], []
     for name, p in model.named_parameters():

@@ -103,10 +103,9 @@ def save_llama_scope(sae, folder, layer, norm, k):
 
 # ---- Training and measuring ----------------------------------------------------------------------
 
-def settings(name, method, seed):
-    """The configuration of `python train.py --model tiny-NAME --method METHOD`."""
-    return configure({"model": f"tiny-{name}", "method": method, "seed": seed,
-                      "checkpoint_every": 10 ** 9}, recipes={})
+def settings(name, method):
+    """The configuration of `python train.py --model tiny-NAME --method METHOD --seed 0`."""
+    return configure({"model": f"tiny-{name}", "method": method, "seed": 0}, recipes={})
 
 
 def trained(setting, config):
@@ -128,15 +127,14 @@ def sample(setting):
 def make_saes(name, temporary):
     """Trains, saves and measures both SAEs of an embedded model."""
     folder = HERE / f"{name}-sae"
-    topk, jumprelu = settings(name, "topk", seed=0), settings(name, "jumprelu", seed=0)
-    if name == "llama-3":
-        jumprelu = replace(topk, seed=1)
+    topk = settings(name, "topk")
+    jumprelu = replace(topk, seed=1) if name == "llama-3" else settings(name, "jumprelu")
     layer = topk.layer[0]
 
     def measured(sae):
         found = training.evaluate(setting, {layer: sae}, ("base", "sae"))
-        summary = fidelity.summary(found, setting.text.documents)
-        return {**summary, **numbers_of(found, setting, sae)}
+        return {**fidelity.summary(found, setting.text.documents),
+                **numbers_of(found, setting, sae)}
 
     setting = load_setting(topk, Path(temporary))
     with closing(setting.text):
