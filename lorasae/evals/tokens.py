@@ -55,12 +55,12 @@ def statistics(change, documents):
 
 
 def tables(numbers):
-    rows = []
-    for name, label, form in (("improvement", "mean improvement (nats per token)", ".4f"),
-                              ("share_better", "tokens that become better", ".1%"),
-                              ("share_worse", "tokens that become worse", ".1%"),
-                              ("from_middle", "improvement by changes of 0.01 to 1 nats", ".1%")):
-        rows.append([label, with_interval(numbers[name], numbers["ci90"][name], form)])
+    shown = (("improvement", "mean improvement (nats per token)", ".4f"),
+             ("share_better", "tokens that become better", ".1%"),
+             ("share_worse", "tokens that become worse", ".1%"),
+             ("from_middle", "improvement by changes of 0.01 to 1 nats", ".1%"))
+    rows = [[label, with_interval(numbers[name], numbers["ci90"][name], form)]
+            for name, label, form in shown]
     notes = [f"{numbers['tokens']:,} tokens"]
     if numbers["ci90"]["improvement"] is None:
         notes.append(without_interval(numbers["documents"]))

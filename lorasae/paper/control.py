@@ -11,8 +11,8 @@ Whatever is done is compared with the same SAE as it was, on the same text, sequ
 """
 from lorasae.evals.fidelity import read_sequences, summary
 from lorasae.evals.report import Table
-from lorasae.paper.gap import draw_grid, paired, row_of, run_of, tables
-from lorasae.paper.results import Part, cell
+from lorasae.paper.gap import curve, paired, row_of, run_of, tables
+from lorasae.paper.results import Part, cell, group
 from lorasae.paper.study import Job, around_long, checkpoint, evaluation, long_sae, of_text
 
 LORA, MORE = "LoRA after it", "as many seconds of training"
@@ -111,4 +111,20 @@ def own_tables(numbers):
     return [*tables(numbers), Table(caption, ["text", "less", "difference"], rows)]
 
 
-CONTROL = Part("control", jobs, measure, draw_grid, own_tables)
+def draw(numbers, figure):
+    """The gap closed by each, over how much of its training the SAE has had."""
+    figure.set_size_inches(10, 3.8)
+    by_text = group(numbers["rows"], "axis")
+    panels = figure.subplots(1, len(by_text), sharey=True, squeeze=False)[0]
+    for axes, (text, rows) in zip(panels, by_text.items()):
+        series = {}
+        for row in rows:
+            percent, done = row["x"].split(": ")
+            series.setdefault(done, {})[percent] = row["gap_closed"]
+        for done, estimates in series.items():
+            curve(axes, estimates, done, scale=100)
+        axes.set(title=text, xlabel="of the SAE's training", ylabel="of the gap (%)")
+    panels[0].legend(fontsize=8)
+
+
+CONTROL = Part("control", jobs, measure, draw, own_tables)
