@@ -293,7 +293,7 @@ def test_the_headline_command_runs_to_its_end(server, tmp_path, monkeypatch, cap
     server.datasets = {"monology/pile-uncopyrighted": {"train/00.jsonl.zst": pile}}
 
     words = ["train", "--model", "gemma-2-2b", "--layer", 12, "--rank", 64]
-    words += ["--tokens", 1024, "--eval-tokens", 1024, "--device", "cpu"]   # what there is time for
+    words += ["--tokens", 1024, "--eval-tokens", 1024, "--device", "cpu"]   # few, to save time
     command(*words, "--dry-run")
     planned = capsys.readouterr().out
     for part in ("model-00003-of-00003.safetensors", "of blocks 13 to 25",

@@ -29,10 +29,10 @@ def evaluate(setting, data, eval_tokens):
     with Text(data, own.tokenizer, own.bos, own.eos, context=config.context,
               eval_tokens=eval_tokens or own.held_out.numel()) as text:
         setting = setting._replace(text=text)
-        settings = fidelity.settings_of(config)
-        found = fidelity.measure(setting.model, setting.saes, batches(setting), settings)
-        if config.method not in ("lora", "finetune"):
-            found |= tenths.measured(setting)
+        others = {} if config.method in ("lora", "finetune") else tenths.kept_saes(setting)
+        settings = dict.fromkeys((*fidelity.settings_of(config), *others))
+        found = fidelity.measure(setting.model, setting.saes, batches(setting), settings,
+                                 others=others)
     fidelity.write_sequences(setting.folder / "elsewhere", found, text.documents)
     return fidelity.summary(found, text.documents)
 

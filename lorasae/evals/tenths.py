@@ -16,11 +16,12 @@ TRAINING = {"percent": int, "step": int, "tokens": int, "seconds": float}
 
 
 def evaluate(setting):
-    """{"layer", "rows": [{percent, step, tokens, seconds, ce, kl, ci90}]}, in training order.
+    """{"rows": [{percent, step, tokens, seconds, ce, kl, ci90}]}, in training order.
 
     Writes RUN_DIR/tenths/sequences.json, too.
     """
-    seen, documents = measured(setting), setting.text.documents
+    saes, documents = kept_saes(setting), setting.text.documents
+    seen = fidelity.measure(setting.model, setting.saes, batches(setting), saes, others=saes)
     fidelity.write_sequences(setting.folder / "tenths", seen, documents)
     rows = []
     for folder, found in seen.items():
@@ -31,15 +32,14 @@ def evaluate(setting):
     return {"rows": rows}
 
 
-def measured(setting):
-    """{"sae-10pct": what fidelity.measure finds with that SAE, ..., "sae": ...}"""
+def kept_saes(setting):
+    """{"sae-10pct": {layer: the SAE as it was then}, ..., "sae": {layer: ...}}"""
     folders = sorted(setting.folder.glob("sae-??pct")) + [setting.folder / "sae"]
     if len(folders) == 1 or not (folders[-1] / "training.json").exists():
         raise InputError(f"{setting.folder} did not keep its SAE tenth by tenth: --suite tenths is "
                          "for runs that train one from scratch")
-    model, layer = setting.model, setting.config.layer[0]
-    saes = {folder.name: {layer: load_sae(folder, device=model.device)} for folder in folders}
-    return fidelity.measure(model, setting.saes, batches(setting), saes, others=saes)
+    layer, device = setting.config.layer[0], setting.model.device
+    return {folder.name: {layer: load_sae(folder, device=device)} for folder in folders}
 
 
 def tables(numbers):
