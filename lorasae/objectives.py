@@ -155,43 +155,42 @@ def compiled_kl():
 
 
 class TokenLosses(NamedTuple):
-    """Losses in nats, fp32, in the shape of the labels."""
+    """Losses of every token, in nats, fp32."""
     ce: torch.Tensor                    # -log q(label)
-    kl: torch.Tensor | None             # KL(p ‖ q) to the base; None without a target
+    kl: torch.Tensor                    # KL(p ‖ q); 0 of the base model
 
 
 @torch.no_grad()
-def token_losses(hidden, labels, weight, softcap=None, target=None):
-    """Cross-entropy and KL of every token in one pass over the head -> TokenLosses.
+def token_losses(hidden, labels, weight, softcap=None):
+    """Cross-entropy and KL of every token in one pass over the head -> TokenLosses of [S, ...].
 
-    hidden, target [..., D] after the final norm (target: the base model's); labels [...] the tokens
-    to predict.
+    hidden [S, ..., D] after the final norm: of the base model first, then of others; labels [...]:
+    the tokens to predict. The base's logits are made once for all.
     """
-    shape = labels.shape
-    hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    if target is not None:
-        target = target.flatten(0, -2)
+    shape = hidden.shape[:-1]
+    hidden, labels = hidden.flatten(1, -2), labels.flatten()
+    S, N, _ = hidden.shape
+    ce = torch.zeros(S, N, device=hidden.device)
+    kl = torch.zeros_like(ce)
 
-    ce, kl = [], []
     chunk = chunk_rows(weight)
-    for start in range(0, len(hidden), chunk):
-        # The logits of a chunk.
+    for start in range(0, N, chunk):
+        # The base model's log-probabilities, in place of its logits.
         rows = slice(start, start + chunk)
-        u_q = linear_fp32(hidden[rows], weight)
-        if target is not None:
-            u_p = linear_fp32(target[rows], weight)
+        label = labels[rows, None]
+        log_p = linear_fp32(hidden[0, rows], weight)
+        for piece in pieces(log_p):
+            log_p[piece] = log_probabilities(log_p[piece], softcap)
+        ce[0, rows] = -log_p.gather(-1, label)[:, 0]
 
-        # Their losses, piece by piece.
-        for piece in pieces(u_q):
-            log_q = log_probabilities(u_q[piece], softcap)
-            label = labels[rows][piece]
-            ce.append(-log_q.gather(-1, label[:, None])[:, 0])
-            if target is not None:
-                log_p = log_probabilities(u_p[piece], softcap)
-                kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
-
-    ce = torch.cat(ce).view(shape)
-    return TokenLosses(ce, torch.cat(kl).view(shape) if kl else None)
+        # The losses of the others.
+        for s in range(1, S):
+            u_q = linear_fp32(hidden[s, rows], weight)
+            for piece in pieces(u_q):
+                log_q = log_probabilities(u_q[piece], softcap)
+                ce[s, rows][piece] = -log_q.gather(-1, label[piece])[:, 0]
+                kl[s, rows][piece] = (log_p[piece].exp() * (log_p[piece] - log_q)).sum(-1)
+    return TokenLosses(ce.view(shape), kl.view(shape))
 
 
 def capped(logits, softcap):

@@ -82,17 +82,17 @@ def test_bf16_weights_keep_the_gradient_within_half_a_percent(distance):
 def test_token_losses_are_cross_entropy_and_kl_of_each_token(monkeypatch):
     in_chunks_of(5, monkeypatch)
     target, hidden, weight = problem(N=36)
-    target, hidden = target.view(4, 9, -1), hidden.view(4, 9, -1)
+    models = torch.stack([target, hidden.detach(), target + 1]).view(3, 4, 9, -1)
     labels = torch.randint(101, (4, 9))
-    losses = token_losses(hidden, labels, weight, 3.0, target)
-    log_q = capped(hidden @ weight.T, 3.0).log_softmax(-1).detach()
-    torch.testing.assert_close(
-        losses.ce, F.cross_entropy(log_q.mT, labels, reduction="none"))
-    for row in range(4):
-        expected = linear_kl(target[row], hidden[row].detach(), weight, 3.0)
-        assert not expected.requires_grad
-        assert losses.kl[row].sum().item() == pytest.approx(expected.item(), rel=1e-4)
-    assert token_losses(hidden, labels, weight).kl is None
+    losses = token_losses(models, labels, weight, 3.0)
+    assert not losses.kl[0].any()
+    for s, model in enumerate(models):
+        log_q = capped(model @ weight.T, 3.0).log_softmax(-1)
+        torch.testing.assert_close(
+            losses.ce[s], F.cross_entropy(log_q.mT, labels, reduction="none"))
+        for row in range(4):
+            expected = naive_kl(models[0, row], model[row], weight, 3.0)
+            assert losses.kl[s, row].sum().item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("V, D", [(101, 24), (4096, 16)])

@@ -32,7 +32,7 @@ from lorasae.evals.common import (as_model, batches, count_documents, evaluating
 from lorasae.evals.report import Table, percent, plus_minus, with_interval
 from lorasae.io.files import damage, read_json, write_json
 from lorasae.lora import base
-from lorasae.objectives import token_losses
+from lorasae.objectives import TokenLosses, token_losses
 from lorasae.sae import StandIn, norms, splice
 
 SETTINGS = {
@@ -109,14 +109,11 @@ def losses_by_setting(model, saes, tokens, settings, seen=None, others={}):
     """{setting: TokenLosses of [B, T - 1]} for tokens [B, T]; KL is from the base model."""
     labels = tokens[:, 1:].to(model.device)
     in_order = dict.fromkeys(("base", *settings))       # the base model first, and each once
-    losses = {}
-    for name, hidden in hidden_by_setting(model, saes, tokens, in_order, seen, others):
-        hidden = hidden[:, :-1]
-        if name == "base":
-            target = hidden
-        if name in settings:
-            losses[name] = token_losses(hidden, labels, model.head, model.softcap, target)
-    return losses
+    made = hidden_by_setting(model, saes, tokens, in_order, seen, others)
+    hidden = torch.stack([state[:, :-1] for _, state in made])
+    losses = token_losses(hidden, labels, model.head, model.softcap)
+    return {name: TokenLosses(ce, kl)
+            for name, ce, kl in zip(in_order, *losses) if name in settings}
 
 
 @torch.no_grad()

@@ -57,8 +57,8 @@ def log_likelihoods(model, texts, layer, v, alphas):
         x, losses = model.run(model.embed(tokens), 0, layer + 1), []
         for alpha in alphas:
             hidden = model.norm(model.run(steer(x, v, alpha), layer + 1, len(model.layers)))
-            loss = token_losses(hidden[:, :-1], tokens[:, 1:], model.head, model.softcap).ce
-            losses.append(-loss.double().mean(1).cpu())
+            loss, _ = token_losses(hidden[None, :, :-1], tokens[:, 1:], model.head, model.softcap)
+            losses.append(-loss[0].double().mean(1).cpu())
         found.append(torch.stack(losses))
     return torch.cat(found, 1)
 
