@@ -1,19 +1,19 @@
 """Evaluate a finished run on its held-out text, using only the files in its folder.
 
-    python eval.py runs/tiny-gemma-2-lora                       the table that training ended with
+    python eval.py runs/tiny-gemma-2-lora                       the table printed after training
     python eval.py RUN_DIR --suite fidelity,tokens,distances    any of the evaluations
     python eval.py RUN_DIR --suite steering --latents 17 204    examples from the held-out text
     python eval.py RUN_DIR --suite probing,scr,tpp,absorption   SAEBench, base and adapted model
-    python eval.py RUN_DIR --suite autointerp --judge URL       latents in words
+    python eval.py RUN_DIR --suite autointerp --judge URL       descriptions of latents
     python eval.py RUN_DIR --suite lm --limit 100               lm-eval: MMLU, HellaSwag, TruthfulQA
                                                                 (embedded models: their own tasks)
-    python eval.py RUN_DIR --suite tenths                       an SAE after each tenth of its steps
+    python eval.py RUN_DIR --suite tenths                       an SAE after each tenth of training
     python eval.py RUN_DIR --suite elsewhere --data FOLDER      fidelity on another kind of text
 
-Each writes RUN_DIR/eval-NAME.json and, if the paper has such a figure, RUN_DIR/eval-NAME.png (with
-matplotlib). lorasae/evals/ has one module per evaluation, all with the same functions:
-evaluate(setting, ...) returns a plain dict, and its other parameters are options, which add_options
-declares; tables and draw show the dict.
+Each writes RUN_DIR/eval-NAME.json and, if the paper has a figure for it, RUN_DIR/eval-NAME.png
+(with matplotlib). lorasae/evals/ has one module per evaluation, all with the same functions:
+evaluate(setting, ...) returns a plain dict; its other parameters are command-line options, declared
+by add_options; tables and draw show the dict.
 """
 from inspect import signature
 
@@ -45,12 +45,12 @@ WITHOUT_ADAPTERS = ("fidelity", "tenths", "elsewhere")  # suites for runs that t
 def arguments(argv):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("run", metavar="RUN_DIR", type=local, help="folder that train.py wrote")
+    add("run", metavar="RUN_DIR", type=local, help="folder written by train.py")
     add("--suite", default="fidelity",
-        help=f"comma-separated, of {', '.join(SUITES)} (default: %(default)s)")
+        help=f"comma-separated, from {', '.join(SUITES)} (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 (default: the run's)")
     add("--draw", action="store_true",
-        help="only show the tables and draw the pictures, from existing eval-NAME.json files")
+        help="only show the tables and draw the figures, from existing eval-NAME.json files")
     for name, suite in SUITES.items():
         if hasattr(suite, "add_options"):
             suite.add_options(parser.add_argument_group(name).add_argument)
@@ -61,7 +61,7 @@ def arguments(argv):
         if name not in SUITES:
             parser.error(f"--suite {name!r} is unknown: choose from {', '.join(SUITES)}")
 
-    # Options that none of the suites takes
+    # Refuse options that no chosen suite uses.
     taken = {"run", "suite", "draw"}
     if not args.draw:
         taken.update(["device"], *map(options_of, args.suite))
@@ -73,7 +73,7 @@ def arguments(argv):
 
 
 def options_of(name):
-    """The options that a suite takes."""
+    """The options that a suite accepts."""
     _, *options = signature(SUITES[name].evaluate).parameters
     return options
 
@@ -89,7 +89,7 @@ def evaluate(name, setting, args):
 
 
 def show(name, folder):
-    """Prints the tables of a suite's numbers, and draws its picture if it has one."""
+    """Prints a suite's tables, and draws its figure if it has one."""
     suite, path = SUITES[name], folder / f"eval-{name}.json"
     with damage(path):
         numbers = read_json(path)

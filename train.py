@@ -48,29 +48,29 @@ from lorasae.runs.tracking import tracked
 
 RECIPES = {"tuned": tuned_recipe}
 OPTIMIZERS = {"adamw": adapt.adamw, "muon": muon}
-ALONE = {                                               # options of a run: what else may be given
+ALONE = {                                               # actions on a run: what they combine with
     "resume": ("device",), "merge": (), "publish": ("model", "sae"), "card": ("model", "sae")}
 
 
 def arguments(argv):
-    """The parsed arguments; what is not given is absent."""
+    """The parsed arguments, without those that were not given."""
     parser = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     add_options(parser)
     add = parser.add_argument_group("runs").add_argument
     add("--out", type=local, help="folder of the run (default: runs/MODEL-METHOD, numbered if "
         "that is taken)")
     add("--resume", metavar="RUN_DIR", type=local, help="continue that run from its last "
-        "checkpoint, with its own arguments; only --device may be given")
+        "checkpoint, with its own arguments; only --device may be changed")
     add("--merge", metavar="RUN_DIR", type=local, help="fold that run's adapters into its model, "
         "write RUN_DIR/merged/, and stop")
     add("--publish", metavar=("RUN_DIR", "OWNER/NAME"), nargs=2, help="upload that run's adapters "
-        "or SAE to the Hub, with a model card; --model and --sae give their names on the Hub, "
-        "if the run knows them by others")
-    add("--card", metavar="RUN_DIR", type=local, help="print that model card, and stop")
+        "or SAE to the Hub, with a model card; --model and --sae give the Hub names of the base "
+        "model and its SAE, if the run used local ones")
+    add("--card", metavar="RUN_DIR", type=local, help="print the model card of --publish, and stop")
     add("--list", action="store_true", help="print the presets with their SAEs, sizes and "
         "licences, and stop")
-    add("--dry-run", action="store_true", help="print what would be fetched, trained and held in "
-        "memory, and stop")
+    add("--dry-run", action="store_true", help="print what would be fetched and trained, and the "
+        "memory needed, and stop")
 
     args = parser.parse_args(argv)
     for alone, besides in ALONE.items():
@@ -82,7 +82,7 @@ def arguments(argv):
 
 
 def config_of(args):
-    """The arguments -> Config; of a run to resume, its own."""
+    """The arguments -> Config. With --resume, the run's own."""
     if "resume" in args:
         return read_config(args.resume, getattr(args, "device", None))
     device = "cuda" if torch.cuda.is_available() else Config.device
@@ -90,7 +90,7 @@ def config_of(args):
 
 
 def take_run(run):
-    """Trains what the run's method trains -> {folder: numbers of its results.json}."""
+    """Trains adapters or an SAE, by the run's method -> {folder: contents of its results.json}."""
     config = run.config
     setting = load_setting(config, run.folder)
     progress_line(f"writing to {run.folder}/")
@@ -103,7 +103,7 @@ def take_run(run):
 
 
 def merge(folder):
-    """Writes folder/merged/: the adapted model, without SAE, as transformers loads it."""
+    """Writes folder/merged/: the adapted model, without its SAE, for transformers to load."""
     config, target = read_config(folder), folder / "merged"
     if config.method != "lora":
         raise InputError(f"{folder} did not train adapters: there is nothing to merge")
@@ -121,16 +121,16 @@ def merge(folder):
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{target}/ is the adapted model, without its SAE, as "
-          "transformers.AutoModelForCausalLM loads it")
+    print(f"{target}/ is the adapted model, without its SAE, for "
+          "transformers.AutoModelForCausalLM to load")
     if config.train_sae:
         print(f"only the adapters were folded in: the SAE trained with them is {folder}/sae/")
 
 
-# ---- What a run prints in the end ----------------------------------------------------------------
+# ---- What a run prints at the end ----------------------------------------------------------------
 
 def report(results, folder, config):
-    """The tables, the part of the gap that was closed, and where the files are."""
+    """Prints the tables, how much of the gap was closed, and where the files are."""
     print_tables(fidelity.tables(results))
     facts = [f"{results['tokens_per_second']:,.0f} tokens/s", f"{results['seconds']:.0f} s"]
     if results["peak_memory_bytes"]:
@@ -141,7 +141,7 @@ def report(results, folder, config):
 
     print(f"{folder}/ holds everything; python eval.py {folder} recomputes the table")
     if config.method != "lora":
-        print(f"python train.py --model {config.model} --sae {folder} adapts the model around the "
+        print(f"python train.py --model {config.model} --sae {folder} adapts the model to the "
               "SAE")
 
 

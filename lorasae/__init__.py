@@ -5,7 +5,7 @@
     tokens = lorasae.encode("tiny-gemma-2", "def area(")
     logits = model(tokens, saes)                        # the SAE replaces block 2's output
 
-adapt.py is the method; the README says in which order to read the rest.
+adapt.py is the method; the README gives a reading order for the rest.
 """
 from lorasae import objectives, topk
 from lorasae.errors import InputError

@@ -1,29 +1,29 @@
 """THE METHOD (paper §3.4): low-rank adapters fit a model to its frozen SAEs.
 
-They minimise KL(base ‖ adapted with SAE) = Σ p log(p / q), with p of the base model. The paper
-writes KL(ŷ, y) (Eq. 7); this is what its code computes.
+They minimise KL(base ‖ adapted with SAE) = Σ p log(p / q), where p is the base model's
+distribution. The paper writes KL(ŷ, y) (Eq. 7); its code computes the KL given here.
 
     naive_loss, naive_train         Eq. 7 as written, and the loop that minimises it: read these
                                     first
-    frozen_forward, adapted_loss    the same loss without waste: the blocks before the SAE run once
+    frozen_forward, adapted_loss    the fast version of the same loss: the shared blocks run once
                                     for both models, and no logits are kept
     take_step                       one optimiser step, clipped as the published code clips
 
 `python train.py` runs it; runs/training.py is the loop that resumes, logs and saves.
-What the paper's symbols are called here:
+The paper's symbols and their names in the code:
 
-    paper                       here
+    paper                       code
     M, the base model           the model with its adapters switched off, `with base(model):`
     M adapted, with its SAE     the same model, adapters on, SAEs spliced in
-    A, B of every W (Eq. 1)     an adapter; all of them are `lora_parameters(model)`
-    h_1 .. h_i                  the prefix: the blocks before the first adapter, up to the first
-                                SAE, which both models share; empty if block 0 is adapted
-    y, ŷ (Eq. 7)                softmax(cap(head(target))) and softmax(cap(head(hidden))), which
-                                exist for one chunk of tokens at a time
+    A, B of every W (Eq. 1)     an adapter; `lora_parameters(model)` lists all of them
+    h_1 .. h_i                  the prefix, which both models share: the blocks up to the first SAE
+                                and before the first adapter; empty if block 0 is adapted
+    y, ŷ (Eq. 7)                softmax(cap(head(target))) and softmax(cap(head(hidden))), computed
+                                for one chunk of tokens at a time
     (none)                      `part`, a FrozenPart: what the frozen model computes for a step
 
-A layer is the number of a block, from 0.
-Shapes: B batch, T tokens, D d_model, S adapted models side by side.
+A layer is a block's number, counted from 0.
+Shapes: B batch, T tokens, D d_model, S adapted models trained side by side.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -50,7 +50,7 @@ def naive_loss(model, saes, tokens):
 
 
 def naive_train(model, saes, batches, lr=5e-5, weight_decay=0.01, clip=1.0):
-    """The whole method: trains the adapters of add_lora on batches of tokens [B, T].
+    """The whole method: trains the model's adapters on batches of tokens [B, T].
 
     Yields each step's KL in nats per token.
     """
@@ -71,21 +71,21 @@ def naive_train(model, saes, batches, lr=5e-5, weight_decay=0.01, clip=1.0):
         yield loss.item() / tokens.shape[1]
 
 
-# ---- The same without waste ----------------------------------------------------------------------
+# ---- The fast version ----------------------------------------------------------------------------
 
 class FrozenPart(NamedTuple):
     """Outputs of the frozen model that one training step uses."""
-    x: torch.Tensor             # [B, T, D] where the prefix ends; reconstructed already, if a
-                                # frozen SAE is there
+    x: torch.Tensor             # [B, T, D] output of the prefix; already reconstructed if the
+                                # prefix ends with a frozen SAE
     target: torch.Tensor | None     # [B, T, D] the base model's final hidden state; None if the
                                     # loss needs no logits
     special: torch.Tensor       # [B, T] bool: BOS and EOS positions
 
 
 def first_differing(model, saes):
-    """The first block that can differ between base and adapted model.
+    """The first block that the base and the adapted model cannot share.
 
-    The blocks before it run once, for both. The SAE of an MLP lies inside its block.
+    The blocks before it run once for both. An MLP's SAE is inside its block.
     """
     differing = blocks_with_adapters(model)
     for layer, sae in saes.items():
@@ -97,12 +97,12 @@ def first_differing(model, saes):
 def frozen_forward(model, saes, tokens, first):
     """Runs the base model: tokens [B, T] -> FrozenPart. `first` is first_differing(model, saes)."""
     with base(model):
-        # The prefix, which both models share; from there the base model goes on without SAEs.
+        # The shared prefix, then the rest of the base model, without SAEs.
         x = model.run(model.embed(tokens), 0, first)
         last = model.run(x, first, len(model.layers))
         target = model.norm(last)
 
-    # Eq. 5, if the prefix ends with an SAE. (That of an MLP lies in block `first` or later.)
+    # Eq. 5, if the prefix ends with an SAE. (An MLP's SAE is in block `first` or later.)
     special = model.special(tokens)
     if first - 1 in saes:
         x = splice(x, saes[first - 1], special)
@@ -110,17 +110,17 @@ def frozen_forward(model, saes, tokens, first):
 
 
 def adapted_loss(model, saes, part, first, config):
-    """Runs the adapted model on a FrozenPart -> `objective`, differentiable in the adapters."""
+    """Runs the adapted model on a FrozenPart -> `objective`, with gradients for the adapters."""
     x = model.run(part.x, first, len(model.layers), saes, part.special)
     return objective(model, part, model.norm(x), config)
 
 
 def objective(model, part, hidden, config):
-    """Eq. 7, which adapters, end-to-end SAEs and finetuning share.
+    """Eq. 7, the loss for adapters, end-to-end SAEs and finetuning.
 
-    hidden: the final hidden state with adapters and SAEs, [B, T, D], or [S, B, T, D] of several
-    adapted models. Returns (loss, {name: value}): the loss is summed over tokens, a scalar or [S];
-    the values are detached sums over tokens, logged under their names.
+    hidden: the final hidden state with adapters and SAEs, [B, T, D], or [S, B, T, D] for S adapted
+    models. Returns (loss, {name: value}). The loss is summed over tokens: a scalar, or [S]. The
+    values are detached sums over tokens, logged under their names.
     """
     kl = linear_kl(part.target, hidden, model.head, model.softcap, compiled=config.compile)
     return kl, {"kl": kl.detach()}
@@ -129,30 +129,30 @@ def objective(model, part, hidden, config):
 # ---- One step ------------------------------------------------------------------------------------
 
 class World(NamedTuple):
-    """The processes that share every batch. By default there is one, and nothing to add up."""
-    number: int = 0                                         # of this process
+    """The processes that share each batch. By default there is only one, so sums change nothing."""
+    number: int = 0                                         # this process's number
     count: int = 1
-    all_reduce: Callable = lambda tensors: None             # sums each tensor, in place
-    sum: Callable = lambda value: value                     # the sum of a value, differentiable
+    all_reduce: Callable = lambda tensors: None             # sums each tensor in place
+    sum: Callable = lambda value: value                     # sums a value, differentiably
 
 
 ALONE = World()
 
 
 def adamw(groups, config):
-    """The optimiser of the paper's released recipe. groups: parameters, or groups of them."""
+    """The optimiser of the paper's code. groups: parameters, or parameter groups."""
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def take_step(model, saes, part, first, optimizer, config, world=ALONE):
-    """One optimiser step. Returns {name: value}: losses per token, gradient norm before clipping.
+    """One optimiser step -> {name: value}: losses per token, and the gradient norm before clipping.
 
     The loss of a sequence is the *sum* of its tokens' KL, and `clip` bounds the gradient of that
     sum, as in the published code (utils.py:521): with the paper's batch of one sequence the clip
-    binds at almost every step, so a mean over tokens would be another algorithm.
+    binds at almost every step, so a mean over tokens would be a different algorithm.
 
-    `micro_batch` sequences are run at a time, and their gradients add up. This changes the memory
-    that a step needs, not the step (except for dropout masks, which are drawn in another order).
+    `micro_batch` sequences run at a time, and their gradients add up. This changes the memory that
+    a step needs, but not its result (except for dropout masks, drawn in a different order).
     """
     parameters = lora_parameters(model)
     totals = {}
@@ -162,7 +162,7 @@ def take_step(model, saes, part, first, optimizer, config, world=ALONE):
         for name, value in values.items():
             totals[name] = totals.get(name, 0) + value / config.batch_size
 
-    # Each process ran its share of the batch: add up what they found.
+    # Each process ran its share of the batch: sum the losses and gradients over all of them.
     gradients = [parameter.grad for parameter in parameters]
     world.all_reduce([*totals.values(), *gradients])
 
@@ -176,7 +176,7 @@ def take_step(model, saes, part, first, optimizer, config, world=ALONE):
 
 
 def split(part, size):
-    """The FrozenPart's sequences, `size` at a time."""
+    """Splits a FrozenPart into parts of `size` sequences."""
     pieces = [tensor.split(size) for tensor in part]
     return [FrozenPart(*tensors) for tensors in zip(*pieces)]
 
@@ -184,15 +184,15 @@ def split(part, size):
 # ---- Which blocks --------------------------------------------------------------------------------
 
 def blocks_to_adapt(words, saes, depth):
-    """The words of --adapt -> the sorted numbers of the blocks that get adapters.
+    """The values of --adapt -> the sorted numbers of the blocks that get adapters.
 
-    `after`: every block after the first SAE, whose input and L0 then stay as they were.
+    `after`: every block after the first SAE, so that this SAE's input and L0 do not change.
     `all`: every block, for SAEs whose L0 is bounded.
     `next`: only the block after each SAE (§6.3).
     Numbers: those blocks.
-    No words: `all` if the L0 of every SAE is bounded, else `after`, as in the paper.
+    No value: `all` if every SAE's L0 is bounded, else `after`, as in the paper.
 
-    saes: {layer: SAE}; depth: the number of the model's blocks.
+    saes: {layer: SAE}; depth: how many blocks the model has.
     """
     given = " ".join(words)
     if not given:

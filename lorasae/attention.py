@@ -1,7 +1,7 @@
-"""What the blocks of all families share: rotary positions, causal attention, and the gated MLP.
+"""Layers that all model families share: rotary positions, causal attention, and the gated MLP.
 
-naive_attention is the formula; `attention` computes it by the fastest exact kernel. The rest of
-the file is those kernels, and the cache of keys and values for generating text.
+naive_attention is the formula; `attention` computes it with the fastest exact kernel. The rest of
+the file is those kernels, and the key-value cache for generating text.
 
 Shapes: B batch, T query positions, S key positions (S >= T; the queries are the last T), H heads,
 G key-value heads, C head_dim, D d_model.
@@ -23,8 +23,8 @@ from lorasae.objectives import capped
 class Attention(nn.Module):
     """Grouped-query attention: softmax(cap(q kᵀ scale)) v with rotary q and k.
 
-    softcap and window are optional. head_norm: makes a norm over the C numbers of a head, one for
-    the queries and one for the keys (Gemma 3).
+    softcap and window are optional. head_norm: builds a norm over a head's C numbers, called once
+    for queries and once for keys (Gemma 3).
     """
 
     def __init__(self, config, layer, scale, softcap=None, window=None, head_norm=nn.Identity):
@@ -80,12 +80,12 @@ class MLP(nn.Module):
 class Positions(NamedTuple):
     """What a block needs to know about the positions of its input."""
     rotary: tuple                       # cos and sin, [T, C] each
-    local_rotary: tuple                 # those of blocks with a window, which Gemma 3 sets apart
-    masks: dict                         # {window: FlexAttention's mask}; mostly empty
+    local_rotary: tuple                 # the same for blocks with a window; differs in Gemma 3
+    masks: dict                         # {window: FlexAttention mask}; usually empty
 
 
 def positions(config, start, x):
-    """The Positions start .. start + T - 1 of x [B, T, D]."""
+    """Positions for x [B, T, D], numbered start .. start + T - 1."""
     C, local_theta = config.head_dim, config.local_rope_theta
     rotary = local = cos_and_sin(C, config.rope_theta, config.rope_scaling, start, x)
     if local_theta is not None:
@@ -101,8 +101,8 @@ def positions(config, start, x):
 def cos_and_sin(C, theta, scaling, start, x):
     """cos and sin of the angles at positions start .. start + T - 1 of x [B, T, D], [T, C] each.
 
-    The frequencies are θ^(-2i/C) radians per position, in fp32: bf16 would turn late positions
-    wrongly. scaling: None, or a RopeScaling or LinearScaling (family.py).
+    The frequencies are θ^(-2i/C) radians per position, in fp32: in bf16, late positions would get
+    wrong angles. scaling: None, or a RopeScaling or LinearScaling (family.py).
     """
     even = torch.arange(0, C, 2, device=x.device)
     frequencies = 1.0 / theta ** (even.float() / C)
@@ -111,12 +111,12 @@ def cos_and_sin(C, theta, scaling, start, x):
 
     numbers = torch.arange(start, start + x.shape[1], device=x.device)
     angles = numbers.float()[:, None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1)        # both halves of C turn by the same
+    angles = torch.cat([angles, angles], dim=-1)        # both halves of C have the same angles
     return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
 def rotate(x, rotary):
-    """Rotary embedding in halves (Hugging Face's layout) of x [B, H, T, C]; rotary: (cos, sin)."""
+    """Rotary embedding of x [B, H, T, C] in Hugging Face's layout of halves; rotary: (cos, sin)."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
@@ -143,16 +143,16 @@ def naive_attention(q, k, v, scale, softcap=None, window=None):
 
 
 def causal_mask(T, S, window, device):
-    """[T, S], True where query t, which stands at position S - T + t, sees key s."""
+    """[T, S], True where query t, at position S - T + t, sees key s."""
     query = torch.arange(S - T, S, device=device)[:, None]
     key = torch.arange(S, device=device)
     return sees(query, key, window)
 
 
 def sees(query, key, window):
-    """Whether the query at one position sees the key at another: itself and those before it.
+    """Whether a query at one position sees a key at another, which must not come later.
 
-    With a window, only those less than `window` back.
+    With a window, the key must also be fewer than `window` positions back.
     """
     seen = key <= query
     if window is None:
@@ -167,11 +167,11 @@ def repeat_heads(x, q):
 
 
 def attention(q, k, v, scale, softcap=None, window=None, masks={}):
-    """naive_attention by the fastest exact kernel. masks: those of Positions.
+    """naive_attention with the fastest exact kernel. masks: see Positions.
 
-    PyTorch's fused kernels know neither soft-cap nor window. FlexAttention does, but only inside a
-    compiled block: elsewhere it would hold every score, and compile again for each length.
-    Everything else goes blockwise.
+    PyTorch's fused kernels support neither soft-caps nor windows. FlexAttention supports both, but
+    only inside a compiled block: elsewhere it would store every score, and recompile for each
+    length. Everything else runs blockwise.
     """
     T, S = q.shape[2], k.shape[2]
     if window is not None and S <= window:
@@ -190,8 +190,8 @@ def attention(q, k, v, scale, softcap=None, window=None, masks={}):
 
 
 def fused_attention(q, k, v, scale):
-    """naive_attention by PyTorch's fused kernels: no soft-cap, no window, T = S or T = 1."""
-    # CUDA's fp32 kernels do not know grouped queries: PyTorch would silently take the one that
+    """naive_attention with PyTorch's fused kernels: no soft-cap, no window, T = S or T = 1."""
+    # CUDA's fp32 kernels do not support grouped queries: PyTorch would silently use the one that
     # stores every score.
     if q.is_cuda and q.dtype == torch.float32:
         k = repeat_heads(k, q)
@@ -208,16 +208,16 @@ def fused_attention(q, k, v, scale):
 def blockwise_attention(q, k, v, scale, softcap, window, rows):
     """naive_attention for `rows` queries at a time, in pieces that fit a CPU's cache.
 
-    Keys that no query of a piece sees are never touched: those after its last query, and those
-    before the window of its first. Under a causal mask that saves half of the work. Scores are in
-    fp32 from the product on, as in the fused kernels: rounded to bf16 they cost accuracy.
+    Each piece skips the keys that none of its queries sees: those after its last query, and those
+    before its first query's window. Under a causal mask this saves half the work. Scores stay in
+    fp32 from the product on, as in the fused kernels: rounding them to bf16 costs accuracy.
     """
     T, S = q.shape[2], k.shape[2]
     k = repeat_heads(k, q).transpose(-1, -2).float()
     v = repeat_heads(v, q)
 
-    # The soft-cap is cap · tanh(u) = 2 cap · σ(2u) - cap. No softmax sees the constant, and a CPU
-    # takes a sixth of the time for σ.
+    # The soft-cap is cap · tanh(u) = 2 cap · σ(2u) - cap. The constant cancels in the softmax, and
+    # on a CPU σ takes a sixth of tanh's time.
     q = q.float() * (scale if softcap is None else 2 * scale / softcap)
 
     parts = []
@@ -233,7 +233,7 @@ def blockwise_attention(q, k, v, scale, softcap, window, rows):
         if softcap is not None:
             scores = 2 * softcap * scores.sigmoid()
 
-        # A small mask of 0 and -∞, which the sum spreads over batch and heads.
+        # A small mask of 0 and -∞, broadcast over batch and heads.
         unseen = ~causal_mask(stop - start, last_key - first_key, window, q.device)
         mask = torch.zeros(unseen.shape, device=q.device)
         scores += mask.masked_fill_(unseen, -torch.inf)
@@ -244,13 +244,13 @@ def blockwise_attention(q, k, v, scale, softcap, window, rows):
 
 
 # ---- FlexAttention: soft-caps and windows in compiled blocks on CUDA -----------------------------
-# It is imported in the functions, as importing it is slow.
+# Imported inside the functions, because importing it is slow.
 
 def flex_attention(q, k, v, scale, softcap, mask):
-    """naive_attention by FlexAttention: soft-cap and products in one kernel, masked blocks skipped.
+    """naive_attention with FlexAttention: products and soft-cap in one kernel; skips masked blocks.
 
-    The kernel for training is asked for by name. Otherwise PyTorch takes the one for decoding below
-    128 queries, which does not exist for two query heads per key-value head (every Gemma-2;
+    kernel_options asks for the training kernel. Otherwise, below 128 queries, PyTorch picks the
+    decoding kernel, which does not exist for two query heads per key-value head (every Gemma-2;
     pytorch/pytorch#185349).
     """
     from torch.nn.attention import flex_attention as flex
@@ -270,7 +270,7 @@ def flex_attention(q, k, v, scale, softcap, mask):
 
 @lru_cache(maxsize=4)
 def flex_mask(T, window, device):
-    """causal_mask for FlexAttention, which needs to know the empty blocks of 128 x 128.
+    """causal_mask for FlexAttention, which needs to know which 128 x 128 blocks are empty.
 
     Building it launches about 30 kernels, hence the cache.
     """
@@ -289,10 +289,10 @@ class Cache:
 
     def __init__(self):
         self.pairs = {}
-        self.length = 0                 # how many positions it holds
+        self.length = 0                 # number of positions so far
 
     def extend(self, layer, k, v):
-        """Appends a block's k and v [B, G, T, C], and returns all of its own [B, G, S, C]."""
+        """Appends a block's k and v [B, G, T, C], and returns all of its k and v [B, G, S, C]."""
         if layer in self.pairs:
             k, v = [torch.cat(both, dim=2) for both in zip(self.pairs[layer], (k, v))]
         self.pairs[layer] = k, v

@@ -10,10 +10,10 @@
     take_step               one Adam step on FVU or Eq. 7, the L0 penalty, and AuxK; decoder rows
                             keep norm 1
 
-What depends on the kind of SAE is in its class (sae.py). TopK and e2e follow the published code,
-JumpReLU follows Rajamanoharan et al. (2024).
+Everything specific to one kind of SAE is in its class (sae.py). TopK and e2e follow the published
+code, JumpReLU follows Rajamanoharan et al. (2024).
 
-Shapes: B batch, T tokens, D d_model, M latents, N tokens of a step.
+Shapes: B batch, T tokens, D d_model, M latents, N tokens in a step.
 """
 from typing import NamedTuple
 
@@ -25,15 +25,15 @@ from lorasae import topk
 from lorasae.adapt import ALONE, FrozenPart, adapted_loss, frozen_forward
 from lorasae.sae import KINDS, START_L0, StandIn, norms, splice, used_positions
 
-WARMUP = 1000           # steps from 0 to the full rate; at most a tenth of the run
-AUX_WEIGHT = 1 / 32     # of AuxK beside the FVU (Gao et al. 2024)
+WARMUP = 1000           # steps from 0 to the full learning rate; at most a tenth of the run
+AUX_WEIGHT = 1 / 32     # weight of AuxK relative to the FVU (Gao et al. 2024)
 BANDWIDTH = 0.05        # ε of the straight-through gradients, in units of the SAE's `unit`
-L0_WEIGHT = 1.0         # of the L0 penalty beside the FVU
-RAMP = 0.2              # the part of a run over which the L0 asked for falls to its target
+L0_WEIGHT = 1.0         # weight of the L0 penalty relative to the FVU
+RAMP = 0.2              # the fraction of a run over which the target L0 falls to --l0
 
 
 # ---- The losses ----------------------------------------------------------------------------------
-# `world` holds the processes that share a step's tokens: world.sum adds a value over all of them.
+# `world`: the processes that share a step's tokens. world.sum sums a value over all of them.
 
 def fvu(x_hat, x, world=ALONE):
     """Fraction of variance unexplained: §3.1's ‖x - x̂‖², summed over tokens and divided by
@@ -49,8 +49,8 @@ def fvu(x_hat, x, world=ALONE):
 def aux_loss(e_hat, x_hat, x, world=ALONE):
     """AuxK (Gao et al. 2024): Σ‖e - ê‖² / Σ‖e‖², with the residual e = x - x̂ detached.
 
-    ê [N, D] is what dead latents make of x: the loss is the part of the residual that they leave,
-    1 if they do nothing. b_dec is in x̂ already and not in ê.
+    ê [N, D] is the dead latents' reconstruction. The loss is the fraction of the residual that they
+    do not explain: 1 if they do nothing. x̂ already includes b_dec, so ê does not.
     """
     e = (x - x_hat).detach()
     left = world.sum((e - e_hat).square().sum())
@@ -61,9 +61,9 @@ def aux_loss(e_hat, x_hat, x, world=ALONE):
 # ---- The start -----------------------------------------------------------------------------------
 
 def new_sae(method, d_model, width, k, on_special=None):
-    """A fresh SAE: W_enc uniform in ±1/√D and W_dec its rows at norm 1; `begin` does the rest.
+    """A fresh SAE: W_enc uniform in ±1/√D, W_dec the same rows at norm 1; `begin` does the rest.
 
-    End to end it is a TopK SAE, as in the paper.
+    The e2e method trains a TopK SAE, as in the paper.
     """
     kind = "topk" if method == "e2e" else method
     sae = KINDS[kind](d_model, width, k, on_special=on_special)
@@ -74,7 +74,7 @@ def new_sae(method, d_model, width, k, on_special=None):
 
 
 class Training(NamedTuple):
-    """What changes while an SAE trains: all that a checkpoint holds."""
+    """The state of an SAE in training: everything that a checkpoint stores."""
     tensors: list                               # its parameters, then `idle`: the tokens since
                                                 # each latent last fired [M]
     optimizer: torch.optim.Optimizer
@@ -84,12 +84,12 @@ class Training(NamedTuple):
 def begin(sae, seen, config):
     """Fits a fresh SAE to its first FrozenPart -> Training.
 
-    config.max_norm bounds the norms that it trains on, in units of their median. A few positions
-    draw attention to themselves (BOS above all), with norms of up to 200 times the others': their
-    squares would be 99.9 % of the variance to explain.
+    config.max_norm limits the norms to train on, in units of their median. A few positions
+    are attention sinks (BOS above all), with norms up to 200 times the others': squared, they would
+    make up 99.9 % of the variance to explain.
 
-    JumpReLU's rates are meant for activations of rms norm 1. Adam ignores the scale of a gradient,
-    so on raw activations it is enough to multiply the rates of biases and thresholds by `unit`.
+    JumpReLU's learning rates assume activations of rms norm 1. Adam ignores a gradient's scale, so
+    for raw activations it is enough to multiply the rates of biases and thresholds by `unit`.
     """
     if config.max_norm:
         ordinary = norms(seen.x)[~seen.special]
@@ -120,15 +120,15 @@ def observe(model, sae, layer, tokens, end_to_end):
     tokens = tokens.to(model.device, non_blocking=True)
     if end_to_end:
         return frozen_forward(model, {}, tokens, layer + 1)
-    x = model.read(tokens, sae, layer)                          # and no further
+    x = model.read(tokens, sae, layer)                          # stops there
     return FrozenPart(x, None, model.special(tokens))
 
 
 class InTraining(StandIn):
     """Stands in for an SAE while it trains: x [B, T, D] -> x̂, with the gradients of training_step.
 
-    Positions that the SAE is not trained on stay as they are. After the call it holds `x` and
-    `x_hat` [N, D], `fired` [M] (on how many tokens each latent fired) and `active` (their sum).
+    Positions that the SAE is not trained on do not change. Each call sets `x` and `x_hat` [N, D],
+    `fired` [M] (the number of tokens on which each latent fired) and `active` (their sum).
     """
 
     def __init__(self, sae, special, bandwidth):
@@ -138,7 +138,7 @@ class InTraining(StandIn):
 
     def __call__(self, x):
         used = used_positions(self.sae, x, self.special)
-        places = used.nonzero(as_tuple=True)                    # a GPU waits here, once
+        places = used.nonzero(as_tuple=True)                    # syncs with the GPU once
         self.x = x[places].float()
         made = self.sae.training_step(self.x, self.bandwidth)
         self.x_hat, self.fired, self.active = made
@@ -150,12 +150,12 @@ class InTraining(StandIn):
 def take_step(model, sae, layer, part, step, training, config, world=ALONE):
     """One Adam step on a FrozenPart -> {name: value}: losses, and the norm before clipping.
 
-    The loss is the FVU, or end to end Eq. 7. If gradients reach L0, a penalty holds it at the L0
-    asked for. --auxk adds AuxK on the latents that no token fired for `dead_after` tokens.
+    The loss is the FVU, or Eq. 7 for end-to-end training. If gradients reach L0, a penalty keeps it
+    at its target. --auxk adds AuxK on the latents that have not fired for `dead_after` tokens.
     """
     *parameters, idle = training.tensors
 
-    # The reconstruction takes the place of the activation. ε is in the unit of the vectors.
+    # The reconstruction replaces the activation. ε has the unit of the biases and thresholds.
     unit = training.optimizer.param_groups[1]["unit"]
     stand_in = InTraining(sae, part.special, BANDWIDTH * unit)
     spliced = splice(part.x, stand_in)
@@ -174,7 +174,7 @@ def take_step(model, sae, layer, part, step, training, config, world=ALONE):
     if sae.gates_train:
         loss = loss + L0_WEIGHT * sae.penalty(l0, target_l0(config, step))
 
-    # Dead latents: the D / 2 strongest fit what the other latents leave.
+    # AuxK: the D / 2 strongest dead latents fit the residual of the others.
     dead = idle >= config.dead_after
     if config.auxk:
         half = x.shape[1] // 2
@@ -202,7 +202,7 @@ def take_step(model, sae, layer, part, step, training, config, world=ALONE):
 
 
 def end_to_end_loss(model, layer, part, spliced, config, world):
-    """The adapters' objective with nothing adapted (§3.2), summed over a sequence.
+    """The adapters' objective without adapters (§3.2), summed over a sequence.
 
     spliced [B, T, D]: the output of the SAE's block, reconstructed. Returns (loss, {name: value per
     token}).
@@ -215,13 +215,13 @@ def end_to_end_loss(model, layer, part, spliced, config, world):
 
 
 def target_l0(config, step):
-    """The L0 asked for at step 0, 1, ...: it falls from START_L0 · l0 to l0, and stays there."""
+    """The target L0 at step 0, 1, ...: it falls from START_L0 · l0 to l0 and stays there."""
     remaining = max(0, 1 - (step + 1) / (RAMP * config.steps))
     return config.l0 * START_L0 ** remaining
 
 
 def schedule(step, steps):
-    """The part of the rate that step 0, 1, ... takes: linear warm-up, then linear down to 0."""
+    """The factor on the learning rate at step 0, 1, ...: linear warm-up, then linear decay to 0."""
     warmup = min(WARMUP, -(-steps // 10))
     rising = (step + 1) / warmup
     falling = (steps - step) / (steps - warmup + 1)
@@ -240,9 +240,9 @@ def update(sae, optimizer):
 
 @torch.no_grad()
 def project_out_norm_gradient(W_dec, directions):
-    """Removes from the gradient of W_dec [M, D] what would only change the norms of its rows.
+    """Removes the part of W_dec's gradient [M, D] that would only change the norms of its rows.
 
-    directions [M, D]: the rows at norm 1.
+    directions [M, D]: the rows scaled to norm 1.
     """
     gradient = W_dec.grad
     gradient -= (gradient * directions).sum(1, keepdim=True) * directions

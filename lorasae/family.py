@@ -1,8 +1,8 @@
-"""What the families of models share: the fields of a configuration, and how config.json is read.
+"""Shared by all model families: the fields of a configuration, and how config.json is read.
 
-Each function takes the file's Fields (io/files.py), whose `take` returns a checked value. Sizes
-must be there; other keys have the default that transformers gives them, family by family. Values
-that would change the arithmetic in a way that is not implemented are refused.
+Each function takes the file's Fields (io/files.py), whose `take` returns a checked value. Sizes are
+required; other keys default to transformers' values for the family. Values that need arithmetic
+that is not implemented are refused.
 """
 import math
 from dataclasses import MISSING, dataclass, fields as fields_of
@@ -15,9 +15,9 @@ from lorasae.errors import InputError
 class RopeScaling:
     """Llama 3's scaling of the rotary frequencies.
 
-    Those whose wavelength exceeds the original context are divided by `factor`, the short ones are
-    left alone, and those between are interpolated. It applies at every length, short prompts
-    included.
+    Frequencies whose wavelength exceeds the original context are divided by `factor`, those with
+    short wavelengths are left alone, and those in between are interpolated. This applies at every
+    length, even to short prompts.
     """
     factor: float                                       # 32 in Llama-3.2-1B, 8 in Llama-3.1-8B
     low_freq_factor: float
@@ -25,7 +25,7 @@ class RopeScaling:
     original_max_position_embeddings: int
 
     def scaled(self, frequencies):
-        """frequencies [C/2], in radians per position, before and after."""
+        """frequencies [C/2] -> scaled frequencies [C/2], both in radians per position."""
         low, high = self.low_freq_factor, self.high_freq_factor
         wavelengths = 2 * math.pi / frequencies
         turns = self.original_max_position_embeddings / wavelengths
@@ -35,7 +35,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Positions are divided by `factor` (Gemma 3 from 4B on: 8)."""
+    """Positions are divided by `factor` (8 in Gemma 3 from 4B up)."""
     factor: float
 
     def scaled(self, frequencies):
@@ -50,7 +50,7 @@ SIZES = (
 class Config:
     """The fields of every family, named as in config.json; None for what a family does not have.
 
-    A family adds its own, and gives those that may be absent from the file transformers' default.
+    A family adds its own fields, and gives transformers' default to those that a file may omit.
     """
     vocab_size: int
     hidden_size: int
@@ -62,7 +62,7 @@ class Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float
     rope_scaling: RopeScaling | LinearScaling | None = None
-    local_rope_theta: float | None = None               # of blocks with a window, if another
+    local_rope_theta: float | None = None               # for blocks with a window, if different
     with_vision: bool = False                           # the file's model has a vision tower
     bos_token_id: int
     eos_token_id: int
@@ -79,13 +79,13 @@ MADE = ("rope_scaling", "local_rope_theta", "with_vision")      # not keys of th
 
 
 def defaults(config):
-    """{key: its field} of the keys that a family's Config has a default for."""
+    """{key: its dataclass field} for the keys that have a default in a family's Config."""
     return {known.name: known for known in fields_of(config)
             if known.default is not MISSING and known.name not in MADE}
 
 
 def common(fields, config):
-    """{key: value} of the sizes, and of the keys that a family's Config has a default for."""
+    """{key: value} for the sizes, and for the keys that have a default in a family's Config."""
     fields.take("num_hidden_layers", int, below=1001)
     values = {key: fields.take(key, int, at_least=1) for key in SIZES}
     for key, known in defaults(config).items():
@@ -94,7 +94,7 @@ def common(fields, config):
         if key.endswith("token_id"):
             bounds = {"at_least": 0, "below": values["vocab_size"]}
             if isinstance(fields.get(key), list) and fields[key]:
-                fields[key] = fields[key][0]            # of several (chat models have two EOS)
+                fields[key] = fields[key][0]            # the first (chat models have two EOS)
         may_be_null = others and key in fields
         default = None if may_be_null else known.default
         values[key] = fields.take(key, kind, default, **bounds)
@@ -114,9 +114,9 @@ def common(fields, config):
 
 
 def rotary(fields, default=10_000.0, kind=None):
-    """-> rope_theta, its scaling or None. Newer files have rope_parameters for both keys.
+    """-> rope_theta, and its scaling or None. Newer files put both into rope_parameters.
 
-    default: of rope_theta. kind: of the blocks, if rope_parameters holds a table for each kind.
+    default: for rope_theta. kind: which blocks, if rope_parameters has a table per kind of block.
     """
     fields.only(partial_rotary_factor=1.0)
     theta = fields.take("rope_theta", float, default, above=0)
@@ -124,18 +124,18 @@ def rotary(fields, default=10_000.0, kind=None):
     newer = fields.take("rope_parameters", dict, None)
     if newer and kind is not None:
         newer = newer.take(kind, dict, None)
-    rope = older or newer                               # in this order, as transformers
+    rope = older or newer                               # the same order as transformers
     if not rope:
         return theta, None
     return rotary_table(fields, rope, theta)
 
 
 def rotary_table(fields, rope, theta):
-    """rope: the Fields of one table -> (rope_theta, its scaling or None)."""
+    """rope: the Fields of one table -> rope_theta, and its scaling or None."""
     rope.only(partial_rotary_factor=1.0)
     theta = rope.take("rope_theta", float, None, above=0) or theta
 
-    # plain, divided, or Llama 3's
+    # unscaled, linear, or Llama 3's
     kind = rope.get("rope_type") or rope.get("type")
     if kind == "default" or set(rope) <= {"rope_theta"}:
         return theta, None

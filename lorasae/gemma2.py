@@ -50,7 +50,7 @@ def parse(fields):
 
 
 def common(fields, config, pattern):
-    """family.common, and the kind of each block: as listed, or every pattern-th one is FULL."""
+    """family.common, and each block's kind: as listed, or else FULL for every pattern-th block."""
     # transformers reads hidden_activation; files have both keys, which must agree
     gelu = "gelu_pytorch_tanh"
     fields.only(hidden_activation=gelu, hidden_act=gelu, attention_bias=False)
@@ -71,7 +71,7 @@ def common(fields, config, pattern):
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + ε) · (1 + w), all of it in fp32, then cast."""
+    """x / √(mean x² + ε) · (1 + w), all in fp32, then cast."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -104,7 +104,7 @@ class Block(nn.Module):
             window=config.sliding_window if sliding else None, **more)
 
     def forward(self, x, positions, cache=None, sae=None, special=None):
-        """sae: the SAE of this MLP's output, if any: Gemma Scope's read it after its last norm."""
+        """sae: the SAE on this MLP's output, if any. Gemma Scope's read it after the last norm."""
         attended = self.self_attn(self.input_layernorm(x), positions, cache)
         x = x + self.post_attention_layernorm(attended)
         y = self.mlp(self.pre_feedforward_layernorm(x))

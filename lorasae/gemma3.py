@@ -1,9 +1,9 @@
 """Gemma 3 (text): its configuration and its block. Module names are Hugging Face's.
 
-It is Gemma-2's block without soft-caps, and with three things of its own: a norm on every head's
-query and key before the rotary embedding, a pattern of five blocks with a sliding window to one
-without, and two rotary tables (θ = 10,000 in blocks with a window; θ = 1,000,000 in the others,
-where models from 4B on divide positions by 8).
+It is Gemma-2's block without soft-caps, but with three additions: a norm on every head's query and
+key before the rotary embedding, five blocks with a sliding window for each one without, and two
+rotary tables (θ = 10,000 in blocks with a window; θ = 1,000,000 in the others, where models from 4B
+up divide positions by 8).
 """
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,15 +12,15 @@ from lorasae import family, gemma2
 from lorasae.errors import InputError
 from lorasae.gemma2 import FULL, SLIDING, RMSNorm
 
-WITH_VISION = "gemma3"                  # the model_type of a file that has a vision tower too
+WITH_VISION = "gemma3"                  # the model_type of files that include a vision tower
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(gemma2.Config):
     """The defaults are those of transformers' Gemma3TextConfig.
 
-    27B's query_pre_attn_scalar is 168, not head_dim. rope_theta and rope_scaling are those of FULL
-    blocks, local_rope_theta of SLIDING ones.
+    27B's query_pre_attn_scalar is 168, not head_dim. rope_theta and rope_scaling apply to FULL
+    blocks, local_rope_theta to SLIDING ones.
     """
     model_type = "gemma3_text"
 
@@ -29,7 +29,7 @@ class Config(gemma2.Config):
     max_position_embeddings: int = 131072
 
 
-# The text part of a file with a vision tower leaves out what equals these.
+# In files with a vision tower, the text part omits sizes that equal these.
 SIZES = {
     "vocab_size": 262208,
     "hidden_size": 2304,
@@ -40,7 +40,7 @@ SIZES = {
 
 
 def text_part(fields):
-    """The Fields of the text model, from those of a model with a vision tower."""
+    """The Fields of the text model, from the Fields of a model with a vision tower."""
     text = fields.take("text_config", dict)
     for key in ("bos_token_id", "eos_token_id"):
         if key in fields:
@@ -67,7 +67,7 @@ def parse(fields):
 def rotary(fields):
     """-> rope_theta and scaling of FULL blocks, rope_theta of SLIDING ones.
 
-    Newer files hold a table for each kind in rope_parameters; rope_scaling of older ones is that of
+    Newer files have one table per kind in rope_parameters; in older files, rope_scaling applies to
     FULL blocks.
     """
     theta, scaling = family.rotary(fields, 1_000_000.0, FULL)
@@ -82,7 +82,7 @@ def rotary(fields):
 
 
 class Block(gemma2.Block):
-    """Gemma-2's, with a norm on every query and key."""
+    """Gemma-2's block, with a norm on every query and key."""
 
     def attention(self, config, layer):
         head_norm = partial(RMSNorm, config.head_dim, config.rms_norm_eps)

@@ -18,24 +18,24 @@ def generate(
     """Continues prompts [B, T] by at most `count` tokens each, up to EOS -> [B, T + count or less].
 
     saes: {layer: SAE}; they act on the new positions too. temperature: 0 takes the likeliest token;
-    any other draws one, from a torch.Generator if one is given. Rows that ended are filled with
-    EOS.
+    any other value samples, using `generator` (a torch.Generator) if given. Finished rows are
+    padded with EOS.
 
-    lengths: where each prompt ends, if they are not equally long. stop(row, ids): whether a row
-    ends with these new ids; by default, it does at EOS.
+    lengths: the length of each prompt, if they differ. stop(row, ids): whether a row ends after
+    these new ids; by default, it ends at EOS.
     """
     eos = model.config.eos_token_id
     if stop is None:
         def stop(row, ids):
             return ids[-1] == eos
 
-    # All rows begin where the shortest prompt ends. A longer one goes on with its own tokens.
+    # All rows start where the shortest prompt ends. Longer prompts continue with their own tokens.
     B, T = tokens.shape
     lengths = lengths or [T] * B
     rows = [ids[:length] for ids, length in zip(tokens.tolist(), lengths)]
     cache, ended = Cache(), set()
     for position in range(min(lengths), T + count):
-        # Only what the cache does not hold is read.
+        # Run only the tokens that are not in the cache yet.
         unread = [ids[cache.length:position] for ids in rows]
         x = model.residual(torch.tensor(unread, device=model.device), saes, cache)
         logits = fp32_logits(model, x[:, -1])
@@ -54,12 +54,12 @@ def generate(
 
 
 def fp32_logits(model, x):
-    """Residual stream after the last block [N, D] -> logits [N, V], fp32: in bf16 choices tie."""
+    """Residual stream after the last block [N, D] -> logits [N, V], fp32: in bf16 logits tie."""
     return capped(linear_fp32(model.norm(x), model.head), model.softcap)
 
 
 def pick(logits, temperature, generator):
-    """logits [B, V] -> a token for each row."""
+    """logits [B, V] -> one token per row."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
     p = (logits / temperature).softmax(-1)

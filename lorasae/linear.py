@@ -1,17 +1,17 @@
-"""y = x Wᵀ + b: every matrix product of model, SAE and loss. Its naive twin is F.linear.
+"""y = x Wᵀ + b: every matrix product in the model, SAE and loss. Its naive twin is F.linear.
 
-On a CPU, F.linear sends fp32 to MKL, which runs at half speed on processors other than Intel's
-(one core of an AMD Zen 5: 110 GFLOP/s; by oneDNN, which PyTorch brings too, 240). So `linear` asks
-oneDNN, and F.linear wherever oneDNN does not apply. On a first reading, take it for F.linear.
+On a CPU, F.linear uses MKL for fp32, which runs at half speed on processors other than Intel's (one
+core of an AMD Zen 5: 110 GFLOP/s; with oneDNN, which also ships with PyTorch, 240). So `linear`
+uses oneDNN where it applies, and F.linear elsewhere. On a first reading, treat it as F.linear.
 
-torch.backends.mkldnn.flags(enabled=False) brings F.linear back everywhere.
+torch.backends.mkldnn.flags(enabled=False) restores F.linear everywhere.
 """
 import torch
 from torch import nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-WIDENED = 2 ** 25       # elements of a bf16 weight that a CPU has in fp32 at once: 134 MB
+WIDENED = 2 ** 25       # elements of a bf16 weight that a CPU casts to fp32 at a time: 134 MB
 
 
 def linear(x, weight, bias=None):
@@ -22,9 +22,9 @@ def linear(x, weight, bias=None):
 
 
 def linear_fp32(x, weight, bias=None):
-    """linear for x [N, in] with a result in fp32 (fp64 if x is), even if x and weight are bf16.
+    """linear for x [N, in], but with an fp32 result (fp64 if x is), even for bf16 x and weight.
 
-    CUDA multiplies bf16 and returns its fp32 sums; a CPU widens a slice of the weight at a time.
+    CUDA multiplies bf16 and returns its fp32 sums; a CPU casts a slice of the weight at a time.
     """
     if x.dtype.itemsize > 2:
         return linear(x, weight, bias)
@@ -44,10 +44,10 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-# ---- By oneDNN -----------------------------------------------------------------------------------
+# ---- oneDNN --------------------------------------------------------------------------------------
 
 def by_onednn(x, weight):
-    """Whether oneDNN multiplies: fp32 on a CPU, outside compiled code, which has its own."""
+    """Whether to use oneDNN: fp32 on a CPU, outside compiled code, which picks its own kernels."""
     if torch.compiler.is_compiling() or x.numel() == 0:
         return False
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
@@ -57,7 +57,7 @@ def by_onednn(x, weight):
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """∂/∂x = g W,  ∂/∂W = gᵀ x,  ∂/∂b = Σ g. With a frozen weight, no x is kept."""
+    """∂/∂x = g W,  ∂/∂W = gᵀ x,  ∂/∂b = Σ g. With a frozen weight, x is not kept."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -82,7 +82,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def product(x, weight, bias=None):
-    """x Wᵀ + b by oneDNN, without autograd.
+    """x Wᵀ + b with oneDNN, without autograd.
 
     The operation is private: Inductor uses it, and PyTorch has no public name for it.
     """

@@ -57,7 +57,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, F.silu)
 
     def forward(self, x, positions, cache=None, sae=None, special=None):
-        """sae: the SAE of this MLP's output, if any."""
+        """sae: the SAE on this MLP's output, if any."""
         x = x + self.self_attn(self.input_layernorm(x), positions, cache)
         y = self.mlp(self.post_attention_layernorm(x))
         if sae is not None:

@@ -4,7 +4,7 @@
     with base(model): ...                               the untouched model
     merge_lora(model)                                   fold them into the weights
 
-Their files, in PEFT's format, are io/adapters.py.
+io/adapters.py reads and writes them in PEFT's format.
 Shapes: R rank.
 """
 from contextlib import contextmanager
@@ -25,13 +25,13 @@ TARGETS = (
 class LoRALinear(Linear):
     """y = W x + b + (alpha / R) · B A dropout(x)  (Eq. 1), with A [R, in] and B [out, R] in fp32.
 
-    The letters are PEFT's: the paper's A is our B and its B our A. W and b, the bias if there is
-    one, are frozen in their own dtype. A starts uniform in ±1/√in and B at zero, so that a fresh
-    adapter is the identity. The low-rank product is computed in the dtype of x; gradients and
-    optimiser states stay fp32.
+    The letters are PEFT's: the paper's A is our B, and its B is our A. W and b (if there is a bias)
+    stay frozen in their own dtype. A starts uniform in ±1/√in and B at zero, so a fresh adapter
+    changes nothing. The low-rank product is computed in the dtype of x; gradients and optimiser
+    states stay fp32.
     """
-    parts = ("lora_A.weight", "lora_B.weight")          # what trains, under PEFT's names
-    peft = {}                                           # what adapter_config.json says besides
+    parts = ("lora_A.weight", "lora_B.weight")          # PEFT's names for the trained tensors
+    peft = {}                                           # extra entries for adapter_config.json
 
     def __init__(self, frozen, rank, alpha, dropout):
         nn.Module.__init__(self)
@@ -94,13 +94,13 @@ class LoRALinear(Linear):
 def add_lora(model, layers, rank, alpha=32, dropout=0.1, targets=TARGETS):
     """Freezes the model and adapts the `targets` of each block in `layers`; returns the model.
 
-    targets: names of projections, as PEFT's target_modules. alpha is 32 at every rank in the paper,
+    targets: projection names, as in PEFT's target_modules. alpha is 32 at every rank in the paper,
     so the scale alpha / R falls as the rank grows.
 
     Raises InputError for blocks or targets that the model does not have, a rank below 1, or a model
-    that has adapters already.
+    that already has adapters.
     """
-    # What cannot be done.
+    # Refuse what cannot be adapted.
     layers, depth = sorted(layers), len(model.layers)
     if rank < 1:
         raise InputError(f"rank is {rank}, but an adapter needs a rank of at least 1")
@@ -114,7 +114,7 @@ def add_lora(model, layers, rank, alpha=32, dropout=0.1, targets=TARGETS):
         raise InputError(f"cannot adapt {sorted(unknown)}: the projections of this model are "
                          f"{', '.join(sorted(known))}")
 
-    # An adapter takes the place of each target.
+    # Replace each target by an adapter.
     model.requires_grad_(False)
     for layer in layers:
         block = model.layers[layer]
@@ -144,16 +144,16 @@ def blocks_with_adapters(model):
 
 
 def lora_parameters(model):
-    """The trainable tensors of every adapter of a model, or of those that detach_lora returned."""
+    """The trainable tensors of a model's adapters, or of the adapters that detach_lora returned."""
     modules = model if isinstance(model, dict) else adapters(model)
     return [module.get_parameter(part) for module in modules.values() for part in module.parts]
 
 
-# ---- Switching off, taking off, merging ----------------------------------------------------------
+# ---- Switching off, detaching, merging -----------------------------------------------------------
 
 @contextmanager
 def base(model):
-    """Switches the adapters off inside the `with`: the model as it was before adapting."""
+    """Switches the adapters off inside the `with` block: the model as it was before adapting."""
     modules = adapters(model).values()
     before = [module.enabled for module in modules]
     try:
@@ -166,7 +166,7 @@ def base(model):
 
 
 def detach_lora(model):
-    """Takes the adapters off, leaving plain linears.
+    """Detaches the adapters, leaving plain linear layers.
 
     Returns them for attach_lora: {module name: LoRALinear}.
     """

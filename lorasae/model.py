@@ -4,7 +4,7 @@
     x = model.run(x, 0, depth, saes)           blocks, with the splice in one visible line
     logits = model.logits(x)                   final norm, head, soft-cap -> [B, T, V]
 
-`run` takes any range of blocks, so the base and the adapted model share the frozen ones (adapt.py).
+`run` runs any range of blocks, so the base and the adapted model share the frozen ones (adapt.py).
 Shapes: B batch, T tokens, D d_model, V vocabulary.
 """
 from torch import nn
@@ -16,8 +16,8 @@ from lorasae.linear import Linear, linear
 from lorasae.objectives import capped
 from lorasae.sae import StandIn, is_in_mlp, splice
 
-# A family is a module with Config, parse, Block and RMSNorm. Files of Gemma 3 with a vision tower
-# have a type of their own.
+# A family is a module with Config, parse, Block and RMSNorm. Gemma 3 files with a vision tower have
+# a different model_type.
 FAMILIES = {family.Config.model_type: family for family in (gemma2, gemma3, llama3)}
 FAMILIES[gemma3.WITH_VISION] = gemma3
 
@@ -25,10 +25,10 @@ FAMILIES[gemma3.WITH_VISION] = gemma3
 class Transformer(nn.Module):
     """x_0 = embed(tokens),  x_i = h_i(x_{i-1}),  y = softmax(cap(head(norm(x_L))))  (Eq. 2-3)
 
-    Weights have Hugging Face's names. `layer` counts blocks from 0, so SAE layer 12 reads the
-    output of the 13th block. (The published code of Figure 6 hooks it a block late,
+    Weights have Hugging Face's names. `layer` counts blocks from 0, so an SAE at layer 12 reads the
+    output of the 13th block. (The published code for Figure 6 hooks it one block late,
     multiple_saes.py:196.)
-    There are no buffers: a model may be built on the meta device and filled with weights later.
+    There are no buffers, so a model can be built on the meta device and filled with weights later.
     """
 
     def __init__(self, config):
@@ -68,11 +68,11 @@ class Transformer(nn.Module):
         return x * self.config.embed_scale(x.dtype)
 
     def norm(self, x):
-        """The final norm: what objectives.py multiplies by `head`."""
+        """The final norm. objectives.py multiplies its output by `head`."""
         return self.model["norm"](x)
 
     def special(self, tokens):
-        """tokens [B, T] -> bool [B, T]: BOS and EOS, left alone by SAEs trained without them."""
+        """tokens [B, T] -> bool [B, T]: BOS and EOS, which SAEs trained without them skip."""
         return (tokens == self.config.bos_token_id) | (tokens == self.config.eos_token_id)
 
     def run(self, x, start, stop, saes={}, special=None, cache=None):
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
         saes: {layer: SAE}; the reconstruction of an SAE replaces the output of its block, or of
         the block's MLP if that is its site.
         special [B, T]: `model.special(tokens)`, needed by SAEs that were trained without BOS and
-        EOS. cache: an attention.Cache to extend; x then continues the positions it holds.
+        EOS. cache: an attention.Cache to extend; x then starts at the first position not in it.
         """
         first_position = cache.length if cache is not None else 0
         places = positions(self.config, first_position, x)
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
         return x
 
     def read(self, tokens, sae, layer):
-        """tokens [B, T] -> what an SAE of this layer reads, [B, T, D]: see its `site`."""
+        """tokens [B, T] -> what an SAE of `layer` reads [B, T, D]: see its `site`."""
         seen = []
 
         def keep(x):

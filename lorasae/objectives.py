@@ -1,33 +1,32 @@
-"""The losses, straight from hidden states: KL(base ‖ adapted) for training (Eq. 7), CE and KL.
+"""Losses straight from hidden states: KL(base ‖ adapted) for training (Eq. 7), CE and KL.
 
-The vocabulary is the largest dimension of all: for one Gemma-2 sequence the naive formula holds
-seven [1024, 256000] fp32 tensors. Here the logits of a few hundred tokens at a time are made,
-turned into losses and gradients, and dropped. Its benchmark: `python -m lorasae.bench kl`.
+The vocabulary is the largest dimension of all: for one Gemma-2 sequence the naive formula keeps
+seven [1024, 256000] fp32 tensors. The functions below compute the logits of a few hundred tokens,
+turn them into losses and gradients, and drop them. Benchmark: `python -m lorasae.bench kl`.
 
-Suffix _p: base model; _q: adapted model. u are logits as the head gives them, z the same under the
-soft-cap, z = cap(u).
+Suffix _p: base model; _q: adapted model. u are the head's raw logits, z = cap(u) the soft-capped
+ones.
 
-Shapes: N tokens (B*T), n tokens of a chunk, D d_model, V vocabulary, S adapted models side by side.
-Hidden states come after the final norm; `weight` is the head [V, D].
+Shapes: N tokens (B*T), n tokens in a chunk, D d_model, V vocabulary, S adapted models side by side.
+Hidden states have passed the final norm; `weight` is the head [V, D].
 """
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from lorasae.linear import linear_fp32
 
-# Logits of a model held at once: 25 MB on a CPU, 0.5 GB on a GPU.
+# Logits of one model in memory at a time: 25 MB on a CPU, 0.5 GB on a GPU.
 CHUNK_ELEMENTS = {"cpu": 3 * 2 ** 21, "cuda": 2 ** 27}
-LEAST_ROWS = 96                 # of a chunk on a CPU: with fewer, products get slow
+LEAST_ROWS = 96                 # minimum per chunk on a CPU: with fewer, products get slow
 
-# How many of them a CPU works on at once: 1 MB stays in its cache.
+# Logits that a CPU processes at a time: 1 MB stays in its cache.
 CACHED_ELEMENTS = 2 ** 18
 
 
 def naive_kl(target, hidden, weight, softcap=None):
-    """Eq. 7 with all its logits: Σ_tokens KL(p ‖ q).
+    """Eq. 7 with all logits in memory: Σ_tokens KL(p ‖ q).
 
     p = softmax(cap(target Wᵀ)), q = softmax(cap(hidden Wᵀ)).
     """
@@ -41,14 +40,14 @@ def naive_kl(target, hidden, weight, softcap=None):
 def linear_kl(target, hidden, weight, softcap=None, compiled=False):
     """naive_kl without its [N, V] tensors: same value, same gradient to `hidden`.
 
-    target [..., D] of the base model and weight [V, D] are frozen and get no gradient. hidden
-    [..., D] of the adapted model, or [S, ..., D] of several, which share the base's logits: each
-    gets, to the bit, the loss and gradient of a call of its own. compiled: the elementwise part
-    becomes one or two kernels.
+    target [..., D] belongs to the base model. It and weight [V, D] are frozen and get no gradient.
+    hidden [..., D] belongs to the adapted model, or [S, ..., D] to S of them, which share the base
+    model's logits: the results are bitwise those of S separate calls. compiled: fuses the
+    elementwise part into one or two kernels.
 
     Returns the *sum* over tokens, in nats, fp32: a scalar, or [S]. Peak memory is a few chunks of
-    logits. Logits and softmax are fp32 even for bf16 weights, because at the paper's end range
-    (KL 0.01 to 0.2) bf16 logits put errors of 10 % and more into the gradient.
+    logits. Logits and softmax are fp32 even for bf16 weights: where the paper's runs end (KL 0.01
+    to 0.2), bf16 logits cause errors of 10 % and more in the gradient.
     """
     target = target.flatten(0, -2)
     models = hidden.reshape(-1, *target.shape)
@@ -59,8 +58,8 @@ def linear_kl(target, hidden, weight, softcap=None, compiled=False):
 class LinearKL(torch.autograd.Function):
     """∂KL/∂u = (q - p) (1 - (z / c)²) with z = c tanh(u / c), and ∂KL/∂hidden = (∂KL/∂u) W.
 
-    The gradient is made in the forward pass, while the logits of a chunk exist; only [S, N, D] is
-    kept. Each model's products have the same shapes for any S, and so the same bits.
+    The forward pass computes the gradient while a chunk's logits exist, and keeps only [S, N, D].
+    Each model's products have the same shapes for any S, so its results are bitwise the same.
     """
 
     @staticmethod
@@ -71,7 +70,7 @@ class LinearKL(torch.autograd.Function):
 
         chunk = chunk_rows(weight)
         for start in range(0, N, chunk):
-            # The base model's logits; of the eager path log p, once for all adapted models.
+            # The base model's logits (in the eager path, log p), once for all adapted models.
             rows = slice(start, start + chunk)
             of_base = linear_fp32(target[rows], weight)
             if not compiled:
@@ -79,7 +78,7 @@ class LinearKL(torch.autograd.Function):
                     of_base[piece] = log_probabilities(of_base[piece], softcap)
 
             for s in range(S):
-                # The loss. It leaves the gradient of the logits in their place.
+                # The loss. The gradient of the logits overwrites them.
                 u_q = linear_fp32(hidden[s, rows], weight)
                 if compiled:
                     totals[s] += compiled_kl()(of_base, u_q, softcap)
@@ -100,15 +99,15 @@ class LinearKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_totals):
         gradient, = ctx.saved_tensors
-        d_hidden = gradient * d_totals[:, None, None]           # in fp32, as d_totals
+        d_hidden = gradient * d_totals[:, None, None]           # in fp32, like d_totals
         return d_hidden.to(gradient.dtype), None, None, None, None
 
 
 def log_probabilities(u, softcap):
     """Uncapped fp32 logits of a model [n, V] -> its log-probabilities [n, V].
 
-    The soft-cap is c tanh(u / c) = 2c σ(2u / c) - c. No softmax sees the constant, and on a CPU σ
-    takes a sixth of the time of tanh.
+    The soft-cap is c tanh(u / c) = 2c σ(2u / c) - c. The constant cancels in the softmax, and on a
+    CPU σ takes a sixth of tanh's time.
     """
     if softcap is None:
         return u.log_softmax(-1)
@@ -132,7 +131,7 @@ def kl_and_gradient(log_p, u_q, softcap):
         slope = (4 * sigmoid).mul_(1 - sigmoid)         # ∂z_q/∂u_q = 1 - tanh²
         log_q = sigmoid.mul_(2 * softcap).log_softmax(-1)
 
-    # The gradient takes the place of the logits.
+    # The gradient overwrites the logits.
     d_logits = torch.exp(log_q, out=u_q).sub_(p)
     if softcap is not None:
         d_logits.mul_(slope)
@@ -154,18 +153,12 @@ def compiled_kl():
     return torch.compile(kl, dynamic=False, fullgraph=True)
 
 
-class TokenLosses(NamedTuple):
-    """Losses of every token, in nats, fp32."""
-    ce: torch.Tensor                    # -log q(label)
-    kl: torch.Tensor                    # KL(p ‖ q); 0 of the base model
-
-
 @torch.no_grad()
 def token_losses(hidden, labels, weight, softcap=None):
-    """Cross-entropy and KL of every token in one pass over the head -> TokenLosses of [S, ...].
+    """CE and KL(p ‖ q) of every token, in one pass over the head: nats, fp32, [S, ...] each.
 
-    hidden [S, ..., D] after the final norm: of the base model first, then of others; labels [...]:
-    the tokens to predict. The base's logits are made once for all.
+    hidden [S, ..., D] after the final norm: the base model's first, then the others'. labels [...]:
+    the tokens to predict. The base model's logits are computed once for all.
     """
     shape = hidden.shape[:-1]
     hidden, labels = hidden.flatten(1, -2), labels.flatten()
@@ -190,7 +183,7 @@ def token_losses(hidden, labels, weight, softcap=None):
                 log_q = log_probabilities(u_q[piece], softcap)
                 ce[s, rows][piece] = -log_q.gather(-1, label[piece])[:, 0]
                 kl[s, rows][piece] = (log_p[piece].exp() * (log_p[piece] - log_q)).sum(-1)
-    return TokenLosses(ce.view(shape), kl.view(shape))
+    return ce.view(shape), kl.view(shape)
 
 
 def capped(logits, softcap):
@@ -200,10 +193,10 @@ def capped(logits, softcap):
     return torch.tanh(logits / softcap) * softcap
 
 
-# ---- How much at once ----------------------------------------------------------------------------
+# ---- Chunk sizes ---------------------------------------------------------------------------------
 
 def chunk_rows(weight):
-    """How many tokens' logits to hold at once. On CUDA a multiple of 128, a product's tiles."""
+    """Tokens per chunk of logits. On CUDA a multiple of 128, the tile size of matrix products."""
     V = len(weight)
     if weight.is_cuda:
         rows = CHUNK_ELEMENTS["cuda"] // V
@@ -212,7 +205,7 @@ def chunk_rows(weight):
 
 
 def pieces(logits):
-    """logits [n, V] -> slices of its rows: all on CUDA, on a CPU as many as its cache holds."""
+    """logits [n, V] -> slices of rows: all of them on CUDA, as many as fit the cache on a CPU."""
     n, V = logits.shape
     rows = n if logits.is_cuda else max(1, CACHED_ELEMENTS // V)
     return [slice(start, start + rows) for start in range(0, n, rows)]

@@ -1,9 +1,9 @@
 """Sparse autoencoders: the TopK and JumpReLU equations (paper §3.1 and §3.3), and the splice.
 
-Both kinds store W_enc and W_dec as [M, D], one row per latent (the paper's W_dec has one column).
-They read and replace the output of a block, or of its MLP. Each kind owns its equation, start,
-training step, penalty and saved form. A new kind is one class here and one line in KINDS.
-io/sae_readers.py maps the files of other projects onto them; dictionary.py trains them.
+Both kinds store W_enc and W_dec as [M, D], one row per latent (a column of the paper's W_dec).
+They read and replace the output of a block, or of its MLP. Each kind defines its equation, start,
+training step, penalty and saved form. A new kind needs one class here and one entry in KINDS.
+io/sae_readers.py converts other projects' files to these kinds; dictionary.py trains them.
 
 Shapes: B batch, T tokens, D d_model, M latents, K active latents; N = B*T.
 """
@@ -14,32 +14,32 @@ from lorasae import topk
 from lorasae.errors import InputError
 from lorasae.linear import linear
 
-START_L0 = 4            # a fresh JumpReLU has this many times the L0 that is asked for
+START_L0 = 4            # a fresh JumpReLU SAE has this many times its target L0
 
 
 class SAE(nn.Module):
     """What all kinds share: x̂ = z W_dec + b_dec  (Eq. 5), with z = encode(x).
 
-    A kind adds two methods, and overrides what is different for it:
+    A kind adds two methods, and overrides whatever else differs:
 
         encode(x)                       x [..., D] -> latents [..., M]
-        training_step(x, bandwidth)     x [N, D] -> x̂ [N, D]; on how many tokens each latent fired,
-                                        [M]; and their sum, with a gradient if `gates_train`
+        training_step(x, bandwidth)     x [N, D] -> x̂ [N, D]; the number of tokens on which each
+                                        latent fired [M]; their sum, differentiable if `gates_train`
 
     W_enc, W_dec [M, D]; b_enc [M]; b_dec [D]. k: the number of active latents, for the kinds that
-    fix it. on_special: whether the SAE was trained on BOS and EOS positions (None: as its kind is).
-    max_norm: the largest norm of the activations that it was trained on: attention sinks have more
-    (None: any). Where it was not trained, splicing it in leaves the activation as it is.
+    fix it. on_special: whether the SAE was trained on BOS and EOS (None: the default of its kind).
+    max_norm: the largest activation norm that it was trained on; attention sinks exceed it (None:
+    no limit). `splice` leaves all other activations unchanged.
     site: "resid", a block's output, or "mlp", what its MLP adds to the residual stream.
     """
     architecture = None                 # SAELens's name of the kind
     on_special = True
     max_norm = None
     site = "resid"
-    after_norm = True                   # on Gemma, whether an "mlp" comes after the MLP's last norm
+    after_norm = True                   # on Gemma, whether an "mlp" SAE reads after the last norm
     l0_is_bounded = False               # whether L0 stays below a bound, whatever the input
-    centred = False                     # whether the encoder reads x - b_dec, and not x
-    gates_train = False                 # whether a gradient reaches L0, for `penalty` to hold it
+    centred = False                     # whether the encoder reads x - b_dec instead of x
+    gates_train = False                 # whether gradients reach L0, so that `penalty` can move it
 
     def __init__(self, d_model, latents, k=None, *, on_special=None):
         super().__init__()
@@ -60,24 +60,25 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def start(self, x, l0):
-        """Fits the biases of a fresh SAE to activations x [N, D]. l0: the L0 asked for."""
+        """Fits the biases of a fresh SAE to activations x [N, D]. l0: the target L0."""
         self.b_dec.copy_(geometric_median(x))
 
     def unit(self, x):
-        """The scale of activations x [N, D], by which the rate of biases and thresholds is
-        multiplied (dictionary.begin).
+        """The scale of activations x [N, D].
+
+        dictionary.begin multiplies the learning rate of biases and thresholds by it.
         """
         return 1.0
 
     def penalty(self, l0, target):
-        """(L0 / target - 1)² in place of Eq. 6's λ L0: a target can be named, λ must be sought."""
+        """(L0 / target - 1)² instead of Eq. 6's λ L0: a target can be chosen, λ needs a search."""
         return (l0 / target - 1).square()
 
     def after_step(self):
-        """Called after each optimiser step, to restore what must hold."""
+        """Called after each optimiser step, to restore constraints."""
 
     def saved(self):
-        """(tensors, facts of cfg.json) in SAELens's format."""
+        """(tensors, entries of cfg.json) in SAELens's format."""
         tensors = {**self.state_dict(), "W_enc": self.W_enc.T}
         facts = {
             "architecture": self.architecture,
@@ -90,15 +91,15 @@ class TopK(SAE):
     """z = TopK(ReLU(W_enc (x - b_dec) + b_enc))  (Eq. 4, Gao et al. 2024): the k largest survive.
 
     ReLU comes first, so fewer than k may be active. `forward` computes only the active latents
-    (topk.py); `encode` and `decode` are the same function written densely (in bf16, `encode`
-    selects among rounded pre-activations).
+    (topk.py); `encode` and `decode` together are the same function, computed densely (in bf16,
+    `encode` selects among rounded pre-activations).
     """
     architecture = "topk"
     l0_is_bounded = True
     centred = True
 
     def encode(self, x):
-        """At most k latents of each row are positive."""
+        """At most k latents per row are positive."""
         x = x.to(self.W_enc.dtype)
         pre = linear(x - self.b_dec, self.W_enc, self.b_enc).relu()
         values, indices = pre.topk(self.k, dim=-1)
@@ -155,7 +156,7 @@ class JumpReLU(SAE):
         self.threshold.copy_(first_thresholds(pre, l0).clamp(min=0))
 
     def unit(self, x):
-        """The rms distance of activations from b_dec."""
+        """The rms distance of the activations from b_dec."""
         distances = (x - self.b_dec).square().sum(1)
         return distances.mean().sqrt().item()
 
@@ -177,8 +178,8 @@ KINDS = {"topk": TopK, "jumprelu": JumpReLU}
 def splice(x, sae, special=None):
     """Replaces the residual stream x [B, T, D] by its reconstruction (Eq. 5).
 
-    Positions that the SAE was not trained on stay as they are. special [B, T]: BOS and EOS. (So
-    does the published training, utils.py:606; the published benchmarks spare only position 0.)
+    Positions that the SAE was not trained on do not change. special [B, T]: BOS and EOS. (The
+    published training does the same, utils.py:606; the published benchmarks spare only position 0.)
 
     Any callable x -> x̂ may stand in for an SAE, here and in `model(tokens, saes)`. It replaces
     every position of its block's output, unless it is a StandIn.
@@ -189,13 +190,13 @@ def splice(x, sae, special=None):
 
 
 class StandIn:
-    """Takes an SAE's place in `saes`, and is spliced where and as the SAE is.
+    """Takes an SAE's place in `saes`: spliced at the same site and the same positions.
 
     This one adds half of the SAE's error back:
 
         StandIn(sae, lambda x: sae(x) + 0.5 * (x - sae(x)))
 
-    everywhere: its output replaces every position, and the function decides which it changes.
+    everywhere: its output replaces every position, so the function decides which ones change.
     """
 
     def __init__(self, sae, function=None, everywhere=False):
@@ -208,7 +209,7 @@ class StandIn:
         return self.function(x)
 
     def __getattr__(self, name):                        # site, on_special, W_dec, ...
-        if name == "sae":                               # a copy has none at first
+        if name == "sae":                               # a copy starts without one
             raise AttributeError(name)
         return getattr(self.sae, name)
 
@@ -221,7 +222,7 @@ def is_in_mlp(sae):
 def used_positions(sae, x, special):
     """bool [B, T]: the positions of x [B, T, D] that an SAE is trained on, and replaces.
 
-    Not BOS and EOS, special [B, T], unless it is `on_special`; nor norms beyond `max_norm`.
+    No BOS and EOS (special [B, T]) unless the SAE is `on_special`, and no norms above `max_norm`.
     """
     max_norm = getattr(sae, "max_norm", None)
     if getattr(sae, "on_special", True):
@@ -242,13 +243,13 @@ def norms(x):
 # ---- Thresholds, the jump, and the median --------------------------------------------------------
 
 def first_thresholds(pre, l0):
-    """Thresholds [M] at which all latents fire equally often on pre [N, M], L0 = START_L0 · l0.
+    """Thresholds [M] at which all latents fire equally often on pre [N, M]: L0 = START_L0 · l0.
 
     If L0 started at l0, a third of the latents would fall below their thresholds for good before
     they had trained.
     """
-    # A latent's threshold is its highest pre-activation among the tokens that should not fire it:
-    # the one after the `firing` largest.
+    # A latent's threshold is its highest pre-activation among the tokens on which it should not
+    # fire: the one after the `firing` largest.
     N, M = pre.shape
     firing = round(N * START_L0 * l0 / M)
     return pre.topk(min(firing + 1, N), dim=0).values[-1]
@@ -257,8 +258,8 @@ def first_thresholds(pre, l0):
 class Jump(torch.autograd.Function):
     """pre [N, M], θ [M] -> latents pre · H(pre - θ) and gates H(pre - θ), both [N, M] (§3.3).
 
-    A jump has no gradient that θ could follow, so θ gets the straight-through one of Rajamanoharan
-    et al. (2024), with rect(u) = 1 on (-½, ½), else 0, and ε the bandwidth:
+    A jump has no useful gradient for θ, so θ gets the straight-through gradient of Rajamanoharan et
+    al. (2024), with rect(u) = 1 on (-½, ½), else 0, and ε the bandwidth:
 
         ∂z/∂θ = -(θ/ε) rect((pre - θ)/ε)     ∂H/∂θ = -(1/ε) rect((pre - θ)/ε)
 
@@ -283,8 +284,7 @@ class Jump(torch.autograd.Function):
 def geometric_median(x, steps=100, tolerance=1e-6):
     """The point [D] with the smallest total distance to the rows of x [N, D] (Weiszfeld).
 
-    Unlike the mean, it ignores the few positions, such as BOS, whose norm is many times that of
-    the others.
+    Unlike the mean, it ignores the few positions, such as BOS, whose norms are many times larger.
     """
     guess = x.mean(0)
     for _ in range(steps):

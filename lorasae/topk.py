@@ -1,19 +1,19 @@
-"""The TopK SAE (paper §3.1, Eq. 4; Gao et al. 2024). After x W_encᵀ, only K of M latents count.
+"""The TopK SAE (paper §3.1, Eq. 4; Gao et al. 2024). After x W_encᵀ, only K of M latents matter.
 
-    encode      the k largest of ReLU(x W_encᵀ + b_enc), for a chunk of latents at a time: no
-                [N, M] tensor is made if M is large
+    encode      the k largest of ReLU(x W_encᵀ + b_enc), one chunk of latents at a time, so that a
+                large M makes no [N, M] tensor
     decode      Σ_k value · row of W_dec
-    sae_step    both: the active (token, latent) pairs are sorted by latent once, which serves
-                every weight gradient, and no N x K x D tensor is made
+    sae_step    both: the active (token, latent) pairs are sorted by latent once for all weight
+                gradients, and no N x K x D tensor is made
     aux_decode  AuxK: what the dead latents would add
-    naive_*     the same in dense autograd: tests/test_topk.py ties every value and gradient to it
+    naive_*     the same in dense autograd: tests/test_topk.py compares every value and gradient
 
-On a first reading, take `topk` for torch.topk, and sae_step for naive_step. Speed and memory beside
-torch.topk, dense autograd and a sparsify-style step: python -m lorasae.bench topk
+On a first reading, treat `topk` as torch.topk and sae_step as naive_step. To compare speed and
+memory with torch.topk, dense autograd and a sparsify-style step: python -m lorasae.bench topk
 
 Shapes: N tokens, D d_model, M latents, K active latents. W_enc and W_dec are [M, D], one row per
-latent. x has the dtype of the weights; pre-activations are fp32 even if those are bf16, as rounding
-them makes ties at the K-th place.
+latent. x has the dtype of the weights; pre-activations are fp32 even for bf16 weights, because
+rounding them creates ties at the K-th place.
 """
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from lorasae.errors import InputError
 from lorasae.linear import linear_fp32
 
-CHUNK = 16384       # latents encoded at once: at full speed, in an eighth of the memory at M = 131k
-LANES = 32          # neighbours in memory go to different groups: maxima are taken lane by lane
-ROWS = 256          # tokens whose top k a CPU takes at a time, so that they stay in its cache
+CHUNK = 16384       # latents encoded at a time: full speed, an eighth of the memory at M = 131k
+LANES = 32          # adjacent columns belong to different groups: maxima are taken lane by lane
+ROWS = 256          # tokens whose top k a CPU finds at a time, so that they stay in its cache
 
 
 # ---- As written ----------------------------------------------------------------------------------
@@ -44,10 +44,10 @@ def naive_step(x, W_enc, b_enc, W_dec, b_dec, k):
     return naive_decode(values, indices, W_dec) + b_dec, values, indices
 
 
-# ---- The same without waste ----------------------------------------------------------------------
+# ---- The fast version ----------------------------------------------------------------------------
 
 def encode(x, W_enc, b_enc, k):
-    """x [N, D], b_dec already subtracted -> values [N, k] after ReLU, indices [N, k], in no order.
+    """x [N, D], b_dec already subtracted -> values [N, k] after ReLU, indices [N, k], unordered.
 
     Values are fp32, or fp64 if x is. The backward pass touches k latents per token, not M. With
     frozen weights it is one weighted sum of W_enc's rows per token.
@@ -72,10 +72,10 @@ def sae_step(x, W_enc, b_enc, W_dec, b_dec, k):
 
 
 def aux_decode(x, W_enc, b_enc, W_dec, dead, k):
-    """What the k strongest dead latents make of x [N, D], b_dec already subtracted -> [N, D].
+    """x [N, D], b_dec already subtracted -> what the k strongest dead latents reconstruct [N, D].
 
     dead [M] bool. AuxK (Gao et al. 2024) fits this, without b_dec, to the detached residual, so
-    that dead latents train. Zeros if no latent is dead; all dead latents if they are fewer than k.
+    that dead latents train. Zeros if no latent is dead; all dead latents if there are fewer than k.
     """
     rows = dead.nonzero().squeeze(1)
     if not len(rows):
@@ -104,11 +104,11 @@ def topk(x, k):
 
 
 def topk_by_groups(x, k):
-    """The same for x [N, M], which looks only into the k groups with the largest maxima.
+    """topk for x [N, M] that searches only the k groups with the largest maxima.
 
     Those k maxima are k entries that no entry of another group exceeds. They are found the same
-    way, so this function calls itself on the maxima. Columns form blocks, lanes and groups like
-    this, with LANES = 4 and size = 3:
+    way: the function calls itself on the maxima. Columns form blocks, lanes and groups like this,
+    with LANES = 4 and size = 3:
 
                             lane 0   1   2   3
             block 0      column  0   1   2   3      Group 0 is lane 0 of block 0: columns 0, 4, 8.
@@ -130,7 +130,7 @@ def topk_by_groups(x, k):
     blocks = x[:, :M - rest].unflatten(1, (-1, size, LANES))
     maxima, groups = topk_by_groups(blocks.amax(2).flatten(1), k)
 
-    # Their columns [N, size · k], and the rest, which is always looked at.
+    # Their columns [N, size · k], and the rest, which is always searched.
     block = groups // LANES
     lane = groups % LANES
     first = block * block_size + lane                   # column of each group [N, k]
@@ -140,9 +140,9 @@ def topk_by_groups(x, k):
         last = torch.arange(M - rest, M, device=x.device)
         columns = torch.cat([columns, last.expand(len(x), rest)], 1)
 
-    # Entries below the k-th maximum cannot win. Made equal, they halve the time of the CPU's
-    # selection, whose branches become predictable. (A NaN maximum says nothing about the other
-    # maxima: it counts as infinite.)
+    # Entries below the k-th maximum cannot win. Making them equal halves the CPU's selection time,
+    # because its branches become predictable. (A NaN maximum says nothing about the other maxima,
+    # so it counts as infinite.)
     values = x.gather(1, columns)
     known = maxima.nan_to_num(torch.inf, torch.inf, -torch.inf)
     floor = known.amin(1, keepdim=True)
@@ -154,7 +154,7 @@ def topk_by_groups(x, k):
 
 
 def select(x, W_enc, b_enc, k):
-    """The k largest pre-activations of each token after ReLU, and their latents: [N, k] each."""
+    """Each token's k largest pre-activations, after ReLU, and their latents: [N, k] each."""
     M = len(W_enc)
     if not 1 <= k <= M:
         raise InputError(f"k is {k}, but {M} latents need 1 <= k <= {M}")
@@ -167,7 +167,7 @@ def select(x, W_enc, b_enc, k):
         best, latents = topk(pre, min(k, pre.shape[1]))
         latents += start
 
-        # The best of it and of the chunks before it.
+        # The best of all chunks so far.
         if start > 0:
             best = torch.cat([values, best], 1)
             latents = torch.cat([indices, latents], 1)
@@ -188,7 +188,7 @@ def combine(indices, weights, rows):
 
 
 class ByLatent:
-    """The pairs sorted by latent: a sum over a latent's tokens is one embedding bag, no atomics."""
+    """Pairs sorted by latent: the sum over a latent's tokens is one embedding bag, no atomics."""
 
     def __init__(self, indices, M):
         self.shape = indices.shape
@@ -209,9 +209,9 @@ class ByLatent:
     def dot(self, x, rows):
         """x [N, D], rows [M, D] -> x · rows[indices]  [N, k]. Its naive twin is naive_dot.
 
-        This is embedding_bag's own backward for its weights, which has no public name. A bag is a
-        latent, not a token, so what is read at random is x, which fits a cache, and not the rows.
-        CUDA's kernel has no bf16 in PyTorch 2.11 (pytorch/pytorch#185808) and multiplies in fp32.
+        This is embedding_bag's backward pass for its weights, which has no public name. A bag is a
+        latent, not a token, so the random reads are from x, which fits a cache, not from the rows.
+        CUDA's kernel has no bf16 in PyTorch 2.11 (pytorch/pytorch#185808), so fp32 is used there.
         """
         dtype = x.dtype
         if x.is_cuda and dtype == torch.bfloat16:
@@ -221,7 +221,7 @@ class ByLatent:
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             rows.contiguous(), x.contiguous(), self.tokens, self.offsets, self.latents, mode)
 
-        # From the order of latents back to [N, k].
+        # Back from latent order to [N, k].
         in_order = torch.empty_like(dots).scatter_(0, self.order, dots)
         return in_order.view(self.shape).to(dtype)
 
@@ -231,8 +231,8 @@ def naive_dot(x, rows, indices):
 
 
 # ---- Forward and backward ------------------------------------------------------------------------
-# `shared` is a list through which the decoder's backward hands its sorted pairs to the encoder's;
-# None inside a compiled block, where nothing may be handed on.
+# `shared` is a list in which the decoder's backward pass leaves its sorted pairs for the encoder's.
+# It is None in encode and decode, which may run inside a compiled block, where this cannot work.
 
 class Encode(torch.autograd.Function):
     """The k largest of ReLU((x - b_dec) W_encᵀ + b_enc); b_dec may be None.
@@ -267,7 +267,7 @@ class Encode(torch.autograd.Function):
             ones = grad.new_ones(len(grad), 1)
             grad_b = pairs.sum(grad, ones)[:, 0].to(W_enc.dtype)
 
-        # -Σ_t grad_x[t] = -(Σ_t grad[t]) W_enc, and the sum over tokens is there already: grad_b.
+        # -Σ_t grad_x[t] = -(Σ_t grad[t]) W_enc, where the sum over tokens is grad_b.
         if ctx.needs_input_grad[3]:
             grad_b_dec = -(grad_b @ W_enc)
         return grad_x, grad_W, grad_b, grad_b_dec, None, None

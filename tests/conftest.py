@@ -1,4 +1,4 @@
-"""Tiny random models in the format of the real ones. Nothing is downloaded."""
+"""Tiny random models in the real file formats, and other fixtures. Nothing is downloaded."""
 import os
 import shutil
 import sys
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Workers get whole files, and with them what their fixtures train; at the end they steal."""
+    """Workers get whole files, so a file's fixtures train once; at the end, idle workers steal."""
     from xdist.scheduler import WorkStealingScheduling
     return WorkStealingScheduling(config, log)
 
@@ -73,7 +73,7 @@ def random_weights(raw, seed=0, scale=0.2):
 
 
 def write_model(folder, raw, seed=0, scale=0.2):
-    """A single-file Hugging Face folder with random weights."""
+    """Writes a Hugging Face model folder with random weights in a single file."""
     from lorasae.io.files import write_json
     write_json(folder / "config.json", raw)
     save_file(random_weights(raw, seed, scale), folder / "model.safetensors", {"format": "pt"})
@@ -81,7 +81,7 @@ def write_model(folder, raw, seed=0, scale=0.2):
 
 
 def write_shards(folder, raw, shards=3, scale=0.2, dtype=torch.float32):
-    """The same in several files behind an index."""
+    """Like write_model, but splits the weights over several files with an index."""
     from lorasae.io.files import write_json
     tensors, weight_map = random_weights(raw, scale=scale), {}
     write_json(folder / "config.json", raw)
@@ -116,7 +116,7 @@ def random_model(raw, scale=0.15):
 
 @pytest.fixture
 def model(raw_config):
-    """One of each family."""
+    """A random model of each family in turn."""
     return random_model(raw_config)
 
 
@@ -131,7 +131,7 @@ TEXT = ("def area(width, height):\n    return width * height\n\n\n"
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory):
-    """Sixty little documents, all different."""
+    """A folder of sixty small documents, all different."""
     folder = tmp_path_factory.mktemp("text")
     for i in range(60):
         text = "".join(f"x{i * j} = {j}\n{TEXT}" for j in range(12))
@@ -140,7 +140,7 @@ def text_folder(tmp_path_factory):
 
 
 def write_tokenizer(folder, raw, text):
-    """A byte-level BPE as small as the model's vocabulary, with its BOS and EOS."""
+    """Writes a byte-level BPE tokenizer with the model's vocabulary size, BOS and EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     bos, eos = raw["bos_token_id"], raw["eos_token_id"]
     special = ["<pad>"] * 3
@@ -167,7 +167,7 @@ def whole_model(model_folder, raw_config, text_folder):
 
 
 def write_sae(folder, d_model, model_name="test", scale=1.0):
-    """A random TopK SAE for layer 1, in SAELens's format. scale: of its encoder."""
+    """Writes a random TopK SAE for layer 1 in SAELens's format. scale: multiplies its encoder."""
     from helpers import random_sae
     from lorasae.io.saes import save_sae
     sae = random_sae("topk", d_model, 128, std=1)
@@ -181,7 +181,7 @@ def write_sae(folder, d_model, model_name="test", scale=1.0):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """The shards of small texts are kept in a folder of the tests' own."""
+    """Keeps the shards of small texts in a temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORASAE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -189,7 +189,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory, text_folder):
-    """What runs need: gemma2/, gemma3/, llama/ (models), their SAEs in */sae, and text/."""
+    """A folder of all that runs need: models gemma2/, gemma3/, llama/, SAEs */sae, and text/."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(text_folder, folder / "text")
     text = "".join(path.read_text() for path in sorted(text_folder.iterdir()))
@@ -201,7 +201,7 @@ def site(tmp_path_factory, text_folder):
 
 @pytest.fixture(scope="session")
 def finished(site, tmp_path_factory):
-    """finished(kind, *more): the folder of a whole run, trained once for all tests to read."""
+    """finished(kind, *more) -> the folder of a finished run, trained once for all tests to read."""
     from helpers import command, words
     made, place = {}, tmp_path_factory.mktemp("finished")
 
@@ -216,7 +216,7 @@ def finished(site, tmp_path_factory):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A Hub of ours, which huggingface_hub asks: an empty cache, nobody logged in."""
+    """A local Hub that huggingface_hub talks to, with an empty cache and nobody logged in."""
     from huggingface_hub import constants
     from helpers import Hub
     with Hub() as server:

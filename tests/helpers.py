@@ -1,4 +1,4 @@
-"""What several tests need: SAEs, adapters, commands, metrics, local servers, text."""
+"""Helpers that several tests share: SAEs, adapters, commands, metrics, local servers, text."""
 import importlib
 import json
 import multiprocessing
@@ -27,7 +27,7 @@ from lorasae.sae import JumpReLU, TopK
 # ---- Models --------------------------------------------------------------------------------------
 
 def random_sae(kind, model, latents=None, k=8, threshold=0.5, std=None, seed=0, **how):
-    """A frozen SAE with tied random weights, for a model or a width. It fires."""
+    """A frozen SAE with tied random weights, for a model or a width. Its latents fire."""
     D = model if isinstance(model, int) else model.config.hidden_size
     latents = latents or 4 * D
     torch.manual_seed(seed)
@@ -40,7 +40,7 @@ def random_sae(kind, model, latents=None, k=8, threshold=0.5, std=None, seed=0, 
 
 
 def moved(model, std=0.05, seed=5):
-    """Moves adapters (of a model, or what detach_lora returned) off the identity."""
+    """Gives adapters (a model's, or those that detach_lora returned) a random nonzero B."""
     torch.manual_seed(seed)
     for module in (model if isinstance(model, dict) else adapters(model)).values():
         torch.nn.init.normal_(module.lora_B.weight, std=std)
@@ -48,7 +48,7 @@ def moved(model, std=0.05, seed=5):
 
 
 def adapted(model, blocks, rank=3, std=0.05, dropout=0.0, **how):
-    """The model with adapters on `blocks` that are not the identity."""
+    """Adds adapters to `blocks` of the model and moves them off the identity."""
     return moved(add_lora(model, blocks, rank, dropout=dropout, **how), std)
 
 
@@ -62,7 +62,7 @@ def some_tokens(model, B=2, T=40, seed=1):
 
 
 def without_cache(model, tokens, count, saes):
-    """Greedy text: every step from the beginning."""
+    """Greedy decoding that runs the whole sequence again for every token."""
     for _ in range(count):
         best = model(tokens, saes)[:, -1:].argmax(-1)
         tokens = torch.cat([tokens, best], 1)
@@ -70,7 +70,7 @@ def without_cache(model, tokens, count, saes):
 
 
 def same_tensors(found, expected, tolerance=1e-3):
-    """Each differs from the other by less than this part of its norm, or both are None."""
+    """Checks that each pair differs by at most `tolerance` of its norm, or that both are None."""
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
         assert a is None or (a - b).norm() <= tolerance * b.norm() + 1e-7
@@ -84,7 +84,7 @@ def command(script, *words):
 
 
 def refusal(script, *words):
-    """The one line with which a command refuses, without its `error: `."""
+    """The one-line error that ends a command, without its `error: `."""
     with pytest.raises(SystemExit) as stopped:
         command(script, *words)
     line = stopped.value.code
@@ -93,13 +93,13 @@ def refusal(script, *words):
 
 
 def lines(texts, field="text"):
-    """A JSON-lines file of documents."""
+    """The bytes of a JSON-lines file with these documents."""
     rows = [{"meta": {"n": i}, field: text} for i, text in enumerate(texts)]
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def metrics(folder):
-    """The lines of a run's metrics.jsonl, without what differs from one machine to the next."""
+    """The lines of a run's metrics.jsonl, without the values that depend on the machine."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     for line in lines:
@@ -108,33 +108,33 @@ def metrics(folder):
 
 
 def counted(module, name):
-    """A context: the mock that stands for a function and calls it; .call_count."""
+    """A context manager: a mock that calls the function it replaces and counts in .call_count."""
     return mock.patch.object(module, name, autospec=True, side_effect=getattr(module, name))
 
 
 @contextmanager
 def one_line(message=None, kind=InputError):
-    """Inside the `with`, an error of this kind in one line that matches; .value has it."""
+    """Expects the `with` block to raise a matching one-line error of this kind, kept in .value."""
     with pytest.raises(kind, match=message) as error:
         yield error
     assert "\n" not in str(error.value)
 
 
 def refuses(message, function, *arguments, **how):
-    """The call raises InputError in one line that matches."""
+    """Checks that the call raises an InputError of one line that matches."""
     with one_line(message):
         function(*arguments, **how)
 
 
 def transformers_model(folder, **how):
-    """The oracle: a folder as transformers opens it, with attention written out."""
-    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
+    """The oracle: the model in a folder, loaded by transformers with eager attention."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
     make = transformers.AutoModelForCausalLM.from_pretrained
     return make(folder, attn_implementation="eager", **how)
 
 
 def misuse(capsys, script, *words):
-    """The one line with which a command refuses words that it cannot read (status 2)."""
+    """The one-line error with which a command rejects options that it cannot parse (status 2)."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         command(script, *words)
@@ -148,7 +148,7 @@ def misuse(capsys, script, *words):
 # ---- Runs ----------------------------------------------------------------------------------------
 
 AROUND = ["--sae", "SITE/MODEL/sae", "--dropout", 0.1, "--lr", 1e-3]
-KINDS = {                                               # of runs: the words that make each
+KINDS = {                                               # kinds of runs, and their options
     "lora": [*AROUND, "--rank", 4],
     "several": [*AROUND, "--rank", 1, 4, 16],
     "both": [*AROUND, "--rank", 4, "--train-sae", "--sae-lr", 1e-3],
@@ -160,7 +160,7 @@ KINDS = {                                               # of runs: the words tha
 
 
 def words(site, kind="lora", *more, model="gemma2"):
-    """The arguments of a short run: 20 steps of 2 x 32 tokens around block 1."""
+    """The arguments of a short run: 20 steps of 2 x 32 tokens with an SAE at block 1."""
     common = ["--model", "SITE/MODEL", "--layer", 1, "--data", "SITE/text", "--context", 32,
               "--tokens", 1280, "--eval-tokens", 256, "--batch-size", 2, "--dtype", "float32",
               "--device", "cpu", "--checkpoint-every", 8]
@@ -169,7 +169,7 @@ def words(site, kind="lora", *more, model="gemma2"):
 
 
 def products(folder):
-    """{path: bytes} of what a run made: adapters, SAEs and the texts that tell of them."""
+    """{path: bytes} of the files that a run made: adapters, SAEs and their descriptions."""
     paths = [path for path in sorted(folder.rglob("*"))
              if path.parent.name.startswith(("adapter", "sae")) and path.name != "training.json"]
     assert paths
@@ -178,7 +178,7 @@ def products(folder):
 
 @contextmanager
 def stopped_at(step):
-    """Inside the `with`, a run is interrupted (Ctrl-C) in the middle of a step, as it must be."""
+    """Interrupts the `with` block's run (Ctrl-C) in the middle of a step and checks its message."""
     from lorasae.runs.folder import Run
     log = Run.log
 
@@ -189,7 +189,7 @@ def stopped_at(step):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "log", stop)
-        goes_on = r"interrupted: python train.py --resume \S+ goes on from step \d"
+        goes_on = r"interrupted: python train.py --resume \S+ continues at step \d"
         with pytest.raises(SystemExit, match=goes_on):
             yield
 
@@ -198,14 +198,14 @@ COSTS = ("seconds", "tokens_per_second", "peak_memory_bytes")       # what diffe
 
 
 def without_costs(nest):
-    """The numbers of a results.json, without what the run cost."""
+    """The numbers of a results.json, without the run's time and memory."""
     if not isinstance(nest, dict):
         return nest
     return {name: without_costs(value) for name, value in nest.items() if name not in COSTS}
 
 
 def same_run(folder, other):
-    """Both folders hold the same products, metrics and results, to the bit."""
+    """Checks that two runs have bitwise the same products, metrics and results."""
     assert products(folder) == products(other)
     assert metrics(folder) == metrics(other)
     found, expected = (without_costs(read(run / "results.json")) for run in (folder, other))
@@ -214,7 +214,7 @@ def same_run(folder, other):
 
 
 def processes():
-    """Starts processes in milliseconds, as they have imported torch and train.py already."""
+    """A context whose processes start in milliseconds, with torch and train.py already imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "helpers", "torch.distributed.tensor"])
     return context
@@ -224,7 +224,7 @@ def processes():
 
 class Handler(BaseHTTPRequestHandler):
     """Answers with reply, reply_json or refuse; `self.server` is the Server."""
-    protocol_version, wbufsize = "HTTP/1.1", -1         # headers and body leave together
+    protocol_version, wbufsize = "HTTP/1.1", -1         # headers and body are sent together
 
     def log_message(self, *_):
         pass
@@ -247,7 +247,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """A local server, until `stop` or the end of its `with`; .url, .requests, .sent (bytes)."""
+    """A local server that runs until `stop` or its `with` ends; .url, .requests, .sent (bytes)."""
 
     def __init__(self, handler):
         super().__init__(("127.0.0.1", 0), handler)
@@ -257,7 +257,7 @@ class Server(ThreadingHTTPServer):
         self.thread.start()
 
     def handle_error(self, request, client_address):
-        pass                                            # a client that hangs up is none
+        pass                                            # a client that hangs up is not an error
 
     def process_request(self, request, client_address):
         self.connections.append(request)
@@ -266,7 +266,7 @@ class Server(ThreadingHTTPServer):
     def stop(self):
         self.shutdown()
         self.server_close()
-        for connection in self.connections:             # kept alive, they would get answers
+        for connection in self.connections:             # or kept-alive clients still get answers
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self.thread.join()
@@ -276,12 +276,12 @@ class Server(ThreadingHTTPServer):
 
 
 class Hub(Server):
-    """Speaks what huggingface_hub asks of the Hub: listings, metadata, files of both kinds.
+    """Answers huggingface_hub as the Hub does: listings, metadata, files of models and datasets.
 
     models, datasets: {OWNER/NAME: {path: bytes}}. refused: {OWNER/NAME: (status, error code)}, the
-    answer to who wants a file. down: answers 503 to everything. requests: "GET path" and "HEAD
-    path"; faults: what happens to the next requests for a part of a dataset's file, first to last:
-    "drop" closes the connection halfway, "busy" answers 503, None is as it should be.
+    answer to requests for its files. down: answer 503 to everything. requests: "GET path" and "HEAD
+    path". faults: what happens to the next requests for a part of a dataset's file, in order:
+    "drop" closes the connection halfway, "busy" answers 503, and None answers normally.
     """
     commit = "c" * 40
 
@@ -357,10 +357,10 @@ class HubHandler(Handler):
             self.reply(206, body, **headers)
 
 
-# ---- Tensors that say they are on CUDA -----------------------------------------------------------
+# ---- Tensors that claim to be on CUDA ------------------------------------------------------------
 
 class OnCuda(torch.Tensor):
-    """is_cuda is True. What only CUDA can do is emulated; what it cannot do fails as there."""
+    """is_cuda is True. Emulates what only CUDA can do, and fails at what CUDA cannot do."""
     is_cuda = True
 
     @classmethod
@@ -382,7 +382,7 @@ def on_cuda(tensor):
 # ---- Text ----------------------------------------------------------------------------------------
 
 def toy_text(folder, raw, words, characters, eval_tokens):
-    """The Text of 40 files of lines `word = word`, by a tokenizer that knows these characters."""
+    """The Text of 40 files of lines `word = word`, with a tokenizer for these characters."""
     source = folder / "text"
     source.mkdir()
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Absorption: words and where they are read, the criterion, SAEs that absorb and do not."""
+"""Absorption: words, where they are read, the criterion, and SAEs that do or do not absorb."""
 import random
 from string import ascii_letters, ascii_uppercase
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ def text():
     return SimpleNamespace(tokenizer=load_tokenizer("tiny-gemma-2"), bos=BOS)
 
 
-def test_words_are_the_tokens_of_ascii_letters(text):
+def test_words_are_the_tokens_that_consist_of_ascii_letters(text):
     found = letter_words(text.tokenizer)
     assert len(found) > 1000
     assert " width" in found and "self" in found
@@ -30,7 +30,7 @@ def test_words_are_the_tokens_of_ascii_letters(text):
         assert text.tokenizer.decode([token]) == word
     assert (initial(" width"), initial("Self")) == ("W", "S")
 
-    # SentencePiece's words keep their space
+    # SentencePiece's words keep their leading space
     vocabulary = {"<unk>": 0, "▁snake": 1, "snake": 2, "▁": 3, "a1": 4, "é": 5}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     assert letter_words(tokenizer) == {" snake": 1, "snake": 2}
@@ -44,7 +44,7 @@ def test_a_prompt_answers_ten_other_words_and_asks_for_this_one():
                                "eel has the first letter: E"}
 
 
-def test_prompts_are_read_at_the_words_own_token(text):
+def test_prompts_are_read_at_the_token_of_the_word(text):
     vocabulary = letter_words(text.tokenizer)
     asked = ask(vocabulary, text, 300, seed=1)
     assert 0.95 * 240 <= len(asked.train) <= 240 and 50 < len(asked.test) <= 60
@@ -59,8 +59,8 @@ def test_prompts_are_read_at_the_words_own_token(text):
     assert asked == ask(vocabulary, text, 300, seed=1) != ask(vocabulary, text, 300, seed=2)
 
 
-def test_the_offset_is_the_tokenizers():
-    """Letter by letter the question has 22 tokens: the sixth from the end is in its middle."""
+def test_the_offset_depends_on_the_tokenizer():
+    """Letter by letter, the question has 22 tokens: the sixth from the end lies inside it."""
     alphabet = {character: i for i, character in enumerate(ascii_letters + " :\n")}
     tokenizer = Tokenizer(models.BPE(alphabet, []))
     found = letter_words(tokenizer)
@@ -69,7 +69,7 @@ def test_the_offset_is_the_tokenizers():
     assert asked.offset == len(" has the first letter:")
 
 
-def test_residuals_are_read_at_that_place(model, monkeypatch):
+def test_residuals_are_read_at_the_word(model, monkeypatch):
     monkeypatch.setattr(texts, "BATCH", 2)
     bos = model.config.bos_token_id
     prompts = [[bos, 5, 6, 7, 8, 9, 10], [bos, 11, 12, 13, 14], [bos, *[3] * 9]]
@@ -79,17 +79,17 @@ def test_residuals_are_read_at_that_place(model, monkeypatch):
         torch.testing.assert_close(row, x[0, -3], atol=1e-4, rtol=1e-4)
 
 
-def test_a_latent_absorbs_only_if_the_letters_own_are_silent_and_it_carries_enough():
+def test_a_latent_absorbs_only_if_the_letters_latents_are_silent_and_it_writes_enough():
     rows = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
     sae = JumpReLU(3, 4).requires_grad_(False)
     sae.W_enc.data = sae.W_dec.data = rows
     sae.b_enc.data = torch.tensor([-1.0, -2.0, 0.0, 0.0])
-    u = torch.tensor([2.0, 0.0, 0.0])                                       # any length
+    u = torch.tensor([2.0, 0.0, 0.0])                                       # any norm will do
     x = torch.tensor([
-        [3.0, 0.0, 0.0],        # its own latent fires
-        [1.0, 2.0, 0.0],        # own silent; of the second's 0.2 0.12 lie along u: too little
-        [1.0, 3.0, 0.0],        # 1.0, of which 0.6 lie along u: absorbed
-        [-1.0, 5.0, 0.0],       # the same, but x points away from the letter
+        [3.0, 0.0, 0.0],        # the letter's latent fires
+        [1.0, 2.0, 0.0],        # silent; 0.12 of the second's 0.2 lie along u: too little
+        [1.0, 3.0, 0.0],        # 0.6 of its 1.0 lie along u: absorbed
+        [-1.0, 5.0, 0.0],       # likewise, but x points away from the letter
         [0.5, 0.0, 4.0],        # only a latent at right angles fires
     ])
     silent, absorbed = absorbs(sae, x, sae.encode(x), u, torch.tensor([0]))
@@ -97,11 +97,11 @@ def test_a_latent_absorbs_only_if_the_letters_own_are_silent_and_it_carries_enou
     assert absorbed.tolist() == [False, False, True, False, False]
 
 
-def test_a_letter_takes_another_latent_only_while_f1_gains(monkeypatch):
+def test_a_letter_gets_another_latent_only_while_f1_improves(monkeypatch):
     true = torch.arange(100) < 50
 
     def kept(*right):
-        """How many latents, if with 1, 2, ... of them so many of 50 texts are found."""
+        """How many latents are kept if 1, 2, ... of them find this many of the 50 texts."""
         monkeypatch.setattr(absorption, "logistic", lambda x, *_: torch.arange(100)
                             < right[x.shape[1] - 1])
         z = torch.zeros(100, len(right))
@@ -113,7 +113,7 @@ def test_a_letter_takes_another_latent_only_while_f1_gains(monkeypatch):
         pytest.approx([0, 2 / 3, 1, 2 / 3]))
     assert f1(true & False, true & False) == 0
     assert kept(20, 25, 26) == 2
-    assert kept(20, 20, 50) == 1                # stops at the first that does not gain
+    assert kept(20, 20, 50) == 1                # stops at the first that does not help
     assert kept(10, 20, 30) == 3
 
 
@@ -131,9 +131,9 @@ WORDS = [letter + "x" for letter in ascii_uppercase for _ in range(EACH)]
 
 
 def spelled(absorbing):
-    """x [26 · EACH, D]: each letter has a direction, and so has each of seven words of S; an SAE.
+    """(x [26 · EACH, D], odd, SAE): each letter and each of seven odd words with S has a direction.
 
-    An absorbing SAE writes the letter with such a word's own latent, and keeps the letter's silent.
+    An absorbing SAE writes the letter with the odd word's latent and keeps the letter's silent.
     """
     generator = torch.Generator().manual_seed(0)
     letters = torch.arange(26).repeat_interleave(EACH)
@@ -150,14 +150,14 @@ def spelled(absorbing):
     sae.b_enc.data.fill_(-1)
     if absorbing:
         sae.W_enc.data[18, own] = -2            # "starts with S" does not fire on snakes
-        sae.W_dec.data[26:, 18] = 1             # what "snake" writes contains it
+        sae.W_dec.data[26:, 18] = 1             # what "snake" writes includes the letter
         sae.W_dec.data[26:] /= 2 ** 0.5
     return x, odd, sae.requires_grad_(False)
 
 
 def measured(absorbing):
-    """({letter: counts}, how many test words have a latent of their own)."""
-    pytest.importorskip("sklearn", reason="fits the probes")
+    """({letter: counts}, the number of test words that have their own latent)"""
+    pytest.importorskip("sklearn", reason="scikit-learn fits the probes")
     x, odd, sae = spelled(absorbing)
     test = torch.arange(len(x)) % 5 == 0
     sides = [[word for word, chosen in zip(WORDS, side) if chosen] for side in (~test, test)]
@@ -165,7 +165,7 @@ def measured(absorbing):
     return absorption.absorption(sae, x, Asked(*sides, [], 5), seed=0), int(test[odd].sum())
 
 
-def test_an_sae_built_to_absorb_is_found_out_and_one_of_the_letters_absorbs_nothing():
+def test_only_an_sae_built_to_absorb_is_found_to_absorb():
     counts, snakes = measured(absorbing=True)
     assert counts["S"]["latents"] == [18]
     assert counts["S"]["absorbed"] == counts["S"]["silent"] == snakes > 0

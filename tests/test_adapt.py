@@ -1,4 +1,4 @@
-"""The method: its step against Eq. 7 with every logit, and what the paper's settings promise."""
+"""The method: its step against Eq. 7 with all logits, where adapters go, and special tokens."""
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from lorasae.lora import add_lora, lora_parameters
 from lorasae.runs.training import compiled_blocks, learning_rate, step_seed
 from lorasae.sae import StandIn, splice
 
-CONFIG = SimpleNamespace(                               # what a step reads of a Config
+CONFIG = SimpleNamespace(                               # the fields of a Config that a step reads
     batch_size=2, micro_batch=2, steps=5, lr=1e-2, lr_decay=False, weight_decay=0.01, clip=1.0,
     seed=42, compile=False)
 
@@ -24,12 +24,12 @@ def config(**how):
 
 @pytest.fixture
 def text(model):
-    """[2, 40] with BOS in front and EOS in the middle of one."""
+    """Tokens [2, 40] with BOS in front, and EOS in the middle of one row."""
     return some_tokens(model)
 
 
 def loss_of(model, saes, tokens, compile=False):
-    """Both parts of a step, one after the other."""
+    """Runs both parts of a step and returns its loss."""
     first = first_differing(model, saes)
     part = frozen_forward(model, saes, tokens, first)
     loss, values = adapted_loss(model, saes, part, first, config(compile=compile))
@@ -45,7 +45,7 @@ def loss_of(model, saes, tokens, compile=False):
     ({0: "jumprelu", 2: "topk"}, [1, 3]), ({0: "topk", 1: "jumprelu"}, [2, 3]),
     ({0: "jumprelu", 3: "jumprelu"}, [1])], ids=str)
 @pytest.mark.parametrize("on_special", [False, True, None])             # None: by kind
-def test_a_step_is_the_naive_loss_by_value_and_every_gradient(
+def test_a_step_has_the_value_and_every_gradient_of_the_naive_loss(
         model, text, kinds, blocks, on_special):
     saes = {layer: random_sae(kind, model, seed=layer, on_special=on_special)
             for layer, kind in kinds.items()}
@@ -60,7 +60,7 @@ def test_a_step_is_the_naive_loss_by_value_and_every_gradient(
 
 @pytest.mark.parametrize("site", ["resid", "mlp"])
 def test_compiled_blocks_take_the_same_step(model, text, site):
-    """Every block is one graph in each role. aot_eager is torch.compile without its code."""
+    """Each block is one graph in each role. aot_eager is torch.compile without generated code."""
     del model.layers[:2]                                # two are enough, and quicker
     saes, parameters = {0: random_sae("topk", model)}, lora_parameters(adapted(model, [0]))
     saes[0].site = site
@@ -77,7 +77,7 @@ def test_compiled_blocks_take_the_same_step(model, text, site):
 
 
 @pytest.mark.cuda
-def test_the_compiled_step_of_a_gpu_is_the_plain_one(model, text):
+def test_the_compiled_step_on_a_gpu_matches_the_plain_one(model, text):
     """Inductor, FlexAttention under a soft-cap, and the compiled loss, as train.py uses them."""
     model, text, saes = model.cuda(), text.cuda(), {1: random_sae("jumprelu", model).cuda()}
     parameters, steps = lora_parameters(adapted(model, [2, 3])), []
@@ -92,7 +92,7 @@ def test_the_compiled_step_of_a_gpu_is_the_plain_one(model, text):
 # ---- The step and the loop -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, blocks", [("jumprelu", [2, 3]), ("topk", [0, 1, 2, 3])])
-def test_the_fast_step_trains_the_adapters_that_the_naive_loop_trains(model, kind, blocks):
+def test_the_fast_step_trains_the_same_adapters_as_the_naive_loop(model, kind, blocks):
     saes, how = {1: random_sae(kind, model)}, config()
     g = torch.Generator().manual_seed(0)
     batches = [torch.randint(3, 97, (2, 40), generator=g) for _ in range(5)]
@@ -115,7 +115,7 @@ def test_the_fast_step_trains_the_adapters_that_the_naive_loop_trains(model, kin
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_a_step_is_clipped_adamw_on_the_loss_averaged_over_its_sequences(model, text, micro_batch):
-    """By PyTorch's own AdamW, not fused, on the naive loss."""
+    """Compares with PyTorch's own AdamW, not fused, on the naive loss."""
     saes, how = {1: random_sae("topk", model)}, config(micro_batch=micro_batch)
     parameters = lora_parameters(adapted(model, [1, 2]))
     before = [parameter.detach().clone() for parameter in parameters]
@@ -123,7 +123,7 @@ def test_a_step_is_clipped_adamw_on_the_loss_averaged_over_its_sequences(model, 
     naive = naive_loss(model, saes, text) / 2
     gradients = torch.autograd.grad(naive, parameters)
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
-    assert norm > how.clip                              # it binds, as with the paper's settings
+    assert norm > how.clip                              # clipped, as with the paper's settings
     twins = [parameter.clone().requires_grad_() for parameter in before]
     for twin, gradient in zip(twins, gradients):
         twin.grad = gradient / norm * how.clip
@@ -140,7 +140,7 @@ def test_a_step_is_clipped_adamw_on_the_loss_averaged_over_its_sequences(model, 
     assert all(parameter.grad is None for parameter in parameters)
 
 
-def test_the_rate_falls_and_every_step_and_process_draws_its_own_random_numbers():
+def test_the_learning_rate_falls_and_every_step_and_process_has_its_own_seed():
     rates = [learning_rate(0.5, step, config(lr_decay=True)) for step in range(5)]
     assert rates == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
     assert learning_rate(0.5, 4, config()) == 0.5
@@ -149,9 +149,9 @@ def test_the_rate_falls_and_every_step_and_process_draws_its_own_random_numbers(
     assert len(seeds) == 2 * 20 * 3 and step_seed(1, 2) == step_seed(1, 2, 0)
 
 
-# ---- What the settings promise -------------------------------------------------------------------
+# ---- Where adapters go ---------------------------------------------------------------------------
 
-def test_which_blocks_are_adapted_and_where_the_models_begin_to_differ(model):
+def test_the_right_blocks_are_adapted_and_the_first_that_differs_is_found(model):
     topk, jumprelu = (random_sae(kind, model) for kind in ("topk", "jumprelu"))
     one, several = {1: jumprelu}, {0: None, 2: None, 3: None}
     assert blocks_to_adapt(("after",), one, 4) == [2, 3]
@@ -174,7 +174,7 @@ def test_which_blocks_are_adapted_and_where_the_models_begin_to_differ(model):
 # ---- BOS and EOS ---------------------------------------------------------------------------------
 
 def test_a_wrapped_sae_adds_part_of_its_error_back(model, text):
-    """The example of StandIn's docstring."""
+    """The example in StandIn's docstring."""
     sae, special = random_sae("jumprelu", model), model.special(text)
     half = StandIn(sae, lambda x: sae(x) + 0.5 * (x - sae(x)))
     assert half.W_dec is sae.W_dec and StandIn(sae, sae, everywhere=True).on_special
@@ -204,9 +204,9 @@ def test_saes_of_both_kinds_are_spliced_together_each_by_its_own_rule(model, tex
     torch.testing.assert_close(model(text, saes), model.logits(x))
 
 
-def test_a_run_of_blocks_that_is_not_told_where_bos_is_refuses_such_an_sae(model, text):
+def test_running_blocks_without_the_positions_of_bos_refuses_an_sae_that_skips_it(model, text):
     x = model.embed(text)
     refuses("special=model.special", model.run, x, 0, 2, {1: random_sae("jumprelu", model)})
-    model.run(x, 0, 1, {1: random_sae("jumprelu", model)})  # its block is not among them
+    model.run(x, 0, 1, {1: random_sae("jumprelu", model)})  # does not run block 1
     model.run(x, 0, 2, {1: random_sae("topk", model)})
     model.run(x, 0, 2, {1: random_sae("jumprelu", model, on_special=True)})

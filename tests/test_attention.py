@@ -1,4 +1,4 @@
-"""Every way attention takes, against the naive formula; CUDA's too, without a GPU."""
+"""Every path of attention against the naive formula, including CUDA's paths without a GPU."""
 import os
 import shutil
 
@@ -13,7 +13,7 @@ from lorasae.attention import (
     attention, blockwise_attention, flex_mask, fused_attention, naive_attention, positions)
 from lorasae.io.models import parse_config
 
-HEADS, GROUPS, WIDTH = 4, 2, 16  # two query heads a key-value head, as in Gemma-2
+HEADS, GROUPS, WIDTH = 4, 2, 16  # two query heads per key-value head, as in Gemma-2
 compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")),
                               reason="Inductor needs a C++ compiler")
 
@@ -37,29 +37,29 @@ def agree(results, expected, rtol=1e-4, atol=1e-5):
 
 
 @pytest.mark.parametrize("softcap, window", [(None, None), (None, 50), (5.0, None), (5.0, 50)])
-def test_every_length_from_1_to_300_is_the_naive_formula(softcap, window):
+def test_every_length_from_1_to_300_matches_the_naive_formula(softcap, window):
     for T in range(1, 301):
         inputs = problem(T, gradients=False)
         agree([attention(*inputs, 0.3, softcap, window)],
               [naive_attention(*inputs, 0.3, softcap, window)])
 
 
-@pytest.mark.parametrize("rows", [64, 1024])                            # a CPU's and CUDA's
+@pytest.mark.parametrize("rows", [64, 1024])                            # on a CPU, on CUDA
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize("T, S", [(1, 1), (63, 63), (64, 64), (65, 65), (100, 100), (127, 127),
                                   (130, 200), (1, 200)])
-def test_blockwise_values_and_gradients_are_those_of_the_naive_formula(rows, softcap, window, T, S):
+def test_blockwise_values_and_gradients_match_the_naive_formula(rows, softcap, window, T, S):
     inputs = problem(T, S)
     agree(with_gradients(blockwise_attention, inputs, 0.3, softcap, window, rows),
           with_gradients(naive_attention, inputs, 0.3, softcap, window))
 
 
-# ---- The ways of CUDA, without one ---------------------------------------------------------------
+# ---- CUDA's paths, without a GPU -----------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype, repeated", [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("T, S", [(100, 100), (1, 100)])
-def test_on_cuda_fp32_never_takes_the_kernel_that_stores_scores(monkeypatch, dtype, repeated, T, S):
+def test_fp32_on_cuda_never_uses_the_kernel_that_stores_scores(monkeypatch, dtype, repeated, T, S):
     seen = []
 
     def fused(q, k, v, **how):
@@ -72,7 +72,7 @@ def test_on_cuda_fp32_never_takes_the_kernel_that_stores_scores(monkeypatch, dty
     assert seen == [(heads, heads, not repeated, T > 1)]
 
 
-def test_the_repeated_heads_of_cuda_give_the_naive_formula():
+def test_repeated_heads_on_cuda_match_the_naive_formula():
     inputs = problem(40, gradients=False)
     agree([fused_attention(*map(on_cuda, inputs), 0.3)], [naive_attention(*inputs, 0.3)])
 
@@ -80,7 +80,7 @@ def test_the_repeated_heads_of_cuda_give_the_naive_formula():
 @pytest.mark.parametrize("softcap, window, T, S", [
     (5.0, None, 100, 100), (5.0, 8, 100, 100), (None, 8, 100, 100), (5.0, None, 7, 100),
     (5.0, None, 1, 100)])
-def test_uncompiled_cuda_goes_blockwise_and_never_compiles(monkeypatch, softcap, window, T, S):
+def test_uncompiled_cuda_runs_blockwise_and_never_compiles(monkeypatch, softcap, window, T, S):
     monkeypatch.setattr(torch, "compile", lambda *a, **k: pytest.fail("compiled something"))
     monkeypatch.setattr(module, "flex_attention",
                         lambda *a: pytest.fail("FlexAttention outside a compiled block"))
@@ -92,7 +92,7 @@ def test_uncompiled_cuda_goes_blockwise_and_never_compiles(monkeypatch, softcap,
     assert rows == [1024]
 
 
-def test_masks_are_made_for_models_with_windows_on_cuda_alone(monkeypatch):
+def test_masks_are_made_only_on_cuda_and_for_models_with_windows(monkeypatch):
     made = []
     monkeypatch.setattr(module, "flex_mask", lambda T, window, device: made.append((T, window)))
     gemma, llama = parse_config(GEMMA, "the test"), parse_config(LLAMA, "the test")
@@ -102,21 +102,21 @@ def test_masks_are_made_for_models_with_windows_on_cuda_alone(monkeypatch):
     assert made == [(100, None), (100, 16)]
 
 
-# ---- FlexAttention, compiled on a CPU: it has no backward there ----------------------------------
+# ---- FlexAttention, compiled on a CPU, where it has no backward pass -----------------------------
 
 def compiled_against_naive(backend, window):
     torch.compiler.reset()
     fast = torch.compile(attention, fullgraph=True, dynamic=False, backend=backend)
     inputs = problem(100, gradients=False)
     masks = {window: flex_mask(100, window, torch.device("cpu"))}
-    for softcap in (50.0, 3.0):                         # two in one process
+    for softcap in (50.0, 3.0):                         # two soft-caps in one process
         with torch.no_grad():
             agree([fast(*inputs, 0.3, softcap, window, masks)],
                   [naive_attention(*inputs, 0.3, softcap, window)])
     torch.compiler.reset()
 
 
-def test_in_a_compiled_block_flexattention_is_taken_with_the_kernel_for_training(monkeypatch):
+def test_a_compiled_block_uses_flexattention_with_the_kernel_for_training(monkeypatch):
     from torch.nn.attention import flex_attention as flex
     seen, exact = [], flex.flex_attention
 
@@ -131,14 +131,14 @@ def test_in_a_compiled_block_flexattention_is_taken_with_the_kernel_for_training
 
 @compiler
 @pytest.mark.parametrize("window", [None, 30])
-def test_flexattention_is_the_naive_formula_through_inductor(window):
+def test_flexattention_through_inductor_matches_the_naive_formula(window):
     compiled_against_naive("inductor", window)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("softcap, window", [(50.0, None), (5.0, 100)])
 @pytest.mark.parametrize("T", [1, 65, 100, 127, 128, 256, 300])
-def test_flexattention_is_the_naive_formula_on_cuda(softcap, window, T):
+def test_flexattention_on_cuda_matches_the_naive_formula(softcap, window, T):
     torch.compiler.reset()
     window = window if window is not None and window < T else None
     inputs, device = problem(T, width=64, device="cuda"), torch.device("cuda", 0)
@@ -151,7 +151,7 @@ def test_flexattention_is_the_naive_formula_on_cuda(softcap, window, T):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("softcap, window", [(None, None), (50.0, None), (5.0, 100)])
-def test_uncompiled_attention_is_the_naive_formula_on_cuda(softcap, window):
+def test_uncompiled_attention_on_cuda_matches_the_naive_formula(softcap, window):
     inputs = [t.detach().requires_grad_() for t in problem(256, width=64, device="cuda")]
     agree(with_gradients(attention, inputs, 0.125, softcap, window),
           with_gradients(naive_attention, inputs, 0.125, softcap, window), 1e-3, 1e-3)

@@ -22,7 +22,7 @@ WORDS = [f"w{a}{b}" for a in "abcdefg" for b in "hijklm"]
 
 @pytest.fixture
 def setting(model, raw_config, tmp_path):
-    """Both families with all blocks adapted, a random SAE at layer 1, and held-out text."""
+    """Each family's model with all blocks adapted, a random SAE at layer 1, and held-out text."""
     text = toy_text(tmp_path, raw_config, WORDS, " ".join(WORDS), eval_tokens=6000)
     sae = random_sae("jumprelu", model, 24, std=1, seed=2)
     sae.W_dec.data = torch.nn.functional.normalize(sae.W_enc.data, dim=1)
@@ -41,11 +41,11 @@ def test_rows_are_bos_and_the_next_tokens_of_a_chunk():
     rows = rows_of(SimpleNamespace(held_out=chunks, bos=7))
     assert rows.shape == (4, 128) and (rows[:, 0] == 7).all()
     assert rows[:2, 1:].flatten().tolist() == list(range(1, 255))
-    assert rows[2, 1] == 301                            # what is too short for a row is dropped
+    assert rows[2, 1] == 301                            # a remainder too short for a row is dropped
     assert rows_of(SimpleNamespace(held_out=chunks[:, :40], bos=7)).shape == (2, 40)
 
 
-def test_firings_are_those_of_the_dense_activations(setting):
+def test_firings_match_the_dense_activations(setting):
     model, sae = setting.model, setting.saes[1]
     rows = rows_of(setting.text)
     with torch.no_grad(), base(model):
@@ -58,7 +58,7 @@ def test_firings_are_those_of_the_dense_activations(setting):
 
 
 def planted(latent_places=60, seed=0):
-    """Rows of random tokens, and a latent that fires at random places, each time differently."""
+    """Rows of random tokens, and a latent that fires at random places with random strengths."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(3, 90, (40, 128), generator=generator)
     places = torch.randperm(rows.numel(), generator=generator)[:latent_places]
@@ -84,7 +84,7 @@ def test_the_strongest_places_keep_their_distance_within_a_row():
     assert strongest(many, many, 128) == many.tolist()[:-13:-1]
 
 
-def test_windows_are_fifteen_to_explain_and_fourteen_to_score_of_which_four_are_active():
+def test_a_latent_gets_15_windows_to_explain_and_14_to_score_4_of_them_active():
     rows, activation = planted()
     shown, scored = windows(activation, rows)
     assert (len(shown), len(scored), sum(window.active for window in scored)) == (15, 14, 4)
@@ -110,16 +110,16 @@ def test_windows_are_fifteen_to_explain_and_fourteen_to_score_of_which_four_are_
     assert sorted(random[0]) == sorted(random[1])
 
 
-def test_weaker_windows_are_drawn_by_the_square_of_the_activation():
+def test_weaker_windows_are_drawn_in_proportion_to_the_squared_activation():
     rows, activation = planted(latent_places=80)
     places = activation.nonzero().squeeze(1)
     activation[places[:20]] = 9 + torch.rand(20)        # enough for the strongest twelve
-    activation[places[20:50]] = 1                       # of 25 times the mass of a faint one
+    activation[places[20:50]] = 1                       # 25 times the mass of a faint one
     activation[places[50:]] = 0.2
     drawn = []
     for seed in range(30):
         drawn += middles(sum(windows(activation, rows, seed), []))[:7]
-    assert sum(value >= 1 for value in drawn) / len(drawn) > 0.9    # by activation: 0.8
+    assert sum(value >= 1 for value in drawn) / len(drawn) > 0.9    # not squared: 0.8
 
 
 def test_a_latent_fires_above_a_hundredth_of_its_largest_activation_and_needs_enough_windows():
@@ -128,13 +128,13 @@ def test_a_latent_fires_above_a_hundredth_of_its_largest_activation_and_needs_en
     assert all(value == 0 or value >= 1 for window in sum(windows(faint, rows), [])
                for value in window.activations)
     places = activation.nonzero().squeeze(1)
-    for kept in (11, 18):                               # too few strong ones, or weak ones
+    for kept in (11, 18):                               # too few strong ones, or too few weak ones
         few = activation.clone()
         few[places[kept:]] = 0
         assert windows(few, rows) is None
 
 
-def test_an_oracle_scores_1_and_always_none_scores_10_of_14():
+def test_an_oracle_scores_1_and_always_answering_none_scores_10_of_14():
     _, scored = windows(*reversed(planted()))
     oracle = [number for number, window in enumerate(scored, 1) if window.active]
     for picked, right in ((oracle, 14), (range(1, 15), 4), ([*oracle[:2], 99], 12), ([], 10)):
@@ -145,7 +145,7 @@ def test_an_oracle_scores_1_and_always_none_scores_10_of_14():
     ("1, 3 and 5.", [1, 3, 5]), ("None", []), ("None.", []), ("none", None), ("2", [2]),
     ("1,2,", [1, 2]), ("1, 2, and 4", [1, 2, 4]), ("", None), (" \n", None), ("²", None),
     ("I think 3", None), ("3; 4", None)])
-def test_an_answer_is_numbers_or_none_or_of_no_use(answer, numbers):
+def test_an_answer_is_numbers_or_none_or_unusable(answer, numbers):
     assert judges.read_numbers(answer) == numbers
 
 
@@ -167,7 +167,7 @@ def window_of(text, fires=""):
     return Window([*map(ord, text)], [float(letter in fires) for letter in text], True)
 
 
-def test_a_language_model_predicts_from_its_explanation_alone():
+def test_a_language_model_predicts_from_nothing_but_its_explanation():
     questions, answers = [], ["This neuron activates on the letter x.", "2"]
 
     def ask(messages, max_tokens):
@@ -185,7 +185,7 @@ def test_a_language_model_predicts_from_its_explanation_alone():
     assert "<<" not in predict and "ab" not in predict
 
 
-def test_a_window_is_one_line_also_where_a_character_has_several_tokens(raw_config, tmp_path):
+def test_a_window_is_one_line_even_if_a_character_has_several_tokens(raw_config, tmp_path):
     lines = window_of("ab\nxyc", "xy")
     assert judges.written(Letters(), lines, marked=True) == "ab↵<<xy>>c"
     assert judges.written(Letters(), lines, marked=False) == "ab↵xyc"
@@ -203,7 +203,7 @@ def politely(question):
 
 
 def by_parity(question):
-    """Explains, then picks the texts of an even number of letters."""
+    """Explains, then picks the texts with an even number of letters."""
     texts = question.split("The texts:\n\n")[-1].splitlines()
     even = [number for number, text in enumerate(texts, 1) if len(text) % 2 == 0]
     return politely(question) if "<<" in question else ", ".join(map(str, even)) or "None"
@@ -211,7 +211,7 @@ def by_parity(question):
 
 @pytest.fixture
 def judge(setting, monkeypatch):
-    """judge(**options) evaluates by a chat model; judge.answer(question) answers for it."""
+    """judge(**options) evaluates with a chat model; judge.answer(question) gives its answers."""
     def chat(url, model, messages, max_tokens):
         evaluate.asked.append(messages)
         return evaluate.answer(messages[1]["content"])
@@ -227,7 +227,7 @@ def judge(setting, monkeypatch):
     return evaluate
 
 
-def test_both_models_are_scored_in_pairs_over_latents(judge):
+def test_both_models_are_scored_and_paired_by_latent(judge):
     judge.answer = by_parity
     numbers = judge(judge_latents=12, seeds=2)
     latents, row = numbers["latents"], numbers["rows"]["score"]
@@ -238,12 +238,12 @@ def test_both_models_are_scored_in_pairs_over_latents(judge):
     difference = row["difference"], row["ci90"]
     assert difference == pytest.approx(interval(lora - base), abs=1e-8)
     assert row["difference"] != 0                       # adapters before the SAE matter
-    assert any(len(set(each["score"]["base"])) == 2 for each in latents)    # other windows
+    assert any(len(set(each["score"]["base"])) == 2 for each in latents)    # seeds differ
     json.dumps(numbers, allow_nan=False)
 
 
 @one_family
-def test_a_chat_models_answers_are_kept_and_only_the_rest_is_asked(setting, judge, capsys):
+def test_a_chat_models_answers_are_kept_and_only_missing_ones_are_requested(setting, judge, capsys):
     whole = judge()
     total = len(judge.asked)
     assert whole["sets"] == ["m at http://here"] and "questions" in capsys.readouterr().err
@@ -279,7 +279,7 @@ def test_a_latent_whose_answer_names_no_windows_is_left_out_and_counted(judge):
 
 
 @one_family
-def test_named_latents_are_judged(judge):
+def test_only_the_named_latents_are_judged(judge):
     all_of_them = judge(judge_latents=24)["latents"]
     some = [row["latent"] for row in all_of_them[:3]]
     assert judge(latents=some + some[:1])["latents"] == all_of_them[:3]
@@ -288,7 +288,7 @@ def test_named_latents_are_judged(judge):
 
 
 @one_family
-def test_what_cannot_be_judged_is_one_clear_line(setting, judge):
+def test_what_cannot_be_judged_is_refused_in_one_clear_line(setting, judge):
     for options, message in (
             ({"latents": [24]}, "0 to 23"), ({"latents": [-1]}, "0 to 23"),
             ({"judge_latents": 0}, "1 or more"),
@@ -303,10 +303,10 @@ def test_what_cannot_be_judged_is_one_clear_line(setting, judge):
         refuses(message, judge)
 
 
-# ---- The endpoint of a judge ---------------------------------------------------------------------
+# ---- The judge's endpoint ------------------------------------------------------------------------
 
 class Answering(Handler):
-    """server.answer(body) is a text, (status, bytes), or None: it hangs up."""
+    """server.answer(body) returns a text, or (status, bytes), or None to hang up."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -330,7 +330,7 @@ def endpoint(monkeypatch):
 
 
 @pytest.mark.parametrize("trouble", [(408, b""), (429, b""), (500, b"[]"), (503, b"{}"), None])
-def test_a_busy_endpoint_is_asked_again_in_openais_format(endpoint, trouble, monkeypatch):
+def test_a_busy_endpoint_is_retried_in_openais_format(endpoint, trouble, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     answers = iter([trouble, trouble, "hello"])
@@ -348,7 +348,7 @@ def test_a_busy_endpoint_is_asked_again_in_openais_format(endpoint, trouble, mon
     ((200, b'{"error": {"message": "no credit"}}'), "200: no credit", 1),
     ((200, b"\xff"), "200: \ufffd", 1), ((400, b"<html>" * 999), "400: <html>", 1),
     ((200, b'{"choices": [{"message": {"content": [1]}}]}'), '200: {"choices"', 1)])
-def test_an_endpoint_that_stays_wrong_is_quoted_in_one_line(endpoint, trouble, said, asked):
+def test_an_endpoint_that_keeps_failing_is_quoted_in_one_line(endpoint, trouble, said, asked):
     endpoint.answer = lambda body: trouble
     with pytest.raises(InputError) as refused:
         chat(endpoint.url, "m", [], 5)
@@ -357,7 +357,7 @@ def test_an_endpoint_that_stays_wrong_is_quoted_in_one_line(endpoint, trouble, s
     assert "\n" not in line and len(line) < 450 and len(endpoint.requests) == asked
 
 
-def test_only_http_addresses_are_endpoints_and_a_model_may_say_nothing(endpoint):
+def test_only_http_addresses_are_endpoints_and_an_answer_may_be_empty(endpoint):
     for url, said in (("localhost:8000/v1", "http"), ("file:///etc/passwd", "http"), ("", "http"),
                       ("http://127.0.0.1:9/v1", "no answer: .*refused")):
         refuses(said, chat, url, "m", [], 5)
@@ -365,7 +365,7 @@ def test_only_http_addresses_are_endpoints_and_a_model_may_say_nothing(endpoint)
     assert chat(endpoint.url, "m", [], 5) == ""
 
 
-def test_a_question_is_asked_once_and_another_judges_answers_are_not_taken(tmp_path):
+def test_a_question_is_asked_once_and_another_judges_answers_are_not_reused(tmp_path):
     asked = []
 
     def ask(messages, max_tokens):

@@ -1,9 +1,9 @@
-"""A campaign against every reader: each key and each tensor of every kind of file spoilt in turn.
+"""A campaign against every reader: each key and tensor of every kind of file is spoilt in turn.
 
-A load must end in one line that names the file or its folder, or in a success whose values are
-right. `READ` says, kind by kind, which keys are read and which mutations leave a good file; every
-other mutation of a key that is read must be refused, and one of a key that nobody reads must change
-nothing.
+Loading must either fail with one line that names the file or its folder, or succeed with the right
+values. `READ` lists, for each kind of file, the keys that are read and the mutations that leave the
+file good. Every other mutation of a key that is read must be refused, and a mutation of a key that
+is not read must change nothing.
 """
 import io
 import json
@@ -102,7 +102,7 @@ KINDS = {
 
 NONE = set()
 ABSENT = {"missing", "null"}
-A_NUMBER = {"float", "huge"}                            # any positive number is a good one
+A_NUMBER = {"float", "huge"}                            # any positive number is good
 CONFIG = {
     **dict.fromkeys([
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -168,9 +168,9 @@ READ["dictionary_learning MatryoshkaBatchTopKSAE"] = without(
 
 
 def json_cases(path, table):
-    """Every key, nested as "outer.inner", with every value: (case, change, allowed, read).
+    """Yields (case, change, allowed, read) for every key (nested: "outer.inner") and every value.
 
-    change(path) spoils the file; allowed: it may leave a good one; read: the key is read.
+    change(path) spoils the file; allowed: the file may still be good; read: the key is read.
     """
     raw = read_json(path)
     for key, value in raw.items():
@@ -189,7 +189,7 @@ def json_cases(path, table):
 
 
 def with_one(tensor, value):
-    """Its largest number becomes another one."""
+    """The tensor with its largest number replaced by `value`."""
     return torch.where(tensor == tensor.max(), float(value), tensor.double())
 
 
@@ -224,20 +224,20 @@ def write_tensors(path, tensors):
 
 
 def tensor_cases(path):
-    """Every tensor with every mutation, as json_cases."""
+    """Like json_cases, for every tensor and every mutation."""
     tensors = read_tensors(path)
     for name in sorted(tensors):
         if "layers.1" in name and "lora" not in name:
-            continue                                    # read as those of layer 0 are
+            continue                                    # read like those of layer 0
         one_number = tensors[name].dim() == 0
         for mutation, change in TENSORS.items():
             if mutation == "fp8" and path.suffix == ".npz":
-                continue                                # numpy has none
+                continue                                # numpy has no fp8
             spoilt = {**tensors}
             tensor = spoilt.pop(name)
             if change is not None:
                 spoilt[name] = change(tensor)
-            below_all = name == "threshold" and mutation == "minus infinity"        # an ReLU's
+            below_all = name == "threshold" and mutation == "minus infinity"        # a ReLU SAE
             allowed = below_all or (one_number and mutation == "one more dimension")
             yield f"{name}: {mutation}", partial(write_tensors, tensors=spoilt), allowed, True
 
@@ -254,7 +254,7 @@ FILES = {
 
 
 def with_key(text):
-    """A JSON object with one more key."""
+    """A change that adds a key with this value to a JSON object."""
     end = b', "new": ' + text + b"}"
     return lambda path: path.write_bytes(path.read_bytes().rstrip()[:-1] + end)
 
@@ -269,9 +269,9 @@ JSONS = {
 
 
 def judged(load, folder, reference, allowed, read):
-    """What is wrong with the end of a case, or None.
+    """What is wrong with the outcome of a case, or None.
 
-    allowed: this mutation may leave a good file; read: the key is read.
+    allowed: the file may still be good; read: the key is read.
     """
     try:
         found = load(folder)
@@ -288,7 +288,7 @@ def judged(load, folder, reference, allowed, read):
 
 
 def campaign(kind, tmp):
-    """Yields (what was done, what is wrong with the end or None) of every case of a kind."""
+    """Yields (what was done, what is wrong with the outcome or None) for every case of a kind."""
     write, load = KINDS[kind]
     good = Path(tmp) / "good"
     good.mkdir()
@@ -301,7 +301,7 @@ def campaign(kind, tmp):
         cases = [(name, change, False, True) for name, change in FILES.items()]
         if path.suffix == ".json":
             cases += [(name, change, False, True) for name, change in JSONS.items()]
-            cases += json_cases(path, table) if kind != "sharded llama" else []    # INDEX_NAMES
+            cases += json_cases(path, table) if kind != "sharded llama" else []    # see INDEX_NAMES
         else:
             cases += tensor_cases(path)
         for case, change, allowed, read in cases:
@@ -313,14 +313,14 @@ def campaign(kind, tmp):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_spoilt_file_is_one_clear_line_or_right(kind, tmp_path):
+def test_every_spoilt_file_gives_one_clear_line_or_the_right_values(kind, tmp_path):
     ends = list(campaign(kind, tmp_path))
     wrong = [f"{case}: {end}" for case, end in ends if end is not None]
     assert len(ends) > 50 and not wrong, "\n".join(wrong)
 
 
 def huge_array():
-    """The beginning of an .npy file of 10^13 numbers."""
+    """The beginning of an .npy file that claims to have 10^13 numbers."""
     file = io.BytesIO()
     header = {"descr": "<f4", "fortran_order": False, "shape": (10**7, 10**6)}
     np.lib.format.write_array_header_1_0(file, header)
@@ -328,7 +328,7 @@ def huge_array():
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_dec", "threshold"])
-def test_an_npz_that_claims_to_be_huge_is_one_line(name, tmp_path):
+def test_an_npz_that_claims_to_be_huge_is_refused_in_one_line(name, tmp_path):
     path = gemma_scope(tmp_path, T) / "params.npz"
     with zipfile.ZipFile(path) as archive:
         members = {member: archive.read(member) for member in archive.namelist()}
@@ -370,7 +370,7 @@ HELD_OUT = [
 
 
 @pytest.mark.parametrize("name, changes", HELD_OUT)
-def test_held_out_text_that_is_spoilt_is_one_line(name, changes, held_out, tmp_path):
+def test_spoilt_held_out_text_is_refused_in_one_line(name, changes, held_out, tmp_path):
     folder = Path(shutil.copytree(held_out, tmp_path / "text"))
     good = (folder / name).read_bytes()
     assert len(text_of("nowhere", folder=folder).held_out) == 4
@@ -388,7 +388,7 @@ INDEX_NAMES = {
 
 
 @pytest.mark.parametrize("case", INDEX_NAMES)
-def test_an_index_names_files_of_its_folder_or_is_refused(case, tmp_path):
+def test_an_index_that_does_not_name_weights_in_its_folder_is_refused(case, tmp_path):
     write_sharded(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     raw = read_json(index)

@@ -1,4 +1,4 @@
-"""The benchmark runs, refuses wrong answers, and counts FLOPs and memory rightly."""
+"""The benchmark runs, rejects wrong answers, and counts FLOPs and memory correctly."""
 import json
 import os
 import subprocess
@@ -24,12 +24,12 @@ MAIN = "lorasae.bench.__main__"
 SPARSIFY = ["sparsify"] * bool(find_spec("sparsify"))
 
 needs_peers = pytest.mark.skipif(not all(map(find_spec, ("transformers", "peft"))),
-                                 reason="the peers are built over transformers and peft")
+                                 reason="the peers need transformers and peft")
 
 
 @pytest.fixture
 def section(tmp_path, capsys):
-    """Runs `python -m lorasae.bench NAME --quick`: the rows of its file, all of them printed."""
+    """Runs `python -m lorasae.bench NAME --quick` -> the rows of its file, which it also prints."""
     def run(name):
         path = tmp_path / f"{name}.jsonl"
         command(MAIN, name, "--quick", "--device", "cpu", "--json", path)
@@ -52,14 +52,14 @@ def section(tmp_path, capsys):
     ("kl", ["lorasae", "naive"]),
     ("headline", ["lorasae"]),
     ("topk", ["lorasae", "torch.topk", "lorasae", *SPARSIFY, "dense autograd"])])
-def test_sections_without_peers(section, name, contenders):
+def test_each_section_without_peers_times_its_contenders(section, name, contenders):
     rows = section(name)
     assert [row["contender"] for row in rows] == contenders
     assert ("tokens_per_s" in rows[0]) == (name == "headline")
 
 
-def test_a_row_is_printed_and_kept_as_soon_as_it_is_measured(monkeypatch, tmp_path, capsys):
-    """The command is stopped while the second row's memory is measured."""
+def test_a_row_is_printed_and_saved_as_soon_as_it_is_measured(monkeypatch, tmp_path, capsys):
+    """The command fails while it measures the second row's memory."""
     memory = iter([1e6])
     monkeypatch.setattr(race, "peak_memory", lambda build, name, device: next(memory))
     monkeypatch.setitem(SECTIONS, "kl", lambda device, quick: race.race(
@@ -74,7 +74,7 @@ def test_a_row_is_printed_and_kept_as_soon_as_it_is_measured(monkeypatch, tmp_pa
 
 
 @needs_peers
-def test_step_section_beside_the_peers(section):
+def test_the_step_section_compares_ours_with_the_peers(section):
     rows = section("step")
     flops = {row["model"]: row for row in rows if row["what"] == "GFLOPs per token"}
     for name, attended in (("tiny gemma2", "eager"), ("tiny llama", "sdpa")):
@@ -87,8 +87,8 @@ def test_step_section_beside_the_peers(section):
     assert ranks == ["lorasae", "five runs"]
 
 
-def test_each_section_of_gpu_is_a_command_that_survives_the_others(tmp_path, monkeypatch, capsys):
-    """One runs, one takes too long, and the others end with an error."""
+def test_gpu_runs_each_section_as_a_command_even_if_others_fail(tmp_path, monkeypatch, capsys):
+    """One section succeeds, one times out, and the others fail."""
     started, run, path = [], subprocess.run, tmp_path / "gpu.jsonl"
 
     def spy(words, **how):
@@ -138,7 +138,7 @@ class WrongSums(topk.ByLatent):
      lambda p, q, head, softcap, **how: kl(q, p, head, softcap) + 0 * q.sum(), "naive: tensor"),
     (kernels.bench_kl, objectives, "linear_kl", lambda p, q, *rest, **how: q.sum() * torch.nan,
      "naive: tensor 0")])
-def test_a_wrong_kernel_ends_the_benchmark(monkeypatch, section, module, name, wrong, complaint):
+def test_a_wrong_kernel_stops_the_benchmark(monkeypatch, section, module, name, wrong, complaint):
     monkeypatch.setattr(module, name, wrong)
     with pytest.raises(RuntimeError, match=f"lorasae disagrees with {complaint}.* is off by"):
         list(section("cpu", quick=True))
@@ -149,7 +149,7 @@ def test_a_wrong_kernel_ends_the_benchmark(monkeypatch, section, module, name, w
     (LoRALinear, "low_rank", lambda self, x: 0.99 * low_rank(self, x)),
     (adapt, "splice", lambda x, sae, special: x),
     (adapt, "linear_kl", lambda base, *rest, **how: linear_kl(base * 1.01, *rest, **how))])
-def test_a_wrong_step_ends_the_benchmark_before_anything_is_timed(monkeypatch, spoil):
+def test_a_wrong_step_stops_the_benchmark_before_anything_is_timed(monkeypatch, spoil):
     monkeypatch.setattr(*spoil)
     monkeypatch.setattr(race, "timed", None)
     monkeypatch.setattr(steps, "matmul_peak", lambda *_: 1.0)
@@ -166,7 +166,7 @@ def counted_flops(function):
 
 
 @pytest.mark.parametrize("case", TINY.values(), ids=TINY)
-def test_flops_are_those_that_torch_counts(case, monkeypatch):
+def test_flop_counts_match_torchs(case, monkeypatch):
     model, sae, tokens = random_setting(case, "cpu")
     step = steps.Ours(case, model, sae, tokens, (2, case.rank))
 
@@ -175,13 +175,13 @@ def test_flops_are_those_that_torch_counts(case, monkeypatch):
             model(tokens[:1])
         model(tokens[:1], {case.layer: sae}).sum().backward()
 
-    # Ours, with one query at a time, so that no score is computed that the mask hides.
+    # Ours, one query at a time, so that it computes no score that the mask hides.
     monkeypatch.setattr(attention, "attention", lambda *inputs: attention.blockwise_attention(
         *inputs[:6], rows=1))
     (_, smaller), (shared, own) = [flops_per_token(replace(case, rank=r)) for r in (2, case.rank)]
     assert counted_flops(step.answer) == case.context * (shared + smaller + own)
 
-    # The recipe, with all of them.
+    # The recipe, which computes all scores.
     monkeypatch.setattr(attention, "attention", lambda *inputs: attention.naive_attention(
         *inputs[:6]))
     assert counted_flops(published) == case.context * sum(flops_per_token(case, recipe=True))
@@ -193,11 +193,11 @@ def allocating(device):
 
 
 def dying(device):
-    os._exit(9)                                         # as if it were killed for its memory
+    os._exit(9)                                         # as if killed for lack of memory
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_peak_memory_is_what_the_call_adds_and_a_killed_process_is_not_waited_for():
+def test_peak_memory_is_what_the_call_adds_and_a_killed_process_raises():
     assert 0.95 * 120e6 < peak_memory(allocating, "120 MB", "cpu") < 1.1 * 120e6
     with pytest.raises(BrokenProcessPool):
         peak_memory(dying, "120 MB", "cpu")

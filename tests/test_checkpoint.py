@@ -1,4 +1,4 @@
-"""Model folders: transformers' defaults, what is refused by name, tied heads, the tokenizer."""
+"""Model folders: tied heads, transformers' defaults, wrong values, and the tokenizer."""
 from copy import deepcopy
 
 import pytest
@@ -20,7 +20,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 @pytest.mark.parametrize("raw", TIED, ids=["gemma2", "llama"])
 @pytest.mark.parametrize("names", [[HEAD], [HEAD, EMBEDDING]], ids=["alone", "twice"])
-def test_a_tied_head_may_be_stored_as_the_head(raw, names, tmp_path, tokens):
+def test_a_tied_head_may_be_stored_as_lm_head(raw, names, tmp_path, tokens):
     expected = load_model(write_model(tmp_path / "usual", raw))(tokens)
     folder = write_model(tmp_path / "head", raw)
     tensors = load_file(folder / "model.safetensors")
@@ -47,11 +47,11 @@ OPTIONAL = {
 
 @pytest.mark.parametrize("family, key", [
     (family, key) for family, keys in OPTIONAL.items() for key in [*keys, "all of them"]])
-def test_an_absent_key_means_what_it_means_to_transformers(family, key):
-    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
+def test_an_absent_key_has_the_default_of_transformers(family, key):
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
     absent = set(OPTIONAL[family]) if key == "all of them" else {key}
     raw = {name: value for name, value in RAW[family].items() if name not in absent}
-    raw["num_attention_heads"] = 4                      # a multiple of Gemma-2's default of 4
+    raw["num_attention_heads"] = 4                      # a multiple of Gemma-2's default 4 KV heads
     ours = parse_config(raw, "here")
 
     make = {"gemma2": transformers.Gemma2Config, "llama": transformers.LlamaConfig}[family]
@@ -66,20 +66,20 @@ def test_an_absent_key_means_what_it_means_to_transformers(family, key):
     assert (ours.rope_scaling is None) == (theirs.rope_parameters["rope_type"] == "default")
 
 
-def test_a_null_that_transformers_takes_is_taken():
+def test_a_null_that_transformers_accepts_is_accepted():
     nulls = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
     config = parse_config({**GEMMA, **nulls}, "here")
     assert config.attn_logit_softcapping is config.final_logit_softcapping is None
     nulls = {"head_dim": None, "num_key_value_heads": None, "rope_scaling": None}
     config = parse_config({**LLAMA, **nulls}, "here")
     assert (config.head_dim, config.num_key_value_heads, config.rope_scaling) == (16, 4, None)
-    scaling = {**LLAMA["rope_scaling"]}                 # its length is by default the model's
+    scaling = {**LLAMA["rope_scaling"]}                 # its length defaults to the model's
     del scaling["original_max_position_embeddings"]
     config = parse_config({**LLAMA, "rope_scaling": scaling}, "here")
     assert config.rope_scaling.original_max_position_embeddings == 8192
 
 
-@pytest.mark.parametrize("raw, change, message", [      # other wrong kinds: test_bad_files.py
+@pytest.mark.parametrize("raw, change, message", [      # other wrong values: test_bad_files.py
     (LLAMA, {"num_hidden_layers": 1_000_000}, "1000000, but should be a whole number, below 1001"),
     (LLAMA, {"num_attention_heads": 3}, "heads 3 is not a multiple of num_key_value_heads 2"),
     (LLAMA, {"num_attention_heads": 6}, "head_dim is 10.6.*, but .* need an even one"),
@@ -99,14 +99,14 @@ def test_a_null_that_transformers_takes_is_taken():
     (GEMMA3, {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}}, "yarn"),
     (GEMMA3, {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
      "no rotary scaling")])
-def test_a_wrong_value_is_one_line_that_names_file_and_key(raw, change, message):
+def test_a_wrong_value_is_refused_in_one_line_with_file_and_key(raw, change, message):
     with one_line(message) as error:
         parse_config({**raw, **change}, "folder")
     assert "folder/config.json" in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_every_floating_dtype_load(dtype, tmp_path, tokens):
+def test_weights_of_every_floating_point_dtype_load(dtype, tmp_path, tokens):
     folder = write_model(tmp_path, LLAMA)
     tensors = load_file(folder / "model.safetensors")
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
@@ -115,34 +115,34 @@ def test_weights_of_every_floating_dtype_load(dtype, tmp_path, tokens):
     assert all(torch.equal(p, tensors[name].float()) for name, p in model.named_parameters())
 
 
-def test_a_value_that_is_not_finite_is_refused_also_when_the_cast_makes_it(tmp_path):
+def test_a_value_that_is_not_finite_is_refused_even_if_the_cast_makes_it_so(tmp_path):
     folder = write_model(tmp_path, LLAMA)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][3] = 1e6      # more than float16 holds
+    tensors["model.norm.weight"][3] = 1e6      # too large for float16
     save_file(tensors, folder / "model.safetensors")
     load_model(folder)
-    message = "model.norm.weight holds values that are not finite"
+    message = "model.norm.weight contains values that are not finite"
     refuses(message, load_model, folder, dtype="float16")
 
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    """What lies in tokenizer.json, beside a config.json."""
+    """The tokenizer in tokenizer.json, next to a config.json."""
     write_tokenizer(tmp_path, LLAMA, "some text to learn from")
     write_json(tmp_path / "config.json", LLAMA)
     return Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
 
 
-def test_the_tokenizer_is_loaded_and_must_not_be_larger_than_the_model(tmp_path, tokenizer):
+def test_a_tokenizer_is_loaded_unless_it_is_larger_than_the_model(tmp_path, tokenizer):
     largest = max(tokenizer.get_vocab().values())
     write_json(tmp_path / "config.json", {**LLAMA, "vocab_size": largest + 1})
     load_tokenizer(tmp_path)
     write_json(tmp_path / "config.json", {**LLAMA, "vocab_size": largest})
-    with one_line(f"tokenizer.json makes tokens up to {largest}, but the model's vocab_size is"):
+    with one_line(f"tokenizer.json has token ids up to {largest}, but the model's vocab_size is"):
         load_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_file_that_truncates_and_pads_is_used_whole(tmp_path, tokenizer):
+def test_truncation_and_padding_in_a_tokenizer_file_are_ignored(tmp_path, tokenizer):
     text = "some text " * 20
     expected = load_tokenizer(tmp_path).encode(text).ids
     tokenizer.enable_truncation(4)
@@ -151,8 +151,8 @@ def test_a_tokenizer_file_that_truncates_and_pads_is_used_whole(tmp_path, tokeni
     assert load_tokenizer(tmp_path).encode(text).ids == expected and 4 < len(expected) < 500
 
 
-def test_a_token_past_the_embedding_that_is_only_added_does_no_harm(tmp_path, tokenizer):
-    """As [PAD] often is: added for training, one past the embedding. In a text it is plain text."""
+def test_an_added_token_one_past_the_embedding_does_no_harm(tmp_path, tokenizer):
+    """[PAD] is often added this way for training. In a text it is read as plain text."""
     largest = max(tokenizer.get_vocab().values())
     write_json(tmp_path / "config.json", {**LLAMA, "vocab_size": largest + 1})
     expected = load_tokenizer(tmp_path).encode("some text[PAD]").ids
@@ -167,6 +167,6 @@ def test_a_token_past_the_embedding_that_is_only_added_does_no_harm(tmp_path, to
 
 @pytest.mark.parametrize("text", [
     "{}", "", "\xff", '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'])
-def test_a_damaged_tokenizer_is_one_line(text, tmp_path):
+def test_a_damaged_tokenizer_is_refused_in_one_line(text, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(text.encode("latin-1"))
     refuses(r"cannot read .*/tokenizer.json \(", load_tokenizer, tmp_path)

@@ -1,4 +1,4 @@
-"""The configuration: one table of options, one check of every field, presets, files of runs."""
+"""The configuration: its options, the check of every field, presets, and runs' config.json."""
 import json
 import math
 
@@ -18,7 +18,7 @@ from lorasae.runs.config import (
 
 
 def configured(**given):
-    """What train.py makes of some options, by default for the embedded Gemma-2."""
+    """The Config that train.py makes from these options, by default for the embedded Gemma-2."""
     return configure({"model": "tiny-gemma-2", "device": "cpu", **given}, train.RECIPES)
 
 
@@ -29,7 +29,7 @@ def holds(config, fields):
 # ---- Defaults ------------------------------------------------------------------------------------
 
 def test_the_defaults_are_the_papers():
-    """§4 and the released code."""
+    """As in §4 and the released code."""
     paper = dict(
         layer=(12,), rank=(64,), alpha=32, dropout=0.1, data="pile", tokens=15_000_000,
         eval_tokens=1_000_000, context=1024, batch_size=1, lr=5e-5, lr_decay=False,
@@ -42,10 +42,10 @@ def test_the_defaults_are_the_papers():
     for config in (Config(), headline):
         holds(config, paper)
     assert (headline.sae, headline.width, headline.l0, headline.adapt) == (
-        ("google/gemma-scope-2b-pt-res",), 16384, 82, ())      # after: around a JumpReLU
+        ("google/gemma-scope-2b-pt-res",), 16384, 82, ())      # a JumpReLU's default: after
 
 
-def test_what_is_left_open_follows_from_the_rest():
+def test_options_left_open_follow_from_the_rest():
     config = Config(batch_size=4, context=256, tokens=900_000)
     assert (config.micro_batch, config.compile, config.ahead) == (4, False, 1)
     assert (config.dead_after, config.objective) == (90_000, "kl")
@@ -63,7 +63,7 @@ def test_what_is_left_open_follows_from_the_rest():
 WRONG = {                                               # by the type of an option's values
     str: [True, 3], bool: [0, "yes"], int: [-1, 1.5, math.nan, True, "3", 2 ** 62],
     float: [-1e-9, math.nan, math.inf, 10 ** 400, True, "3"]}
-OWN = {                                                 # beside those, of one option
+OWN = {                                                 # further wrong values of single options
     "method": ["magic", ""], "dtype": ["int8"], "width": [0], "k": [0],
     "device": ["gpu", "cuda:x", "meta"],
     **dict.fromkeys(["batch_size", "micro_batch", "ahead"], [0, 2 ** 16, 10 ** 9]), "context": [1],
@@ -82,7 +82,7 @@ def wrong_values():
 
 
 @pytest.mark.parametrize("name, value", wrong_values(), ids=lambda value: str(value)[:20])
-def test_a_value_that_no_run_could_use_is_refused_by_the_name_of_its_option(name, value):
+def test_a_value_that_no_run_could_use_is_refused_with_the_name_of_its_option(name, value):
     with one_line() as refused:
         Config(**{name: value})
     assert option(name) in str(refused.value)
@@ -93,7 +93,7 @@ def test_a_value_that_no_run_could_use_is_refused_by_the_name_of_its_option(name
     ("lr", [1e-30, 1, (1e-3, 2e-3)]), ("alpha", [1, 0.5, 10 ** 9]), ("layer", [(0,), (3, 1, 2)]),
     ("rank", [(1,), (256, 1)]), ("context", [2]), ("width", [None, 16384]),
     ("l0", [None, 0.5, 70]), ("targets", [("v_proj",)]), ("device", ["cuda:12"])])
-def test_values_at_the_edge_are_taken(name, values):
+def test_values_at_the_limits_are_accepted(name, values):
     for value in values:
         assert getattr(Config(**{name: value}), name) == value
 
@@ -101,19 +101,19 @@ def test_values_at_the_edge_are_taken(name, values):
 @pytest.mark.parametrize("given, message", [
     ({"lr": None}, "--lr is None"),
     ({"method": "finetune", "lr": None}, "--lr is None"),
-    ({"method": "jumprelu"}, "pass --l0, the active latents to reach"),
+    ({"method": "jumprelu"}, "pass --l0, the active latents to aim for"),
     ({"method": "topk", "layer": (1, 2)}, "--layer 1 2: --method topk trains the SAE of one layer"),
-    ({"shard": True, "rank": (1, 4)}, "--rank 1 4 --lr 5e-05: --shard is for one of each"),
-    ({"method": "finetune", "lr": (1, 4)}, "--method finetune is for one of each"),
-    ({"train_sae": True, "rank": (1, 4)}, "--method lora --train-sae is for one of each")])
-def test_what_does_not_go_together_is_refused(given, message):
+    ({"shard": True, "rank": (1, 4)}, "--rank 1 4 --lr 5e-05: --shard needs one of each"),
+    ({"method": "finetune", "lr": (1, 4)}, "--method finetune needs one of each"),
+    ({"train_sae": True, "rank": (1, 4)}, "--method lora --train-sae needs one of each")])
+def test_options_that_do_not_go_together_are_refused(given, message):
     refuses(message, Config, **given)
 
 
-# ---- Filling in ----------------------------------------------------------------------------------
+# ---- Options left open ---------------------------------------------------------------------------
 
 
-def test_what_is_given_goes_before_the_preset_and_the_preset_before_the_paper():
+def test_given_options_override_the_preset_and_the_preset_overrides_the_paper():
     config = configured(lr=0.5, rank=(3,), layer=(1,), adapt=None)
     assert config.sae == ("tiny-gemma-2",)              # by name: the checkout may move
     assert (config.lr, config.rank, config.layer, config.adapt) == (0.5, (3,), (1,), ())
@@ -126,11 +126,11 @@ def test_what_is_given_goes_before_the_preset_and_the_preset_before_the_paper():
     ({"method": "jumprelu"}, "k"), ({"method": "jumprelu"}, "auxk"), ({"method": "topk"}, "l0"),
     ({"method": "topk"}, "rank"), ({"method": "topk"}, "sae"), ({"method": "topk"}, "optimizer"),
     ({"method": "finetune"}, "train_sae"), ({"method": "finetune"}, "recipe"),
-    # An SAE's losses are means over a batch: parts of one would be another algorithm.
+    # An SAE's losses are means over a batch: splitting it would change the algorithm.
     *[({"method": method}, "micro_batch") for method in METHODS[1:]],
     *[({"train_sae": True}, name) for name in ("micro_batch", "shard", "objective")]])
-def test_what_changes_nothing_is_refused(given, name):
-    """That every other option is read: tests/test_train.py."""
+def test_an_option_without_effect_is_refused(given, name):
+    """tests/test_train.py checks that every other option is read."""
     method = BOTH if "train_sae" in given else given.get("method", "lora")
     with pytest.raises(InputError, match=f"^{option(name)} has no effect with --method {method}"):
         configured(**{**given, name: True})
@@ -146,7 +146,7 @@ def test_a_width_is_a_number_of_latents_or_the_name_of_a_power_of_two(capsys):
         assert "expected a number of latents, such as 16k, not" in line
 
 
-def test_for_a_model_without_a_preset_it_is_said_what_is_chosen(tmp_path, capsys):
+def test_the_defaults_for_a_model_without_a_preset_are_printed(tmp_path, capsys):
     model = write_model(tmp_path / "model", {**GEMMA, "max_position_embeddings": 100})
     given = {"model": str(model), "sae": ("sae",)}
     config = configured(**given)
@@ -159,7 +159,7 @@ def test_for_a_model_without_a_preset_it_is_said_what_is_chosen(tmp_path, capsys
 
 # ---- Recipes -------------------------------------------------------------------------------------
 
-def test_a_recipe_decides_what_is_not_given_and_the_preset_the_rest():
+def test_a_recipe_fills_in_what_is_not_given_and_the_preset_does_the_rest():
     assert tuned(2304, 26)["lr"] < tuned(1024, 26)["lr"] < tuned(1024, 6)["lr"]
     own = PRESETS["tiny-gemma-2"]
     holds(configured(), tuned(192, 6))
@@ -178,7 +178,7 @@ def test_a_recipe_decides_what_is_not_given_and_the_preset_the_rest():
     assert configured(method="finetune", sae=(own.sae,)).lr == own.finetune["lr"]
 
 
-def test_an_sae_that_trains_is_float32_whatever_its_preset_says_of_frozen_ones():
+def test_an_sae_that_trains_is_float32_whatever_the_preset_says_for_frozen_ones():
     assert PRESETS["llama-3.1-8b"].lora["sae_dtype"] == "bfloat16"
     given = {"model": "llama-3.1-8b", "sae": ("an SAE",)}
     alone, both = configured(**given, method="finetune"), configured(**given, train_sae=True)
@@ -188,7 +188,7 @@ def test_an_sae_that_trains_is_float32_whatever_its_preset_says_of_frozen_ones()
 
 # ---- Paths, and the run that made an SAE ---------------------------------------------------------
 
-def test_what_exists_here_is_recorded_by_its_full_path(tmp_path, monkeypatch):
+def test_local_files_are_recorded_with_their_full_path(tmp_path, monkeypatch):
     write_model(tmp_path / "model", GEMMA)
     for name in ("sae", "text", "pile"):
         (tmp_path / name).mkdir()
@@ -201,8 +201,8 @@ def test_what_exists_here_is_recorded_by_its_full_path(tmp_path, monkeypatch):
     found = config(*"--model model --data text --layer 0 1 2 --sae sae ~/sae/ owner/name".split())
     assert found.model == str(tmp_path / "model") and found.data == str(tmp_path / "text")
     assert found.sae == (str(tmp_path / "sae"), str(tmp_path / "sae"), "owner/name")
-    assert config("--data", "pile").data == "pile"                      # a known text's name
-    monkeypatch.chdir(tmp_path / "model")               # a run of `--model .` bears its name
+    assert config("--data", "pile").data == "pile"                      # the name of a known text
+    monkeypatch.chdir(tmp_path / "model")               # `--model .` must still give runs a name
     assert config("--model", ".", "--sae", "sae").model == str(tmp_path / "model")
     for name in ("out", "merge", "resume"):
         args = train.arguments([f"--{name}=~/run"])
@@ -211,7 +211,7 @@ def test_what_exists_here_is_recorded_by_its_full_path(tmp_path, monkeypatch):
 
 @pytest.fixture
 def sae_run(tmp_path):
-    """A folder such as train.py --method topk leaves."""
+    """A run folder like those of train.py --method topk."""
     folder = tmp_path / "run"
     config = Config(method="topk", model="tiny-llama-3", layer=(3,), data="stdlib", context=64,
                     eval_tokens=999, dtype="float32", lr=1e-3, width=64)
@@ -223,16 +223,16 @@ def sae_run(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["", "/", "/sae", "/sae-50pct", "/sae-50pct/"])
-def test_settings_are_taken_over_from_the_run_that_made_the_sae(sae_run, place, capsys):
+def test_settings_come_from_the_run_that_made_the_sae(sae_run, place, capsys):
     given = {"model": "tiny-llama-3", "sae": (f"{sae_run}{place}",)}
     config = configured(**given)
     assert (config.data, config.context, config.eval_tokens) == ("stdlib", 64, 999)
     assert (config.layer, config.dtype, config.tokens) == ((3,), "float32", 600_000)
-    assert "as in the run that made the SAE" in capsys.readouterr().err
+    assert "from the run that made the SAE" in capsys.readouterr().err
     assert configured(**given, context=32, layer=(1,)).context == 32
 
 
-def test_a_models_folder_beside_an_sae_is_not_taken_for_a_run(sae_run, tmp_path):
+def test_a_model_folder_that_contains_an_sae_is_not_mistaken_for_a_run(sae_run, tmp_path):
     model = write_model(tmp_path / "model", GEMMA)
     (model / "sae-layer2").mkdir()
     assert run_of(model / "sae-layer2") is None and run_of(model) is None
@@ -243,7 +243,7 @@ def test_a_models_folder_beside_an_sae_is_not_taken_for_a_run(sae_run, tmp_path)
     assert (some.layer, some.context) == ((1, 2), 256)
 
 
-# ---- Files ---------------------------------------------------------------------------------------
+# ---- config.json ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("config", [
     Config(),
@@ -252,21 +252,21 @@ def test_a_models_folder_beside_an_sae_is_not_taken_for_a_run(sae_run, tmp_path)
     Config(lr=(1e-3, 2e-3)),
     Config(method="jumprelu", width=512, l0=8.5, lr=2e-4)],
     ids=["defaults", "lora", "rates", "sae"])
-def test_a_configuration_comes_back_from_its_file_as_it_was(config, tmp_path):
+def test_a_configuration_is_unchanged_when_read_back_from_its_file(config, tmp_path):
     write_json(tmp_path / "config.json", {**config.to_json(), "versions": {"torch": "2.13.0"}})
     assert read_config(tmp_path) == config
     found = json.loads((tmp_path / "config.json").read_text())
     assert found.keys() == {*OPTIONS, "steps", "versions"} and found["steps"] == config.steps
 
 
-CHOSEN = ("micro_batch", "compile", "ahead", "objective", "steps")     # follow from the rest
+CHOSEN = ("micro_batch", "compile", "ahead", "objective", "steps")     # these follow from the rest
 
 
 @pytest.mark.parametrize("method, name", [
     *(("lora", name) for name in (*OPTIONS, "steps", "magic")),
     ("topk", "width"), ("topk", "lr"), ("finetune", "objective")])
-def test_a_file_changed_by_hand_is_refused_by_its_path_and_key(method, name, tmp_path):
-    """A key is missing, or new, or it holds null or nonsense."""
+def test_a_file_edited_by_hand_is_refused_with_its_path_and_key(method, name, tmp_path):
+    """A key is missing or new, or its value is null or nonsense."""
     good = Config(method=method, width=512, objective="mse").to_json()
     path = tmp_path / "config.json"
     values = [{"a": 1}, [[1]], -math.inf, 10 ** 400]
@@ -284,17 +284,17 @@ def test_a_file_changed_by_hand_is_refused_by_its_path_and_key(method, name, tmp
         assert option(name) in line or f"'{name}'" in line or f": {name} is" in line
 
 
-def test_a_run_of_a_gpu_goes_on_elsewhere_without_the_compiler(tmp_path):
+def test_a_gpu_run_continues_on_a_cpu_without_the_compiler(tmp_path):
     write_json(tmp_path / "config.json", Config(device="cuda", compile=True).to_json())
     for device, compiles in ((None, True), ("cuda:1", True), ("cpu", False)):
         config = read_config(tmp_path, device)
         assert (config.device, config.compile) == (device or "cuda", compiles)
-        assert config.ahead == 8                        # as before: the same groups of steps
+        assert config.ahead == 8                        # unchanged: the same groups of steps
 
 
 # ---- The command's options -----------------------------------------------------------------------
 
-def test_what_is_given_and_nothing_else_reaches_the_configuration_in_its_type():
+def test_only_given_options_reach_the_configuration_and_with_the_right_types():
     assert vars(train.arguments([])) == {}
     given = ("--layer 1 2 --sae a b --width 16k --lr 1e-3 2e-3 --rank 4 --tokens 1.5M --auxk "
              "--no-compile --targets q_proj --dropout 0 --seed 7 --device cpu").split()
@@ -304,7 +304,7 @@ def test_what_is_given_and_nothing_else_reaches_the_configuration_in_its_type():
         "dropout": 0.0, "seed": 7, "device": "cpu"}
 
 
-def test_the_help_states_every_default_and_the_order_of_what_decides(capsys):
+def test_the_help_states_the_defaults(capsys):
     with pytest.raises(SystemExit):
         train.arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -313,7 +313,7 @@ def test_the_help_states_every_default_and_the_order_of_what_decides(capsys):
     assert "(default: None)" not in text and "(default: ())" not in text
 
 
-def test_the_embedded_saes_are_made_as_a_users_would_be():
+def test_the_embedded_saes_are_made_with_the_settings_a_user_gets():
     from lorasae.tiny.saes import settings
     words = "--model tiny-gemma-2 --method topk --seed 0 --device cpu".split()
     assert settings("gemma-2", "topk") == train.config_of(train.arguments(words))

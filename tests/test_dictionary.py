@@ -1,4 +1,4 @@
-"""Training SAEs: every gradient against its formula, what each step keeps true, and the runs."""
+"""Training SAEs: every gradient against its formula, the invariants of a step, and the runs."""
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +19,7 @@ LAYER, B, T, M, K = 1, 2, 16, 128, 4
 
 
 def ordinary(model, tokens):
-    """Activations that are not of BOS or EOS."""
+    """Activations at all positions except BOS and EOS."""
     special = torch.tensor([model.config.bos_token_id, model.config.eos_token_id])
     return model.run(model.embed(tokens), 0, LAYER + 1)[~torch.isin(tokens, special)]
 
@@ -36,7 +36,7 @@ def configuration(method, steps=20, **how):
 
 
 def fit(model, sae, method, after=lambda step: None, **how):
-    """Trains a fresh SAE -> what each step logs."""
+    """Trains an SAE -> what each step logs."""
     config = configuration(method, **how)
     first = observe(model, sae, LAYER, some_tokens(model, B, T, 0), end_to_end=False)
     training = dictionary.begin(sae, first, config)
@@ -73,7 +73,7 @@ def test_fvu_is_one_for_the_mean_and_zero_for_a_perfect_reconstruction():
     assert fvu(0.9 * x, x).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_aux_loss_sends_its_gradient_only_to_the_dead_latents_part():
+def test_aux_loss_has_a_gradient_only_for_what_the_dead_latents_write():
     x, x_hat, e_hat = (torch.randn(9, 4, requires_grad=True) for _ in range(3))
     aux_loss(e_hat, x_hat, x).backward()
     assert x.grad is None and x_hat.grad is None and (e_hat.grad != 0).all()
@@ -88,7 +88,7 @@ def test_the_geometric_median_balances_directions_and_ignores_an_outlier():
     x = torch.randn(200, 6, dtype=torch.float64)
     x[0] = 1e4
     median = geometric_median(x, steps=1000, tolerance=1e-12)
-    towards = torch.nn.functional.normalize(x - median, dim=1).sum(0)   # of the total distance
+    towards = torch.nn.functional.normalize(x - median, dim=1).sum(0)   # slope of total distance
     assert towards.norm() < 1e-6 and median.norm() < 0.5 < x.mean(0).norm()
 
 
@@ -105,7 +105,7 @@ def gradients_of(loss, sae):
     return torch.autograd.grad(loss, list(sae.parameters()))
 
 
-def test_the_end_to_end_loss_and_gradient_are_those_of_two_whole_forward_passes(
+def test_the_end_to_end_loss_and_gradient_match_two_whole_forward_passes(
         model, monkeypatch):
     sae, tokens, depth = fresh("e2e", model), some_tokens(model, B, T, 0), len(model.layers)
     found, values = first_step(model, sae, "e2e", monkeypatch)
@@ -121,12 +121,12 @@ def test_the_end_to_end_loss_and_gradient_are_those_of_two_whole_forward_passes(
     naive = naive_kl(target, hidden, model.head, model.softcap) / B
     same_tensors(found, gradients_of(naive, sae))
 
-    # It is the method's own loss, Eq. 7 with nothing adapted.
+    # It is the method's own loss: Eq. 7, with nothing adapted.
     naive = naive_loss(model, {LAYER: sae}, tokens)
     assert values["kl"].item() == pytest.approx(naive.item() / (B * T), rel=1e-4)
 
 
-def test_the_topk_gradient_is_that_of_the_dense_fvu_and_no_later_block_runs(model, monkeypatch):
+def test_the_topk_gradient_matches_the_dense_fvu_and_no_later_block_runs(model, monkeypatch):
     for block in (*model.layers[LAYER + 1:], model.model["norm"]):
         block.forward = None
     sae = fresh("topk", model)
@@ -137,7 +137,7 @@ def test_the_topk_gradient_is_that_of_the_dense_fvu_and_no_later_block_runs(mode
     assert values["fvu"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_the_jumprelu_gradient_is_that_of_fvu_and_l0_penalty_on_ordinary_positions(
+def test_the_jumprelu_gradient_matches_fvu_and_l0_penalty_on_ordinary_positions(
         model, monkeypatch):
     sae = fresh("jumprelu", model)
     wanted = configuration("jumprelu", steps=1)
@@ -203,8 +203,8 @@ def test_decoder_rows_have_norm_one_after_every_step_and_no_gradient_along_thems
     torch.testing.assert_close(taken[0], across.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_rate_and_the_l0_that_is_asked_for_follow_their_schedules():
-    """A warm-up for a tenth of a short run, then down to 0; L0 falls over a fifth of the run."""
+def test_the_learning_rate_and_the_target_l0_follow_their_schedules():
+    """Warm-up over a tenth of a short run, then decay to 0; L0 falls over a fifth of the run."""
     rates = [schedule(step, 100) for step in range(101)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and rates[100] == 0
     assert all(a > b for a, b in zip(rates[9:], rates[10:])) and rates[99] == pytest.approx(1 / 91)
@@ -217,11 +217,11 @@ def test_the_rate_and_the_l0_that_is_asked_for_follow_their_schedules():
 
 
 @pytest.mark.parametrize("auxk", [False, True])
-def test_auxk_and_nothing_else_trains_dead_latents_encoder_and_decoder(model, auxk):
+def test_only_auxk_trains_the_encoder_and_decoder_of_dead_latents(model, auxk):
     sae = fresh("topk", model)
     dead = torch.arange(M) < 40
     with torch.no_grad():
-        sae.W_enc[dead] *= 1e-3                         # positive at times, never among the largest
+        sae.W_enc[dead] *= 1e-3                         # sometimes positive, never in the top k
     names = ("W_enc", "b_enc", "W_dec")
     before = {name: getattr(sae, name)[dead].detach().clone() for name in names}
     values = fit(model, sae, "topk", steps=300, lr=1e-2, auxk=auxk, dead_after=100)
@@ -234,8 +234,8 @@ def test_auxk_and_nothing_else_trains_dead_latents_encoder_and_decoder(model, au
     assert auxk or values[-1]["dead"] >= 40 / M - 1e-6
 
 
-def test_a_new_kind_is_one_class_and_one_line(model, monkeypatch):
-    """Also one that leaves BOS and EOS alone, end to end: Eq. 7 of the spliced model."""
+def test_a_new_kind_of_sae_takes_one_class_and_one_line(model, monkeypatch):
+    """Even if it leaves BOS and EOS alone and trains end to end, on Eq. 7 of the spliced model."""
     class ReLU(SAE):
         """z = ReLU(W_enc x + b_enc)"""
         architecture, on_special = "standard", False
@@ -282,7 +282,7 @@ def test_each_tenth_is_kept_under_its_true_percentage(site, tmp_path, monkeypatc
         assert torch.equal(load_sae(folder).W_enc, snapshots[about["step"]])
 
 
-def test_a_run_keeps_an_sae_that_a_model_is_then_adapted_to(site, tmp_path):
+def test_a_run_saves_an_sae_that_a_model_can_then_be_adapted_to(site, tmp_path):
     run = tmp_path / "run"
     command("train", *words(site, "topk", "--k", 4, "--lr", 3e-3), "--out", run)
     results = read(run / "results.json")
@@ -299,7 +299,7 @@ def test_a_run_keeps_an_sae_that_a_model_is_then_adapted_to(site, tmp_path):
     assert again["ce_sae"] == pytest.approx(results["ce_sae"], rel=1e-5)
 
 
-def test_the_paper_s_rate_and_width_are_the_defaults(model):
+def test_the_default_width_and_learning_rate_follow_from_the_model(model):
     config, width = Config(method="topk", lr=None, layer=(1,)), 8 * model.config.hidden_size
     found = resolved(config, model.config)
     assert found.width == width and found.lr == pytest.approx(2e-4 / (width / 2 ** 14) ** 0.5)

@@ -1,4 +1,4 @@
-"""Files: whole or not at all, every value checked as it is taken; what commands print of errors."""
+"""Files are written whole or not at all, every value read is checked, and errors are one line."""
 import argparse
 import errno
 import os
@@ -20,7 +20,7 @@ def fail(*args, **kwargs):
 
 
 class FullDisk:
-    """A file on a disk that fills up after so many bytes."""
+    """A file on a disk that fills up after `room` bytes."""
 
     def __init__(self, file, room):
         self.file, self.room = file, room
@@ -36,7 +36,7 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, where):
+def test_a_full_disk_is_reported_in_one_line_and_the_old_file_stays(tmp_path, monkeypatch, where):
     write_json(tmp_path / "a.json", {"old": 1})
     monkeypatch.setattr(os, where, fail)
     with pytest.raises(InputError, match=f"cannot write {tmp_path}/a.json: No space left"):
@@ -47,24 +47,24 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("save", [
     lambda file: [file.write(b"123") for _ in range(10_000)],
-    lambda file: torch.save({"a": torch.zeros(10_000)}, file),      # hides it in a RuntimeError
+    lambda file: torch.save({"a": torch.zeros(10_000)}, file),      # wraps it in a RuntimeError
 ])
 @pytest.mark.parametrize("room", [0, 500, 20_000])
-def test_a_disk_that_fills_up_in_the_middle_is_one_line(tmp_path, save, room):
+def test_a_disk_that_fills_up_while_writing_is_reported_in_one_line(tmp_path, save, room):
     with pytest.raises(InputError, match="a.pt: No space left"), whole(tmp_path / "a.pt") as file:
         save(FullDisk(file, room))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_what_is_not_the_disks_fault_passes_through(tmp_path, error):
+def test_an_error_that_is_not_the_disks_fault_passes_through(tmp_path, error):
     with pytest.raises(error), whole(tmp_path / "a.bin"):
         raise error
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "folder", "file/below", "/".join(["y" * 200] * 30)])
-def test_a_name_that_cannot_be_written_is_one_line(tmp_path, name):
+def test_a_name_that_cannot_be_written_is_refused_in_one_line(tmp_path, name):
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     (tmp_path / "file").write_text("")
     with one_line(kind=(InputError, OSError)):
@@ -72,7 +72,7 @@ def test_a_name_that_cannot_be_written_is_one_line(tmp_path, name):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_a_long_name_is_written_and_what_a_file_system_cannot_do_ends_nothing(
+def test_a_long_name_is_written_and_what_a_file_system_cannot_do_does_no_harm(
         tmp_path, monkeypatch):
     write_bytes(tmp_path / ("ü" * 127), b"data")
     assert (tmp_path / ("ü" * 127)).read_bytes() == b"data"
@@ -86,8 +86,8 @@ def test_a_long_name_is_written_and_what_a_file_system_cannot_do_ends_nothing(
 
 
 @pytest.mark.parametrize("value", [float("nan"), {"a": [-float("inf")]}])
-def test_a_number_that_is_not_finite_is_no_json(tmp_path, value):
-    refuses("it would hold numbers that are not finite", write_json, tmp_path / "a.json", value)
+def test_a_number_that_is_not_finite_is_not_written_as_json(tmp_path, value):
+    refuses("it would contain numbers that are not finite", write_json, tmp_path / "a.json", value)
     assert not list(tmp_path.iterdir())
 
 
@@ -102,7 +102,7 @@ def test_permissions_follow_the_umask(tmp_path, umask, mode):
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
 
 
-def test_an_inner_object_knows_where_it_stands_and_only_refuses_other_values():
+def test_errors_name_the_inner_object_and_unexpected_values_are_refused():
     fields = Fields({"bool": True, "int": 3, "str": "s", "null": None, "dict": {"inner": "7"},
                      "long": "x" * 10_000}, "a.json")
     inner = fields.take("dict", dict)
@@ -120,7 +120,7 @@ def test_an_inner_object_knows_where_it_stands_and_only_refuses_other_values():
     (lambda folder: read_json(folder / "a\nb"), r"No such file or directory: '/\S+/a\\nb'"),
     (lambda folder: fail(), "No space left on device"),
 ])
-def test_a_file_that_cannot_be_read_is_one_line_and_a_bug_keeps_its_traceback(
+def test_a_file_that_cannot_be_read_gives_one_line_and_a_bug_keeps_its_traceback(
         tmp_path, work, message):
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as stopped, one_line_errors():
         work(tmp_path)
@@ -138,6 +138,6 @@ def test_token_counts_are_read_as_people_write_them(text, tokens):
 
 @pytest.mark.parametrize("text", [
     "", "M", "0", "-1", "1.5", "1.0001k", "nan", "inf", "1e30", "1e999999", "many", "٣M", "_"])
-def test_what_is_not_a_count_of_tokens_is_refused(text):
+def test_anything_but_a_token_count_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="not a positive number of tokens"):
         count(text)

@@ -1,4 +1,4 @@
-"""Several processes on a CPU: the steps of one, one writer, and a clear end if one of them dies."""
+"""Several processes on a CPU: the same steps as one, one writer, a clear error if one dies."""
 import os
 import shutil
 import signal
@@ -23,11 +23,11 @@ from lorasae.runs.config import Config
 from lorasae.runs.training import frozen_parts
 
 ROOT = Path(__file__).parent.parent
-PLAIN = ("--batch-size", 4, "--dropout", 0)             # masks differ from process to process
+PLAIN = ("--batch-size", 4, "--dropout", 0)             # dropout masks differ between processes
 
 
 class Part(NamedTuple):
-    """What `Echo` makes of tokens."""
+    """What `Echo` computes from tokens."""
     x: torch.Tensor
     nothing: None
     half: torch.Tensor
@@ -66,8 +66,8 @@ def test_every_batch_is_seen_exactly_once_from_any_step_by_any_number_of_process
             assert all(part.nothing is None for part in shares)
 
 
-def test_text_that_a_resumed_run_reads_is_kept(site, tmp_path, monkeypatch):
-    """It begins with a whole group of steps that are computed together, before its checkpoint."""
+def test_text_that_a_resumed_run_needs_is_kept(site, tmp_path, monkeypatch):
+    """It reads from before its checkpoint, as it computes a whole group of steps together."""
     asked, kept, real = [], [0], Text.batch
     monkeypatch.setattr(Text, "batch", lambda self, step: asked.append(step) or real(self, step))
     monkeypatch.setattr(Text, "keep_from", lambda self, step: kept.append(step))
@@ -77,11 +77,11 @@ def test_text_that_a_resumed_run_reads_is_kept(site, tmp_path, monkeypatch):
     (tmp_path / "run/checkpoint/step-00000012.pt").write_bytes(b"damaged")
     first, asked[:] = kept[-1], []
     command("train", "--resume", tmp_path / "run")
-    later = [step for step in asked if step > 0]        # step 0 shows that there is enough text
+    later = [step for step in asked if step > 0]        # step 0 checks that there is enough text
     assert 0 < first <= min(later) <= 9 and later[-1] >= 19
 
 
-def test_an_environment_of_half_a_torchrun_is_one_clear_line(site, tmp_path, monkeypatch):
+def test_half_of_torchruns_environment_is_refused_in_one_clear_line(site, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     handler = signal.getsignal(signal.SIGTERM)
     line = refusal("train", *words(site), "--out", tmp_path / "run")
@@ -91,7 +91,7 @@ def test_an_environment_of_half_a_torchrun_is_one_clear_line(site, tmp_path, mon
 
 
 def work(number, count, port, arguments, log):
-    """What each process does, as torchrun starts it; what it prints goes to files."""
+    """What each process runs, started as by torchrun; its output goes to files."""
     if count > 1:
         os.environ.update(WORLD_SIZE=str(count), RANK=str(number), LOCAL_RANK=str(number),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -103,7 +103,7 @@ def work(number, count, port, arguments, log):
 
 
 class Processes:
-    """`count` processes of one run; their output is in files LOG-NUMBER.out and .err."""
+    """`count` processes of one run; their output goes to LOG-NUMBER.out and LOG-NUMBER.err."""
 
     def __init__(self, count, arguments, log):
         with socket.socket() as free:
@@ -116,7 +116,7 @@ class Processes:
             process.start()
 
     def join(self):
-        """Waits for their ends -> [exit code]"""
+        """Waits until all have ended -> [exit code]"""
         for process in self.all:
             process.join()
         return [process.exitcode for process in self.all]
@@ -133,7 +133,7 @@ def run(count, folder, *arguments):
 
 @pytest.fixture(scope="module")
 def pair(site, tmp_path_factory):
-    """A whole run of two processes: (its folder, what each said)."""
+    """A finished run of two processes: (its folder, what each printed)"""
     folder = tmp_path_factory.mktemp("pair") / "run"
     return folder, run(2, folder, *words(site, "lora", *PLAIN), "--out", folder)
 
@@ -146,7 +146,7 @@ def numbers(nest):
 
 
 def close(folder, other, tolerance):
-    """The tensors of two runs differ by less than this part of their norms; results are near."""
+    """Checks that two runs agree: tensors within `tolerance` of their norms, results roughly."""
     paths = [path for path in sorted(other.rglob("*.safetensors")) if "pct" not in str(path)]
     for path in paths:
         found, expected = load_file(folder / path.relative_to(other)), load_file(path)
@@ -162,7 +162,7 @@ def close(folder, other, tolerance):
     ("both", ["--dropout", 0, "--optimizer", "muon"]), ("jumprelu", []),
     ("e2e", ["--auxk"])],
     ids=["data parallel", "sharded", "several", "with the SAE", "an SAE", "end to end"])
-def test_two_processes_take_the_steps_of_one(site, tmp_path, pair, kind, more):
+def test_two_processes_take_the_same_steps_as_one(site, tmp_path, pair, kind, more):
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = words(site, kind, "--batch-size", 4, "--tokens", 1280, *more)
     if kind == "lora" and "--shard" not in more:
@@ -176,13 +176,13 @@ def test_two_processes_take_the_steps_of_one(site, tmp_path, pair, kind, more):
     for line, alone in zip(lines, expected, strict=True):
         assert line == pytest.approx(alone, rel=1e-3)
     close(two, one, 1e-3)
-    assert said[0].startswith("writing to") and said[1] == ""           # one speaks and writes
+    assert said[0].startswith("writing to") and said[1] == ""           # one prints and writes
     assert not list(two.rglob("*.part"))
 
 
 @pytest.fixture(scope="module")
 def killed(site, tmp_path_factory):
-    """A run of two processes of which one was killed after a checkpoint at step 4."""
+    """A run of two processes, one of which was killed after a checkpoint at step 4."""
     folder = tmp_path_factory.mktemp("killed") / "run"
     arguments = words(site, "lora", *PLAIN, "--checkpoint-every", 2)
     them = Processes(2, [*arguments, "--out", folder], folder.with_suffix(""))
@@ -198,7 +198,7 @@ def killed(site, tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_a_run_that_lost_a_process_goes_on_with_any_number(killed, pair, tmp_path, count):
+def test_a_run_that_lost_a_process_resumes_with_any_number_of_them(killed, pair, tmp_path, count):
     folder = Path(shutil.copytree(killed, tmp_path / "run"))
     run(count, folder, "--resume", folder)
     whole, _ = pair
@@ -206,7 +206,7 @@ def test_a_run_that_lost_a_process_goes_on_with_any_number(killed, pair, tmp_pat
     assert metrics(folder)[-1]["tokens"] == metrics(whole)[-1]["tokens"] == 1280
 
 
-def test_torchrun_starts_it_and_a_mistake_is_one_line_of_each(site, tmp_path):
+def test_torchrun_starts_the_processes_and_a_mistake_is_reported(site, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                 "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "train.py"]
     arguments = words(site, "lora", "--batch-size", 3, "--out", tmp_path / "run")

@@ -48,28 +48,28 @@ def test_parameters_are_counted_as_the_run_counts_them(site, finished, plan, kin
     assert trainable(plan(*words(site, kind, *more))) == expected
 
 
-def test_the_table_says_what_the_run_would_do_and_writes_nothing(site, plan, tmp_path, monkeypatch):
+def test_a_dry_run_describes_the_run_and_writes_nothing(site, plan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = plan(*words(site))
     assert rows["steps"] == "20 of 2 x 32 tokens, 1,280 in all" and rows["text"] == f"{site}/text"
     assert rows["SAE"] == "128 latents at the output of block 1"
     assert rows["recipe"].startswith("paper: adamw at 0.001, dropout 0.1")
-    assert "of blocks 0 to 3" in rows["adapters"]                      # around a TopK
+    assert "of blocks 0 to 3" in rows["adapters"]                      # a TopK's default
     assert "of blocks 2 3" in plan(*words(site, "lora", "--adapt", "after"))["adapters"]
     assert rows["time"].startswith("unknown") and not list(tmp_path.iterdir())
 
 
-def test_the_time_is_that_of_an_earlier_run_here(site, finished, plan, tmp_path, monkeypatch):
+def test_the_time_is_estimated_from_an_earlier_run(site, finished, plan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished("lora"), tmp_path / "runs/earlier")
     (tmp_path / "runs/half").mkdir()
-    (tmp_path / "runs/half/results.json").write_text("[]")              # no run of ours
+    (tmp_path / "runs/half/results.json").write_text("[]")              # not one of our runs
     assert "tokens/s of runs/earlier" in plan(*words(site, "lora", "--tokens", "1M"))["time"]
     assert plan(*words(site, "topk"))["time"].startswith("unknown")
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_plans_offline_for_a_gpu_that_is_not_here(name, plan, tmp_path, monkeypatch):
+def test_every_preset_can_be_planned_offline_and_without_a_gpu(name, plan, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     for method in ("lora", "topk", "jumprelu", "e2e", "finetune"):
@@ -86,7 +86,7 @@ def test_no_matrix_of_an_sae_is_read(site, plan, monkeypatch):
         assert plan(*words(site, kind))["SAE"].startswith("128 latents")
 
 
-@pytest.mark.parametrize("kind, change", [              # of adapters: tests/test_train.py
+@pytest.mark.parametrize("kind, change", [              # for adapters: tests/test_train.py
     ("both", ["--thresholds", "frozen"]), ("topk", ["--k", 97]), ("jumprelu", ["--l0", 96]),
     ("e2e", ["--layer", 4])], ids=str)
 def test_the_run_refuses_what_the_plan_refuses_in_the_same_words(site, tmp_path, kind, change):
@@ -96,23 +96,23 @@ def test_the_run_refuses_what_the_plan_refuses_in_the_same_words(site, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-def test_too_little_memory_is_a_warning_of_the_plan(site, capsys, monkeypatch):
+def test_the_plan_warns_if_there_is_too_little_memory(site, capsys, monkeypatch):
     monkeypatch.setattr(dry_run, "memory_of", lambda device: 10 ** 6)
     command("train", *words(site), "--dry-run")
     assert capsys.readouterr().err.startswith("warning: cpu has 1.00MB: lower --micro-batch")
 
 
 def peak(folder, arguments):
-    """The most memory that a run holds in a process of its own, in bytes."""
+    """The peak memory of a run in its own process, in bytes."""
     process = processes().Process(target=train.main, args=([*arguments, "--out", str(folder)],))
     process.start()
     process.join()
     return read(folder / "results.json")["peak_memory_bytes"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of one process")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the peak of one process")
 @pytest.mark.parametrize("kind", ["lora", "topk"])
-def test_the_estimate_is_what_a_run_holds_to_about_a_third(site, kind, tmp_path, plan):
+def test_the_estimate_is_within_a_factor_of_1_5_of_the_memory_used(site, kind, tmp_path, plan):
     raw = {**GEMMA, "hidden_size": 256, "intermediate_size": 1024, "vocab_size": 16384,
            "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
     model = write_model(tmp_path / "model", raw, scale=0.02)
@@ -125,5 +125,5 @@ def test_the_estimate_is_what_a_run_holds_to_about_a_third(site, kind, tmp_path,
 
     almost_nothing = peak(tmp_path / "tiny", words(site, kind, "--tokens", 64))
     runs = [peak(tmp_path / name, arguments) for name in ("run", "again")]
-    measured = min(runs) - almost_nothing               # text is written beside it
+    measured = min(runs) - almost_nothing               # text is written meanwhile
     assert measured / 1.5 < estimate < 1.5 * measured, f"measured {measured / 1e6:.0f} MB"

@@ -21,7 +21,7 @@ from lorasae.evals.report import (Table, bars, columns, lines, plus_minus, print
 from lorasae.lora import add_lora, base
 
 ALL = ("base", "sae", "adapted", "lora")                # settings of one model
-NINE = torch.arange(9)                                  # documents: one for each sequence
+NINE = torch.arange(9)                                  # documents: one per sequence
 
 
 def sae_of(kind, model, layer=1, **how):
@@ -29,18 +29,18 @@ def sae_of(kind, model, layer=1, **how):
 
 
 def adapt(model, blocks):
-    """Adapters away from the identity, with a dropout that evaluations must switch off."""
+    """Adds adapters that are not the identity, with dropout that evaluations must switch off."""
     return adapted(model, blocks, dropout=0.5)
 
 
 @pytest.fixture
 def sequences(model):
-    """[9, 32] with BOS in front, and EOS in the middle of one."""
+    """Tokens [9, 32] with BOS in front, and EOS in the middle of one row."""
     return some_tokens(model, 9, 32, seed=3)
 
 
 def setting_of(model, saes, sequences, documents=NINE, folder=None, **how):
-    """What an evaluation gets."""
+    """A stand-in for the Setting that an evaluation is given."""
     config = SimpleNamespace(**{"method": "lora", "train_sae": False, "eval_batch": 4, **how})
     text = SimpleNamespace(held_out=sequences, documents=documents)
     return SimpleNamespace(model=model, saes=saes, text=text, config=config, folder=folder)
@@ -48,15 +48,15 @@ def setting_of(model, saes, sequences, documents=NINE, folder=None, **how):
 
 # ---- Intervals -----------------------------------------------------------------------------------
 
-def test_t_quantiles_are_the_tables_and_scipys():
+def test_t_quantiles_match_the_tables_and_scipy():
     for df, t in (1, 6.313752), (2, 2.919986), (3, 2.353363), (99, 1.6603912):
         assert t_quantile(df) == pytest.approx(t, abs=1e-6)
-    stats = pytest.importorskip("scipy.stats", reason="the oracle is scipy")
+    stats = pytest.importorskip("scipy.stats", reason="scipy is the oracle")
     for df in (*range(1, 40), 1.2, 4.37, 12.8, 976, 5000):
         assert t_quantile(df) == pytest.approx(stats.t.ppf(0.95, df), rel=1e-5)
 
 
-def test_an_interval_is_students_and_one_value_has_none():
+def test_an_interval_is_students_t_and_a_single_value_has_none():
     values = torch.tensor([1., 2, 4, 8], dtype=torch.float64)
     mean, half = interval(values)
     assert (mean - half, mean + half) == pytest.approx((0.1073512, 7.3926488), abs=1e-6)
@@ -68,7 +68,7 @@ def test_an_interval_is_students_and_one_value_has_none():
     assert over_documents(NINE.double(), NINE) == (*interval(NINE.double(), NINE), "9 documents")
 
 
-def test_a_ratio_of_paired_values_knows_that_they_move_together():
+def test_the_interval_of_a_ratio_accounts_for_paired_values():
     b = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
     noise = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     two = torch.full((50,), 2.0, dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_a_ratio_of_paired_values_knows_that_they_move_together():
         assert ratio(noise, b * 0, documents) == (None, None)
 
 
-def test_the_interval_over_documents_is_the_sandwich_written_with_matrices():
+def test_the_interval_over_documents_matches_the_sandwich_formula_in_matrices():
     """CR2 and its degrees of freedom from their definitions, with [n, n] matrices."""
     sizes = torch.tensor([7, 5, 4, 4, 3, 3, 2, 2, 1, 1, 1])
     n, G = int(sizes.sum()), len(sizes)
@@ -106,22 +106,22 @@ def test_the_interval_over_documents_is_the_sandwich_written_with_matrices():
     B = torch.stack(columns) @ omega @ torch.stack(columns).T
     df = B.trace() ** 2 / B.square().sum()
 
-    order = torch.randperm(n, generator=generator)      # the order of sequences says nothing
+    order = torch.randperm(n, generator=generator)      # the order of sequences must not matter
     mean, half = interval(x[order], documents[order])
     assert mean == pytest.approx(x.mean().item()) and 0 < rho < 1
     assert half == pytest.approx(t_quantile(df.item()) * math.sqrt(variance), rel=1e-9)
 
 
-# Chunks of 256 tokens per document in 50,000 held-out tokens of the standard library, all of its
+# Chunks of 256 tokens per document in 50,000 held-out tokens of the standard library, with all its
 # held-out files mixed
 SIZES = torch.tensor([34, 20, 18, 13, 10, 9, 9, 9, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 3, 2, 2, 2, 2]
                      + [1] * 5)
 
 
 @pytest.mark.parametrize("correlation, skewed", [(0, False), (0.5, False), (0.3, True)])
-def test_intervals_over_documents_cover_what_they_say(correlation, skewed):
-    """900 texts of known mean, paired difference, ratio and difference of ratios of the same
-    sequences: 87 to 93 % of the 90 % intervals hold the truth."""
+def test_intervals_over_documents_have_the_coverage_they_claim(correlation, skewed):
+    """For 900 texts with a known mean, paired difference, ratio, and difference of ratios on the
+    same sequences, 87 to 93 % of the 90 % intervals contain the truth."""
     documents = torch.arange(len(SIZES)).repeat_interleave(SIZES)
     n, generator = len(documents), torch.Generator().manual_seed(1)
 
@@ -173,7 +173,7 @@ def test_a_missing_interval_is_neither_printed_nor_drawn(capsys):
     print_tables([Table("", ["", "n"], [["one", 1.0]]), Table("two", ["x"], [["y"]], ["a note"])])
     assert capsys.readouterr().out == "\n          n\none  1.0000\n\ntwo\n\nx\ny\n\na note\n"
 
-    figures = pytest.importorskip("matplotlib.figure", reason="draws the pictures")
+    figures = pytest.importorskip("matplotlib.figure", reason="matplotlib draws the pictures")
     axes = figures.Figure().subplots()
     lines(axes, [0, 1], {"a": [(1, None), (2, 0.5)]})
     bars(axes, ["x", "y"], {"b": [(1, None), (2, 0.5)]})
@@ -187,7 +187,7 @@ def test_a_missing_interval_is_neither_printed_nor_drawn(capsys):
 # ---- Fidelity ------------------------------------------------------------------------------------
 
 def log_probabilities(model, saes, tokens, setting):
-    """Of a setting's whole forward pass [B, T, V], with the adapters switched by hand."""
+    """Log-probabilities [B, T, V] of a setting's whole forward pass, adapters switched by hand."""
     saes = saes if setting in ("sae", "adapted") else {}
     with base(model) if setting in ("base", "sae") else nullcontext():
         return model(tokens, saes).double().log_softmax(-1)
@@ -197,7 +197,7 @@ def log_probabilities(model, saes, tokens, setting):
 @pytest.mark.parametrize("kinds, blocks", [
     ({1: "jumprelu"}, [2, 3]), ({1: "topk"}, [0, 1, 2, 3]), ({0: "jumprelu", 2: "topk"}, [1, 3]),
     ({3: "jumprelu"}, [0])])
-def test_every_setting_is_its_whole_forward_pass(model, sequences, kinds, blocks, on_special):
+def test_every_setting_matches_its_whole_forward_pass(model, sequences, kinds, blocks, on_special):
     saes = {layer: sae_of(kind, model, layer, on_special=on_special)
             for layer, kind in kinds.items()}
     adapt(model, blocks)
@@ -228,7 +228,7 @@ def test_l0_and_explained_variance_are_over_all_text_positions(model, sequences)
         assert found[setting]["ev"][1] == pytest.approx(1 - (lost / varied).item(), rel=1e-5)
         active = (sae.encode(x.float()) > 0).sum(-1).double().mean().item()
         assert found[setting]["l0"][1] == pytest.approx(active) and active <= sae.k
-    assert found["sae"]["ev"][1] != found["adapted"]["ev"][1]       # these begin before the SAE
+    assert found["sae"]["ev"][1] != found["adapted"]["ev"][1]       # adapters start before the SAE
 
 
 def test_fresh_adapters_change_nothing(model, sequences):
@@ -247,7 +247,7 @@ def test_fresh_adapters_change_nothing(model, sequences):
 
 
 def results_of(**settings):
-    """What fidelity.measure returns, for {setting: ([CE], [KL])} of each sequence, three times."""
+    """fidelity.measure's results for {setting: ([CE], [KL])} per sequence, repeated three times."""
     found = {}
     for name, losses in settings.items():
         ce, kl = (torch.tensor(values * 3, dtype=torch.float64) for values in losses)
@@ -255,7 +255,7 @@ def results_of(**settings):
     return found
 
 
-def test_the_summary_is_arithmetic_on_the_sequences():
+def test_the_summary_is_computed_from_the_sequences():
     numbers = fidelity.summary(results_of(
         base=([1, 2, 3], [0] * 3), sae=([1.5, 2.4, 3.6], [0.2, 0.4, 0.6]),
         adapted=([1.2, 2.3, 3.3], [0.1] * 3)), NINE)
@@ -272,7 +272,7 @@ def test_the_summary_is_arithmetic_on_the_sequences():
 @pytest.mark.parametrize("costs, said", [
     ([-0.1, -0.2, -0.3], "no gap"), ([0.3, -0.2, -0.05], "no gap"),
     ([0.1, 0.2, 0.3], "gap closed 50.0%")])
-def test_of_a_gap_that_is_not_there_no_part_is_closed(costs, said):
+def test_the_gap_closed_is_undefined_if_there_is_no_gap(costs, said):
     after = [1 + costs[0] / 2, 2 + costs[1] / 2, 3 + costs[2] / 2]
     before = [1 + costs[0], 2 + costs[1], 3 + costs[2]]
     numbers = fidelity.summary(results_of(
@@ -287,7 +287,7 @@ def test_of_a_gap_that_is_not_there_no_part_is_closed(costs, said):
 @pytest.mark.parametrize("after, closed, kl_closed, won_back", [
     (dict(sae=([1.8, 2.8, 3.8], [0.9] * 3), adapted=([1.6, 2.6, 3.6], [0.6] * 3)), 0.4, 0.4, 0.25),
     (dict(sae=([1.7, 2.7, 3.7], [0.8] * 3)), 0.3, 0.2, None)])     # with adapters; only the SAE
-def test_the_gap_is_that_of_the_sae_as_it_came(after, closed, kl_closed, won_back, capsys):
+def test_the_gap_is_that_of_the_original_sae(after, closed, kl_closed, won_back, capsys):
     numbers = fidelity.summary(results_of(
         base=([1, 2, 3], [0] * 3), before=([2, 3, 4], [1] * 3), **after), NINE)
     assert numbers["gap_closed"] == pytest.approx(closed)
@@ -295,15 +295,15 @@ def test_the_gap_is_that_of_the_sae_as_it_came(after, closed, kl_closed, won_bac
     assert numbers.get("won_back_by_adapters") == (won_back and pytest.approx(won_back))
     assert numbers["ce_before"] == 3 and numbers["excess_before"] == 1
     assert numbers["l0_before"] == {1: 8.0}
-    print_tables(fidelity.tables(json.loads(json.dumps(numbers))))      # as from its file
+    print_tables(fidelity.tables(json.loads(json.dumps(numbers))))      # as read from its file
     shown = capsys.readouterr().out
-    assert "with SAE as it came" in shown and f"gap closed {closed:.1%}" in shown
+    assert "with original SAE" in shown and f"gap closed {closed:.1%}" in shown
     assert ("adapters win back 25.0%" in shown) == (won_back is not None)
-    assert "L0, as it came  explained variance    L0  explained variance" in shown
+    assert "L0, original  explained variance    L0  explained variance" in shown
 
 
-def test_an_sae_that_trained_is_compared_with_the_run_s_file(model, sequences, tmp_path):
-    """eval.py's numbers are those that training ended with."""
+def test_a_trained_sae_is_compared_with_the_original_in_the_runs_file(model, sequences, tmp_path):
+    """eval.py gets the same numbers as the end of training."""
     came, trained = sae_of("topk", model, 1), sae_of("topk", model, 2)
     adapt(model, [2, 3])
     for method, names in (("lora", ALL), ("finetune", ("base", "sae"))):
@@ -325,14 +325,14 @@ def test_an_sae_that_trained_is_compared_with_the_run_s_file(model, sequences, t
 
     path = tmp_path / "sequences.json"
     whole = read(path)
-    for damage in (None, [1, 2], {**whole, "documents": [0] * 9},       # another run's
+    for damage in (None, [1, 2], {**whole, "documents": [0] * 9},       # of another run
                    {**whole, "before": {"ce": [1.0]}}, {"documents": list(range(9))}):
         path.write_text(json.dumps(damage))
         refuses("sequences.json", fidelity.evaluate, setting)
 
 
-def test_tables_say_where_documents_are_too_few(model, sequences, capsys, tmp_path):
-    figures = pytest.importorskip("matplotlib.figure", reason="draws the pictures")
+def test_tables_say_if_there_are_too_few_documents(model, sequences, capsys, tmp_path):
+    figures = pytest.importorskip("matplotlib.figure", reason="matplotlib draws the pictures")
     setting = setting_of(adapt(model, [2, 3]), {1: sae_of("topk", model)}, sequences, NINE // 5,
                          folder=tmp_path)
     for suite in (fidelity, token_suite, distances):
@@ -347,20 +347,20 @@ def test_tables_say_where_documents_are_too_few(model, sequences, capsys, tmp_pa
 
 # ---- Tokens --------------------------------------------------------------------------------------
 
-def test_shares_of_tokens_and_of_improvement_on_planted_changes():
+def test_shares_of_tokens_and_of_improvement_are_right_for_planted_changes():
     change = torch.tensor([[0.5, -0.05, 0.0, 2.0], [0.005, -0.5, 0.02, 20.0]]).repeat(4, 1)
     numbers = token_suite.statistics(change, torch.arange(8))
     assert numbers["tokens"] == 32
     assert (numbers["share_worse"], numbers["share_better"]) == (1 / 4, 5 / 8)
     assert numbers["improvement"] == pytest.approx(21.975 / 8)
     assert numbers["from_middle"] == pytest.approx((0.5 - 0.05 - 0.5 + 0.02) / 21.975)
-    assert numbers["ci90"]["share_worse"] is None       # a quarter of the tokens of all sequences
+    assert numbers["ci90"]["share_worse"] is None       # a quarter of the tokens in every sequence
     assert numbers["ci90"]["from_middle"] > 0 < numbers["ci90"]["improvement"]
     assert sum(numbers["histogram"]["better"]) == 16    # 20 nats lie beyond the paper's last bin
     assert sum(numbers["histogram"]["worse"]) == 8
 
 
-def test_the_mean_change_of_all_tokens_is_the_improvement_of_fidelity(model, sequences, tmp_path):
+def test_the_mean_change_over_all_tokens_is_the_improvement_in_fidelity(model, sequences, tmp_path):
     setting = setting_of(adapt(model, [2, 3]), {1: sae_of("topk", model)}, sequences,
                          folder=tmp_path)
     numbers, whole = token_suite.evaluate(setting), fidelity.evaluate(setting)
@@ -370,7 +370,7 @@ def test_the_mean_change_of_all_tokens_is_the_improvement_of_fidelity(model, seq
 
 # ---- Distances -----------------------------------------------------------------------------------
 
-def test_distances_are_those_of_whole_forward_passes(model, sequences):
+def test_distances_match_whole_forward_passes(model, sequences):
     saes = {1: sae_of("topk", model)}
     adapt(model, [0, 2])
     numbers = distances.evaluate(setting_of(model, saes, sequences))
@@ -390,7 +390,7 @@ def test_distances_are_those_of_whole_forward_passes(model, sequences):
                 change = found["change"][i], found["ci90"][i]
                 assert change == pytest.approx(interval(after - before), rel=1e-3, abs=1e-6)
                 changes.setdefault((name, measure), []).append(after - before)
-    for (name, measure), (_, *after) in changes.items():        # the mean of the blocks after
+    for (name, measure), (_, *after) in changes.items():        # mean over the later blocks
         found = numbers[name][measure]
         expected = interval(torch.stack(after).mean(0))
         assert (found["change_after"], found["ci90_after"]) == pytest.approx(
@@ -403,19 +403,19 @@ def test_distances_are_those_of_whole_forward_passes(model, sequences):
 
 @pytest.fixture
 def place(finished, tmp_path):
-    """A folder with two short runs: of adapters, and of an SAE."""
+    """A folder with two short runs, one of adapters and one of an SAE."""
     for kind, name in (("lora", "run"), ("topk", "sae-run")):
         shutil.copytree(finished(kind), tmp_path / name)
     return tmp_path
 
 
-def test_every_suite_leaves_a_file_a_table_and_the_papers_pictures(place, capsys, monkeypatch):
-    pytest.importorskip("matplotlib", reason="draws the pictures")
+def test_every_suite_leaves_a_file_a_table_and_the_papers_figures(place, capsys, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
     run = place / "run"
-    (run / "rank-4.bak").mkdir()                        # no run of the config's
+    (run / "rank-4.bak").mkdir()                        # not a rank of the config
     command("eval", run, "--suite", "fidelity,tokens,distances")
     shown = capsys.readouterr().out
-    for name, said in (("fidelity", "with SAE + LoRA"), ("tokens", "tokens that become worse"),
+    for name, said in (("fidelity", "with SAE + LoRA"), ("tokens", "tokens that get worse"),
                        ("distances", "output of")):
         assert said in shown and f"{run}/eval-{name}.json" in shown
     pictures = sorted(run.rglob("eval-*.png"))
@@ -436,8 +436,8 @@ def test_every_suite_leaves_a_file_a_table_and_the_papers_pictures(place, capsys
 @pytest.mark.parametrize("damage", [
     b"", b"[]", b"null", b"{}", b"\xff", b'{"rows": []}', b'{"rows": {}}',
     b'{"rows": [null], "layer": 1}', b'{"ci90": {}, "l0_sae": {}, "left_out_sae": {}}'])
-def test_files_that_no_suite_wrote_are_answered_in_one_line(place, damage):
-    pytest.importorskip("lm_eval", reason="a suite")
+def test_files_that_no_suite_wrote_are_refused_in_one_line(place, damage):
+    pytest.importorskip("lm_eval", reason="one of the suites needs lm-eval")
     for name in importlib.import_module("eval").SUITES:
         path = place / "run" / f"eval-{name}.json"
         path.write_bytes(damage)
@@ -470,13 +470,13 @@ def test_a_run_that_trained_an_sae_is_evaluated_without_adapters(place, capsys):
     assert rows[-1]["ci90"]["kl"] == pytest.approx(results["ci90"]["kl_sae"])
     assert rows[3]["tokens"] == 512 and rows[0]["seconds"] < rows[-1]["seconds"]
     assert "40 %" in capsys.readouterr().out
-    assert "tenth by tenth" in refusal("eval", place / "run", "--suite", "tenths")
+    assert "each tenth" in refusal("eval", place / "run", "--suite", "tenths")
     assert "eval-tokens.json" in refusal("eval", run, "--suite", "tokens", "--draw")
     shutil.rmtree(run / "sae")
     assert "there is no SAE" in refusal("eval", run)
 
 
-def test_fidelity_elsewhere_is_of_other_text(place):
+def test_elsewhere_measures_fidelity_on_other_text(place):
     (place / "other").mkdir()
     for i in range(40):
         (place / "other" / f"{i}.txt").write_text(f"{i} more words of {i ** 2} kinds. " * 99)

@@ -1,4 +1,4 @@
-"""Finetuning an SAE, alone or with adapters: objectives, every gradient, what stays, the runs."""
+"""Finetuning an SAE, alone or with adapters: objectives, gradients, invariants, and the runs."""
 import shutil
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def tokens(model):
 
 
 def prepared(model, sae, tokens):
-    """(what trains: the SAE without adapters; the frozen part; the first block that differs)"""
+    """(what is trained: the SAE without adapters; the frozen part; the first block that differs)"""
     seen = dictionary.observe(model, sae, LAYER, tokens, end_to_end=False)
     first = first_differing(model, {LAYER: sae})
     part = frozen_forward(model, {}, tokens, first)
@@ -51,7 +51,7 @@ def gradients(loss, sae):
     return torch.autograd.grad(loss, [p for p in sae.parameters() if p.requires_grad])
 
 
-def test_the_balanced_loss_is_the_mse_in_value_and_gives_both_gradients_the_size_of_the_mses():
+def test_the_balanced_loss_has_the_value_of_the_mse_and_scales_the_kl_to_that_value():
     a = torch.tensor(3.0, requires_grad=True)
     kl, mse = 10 * a ** 2, a + 1
     loss = combined("balanced", kl, mse)
@@ -60,13 +60,13 @@ def test_the_balanced_loss_is_the_mse_in_value_and_gives_both_gradients_the_size
 
     refuses("nothing to balance", combined, "balanced", 0 * kl, mse)
     assert combined("kl", 0 * kl, mse) == 0
-    assert combined("balanced", torch.nan * kl, mse).isnan()            # the run says: diverged
+    assert combined("balanced", torch.nan * kl, mse).isnan()            # the run reports divergence
 
 
 @pytest.mark.parametrize("site", ["resid", "mlp"])
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
 @pytest.mark.parametrize("objective", ["kl", "mse", "balanced"])
-def test_value_and_gradients_are_the_naive_ones(model, tokens, kind, objective, site):
+def test_value_and_gradients_match_the_naive_loss(model, tokens, kind, objective, site):
     sae = random_sae(kind, model)
     sae.site = site
     if kind == "jumprelu":
@@ -81,14 +81,14 @@ def test_value_and_gradients_are_the_naive_ones(model, tokens, kind, objective, 
 
 
 def l0_of(model, sae, tokens):
-    """Active latents at a position that the SAE is trained on."""
+    """Mean number of active latents at the positions that the SAE is trained on."""
     x = model.read(tokens, sae, LAYER)
     used = ~model.special(tokens) | sae.on_special
     return (sae.encode(x[used]) > 0).sum(-1).float().mean().item()
 
 
 def surrogate(sae, bandwidth, notes):
-    """x -> x̂ of a JumpReLU in plain autograd: lines with the straight-through slopes for jumps."""
+    """x -> x̂ of a JumpReLU in plain autograd, with straight-through slopes in place of jumps."""
     def reconstruct(x):
         pre = x @ sae.W_enc.T + sae.b_enc
         theta, gate = sae.threshold, (pre > sae.threshold).float()
@@ -102,7 +102,7 @@ def surrogate(sae, bandwidth, notes):
 
 
 @pytest.mark.parametrize("objective", ["kl", "balanced"])
-def test_thresholds_follow_their_slopes_and_the_penalty_of_l0(model, tokens, objective):
+def test_thresholds_follow_their_slopes_and_the_l0_penalty(model, tokens, objective):
     sae = random_sae("jumprelu", model)
     trained, part, first = prepared(model, sae, tokens)
     original = random_sae("jumprelu", model)
@@ -124,7 +124,7 @@ def test_thresholds_follow_their_slopes_and_the_penalty_of_l0(model, tokens, obj
 
 
 def fit(model, sae, tokens, steps=8, **how):
-    """Some steps on the same text -> [values], the kind of step."""
+    """Takes some steps on the same text -> ([values], the Finetuning)"""
     config = Config(method="finetune", tokens=steps * 48, batch_size=2, context=24, lr=1e-2,
                     lr_decay=True, **how)
     kind = Finetuning(model, LAYER, sae, {}, config, tokens)
@@ -133,7 +133,7 @@ def fit(model, sae, tokens, steps=8, **how):
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
-def test_decoder_rows_keep_the_norms_they_came_with_and_the_loss_falls(model, tokens, kind):
+def test_decoder_rows_keep_their_original_norms_and_the_loss_falls(model, tokens, kind):
     sae = random_sae(kind, model)
     sae.W_dec.data[5] = 0
     before = sae.W_dec.detach().clone()
@@ -143,7 +143,7 @@ def test_decoder_rows_keep_the_norms_they_came_with_and_the_loss_falls(model, to
     assert values[-1]["kl"] < values[0]["kl"] and values[-1]["fvu"] < values[0]["fvu"]
 
 
-def test_frozen_thresholds_stay_to_the_bit_and_trained_ones_hold_l0(model, tokens):
+def test_frozen_thresholds_stay_bitwise_the_same_and_trained_ones_keep_l0(model, tokens):
     sae = random_sae("jumprelu", model)
     sae.threshold.requires_grad_(False)
     before = sae.threshold.clone()
@@ -156,8 +156,8 @@ def test_frozen_thresholds_stay_to_the_bit_and_trained_ones_hold_l0(model, token
     assert values[-1]["l0"].item() == pytest.approx(values[0]["l0"].item(), rel=0.05)
 
 
-def test_the_l0_that_is_wanted_is_that_of_the_step_s_own_text(model):
-    """Against one number for all text, the penalty would press on how L0 varies over texts."""
+def test_the_target_l0_is_that_of_the_original_sae_on_the_steps_text(model):
+    """With one target for all text, the penalty would work against L0's variation between texts."""
     texts = torch.randint(3, 97, (24, 8), generator=torch.Generator().manual_seed(1))
     sae = random_sae("jumprelu", model)
     x = model.run(model.embed(texts), 0, LAYER + 1)
@@ -168,10 +168,10 @@ def test_the_l0_that_is_wanted_is_that_of_the_step_s_own_text(model):
     with torch.no_grad():
         sae.threshold += 1
     assert finetune.active_latents(original, x[0]) == active[0] > (sae.encode(x[0]) > 0).sum()
-    assert original.W_dec is sae.W_dec                  # which is not held twice
+    assert original.W_dec is sae.W_dec                  # shared, not copied
 
 
-def test_a_run_leaves_an_sae_as_it_came_but_better(site, tmp_path):
+def test_a_run_saves_an_sae_of_the_same_form_with_a_lower_kl(site, tmp_path):
     run, folder = tmp_path / "run", tmp_path / "before"
     before = random_sae("jumprelu", 48)
     save_sae(before, folder, model_name="test", layer=LAYER, context=32)
@@ -188,7 +188,7 @@ def test_a_run_leaves_an_sae_as_it_came_but_better(site, tmp_path):
 
 
 def kind_of(model, sae_kind, sample, dropout=0.0, optimizer=adamw, **how):
-    """A Finetuning with adapters that are not the identity, where the paper puts them."""
+    """A Finetuning with adapters that are not the identity, placed as in the paper."""
     sae = random_sae(sae_kind, model)
     torch.manual_seed(0)
     blocks = range(4) if sae_kind == "topk" else range(LAYER + 1, 4)
@@ -200,8 +200,8 @@ def kind_of(model, sae_kind, sample, dropout=0.0, optimizer=adamw, **how):
 
 
 @pytest.mark.parametrize("sae_kind", ["topk", "jumprelu"])
-def test_every_gradient_of_both_is_that_of_equation_7(model, tokens, sae_kind):
-    # Eq. 7 has no gradient for thresholds: they are frozen.
+def test_every_gradient_of_adapters_and_sae_matches_equation_7(model, tokens, sae_kind):
+    # Eq. 7 has no gradient for thresholds, so they are frozen.
     how = {"thresholds": "frozen"} if sae_kind == "jumprelu" else {}
     kind = kind_of(model, sae_kind, tokens, **how)
     sae = kind.trained.sae
@@ -219,8 +219,8 @@ def test_every_gradient_of_both_is_that_of_equation_7(model, tokens, sae_kind):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("sae_kind", ["topk", "jumprelu"])
-def test_each_has_its_own_rate_and_both_fall(model, tokens, sae_kind, name):
-    """A JumpReLU's vectors have the scale of activations."""
+def test_adapters_and_sae_have_their_own_rates_and_both_fall(model, tokens, sae_kind, name):
+    """A JumpReLU's vectors have the scale of activations, and their rate is multiplied by it."""
     kind = kind_of(model, sae_kind, tokens, optimizer={"adamw": adamw, "muon": muon}[name],
                    lr_decay=True, tokens=4 * 48)
     part = kind.frozen(tokens)
@@ -234,7 +234,7 @@ def test_each_has_its_own_rate_and_both_fall(model, tokens, sae_kind, name):
     assert values[-1]["kl"] < values[0]["kl"]
 
 
-def test_a_run_leaves_both_and_merge_tells_them_apart(site, finished, tmp_path, capsys):
+def test_a_run_saves_adapters_and_sae_and_merge_tells_them_apart(site, finished, tmp_path, capsys):
     run = Path(shutil.copytree(finished("both"), tmp_path / "run"))
     assert not torch.equal(load_sae(run).W_enc, load_sae(site / "gemma2/sae").W_enc)
     assert metrics(run)[0].keys() == {

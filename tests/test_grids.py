@@ -1,4 +1,4 @@
-"""Figures 1, 3, 4, 5, 6 and 9, and experiments beyond the paper, from files of finished runs."""
+"""Figures 1, 3, 4, 5, 6 and 9, and experiments beyond the paper, from finished runs' files."""
 from dataclasses import replace
 
 import pytest
@@ -14,7 +14,7 @@ from lorasae.runs.config import read_config
 
 
 def in_this_process(commands, processes, logs):
-    """run_all without processes, whose start would take most of a test's time."""
+    """run_all without processes: starting them would take most of a test's time."""
     for each in commands:
         if not each.done.exists():
             command(each.script.removesuffix(".py"), *each.to_run())
@@ -22,7 +22,7 @@ def in_this_process(commands, processes, logs):
 
 
 def made_up(rng, documents, difference=0.0, shared=None):
-    """A gap.Run whose adapters close 30 % of a gap of 0.5 nats, + difference."""
+    """A gap.Run whose adapters close 30 % (plus `difference`) of a gap of 0.5 nats."""
     n = len(documents)
     hard = torch.randn(documents.max() + 1, generator=rng)[documents] if shared is None else shared
     base = 2.5 + 0.5 * hard
@@ -36,7 +36,7 @@ def run_of(documents, base, sae, adapted):
     return gap.Run({}, documents, sae, adapted, sae - base, closed)
 
 
-def test_a_difference_of_shares_on_the_same_text_is_paired_and_covers():
+def test_a_difference_of_shares_on_the_same_text_is_paired_and_its_interval_covers_it():
     rng = torch.Generator().manual_seed(0)
     documents = torch.arange(12).repeat_interleave(4)
     covered, halves = 0, []
@@ -56,7 +56,7 @@ def test_a_difference_of_shares_on_the_same_text_is_paired_and_covers():
         gap.paired(first.gap_closed - moved.gap_closed, first, moved)
 
 
-def test_a_share_of_nothing_is_no_number():
+def test_a_share_of_nothing_is_undefined():
     documents = torch.arange(10)
     ones = torch.ones(10, dtype=torch.float64)
     noise = torch.linspace(-1, 1.2, 10).double()
@@ -69,10 +69,10 @@ def test_a_share_of_nothing_is_no_number():
 
 
 def finish(folder, seconds=10.0, **ce):
-    """Writes the files of a finished run, whose CE in each setting has this mean."""
-    wave = torch.linspace(-0.5, 0.5, 20).double()       # held-out sequences differ, and alike
+    """Writes the files of a finished run that has this mean CE in each setting."""
+    wave = torch.linspace(-0.5, 0.5, 20).double()       # sequences differ, alike in each setting
     losses = {}
-    for name, mean in ce.items():                       # a trace of spread, also in differences
+    for name, mean in ce.items():                       # a trace of spread, even in differences
         own = mean + wave * (1 + 1e-9 * mean)
         losses[name] = {"ce": own.tolist(), "kl": [0.0] * 20}
     write_json(folder / "sequences.json", {"documents": list(range(20)), **losses})
@@ -82,17 +82,17 @@ def finish(folder, seconds=10.0, **ce):
 
 
 def shown(study, part):
-    """(numbers as their file holds them, {claim: Claim}, text of the tables); the part is drawn."""
+    """Draws a part -> (numbers as read from its file, {claim: Claim}, the text of its tables)"""
     write_json(study.folder / "numbers.json", part.measure(study))
     numbers = read(study.folder / "numbers.json")
-    figures = pytest.importorskip("matplotlib.figure", reason="draws the pictures")
+    figures = pytest.importorskip("matplotlib.figure", reason="matplotlib draws the pictures")
     part.draw(numbers, figures.Figure())
     text = " ".join(str(table) for table in part.tables(numbers))
     names = [name for name in part.words["claims"] if name in numbers["cases"]]
     return numbers, dict(zip(names, part.claims(numbers), strict=True)), text
 
 
-def test_scaling(study):
+def test_scaling_compares_layers_l0s_and_ranks(study):
     for point in gap.points(study):
         share = 0.4 + 0.1 * (point.L0 == "4") + 0.05 * (point.layer == "2")
         folder = gap.adapters_at(study, point).folder
@@ -111,8 +111,8 @@ def test_scaling(study):
     assert "gap closed, rank 256" in text and "± 90 % over 20 documents" in text
 
 
-def test_scaling_on_a_laptop(study):
-    """Ranks are compared around one SAE, and there are no claims about widths and models."""
+def test_scaling_on_a_laptop_compares_ranks_around_one_sae(study):
+    """Ranks are compared around one SAE, and there are no claims about widths or models."""
     study = replace(study, model="/x/smollm2-135m-instruct")
     for point in gap.points(study):
         ranks, folder = point.ranks.split(","), gap.adapters_at(study, point).folder
@@ -128,7 +128,7 @@ def test_scaling_on_a_laptop(study):
     assert "gap closed, rank 4" in text and "jumprelu" in str(numbers["rows"])
 
 
-def test_control(study):
+def test_control_compares_lora_with_more_training_and_finetuning(study):
     study = replace(study, model="smollm2-135m-instruct", other_data="other")
     rng = torch.Generator().manual_seed(0)
     documents, noise = list(range(20)), 0.1 * torch.randn(20, generator=rng).double()
@@ -138,7 +138,7 @@ def test_control(study):
         found = {"ce": (ce + noise * (1 + more)).tolist(), "kl": [ce - 2] * 20}
         return {**found, **dict.fromkeys(("l0", "ev", "left_out"), {"2": 8.0})}
 
-    # The SAE costs 1 nat after a tenth and 0.1 less after each further one, on other text 0.5 more
+    # The SAE costs 1 nat after a tenth, 0.1 less after each further tenth, 0.5 more on other text
     tenths = [{"percent": 10 * i, "seconds": 10.0 * i, "tokens": 1000 * i} for i in range(1, 11)]
     sae = control.long_sae(study)
     write_json(sae.folder / "eval-tenths.json", {"rows": tenths})
@@ -164,9 +164,9 @@ def test_control(study):
     numbers, claims, text = shown(study, control.CONTROL)
 
     rows = {(row["axis"], row["x"]): row for row in numbers["rows"]}
-    assert len(rows) == 2 * (3 + 3 + 4)                 # at the end, there is no more training
+    assert len(rows) == 2 * (3 + 3 + 4)                 # after 100 % there is no more training
     more = rows["what is done, on held-out text", "10 %: as many seconds of training"]
-    assert more["gap_closed"][0] == pytest.approx(0.2)              # 19 s are two tenths
+    assert more["gap_closed"][0] == pytest.approx(0.2)              # 19 s are nearest two tenths
     assert (more["train_tokens"][0], more["seconds"][0]) == (2000, 20)
     lora = rows["what is done, on other text", "100 %: LoRA after it, seed 1"]
     assert lora["ce_sae"][0] == pytest.approx(2.6) and lora["kl_lora"][0] == pytest.approx(0.01)
@@ -181,7 +181,7 @@ def test_control(study):
     assert "KL without SAE" in text and "30 to 55 %" in text
 
 
-def test_several(study):
+def test_several_compares_many_saes_with_single_ones(study):
     for count, blocks in gap.sets(study).items():
         for seed in study.seeds:
             folder = gap.adapters_on(study, blocks, seed).folder
@@ -199,7 +199,7 @@ def test_several(study):
     assert "8.0', '9.0', '7.0" in text
 
 
-def test_one_block(study):
+def test_one_block_measures_the_first_blocks_share_of_the_gain(study):
     gains = {"all": 0.2, 1: 0.16, 2: 0.1, 3: 0.02}
     for seed in study.seeds:
         for x, job in gap.adapters_by_block(study, seed).items():
@@ -208,12 +208,12 @@ def test_one_block(study):
     share, falls = claims["share"], claims["falls"].cases["first - last"]
     assert share.cases["first block"].mean == pytest.approx(0.8) and share.verdict == "agrees"
     assert falls.mean == pytest.approx(0.14 * 1.5) and falls.over == "2 seeds"
-    for job in gap.adapters_by_block(study, 0).values():            # shares of nothing
+    for job in gap.adapters_by_block(study, 0).values():            # no gain to have a share of
         finish(job.folder, base=2.0, sae=3.0, adapted=3.01)
     assert shown(study, gap.ONE_BLOCK)[1]["share"].verdict == "no interval"
 
 
-def test_frontier(study):
+def test_frontier_compares_the_seconds_to_reach_each_loss(study):
     curves = {"topk": lambda i: (10.0 * i, 4 - 0.1 * i), "e2e": lambda i: (50.0 * i, 3.5 - 0.1 * i)}
     for model in frontier.models(study).values():
         for name, job in frontier.tenths(study, model).items():
@@ -227,12 +227,12 @@ def test_frontier(study):
     numbers, claims, text = shown(study, frontier.FRONTIER)
 
     found = numbers["figures"]["fig1"]
-    assert found["curves"]["topk_lora"][4]["seconds"] == 60         # the SAE's 50 and its own 10
+    assert found["curves"]["topk_lora"][4]["seconds"] == 60         # the SAE's 50, the adapters' 10
     assert frontier.reached(found["curves"]["topk_lora"], 2.65) == 60
     assert frontier.reached(found["curves"]["topk_lora"], 2.3) is None
     last = frontier.table_of(found).rows[-1]
     assert last == ["2.5000", "90.0", "-", "500.0", "5.56x"]
-    # 500 s / 3.05 are enough for all of TopK + LoRA, which then ends at 2.4 nats, e2e at 2.5
+    # 500 s / 3.05 is enough for all of TopK + LoRA, which then ends at 2.4 nats, and e2e at 2.5
     sooner = claims["sooner_fig1"]
     assert sooner.cases["tiny-gemma-2"].mean == pytest.approx(0.1) and sooner.verdict == "agrees"
     assert claims["lower_fig1"].verdict == "agrees" and claims["lower_fig5"].verdict == "differs"
@@ -246,7 +246,7 @@ def test_frontier(study):
 
 
 def finish_arms(made, closed_by):
-    """Writes the results of every run; closed_by(case, arm, seed): its part of the KL gap."""
+    """Writes every run's results; closed_by(case, arm, seed) is the part of the KL gap closed."""
     for (case, arm, seed), each in made.items():
         write_json(each.done, {
             "train_tokens": 100, "seconds": 2.0, "l0": {"2": 8.0},
@@ -254,7 +254,7 @@ def finish_arms(made, closed_by):
 
 
 def test_arms_are_paired_by_seed_within_a_case(tmp_path):
-    """Seeds differ by far more than arms: only pairs show it. A single seed has no interval."""
+    """Seeds differ far more than arms, so only pairs show the gain. One seed has no interval."""
     arms = experiments.recipe(1200)
     gain = {"published": 0.0, "tuned": 0.01, "tuned, AdamW": -0.02}
 
@@ -283,7 +283,7 @@ def test_arms_are_paired_by_seed_within_a_case(tmp_path):
         refuses(f"{done}.* {[*other][0]}|{done}.*l0_sae", experiments.measure, alone)
 
 
-def test_the_command_trains_by_train_py_and_refuses_another_plan(
+def test_the_command_trains_with_train_py_and_refuses_a_different_plan(
         site, tmp_path, monkeypatch, capsys):
     case = ("--model", site / "gemma2", "--sae", site / "gemma2/sae", "--layer", 1, "--data",
             site / "text", "--context", 32, "--device", "cpu", "--dtype", "float32")

@@ -12,7 +12,7 @@ from lorasae import load_adapter, load_model, save_adapter, save_sae
 from lorasae.evals.common import interval
 from lorasae.io.files import write_json
 
-pytest.importorskip("lm_eval", reason="the benchmarks are lm-eval's")
+pytest.importorskip("lm_eval", reason="the benchmarks need lm-eval")
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
@@ -28,12 +28,12 @@ CORPUS = "".join(f"x{i * 37} = {i}\n{TEXT}Q: What is {i}?\nA: It is blue, red or
 
 @pytest.fixture(scope="module", params=["gemma2", "llama"])
 def bench(request, tmp_path_factory):
-    """A random checkpoint of 96 positions, its tokenizer, moved adapters on all blocks, an SAE."""
+    """A random checkpoint with 96 positions, its tokenizer, adapters on all blocks, and an SAE."""
     folder = tmp_path_factory.mktemp(request.param)
     raw = {"gemma2": GEMMA, "llama": LLAMA}[request.param]
     raw = {**raw, "vocab_size": 150, "max_position_embeddings": LENGTH}
     write_model(folder / "model", raw, scale=0.15)
-    # As many tokens as the model has: lm-eval would cut its vocabulary to fit
+    # As many tokens as the model has, or lm-eval would cut the model's vocabulary to fit
     write_tokenizer(folder / "model", raw, CORPUS)
     write_json(folder / "model" / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>",
@@ -93,7 +93,7 @@ PAIRS = requests(
     *((f"Q: What is {i}?\nA:", f" {end}") for i in range(4) for end in ENDS),
     ("class Shape:  ", "name"),         # spaces at the end of a context belong to the continuation
     ("", "def area(width, height):"), ("<bos>x1 = 1\n", "class"),
-    (CORPUS[:400], " red"), (CORPUS[:400], CORPUS[400:560]))            # longer than the model
+    (CORPUS[:400], " red"), (CORPUS[:400], CORPUS[400:560]))            # longer than its context
 PROMPTS = [CORPUS[:n] for n in (1, 5, 30, 31, 60, 140, 500)]
 
 
@@ -101,14 +101,14 @@ def generations(**how):
     return requests("generate_until", *((prompt, how) for prompt in PROMPTS))
 
 
-def test_log_likelihoods_are_those_of_lm_evals_own_model(bench):
+def test_log_likelihoods_match_lm_evals_own_model(bench):
     expected, found = (lm.loglikelihood(PAIRS) for lm in (bench.theirs(), bench.ours()))
     assert [p for p, _ in found] == pytest.approx([p for p, _ in expected], abs=1e-4)
     assert [top for _, top in found] == [top for _, top in expected]
     assert len(bench.tokenizer.encode(CORPUS[:400]).ids) > LENGTH
 
 
-def test_a_continuation_is_greedy_when_every_token_of_it_is_the_likeliest(bench):
+def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_likeliest(bench):
     ours, theirs = bench.ours(), bench.theirs()
     context = ours.tok_encode("x1 = 2\n")
     best = naive_continuation(bench, context, 3)
@@ -119,13 +119,13 @@ def test_a_continuation_is_greedy_when_every_token_of_it_is_the_likeliest(bench)
 
 
 def watch(lm):
-    """A list that gets the shape of whatever passes through the model."""
+    """A list to which every run of the model adds the shape of its tokens."""
     plain, shapes = lm.run, []
     lm.run = lambda tokens, *rest: shapes.append(tuple(tokens.shape)) or plain(tokens, *rest)
     return shapes
 
 
-def test_neither_batches_nor_padding_nor_shared_rows_move_a_log_likelihood(bench):
+def test_neither_batches_nor_padding_nor_shared_rows_change_a_log_likelihood(bench):
     found, batches = [], []
     for batch_tokens in (1, 300, 10**6):
         ours = bench.ours(batch_tokens=batch_tokens)
@@ -141,7 +141,7 @@ def test_neither_batches_nor_padding_nor_shared_rows_move_a_log_likelihood(bench
     shapes = watch(ours)
     choices = [("Q: Which?\nA:", letter) for letter in "xQA1"]
     ours.loglikelihood(requests("loglikelihood", *choices))
-    assert [rows for rows, _ in shapes] == [1]          # choices of one token share a row
+    assert [rows for rows, _ in shapes] == [1]          # one-token choices share a row
 
 
 def naive_continuation(bench, prompt, count):
@@ -149,13 +149,13 @@ def naive_continuation(bench, prompt, count):
     return whole[0, len(prompt):].tolist()
 
 
-def test_generated_text_is_that_of_lm_evals_own_model(bench):
-    """Prompts of seven lengths in one batch; generated tokens meet the SAE in both."""
+def test_generated_text_matches_lm_evals_own_model(bench):
+    """Prompts of seven lengths in one batch; generated tokens go through the SAE in both."""
     asked = generations(until=["\n\n"], max_gen_toks=12, do_sample=False)
     assert bench.ours().generate_until(asked) == bench.theirs().generate_until(asked)
 
 
-def test_an_answer_ends_before_the_first_stop_string_of_its_own_request(bench):
+def test_an_answer_ends_before_the_first_stop_string_of_its_request(bench):
     answers = bench.ours().generate_until(generations(max_gen_toks=24))
     whole, prompt = max(zip(answers, PROMPTS), key=lambda pair: len(pair[0]))
     stop, sooner = whole[7:10], whole[4:6]
@@ -227,8 +227,8 @@ def load(*paths):
     return benchmarks.load_tasks(",".join(map(str, paths)))
 
 
-def test_scores_of_all_four_settings_are_lm_evals_own(bench, tasks, monkeypatch):
-    # It asks the machine for everything, which is slow
+def test_scores_of_all_four_settings_match_lm_evals_own(bench, tasks, monkeypatch):
+    # lm-eval collects facts about the machine, which is slow
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     *paths, _ = map(str, tasks)
     numbers = benchmarks.measure(bench.model, bench.saes, bench.tokenizer, load(*paths), limit=10)
@@ -246,7 +246,7 @@ def test_scores_of_all_four_settings_are_lm_evals_own(bench, tasks, monkeypatch)
         answers.add(tuple(sample["resps"][0][0] for sample in samples))
     assert len(answers) == 4
 
-    # The effect of adapting, paired by question; a corpus's BLEU has no questions
+    # The effect of adapting, paired by question; BLEU is of a corpus, not of questions
     paired = numbers["paired"]
     assert list(paired) == ["tiny_choice acc", "tiny_choice acc_norm", "tiny_generate exact_match"]
     for pair, after, before in (("with_sae", "adapted", "sae"), ("without_sae", "lora", "base")):
@@ -256,11 +256,11 @@ def test_scores_of_all_four_settings_are_lm_evals_own(bench, tasks, monkeypatch)
 
     table, = benchmarks.tables(numbers)
     assert [row[0] for row in table.rows] == [*paired, "tiny_generate bleu"]
-    varies = paired["tiny_choice acc_norm"]["with_sae"][1] is not None  # of ten, by chance
+    varies = paired["tiny_choice acc_norm"]["with_sae"][1] is not None  # ten may all agree
     assert ("±" in table.rows[1][3]) == varies and table.rows[-1][3] == ""
 
 
-def test_a_groups_score_is_over_all_its_questions(bench, tasks, tmp_path):
+def test_a_groups_score_is_a_mean_over_all_its_questions(bench, tasks, tmp_path):
     choice, _, data = tasks
     (tmp_path / "choice.yaml").write_text(choice.read_text())
     (tmp_path / "five.jsonl").write_text("".join(data.read_text().splitlines(True)[:5]))
@@ -296,7 +296,7 @@ def test_the_command_writes_table_5(bench, tasks, text_folder, tmp_path, monkeyp
     assert "lm-eval cannot load --tasks ./none.yaml" in refusal(*lm, "./none.yaml")
 
 
-def test_mistakes_in_tasks_are_one_line(tasks, tmp_path, monkeypatch):
+def test_mistakes_in_tasks_are_reported_in_one_line(tasks, tmp_path, monkeypatch):
     choice, *_ = tasks
     (tmp_path / "broken.yaml").write_text("task: [")
     lost = choice.read_text().replace("data.jsonl", "nowhere.jsonl")
@@ -315,7 +315,7 @@ def test_requests_that_cannot_be_answered_are_refused(bench):
     ours = bench.ours()
     refuses("at least 1", benchmarks.measure, bench.model, {}, bench.tokenizer, {}, limit=0)
     for how, reason in (({"do_sample": True, "temperature": 0.7}, "greedy"),
-                        ({}, "asks for 256 new tokens.*holds 96")):
+                        ({}, "asks for 256 new tokens.*allows 96")):
         refuses(reason, ours.generate_until, generations(**how))
     refuses("cannot score", ours._loglikelihood_tokens, [(("a", "b"), [5], [5] * (LENGTH + 1))])
     refuses("not supported", ours.loglikelihood_rolling, [])

@@ -29,7 +29,7 @@ SCOPE = "google/gemma-scope-2b-pt-res"
 
 @pytest.fixture(params=["HF_HUB_OFFLINE is set", "the Hub is out of reach", "the Hub is down"])
 def unreachable(server, monkeypatch, request):
-    """A function that takes the Hub away in one of three ways; its answer begins the message."""
+    """A function that makes the Hub unreachable in one of three ways -> how the error begins."""
     def leave():
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", "OFFLINE" in request.param)
         server.down = "down" in request.param
@@ -44,13 +44,13 @@ def sae_files(source, **which):
 
 
 def fetched(server):
-    """The names of the files whose contents were sent."""
+    """The names of the files whose contents the server sent."""
     return sorted(line.partition("/resolve/")[2].partition("/")[2] for line in server.requests
                   if line.startswith("GET") and "/resolve/" in line)
 
 
 def gemma_scope_files(D, M, layers=(12,), widths=("16k",), l0s=(82,)):
-    """The repository's layout, with random JumpReLUs that fire and tell their layer and L0."""
+    """The repository's layout, with random JumpReLUs that fire and encode their layer and L0."""
     rng, files = np.random.default_rng(0), {"README.md": b"# Gemma Scope"}
     for layer, width, l0 in itertools.product(layers, widths, l0s):
         W, buffer = rng.normal(size=(M, D)).astype("f") / D ** 0.5, io.BytesIO()
@@ -66,7 +66,7 @@ def gemma_scope():
     return other | gemma_scope_files(6, 16, layers=(11, 12), widths=("16k", "1m"), l0s=L0S)
 
 
-def test_a_repository_is_fetched_once_and_only_what_is_read(server):
+def test_a_repository_is_fetched_once_and_only_the_files_that_are_read(server):
     small = {"tokenizer_config.json": b"1", "special_tokens_map.json": b"2",
              "tokenizer.model": b"3", "chat_template.jinja": b"4", "merges.txt": b"5",
              "added_tokens.json": b"6", "generation_config.json": b"7"}
@@ -87,7 +87,7 @@ def test_a_repository_is_fetched_once_and_only_what_is_read(server):
     assert fetched(server) == ["config.json"]
 
 
-def test_the_cache_serves_when_the_hub_does_not(server, unreachable):
+def test_the_cache_is_used_when_the_hub_is_unreachable(server, unreachable):
     server.models["some/model"] = MODEL
     folder = model_files("some/model")
     plan = model_plan("some/model")
@@ -98,7 +98,7 @@ def test_the_cache_serves_when_the_hub_does_not(server, unreachable):
         refuses(f"{why}.* and other/model is not completely in the cache", find, "other/model")
 
 
-def test_half_a_cache_says_which_file_is_missing_where(server, tmp_path, monkeypatch):
+def test_an_error_names_the_file_that_an_incomplete_cache_lacks(server, tmp_path, monkeypatch):
     write_shards(tmp_path / "good", LLAMA, shards=2)
     files = {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()}
     missing = "model-00002-of-00002.safetensors"
@@ -112,7 +112,7 @@ def test_half_a_cache_says_which_file_is_missing_where(server, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("body", [b"<html>please log in</html>", b"[]", b"{}", b"null", b""])
-def test_an_answer_that_makes_no_sense_is_one_line(server, monkeypatch, body):
+def test_an_answer_that_makes_no_sense_gives_a_short_error(server, monkeypatch, body):
     for method in ("do_GET", "do_HEAD"):
         monkeypatch.setattr(HubHandler, method, lambda self: self.reply(200, body))
     for find in (model_files, model_plan, sae_files, lambda name: files(f"hf://datasets/{name}")):
@@ -129,22 +129,22 @@ LICENCE = "google/gemma-2-2b is gated: .*https://huggingface.co/google/gemma-2-2
       for refusal in ((401, "GatedRepo"), (403, "GatedRepo"), (403, ""), (401, ""))),
     ("some/gated", (403, "GatedRepo"), "some/gated is gated: accept .*gated repositories$"),
     ("some/private", (401, ""), "local folder some/private, and .* needs `hf auth login`")])
-def test_a_repository_may_need_a_licence_or_a_login(server, name, refusal, message):
+def test_an_error_says_if_a_repository_needs_a_licence_or_a_login(server, name, refusal, message):
     server.models[name], server.refused[name] = MODEL, refusal
     refuses(message, model_files, name)
 
 
 @pytest.mark.parametrize("find", [model_files, model_plan, sae_files])
-def test_a_repository_that_is_not_there_is_one_line(server, find):
+def test_a_repository_that_does_not_exist_is_reported_in_one_line(server, find):
     for name in ("some/nothing", "some/bad--name"):
         refuses(f"no local folder {name}, and no repository .* needs `hf auth", find, name)
     server.requests.clear()
-    for name in ("gemma-3", "/no/where", "./x/y"):      # which can be no repository
+    for name in ("gemma-3", "/no/where", "./x/y"):      # none can be a repository
         refuses(f"no (model|SAE) {name}: expected .*gemma-2-2b.*OWNER", find, name)
     assert server.requests == []
 
 
-def test_the_plan_lists_sizes_and_what_the_cache_holds(server):
+def test_the_plan_lists_sizes_and_which_files_are_cached(server):
     server.models["some/model"] = MODEL
     plan = model_plan("some/model")
     wanted = {"config.json", "tokenizer.json"} | {name for name in MODEL if name[:5] == "model"}
@@ -153,7 +153,7 @@ def test_the_plan_lists_sizes_and_what_the_cache_holds(server):
     model_files("some/model")
     assert all(fetch.cached for fetch in model_plan("some/model"))
     one = {"config.json": b"{}", "model.safetensors": b"1", "tokenizer.json": b"2"}
-    server.models["unsloth/gemma-2-2b"] = one           # what the Hub says goes before the preset
+    server.models["unsloth/gemma-2-2b"] = one           # the Hub overrides the preset
     assert {fetch.path for fetch in model_plan("unsloth/gemma-2-2b")} == set(one)
     server.models["google/scope"] = gemma_scope()
     (fetch,) = sae_plan("google/scope", layer=12, width="16k", l0=62)
@@ -161,14 +161,14 @@ def test_the_plan_lists_sizes_and_what_the_cache_holds(server):
     assert fetch == ("google/scope", path, len(server.models["google/scope"][path]), False)
 
 
-def test_a_presets_plan_does_without_the_hub(server, unreachable):
+def test_a_preset_can_be_planned_without_the_hub(server, unreachable):
     server.models["unsloth/gemma-2-2b"] = MODEL
     model_files("unsloth/gemma-2-2b", ["config.json"])
     why = unreachable()
     weights = ("*.safetensors", PRESETS["gemma-2-2b"].weights, False)
     assert model_plan("gemma-2-2b") == [("google/gemma-2-2b", *weights)]
     half = [("unsloth/gemma-2-2b", "config.json", 2, True), ("unsloth/gemma-2-2b", *weights)]
-    assert model_plan("unsloth/gemma-2-2b") == half     # what the cache lacks is in it too
+    assert model_plan("unsloth/gemma-2-2b") == half     # it includes what the cache lacks
     assert load_config("gemma-2-2b").hidden_size == 2304
     refuses(why, load_config, "some/model")
 
@@ -182,7 +182,7 @@ def test_a_presets_plan_does_without_the_hub(server, unreachable):
     refuses(why, sae_plan, "some/scope", layer=3)
 
 
-def test_one_sae_is_fetched_of_a_repository_of_many(server):
+def test_only_one_sae_is_fetched_from_a_repository_of_many(server):
     server.models["google/scope"] = gemma_scope()
     with counted(hub, "listing") as calls:
         sae = load_sae("google/scope", layer=12, width="16k", l0=114)
@@ -194,7 +194,7 @@ def test_one_sae_is_fetched_of_a_repository_of_many(server):
 
 
 @pytest.mark.parametrize("source", ["hub", "folder"])
-def test_the_l0_nearest_to_the_papers_is_taken_and_said(server, tmp_path, capsys, source):
+def test_the_l0_nearest_to_the_papers_is_chosen_and_printed(server, tmp_path, capsys, source):
     server.models["google/scope"] = gemma_scope()
     for path, data in gemma_scope().items():
         write_bytes(tmp_path / "scope" / path, data)
@@ -203,7 +203,7 @@ def test_the_l0_nearest_to_the_papers_is_taken_and_said(server, tmp_path, capsys
     assert found.match("layer_12/width_1m/average_l0_62")
     said = f"{name} offers l0 22, 41, 62, 114, 445: taking 62, the nearest to 70\n"
     assert said in capsys.readouterr().err
-    for width, l0 in (("16384", 22), ("16k", 22.0)):    # as a preset and the command line say it
+    for width, l0 in (("16384", 22), ("16k", 22.0)):    # as presets and the command line write it
         found = sae_files(name, layer=11, width=width, l0=l0)
         assert found.match("layer_11/width_16k/average_l0_22")
     assert "nearest" not in capsys.readouterr().err
@@ -216,14 +216,14 @@ def test_the_l0_nearest_to_the_papers_is_taken_and_said(server, tmp_path, capsys
     ({"layer": 26, "width": "16k"}, "offers layer 11, 12, but not 26"),
     ({"width": "16k"}, "offers layer 11, 12: choose with --layer"),
 ])
-def test_an_sae_that_does_not_exist_lists_those_that_do(server, how, message):
+def test_an_error_for_an_sae_that_does_not_exist_lists_those_that_do(server, how, message):
     server.models["google/scope"] = gemma_scope()
     refuses(f"google/scope .*{message}", sae_files, "google/scope", **how)
     assert fetched(server) == []
 
 
-def test_the_files_of_another_layout_are_fetched_and_half_an_sae_is_none(server):
-    """More layouts: tests/test_real_formats.py."""
+def test_the_files_of_another_layout_are_fetched_and_half_an_sae_is_refused(server):
+    """For more layouts see tests/test_real_formats.py."""
     names = ("checkpoints/final.safetensors", "hyperparams.json", "lm_config.json")
     server.models["fnlp/scope"] = {
         f"Llama3_1-8B-Base-L{layer}R-32x/{name}": name.encode()
@@ -233,23 +233,23 @@ def test_the_files_of_another_layout_are_fetched_and_half_an_sae_is_none(server)
 
     for half in ("cfg.json", "sae.safetensors"):
         server.models["some/half"] = {f"layers.2/{half}": b"x"}
-        refuses("some/half holds no SAE of a known format: expected", sae_files, "some/half")
+        refuses("some/half contains no SAE in a known format: expected", sae_files, "some/half")
 
 
-def test_without_the_hub_the_saes_in_the_cache_are_offered(server, unreachable, capsys):
+def test_without_the_hub_the_cached_saes_are_offered(server, unreachable, capsys):
     server.models["google/scope"] = gemma_scope()
     folder = sae_files("google/scope", layer=12, width="16k", l0=114)
     why = unreachable()
     capsys.readouterr()
     assert sae_files("google/scope", layer=12, width="16k", l0=114) == folder
-    assert "choosing among the files of google/scope in the cache" in capsys.readouterr().err
+    assert "choosing among the cached files of google/scope" in capsys.readouterr().err
     assert sae_files("google/scope", layer=12, width="16k") == folder
     refuses("offers l0 114, but not 62", sae_files, "google/scope", layer=12, width="16k", l0=62)
     message = f"{why}.* and google/other is not completely in the cache"
     refuses(message, sae_files, "google/other", layer=12)
 
 
-def test_presets_are_known_by_repository_and_mirror_and_what_is_given_goes_before():
+def test_presets_are_found_by_repository_or_mirror_and_given_options_override_them():
     for known in PRESETS.values():
         assert preset(known.repo) is known
         assert known.mirror is None or preset(known.mirror) is known
@@ -278,7 +278,7 @@ GEMMA_2B = {
 
 
 def test_the_headline_command_runs_to_its_end(server, tmp_path, monkeypatch, capsys):
-    """From a server with all that the real one would fetch, but small: Gemma-2-2B in all but size
+    """A server has small versions of all that the real command fetches: Gemma-2-2B in all but size
     (26 blocks, three shards, bf16 weights, the same names of files and tensors, a tokenizer that
     puts BOS first), Gemma Scope in its own layout, and the Pile as .jsonl.zst.
     """

@@ -1,4 +1,4 @@
-"""Labelled texts: nothing gives a class away, training and test never meet, SAEBench's cuts."""
+"""Labelled texts: no clues to the class, disjoint training and test texts, SAEBench's splits."""
 import random
 import re
 import sys
@@ -29,7 +29,7 @@ def test_every_class_and_quadrant_has_enough_texts():
         train, test = cut(42)
         assert [kind for _, kind in train] == ["code", "documentation"] * 2
         assert min(map(len, train.values())) >= 60 and min(map(len, test.values())) >= 30
-        first, *_, last = train.values()                # those of the biased probe
+        first, *_, last = train.values()                # the texts of the biased probe
         assert min(len(first), len(last)) >= 100
 
 
@@ -44,7 +44,7 @@ def test_no_text_names_its_package_or_imports():
             assert not any(package in text.lower() for package in pair)
 
 
-def test_texts_of_one_file_are_all_for_training_or_all_for_testing():
+def test_the_texts_of_a_file_are_all_for_training_or_all_for_testing():
     found = passages("email", PACKAGES)
     for side in found.values():
         assert side.test and not set(side.train) & set(side.test)
@@ -69,15 +69,15 @@ def test_a_file_is_split_into_code_and_documentation():
 
 
 class Split(dict):
-    """Columns, as a split of the `datasets` package."""
+    """Columns, like a split of the `datasets` package."""
 
     def to_pandas(self):
-        pandas = pytest.importorskip("pandas", reason="`datasets` brings it")
+        pandas = pytest.importorskip("pandas", reason="pandas comes with `datasets`")
         return pandas.DataFrame(self)
 
 
 def bios(train, test):
-    """All professions and both genders, so many texts of each, shuffled."""
+    """`train` and `test` texts for each of 28 professions and both genders, shuffled."""
     splits = {}
     for seed, (name, each) in enumerate((("train", train), ("test", test))):
         pairs = [(profession, gender) for profession in range(28) for gender in (0, 1)] * each
@@ -89,7 +89,7 @@ def bios(train, test):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """{(repository, names ..): what the load_dataset of a made-up `datasets` package returns}."""
+    """{(repository, names ..): what load_dataset of a fake `datasets` package returns}."""
     found = {}
 
     def load_dataset(*names, **options):
@@ -105,7 +105,7 @@ def saebench_cut(suite, name):
     return labelled_saebench.suite_sets(suite)[name](42)
 
 
-def test_professions_are_sampled_as_pandas_samples_them_balanced_by_gender(answers):
+def test_professions_are_balanced_by_gender_and_sampled_as_pandas_does(answers):
     answers["LabHC/bias_in_bios",] = data = bios(1100, 260)
     cut = saebench_cut("probing", "bias_in_bios_2")
     assert list(cut.train) == ["11", "13", "14", "18", "19"]
@@ -119,17 +119,17 @@ def test_professions_are_sampled_as_pandas_samples_them_balanced_by_gender(answe
             assert side[str(label)] == expected
 
 
-def test_scr_takes_the_first_rows_of_each_quadrant_in_their_order(answers):
+def test_scr_uses_the_first_rows_of_each_quadrant_in_order(answers):
     answers["LabHC/bias_in_bios",] = data = bios(1500, 300)
     cut = saebench_cut("scr", "professor/nurse")
     assert list(cut.train) == [("21", "0"), ("21", "1"), ("13", "0"), ("13", "1")]
     columns = data["test"].values()
     first = [text for text, *pair in zip(*columns) if pair == [13, 1]][:250]
     assert cut.test["13", "1"] == first
-    assert len(cut.train["21", "0"]) == 1500            # fewer than 2,000: all there are
+    assert len(cut.train["21", "0"]) == 1500            # fewer than 2,000, so all of them
 
 
-def test_languages_and_code_are_the_first_of_a_stream_shuffled_one_after_the_other(answers):
+def test_languages_and_code_come_from_the_start_of_a_stream_and_are_shuffled_in_turn(answers):
     languages = labelled_saebench.FACTS["languages"]
     for language, pair in languages.items():
         rows = [{"translation": {language: f"{language}{i}"}} for i in range(3000)]
@@ -152,7 +152,7 @@ def test_languages_and_code_are_the_first_of_a_stream_shuffled_one_after_the_oth
             assert len(text) > 384 and int(text.rstrip("x")) % 6 == position
 
 
-def test_what_is_missing_is_said_in_one_line(answers, monkeypatch):
+def test_missing_texts_or_packages_are_reported_in_one_line(answers, monkeypatch):
     answers["LabHC/bias_in_bios",] = ConnectionError("Couldn't reach the Hub\nand more")
     expected = "cannot load the data set LabHC/bias_in_bios .*--labelled stdlib"
     refuses(expected, saebench_cut, "tpp", "bias_in_bios_1")

@@ -1,4 +1,4 @@
-"""Arrows run down: the method knows nothing of files or runs, nothing imports in a circle."""
+"""Imports only go down: the method does not depend on files or runs, and there are no cycles."""
 import ast
 import sys
 from graphlib import TopologicalSorter
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# What the files of a folder may import. The top of the package is the paper's method.
+# What the files of each folder may import. The top of the package is the paper's method.
 BELOW = {
     "top": {"top"},
     "io": {"top", "io"},
@@ -35,8 +35,8 @@ def imports_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            for alias in node.names:  # of a package: its module where there is one of that name
+            assert node.level == 0, f"{path}: imports must be absolute"
+            for alias in node.names:  # the package's module of that name, if it has one
                 inside = f"{node.module}.{alias.name}"
                 found.add(inside if inside in SOURCES else node.module)
     return found
@@ -48,32 +48,32 @@ OURS = {module: {name for name in names if name.split(".")[0] == "lorasae"}
 
 
 def layer(module):
-    """The folder of a module. The top of the package is the paper, its __init__.py the door."""
+    """A module's folder; "top" for the method's own files, "door" for lorasae/__init__.py."""
     folder = SOURCES[module].parent.name
     return folder if folder != "lorasae" else "door" if module == "lorasae" else "top"
 
 
-def test_the_sources_are_found():
+def test_the_source_files_are_found():
     assert {layer(module) for module in SOURCES} == {*BELOW, "door", "top", "bench", "tiny"}
-    # `from lorasae import topk`
+    # found through `from lorasae import topk`
     assert "lorasae.sae" in OURS["lorasae.model"] and "lorasae.topk" in OURS["lorasae.sae"]
 
 
 @pytest.mark.parametrize("module", [module for module in SOURCES if layer(module) in BELOW])
 def test_a_file_imports_only_its_own_folder_and_those_below(module):
-    """It names the module that it means: lorasae/__init__.py is for users."""
+    """It imports from the module itself: lorasae/__init__.py is for users."""
     for name in OURS[module]:
-        assert name in SOURCES, f"{module} imports {name}, which is no file"
+        assert name in SOURCES, f"{module} imports {name}, which is not a file"
         assert layer(name) in BELOW[layer(module)], f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("module", [module for module in SOURCES if layer(module) == "top"])
-def test_a_file_of_the_paper_meets_neither_files_nor_network_nor_packages_beyond_tensors(module):
+def test_the_method_uses_no_files_no_network_and_only_tensor_packages(module):
     outside = {name.split(".")[0] for name in IMPORTS[module]} - {"lorasae"}
     assert outside <= {"torch", "numpy", "einops"} | set(sys.stdlib_module_names), outside
     assert not outside & WORLD, outside & WORLD
 
 
-def test_nothing_imports_in_a_circle_or_the_commands():
+def test_there_are_no_import_cycles_and_nothing_imports_the_commands():
     TopologicalSorter({module: names & SOURCES.keys() for module, names in OURS.items()}).prepare()
     assert not {"train", "eval"} & set().union(*IMPORTS.values())

@@ -1,4 +1,4 @@
-"""Table 5 without a network: questions about held-out text, in lm-eval's format; its table."""
+"""Table 5 offline: questions about held-out text in lm-eval's format, and the table itself."""
 import random
 import sys
 from collections import Counter
@@ -19,7 +19,7 @@ GENERATING = "local_truthfulqa_gen"
 
 @pytest.fixture(scope="module")
 def sources():
-    """Their text; no file of the training side is opened."""
+    """The text of the held-out files. Opening a training file would fail."""
     def watched(file):
         return SimpleNamespace(name=file.name, open=lambda: held_out(file.name) and file.open())
 
@@ -50,7 +50,7 @@ def test_questions_are_reproducible_and_come_only_from_held_out_files(sources, a
 
 
 @pytest.mark.parametrize("task", CHOOSING)
-def test_neither_place_nor_length_nor_frequency_gives_the_answer_away(asked, task):
+def test_position_length_and_frequency_do_not_give_the_answer_away(asked, task):
     rows = asked[task]
     assert all(len(set(row["choices"])) == 4 for row in rows)
     places = Counter(row["label"] for row in rows)
@@ -75,7 +75,7 @@ def test_passages_are_whole_lines_and_a_question_needs_three_different_wrong_ans
     assert not passages(["short\n" * 10, "y" * 10_000 + "\n" + "x" * 90])
 
 
-def test_an_embedded_model_gets_them_by_default_and_others_the_papers(capsys, monkeypatch):
+def test_embedded_models_default_to_local_tasks_and_others_to_the_papers(capsys, monkeypatch):
     for model in ("tiny-gemma-2", str(TINY / "llama-3")):
         assert benchmarks.default_tasks(model) == "local"
     said = capsys.readouterr().err.splitlines()
@@ -87,7 +87,7 @@ def test_an_embedded_model_gets_them_by_default_and_others_the_papers(capsys, mo
     refuses(r'pip install "lm-eval', benchmarks.evaluate, None, "local", 3)
 
 
-def test_table_5_has_the_papers_rows_and_other_tasks_all_their_metrics():
+def test_table_5_has_the_papers_rows_and_every_metric_of_other_tasks():
     accuracy = {"acc,none": 0.5, "acc_stderr,none": 0.01, "acc_norm,none": 0.7, "alias": "x"}
     bleu = {"bleu_max,none": 20.0, "bleu_acc,none": 0.25}
     found = {"mmlu": accuracy, "mmlu_stem": accuracy, "mmlu_anatomy": accuracy,
@@ -111,7 +111,7 @@ def tasks():
     return benchmarks.load_tasks("local")
 
 
-def test_who_knows_every_answer_scores_1(tasks):
+def test_a_model_that_knows_every_answer_scores_1(tasks):
     from lm_eval import evaluator
     from lm_eval.api.model import LM
 
@@ -123,19 +123,19 @@ def test_who_knows_every_answer_scores_1(tasks):
             return [right(each.doc) for each in requests]
 
         def loglikelihood_rolling(self, requests):
-            raise AssertionError("no task asks this")
+            raise AssertionError("no task asks for this")
 
     found = evaluator.evaluate(Oracle(), tasks, bootstrap_iters=0, log_samples=False)["results"]
     assert all(found[task][f"{metric},none"] == 1 for task in CHOOSING
                for metric in ("acc", "acc_norm"))
     ends = found.pop(GENERATING)
-    assert ends["rouge1_acc,none"] > 0.95 and ends["bleu_acc,none"] > 0.9   # it needs four words
+    assert ends["rouge1_acc,none"] > 0.95 and ends["bleu_acc,none"] > 0.9   # BLEU needs four words
     assert [*found] == CHOOSING
 
 
 @pytest.mark.parametrize("answer", ["", " self.name, value in the file):", " by older versions"])
-def test_ends_are_compared_as_truthfulqa_compares_answers(asked, answer):
-    pytest.importorskip("lm_eval", reason="TruthfulQA's scores are lm-eval's")
+def test_endings_are_scored_as_truthfulqa_scores_answers(asked, answer):
+    pytest.importorskip("lm_eval", reason="lm-eval computes TruthfulQA's scores")
     from lm_eval.tasks.truthfulqa.utils import process_results_gen
     row = asked[GENERATING][1]
     wrong = [choice for choice in row["choices"] if choice != right(row)]

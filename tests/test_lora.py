@@ -1,4 +1,4 @@
-"""LoRA: the identity at the start, Eq. 1 after, PEFT's files both ways, and what is refused."""
+"""LoRA: the identity at first, then Eq. 1; files to and from PEFT; what is refused."""
 import json
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ def lora_of(width, out, rank, dropout=0.0):
 
 @pytest.mark.parametrize("width, out, rank, tokens",
                          [(64, 96, 16, 200), (64, 64, 32, 40), (16, 80, 4, 7)])
-def test_the_sum_of_the_weights_has_the_values_and_gradients_of_the_low_rank_path(
+def test_summed_weights_give_the_values_and_gradients_of_the_low_rank_path(
         monkeypatch, width, out, rank, tokens):
     torch.manual_seed(0)
     module = lora_of(width, out, rank)
@@ -59,7 +59,7 @@ def test_the_sum_of_the_weights_has_the_values_and_gradients_of_the_low_rank_pat
     (192, 352, 64, 512), (352, 192, 64, 512), (192, 64, 64, 512), (192, 352, 64, 256),
     (192, 352, 8, 512), (192, 128, 64, 1),
     (2304, 9216, 64, 1024), (2304, 9216, 256, 8192), (2048, 512, 256, 1024)])
-def test_the_cheaper_of_both_paths_by_counted_flops_is_taken(monkeypatch, width, out, rank, tokens):
+def test_forward_takes_the_path_with_fewer_flops(monkeypatch, width, out, rank, tokens):
     with torch.device("meta"):
         module = lora_of(width, out, rank)
         x = torch.empty(tokens, width, requires_grad=True)
@@ -74,7 +74,7 @@ def test_the_cheaper_of_both_paths_by_counted_flops_is_taken(monkeypatch, width,
     assert chosen == (flops[True] < flops[False])
 
 
-def test_the_weights_are_not_added_in_bf16_nor_under_dropout_nor_on_a_gpu():
+def test_weights_are_not_summed_in_bf16_under_dropout_or_on_a_gpu():
     module = lora_of(64, 64, 64, dropout=0.5)
     x = torch.randn(500, 64)
     assert not module.train().sum_is_cheaper(x) and module.eval().sum_is_cheaper(x)
@@ -84,8 +84,8 @@ def test_the_weights_are_not_added_in_bf16_nor_under_dropout_nor_on_a_gpu():
 
 
 @pytest.mark.parametrize("with_bias", [(), TARGETS, TARGETS[:3]], ids=["none", "all", "q, k, v"])
-def test_adapters_come_off_go_back_as_they_were_and_are_merged(model, tokens, with_bias):
-    """Biases stay in the model. Qwen-2's q, k and v have some."""
+def test_adapters_detach_reattach_unchanged_and_merge(model, tokens, with_bias):
+    """Biases stay in the model. Qwen-2's q, k and v projections have them."""
     torch.manual_seed(0)
     for name, module in model.layers.named_modules():
         if name.split(".")[-1] in with_bias:
@@ -128,8 +128,8 @@ def test_only_the_targets_are_adapted_and_unknown_ones_are_refused(model):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_new_modules_take_the_mode_of_their_surroundings(model, training):
-    """In an eval model dropout is off, whoever put the module there."""
+def test_new_modules_inherit_train_or_eval_mode(model, training):
+    """In an eval model, dropout is off in modules added later too."""
     model.train(training)
     modes = lambda: {module.training for module in model.modules()}
     add_lora(model, [1, 2], 3)
@@ -144,7 +144,7 @@ def test_new_modules_take_the_mode_of_their_surroundings(model, training):
     assert modes() == {training}
 
 
-def test_masters_stay_fp32_over_a_bf16_base(model_folder, tokens):
+def test_adapters_stay_fp32_on_a_bf16_base(model_folder, tokens):
     model = trained(load_model(model_folder, dtype="bfloat16"))
     assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
     logits = model(tokens)
@@ -156,13 +156,13 @@ def test_masters_stay_fp32_over_a_bf16_base(model_folder, tokens):
 # ---- PEFT and transformers -----------------------------------------------------------------------
 
 def distance(oracle, model, tokens):
-    """As a part of the largest logit."""
+    """The largest difference, relative to the largest logit."""
     expected, found = oracle(tokens).logits, model(tokens)
     return (expected - found).abs().max() / max(1, found.abs().max())
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
-def test_we_load_pefts_adapter(model_folder, tokens, tmp_path, options):
+def test_an_adapter_saved_by_peft_loads(model_folder, tokens, tmp_path, options):
     peft = pytest.importorskip("peft", reason="the oracle is peft")
     names = [f"model.layers.{layer}.mlp.{name}"
              for layer in (0, 2) for name in ("down_proj", "up_proj")]
@@ -172,15 +172,15 @@ def test_we_load_pefts_adapter(model_folder, tokens, tmp_path, options):
     oracle.save_pretrained(tmp_path / "adapter")
     model = load_adapter(load_model(model_folder), tmp_path / "adapter")
     assert sorted(adapters(model)) == names
-    # random adapters enlarge a score's rounding, 4e-6
+    # random adapters amplify the rounding of a score, 4e-6
     assert distance(oracle, model, tokens) <= (
         5e-5 if model.config.attn_logit_softcapping else 1e-5)
 
 
 @pytest.mark.parametrize("targets, training", [(("q_proj", "v_proj"), False), (TARGETS, True)],
                          ids=["some", "all"])
-def test_an_adapter_goes_both_ways(model_folder, tokens, tmp_path, targets, training):
-    """In a model that evaluates, dropout must not act: two calls are one."""
+def test_a_saved_adapter_loads_again_and_in_peft(model_folder, tokens, tmp_path, targets, training):
+    """In eval mode dropout must be off: two calls give the same logits."""
     torch.manual_seed(0)
     model = adapted(load_model(model_folder), [1, 3], alpha=8, targets=targets, dropout=0.5)
     save_adapter(model, tmp_path / "adapter", str(model_folder))
@@ -201,12 +201,12 @@ def test_an_adapter_goes_both_ways(model_folder, tokens, tmp_path, targets, trai
     assert distance(oracle, model, tokens) <= 1e-5
 
 
-def test_a_runs_adapter_names_a_base_that_others_find(finished):
+def test_a_runs_adapter_names_its_base_by_absolute_path(finished):
     named = read(finished("lora") / "adapter" / "adapter_config.json")["base_model_name_or_path"]
     assert Path(named).is_absolute() and (Path(named) / "config.json").exists()
 
 
-def test_a_linear_module_of_another_name_may_have_an_adapter(model_folder, tmp_path):
+def test_a_linear_module_of_any_name_can_be_adapted(model_folder, tmp_path):
     """A family may have more projections than the seven of Gemma-2 and Llama-3."""
     model, back = load_model(model_folder), load_model(model_folder)
     for one in (model, back):
@@ -231,7 +231,7 @@ def test_impossible_adapters_and_a_second_set_are_refused(model, tmp_path):
 
 @pytest.fixture
 def saved(model_folder, tmp_path):
-    """The folder of an adapter of that model."""
+    """A folder with a saved adapter for the model."""
     save_adapter(trained(load_model(model_folder)), tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -241,7 +241,7 @@ def rewrite(folder, change):
     save_file({name: tensor.clone() for name, tensor in change(load_file(path)).items()}, path)
 
 
-@pytest.mark.parametrize("change, message", [                   # wrong kinds: test_bad_files.py
+@pytest.mark.parametrize("change, message", [                   # wrong types: test_bad_files.py
     ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"), ({"r": 9}, "another model or rank"),
     ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"), ({"use_rslora": 1}, "use_rslora is 1"),
     ({"alora_invocation_tokens": [5]}, "alora"), ({"target_parameters": ["x"]}, "target_param"),
@@ -254,19 +254,19 @@ def test_adapters_outside_equation_1_are_refused_by_name(model_folder, saved, ch
 
 
 def and_also(name):
-    """The adapter with one tensor more."""
+    """Adds a tensor to the adapter."""
     return lambda tensors: {**tensors, name: tensors[KEY]}
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda tensors: {}, "holds no adapter: there is no tensor in it"),
+    (lambda tensors: {}, "contains no adapter: it has no tensors"),
     (and_also(KEY.replace("lora_A.weight", "lora_magnitude_vector")),
      "which is not the A or B of a LoRA adapter"),
-    (and_also(KEY.replace("up_proj", "../../up_proj")), "which this model does not have"),
+    (and_also(KEY.replace("up_proj", "../../up_proj")), "but this model's blocks have no such"),
     (and_also("base_model.model.lm_head.lora_A.weight"),
-     "adapts 'lm_head', which this model does not have"),
+     "adapts 'lm_head', but this model's blocks have no such"),
 ], ids=["empty", "dora", "path", "head"])
-def test_an_adapter_that_is_not_whole_is_refused_and_the_model_stays_as_it_was(
+def test_a_malformed_adapter_is_refused_and_the_model_stays_unchanged(
         model_folder, saved, tokens, change, message):
     rewrite(saved, change)
     model = load_model(model_folder)
@@ -276,7 +276,7 @@ def test_an_adapter_that_is_not_whole_is_refused_and_the_model_stays_as_it_was(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_adapters_of_every_floating_dtype_load_as_fp32_masters(model_folder, saved, dtype):
+def test_adapters_of_any_floating_dtype_load_as_fp32(model_folder, saved, dtype):
     rewrite(saved, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
     model = load_adapter(load_model(model_folder), saved)
     assert {p.dtype for p in lora_parameters(model)} == {torch.float32}

@@ -1,4 +1,4 @@
-"""Threads and the library of products: chosen once, recorded, used again; against F.linear."""
+"""Threads and matmul library: chosen once, recorded and reused; oneDNN against F.linear."""
 import time
 
 import pytest
@@ -21,7 +21,7 @@ def as_before():
     torch.backends.mkldnn.enabled = True
 
 
-def test_what_is_recorded_is_used_and_nothing_is_measured(monkeypatch):
+def test_recorded_settings_are_reused_without_measuring(monkeypatch):
     monkeypatch.setattr(machine, "free_cores", None)
     monkeypatch.setattr(machine, "faster_library", None)
     monkeypatch.setattr(machine, "cores", lambda: range(3))
@@ -34,7 +34,7 @@ def test_what_is_recorded_is_used_and_nothing_is_measured(monkeypatch):
 
 
 @pytest.mark.parametrize("slow, chosen", [("onednn", "mkl"), ("mkl", "onednn"), ("", "onednn")])
-def test_mkl_multiplies_only_where_it_is_clearly_faster(monkeypatch, slow, chosen):
+def test_mkl_is_chosen_only_if_it_is_clearly_faster(monkeypatch, slow, chosen):
     def multiply(x, weight):
         library = "onednn" if torch.backends.mkldnn.enabled else "mkl"
         end = time.process_time() + (0.006 if library == slow else 0.003)
@@ -49,7 +49,7 @@ def test_mkl_multiplies_only_where_it_is_clearly_faster(monkeypatch, slow, chose
 
 
 @pytest.mark.parametrize("idle, free", [(0.0, 1), (1.4, 1), (2.6, 3), (9.0, 4)])
-def test_by_default_a_run_takes_the_cores_that_idle(monkeypatch, idle, free):
+def test_by_default_a_run_uses_the_idle_cores(monkeypatch, idle, free):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(machine.sys, "platform", "linux")
     monkeypatch.setattr(machine.time, "sleep", lambda seconds: None)
@@ -72,7 +72,7 @@ def test_only_the_cores_of_this_process_count(monkeypatch, tmp_path):
     assert machine.idle_seconds() == 6.0
 
 
-# ---- Products by another library, against F.linear -----------------------------------------------
+# ---- oneDNN's products against F.linear ----------------------------------------------------------
 
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
                             reason="this PyTorch was built without oneDNN")
@@ -82,7 +82,7 @@ onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
 @pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_values_and_every_gradient_are_those_of_the_formula(shape, bias, transposed):
+def test_values_and_every_gradient_match_the_formula(shape, bias, transposed):
     torch.manual_seed(0)
     x = torch.randn(shape, requires_grad=True)
     weight = torch.randn(5, 4).T if transposed else torch.randn(4, 5)
@@ -100,7 +100,7 @@ def test_values_and_every_gradient_are_those_of_the_formula(shape, bias, transpo
 
 
 @onednn
-def test_a_frozen_weight_keeps_nothing_of_its_input():
+def test_a_frozen_weight_saves_no_input_for_the_backward_pass():
     layer, saved = Linear(5, 4, bias=False).requires_grad_(False), []
     x = torch.randn(3, 5, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -110,7 +110,7 @@ def test_a_frozen_weight_keeps_nothing_of_its_input():
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 5))
 
 
-def test_elsewhere_it_is_f_linear(monkeypatch):
+def test_all_other_inputs_go_through_f_linear(monkeypatch):
     monkeypatch.setattr(module, "product", None)
     for dtype in (torch.float64, torch.bfloat16):
         x, weight = torch.randn(3, 5, dtype=dtype), torch.randn(4, 5, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The hand-written models against transformers; how they load, splice, refuse, and generate."""
+"""The hand-written models against transformers: loading, splicing, generating, bad files."""
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ GEMMA3_OLDER = {                                        # as transformers 4 wrot
     "sliding_window_pattern": 3, "rope_theta": 1000000, "rope_local_base_freq": 10000,
     "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "cache_implementation": "hybrid"}
 
-# What these families can do, but their published models do not
+# What these families support, but their published models do not use
 GEMMA_OTHER = {
     **GEMMA, "layer_types": ["full_attention"] * 2 + ["sliding_attention", "full_attention"],
     "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
@@ -61,7 +61,7 @@ def test_logits_equal_transformers(raw, dtype, tmp_path, monkeypatch):
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=10)
 
 
-def test_saved_models_read_back(raw_config, model_folder, tokens, tmp_path):
+def test_saved_models_load_again_unchanged(raw_config, model_folder, tokens, tmp_path):
     model, copy = load_model(model_folder), tmp_path / "copy"
     index = copy / "model.safetensors.index.json"
     stale = {**raw_config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
@@ -71,7 +71,7 @@ def test_saved_models_read_back(raw_config, model_folder, tokens, tmp_path):
     assert total == sum(tensor.nbytes for tensor in model.state_dict().values())
     assert torch.equal(load_model(copy)(tokens), model(tokens))
 
-    # of two savings in one folder the single file counts, as in transformers
+    # a single file takes precedence over shards in the same folder, as in transformers
     other = write_model(tmp_path / "other", raw_config, seed=1)
     shutil.copy(other / "model.safetensors", copy)
     assert torch.equal(load_model(copy)(tokens), load_model(other)(tokens))
@@ -88,7 +88,7 @@ def test_saved_models_read_back(raw_config, model_folder, tokens, tmp_path):
     ("gemma-3-270m", 268_098_176), ("gemma-3-1b", 999_885_952), ("smollm2-135m", 134_515_008),
     ("smollm2-1.7b", 1_711_376_384), ("llama-3.2-1b", 1_235_814_400),
     ("llama-3.1-8b", 8_030_261_248)])
-def test_the_presets_configurations_are_those_of_the_published_models(name, parameters):
+def test_preset_configurations_match_the_published_models(name, parameters):
     known = PRESETS[name]
     with torch.device("meta"):
         model = Transformer(parse_config(known.config, name))
@@ -96,7 +96,7 @@ def test_the_presets_configurations_are_those_of_the_published_models(name, para
     assert known.weights == parameters * (4 if name.startswith("gemma-2") else 2)
 
 
-def test_a_home_folder_is_harmless(whole_model, raw_config, tokens, monkeypatch, tmp_path):
+def test_a_tilde_means_the_home_folder(whole_model, raw_config, tokens, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert local("~/model") == whole_model and local("~noone9/x") == Path("~noone9/x")
@@ -117,8 +117,8 @@ def test_a_home_folder_is_harmless(whole_model, raw_config, tokens, monkeypatch,
 
 
 def test_new_spellings_of_the_configuration_mean_the_same():
-    """Gemma 3's: tests/test_real_formats.py."""
-    both = {**GEMMA3, "rope_local_base_freq": 777.0}    # a stale one, beside the newer spelling
+    """For Gemma 3's, see tests/test_real_formats.py."""
+    both = {**GEMMA3, "rope_local_base_freq": 777.0}    # a stale key next to the newer one
     assert parse_config(both, "both") == parse_config(GEMMA3, "new")
     new = {**LLAMA, "dtype": "float32"}
     theta, scaling, _ = (new.pop(key) for key in ("rope_theta", "rope_scaling", "torch_dtype"))
@@ -136,9 +136,9 @@ def test_a_cache_gives_the_same_logits_piece_by_piece(model, tokens, pieces):
 
 @pytest.mark.parametrize("site, after_norm", [("mlp", True), ("mlp", False), ("resid", False)])
 def test_an_sae_is_spliced_in_where_it_was_trained(model, tokens, site, after_norm):
-    """By hand: a hook on the block, on its MLP, or on the norm that follows this in Gemma.
+    """Against a hook on the block, its MLP, or the norm that follows the MLP in Gemma.
 
-    Special positions, which the SAE never saw, stay as they are.
+    Special positions, which the SAE never saw, stay unchanged.
     """
     tokens[:, [0, 7]] = model.config.bos_token_id
     sae = JumpReLU(model.config.hidden_size, 64).requires_grad_(False)
@@ -172,18 +172,18 @@ def test_an_sae_is_spliced_in_where_it_was_trained(model, tokens, site, after_no
 
 @pytest.mark.parametrize("layers, message", [
     (5, "lacks 'model.layers.4"), (3, "has, beyond the model's tensors, 'model.layers.3")])
-def test_a_model_of_other_blocks_is_one_clear_line(model_folder, raw_config, layers, message):
+def test_a_wrong_number_of_blocks_is_one_clear_line(model_folder, raw_config, layers, message):
     other = {**raw_config, "num_hidden_layers": layers, "layer_types": None}
     write_json(model_folder / "config.json", other)
     refuses(message, load_model, model_folder)
 
 
-# ---- Gemma 3 beside a vision tower ---------------------------------------------------------------
+# ---- Gemma 3 with a vision tower -----------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
     """A random model with a vision tower, as transformers saves it."""
-    transformers = pytest.importorskip("transformers", reason="makes the model")
+    transformers = pytest.importorskip("transformers", reason="transformers makes the model")
     text = {key: value for key, value in GEMMA3.items() if key not in ("architectures",)}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
               "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -198,7 +198,7 @@ def seeing(tmp_path_factory):
     return folder, model
 
 
-def test_the_text_model_beside_a_vision_tower_is_transformers_own(seeing, tokens, capsys):
+def test_the_text_model_next_to_a_vision_tower_matches_transformers(seeing, tokens, capsys):
     folder, oracle = seeing
     model = load_model(folder)
     assert "vision tower" in capsys.readouterr().err
@@ -207,7 +207,7 @@ def test_the_text_model_beside_a_vision_tower_is_transformers_own(seeing, tokens
     assert (model.config.eos_token_id, model.config.with_vision) == (1, True)
 
 
-def test_both_spellings_of_its_weights_are_read(seeing, tokens, tmp_path):
+def test_both_spellings_of_its_tensor_names_load(seeing, tokens, tmp_path):
     folder, _ = seeing
     weights = load_file(folder / "model.safetensors")
     renamed = {}
@@ -227,8 +227,8 @@ def test_both_spellings_of_its_weights_are_read(seeing, tokens, tmp_path):
 
 
 def test_its_adapters_load_in_peft_and_merge_into_a_plain_model(seeing, tokens, tmp_path):
-    peft = pytest.importorskip("peft", reason="reads the adapters")
-    transformers = pytest.importorskip("transformers", reason="reads the merged model")
+    peft = pytest.importorskip("peft", reason="peft loads the adapters")
+    transformers = pytest.importorskip("transformers", reason="transformers loads the merged model")
     folder, oracle = seeing
     model = adapted(load_model(folder), [1, 3], rank=4, std=0.1)
     save_adapter(model, tmp_path / "adapter")
@@ -253,7 +253,7 @@ def test_its_adapters_load_in_peft_and_merge_into_a_plain_model(seeing, tokens, 
 
 @pytest.fixture
 def saes(model, tokens):
-    """SAEs of a model whose EOS does not come up in what is generated here."""
+    """SAEs for a model whose EOS does not occur in the text that it generates."""
     saes = {1: random_sae("topk", model), 2: random_sae("jumprelu", model)}
     model.config.__dict__["eos_token_id"] = 0
     seen = [without_cache(model, tokens, 12, saes) for saes in (saes, {})]
@@ -262,14 +262,14 @@ def saes(model, tokens):
     return saes
 
 
-def test_it_is_greedy_and_new_positions_get_the_saes(model, tokens, saes):
+def test_generation_is_greedy_and_splices_the_saes_at_new_positions(model, tokens, saes):
     found = generate(model, tokens, 12, saes)
     assert torch.equal(found, without_cache(model, tokens, 12, saes))
     assert not torch.equal(found, generate(model, tokens, 12))
     assert torch.equal(generate(model, tokens, 0), tokens)
     refuses("blocks 0 to 3", generate, model, tokens, 1, {4: saes[1]})
 
-    # Rows are independent, and prompts may be of any lengths.
+    # Rows are independent, and prompts can have any length.
     lengths = [40, 23]
     ragged = generate(model, tokens, 12, saes, lengths=lengths)
     assert torch.equal(ragged[0], found[0])
@@ -278,7 +278,7 @@ def test_it_is_greedy_and_new_positions_get_the_saes(model, tokens, saes):
     assert (ragged[1, 35:] == model.config.eos_token_id).all()
 
 
-def test_a_row_ends_at_eos_or_where_it_is_told_to(model, tokens, saes):
+def test_a_row_ends_at_eos_or_when_it_is_told_to_stop(model, tokens, saes):
     free = generate(model, tokens, 12)
     new = free[:, 40:].tolist()
     model.config.__dict__["eos_token_id"] = eos = new[0][4]
@@ -295,7 +295,7 @@ def test_a_row_ends_at_eos_or_where_it_is_told_to(model, tokens, saes):
     assert generate(model, tokens, 12, stop=lambda row, ids: len(ids) == 3).shape == (2, 43)
 
 
-def test_a_temperature_draws_by_the_softmax_and_a_generator_repeats_it(model, tokens, saes):
+def test_a_temperature_samples_from_the_softmax_and_a_seed_repeats_it(model, tokens, saes):
     def drawn(seed, temperature=0.7, prompts=tokens, count=4):
         generator = torch.Generator().manual_seed(seed)
         return generate(model, prompts, count, saes, temperature, generator)

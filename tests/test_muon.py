@@ -1,4 +1,4 @@
-"""Muon: its fast product against its formula, its steps against PyTorch's."""
+"""Muon: fast orthogonalisation against its formula, and steps against PyTorch's."""
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +15,7 @@ def parameters(shapes=SHAPES):
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-def test_matrices_of_one_shape_together_are_the_formula_one_by_one(steps):
+def test_matrices_of_one_shape_together_match_the_formula_one_by_one(steps):
     matrices = [parameter.detach() for parameter in parameters()]
     for matrix, found in zip(matrices, orthogonal(matrices, steps)):
         if matrix.shape[0] <= matrix.shape[1]:
@@ -23,12 +23,12 @@ def test_matrices_of_one_shape_together_are_the_formula_one_by_one(steps):
         else:
             expected = naive_orthogonal(matrix.T, steps).T
         torch.testing.assert_close(found, expected)
-    found, = orthogonal([torch.zeros(3, 5)], steps)     # A's gradient at the first step: B is 0
+    found, = orthogonal([torch.zeros(3, 5)], steps)     # A's first gradient: B is still 0
     assert not found.any()
 
 
 def take_steps(seeds, optimisers, *weights):
-    """A step for each seed, which decides the gradients of every list of weights alike."""
+    """One step per seed. The seed gives every list of weights the same gradients."""
     for seed in seeds:
         for own in weights:
             torch.manual_seed(100 + seed)
@@ -43,7 +43,7 @@ def theirs(weights, **options):
 
 
 def trained(made_by, weight_decay=0.0, state=None):
-    """Matrices after some steps, and the optimiser."""
+    """Matrices after a few steps, and their optimiser."""
     weights = parameters()
     optimiser = made_by(weights, lr=0.01, weight_decay=weight_decay)
     if state is not None:
@@ -53,7 +53,7 @@ def trained(made_by, weight_decay=0.0, state=None):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_its_steps_and_state_are_those_of_pytorch_to_the_rounding_of_bf16(weight_decay):
+def test_steps_and_state_match_pytorchs_up_to_bf16_rounding(weight_decay):
     ours, our_optimiser = trained(Muon, weight_decay)
     pytorchs, other_optimiser = trained(theirs, weight_decay)
     for found, expected, before in zip(ours, pytorchs, parameters()):
@@ -64,10 +64,10 @@ def test_its_steps_and_state_are_those_of_pytorch_to_the_rounding_of_bf16(weight
         assert mine.keys() == other.keys()
         torch.testing.assert_close(mine["momentum_buffer"], other["momentum_buffer"])
     continued, _ = trained(Muon, weight_decay, other_optimiser.state_dict())
-    assert not any(map(torch.equal, continued, ours))                   # on with the momentum
+    assert not any(map(torch.equal, continued, ours))                   # it uses the momentum
 
 
-def test_a_weight_without_a_gradient_stays():
+def test_a_weight_without_a_gradient_stays_unchanged():
     still, moving = (torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2))
     moving.grad = torch.randn(3, 4)
     Muon([still, moving], lr=0.1).step()
@@ -75,7 +75,7 @@ def test_a_weight_without_a_gradient_stays():
 
 
 def test_vectors_and_scalars_go_to_adamw_and_matrices_to_muon():
-    """In one object that a run sets rates in, saves and restores."""
+    """Both are in one optimiser, whose rates a run can set and whose state it can save and load."""
     how = SimpleNamespace(lr=0.01, weight_decay=0.1)
     apart, together, resumed = (parameters([(6, 20), (6,), ()]) for _ in range(3))
     of_vectors = torch.optim.AdamW(apart[1:], **vars(how))

@@ -36,7 +36,7 @@ def in_chunks_of(rows, monkeypatch):
 @pytest.mark.parametrize("softcap", [None, 30.0, 2.0])
 @pytest.mark.parametrize("chunk", [1, 8, 37, 1000])
 def test_linear_kl_and_its_gradient_match_float64_autograd(monkeypatch, softcap, chunk):
-    """As F.kl_div, which fixes the direction: the base first."""
+    """F.kl_div fixes the direction: KL(base || adapted)."""
     in_chunks_of(chunk, monkeypatch)
     target, hidden, weight = problem()
     loss = linear_kl(target, hidden, weight, softcap)
@@ -49,9 +49,9 @@ def test_linear_kl_and_its_gradient_match_float64_autograd(monkeypatch, softcap,
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")),
                     reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_the_loss_and_its_gradient_are_the_same(monkeypatch):
+def test_compiling_keeps_the_loss_and_its_gradient(monkeypatch):
     in_chunks_of(16, monkeypatch)
-    target, hidden, weight = problem(N=32)  # two chunks of one shape: one graph
+    target, hidden, weight = problem(N=32)  # two chunks of one shape share one graph
     losses, gradients = [], []
     for compiled in (False, True):
         losses.append(linear_kl(target, hidden, weight, 30.0, compiled=compiled))
@@ -60,7 +60,7 @@ def test_compiled_the_loss_and_its_gradient_are_the_same(monkeypatch):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_naive_kl_is_the_same_function_with_its_logits_written_out():
+def test_linear_kl_matches_its_naive_twin_that_stores_all_logits():
     target, hidden, weight = problem(N=36)
     naive = naive_kl(target, hidden, weight, 5.0)
     expected, = torch.autograd.grad(naive, hidden)
@@ -79,26 +79,26 @@ def test_bf16_weights_keep_the_gradient_within_half_a_percent(distance):
     assert (hidden.grad.double() - true_gradient).norm() <= 5e-3 * true_gradient.norm()
 
 
-def test_token_losses_are_cross_entropy_and_kl_of_each_token(monkeypatch):
+def test_token_losses_are_the_cross_entropy_and_kl_of_each_token(monkeypatch):
     in_chunks_of(5, monkeypatch)
     target, hidden, weight = problem(N=36)
     models = torch.stack([target, hidden.detach(), target + 1]).view(3, 4, 9, -1)
     labels = torch.randint(101, (4, 9))
-    losses = token_losses(models, labels, weight, 3.0)
-    assert not losses.kl[0].any()
+    ce, kl = token_losses(models, labels, weight, 3.0)
+    assert not kl[0].any()
     for s, model in enumerate(models):
         log_q = capped(model @ weight.T, 3.0).log_softmax(-1)
         torch.testing.assert_close(
-            losses.ce[s], F.cross_entropy(log_q.mT, labels, reduction="none"))
+            ce[s], F.cross_entropy(log_q.mT, labels, reduction="none"))
         for row in range(4):
             expected = naive_kl(models[0, row], model[row], weight, 3.0)
-            assert losses.kl[s, row].sum().item() == pytest.approx(expected.item(), rel=1e-4)
+            assert kl[s, row].sum().item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("V, D", [(101, 24), (4096, 16)])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_side_by_side_have_the_bits_of_each_alone_and_share_one_softmax_of_the_base(
+def test_several_models_match_each_alone_bit_for_bit_and_share_one_base_softmax(
         monkeypatch, V, D, softcap, dtype):
     target, hidden, weight = problem(N=1100 if V > 1000 else 37, D=D, V=V)
     models = torch.stack([target + distance * torch.randn_like(target)
@@ -120,13 +120,13 @@ def test_models_side_by_side_have_the_bits_of_each_alone_and_share_one_softmax_o
         assert torch.equal(gradient[s], gradients[s]) and gradients[s].any()
 
 
-# ---- The ways of CUDA ----------------------------------------------------------------------------
+# ---- The CUDA paths ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_ways_of_cuda_give_the_same_losses_and_gradients(
+def test_the_cuda_paths_give_the_same_losses_and_gradients(
         monkeypatch, dtype, tolerance, compiled):
-    """compiled: the function that torch.compile would be given, run as it is."""
+    """compiled: the function that torch.compile would get, run without compiling it."""
     in_chunks_of(8, monkeypatch)
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     objectives.compiled_kl.cache_clear()

@@ -21,7 +21,7 @@ def claim(*means, half=0.1, **more):
 
 @pytest.fixture
 def render(study, monkeypatch):
-    """(HTML, its text) of a page whose part fig3 is done and makes some claims."""
+    """(HTML, its text) of a page on which only part fig3 is done, with these claims."""
     def make(*claims, study=study, png=None):
         sections, table = [], Table("A table", ["", "x"], [["<script>", 0.12345]], ["a note"])
         found = {"numbers": {}, "trainings": 7, "trained_tokens": 42_000, "seconds": 183.2,
@@ -52,7 +52,7 @@ def test_page_shows_claims_then_parts(study, render):
     assert 'id="fig3"' in html
     for words in ["2 claims: agrees (1), differs (1). They have 4 cases", "<b>bold</b> Fig. 3",
                   "agrees ours: +0.200 ± 0.100 nats (9 documents) paper: 30 & 55 %",
-                  "A table x <script> 0.1235 a note 7 trainings on 42,000 tokens",
+                  "A table x <script> 0.1235 a note 7 training runs on 42,000 tokens",
                   "Left out: pip install lm-eval", "Left out: not run yet"]:
         assert words in text
 
@@ -87,7 +87,7 @@ def claims_of(part, cases):
     return dict(zip(part.words["claims"], part.claims({"cases": cases})))
 
 
-def test_saebench_claims_are_of_table_3():
+def test_saebench_claims_come_from_table_3():
     row = {"difference": 0.02, "ci90": 0.01}
     papers = {name: saebench.table_6(name) for name in downstream.TABLE_3}
     found = [{"seeds": 3, "rows": dict.fromkeys(paper, row)} for _, paper, _ in papers.values()]
@@ -97,7 +97,7 @@ def test_saebench_claims_are_of_table_3():
         assert claim.cases == {name: (0.02, 0.01, "3 seeds of the evaluation")}
 
 
-def test_steering_has_a_case_for_each_latent():
+def test_steering_claims_have_a_case_per_latent():
     rows = []
     for latent, positive, negative, alpha in (3, 0.9, -0.2, 1), (4, 0.4, -2, 2), (5, 0, 0, 0):
         row = {"latent": latent, "alpha_base": 0, "alpha_lora": alpha}
@@ -112,7 +112,7 @@ def test_steering_has_a_case_for_each_latent():
     assert alike.cases["latent 4"] == (2, 0.3, "50 texts")
 
 
-def test_benchmarks_are_paired_by_question():
+def test_benchmark_claims_are_paired_by_question():
     pairs = {"with_sae": [0.02, 0.01, 1200], "without_sae": [-0.02, 0.03, 1200]}
     cases = downstream.benchmark_cases([{"paired": {"MMLU": pairs, "MC1": pairs}}])
     claims = claims_of(downstream.BENCHMARKS, cases)
@@ -120,7 +120,7 @@ def test_benchmarks_are_paired_by_question():
     assert claims["with_sae"].cases["MC1"].over == "1,200 questions"
 
 
-def test_loss_by_token_over_seeds_or_over_documents():
+def test_token_loss_intervals_are_over_seeds_or_else_over_documents():
     run = {"documents": 31, "improvement": 0.2, "share_worse": 0.4, "from_middle": 0.7,
            "ci90": {"improvement": 0.01, "share_worse": 0.02, "from_middle": 0.1}}
     worse = claims_of(downstream.TOKENS, downstream.token_cases([run]))["share_worse"]
@@ -132,7 +132,7 @@ def test_loss_by_token_over_seeds_or_over_documents():
     assert middle.verdict == "no interval" and "no improvement" in middle.ours
 
 
-def test_distances_at_every_block_and_after_the_sae():
+def test_distance_claims_use_the_mean_over_the_blocks_after_the_sae():
     change = {"change": [0, 0.3], "ci90": [0, 0.1], "change_after": 0.2, "ci90_after": 0.05}
     run = {where: dict.fromkeys(distances.MEASURES, change) for where in distances.POSITIONS}
     run |= {"layers": [2, 3], "documents": 31}
@@ -141,7 +141,7 @@ def test_distances_at_every_block_and_after_the_sae():
 
 
 @pytest.mark.parametrize("model", ["tiny-gemma-2", "gemma-2-2b"])
-def test_a_part_of_evaluations_takes_what_each_found(study, model):
+def test_an_evaluation_part_collects_what_each_job_found(study, model):
     study = replace(study, model=model)
     suite = SimpleNamespace(tables=lambda found: [found])
     seen = downstream.part("saebench", 4 * [suite], downstream.saebench_jobs, cases=len)

@@ -1,4 +1,4 @@
-"""The paper by one command: a rule for claims, shared runs, processes; a stopped one continues."""
+"""The paper in one command: verdicts on claims, shared runs, processes, continuing after a stop."""
 import os
 import re
 import signal
@@ -47,7 +47,7 @@ def test_a_case_is_decided_by_its_interval_and_the_threshold(mean, half, verdict
     assert ("±" in one.ours) == (half is not None) and "9 documents" in one.ours
 
 
-def test_a_claim_takes_the_verdict_of_more_than_half_of_its_cases():
+def test_a_claim_gets_the_verdict_of_more_than_half_of_its_cases():
     yes, no, noise, none = (1, 0.5), (-1, 0.5), (0.2, 0.5), (1, None)
     assert claim(yes, yes, noise).verdict == "agrees"
     assert claim(yes, yes, noise).ours == "2 of 3 agree, 1 within noise"
@@ -62,7 +62,7 @@ def test_a_claim_takes_the_verdict_of_more_than_half_of_its_cases():
     assert row == ["Fig. 3: says", "30 %", "+1.000 ± 0.500 nats (9 documents)", "agrees"]
 
 
-def test_estimates_over_seeds():
+def test_estimates_are_combined_over_seeds():
     one = Estimate(0.2, 0.1, "29 documents")
     assert over_seeds([list(one)]) == over_seeds([one, one]) == one         # nothing varies
     assert over_seeds([one, one._replace(mean=0.4)]) == (
@@ -76,7 +76,7 @@ def test_estimates_over_seeds():
 
 # ---- The study -----------------------------------------------------------------------------------
 
-def test_trainings_and_evaluations_are_commands(study):
+def test_training_runs_and_evaluations_are_commands(study):
     sae = new_sae(study, "topk", "tiny-gemma-2", layer=0, k=4)
     assert sae.folder.name == "tiny-gemma-2-topk-layer-0-k-4-tokens-400000"
     job = around(study, "x", [sae], rank=(1, 4), seed=None)
@@ -100,7 +100,7 @@ def test_trainings_and_evaluations_are_commands(study):
 @pytest.mark.parametrize("model, timed", [
     ("tiny-gemma-2", 24), ("gemma-2-2b", 27), ("/x/smollm2-135m-instruct", 11),
     ("gemma-3-270m", 8)])
-def test_parts_share_trainings_and_each_comes_after_what_it_needs(study, model, timed):
+def test_parts_share_training_runs_and_jobs_follow_what_they_need(study, model, timed):
     study = replace(study, model=model, sae_tokens=None, frontier_tokens=None, long_tokens=None,
                     data="/d")
     parts = paper.chosen(study, None)
@@ -125,18 +125,18 @@ def test_parts_share_trainings_and_each_comes_after_what_it_needs(study, model, 
 def test_every_figure_and_table_has_a_part_and_a_dry_run_shows_its_commands(capsys, tmp_path):
     command(PAPER, "--dry-run", "--out", tmp_path / "out")
     words = re.findall(r"\w+", capsys.readouterr().out)
-    figures = [f"fig{number}" for number in (1, *range(3, 12))]         # Figure 2 is the method's
+    figures = [f"fig{number}" for number in (1, *range(3, 12))]         # Figure 2 shows the method
     assert set(figures + [f"table{number}" for number in range(1, 7)]) <= set(words)
 
     command(PAPER, "--dry-run", "--only", "fig9", "--seeds", 1, "--out", tmp_path / "out")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "one_block (fig9): 4 trainings on 240,000 tokens, 0 evaluations"
+    assert lines[1] == "one_block (fig9): 4 training runs on 240,000 tokens, 0 evaluations"
     assert [line.split()[:4] for line in lines[-4:]] == [
         ["python", os.path.relpath(ROOT / "train.py"), "--model", "tiny-gemma-2"]] * 4
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
+def test_mistakes_are_one_line_and_leave_nothing_behind(tmp_path, capsys):
     out = tmp_path / "out"
     assert "choose from frontier, fig1" in refusal(PAPER, "--only", "fig2", "--out", out)
     assert "there is no such part" in refusal(PAPER, "--model", "gemma-3-270m", "--only", "fig6")
@@ -161,9 +161,9 @@ def test_a_study_keeps_its_arguments(study):
         paper.begin(replace(study, lora_tokens=1))
 
 
-def test_what_failed_is_left_out_by_name_and_the_rest_is_shown(study, monkeypatch, capsys):
+def test_failed_parts_are_left_out_by_name_and_the_rest_is_shown(study, monkeypatch, capsys):
     def pretend(commands, processes, logs):
-        """Finishes every run but one of Figure 6."""
+        """Finishes every run except one of Figure 6's."""
         failed = {}
         for each in commands:
             if "several-1-3-seed-0" in each.name:
@@ -193,15 +193,15 @@ def test_what_failed_is_left_out_by_name_and_the_rest_is_shown(study, monkeypatc
                                                                    *words[2:])
     assert gap.ONE_BLOCK.words["title"] in (study.folder / "index.html").read_text()
 
-    kept = study.folder / "kept"                        # numbers alone, without the runs
+    kept = study.folder / "kept"                        # only the numbers, without the runs
     kept.mkdir()
     (study.folder / "numbers").rename(kept / "numbers")
     command(PAPER, "--redraw", "--only", "fig9", "--out", kept)
     assert "Fig. 9: The first block" in capsys.readouterr().out
-    assert "4 trainings on 4,000" in (kept / "index.html").read_text()
+    assert "4 training runs on 4,000" in (kept / "index.html").read_text()
 
 
-def test_a_figure_from_its_commands_and_again_after_a_kill(tmp_path, monkeypatch):
+def test_a_figure_is_the_same_after_a_kill_and_finished_runs_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "run_all", in_this_process)
     words = ["--only", "fig9", "--quick", "--lora-tokens", "1k", "--eval-tokens", "1k"]
     words += ["--out", tmp_path]
@@ -211,7 +211,7 @@ def test_a_figure_from_its_commands_and_again_after_a_kill(tmp_path, monkeypatch
     runs = sorted((tmp_path / "adapters").iterdir())
     before = {run: (run / "results.json").stat().st_mtime_ns for run in runs}
 
-    # What a killed run leaves behind: no results, and no adapter yet
+    # As a run killed early would be: without results and checkpoints
     *kept, killed = runs
     for name in "results.json", "sequences.json":
         (killed / name).unlink()
@@ -220,12 +220,12 @@ def test_a_figure_from_its_commands_and_again_after_a_kill(tmp_path, monkeypatch
     command(PAPER, *words, "--device", "cpu")
     again = read(tmp_path / "numbers" / "one_block.json")["numbers"]
     for row in numbers["rows"] + again["rows"]:
-        del row["seconds"]                              # all else is the same
+        del row["seconds"]                              # everything else is the same
     assert again == numbers
     assert all((run / "results.json").stat().st_mtime_ns == before[run] for run in kept)
 
 
-# ---- Its commands as processes -------------------------------------------------------------------
+# ---- Running the commands as processes -----------------------------------------------------------
 
 SCRIPT = '''
 import os, pathlib, sys, time
@@ -249,7 +249,7 @@ if word == "slow":
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """Commands of a script that does what its word says: made("fail")."""
+    """made("fail"): a command whose script does what the word says."""
     (tmp_path / "train.py").write_text(SCRIPT)
     monkeypatch.setattr(commands, "ROOT", tmp_path)
 
@@ -259,23 +259,23 @@ def made(tmp_path, monkeypatch):
     return make
 
 
-def test_a_failure_has_a_reason_and_the_others_run(made, tmp_path, capsys):
+def test_a_failure_is_reported_with_its_reason_and_the_others_run(made, tmp_path, capsys):
     asked = [made(word) for word in ("fail", "well", "killed", "lazy")]
     failed = run_all(asked, 2, tmp_path / "logs")
     log = tmp_path / "logs" / "runs-lazy-results.log"
     assert failed == {
         asked[0].done: "too few tokens",
-        asked[2].done: "signal 9 killed it (too little memory?), see "
+        asked[2].done: "killed by signal 9 (out of memory?), see "
                        f"{log.parent}/runs-killed-results.log",
         asked[3].done: f"see {log}",
     }
     shown = capsys.readouterr().out
     assert "of 4] runs-fail-results: failed: too few tokens" in shown
     assert "runs-well-results: " in shown
-    assert log.read_text().split()[0].isdigit()         # its threads
+    assert log.read_text().split()[0].isdigit()         # its number of threads
 
 
-def test_what_is_finished_is_skipped_and_what_was_begun_is_resumed(made, tmp_path):
+def test_finished_runs_are_skipped_and_unfinished_ones_resumed(made, tmp_path):
     finished, begun = made("fail"), made("well")
     for each, name in (finished, "results.json"), (begun, "config.json"):
         each.folder.mkdir(parents=True)
@@ -287,7 +287,7 @@ def test_what_is_finished_is_skipped_and_what_was_begun_is_resumed(made, tmp_pat
     assert evaluation.to_run() == evaluation.words and evaluation.name == "runs-well-eval-lm"
 
 
-def test_an_interrupt_leaves_no_process_and_starts_no_more(made, tmp_path):
+def test_an_interrupt_leaves_no_process_and_starts_no_other(made, tmp_path):
     words = [f"commands.Command('train.py', ('slow', {str(tmp_path / name)!r}), "
              f"commands.Path({str(tmp_path / name)!r}))" for name in ("a", "b")]
     code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -299,6 +299,6 @@ def test_an_interrupt_leaves_no_process_and_starts_no_more(made, tmp_path):
         assert time.monotonic() - begun < 120 and running.poll() is None
         time.sleep(0.05)
     os.kill(running.pid, signal.SIGINT)
-    _, errors = running.communicate(timeout=60)         # ends at once, without the 100 seconds
+    _, errors = running.communicate(timeout=60)         # ends at once, not after 100 seconds
     assert b"KeyboardInterrupt" in errors
     assert not (tmp_path / "b").exists() and not (tmp_path / "a" / "results.json").exists()

@@ -30,8 +30,8 @@ def golden():
     (None, (1.07604678, -2.06506263, .56055453), -.89510907),
     ("balanced", (1.09307195, -2.12279762, .54885571), -.40920537),
 ])
-def test_logistic_regression_decides_by_the_known_minimum(class_weight, weight, bias):
-    pytest.importorskip("sklearn", reason="fits them")
+def test_logistic_regression_decides_as_the_known_minimum_does(class_weight, weight, bias):
+    pytest.importorskip("sklearn", reason="scikit-learn fits them")
     x, y = golden()
     tests = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits = tests @ torch.tensor(weight, dtype=torch.float64) + bias
@@ -43,20 +43,20 @@ def test_logistic_regression_decides_by_the_known_minimum(class_weight, weight, 
 SGD = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.1), "batch": 8, "seed": 0}
 
 
-def test_the_epoch_is_the_best_on_held_out_texts():
+def test_the_best_epoch_on_held_out_texts_is_kept():
     x, y = golden()
     rows = torch.arange(40)[None]
     task, opposite = Task(rows, y[None]), Task(rows, ~y[None])
     good = accuracy(train_probes(x, task, task, epochs=20, **SGD), x.float(), task)
-    # Any learning is worse for these
+    # With opposite labels held out, every epoch makes it worse
     first = accuracy(train_probes(x, task, opposite, epochs=20, **SGD), x.float(), task)
     assert good.item() > 0.9 > first.item()
-    # Without held-out texts it is the last one
+    # Without held-out texts, the last epoch is kept
     ten, twenty = (train_probes(x, task, epochs=count, **SGD).weight.norm() for count in (10, 20))
     assert ten < twenty
 
 
-def test_a_probe_out_of_patience_stays_as_it_is():
+def test_a_probe_out_of_patience_stops_changing():
     x, y = golden()
     rows = torch.arange(40).expand(2, 40)
     task, held = Task(rows, torch.stack([y, y])), Task(rows, torch.stack([~y, y]))
@@ -82,7 +82,7 @@ def test_held_out_texts_are_not_trained_on():
         assert sorted(part.rows[i].tolist() + held.rows[i].tolist()) == task.rows[i].tolist()
 
 
-def test_a_class_meets_as_many_texts_of_the_others_evenly_drawn():
+def test_each_class_is_set_against_as_many_texts_drawn_evenly_from_the_others():
     classes = {**{label: range(40) for label in "abc"}, "d": range(30)}
     task = one_against_rest(classes, seed=3)
     assert task.rows.shape == (4, 60)
@@ -129,10 +129,10 @@ def test_padding_bos_and_eos_never_count(setting, monkeypatch):
     (absorption, [3, 4, 5], (200, 1), "after it.*--adapt all"),
     (absorption, range(6), (10, 1), "--words 10"),
 ])
-def test_what_cannot_be_compared_is_refused_in_one_line(setting, suite, blocks, options, said):
+def test_impossible_comparisons_are_refused_in_one_line(setting, suite, blocks, options, said):
     add_lora(setting.model, blocks, 2)
     if suite is absorption:
-        pytest.importorskip("sklearn", reason="fits the probes")
+        pytest.importorskip("sklearn", reason="scikit-learn fits the probes")
     refuses(said, suite.evaluate, setting, *options)
 
 
@@ -143,7 +143,7 @@ def test_a_missing_scikit_learn_is_named_before_any_work(monkeypatch):
 
 
 def crossed(seed):
-    """A Cut of two classes crossed with two attributes, each with words of its own."""
+    """A Cut of two classes crossed with two attributes, each with its own words."""
     cut = Cut({}, {})
     for label, noun in (("a", "width"), ("b", "class")):
         for attribute, word in (("x", " return"), ("y", " name =")):
@@ -154,12 +154,12 @@ def crossed(seed):
 
 @pytest.mark.parametrize("suite, options", [
     (probing, ("stdlib", 2)), (scr, ("stdlib", 2)), (tpp, ("stdlib", 2)), (absorption, (200, 2))])
-def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(suite, options, setting, monkeypatch):
+def test_a_fresh_adapter_makes_no_difference(suite, options, setting, monkeypatch):
     if suite in (probing, absorption):
-        pytest.importorskip("sklearn", reason="fits the probes")
+        pytest.importorskip("sklearn", reason="scikit-learn fits the probes")
     texts_of = SimpleNamespace(suite_sets=lambda suite: {"crossed": crossed})
     monkeypatch.setitem(saebench.LABELLED, "stdlib", texts_of)
-    monkeypatch.setattr(concepts, "LEAST_STEPS", 50)    # quick, and good enough for this
+    monkeypatch.setattr(concepts, "LEAST_STEPS", 50)    # quick, and enough here
     add_lora(setting.model, range(6), 3, dropout=0.0)   # B is zero
     numbers = suite.evaluate(setting, *options)
     assert numbers == json.loads(json.dumps(numbers, allow_nan=False))
@@ -175,7 +175,7 @@ def test_a_fresh_adapter_is_paired_to_a_difference_of_zero(suite, options, setti
 
 
 def test_one_planted_latent_is_all_that_probing_needs():
-    pytest.importorskip("sklearn", reason="fits the probes")
+    pytest.importorskip("sklearn", reason="scikit-learn fits the probes")
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(3).repeat_interleave(60)
     latents = torch.rand(180, 12, generator=generator)
@@ -203,11 +203,11 @@ def dictionary(rows, kind=JumpReLU):
 
 
 def as_means(sae, x):
-    """Texts of one token."""
+    """The means of texts of one token each."""
     return Means(x, sae.encode(x))
 
 
-def test_scr_and_tpp_of_saebenchs_toy_values():
+def test_scr_and_tpp_match_saebenchs_toy_values():
     assert scr.cured(clean=0.95, biased=0.80, ablated=0.88) == pytest.approx(0.53333, abs=1e-5)
     # A biased probe that is not worse leaves nothing to cure
     assert scr.cured(clean=0.9, biased=0.9, ablated=0.7) == 0
@@ -217,7 +217,7 @@ def test_scr_and_tpp_of_saebenchs_toy_values():
     assert tpp.perturbation(clean, ablated) == pytest.approx(0.225, abs=1e-6)
 
 
-def test_scores_are_each_models_own_but_differ_on_the_base_models_concept(monkeypatch):
+def test_each_model_reports_its_own_concept_but_differences_use_the_base_models(monkeypatch):
     def scores(biased, top):
         return {"clean": 0.9, "biased": biased, **{f"top_{n}": top for n in THRESHOLDS}}
 
@@ -243,7 +243,7 @@ def naive_ablate(sae, x, counted, latents):
 
 
 @pytest.mark.parametrize("kind", [TopK, JumpReLU])
-def test_ablating_the_means_is_ablating_every_token_and_padding_would_move_short_texts(kind):
+def test_ablating_means_equals_ablating_tokens_and_padding_would_distort_short_texts(kind):
     generator = torch.Generator().manual_seed(1)
     sae = dictionary(F.normalize(torch.randn(24, 16, generator=generator), dim=1), kind)
     sae.b_enc.data, sae.b_dec.data = 0.3 * torch.ones(24), 0.1 * torch.arange(16)
@@ -265,7 +265,7 @@ def test_ablating_the_means_is_ablating_every_token_and_padding_would_move_short
     assert (published - found).norm(dim=1).argmax() == counted.sum(1).argmin()
 
 
-def test_as_many_latents_are_ablated_as_have_an_effect():
+def test_only_latents_with_an_effect_are_ablated():
     effects = torch.tensor([0.0, 0.3, 0.0, 0.1, 0.2])
     assert strongest(effects, 2).tolist() == [1, 4]
     assert sorted(strongest(effects, 50).tolist()) == [1, 3, 4]

@@ -1,4 +1,4 @@
-"""Publishing on a Hub of ours, tracking with a module of ours, and the table of presets."""
+"""Publishing to a fake Hub, tracking with a fake trackio, and the table of presets."""
 import json
 import re
 import shutil
@@ -54,7 +54,7 @@ class Desk(HubHandler):
 
 @pytest.fixture
 def hub(server, site):
-    """A Hub that takes uploads, and has the model and the SAE of `site` as me/base and me/sae."""
+    """A Hub that accepts uploads and has `site`'s model and SAE as me/base and me/sae."""
     server.RequestHandlerClass, server.posts = Desk, []
     for name, files in (("me/base", "gemma2/*.*"), ("me/sae", "gemma2/sae/*")):
         server.models[name] = {path.name: path.read_bytes() for path in site.glob(files)}
@@ -68,7 +68,7 @@ def published(folder, hub, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_needed_is_uploaded_and_the_card_has_the_numbers(kind, finished, hub, site):
+def test_the_files_needed_are_uploaded_and_the_card_has_the_numbers(kind, finished, hub, site):
     folder = finished(kind)
     found = published(folder, hub, kind)
     parts = PARTS.get(kind, ["sae"])
@@ -76,7 +76,7 @@ def test_what_is_needed_is_uploaded_and_the_card_has_the_numbers(kind, finished,
                for part in parts for path in (folder / part).iterdir()}
     assert found.keys() == {"README.md", "run/config.json", "run/results.json", *sources}
 
-    # Every file names the base by its repository, and nothing by a local path.
+    # Files name the base by its repository and contain no local path.
     for name, data in found.items():
         assert str(site).encode() not in data and str(folder).encode() not in data
         assert (b"me/base" in data) == name.endswith((".md", "config.json", "cfg.json"))
@@ -117,12 +117,12 @@ def test_the_code_on_the_card_runs_and_other_libraries_agree(kind, finished, hub
 
 
 @pytest.mark.parametrize("wanted, names", [
-    ("is not OWNER/NAME on the Hub: name the model there with --model", ["me/run"]),
+    ("is not OWNER/NAME on the Hub: give the model's name there with --model", ["me/run"]),
     ("is not OWNER/NAME on the Hub", ["me/run", *BASE]),
     ("run is not OWNER/NAME on the Hub", ["run", *BASE, *SAE]),
     ("names 2 SAEs for --layer 1", ["me/run", *BASE, *SAE, "me/other"]),
     ("no repository of that name on the Hub", ["me/run", "--model", "me/x", *SAE]),
-    ("me/run is not published (403", ["me/run", *BASE, *SAE]),
+    ("could not publish me/run (403", ["me/run", *BASE, *SAE]),
 ])
 def test_a_refusal_is_one_line(wanted, names, finished, hub):
     hub.refused["me/run"] = 403
@@ -137,7 +137,7 @@ def test_a_missing_name_uploads_nothing(finished, hub, tmp_path, capsys):
     assert not hub.posts
 
 
-def test_a_preset_has_a_name_and_a_licence(finished, tmp_path, capsys):
+def test_a_presets_card_has_its_name_and_licence(finished, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(finished("lora"), folder)
     changes = {"config.json": {"model": "gemma-3-270m"}, "results.json": {
@@ -147,12 +147,12 @@ def test_a_preset_has_a_name_and_a_licence(finished, tmp_path, capsys):
     command("train", "--card", folder, *SAE)
     text = capsys.readouterr().out
     assert "base_model: google/gemma-3-270m\n" in text and "license: gemma\n" in text
-    assert "closed 50.0% ± 25.0% of it" in text and "interval over the 4 documents" in text
+    assert "closed 50.0% ± 25.0% of it" in text and "interval over the text's 4 documents" in text
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What is called of a trackio of ours, in order."""
+    """The calls to a fake trackio, in order."""
     calls = []
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(
         init=lambda **how: calls.append(("init", how)),
@@ -161,7 +161,7 @@ def calls(monkeypatch):
     return calls
 
 
-def test_a_resumed_run_goes_on_in_the_same_tracked_run(site, tmp_path, calls):
+def test_a_resumed_run_continues_the_same_tracked_run(site, tmp_path, calls):
     folder = tmp_path / "run"
     with stopped_at(13):
         command("train", *words(site, "lora", "--track"), "--out", folder)
@@ -174,8 +174,8 @@ def test_a_resumed_run_goes_on_in_the_same_tracked_run(site, tmp_path, calls):
     assert [*last.values()] == [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
-def test_who_tracks_and_what_is_said_without_trackio(site, tmp_path, calls, monkeypatch):
-    for writes, track in ((False, True), (True, False)):        # not the first process, not asked
+def test_a_run_tracks_only_if_asked_and_names_a_missing_trackio(site, tmp_path, calls, monkeypatch):
+    for writes, track in ((False, True), (True, False)):        # not the first process; not asked
         with tracked(SimpleNamespace(config=SimpleNamespace(track=track), writes=writes)):
             assert not calls
     monkeypatch.setitem(sys.modules, "trackio", None)

@@ -26,7 +26,7 @@ SOURCES = {path: path.read_text(encoding="utf-8") for path in FILES
 
 
 def blocks(text):
-    """Its blocks of code: fenced, or indented by four spaces after a blank line."""
+    """The text's code blocks: fenced, or indented by four spaces after a blank line."""
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
     indented = re.findall(r"(?<=\n\n)((?:    .*\n|\n(?=    ))+)", text)
     return fenced + [re.sub(r"^    ", "", block, flags=re.M) for block in indented]
@@ -46,7 +46,7 @@ def is_python(block):
 
 
 HERE, IN_PEFT, IN_NNSIGHT = filter(is_python, blocks(README) + blocks(ELSEWHERE))
-CHECKS = {                                              # what is run after the blocks
+CHECKS = {                                              # code to run after the blocks
     "here": """
 with torch.no_grad(), lorasae.base(model):
     assert torch.equal(untouched, model(tokens)) and torch.equal(logits, model(tokens, {2: sae}))
@@ -68,8 +68,8 @@ assert (seen - adapted).abs().max() <= 1e-5 * adapted.abs().max()
 NEEDED = {"here": [], "in peft": ["transformers", "peft"], "in nnsight": ["nnsight", "peft"]}
 
 
-def test_its_python_runs_as_it_stands(tmp_path):
-    """In another folder, after the line that says where the package is."""
+def test_the_readmes_python_runs_unchanged(tmp_path):
+    """In another folder, after the README's line that adds the package to sys.path."""
     able = [place for place, needed in NEEDED.items() if all(map(find_spec, needed))]
     (tmp_path / "lorasae").mkdir()
     (tmp_path / "lorasae" / "tiny").symlink_to(ROOT / "lorasae" / "tiny")
@@ -87,7 +87,7 @@ def test_its_python_runs_as_it_stands(tmp_path):
         pytest.skip("the other blocks need transformers, peft and nnsight")
 
 
-def test_the_example_of_the_package_itself_runs(monkeypatch):
+def test_the_example_in_the_packages_docstring_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
     example = next(block for block in blocks(lorasae.__doc__ + "\n") if "load_model" in block)
     names = {"lorasae": lorasae}
@@ -98,7 +98,7 @@ def test_the_example_of_the_package_itself_runs(monkeypatch):
 # ---- Its commands --------------------------------------------------------------------------------
 
 def commands():
-    """Every `python ...` and `torchrun ...` in code or between backticks, up to a remark."""
+    """Every `python ...` and `torchrun ...` in code or backticks, without remarks after it."""
     lines = [line for block in blocks(README) for line in block.splitlines()] + SPANS
     parts = [part.strip() for line in lines for part in re.split(r"  +|&&| \(", line)]
     return sorted({part for part in parts if re.match(r"(python|torchrun) ", part)})
@@ -121,10 +121,10 @@ def test_a_command_parses(line):
     if (place / "__main__.py").exists():
         module += ".__main__"
     assert place.with_suffix(".py").exists() or module.endswith("__main__"), f"no {module}: {line}"
-    importlib.import_module(module).arguments(arguments)        # status 2 at a word it knows not
+    importlib.import_module(module).arguments(arguments)        # exits with 2 at an unknown word
 
 
-def test_every_option_it_names_exists():
+def test_every_option_in_the_readme_exists():
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
     found = {option(name) for name in OPTIONS} | {"--nproc-per-node", "--help"}
     for source in SOURCES.values():
@@ -136,7 +136,7 @@ def test_every_option_it_names_exists():
 # ---- Its files and names -------------------------------------------------------------------------
 
 def found_at(name):
-    """The files and folders with this name, or whose path ends so; * stands for anything."""
+    """Files and folders whose path is or ends with this name; * matches anything but a slash."""
     name = name.removeprefix("./").rstrip("/")
     pattern = re.compile("(?:.*/)?" + re.escape(name).replace(r"\*", "[^/]*"))
     return [path for path in FILES if pattern.fullmatch(path.relative_to(ROOT).as_posix())]
@@ -151,12 +151,12 @@ SIZES = re.findall(r"^ {6}([\w/.]+) +([\d,]{3,}) ", README, re.M)       # in the
 
 
 @pytest.mark.parametrize("name", [*PATHS, *LINKS])
-def test_a_path_or_a_link_exists(name):
+def test_a_path_or_link_exists(name):
     assert (ROOT / name).exists() or found_at(name)
 
 
 @pytest.mark.parametrize("name, lines", SIZES)
-def test_a_file_is_about_as_long_as_it_says(name, lines):
+def test_a_file_is_about_as_long_as_the_readme_says(name, lines):
     path = ROOT / "lorasae" / name
     files = [path] if path.is_file() else [file for file in SOURCES if path in file.parents]
     found = sum(len(SOURCES[file].splitlines()) for file in files)
@@ -164,7 +164,7 @@ def test_a_file_is_about_as_long_as_it_says(name, lines):
 
 
 def words_of(source):
-    """Every name in its code; comments and texts do not count."""
+    """Every name in the code, but not in comments and strings."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {token.string for token in tokens if token.type == tokenize.NAME}
 
@@ -174,7 +174,7 @@ BESIDE = sorted(set(re.findall(r"`(\w+\.py)` `(\w+)`", PROSE)))
 
 
 @pytest.mark.parametrize("file, name", BESIDE)
-def test_a_name_beside_a_file_is_in_it(file, name):
+def test_a_name_next_to_a_file_is_in_that_file(file, name):
     assert any(name in WORDS.get(path, ()) for path in found_at(file)), f"{file} has no {name}"
 
 
@@ -184,7 +184,7 @@ NAMES = [span for span in SPANS if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(
 
 
 @pytest.mark.parametrize("span", sorted(set(NAMES) - NOT_OURS))
-def test_a_name_between_backticks_is_in_the_code(span):
+def test_a_name_in_backticks_is_in_the_code(span):
     """`adapt.objective`, `LoRALinear.forward`, `model.run(x, start, stop)`."""
     owner, *names = span.partition("(")[0].split(".")
     modules = [path for path in WORDS if path.stem == owner]

@@ -36,7 +36,7 @@ GEMMA_3 = {
 }
 LARGE = ("4b", "12b", "27b")                            # with a vision tower
 LEFT_OUT = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-            "query_pre_attn_scalar": 256}               # what theirs do not say
+            "query_pre_attn_scalar": 256}               # left out of their config.json
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -71,7 +71,7 @@ def published(size, spelling):
 
 @pytest.mark.parametrize("spelling", ["older", "newer", "both"])
 @pytest.mark.parametrize("size", GEMMA_3)
-def test_gemma_3_is_read_to_the_digit(size, spelling):
+def test_gemma_3_configurations_are_read_exactly(size, spelling):
     raw = published(size, spelling)
     config = parse_config(raw, "here")
     depth = GEMMA_3[size][2]
@@ -98,7 +98,7 @@ def test_gemma_3_is_read_to_the_digit(size, spelling):
 
 
 @pytest.mark.parametrize("size", ["270m", "1b"])
-def test_a_presets_sizes_are_the_published_ones(size):
+def test_a_gemma_3_preset_has_the_published_sizes(size):
     config = parse_config(PRESETS[f"gemma-3-{size}"].config, "preset")
     assert config == parse_config(published(size, "both"), "here")
 
@@ -113,7 +113,7 @@ MEDIUM = "layer_1_width_16k_l0_medium"
 
 
 def gemma_scope_2(root, folder=f"resid_post/{MEDIUM}", config=CONFIG, seed=0, width=D):
-    """Writes a folder of a Gemma Scope 2 repository -> its tensors."""
+    """Writes a folder of a Gemma Scope 2 repository and returns its tensors."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"w_enc": (width, M), "w_dec": (M, width), "b_enc": (M,), "b_dec": (width,),
               "threshold": (M,)}
@@ -129,7 +129,7 @@ def gemma_scope_2(root, folder=f"resid_post/{MEDIUM}", config=CONFIG, seed=0, wi
 
 @pytest.mark.parametrize("with_config", [True, False])
 @pytest.mark.parametrize("part", ["resid_post", "resid_post_all", "mlp_out", "mlp_out_all"])
-def test_gemma_scope_2_is_its_closed_form_and_what_sae_lens_reads(
+def test_gemma_scope_2_matches_its_formula_and_sae_lens(
         tmp_path, part, with_config, monkeypatch):
     repo, folder = "google/gemma-scope-2-270m-pt", f"{part}/{MEDIUM}"
     site = "mlp" if part.startswith("mlp_out") else "resid"
@@ -150,7 +150,7 @@ def test_gemma_scope_2_is_its_closed_form_and_what_sae_lens_reads(
     for found, expected in ((ours.encode(x), z), (ours(x), x_hat)):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
-    # SAELens's own loader, on the same folder as if it were the repository
+    # SAELens's loader, reading the folder as if it were the repository
     sae_lens = pytest.importorskip("sae_lens", reason="the oracle sae-lens is not installed")
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
@@ -178,7 +178,7 @@ def test_gemma_scope_2_is_its_closed_form_and_what_sae_lens_reads(
     assert same_model(ours.model_name, "gemma-3-270m")
 
 
-def test_the_l0_is_a_number_or_a_name_and_four_layers_go_before_all(tmp_path, capsys):
+def test_l0_is_a_number_or_a_name_and_four_layer_folders_come_first(tmp_path, capsys):
     made = {}
     for seed, folder in enumerate((
             "resid_post/layer_1_width_16k_l0_small", "resid_post/layer_1_width_16k_l0_medium",
@@ -209,15 +209,15 @@ def test_the_l0_is_a_number_or_a_name_and_four_layers_go_before_all(tmp_path, ca
               "hf_hook_point_out": "model.layers.2.output"}, "on block 2, not 1: pass --layer 2"),
     ("resid_post/layer_2_width_16k_l0_medium/", None, "offers layer 2, but not 1"),
     (f"mlp_out/{MEDIUM}", None, "offers site mlp, but not resid: choose another --site"),
-    ("renamed", None, "its name does not tell site and layer: keep the name"),
-    (MEDIUM, None, "its name does not tell site and layer: keep the name"),
+    ("renamed", None, "its name does not give site and layer: keep its name"),
+    (MEDIUM, None, "its name does not give site and layer: keep its name"),
 ])
-def test_what_is_not_a_residual_sae_of_gemma_scope_2_is_refused(tmp_path, folder, config, message):
+def test_anything_but_a_residual_sae_of_gemma_scope_2_is_refused(tmp_path, folder, config, message):
     gemma_scope_2(tmp_path, folder, config)
     refuses(message, load_sae, tmp_path, layer=1)
 
 
-def test_an_mlps_sae_says_so_and_comes_back(tmp_path):
+def test_an_mlp_sae_records_its_site_and_loads_again(tmp_path):
     gemma_scope_2(tmp_path, f"mlp_out/{MEDIUM}", None)
     sae = load_sae(tmp_path, layer=1, site="mlp")
     save_sae(sae, tmp_path / "saved", model_name="m", layer=1, context=32)
@@ -266,8 +266,8 @@ PLACES = [                                              # repository/folder, for
 
 
 @pytest.mark.parametrize("place, files, layer, site", PLACES, ids=[row[0] for row in PLACES])
-def test_a_public_sae_goes_where_it_belongs_or_nowhere(tmp_path, monkeypatch, place, files, layer,
-                                                       site):
+def test_a_public_sae_is_found_at_its_layer_and_site_or_refused(
+        tmp_path, monkeypatch, place, files, layer, site):
     owner, name, *folders = place.split("/")
     names = FORMATS[files][1] if isinstance(files, str) else files
     listed = {"/".join([*folders, file]): 1 for file in names}
@@ -283,7 +283,7 @@ def test_a_public_sae_goes_where_it_belongs_or_nowhere(tmp_path, monkeypatch, pl
             found = find_sae(source, layer=layer, site=site)
             assert isinstance(files, str) and found.kind == files
         if site != "resid":
-            message = "holds no SAE of a known format|offers site (other|mlp), but not resid"
+            message = "contains no SAE in a known format|offers site (other|mlp), but not resid"
             with pytest.raises(InputError, match=message) as refused:
                 find_sae(source, layer=layer)
             assert ("site mlp" in str(refused.value)) is (site == "mlp")
@@ -291,8 +291,8 @@ def test_a_public_sae_goes_where_it_belongs_or_nowhere(tmp_path, monkeypatch, pl
             refuses(f"offers layer {layer}, but not 2", find_sae, source, layer=2, site=site)
 
 
-def test_a_path_tells_the_layer_of_a_file_that_does_not(tmp_path):
-    """And only its last five parts tell anything."""
+def test_the_path_gives_the_layer_if_the_file_does_not(tmp_path):
+    """Only the last five parts of the path count."""
     above = tmp_path / "transcoder/layer_3/a/b/c"
     npz = above / f"gemma-scope-2b-pt-res/{AVERAGE}/params.npz"
     for path in npz, above / "layers.17/cfg.json", above / "layers.17/sae.safetensors":
@@ -315,7 +315,7 @@ def test_a_path_tells_the_layer_of_a_file_that_does_not(tmp_path):
     ("blocks.3.hook_mlp_in", None), ("hook_embed", None), ("blocks.0.hook_resid_pre", None),
     ("model.layers.3.self_attn.o_proj.input", None), ("model.layers.3.self_attn", None),
     ("model.layers.3.pre_feedforward_layernorm.output", None), ("model.embed_tokens", None)])
-def test_a_hook_tells_site_and_layer(hook, site):
+def test_a_hooks_name_gives_site_and_layer(hook, site):
     for asked in ("resid", "mlp"):
         if asked == site:
             check_layer(hook, 3, "the file", asked)
@@ -326,7 +326,7 @@ def test_a_hook_tells_site_and_layer(hook, site):
             refuses(message, check_layer, hook, None, "the file", asked)
 
 
-def test_without_a_bos_in_front_an_sae_has_not_seen_one(tmp_path):
+def test_an_sae_trained_without_bos_leaves_special_tokens_alone(tmp_path):
     gemma_scope_2(tmp_path)
     sae = load_sae(tmp_path, layer=1)
     sae.on_special = True
@@ -351,7 +351,7 @@ def write_config(folder, raw):
     ("gemma-3-270m", "gemma-3-270m"), ("gemma-3-1b-pt", "gemma-3-1b"),
     ("gemma-2-2b", "gemma-2-2b"), ("SmolLM2-135M-Instruct", "smollm2-135m-instruct"),
     ("smollm2-135m-instruct", "smollm2-135m-instruct")])
-def test_a_preset_applies_to_a_folder_of_its_name_and_sizes(tmp_path, name, preset_name):
+def test_a_preset_applies_to_a_folder_with_its_name_and_sizes(tmp_path, name, preset_name):
     known = PRESETS[preset_name]
     folder = write_config(tmp_path / name, known.config)
     assert preset(folder) is known
@@ -360,7 +360,7 @@ def test_a_preset_applies_to_a_folder_of_its_name_and_sizes(tmp_path, name, pres
             by_name, by_folder = (configure({"model": model, "method": method}, RECIPES)
                                   for model in (preset_name, folder))
             assert replace(by_name, model=folder) == by_folder
-    assert hub.model_place(folder) == Path(folder)              # its own weights
+    assert hub.model_place(folder) == Path(folder)              # the folder's own weights
 
     # another name, another size, no sizes
     assert preset(write_config(tmp_path / "mine", known.config)) is None

@@ -1,6 +1,6 @@
-"""Resuming: killed at any moment, damaged checkpoints, and the same run in the end, to the bit.
+"""Resuming: a run killed at any moment, or with damaged checkpoints, ends with the same bits.
 
-And its folder: one writer, nothing left behind where nothing began.
+Also a run's folder: only one process writes to it, and a run that never began leaves none.
 """
 import os
 import random
@@ -21,7 +21,7 @@ from test_train import SPOILT
 
 
 def newest(folder):
-    """The step of the last checkpoint, 0 without one."""
+    """The step of the newest checkpoint, or 0 without one."""
     steps = [int(path.stem.removeprefix("step-")) for path in folder.glob("checkpoint/step-*.pt")]
     return max(steps, default=0)
 
@@ -31,7 +31,7 @@ def newest(folder):
     ("both", ("--optimizer", "muon")), ("finetune", ()), ("topk", ("--auxk",)), ("jumprelu", ()),
     ("e2e", ())],
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)))
-def test_an_interrupted_run_goes_on_to_the_same_end(site, finished, tmp_path, kind, more):
+def test_resuming_an_interrupted_run_gives_the_same_bits(site, finished, tmp_path, kind, more):
     whole, run = finished(kind, *more), tmp_path / "run"
     with stopped_at(13):
         command("train", *words(site, kind, *more), "--out", run)
@@ -42,7 +42,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(site, finished, tmp_path, ki
     same_run(run, whole)
 
 
-def test_a_run_killed_many_times_ends_as_the_uninterrupted_one(site, tmp_path):
+def test_a_run_killed_many_times_ends_like_an_uninterrupted_one(site, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = words(site, "lora", "--tokens", 40 * 64, "--checkpoint-every", 3)
     command("train", *arguments, "--out", whole)
@@ -51,8 +51,8 @@ def test_a_run_killed_many_times_ends_as_the_uninterrupted_one(site, tmp_path):
     while not (killed / "results.json").exists():
         process = processes().Process(target=train.main, args=(line,))
         process.start()
-        moment = 0.3 * chance.random()                  # while it starts,
-        if chance.random() < 0.5:                       # or around one of its checkpoints
+        moment = 0.3 * chance.random()                  # at the start,
+        if chance.random() < 0.5:                       # or near one of its checkpoints
             moment, start = 0.2 * moment, newest(killed)
             while newest(killed) == start and process.is_alive():
                 time.sleep(0.001)
@@ -84,7 +84,7 @@ def stopped(stopped_run, tmp_path):
 
 
 def flip(path):
-    """Flips a bit in the middle of a tensor: torch.load does not notice."""
+    """Flips a bit in the middle of a tensor, which torch.load does not notice."""
     data = bytearray(path.read_bytes())
     tensor = torch.load(path, weights_only=True)["parameters"][0].flatten()[:16]
     data[data.index(tensor.numpy().tobytes()) + 5] ^= 1
@@ -94,7 +94,7 @@ def flip(path):
 
 @pytest.mark.parametrize("damage", [
     SPOILT["half"], flip, lambda path: path.with_suffix(".blake2b").unlink()])
-def test_after_a_damaged_checkpoint_the_one_before_is_used(stopped, finished, damage, capsys):
+def test_if_a_checkpoint_is_damaged_the_one_before_it_is_used(stopped, finished, damage, capsys):
     damage(stopped / "checkpoint/step-00000016.pt")
     (stopped / "checkpoint/step-00000019.ptx.part").write_bytes(b"unfinished")
     with open(stopped / "metrics.jsonl", "a") as file:
@@ -107,7 +107,7 @@ def test_after_a_damaged_checkpoint_the_one_before_is_used(stopped, finished, da
 
 
 @pytest.mark.parametrize("damage", ["half", "garbage"])
-def test_a_spoilt_log_costs_its_lines_and_no_more(stopped, finished, damage):
+def test_a_damaged_log_loses_lines_but_nothing_else(stopped, finished, damage):
     SPOILT[damage](stopped / "metrics.jsonl")
     command("train", "--resume", stopped)
     steps = [line["step"] for line in metrics(stopped)]
@@ -115,7 +115,7 @@ def test_a_spoilt_log_costs_its_lines_and_no_more(stopped, finished, damage):
     assert products(stopped) == products(finished("lora"))
 
 
-def test_without_a_whole_checkpoint_a_run_starts_over(stopped, finished, capsys, monkeypatch):
+def test_without_an_intact_checkpoint_a_run_starts_over(stopped, finished, capsys, monkeypatch):
     files = sorted(stopped.glob("checkpoint/*.pt"))
     for path, damage in zip(files, (SPOILT["half"], flip), strict=True):
         damage(path)
@@ -137,7 +137,7 @@ def test_the_newest_two_checkpoints_are_kept(finished):
     assert files == [f"step-000000{step}.{end}" for step in (16, 20) for end in ("blake2b", "pt")]
 
 
-def test_what_cannot_be_resumed_is_one_clear_line(stopped, finished):
+def test_a_run_that_cannot_be_resumed_is_one_clear_line(stopped, finished):
     assert "is a finished run" in refusal("train", "--resume", finished("lora"))
     path = stopped / "checkpoint/step-00000016.pt"
     state = torch.load(path, weights_only=True)
@@ -157,38 +157,38 @@ def hold(folder, ready, done):
     run.close()
 
 
-def test_a_folder_in_use_is_refused_and_is_free_when_its_writer_dies(site, tmp_path):
+def test_a_folder_in_use_is_refused_until_its_writer_dies(site, tmp_path):
     folder, ready, done = tmp_path / "run", processes().Event(), processes().Event()
     holder = processes().Process(target=hold, args=(folder, ready, done))
     holder.start()
     assert ready.wait(60)
     line = refusal("train", *words(site), "--out", folder)
-    assert f"{folder} is being written by another process" in line and "another --out" in line
-    assert [path.name for path in folder.iterdir()] == [".lock"]        # the loser took nothing
+    assert f"another process is writing to {folder}" in line and "another --out" in line
+    assert [path.name for path in folder.iterdir()] == [".lock"]    # the refused run left nothing
     holder.kill()
     holder.join()
     command("train", *words(site, "lora", "--tokens", 64), "--out", folder)
     assert (folder / "results.json").exists()
 
 
-def test_a_run_that_goes_on_elsewhere_is_not_resumed_twice(stopped, finished):
+def test_a_run_in_progress_cannot_be_resumed(stopped, finished):
     config = read_config(stopped)
     first = Run.resume(stopped, config)
-    refuses("is being written by another process", Run.resume, stopped, config)
+    refuses("another process is writing to", Run.resume, stopped, config)
     first.close()
     command("train", "--resume", stopped, "--device", "cpu")
     same_run(stopped, finished("lora"))
 
 
 @pytest.mark.parametrize("there", [[], ["mine"], ["mine", "mine/run"]])
-def test_a_run_that_never_began_takes_only_its_own_folders_away(tmp_path, there):
+def test_a_run_that_never_began_removes_only_its_own_folders(tmp_path, there):
     for folder in there:
         (tmp_path / folder).mkdir()
     before, folder = set(tmp_path.rglob("*")), tmp_path / "mine/run"
     Run.create(folder, Config()).close()
     assert set(tmp_path.rglob("*")) == before
     run = Run.create(folder, Config())
-    (folder / "notes.txt").write_text("mine")           # what a user puts there meanwhile stays
+    (folder / "notes.txt").write_text("mine")           # files that a user adds stay
     run.close()
     assert set(tmp_path.rglob("*")) == {folder.parent, folder, folder / "notes.txt"}
 

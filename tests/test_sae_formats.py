@@ -22,7 +22,7 @@ WHAT = {"model_name": "m", "layer": 3, "context": 64}
 
 
 def random_tensors():
-    """Random tensors, one row per latent, biases that matter, decoder rows of many lengths."""
+    """Random tensors: one row per latent, biases that matter, decoder rows of different norms."""
     g = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.randn(*shape, generator=g)                              # noqa: E731
     return {
@@ -41,7 +41,7 @@ def f64(t):
 
 
 def formula(t, kind, centred=True, rescaled=False, theta=None):
-    """(z, x̂) in float64. With n the decoder's norms or 1: z selects among n pre, x̂ is of z / n.
+    """(z, x̂) in float64. n: the decoder's norms, or 1. z selects among n · pre; x̂ decodes z / n.
 
     theta: one threshold for all latents.
     """
@@ -56,8 +56,8 @@ def formula(t, kind, centred=True, rescaled=False, theta=None):
 
 
 def agrees(sae, x, z, x_hat):
-    """Latents and reconstruction (dense and by forward) equal z and x̂ to 1e-5 of the largest."""
-    assert 0 < (z != 0).double().mean() < 0.7           # its sparsity is put to the test
+    """Latents and both reconstructions (decode, forward) equal z and x̂ to 1e-5 of the largest."""
+    assert 0 < (z != 0).double().mean() < 0.7           # some latents fire, but not all
     for got, expected in ((sae.encode(x), z), (sae.decode(sae.encode(x)), x_hat), (sae(x), x_hat)):
         assert got.shape == expected.shape
         assert (got.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -151,8 +151,8 @@ def dictionary_learning(folder, t, dict_class, place="resid_post_layer_3", theta
 # ---- Each against its formula --------------------------------------------------------------------
 
 @pytest.mark.parametrize("shift", [0, -3])
-def test_gemma_scope_is_its_formula(tmp_path, t, shift):
-    t["threshold"] += shift                             # negative ones act as ReLU
+def test_gemma_scope_matches_its_formula(tmp_path, t, shift):
+    t["threshold"] += shift                             # negative thresholds act as ReLU
     sae = load_sae(gemma_scope(tmp_path, t, scaling_factor=np.ones(M)))
     agrees(sae, t["x"], *formula(t, "jumprelu", centred=False))
     assert isinstance(sae, JumpReLU) and not sae.on_special
@@ -161,7 +161,7 @@ def test_gemma_scope_is_its_formula(tmp_path, t, shift):
 
 
 @pytest.mark.parametrize("n_out, norms", [(2.5, True), (4.0, True), (4.0, False)])
-def test_llama_scope_is_the_closed_form_of_its_authors(tmp_path, t, n_out, norms):
+def test_llama_scope_matches_its_authors_formula(tmp_path, t, n_out, norms):
     folder = llama_scope(tmp_path, t, n_out=n_out, sparsity_include_decoder_norm=norms)
     sae = load_sae(folder)
     x, W_e, b_e, W_d, b_d, _ = f64(t)
@@ -177,7 +177,7 @@ def test_llama_scope_is_the_closed_form_of_its_authors(tmp_path, t, n_out, norms
 @pytest.mark.parametrize("cfg", [
     {}, {"num_latents": M, "expansion_factor": 99}, {"multi_topk": True},
     {"activation": "topk", "skip_connection": False, "transcode": False, "new_field": 1}])
-def test_sparsify_is_its_formula(tmp_path, t, cfg):
+def test_sparsify_matches_its_formula(tmp_path, t, cfg):
     sae = load_sae(sparsify(tmp_path, t, **cfg))
     agrees(sae, t["x"], *formula(t, "topk"))
     assert isinstance(sae, TopK) and sae.k == K and sae.on_special
@@ -186,14 +186,14 @@ def test_sparsify_is_its_formula(tmp_path, t, cfg):
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("kind, rescaled", [
     ("topk", False), ("topk", True), ("jumprelu", False), ("standard", False)])
-def test_sae_lens_is_its_formula(tmp_path, t, kind, rescaled, centred):
+def test_sae_lens_matches_its_formula(tmp_path, t, kind, rescaled, centred):
     said = {"rescale_acts_by_decoder_norm": True} if rescaled else {}
     sae = load_sae(sae_lens_6(tmp_path, t, kind, apply_b_dec_to_input=centred, **said))
     agrees(sae, t["x"], *formula(t, kind, centred, rescaled))
     assert isinstance(sae, TopK) is sae.on_special is (kind == "topk")
 
 
-def test_the_threshold_is_strict_and_an_activation_equal_to_it_is_none(tmp_path, t):
+def test_a_preactivation_equal_to_its_threshold_does_not_fire(tmp_path, t):
     """Whole numbers, so that pre-activations hit θ exactly."""
     t = {name: tensor.round() for name, tensor in t.items()}
     t["b_dec"] = torch.zeros(D)
@@ -205,13 +205,13 @@ def test_the_threshold_is_strict_and_an_activation_equal_to_it_is_none(tmp_path,
 
 @pytest.mark.parametrize("kind", ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"))
 @pytest.mark.parametrize("theta", [-1.0, 0.0])
-def test_a_batch_topk_that_has_learnt_no_threshold_is_refused(tmp_path, t, kind, theta):
+def test_a_batch_topk_without_a_learnt_threshold_is_refused(tmp_path, t, kind, theta):
     folder = dictionary_learning(tmp_path, t, kind, theta=theta)
     refuses(rf"threshold is tensor\({theta:g}.*, but should be", load_sae, folder)
 
 
 @pytest.mark.parametrize("dict_class", sae_readers.DICTIONARIES)
-def test_dictionary_learning_is_its_formula(tmp_path, t, dict_class):
+def test_dictionary_learning_matches_its_formula(tmp_path, t, dict_class):
     sae = load_sae(dictionary_learning(tmp_path, t, dict_class), layer=3)
     if dict_class == "JumpReluAutoEncoder":
         expected = formula(t, "jumprelu", centred=False)
@@ -223,19 +223,19 @@ def test_dictionary_learning_is_its_formula(tmp_path, t, dict_class):
     assert not load_sae(dictionary_learning(tmp_path, t, dict_class, remove_bos=True)).on_special
 
 
-def test_special_tokens_follow_the_file_else_the_family(tmp_path, t):
+def test_special_tokens_follow_the_file_or_else_the_kind_of_sae(tmp_path, t):
     for kind, excluded, expected in (
             ("topk", None, True), ("topk", [1], False), ("jumprelu", None, False),
             ("jumprelu", False, True)):
         metadata = {"exclude_special_tokens": excluded}
         assert load_sae(sae_lens_6(tmp_path, t, kind, metadata)).on_special is expected
-    for kind in (*BATCH_TOPK, "jumprelu"):              # in training, before it was saved
+    for kind in (*BATCH_TOPK, "jumprelu"):              # its architecture in training
         folder = sae_lens_6(tmp_path, t, "jumprelu", {"training_architecture": kind})
         assert load_sae(folder).on_special is (kind in BATCH_TOPK)
     assert load_sae(sae_lens_5(tmp_path, t, "jumprelu")).on_special is False
 
 
-def test_an_sae_knows_its_model_if_the_file_says_so(tmp_path, t):
+def test_an_sae_names_its_model_if_the_file_does(tmp_path, t):
     for folder, expected in (
             (sae_lens_6(tmp_path / "6", t, "topk", {"model_name": "gemma-2-2b"}), "gemma-2-2b"),
             (sae_lens_6(tmp_path / "n", t, "topk"), None),
@@ -295,7 +295,7 @@ def ours(t, kind, on_special=True):
 
 @pytest.mark.parametrize("on_special", [True, False])
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path, t, kind, on_special):
+def test_a_saved_sae_loads_again_bit_for_bit(tmp_path, t, kind, on_special):
     sae = ours(t, kind, on_special)
     save_sae(sae, tmp_path / "run" / "sae", **WHAT)
     found = [load_sae(tmp_path / "run", layer=3)]
@@ -351,7 +351,7 @@ def test_we_read_version_5_as_sae_lens_does(tmp_path, t, sae_lens, kind, cfg):
     equal(load_sae(tmp_path), theirs, t["x"])
 
 
-def test_sparsify_loads_what_we_save_and_we_what_it_saves(tmp_path, t):
+def test_sparsify_loads_what_we_save_and_we_load_what_it_saves(tmp_path, t):
     sparsify = pytest.importorskip("sparsify", reason="the oracle eai-sparsify is not installed")
     save_sparsify(ours(t, "topk"), tmp_path / "a")
     theirs = sparsify.SparseCoder.load_from_disk(tmp_path / "a")
@@ -365,8 +365,8 @@ def test_sparsify_loads_what_we_save_and_we_what_it_saves(tmp_path, t):
 
 @pytest.mark.parametrize("rescaled", [True, False])
 @pytest.mark.parametrize("kind", BATCH_TOPK)
-def test_batch_topk_is_what_sae_lens_makes_of_it(tmp_path, t, sae_lens, kind, rescaled):
-    """Its training class saves our tensors for inference; its inference class is the oracle."""
+def test_batch_topk_matches_sae_lens(tmp_path, t, sae_lens, kind, rescaled):
+    """SAELens's training class exports our tensors; its inference class is the oracle."""
     sae_class, config_class = sae_lens.registry.get_sae_training_class(kind)
     more = {"matryoshka_widths": [M // 2, M]} if kind == "matryoshka_batchtopk" else {}
     training = sae_class(config_class(
@@ -420,12 +420,12 @@ SIGNED = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K, "signed"
     (dictionary_learning, ["AutoEncoder", "mlp_out"], {},
      "reads 'model.layers.3.mlp', which is not a block's output"),
 ])
-def test_what_is_not_supported_is_refused_by_name(tmp_path, t, write, how, cfg, message):
-    """Other values of every key that is read: tests/test_bad_files.py."""
+def test_unsupported_settings_are_refused_by_name(tmp_path, t, write, how, cfg, message):
+    """tests/test_bad_files.py tries other values of every key that is read."""
     refuses(message, load_sae, write(tmp_path, t, *how, **cfg))
 
 
-def test_a_pt_file_of_something_else_than_tensors_is_one_line(tmp_path, t):
+def test_a_pt_file_with_anything_but_named_tensors_is_one_line(tmp_path, t):
     folder = dictionary_learning(tmp_path, t, "AutoEncoder")
     state = torch.load(folder / "ae.pt")
     bias = state["bias"]

@@ -1,4 +1,4 @@
-"""Shards of tokens: batches by step, held-out text, caches, resuming and ends: io/shards.py."""
+"""io/shards.py: batches by step, held-out text, caches, resuming, and the end of the text."""
 import gzip
 import json
 import os
@@ -28,7 +28,7 @@ BOS, EOS, FIRST_WORD = 0, 1, 3
 
 
 def word_tokenizer(words):
-    """One token per word; BOS is put first by the post-processor, as in Gemma's tokenizer.json."""
+    """One token per word; the post-processor puts BOS first, as in Gemma's tokenizer.json."""
     special = {"<bos>": BOS, "<eos>": EOS, "<unk>": 2}
     vocabulary = special | {word: FIRST_WORD + i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -43,7 +43,7 @@ NUMBERED = word_tokenizer([f"d{i}" for i in range(500)])
 
 
 def numbered(i, length=10):
-    """Document i: its own word again and again, so that a token tells which document it is from."""
+    """Document i: its own word repeated, so that a token tells which document it comes from."""
     return f"d{i} " * length
 
 
@@ -75,7 +75,7 @@ def cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("LORASAE_CACHE", str(folder))
     yield folder / "text"
-    assert not any(thread.name.startswith("text") for thread in threading.enumerate()), "close it"
+    assert not any(thread.name.startswith("text") for thread in threading.enumerate()), "not closed"
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def streamed(monkeypatch, small_shards):
 
 @pytest.fixture(params=["small", "one file", "mixed files", "one long text", "long texts"])
 def source(request, tmp_path, monkeypatch, small_shards):
-    """Text that forty batches use several times; all but the first are streams."""
+    """Text that forty batches read several times; all but "small" are streams."""
     folder, texts = tmp_path / "source", [numbered(i) for i in range(80)]
     folder.mkdir()
     if request.param != "small":
@@ -113,7 +113,7 @@ def source(request, tmp_path, monkeypatch, small_shards):
 
 # ---- A batch is a function of the step -----------------------------------------------------------
 
-def test_a_batch_depends_on_the_step_alone(source, tmp_path, cache):
+def test_a_batch_depends_only_on_the_step(source, tmp_path, cache):
     with text_of(source) as text:
         whole = take(text, 40)
         assert whole.dtype == torch.int64 and whole.shape == (40, 4, 16)
@@ -135,18 +135,18 @@ def test_a_batch_depends_on_the_step_alone(source, tmp_path, cache):
     with text_of(source, batch_size=10) as text:
         assert torch.equal(take(text, 16).flatten(0, 1), whole.flatten(0, 1))
 
-    # what is there needs neither the source nor the tokenizer, an evaluation only the folder
+    # existing shards need neither source nor tokenizer; an evaluation needs only the folder
     shutil.rmtree(source)
     with counted(Text, "_write") as calls, text_of(source, folder=run) as text:
         assert torch.equal(text.batch(5), whole[5])
-    assert calls.call_count <= 1                        # the next one, in vain
+    assert calls.call_count <= 1                        # it tries the next shard, in vain
     run.rename(tmp_path / "moved")
     with text_of("nowhere", folder=tmp_path / "moved") as kept:
         assert torch.equal(kept.held_out, held) and torch.equal(kept.documents, documents)
 
 
-def test_the_order_is_that_of_the_docstring(tmp_path, small_shards):
-    """A file's documents in their order, eos before each, pieces behind a BOS, shards permuted.
+def test_the_training_order_is_as_documented(tmp_path, small_shards):
+    """Documents in file order, each after an EOS; pieces after a BOS, permuted within a shard.
 
     Empty documents are left out.
     """
@@ -164,23 +164,23 @@ def test_the_order_is_that_of_the_docstring(tmp_path, small_shards):
             assert found[shard.first:shard.stop].tolist() == expected
 
 
-def test_shards_begin_small_and_double(tmp_path, monkeypatch, capsys):
+def test_shards_start_small_and_double(tmp_path, monkeypatch, capsys):
     for name, value in dict(FIRST=16 * 10, LARGEST=16 * 40, BATCH=1).items():
         monkeypatch.setattr(shards, name, value)
     path = write_documents(tmp_path / "a.jsonl", [numbered(i % 500) for i in range(400)])
     with text_of(path, batch_size=1) as text:
         take(text, 120)
         assert len(text.shards) > 3
-        for (shard, _), size in zip(text.shards, (160, 320, 640, 640)):     # a document: 11 tokens
+        for (shard, _), size in zip(text.shards, (160, 320, 640, 640)):   # a document has 11 tokens
             assert size - 15 <= 15 * shard.chunks < size + 15 + 11
-    assert capsys.readouterr().err == ""                # there is enough
+    assert capsys.readouterr().err == ""                # the text is long enough
 
 
-def test_writing_keeps_one_shard_ahead_and_no_more(tmp_path, streamed):
+def test_writing_stays_exactly_one_shard_ahead(tmp_path, streamed):
     path = write_documents(tmp_path / "a.jsonl", [numbered(i % 500) for i in range(2000)])
     with text_of(path) as text, counted(Text, "_write") as calls:
         for _ in range(20):
-            text.batch(5)                               # does not begin to write again and again
+            text.batch(5)                               # does not start writing each time
         text.writing.result()
         newest, _ = text.shards[-1]
         assert [shard.number for shard, _ in read_shards(text.folder)][-1] == newest.number + 1
@@ -198,11 +198,11 @@ def test_held_out_text_is_the_same_for_every_seed_and_never_trained_on(source, r
         assert one.held_out.shape == (4, 16) and one.documents.shape == (4,)
         held, seen = sources_of(one.held_out), sources_of(take(one, 60))
     assert held and len(seen) > 50
-    if "one long" not in request.node.name:             # that one holds everything twice
+    if "one long" not in request.node.name:             # which contains everything twice
         assert not held & seen
 
 
-def test_a_held_out_chunk_is_of_one_document_and_short_ones_share(tmp_path):
+def test_a_held_out_chunk_is_of_one_document_unless_short_documents_share_it(tmp_path):
     texts = [numbered(i, 40 if i % 2 else 7) for i in range(320)]
     with text_of(write_documents(tmp_path / "a.jsonl", texts), eval_tokens=16 * 16) as text:
         assert len(text.record["held_out"]) >= 20                # a sixteenth of them
@@ -211,7 +211,7 @@ def test_a_held_out_chunk_is_of_one_document_and_short_ones_share(tmp_path):
             alike = text.held_out[text.documents == document]
             if all(i % 2 for i in found):
                 assert len(found) == 1 and sources_of(alike) == found
-            else:                                                       # a document of its own
+            else:                                       # a shared chunk counts as a document
                 assert len(alike) == 1 and not any(i % 2 for i in found)
         kinds = [min(sources_of(chunk)) % 2 for chunk in text.held_out]
         assert 0 < sum(kinds) < len(kinds) and len(set(text.documents.tolist())) > 6
@@ -227,7 +227,7 @@ def test_a_single_document_holds_out_its_last_sixteenth(tmp_path, capsys, monkey
         held, train = text.held_out, take(text, 590)
         assert set(text.documents.tolist()) == {0} and (held == EOS).sum() == 0
     assert 440 <= max(sources_of(train)) <= min(sources_of(held)) and (train == EOS).sum() <= 2
-    assert len(sources_of(train)) > (380 if most == 0 else 435)         # a stream goes on
+    assert len(sources_of(train)) > (380 if most == 0 else 435)  # a stream's shard has many passes
     note = f"note: {tmp_path} is a single document: its last sixteenth is held out\n"
     assert capsys.readouterr().err.startswith(note)
 
@@ -247,7 +247,7 @@ def test_runs_share_the_shards_of_a_small_source(tmp_path, monkeypatch, cache, s
     path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(80)])
     with text_of(path) as text:
         whole = take(text, 20)[:12]                     # all shards
-        text.keep_from(12)                              # deletes nothing of it
+        text.keep_from(12)                              # deletes none of them
     folder, = cache.iterdir()
     (tmp_path / "elsewhere").mkdir()
     moved = Path(shutil.copy(path, tmp_path / "elsewhere"))
@@ -262,7 +262,7 @@ def test_runs_share_the_shards_of_a_small_source(tmp_path, monkeypatch, cache, s
         text.batch(0)
     assert len(list(cache.iterdir())) == 5
 
-    # a token that the tokenizer does not have is one line
+    # a token outside the vocabulary is reported in one line
     shard = folder / "shard-00000.npy"
     good = shard.read_bytes()
     shard.write_bytes(good[:-4] + b"\x7f" * 4)
@@ -270,20 +270,20 @@ def test_runs_share_the_shards_of_a_small_source(tmp_path, monkeypatch, cache, s
         take(text, 12)
     shard.write_bytes(good)
 
-    # damaged or deleted, it is written again
+    # a damaged or deleted shard is written again
     for name in ("shard-00001.npy", "shard-00000.json"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-9])
         with text_of(path) as text:
             assert torch.equal(take(text, 12), whole), name
     (folder / "shard-00001.npy").unlink()
     shutil.copy(path, moved)
-    with text_of(moved, folder=tmp_path / "run") as text:               # it knows its own files
+    with text_of(moved, folder=tmp_path / "run") as text:               # it recognises its text
         assert torch.equal(take(text, 1), whole[:1])
         shutil.rmtree(folder)                                           # while it is in use
         assert torch.equal(take(text, 12), whole)
 
 
-def test_runs_of_several_processes_that_begin_at_once_agree(tmp_path, small_shards):
+def test_runs_of_several_processes_started_at_once_agree(tmp_path, small_shards):
     path = write_documents(tmp_path / "a.jsonl", [numbered(i % 500) for i in range(2000)])
     found = []
 
@@ -312,16 +312,16 @@ def test_shards_that_no_checkpoint_needs_are_deleted(tmp_path, streamed):
         for step in range(150):
             whole.append(text.batch(step))
             text.keep_from(step - 2)
-            other.keep_from(step)                       # is not for it to do
+            other.keep_from(step)                       # has no effect: process 0 deletes
             assert len(list(run.glob("shard-*.npy"))) <= 5
-            if step in (10, 149):                       # those between come and go without it
+            if step in (10, 149):                       # it misses the shards in between
                 assert torch.equal(other.batch(step), whole[step])
     first, second, *_ = kept = numbers()
     assert first == 0 and second > 10 and kept[1:] == list(range(second, kept[-1] + 1))
     with text_of(path, folder=run) as text:
-        assert torch.equal(text.first(3), whole[0][:3])                 # they stay with the run
+        assert torch.equal(text.first(3), whole[0][:3])         # the first shard is never deleted
         assert torch.equal(text.batch(148), whole[148]) and numbers() == kept
-        assert torch.equal(text.batch(20), whole[20]) and 1 in numbers()        # begun once more
+        assert torch.equal(text.batch(20), whole[20]) and 1 in numbers()        # written again
 
 
 def change_a_letter(path):
@@ -331,7 +331,7 @@ def change_a_letter(path):
 @pytest.mark.parametrize("change", [
     change_a_letter, lambda path: path.write_text(path.read_text() * 2), Path.unlink,
     lambda path: path.rename(path.with_name("1b.jsonl"))])
-def test_a_text_that_has_changed_is_refused_if_more_of_it_is_needed(tmp_path, streamed, change):
+def test_text_that_has_changed_is_refused_if_more_of_it_is_needed(tmp_path, streamed, change):
     source, run = tmp_path / "source", tmp_path / "run"
     source.mkdir()
     for part in range(3):
@@ -339,20 +339,20 @@ def test_a_text_that_has_changed_is_refused_if_more_of_it_is_needed(tmp_path, st
     with text_of(source, folder=run) as text:
         whole = take(text, 5)
     path = source / "1.jsonl"
-    path.write_bytes(path.read_bytes())                                 # the same again
+    path.write_bytes(path.read_bytes())                                 # unchanged
     with text_of(source, folder=run) as text:
         take(text, 15)
     change(path)
     message = r"has changed since the run began \(.*/1b?\.jsonl is new, missing or different\)"
     with text_of(source, folder=run) as text:
         refuses(message, take, text, 100)
-        assert torch.equal(take(text, 2), whole[:2])                    # what is there is there
+        assert torch.equal(take(text, 2), whole[:2])                    # existing shards still work
 
 
-# ---- The end of the text, too little text --------------------------------------------------------
+# ---- The end of the text, and too little text ----------------------------------------------------
 
-def test_finite_text_is_used_again_in_another_order_and_says_so_once(source, capsys):
-    length = 40                                         # less than all of it, which is 43 to 92
+def test_finite_text_is_used_again_in_another_order_with_one_note(source, capsys):
+    length = 40                                         # chunks; the whole text has 43 to 92
     with text_of(source, batch_size=1) as text:
         chunks = take(text, 300)[:, 0]
     line, = [line for line in capsys.readouterr().err.splitlines() if "single doc" not in line]
@@ -363,9 +363,9 @@ def test_finite_text_is_used_again_in_another_order_and_says_so_once(source, cap
 
 
 @pytest.mark.parametrize("texts, message", [
-    ([], "too short: its held-out text makes 0 chunks of 16 tokens, 4 needed; use more text"),
-    ([""] * 50, "too short: its held-out text makes 0 chunks of 16 tokens, 4 needed"),
-    ([numbered(0, 5)] * 3, "too short: its held-out text makes 1 chunks of 16 tokens, 4 needed"),
+    ([], "too short: its held-out text makes 0 chunks of 16 tokens, but it needs 4: use more text"),
+    ([""] * 50, "too short: its held-out text makes 0 chunks of 16 tokens, but it needs 4"),
+    ([numbered(0, 5)] * 3, "too short: its held-out text makes 1 chunks of 16 tokens, but it"),
     ([numbered(0, 99)] * 50, "to train on: its documents all begin like those held out"),
     ([numbered(0, 99), "d1"], "too short: its training text makes 0 chunks of 16 tokens"),
 ])
@@ -384,12 +384,12 @@ def test_a_tokenizer_without_the_special_tokens_or_a_vocabulary_is_refused(tmp_p
         refuses(f"the tokenizer has no {name} token", Text, path, NUMBERED, bos, eos)
     empty = Tokenizer(models.BPE())
     empty.add_special_tokens(["<bos>", "<eos>"])
-    with pytest.raises(InputError, match="the tokenizer makes no tokens of .*a.jsonl: is its voc"):
+    with pytest.raises(InputError, match="the tokenizer makes no tokens from .*a.jsonl: is its"):
         Text(path, empty, BOS, EOS, context=4, eval_tokens=16, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, small_shards):
+def test_a_run_does_without_a_cache_that_it_cannot_write(tmp_path, monkeypatch, small_shards):
     monkeypatch.setenv("LORASAE_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
     path = write_documents(tmp_path / "a.jsonl", map(numbered, range(80)))
@@ -397,14 +397,14 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, s
         assert take(text, 9).shape == (9, 4, 16) and len(read_shards(tmp_path / "run")) > 1
 
 
-def test_a_bad_line_deep_in_the_text_reaches_who_asks_for_it(tmp_path, streamed):
+def test_a_bad_line_deep_in_the_text_raises_when_its_batch_is_asked_for(tmp_path, streamed):
     path = write_documents(tmp_path / "a.jsonl", [numbered(i) for i in range(300)])
     with path.open("a") as file:
         file.write("{broken\n")
     with text_of(path) as text:
         refuses(r"line 301 \(Expecting", take, text, 100)
         newest, _ = text.shards[-1]
-        with counted(Text, "_write") as calls:          # what was written before it is good
+        with counted(Text, "_write") as calls:          # shards written before it are good
             take(text, newest.stop // 4)
         assert newest.stop > 150 and calls.call_count <= 1
 
@@ -421,8 +421,8 @@ def test_a_stream_gives_every_document_once_in_a_seeded_order(tmp_path, monkeypa
     assert sorted(one) == sorted(f"{part} {i}" for part in range(5) for i in range(40))
 
 
-def test_any_stretch_of_a_stream_has_its_files_in_proportion(tmp_path):
-    """Of a file three times as long as the other come three quarters of the characters."""
+def test_any_stretch_of_a_stream_mixes_its_files_in_proportion(tmp_path):
+    """A file three times as long as the other gives three quarters of the characters."""
     write_documents(tmp_path / "a.jsonl", ["a" * 1000] * 3000)
     write_documents(tmp_path / "b.jsonl", ["b" * 250] * 4000)
     found = documents(files(str(tmp_path)), None, 0)
@@ -430,13 +430,13 @@ def test_any_stretch_of_a_stream_has_its_files_in_proportion(tmp_path):
     assert abs(stretch.count("a") / len(stretch) - 0.75) < 0.06
 
 
-# ---- Ends of the process, memory -----------------------------------------------------------------
+# ---- Closing, and memory -------------------------------------------------------------------------
 
 def test_closing_stops_the_writing_of_shards(tmp_path, streamed, monkeypatch):
     path = write_documents(tmp_path / "a.jsonl", [numbered(i % 500, 100) for i in range(900)])
     monkeypatch.setattr(shards, "LARGEST", 10 ** 12)
     with pytest.raises(KeyboardInterrupt), text_of(path) as text:
-        text._write_after(shards.NONE._replace(number=99))              # it would write for weeks
+        text._write_after(shards.NONE._replace(number=99))              # would take weeks
         while not text.writing.running():
             time.sleep(0.01)
         raise KeyboardInterrupt
@@ -467,8 +467,8 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_memory_is_bounded_whatever_a_file_holds(tmp_path):
-    """A long document, a long file, an endless line and small archives of much text: 300 MiB."""
+def test_memory_is_bounded_whatever_a_file_contains(tmp_path):
+    """300 MiB are enough for long documents, files and lines, and small archives of long text."""
     words = [numbered(i, 5000) for i in range(100)]
     text = "".join(words)
     documents = (json.dumps({"text": f"d{i} {text * 13}"}) + "\n" for i in range(2))    # 20 MB each
@@ -484,15 +484,15 @@ def test_memory_is_bounded_whatever_a_file_holds(tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "MALLOC_ARENA_MAX": "2"}
     result = subprocess.run([sys.executable, "-c", BOUNDED, *names], cwd=tmp_path, timeout=200,
                             env=environment, capture_output=True, text=True)
-    too_long = ("line 1: longer than 64 MiB; expected a JSON object per line, a document in each: "
-                "cut it into several")
+    too_long = ("line 1 is longer than 64 MiB: expected one JSON object per line, with one "
+                "document in each; split this one up")
     assert result.stdout.splitlines() == [
         "read", "read", f"line.jsonl, {too_long}", "read", f"line.jsonl.gz, {too_long}"
     ], result.stderr
 
 
-def test_a_shard_without_a_chunk_is_whole(tmp_path):
-    """The last one, if fewer tokens than a chunk were left. Nonsense is no shard."""
+def test_a_shard_without_chunks_is_valid(tmp_path):
+    """The last shard, if the tokens left do not fill a chunk. Invalid metadata is not a shard."""
     shards.write_array(tmp_path / "shard-00000.npy", np.empty((0, 16), np.int32))
     facts = shards.Shard(0, 0, 0, 16, True, 1, [])
     write_json(tmp_path / "shard-00000.json", facts._asdict())

@@ -26,20 +26,20 @@ def texts_of(count, length, model, seed=0):
 
 
 @pytest.mark.parametrize("alpha", [0, 2.5])
-def test_likelihoods_of_many_texts_are_those_of_each(model, alpha, monkeypatch):
+def test_likelihoods_of_many_texts_match_those_of_each_alone(model, alpha, monkeypatch):
     texts, v, layer = texts_of(5, 20, model), unit(model.config.hidden_size), 1
     monkeypatch.setattr(steering, "BATCH", 2)
     found = steering.log_likelihoods(model, texts, layer, v, (alpha, 0))
     for i, text in enumerate(texts):
         every = {layer: lambda x: x + alpha * torch.outer(x[0] @ v, v)[None]}
         log_p = model(text[None], every)[0].double().log_softmax(-1)
-        expected = log_p[:-1].gather(-1, text[1:, None]).mean()     # of the token after each
+        expected = log_p[:-1].gather(-1, text[1:, None]).mean()     # of each next token
         assert found[0, i].item() == pytest.approx(expected.item(), abs=1e-5)
     assert torch.equal(found[0], found[1]) == (alpha == 0)
 
 
-def test_alpha_raises_positives_and_not_negatives():
-    flat = torch.tensor([0.0, 1.0])                                         # unsteered: a span of 1
+def test_the_best_alpha_raises_positives_but_not_negatives():
+    flat = torch.tensor([0.0, 1.0])                                         # unsteered: range 1
     raised = lambda *by: torch.stack([flat + amount for amount in by])
     alphas = (0, 1, 2, 3)
     for positives, negatives, best in (
@@ -54,7 +54,7 @@ def test_alpha_is_tuned_on_one_half_and_table_4_pairs_the_models_on_the_other(mo
 
     def tune(*likelihoods):
         tried.append(likelihoods)
-        return (2, 0.5)[len(tried) - 1]                     # of the base model; of the adapted one
+        return (2, 0.5)[len(tried) - 1]                     # for the base model, then the adapted
 
     monkeypatch.setattr(steering, "tune", tune)
     adapted(model, [2, 3], std=0.1)
@@ -81,7 +81,7 @@ def test_windows_are_distinct_stretches_of_one_document(monkeypatch):
     monkeypatch.setattr(steering, "WINDOW", 10)
     chunks = torch.stack([torch.arange(100), torch.arange(100), torch.arange(50, 150)]) + 3
     chunks[:, 0] = 2
-    chunks[:, 30] = 1                                       # an end of document in the third window
+    chunks[:, 30] = 1                                       # a document ends in the third window
     text = SimpleNamespace(held_out=chunks, documents=torch.tensor([4, 4, 9]), bos=2, eos=1)
     found, documents = steering.windows(text)
     assert found.shape == (13, 11) and (found[:, 0] == 2).all() and not (found[:, 1:] < 3).any()
@@ -97,7 +97,7 @@ def planted(model):
     texts = texts_of(300, 12, model)
     x = model.run(model.embed(texts), 0, 2)
     pre = torch.stack([F.linear(row[1:], sae.W_enc) for row in x])      # [300, 12, 40], without BOS
-    sorted_ = pre.flatten(0, 1).sort(0).values              # latent i is to fire 3 (i + 1) times
+    sorted_ = pre.flatten(0, 1).sort(0).values              # latent i should fire 3 (i + 1) times
     sae.threshold.data = sorted_[-3 * torch.arange(1, 41), torch.arange(40)].clamp(min=0.1)
     peak = torch.where(pre > sae.threshold, pre, 0).amax(1)
     return sae, texts, peak
@@ -115,7 +115,7 @@ def test_examples_are_where_a_latent_fires_most_and_where_it_does_not_fire(model
         assert (peak[chosen["negative"], latent] == 0).all()
 
 
-def test_the_latents_chosen_fire_hard_in_enough_texts_but_in_few(planted):
+def test_chosen_latents_fire_strongly_in_enough_texts_but_not_in_too_many(planted):
     _, _, peak = planted
     fired = (peak > 0).sum(0)
     assert (fired < 16).any() and (fired > 30).any()    # there is something to leave out
@@ -138,13 +138,13 @@ def setting(model, raw_config, tmp_path, planted):
 @pytest.mark.parametrize("how, message", [
     ({"latents": [40]}, "0 to 39"), ({"latents": [-1]}, "0 to 39"),
     ({"examples": 7}, "--examples 7.*8 or more")])
-def test_what_cannot_be_steered_is_one_clear_line(setting, how, message):
+def test_impossible_latents_or_examples_are_one_clear_line(setting, how, message):
     refuses(message, steering.evaluate, setting, **how)
 
 
 @pytest.mark.parametrize("raw_config", ["gemma2", "llama"], indirect=True)
 def test_the_picture_and_the_table_show_every_latent(setting, tmp_path, capsys):
-    figures = pytest.importorskip("matplotlib.figure", reason="draws the pictures")
+    figures = pytest.importorskip("matplotlib.figure", reason="matplotlib draws the pictures")
     texts, _ = steering.windows(setting.text)
     peak = steering.peaks(setting.model, setting.saes[1], 1, texts)
     latents = steering.choose_latents(peak, 2, least=16)

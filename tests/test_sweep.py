@@ -1,4 +1,4 @@
-"""Several adapters in one pass: each ends as its own run would, and is a run for every command."""
+"""Several adapters in one pass: each ends as if trained alone, and every command accepts it."""
 import pytest
 import torch
 
@@ -20,7 +20,7 @@ RATES = (1e-3, 2e-3)
      {f"rank-{R}-lr-{lr}": ["--rank", R, "--lr", lr] for R in (4, 1) for lr in RATES},
      ["--optimizer", "muon"])],
     ids=["ranks, parts of a batch", "rates", "both"])
-def test_each_adapter_is_that_of_its_own_run(site, tmp_path, model, several, alone, more):
+def test_each_adapter_equals_the_one_of_a_separate_run(site, tmp_path, model, several, alone, more):
     arguments = words(site, "lora", "--tokens", 256, *more, model=model)
     command("train", *arguments, *several, "--out", tmp_path / "sweep")
     shared, together = read(tmp_path / "sweep/results.json"), metrics(tmp_path / "sweep")
@@ -45,7 +45,7 @@ def test_each_adapter_is_that_of_its_own_run(site, tmp_path, model, several, alo
 
 
 def several(model, blocks, dropout=0.0):
-    """Adapters of each rank that are not the identity; none is attached."""
+    """Adapters of each rank, detached and not the identity."""
     found = []
     for rank in RANKS:
         torch.manual_seed(rank)
@@ -61,15 +61,15 @@ def kind_of(model, saes, found):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_losses_and_gradients_are_to_the_bit_those_of_each_alone(model, tokens, dropout):
-    tokens = tokens[:, :32]             # whole vector registers: the rest is rounded otherwise
+def test_losses_and_gradients_match_each_adapter_alone_bit_for_bit(model, tokens, dropout):
+    tokens = tokens[:, :32]             # fills vector registers; a remainder rounds differently
     found, saes = several(model, [2, 3], dropout), {1: random_sae("jumprelu", model)}
     kind = kind_of(model.train(), saes, found)
     part = kind.frozen(tokens)
     torch.manual_seed(7)
     losses, _ = kind.losses(part)
     losses.sum().backward()
-    drawn = torch.rand(1)               # each has drawn the same numbers, as one alone does
+    drawn = torch.rand(1)               # all have drawn the numbers that one alone draws
     assert losses.shape == (len(RANKS),)
     for loss, own in zip(losses, found):
         parameters = lora_parameters(own)

@@ -1,4 +1,4 @@
-"""Sources to documents, good and bad files, and datasets of a Hub that fails: io/text.py."""
+"""io/text.py: documents from good and bad files, and datasets from a Hub that fails."""
 import gzip
 import hashlib
 import json
@@ -24,7 +24,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def gzip_compress(data):
-    return gzip.compress(data, mtime=0)                 # without the time: names of tests hold it
+    return gzip.compress(data, mtime=0)                 # no time: it would be in test ids
 
 
 def documents(source, field=None):
@@ -39,7 +39,7 @@ def write(path, data):
 
 
 def answer(source, field=None):
-    """The error of a run on this source."""
+    """The error message of a run on this source."""
     with one_line(kind=(InputError, OSError)) as caught:
         text_of(source, field=field).close()
     assert len(str(caught.value)) < 600
@@ -51,7 +51,7 @@ def answer(source, field=None):
     ("a.jsonl.zst", zstd_compress, "text"), ("a.json.gz", gzip_compress, "raw_content"),
     ("a.jsonl", BOM.__add__, "text"), ("a.json.zst", zstd_compress, "raw_content"),
 ])
-def test_json_lines_of_every_packing_give_the_same_documents(tmp_path, name, pack, field):
+def test_json_lines_give_the_same_documents_however_compressed(tmp_path, name, pack, field):
     data = lines(TEXTS, field)
     assert documents(write(tmp_path / name, pack(data))) == TEXTS
     windows = data.replace(b"\n", b"\r\n\r\n")
@@ -61,7 +61,7 @@ def test_json_lines_of_every_packing_give_the_same_documents(tmp_path, name, pac
         assert documents(write(tmp_path / name, members)) == TEXTS
 
 
-def test_a_field_is_chosen_by_name_and_half_of_a_surrogate_pair_is_a_question_mark(tmp_path):
+def test_a_field_is_chosen_by_name_and_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
     data = b'{"text": "no", "body": "yes"}\n\n  \n{"body": "also", "raw_content": "no"}'
     assert documents(write(tmp_path / "a.jsonl", data), field="body") == ["yes", "also"]
     half = rb'{"text": "a\ud83db \ud83d\ude42"}'
@@ -82,7 +82,7 @@ def test_long_text_is_read_in_pieces(tmp_path, name):
     assert all(piece.endswith("\n") for piece in pieces[:-1] if "zz" not in piece)
 
 
-def test_a_folder_is_read_by_name_without_what_is_hidden_or_unknown(tmp_path, capsys):
+def test_a_folder_is_read_in_order_of_names_without_hidden_or_unknown_files(tmp_path, capsys):
     for name in ("b/x.py", "a.txt", "b.md", "b/.hidden/y.txt", ".git/z.txt", "b/.w.txt",
                  "picture.png", "b/data.bin"):
         write(tmp_path / ".here" / name, BOM + name.encode())
@@ -102,7 +102,7 @@ def test_the_standard_library_is_its_sources_without_tests(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("place", [0, 100_000, 299_999])
-def test_a_letter_that_changes_anywhere_is_noticed(tmp_path, place):
+def test_a_changed_letter_is_noticed_anywhere(tmp_path, place):
     data = bytearray(b"x" * 300_000)
     path = write(tmp_path / "a.txt", data)
     known = text.fingerprints(files(str(path)))
@@ -111,14 +111,14 @@ def test_a_letter_that_changes_anywhere_is_noticed(tmp_path, place):
 
 
 @pytest.mark.parametrize("source, words", [
-    ("", "no file or folder ; expected one, or stdlib, pile"), ("hf://", "is not a dataset"),
-    ("nowhere", "no file or folder nowhere; expected one, or stdlib, pile"),
+    ("", "no file or folder : expected one, or stdlib, pile"), ("hf://", "is not a dataset"),
+    ("nowhere", "no file or folder nowhere: expected one, or stdlib, pile"),
     ("no\0where", "no file or folder no\0where"), ("no\nw.txt", "no file or folder no w.txt"),
     ("x" * 300 + ".txt", "no file or folder xxx"), ("/dev/null", "no file or folder /dev/null"),
-    ("a.parquet", "a.parquet holds no text: none of its 1 files ends in .txt"),
-    ("empty", "empty holds no text: none of its 0 files ends in .txt"),
+    ("a.parquet", "a.parquet contains no text: none of its 1 files ends in .txt"),
+    ("empty", "empty contains no text: none of its 0 files ends in .txt"),
 ])
-def test_a_name_without_text_behind_it(source, words, monkeypatch, tmp_path):
+def test_a_source_without_text_is_refused(source, words, monkeypatch, tmp_path):
     write(tmp_path / "a.parquet", b"PAR1")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -127,7 +127,7 @@ def test_a_name_without_text_behind_it(source, words, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to("nothing"), os.mkfifo,
                                   lambda path: path.symlink_to(path.name)])
-def test_what_is_neither_a_file_nor_a_folder_is_refused_and_passed_over(make, tmp_path):
+def test_broken_links_and_pipes_are_refused_and_skipped_in_folders(make, tmp_path):
     make(tmp_path / "a.txt")
     (tmp_path / "within").symlink_to(tmp_path)
     assert f"no file or folder {tmp_path}/a.txt" in answer(tmp_path / "a.txt")
@@ -155,7 +155,7 @@ ZST = zstd_compress(lines(hashlib.sha256(b"%d" % i).hexdigest() for i in range(2
     ("a.txt", b"", SHORT), ("a.jsonl", b"\n \n\t\n", SHORT), ("a.jsonl.gz", b"", SHORT),
     ("a.jsonl.zst", b"", SHORT), ("a.txt", b"\n", SHORT), (".jsonl", b"{", "line 1 ("),
 ])
-def test_a_file_that_is_not_what_its_name_says(name, data, words, tmp_path):
+def test_a_file_that_is_not_what_its_name_says_is_refused(name, data, words, tmp_path):
     line = answer(write(tmp_path / name, data))
     assert words in line and f"{tmp_path}/{name}" in line
 
@@ -168,13 +168,13 @@ def test_a_file_that_is_not_what_its_name_says(name, data, words, tmp_path):
     ('{"text": "a"} {"text": "b"}', "Extra data"), ("[" * 100_000, "recursion depth"),
     ('{"text": "a", "n": ' + "9" * 5000 + "}", "Exceeds the limit (4300 digits)"),
 ])
-def test_a_bad_line_of_json_is_told_by_its_number(bad, words, tmp_path):
+def test_a_bad_line_of_json_is_reported_by_its_number(bad, words, tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD + bad.encode() + b"\n" + GOOD)
     line = answer(path)
     assert f"{tmp_path}/a.jsonl, line 61" in line and words in line
 
 
-def test_a_field_that_is_no_text_and_a_missing_zstandard_are_named(tmp_path, monkeypatch):
+def test_a_field_without_text_and_a_missing_zstandard_are_named(tmp_path, monkeypatch):
     for field in ("absent", "meta", "te\nxt"):
         words = f"line 1: expected a JSON object with a string {field!r}; its strings are: text"
         assert words in answer(write(tmp_path / "a.jsonl", GOOD), field)
@@ -196,7 +196,7 @@ def hub(server, monkeypatch):
 
 @pytest.mark.parametrize("fault", [None, "drop", "busy"])
 @pytest.mark.parametrize("name, pack", PACKINGS)
-def test_a_dataset_is_read_as_the_same_file_on_disk(hub, name, pack, fault):
+def test_a_dataset_reads_like_the_same_file_on_disk(hub, name, pack, fault):
     hub.datasets["owner/name"] = {f"data/{name}": pack(lines(MANY)), "README.md": b"#",
                                   "data/x.parquet": b"PAR1"}
     for chosen in (f"/data/{name}", "/data", "/**/*.jsonl*", "@main/data/*"):
@@ -205,7 +205,7 @@ def test_a_dataset_is_read_as_the_same_file_on_disk(hub, name, pack, fault):
         assert len(hub.faults) <= (5 if name.endswith("zst") else 0)    # read in one block
 
 
-def test_only_what_is_used_is_fetched_and_a_server_that_stays_away_ends_the_stream(hub):
+def test_only_what_is_used_is_fetched_and_a_server_that_stays_down_ends_the_stream(hub):
     hub.datasets["owner/name"] = {"a.jsonl": lines(MANY * 50)}
     file, = files("hf://datasets/owner/name/a.jsonl")
     listed = hub.sent
@@ -236,12 +236,12 @@ def test_the_named_streams_find_their_files(hub, name, chosen):
 
 @pytest.mark.parametrize("source, message", [
     ("owner/absent/a.jsonl", "no repository of that name on the Hub"),
-    ("owner/name/absent.jsonl", "absent.jsonl holds no text: none of its 0 files ends in .txt"),
-    ("owner/name/tables", "tables holds no text: none of its 1 files ends in .txt"),
+    ("owner/name/absent.jsonl", "absent.jsonl contains no text: none of its 0 files ends in .txt"),
+    ("owner/name/tables", "tables contains no text: none of its 1 files ends in .txt"),
     ("owner", "is not a dataset: expected hf://datasets/OWNER/NAME/FILES"),
     ("owner/gated", "owner/gated is gated: accept its licence at https://huggingface.co/datasets"),
 ])
-def test_a_dataset_that_cannot_be_read_is_told_in_one_line(hub, source, message):
+def test_a_dataset_that_cannot_be_read_is_refused_in_one_line(hub, source, message):
     hub.datasets["owner/name"] = {"a.jsonl": lines(MANY), "tables/a.parquet": b"PAR1"}
     hub.datasets["owner/gated"] = {"a.jsonl": lines(MANY)}
     hub.refused = {"owner/gated": (403, "GatedRepo")}

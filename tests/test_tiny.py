@@ -1,4 +1,4 @@
-"""The embedded default: it loads, is small, is what transformers sees, and knows the language."""
+"""The embedded models load, are small, match transformers and have learned the language."""
 import sysconfig
 
 import pytest
@@ -12,14 +12,14 @@ from lorasae.io.shards import Text
 from lorasae.io.text import held_out
 from lorasae.tiny import make
 
-LOSS_BOUND = {              # nats per token, with room for other libraries; of a bigram model: 4.65
+LOSS_BOUND = {  # nats per token, with room for other standard libraries; a bigram model has 4.65
     "gemma-2": 3.0, "llama-3": 3.0, "gemma-2-medium": 3.2, "gemma-2-small": 3.6}
 SAMPLE = "class Ünïcode(dict):\n\n    def __len__(self):\t# 日本語 🐍\r\n        return 3  \n"
 
 
 @pytest.fixture(params=make.NAMES)
 def folder(request):
-    """Of each shipped model."""
+    """The folder of each shipped model."""
     return make.HERE / request.param
 
 
@@ -36,12 +36,12 @@ def test_the_shipped_model_is_as_large_as_a_new_one(folder):
 
 def test_transformers_loads_the_shipped_folder_and_gives_the_same_logits(folder):
     oracle = transformers_model(folder, dtype=torch.float32)
-    tokens = held_out_tokens(folder, 512)   # 256 positions: past sliding window and rotary bend
+    tokens = held_out_tokens(folder, 512)  # 256 positions: past window and start of rotary scaling
     expected, ours = oracle(tokens).logits, load_model(folder, dtype=torch.float32)(tokens)
     assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_the_tokenizer_puts_bos_first_and_gives_the_text_back(folder):
+def test_the_tokenizer_puts_bos_first_and_decodes_to_the_same_text(folder):
     tokenizer, raw = load_tokenizer(folder), read_json(folder / "config.json")
     encoding = tokenizer.encode(SAMPLE)
     assert encoding.ids[0] == raw["bos_token_id"] == tokenizer.token_to_id("<bos>") == make.BOS
@@ -52,12 +52,12 @@ def test_the_tokenizer_puts_bos_first_and_gives_the_text_back(folder):
     assert tokenizer.encode(SAMPLE, add_special_tokens=False).ids == encoding.ids[1:]
 
 
-def test_all_that_is_shipped_fits_in_31_mb():
+def test_everything_shipped_fits_in_31_mb():
     files = [path for path in make.HERE.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 31_000_000
 
 
-def test_the_model_has_learned_what_word_counts_cannot(folder):
+def test_the_model_has_learned_more_than_a_bigram_model_can(folder):
     model = load_model(folder, dtype=torch.float32)
     tokens = held_out_tokens(folder, make.EVAL_TOKENS)[::6]             # quicker
     losses = fidelity.measure(model, {}, tokens.split(make.BATCH), ("base",))["base"]["ce"]
@@ -66,7 +66,7 @@ def test_the_model_has_learned_what_word_counts_cannot(folder):
     assert abs(losses.mean() - made) < 0.25                             # sixths differ by 0.2
 
 
-def test_what_is_held_out_is_read_by_neither_tokenizer_nor_models(tmp_path, monkeypatch):
+def test_neither_tokenizer_nor_models_read_held_out_text(tmp_path, monkeypatch):
     folders = ("", "package/", "test/", "package/tests/")
     names = [f"{folder}module{i}.py" for folder in folders for i in range(40)]
     for name in names:

@@ -43,7 +43,7 @@ def outcome(step, tensors, k=8):
 
 
 def close(a, b, tolerance=1e-5):
-    """Equal up to `tolerance` of the largest entry; exactly, where all are zero."""
+    """Equal up to `tolerance` of the largest entry; exactly equal if all are zero."""
     assert a.shape == b.shape
     scale = b.abs().max().item() if b.numel() else 0.0
     torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=tolerance * scale)
@@ -76,7 +76,7 @@ def test_topk_is_exact(M, k, dtype):
     check_topk(random(9, M, seed=M + k).to(dtype), k)
 
 
-def test_groups_are_used_where_they_help(monkeypatch):
+def test_topk_works_in_groups_if_that_helps(monkeypatch):
     widths, whole = [], torch.topk
     monkeypatch.setattr(
         torch, "topk", lambda x, *a, **how: widths.append(x.shape[-1]) or whole(x, *a, **how))
@@ -84,7 +84,7 @@ def test_groups_are_used_where_they_help(monkeypatch):
     assert max(widths) <= 131072 // 64
 
 
-def test_topk_with_ties_infinities_and_a_lone_maximum_anywhere():
+def test_topk_handles_ties_infinities_and_a_lone_maximum_anywhere():
     g = torch.Generator().manual_seed(0)
     # thousands of ties at the threshold
     check_topk(torch.randint(0, 3, (8, 20000), generator=g).float(), 50)
@@ -110,7 +110,7 @@ def test_topk_ranks_nan_first_like_torch(nans):
     check_topk(x, 40)
 
 
-def test_topk_takes_any_stride():
+def test_topk_accepts_any_stride():
     x = random(20000, 6, seed=4).T
     for view in (x, x[::2, 10:], x[:0]):
         check_topk(view, 16)
@@ -118,7 +118,7 @@ def test_topk_takes_any_stride():
 
 # ---- The step ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("chunk", [topk.CHUNK, 64, 3])  # one; several; fewer latents in each than k
+@pytest.mark.parametrize("chunk", [topk.CHUNK, 64, 3])  # one chunk; several; latents per chunk < k
 @pytest.mark.parametrize("bias, k", [
     # all are positive; about half; hardly any, so k exceeds the positives; none at all
     (3.0, 5), (0.0, 5), (0.0, 150), (-2.0, 60), (-50.0, 7), (0.0, 1), (0.0, 200)])
@@ -131,7 +131,7 @@ def test_step_equals_dense_autograd(monkeypatch, step, bias, k, chunk):
 
 
 @pytest.mark.parametrize("chunk", [topk.CHUNK, 6000])
-def test_step_equals_dense_autograd_where_the_groups_work_and_without_onednn(monkeypatch, chunk):
+def test_step_equals_dense_autograd_in_groups_and_without_onednn(monkeypatch, chunk):
     monkeypatch.setattr(topk, "CHUNK", chunk)
     tensors = problem(N=16, D=8, M=20011, dtype=torch.float64)
     all_close(outcome(topk.sae_step, tensors, 20), outcome(topk.naive_step, tensors, 20), 1e-12)
@@ -145,7 +145,7 @@ def test_gradients_pass_gradcheck():
     tensors = problem(N=4, D=3, M=9, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *a: topk.sae_step(*a, 4)[:2], tensors)
     assert torch.autograd.gradcheck(lambda *a: topk.encode(*a, 4)[0], tensors[:3])
-    indices = torch.tensor([[0, 3], [8, 8], [2, 1], [0, 7]])  # one latent twice in a token
+    indices = torch.tensor([[0, 3], [8, 8], [2, 1], [0, 7]])  # a latent can occur twice in a token
     values = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v, W: topk.decode(v, indices, W), (values, tensors[3]))
 
@@ -153,9 +153,9 @@ def test_gradients_pass_gradcheck():
 def test_ties_give_the_gradient_of_the_latents_that_were_kept():
     x, W_enc, b_enc, W_dec, b_dec = leaves = problem(M=40)
     with torch.no_grad():
-        W_enc[20:], b_enc[20:] = W_enc[:20], b_enc[:20]  # every pre-activation twice
+        W_enc[20:], b_enc[20:] = W_enc[:20], b_enc[:20]  # every pre-activation occurs twice
     recon, values, indices = topk.sae_step(*leaves, 5)
-    pre = F.linear(x - b_dec, W_enc, b_enc)  # dense, along the same choice
+    pre = F.linear(x - b_dec, W_enc, b_enc)  # dense, with the same latents
     kept = pre.gather(1, indices).relu()
     close(kept.sort(1).values, torch.topk(pre, 5).values.relu().sort(1).values)
     dense = topk.naive_decode(kept, indices, W_dec) + b_dec
@@ -164,7 +164,7 @@ def test_ties_give_the_gradient_of_the_latents_that_were_kept():
               torch.autograd.grad((dense ** 2).sum(), leaves))
 
 
-def test_two_runs_agree_to_the_bit():
+def test_two_runs_agree_bit_for_bit():
     tensors = problem(N=200, M=20000)
     with torch.no_grad():
         # ties everywhere
@@ -186,7 +186,7 @@ def test_each_gradient_can_be_asked_for_alone(step, wanted):
 
 
 @pytest.mark.parametrize("pick", [0, 1])
-def test_only_one_output_used(pick):
+def test_gradients_are_right_if_only_one_output_is_used(pick):
     tensors = problem()
     fast, dense = (
         torch.autograd.grad((step(*tensors, 8)[pick] ** 2).sum(), tensors, materialize_grads=True)
@@ -195,13 +195,13 @@ def test_only_one_output_used(pick):
 
 
 @both
-def test_x_and_gradients_of_any_stride(step):
+def test_x_and_gradients_can_have_any_stride(step):
     _, *rest = problem()
     strided = random(24, 74, seed=9).T[::2].requires_grad_()  # rows and columns have gaps
     results = []
     for function in (step, topk.naive_step):
         recon = function(strided, *rest, 8)[0]
-        results.append(torch.autograd.grad(recon.sum(), [strided, *rest]))  # gradient of stride 0
+        results.append(torch.autograd.grad(recon.sum(), [strided, *rest]))  # a gradient of stride 0
     all_close(*results)
     # stored column by column
     turned = [t.detach().T.contiguous().T if t.dim() == 2 else t for t in rest]
@@ -272,10 +272,10 @@ def test_frozen_weights_cost_no_weight_gradient(monkeypatch):
         topk.ByLatent, "sum", lambda *a: pytest.fail("a weight gradient was computed"))
     close(gradient_of_x(composed), expected)
     saved = topk.encode(x, frozen[0], frozen[1], 5)[0].grad_fn.saved_tensors
-    assert saved[0] is None  # and x is not kept for one
+    assert saved[0] is None  # and x is not saved
 
 
-def test_nothing_of_size_tokens_times_latents_or_k_times_width_is_made(monkeypatch):
+def test_no_tensor_of_tokens_times_latents_or_tokens_times_k_times_width_is_made(monkeypatch):
     N, D, M, k = 512, 64, 65536, 32
     tensors = problem(N=N, D=D, M=M)
     monkeypatch.setattr(topk, "CHUNK", 4096)
@@ -287,12 +287,12 @@ def test_nothing_of_size_tokens_times_latents_or_k_times_width_is_made(monkeypat
     assert largest <= 4 * max(N * 4096, M * D) < 4 * min(N * M, 8 * N * k * D)
 
 
-def test_bf16_selects_on_fp32_preactivations():
+def test_bf16_selects_latents_by_fp32_preactivations():
     tensors = problem(N=64, D=64, M=3000, dtype=torch.bfloat16)
     exact = [t.detach().float().requires_grad_() for t in tensors]
     values, indices = topk.encode(*tensors[:3], 16)
     assert values.dtype == torch.float32
-    # rounded: 1e-3 off
+    # rounding them would be 1e-3 off
     close(values.sort(1).values, topk.naive_encode(*exact[:3], 16)[0].sort(1).values)
     recon = topk.decode(values, indices, tensors[3])
     assert recon.dtype == torch.bfloat16
@@ -305,7 +305,7 @@ def test_bf16_selects_on_fp32_preactivations():
         assert (a.float() - b).norm() < 0.01 * b.norm()
 
 
-def test_works_under_no_grad_and_on_the_meta_device():
+def test_the_step_works_under_no_grad_and_on_the_meta_device():
     with torch.no_grad():
         assert not topk.sae_step(*problem(), 8)[0].requires_grad
     meta = [torch.empty_like(t, device="meta", requires_grad=True) for t in problem(N=8, M=20000)]
@@ -315,8 +315,8 @@ def test_works_under_no_grad_and_on_the_meta_device():
     assert recon.shape == (8, 24) and indices.shape == (8, 8) and meta[1].grad.shape == (20000, 24)
 
 
-def test_bf16_on_cuda_selects_fp32_preactivations_and_multiplies_what_it_can():
-    """A product with fp32 sums, and dot products widened, for which bf16 has no kernel."""
+def test_bf16_on_cuda_selects_by_fp32_preactivations_and_widens_dot_products():
+    """The product sums in fp32; dot products, for which bf16 has no kernel, are widened."""
     tensors = problem(N=30, M=3000, dtype=torch.bfloat16)
     x, W_enc, b_enc, W_dec, _ = map(on_cuda, tensors)
     values, indices = topk.encode(x, W_enc, b_enc, 16)

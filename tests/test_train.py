@@ -1,4 +1,4 @@
-"""The two commands as a user meets them: what a run leaves, that eval agrees, how errors end."""
+"""The two commands as a user sees them: what a run leaves, agreement with eval, and errors."""
 import json
 import os
 import re
@@ -24,9 +24,9 @@ ROOT = Path(__file__).parent.parent
 AGREES = ("ce_base", "ce_sae", "kl_sae", "gap_closed", "kl_gap_closed", "l0_sae")
 
 
-# ---- What a run leaves ---------------------------------------------------------------------------
+# ---- What a run leaves behind --------------------------------------------------------------------
 
-def test_a_run_says_where_it_writes_how_far_it_is_and_what_it_found(site, tmp_path, capsys):
+def test_a_run_prints_where_it_writes_how_far_it_is_and_what_it_found(site, tmp_path, capsys):
     run = tmp_path / "run"
     command("train", *words(site, "lora"), "--out", run)
     printed = capsys.readouterr()
@@ -61,7 +61,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_eval_finds_in_a_runs_files_what_training_found(finished, tmp_path, kind):
+def test_eval_of_a_runs_files_finds_what_training_found(finished, tmp_path, kind):
     run = Path(shutil.copytree(finished(kind), tmp_path / "run"))
     assert {path.name for path in run.iterdir()} == LEFT | MADE[kind]
     assert {path.name for path in (run / "text").iterdir()} >= {"held-out.npy", "text.json"}
@@ -77,13 +77,13 @@ def test_eval_finds_in_a_runs_files_what_training_found(finished, tmp_path, kind
         assert len(names) >= (4 if kind in ("topk", "jumprelu", "e2e") else 6)
 
 
-MODES = {"several": "lora", "both": BOTH}               # of the kinds of runs; others are their own
-OUTSIDE = ("check", "__post_init__")                    # which see every field
+MODES = {"several": "lora", "both": BOTH}               # runs whose kind is not their method
+OUTSIDE = ("check", "__post_init__")                    # these read every field
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_every_option_that_a_method_takes_is_read_in_its_run(site, tmp_path, monkeypatch, kind):
-    """Others are without effect, and should be refused."""
+def test_every_option_of_a_method_is_read_during_its_run(site, tmp_path, monkeypatch, kind):
+    """An option that is never read has no effect and should be refused."""
     def watched(config, name):
         caller = sys._getframe(1).f_code
         if caller.co_name not in OUTSIDE and "dataclasses" not in caller.co_filename:
@@ -99,8 +99,8 @@ def test_every_option_that_a_method_takes_is_read_in_its_run(site, tmp_path, mon
 # ---- A run's files are enough --------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["several", "both"])
-def test_eval_needs_neither_the_text_nor_the_first_folder(site, tmp_path, monkeypatch, kind):
-    """Model, SAE and text are given as relative paths; then the text goes, and the run moves."""
+def test_eval_needs_neither_the_text_nor_the_original_folder(site, tmp_path, monkeypatch, kind):
+    """Model, SAE and text are relative paths; then the text is deleted and the run is moved."""
     for name in ("gemma2", "text"):
         shutil.copytree(site / name, tmp_path / "there" / name)
     (tmp_path / "here").mkdir()
@@ -143,7 +143,7 @@ def test_a_merged_run_loads_in_transformers_with_the_adapted_logits(site, model,
 
 SPOILT = {name: (DAMAGES | JSONS)[name]
           for name in ("half", "garbage", "a folder", "null", "a list", "deep")}
-FACTS = [                               # command, kind of run, file, a key of it
+FACTS = [                               # command, kind of run, file, a key in the file
     ("--suite tenths", "topk", "sae-50pct/training.json", "tokens"),
     ("--suite fidelity", "both", "sequences.json", "before"),
     ("--card", "lora", "results.json", "ci90"),
@@ -154,7 +154,7 @@ FACTS = [                               # command, kind of run, file, a key of i
 
 
 @pytest.mark.parametrize("how, kind, name, key", FACTS)
-def test_a_fact_of_another_kind_is_one_line(finished, tmp_path, how, kind, name, key):
+def test_a_wrong_or_missing_fact_in_a_run_is_one_line(finished, tmp_path, how, kind, name, key):
     good = finished(kind)
     values = ["gone", "seven", [1]]
     if key == "before":
@@ -172,9 +172,9 @@ def test_a_fact_of_another_kind_is_one_line(finished, tmp_path, how, kind, name,
         assert not [*run.glob("eval-*")]
 
 
-# ---- What is looked at before training -----------------------------------------------------------
+# ---- Checks before training ----------------------------------------------------------------------
 
-def test_an_sae_of_another_model_or_without_use_is_a_warning(site, tmp_path, capsys):
+def test_an_sae_that_is_useless_or_of_another_model_gives_a_warning(site, tmp_path, capsys):
     sae = load_sae(site / "gemma2/sae")
     sae.W_enc.data *= 100
     save_sae(sae, tmp_path / "sae", model_name="google/gemma-9", layer=1, context=32)
@@ -190,14 +190,14 @@ def test_an_sae_of_another_model_or_without_use_is_a_warning(site, tmp_path, cap
     ("gemma-2-2b", ["", None, "gemma-2-2b", "google/gemma-2-2b", "unsloth/gemma-2-2b"],
      ["gemma-2-9b"]),
     ("google/gemma-2-2b", ["gemma-2-2b"], [])])
-def test_a_model_has_several_names(model, same, others):
+def test_a_model_can_have_several_names(model, same, others):
     assert all(same_model(name, model) for name in same)
     assert not any(same_model(name, model) for name in others)
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------
 
-LATE = (                                                # --dry-run knows nothing of these
+LATE = (                                                # --dry-run does not find these
     "can't decode byte", "is too short", "--device cuda:99: PyTorch sees",
     "--shard spreads a model over", "empty.txt/run")
 
@@ -208,20 +208,20 @@ LATE = (                                                # --dry-run knows nothin
     (["--sae", "narrow", "narrow"], "--sae names 2 SAEs for --layer 1"),
     (["--layer", 4], "--layer 4 is out of range"),
     (["--width", 64], "--width 64: the SAE has 128 latents"),
-    (["--train-sae", "--sae-lr", 1, "--thresholds", "frozen"], "this SAE has none; leave it out"),
+    (["--train-sae", "--sae-lr", 1, "--thresholds", "frozen"], "this SAE has no thresholds"),
     (["--device", "cuda:99"], LATE[2]), (["--shard"], LATE[3]),
     (["--adapt", "3-5"], "or block numbers such as 3 4 5"),
     (["--adapt", 7], "cannot adapt blocks [7]: the model has blocks 0 to 3"),
     (["--layer", 3], "sae was trained on block 1, not 3: pass --layer 1, or another SAE"),
     (["--sae", "last", "--layer", 3, "--adapt", "after"], "no block comes after the SAE at layer"),
     (["--data", "empty.txt"], LATE[1]), (["--data", "latin1.txt"], LATE[0]),
-    (["--data", ""], "no file or folder ; expected one"),
-    (["--context", 10 ** 6], "--context 1000000 is more than"),
+    (["--data", ""], "there is no file or folder : expected"),
+    (["--context", 10 ** 6], "--context 1000000 is too long for"),
     (["--eval-tokens", "1M"], LATE[1]),
-    (["--out", "taken"], "--resume taken alone"), (["--out", "mine"], "already holds files"),
+    (["--out", "taken"], "--resume taken alone"), (["--out", "mine"], "mine is not empty"),
     (["--out", "empty.txt/run"], LATE[4]),
 ])
-def test_mistakes_are_one_line_and_leave_nothing(site, tmp_path, monkeypatch, change, message):
+def test_mistakes_are_one_line_and_leave_no_files(site, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin1.txt").write_bytes("café\n".encode("latin-1") * 5000)
@@ -251,12 +251,12 @@ def test_mistakes_are_one_line_and_leave_nothing(site, tmp_path, monkeypatch, ch
     (["--out"], "--out: expected one argument"),
     (["--resume", "run", "--lr", "1"], "--resume takes every other argument from the run's "
      "config.json: leave out --lr")])
-def test_what_cannot_be_read_has_status_2(capsys, tmp_path, monkeypatch, given, message):
+def test_bad_arguments_exit_with_status_2(capsys, tmp_path, monkeypatch, given, message):
     monkeypatch.chdir(tmp_path)
     assert message in misuse(capsys, "train", *given) and not list(tmp_path.iterdir())
 
 
-def test_what_is_not_a_finished_run_is_one_clear_line(site, finished, tmp_path, capsys):
+def test_a_run_that_cannot_be_used_is_one_clear_line(site, finished, tmp_path, capsys):
     half = tmp_path / "half"
     half.mkdir()
     for script, *how in (("eval",), ("train", "--merge"), ("train", "--resume")):
@@ -274,10 +274,10 @@ def test_what_is_not_a_finished_run_is_one_clear_line(site, finished, tmp_path, 
     (other / "config.json").write_text(json.dumps(config))
     path = other / "adapter/adapter_config.json"
     path.write_text(path.read_text().replace("/gemma2", "/gemma3"))
-    assert "is of an adapter of" in refusal("eval", other)
+    assert "is for an adapter of" in refusal("eval", other)
 
 
-def test_a_loss_that_turns_nan_stops_the_run_and_says_at_which_step(site, tmp_path):
+def test_a_nan_loss_stops_the_run_and_names_the_step(site, tmp_path):
     how = ("--lr", 1e15, "--clip", 1e15, "--checkpoint-every", 1)
     line = refusal("train", *words(site, "lora", *how), "--out", tmp_path / "run")
     assert re.search(r"became nan at step \d+: start again with a lower --lr", line)
@@ -287,14 +287,14 @@ def test_a_loss_that_turns_nan_stops_the_run_and_says_at_which_step(site, tmp_pa
 # ---- Terminals, pipes and disks ------------------------------------------------------------------
 
 def started(arguments, stdout=subprocess.PIPE, **environment):
-    """train.py in a process of its own."""
+    """train.py in a separate process."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *map(str, arguments)], text=True,
         stdout=stdout, stderr=subprocess.PIPE, env={**os.environ, **environment})
 
 
-def test_the_script_runs_in_a_terminal_that_knows_no_greek(site, tmp_path):
-    """The tables have ±: question marks take its place."""
+def test_the_script_runs_in_an_ascii_terminal(site, tmp_path):
+    """The tables' ± is printed as a question mark."""
     arguments = [*words(site, "lora", "--tokens", 64), "--out", tmp_path / "añb"]
     process = started(arguments, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
     printed, errors = process.communicate()
@@ -302,14 +302,14 @@ def test_the_script_runs_in_a_terminal_that_knows_no_greek(site, tmp_path):
     assert (tmp_path / "añb/results.json").exists()
 
 
-def test_a_reader_who_leaves_is_one_line_and_costs_no_finished_results(site, tmp_path):
+def test_a_closed_pipe_is_one_line_and_loses_no_results(site, tmp_path):
     """python train.py | head"""
     process = started([*words(site, "lora", "--tokens", 640), "--out", tmp_path / "run"])
     assert process.stdout.readline().startswith("writing to")
     process.stdout.close()
     errors = process.stderr.read()
     process.stderr.close()
-    assert process.wait() == 0                          # the work goes on in silence
+    assert process.wait() == 0                          # the run continues silently
     assert errors.count("\n") == 1 and "standard output was closed" in errors
     assert (tmp_path / "run/results.json").exists()
     assert (tmp_path / "run/adapter/adapter_config.json").exists()
@@ -319,7 +319,7 @@ def no_room(path):
     raise OSError(28, "No space left on device", str(path))
 
 
-def test_a_terminal_that_is_full_is_one_line_and_nothing_is_left(site, tmp_path):
+def test_a_full_output_device_is_one_line_and_leaves_no_files(site, tmp_path):
     with open("/dev/full", "w") as full:
         process = started([*words(site), "--out", tmp_path / "run"], stdout=full)
         _, errors = process.communicate()
@@ -330,8 +330,8 @@ def test_a_terminal_that_is_full_is_one_line_and_nothing_is_left(site, tmp_path)
 @pytest.mark.parametrize("full", [
     "metrics.jsonl", "step-00000008.pt", "config.json", "held-out.npy",
     "adapter_model.safetensors"])
-def test_after_a_full_disk_a_run_goes_on(site, tmp_path, monkeypatch, full):
-    """Whichever file it meets; no part of a file stays."""
+def test_a_run_resumes_after_a_full_disk(site, tmp_path, monkeypatch, full):
+    """Whichever file did not fit. No partial file is left."""
     def opened(path, *how, **named):
         return no_room(path) if Path(path).name == full else open(path, *how, **named)
 
@@ -345,14 +345,14 @@ def test_after_a_full_disk_a_run_goes_on(site, tmp_path, monkeypatch, full):
         line = refusal("train", *words(site, "lora", "--tokens", 640), "--out", run)
     assert f"{run}/" in line and full in line and "No space left" in line
     assert not list(tmp_path.rglob("*.part"))
-    if full in ("config.json", "held-out.npy"):         # it had not begun
+    if full in ("config.json", "held-out.npy"):         # the run had not begun
         assert not run.exists()
         return
     command("train", "--resume", run)
     assert read(run / "results.json")["train_tokens"] == 640
 
 
-def test_a_disk_too_full_to_merge_keeps_no_half_of_a_checkpoint(finished, tmp_path, monkeypatch):
+def test_a_disk_too_full_to_merge_leaves_no_partial_checkpoint(finished, tmp_path, monkeypatch):
     run = Path(shutil.copytree(finished("lora"), tmp_path / "run"))
     before = set(run.rglob("*"))
     with monkeypatch.context() as patch:
@@ -370,7 +370,7 @@ def test_a_run_with_a_presets_name_is_evaluated_with_its_own_sae(finished, tmp_p
     assert found["ce_sae"] == trained["ce_sae"]
 
 
-def test_an_sae_of_a_run_that_is_not_finished_is_named_or_refused(site, finished, tmp_path):
+def test_an_unfinished_sae_run_is_refused_and_its_partial_saes_are_named(site, finished, tmp_path):
     run = Path(shutil.copytree(finished("topk"), tmp_path / "run"))
     shutil.rmtree(run / "sae")
     for tenth in list(run.glob("sae-*pct"))[1:]:

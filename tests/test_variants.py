@@ -1,6 +1,6 @@
-"""The diffs in lorasae/variants/ apply, and do what their formulas, or other libraries, say.
+"""The diffs in lorasae/variants/ apply, and match their formulas or other libraries.
 
-Each is applied to a copy of the package, in which the check of its name below is run.
+Each is applied to a copy of the package, where the function below with its name checks it.
 """
 import os
 import shutil
@@ -22,7 +22,7 @@ RIGHT = "this is right:"
 
 
 def test_every_variant_applies_and_is_right(tmp_path):
-    git = shutil.which("git") or pytest.skip("git applies the diffs")
+    git = shutil.which("git") or pytest.skip("git is needed to apply the diffs")
     able = [name for name in DIFFS if all(map(find_spec, ORACLES.get(name, [])))]
     ignored = shutil.ignore_patterns("tiny", "__pycache__")
     apart = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
@@ -37,7 +37,7 @@ def test_every_variant_applies_and_is_right(tmp_path):
     said = run([sys.executable, __file__, *able], tmp_path, os.environ)
     assert said.count(RIGHT) == len(able), said
     if len(able) < len(DIFFS):
-        pytest.skip("the oracles of some are transformers and peft")
+        pytest.skip("some variants need transformers and peft as oracles")
 
 
 def run(words, folder, environment):
@@ -46,12 +46,12 @@ def run(words, folder, environment):
     return done.stdout + done.stderr
 
 
-def test_the_readme_tells_of_every_variant():
+def test_the_readme_lists_every_variant():
     text = (ROOT / "lorasae" / "variants" / "README.md").read_text(encoding="utf-8")
     assert len(DIFFS) == 7 and all(f"({name}.diff)" in text for name in DIFFS)
 
 
-# ---- In the copy ---------------------------------------------------------------------------------
+# ---- The checks, inside the copy -----------------------------------------------------------------
 
 def gemma():
     """A model, tokens, and a TopK SAE of block 1 that leaves BOS and EOS alone."""
@@ -122,7 +122,7 @@ def gated():
     from lorasae.io.saes import load_sae, save_sae
     from lorasae.sae import JumpReLU
 
-    # activations that are sums of two of 32 directions
+    # each activation is a sum of two of 32 directions
     torch.manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(32, 24), dim=1)
     chosen = torch.rand(40, 64, 32).topk(2).indices
@@ -137,13 +137,13 @@ def gated():
     print({name: value.item() for name, value in seen[-1].items()})
     assert seen[-1]["fvu"] < 0.1 * seen[0]["fvu"] and abs(seen[-1]["l0"] - 4) < 1
 
-    # The gates' own error trains gates, but not the decoder.
+    # The gates' error trains the gates, but not the decoder.
     x = x.flatten(0, 1)
     sae.training_step(x, None)
     sae.gate_error.backward()
     assert sae.b_enc.grad.abs().sum() > 0 and sae.b_mag.grad is sae.W_dec.grad is None
 
-    # It is a JumpReLU SAE, in the file too.
+    # In its file too, it is a JumpReLU SAE.
     sae.r.data += 0.1 * torch.randn(64)
     save_sae(sae, "saved", model_name="m", layer=0, context=64)
     folded = load_sae("saved")
@@ -194,7 +194,7 @@ def dora():
 
 
 def peft_names(model):
-    """(module, PEFT's name of a part in memory) of every trainable tensor."""
+    """(module, PEFT's in-memory name of the part) for every trainable tensor."""
     from lorasae.lora import adapters
     for module, adapter in adapters(model).items():
         for part in adapter.parts:
@@ -255,7 +255,7 @@ def agreement():
 
 
 def check(name):
-    """In a process of its own, in the copy."""
+    """Runs in a separate process, inside the copy."""
     os.chdir(name)
     sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
     import lorasae
@@ -267,7 +267,7 @@ def check(name):
 
 if __name__ == "__main__":
     for oracle in filter(find_spec, ("transformers", "peft")):
-        import_module(oracle)                           # once, for all that are forked below
+        import_module(oracle)                           # once, for all processes forked below
     sys.path.remove(str(Path(__file__).parent))
     for name in sys.argv[1:]:
         if os.fork() == 0:

@@ -1,23 +1,23 @@
-"""Speed and memory beside the alternatives, every ratio from one run on one machine.
+"""Speed and memory compared with alternatives; every ratio is from one run on one machine.
 
     python -m lorasae.bench headline        the step of `train.py --model gemma-2-2b`, in detail
-    python -m lorasae.bench step            the LoRA step (adapt.py) beside two peers (peers.py),
-                                            five ranks in one pass beside five runs, FLOPs beside
-                                            the published recipe's
+    python -m lorasae.bench step            the LoRA step (adapt.py) against two peers (peers.py),
+                                            five ranks in one pass against five runs, FLOPs
+                                            against the published recipe's
     python -m lorasae.bench kl              the loss against its naive formula (objectives.py)
     python -m lorasae.bench topk            top-k, and a TopK SAE's whole step (topk.py)
     python -m lorasae.bench all             all of these
-    python -m lorasae.bench gpu             the same, each in a process of its own
+    python -m lorasae.bench gpu             the same, each in a separate process
 
 Contenders take turns, so a busy machine slows all of them; times are medians, with minimum and
 maximum. Answers are compared before anything is timed: a wrong one ends the section. Peak memory is
-what one call adds to its inputs: on a CPU the resident memory of a fresh process (scratch space of
-the libraries included; Linux only), on a GPU the allocator's. ours_faster is the contender's median
-time over ours, ours_memory is ours over theirs, and utilisation is FLOPs counted over those of a
-matrix product that is timed in the same run.
+what one call adds to its inputs: on a CPU, the resident memory of a fresh process (including the
+libraries' scratch space; Linux only), on a GPU the allocator's. ours_faster is the contender's
+median time over ours, ours_memory is our peak memory over theirs, and utilisation is the FLOP/s of
+a contender over those of a matrix product timed in the same run.
 
-A row is printed, and added to the file of --json, as soon as it is measured. Models and SAEs are
-random, as speed hardly depends on values: of real shapes on a GPU, of small ones on a CPU.
+Each row is printed, and added to the --json file, as soon as it is measured. Models and SAEs are
+random, since speed hardly depends on values; their shapes are real on a GPU and small on a CPU.
 """
 import json
 import os
@@ -52,14 +52,14 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         choices=["cpu", "cuda"], help="(default: the GPU if there is one)")
     add("--model", metavar="DIR", type=local, action="append", default=[],
-        help="step: on this real model instead, on a CPU (repeatable)")
+        help="step: use this real model instead, on a CPU (repeatable)")
     add("--json", metavar="FILE", type=local, default=local(os.devnull),
-        help="also add every row to this file, as a line")
-    add("--quick", action="store_true", help="tiny shapes: shows that it runs, and no more")
+        help="also add every row to this file, as a line of JSON")
+    add("--quick", action="store_true", help="tiny shapes: only a check that it runs")
     args = parser.parse_args(argv)
 
     with one_line_errors():
-        distributed.local(args.device)                  # refuses what is not there
+        distributed.local(args.device)                  # refuses an unavailable device
         if args.section == "gpu":
             return run_apart(args)
         with args.json.open("a") as file:
@@ -68,23 +68,23 @@ def main(argv=None):
 
 
 def run_apart(args):
-    """Runs every section as a command of its own, so that it survives another's failure."""
-    print(get_pretty_env_info())                        # what figures depend on beside the code
+    """Runs every section as a separate command, so that it survives another's failure."""
+    print(get_pretty_env_info())                        # what figures depend on besides the code
     failed = []
     for section in SECTIONS:
         command = [sys.executable, "-m", "lorasae.bench", section, "--device", args.device,
                    "--json", str(args.json), *["--quick"] * args.quick]
         try:
             subprocess.run(command, timeout=LIMIT, check=True)
-        except subprocess.SubprocessError as error:     # its status, or its time was up
+        except subprocess.SubprocessError as error:     # a nonzero status, or a timeout
             failed.append(f"{section} ({error})")
     if failed:
         raise InputError(f"these sections failed: {', '.join(failed)}")
 
 
 def measure(section, args, file):
-    """Prints every row of a section as soon as it is measured, and adds it to a file."""
-    torch.set_float32_matmul_precision("highest")       # a section may lower it for itself
+    """Prints every row of a section, and adds it to a file, as soon as it is measured."""
+    torch.set_float32_matmul_precision("highest")       # a section may lower it
     keep_freed_memory()
     rows = SECTIONS[section](args.device, args.quick)
     if section == "step" and args.model:
@@ -97,7 +97,7 @@ def measure(section, args, file):
 
 
 def show(row, before):
-    """Prints a row; first what it measures and its headings, if they are not as before."""
+    """Prints a row, below a title and headings unless the row before has the same title."""
     what, *cells = row.values()
     _, *headings = row
     if before.get("what") != what:

@@ -1,7 +1,7 @@
-"""Each beside its naive twin or the usual way.
+"""Benchmarks of the kernels against their naive twins or the usual implementations.
 
     python -m lorasae.bench kl          the loss (objectives.py)
-    python -m lorasae.bench topk        top-k alone, a TopK SAE's whole step (topk.py)
+    python -m lorasae.bench topk        only top-k, and a TopK SAE's whole step (topk.py)
 
 Shapes: N tokens, D d_model, V vocabulary, M latents, k active latents.
 """
@@ -55,7 +55,7 @@ def bench_topk(device, quick):
 
 
 def topk_contenders(N, M, device):
-    """Their answers: which values, and whether they are where they are said to be."""
+    """Their answers: the values, and whether each is at the index that comes with it."""
     x = torch.randn(N, M, device=device, generator=torch.Generator(device).manual_seed(0))
 
     def contender(function, **how):
@@ -74,7 +74,7 @@ def topk_contenders(N, M, device):
 
 
 def step_contenders(N, D, M, device):
-    """The step at the start of training: unit decoder rows, the encoder equal to them."""
+    """The step at the start of training: decoder rows of norm 1, and an equal encoder."""
     g = torch.Generator(device).manual_seed(0)
     x = torch.randn(N, D, device=device, generator=g)
     W_dec = F.normalize(torch.randn(M, D, device=device, generator=g))
@@ -94,8 +94,8 @@ def step_contenders(N, D, M, device):
 
 
 def sparsify_step(x, W_enc, b_enc, W_dec, b_dec, k):
-    """The usual sparse way, by EleutherAI/sparsify itself: dense pre-activations, torch.topk, and
-    an encoder gradient that adds up the rows of an [N, k, D] tensor.
+    """The usual sparse implementation, EleutherAI/sparsify's: dense pre-activations, torch.topk,
+    and an encoder gradient that adds up the rows of an [N, k, D] tensor.
     """
     from sparsify.fused_encoder import fused_encoder
     values, indices, _ = fused_encoder(x - b_dec, W_enc, b_enc, k, "topk")

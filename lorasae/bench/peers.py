@@ -1,15 +1,15 @@
-"""The LoRA step as others would write it, over transformers + peft: the peers of the benchmark.
+"""The LoRA step as others would write it with transformers + peft: the benchmark's peers.
 
-    tuned=False     the published recipe as it is: eager attention, dropout 0.1, an fp32 SAE beside
+    tuned=False     the published recipe unchanged: eager attention, dropout 0.1, an fp32 SAE in
                     a bf16 model, all logits of both models, and each step waits for its loss and
                     empties the allocator's cache
-    tuned=True      what the same tools can do: no dropout, no waiting, fused AdamW, the fastest
-                    attention that transformers has for the model, the SAE in the model's own dtype,
-                    and the head and the KL for a chunk of tokens at a time, so that no logits stay
+    tuned=True      the best these tools can do: no dropout, no waiting, fused AdamW, the fastest
+                    attention that transformers has for the model, the SAE in the model's dtype, and
+                    the head and the KL one chunk of tokens at a time, so that no logits are kept
 
-Both have this package's SAE, and run the whole model twice, since a hook that swaps an activation
-leaves no choice: without adapters and SAE for the base model, then with them. Only the benchmark
-imports this file: transformers and peft are optional.
+Both use this package's SAE and run the whole model twice: without adapters and SAE for the base
+model, then with them. A hook that replaces an activation allows nothing else. Only the benchmark
+imports this file, since transformers and peft are optional.
 
 Shapes: B batch, T tokens, D d_model, N = B*T.
 """
@@ -28,11 +28,11 @@ CHUNK = 128                                                 # tokens
 
 
 class Peer:
-    """Calling it takes a step for every `batch` of its tokens [B, T].
+    """Calling it takes one step for every `batch` sequences of its tokens [B, T].
 
-    Its answer: the loss of the first step, without dropout, and in fp32 its gradients; bf16 logits
-    give others. weights: of the frozen Transformer, whose tensors are shared. adapter: {PEFT's key:
-    tensor}, copied.
+    Its answer is the loss of the first step, without dropout, and in fp32 also the gradients (bf16
+    logits give different ones). weights: the frozen Transformer's, whose tensors are shared.
+    adapter: {PEFT's key: tensor}, copied.
     """
 
     def __init__(self, case, weights, adapter, sae, tokens, *, tuned):
@@ -46,7 +46,7 @@ class Peer:
         self.spliced = False
         model.model.layers[case.layer].register_forward_hook(self.splice)
 
-        self.whole = model                              # into which PEFT puts its adapters
+        self.whole = model                              # PEFT puts its adapters into it
         self.model = get_peft_model(model, LoraConfig(
             task_type="CAUSAL_LM", r=case.rank, lora_alpha=32,
             lora_dropout=0.0 if tuned else DROPOUT, target_modules=list(TARGETS),
@@ -57,12 +57,12 @@ class Peer:
             self.trained, lr=LR, weight_decay=0.01, fused=tuned or None)
 
     def splice(self, module, args, x):
-        """The forward hook: the reconstruction in place of the block's output x [B, T, D]."""
+        """The forward hook: replaces the block's output x [B, T, D] by its reconstruction."""
         return self.sae(x.to(self.dtype)).to(x.dtype) if self.spliced else x
 
     def loss(self, tokens):
         """Σ_tokens KL(base ‖ adapted with SAE) / B."""
-        # To the final hidden state, or to logits.
+        # Run to the final hidden state if tuned, otherwise to the logits.
         run = self.whole.model if self.tuned else self.whole
         with torch.no_grad(), self.model.disable_adapter():
             base = run(input_ids=tokens)[0]
@@ -75,7 +75,7 @@ class Peer:
         return F.kl_div(F.log_softmax(adapted, dim=-1), p, reduction="batchmean")
 
     def chunked(self, base, adapted):
-        """The sum of the KL of hidden states [N, D], whose gradient is made chunk by chunk."""
+        """The KL of hidden states [N, D], summed; its gradient is computed chunk by chunk."""
         def logits(hidden):
             return capped(self.whole.lm_head(hidden), self.cap)
 
@@ -112,7 +112,7 @@ class Peer:
 
 
 def huggingface(case, weights, attention):
-    """transformers' model around the tensors of `weights` {its name: tensor}."""
+    """transformers' model, which shares the tensors of `weights` {parameter name: tensor}."""
     some = next(iter(weights.values()))
     with some.device:
         model = AutoModelForCausalLM.from_config(

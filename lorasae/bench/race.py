@@ -1,5 +1,5 @@
-"""Races: contenders that must give the same answer, timed in turns, and the memory that one call of
-each adds.
+"""Races between contenders that must give the same answer: the time of each, measured in turns,
+and the memory that one call of each adds.
 """
 import gc
 import math
@@ -27,16 +27,16 @@ def race(what, build, device, quick, tolerance=None, rounds=ROUNDS):
     """Yields a row for each contender, ours first: their answers are compared, then all are timed,
     then the memory of each is measured.
 
-    build(device) -> {name: contender}, the last one ours; it is pickled, as another process
-    measures memory. A contender is a function. Its answer, a list of tensors, is what it returns,
-    or what its own function `answer` returns. tolerance: see compare_answers.
+    build(device) -> {name: contender}, the last one ours; `build` is pickled, since another process
+    measures memory. A contender is a function. Its answer, a list of tensors, is what it returns
+    or, if it has a method `answer`, what that returns. tolerance: see compare_answers.
     """
     torch.compiler.reset()                  # graphs of earlier races would count against the limit
     contenders = build(device)
     compare_answers(what, contenders, tolerance)
     names = list(contenders)
 
-    # The times, in turns, so that a busy machine slows all of them. The first round warms up.
+    # Time them in turns, so that a busy machine slows all of them. The first round warms up.
     seconds = {name: [] for name in names}
     for number in range(1 + rounds):
         for name in names:
@@ -45,7 +45,7 @@ def race(what, build, device, quick, tolerance=None, rounds=ROUNDS):
     del contenders
     gc.collect()
 
-    # A row for each, with its memory, which takes too long for --quick.
+    # Make a row for each. Measuring memory takes too long for --quick.
     ours = None
     for name in reversed(names):
         row = {"what": what, "contender": name, **milliseconds(seconds[name][1:])}
@@ -62,10 +62,10 @@ def answer_of(contender):
 
 
 def compare_answers(what, contenders, tolerance):
-    """RuntimeError if a tensor of an answer is off by more than `tolerance`, relative to the norm
-    of the first contender's.
+    """Raises RuntimeError if a tensor of an answer is off by more than `tolerance`, relative to the
+    norm of the first contender's.
 
-    The default is 1e-5, or 1e-4 on CUDA, which adds up 256,000 terms in another order than a CPU.
+    The default is 1e-5, or 1e-4 on CUDA, which adds 256,000 terms in a different order than a CPU.
     """
     (first, contender), *others = contenders.items()
     reference = answer_of(contender)
@@ -82,7 +82,7 @@ def compare_answers(what, contenders, tolerance):
 # ---- Time ----------------------------------------------------------------------------------------
 
 def milliseconds(times):
-    """The median of some seconds, with minimum and maximum."""
+    """Times in seconds -> their median, minimum and maximum in milliseconds."""
     return {"ms": 1e3 * statistics.median(times), "ms_min": 1e3 * min(times),
             "ms_max": 1e3 * max(times)}
 
@@ -114,7 +114,7 @@ def matmul_peak(device, dtype):
 class Products(TorchDispatchMode):
     """Counts the matrix products of a call: {(B, n, m, p): number} of [B, n, m] with [B, m, p].
 
-    A fused attention has two, of which the causal mask leaves half, and five in its backward.
+    A fused attention has two products, and five in its backward pass; the causal mask halves each.
     """
 
     def __torch_dispatch__(self, operation, types, given=(), named=None):
@@ -159,7 +159,7 @@ def peak_memory(build, name, device):
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    # In a fresh process nothing has been freed yet. If it dies, this raises.
+    # In a fresh process nothing has been freed yet. If that process dies, this raises.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(added_resident, build, name, torch.get_num_threads()).result()
 
@@ -170,7 +170,7 @@ def added_resident(build, name, threads):
     keep_freed_memory()                                 # from here on, as in a run
     small = torch.randn(64, 64)
     small @ small                                       # loads the BLAS
-    Path("/proc/self/clear_refs").write_text("5")       # the high-water mark starts from here
+    Path("/proc/self/clear_refs").write_text("5")       # resets the high-water mark
     before = resident("VmRSS")
     function()
     return resident("VmHWM") - before

@@ -1,8 +1,8 @@
-"""Steps of train.py.
+"""Benchmarks of train.py's steps.
 
-    python -m lorasae.bench step        the LoRA step beside two peers (peers.py), five ranks in one
-                                        pass beside five runs, FLOPs
-    python -m lorasae.bench headline    the step of `train.py --model gemma-2-2b` in detail
+    python -m lorasae.bench step        the LoRA step against two peers (peers.py), five ranks in
+                                        one pass against five runs, FLOPs
+    python -m lorasae.bench headline    the step of `train.py --model gemma-2-2b`, in detail
 """
 from functools import partial
 
@@ -21,11 +21,11 @@ from lorasae.runs.adapting import Adapting, new_adapters
 
 
 def bench_step(device, quick):
-    """The step beside its peers, five ranks in one pass beside five runs, and FLOPs."""
+    """The step against its peers, five ranks in one pass against five runs, and FLOPs."""
     cases = cases_for(device, quick)
     for name, case in cases.items():
         peak = matmul_peak(device, case.dtype)
-        tolerance = 1e-3 if case.dtype == torch.float32 else 0.05       # bf16: of the loss only
+        tolerance = 1e-3 if case.dtype == torch.float32 else 0.05       # bf16: losses only
         build = partial(lora_contenders, case)
         for row in race(f"LoRA step, {name}", build, device, quick, tolerance):
             yield with_rates(row, case, peak)
@@ -37,7 +37,7 @@ def bench_step(device, quick):
 
 
 def bench_real(folder, quick):
-    """The step of a real model beside its peers and its floor: the time of its matrix products."""
+    """A real model's step against its peers and its floor, the time of its matrix products."""
     for name, case in cases_of(folder).items():
         floor = floor_seconds(Ours(case, *random_setting(case, "cpu"), (case.rank,)))
         build = partial(lora_contenders, case)
@@ -46,8 +46,8 @@ def bench_real(folder, quick):
 
 
 def bench_headline(device, quick):
-    """Speed and memory of the headline's step. On a GPU, a warning names every place that waits for
-    it. In the end, launches and the kernels that take most of the time.
+    """Speed and memory of the headline step. On a GPU, a warning names every place that waits for
+    it. A table at the end lists launches and the kernels that take most of the time.
     """
     name, case = next(iter(cases_for(device, quick).items()))
     peak = matmul_peak(device, case.dtype)
@@ -69,10 +69,10 @@ def bench_headline(device, quick):
           flush=True)
 
 
-# ---- What a step takes ---------------------------------------------------------------------------
+# ---- Rates and FLOPs -----------------------------------------------------------------------------
 
 def with_rates(row, case, peak):
-    """A row of calls with tokens per second, GFLOPs per token and the part of `peak`, in FLOP/s."""
+    """Adds tokens per second, GFLOPs per token and the share of `peak` (FLOP/s) to a row."""
     flops = sum(flops_per_token(case, recipe=not row["contender"].startswith("lorasae")))
     rate = case.ahead * case.context / (row["ms"] / 1e3)
     return {**row, "tokens_per_s": rate, "gflop_per_token": flops / 1e9,
@@ -80,8 +80,8 @@ def with_rates(row, case, peak):
 
 
 def flops_row(name, case):
-    """GFLOPs of a step per token: the published recipe's, ours, and ours of five adapters in one
-    pass, which can gain about `five_gain` in time over five runs.
+    """GFLOPs per token of a step: the published recipe's, ours, and ours for each of five adapters
+    in one pass, which can be about `five_gain` times as fast as five runs.
     """
     recipe = sum(flops_per_token(case, recipe=True))
     shared, own = flops_per_token(case)
@@ -95,16 +95,16 @@ def flops_row(name, case):
 class Ours:
     """Calling it takes `ahead / batch` steps of train.py, with adapters of all `ranks` in one pass.
 
-    Its answer: the loss of the first step, without dropout, and its gradients.
+    Its answer is the loss of the first step, without dropout, and its gradients.
     """
 
     def __init__(self, case, model, sae, tokens, ranks, dropout=0.0):
         config = config_for(case, tokens.device.type, rank=ranks, dropout=dropout)
-        detach_lora(model)                              # those of another contender
+        detach_lora(model)                              # another contender's adapters
         self.tokens, self.adapters = tokens, new_adapters(model, case.blocks, config)
         for own in self.adapters:
             torch.manual_seed(1)
-            for module in own.values():                 # off zero, so that they change something
+            for module in own.values():                 # not zero, so that they change something
                 nn.init.normal_(module.lora_B.weight, std=0.1 / module.lora_B.in_features)
         self.kind = Adapting(model, {case.layer: sae}, self.adapters, config)
 
@@ -123,7 +123,7 @@ class Ours:
 
 
 def lora_contenders(case, device):
-    """The same model, SAE, adapters and tokens for all. Without transformers or peft, only ours."""
+    """All share the model, SAE, adapters and tokens. Without transformers or peft, only ours."""
     model, sae, tokens = random_setting(case, device)
     weights = model.state_dict()
     ours = partial(Ours, case, model, sae, tokens, (case.rank,))
@@ -135,7 +135,7 @@ def lora_contenders(case, device):
         contenders["official"] = peer(tuned=False)
         contenders[f"tuned, {attention_name(case.config, device)}"] = peer(tuned=True)
     except ModuleNotFoundError as missing:
-        note(f"without the peers: {missing} (pip install transformers peft)")
+        note(f"leaving out the peers: {missing} (pip install transformers peft)")
     if not case.folder:
         contenders["lorasae, dropout 0.1"] = ours(dropout=0.1)
     contenders["lorasae"] = plain

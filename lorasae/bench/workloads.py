@@ -1,5 +1,5 @@
-"""What the benchmark trains: models of real shapes with random weights, their SAEs, train.py's own
-steps, and their FLOPs.
+"""What the benchmark trains: models with real shapes and random weights, their SAEs, the steps of
+train.py, and their FLOPs.
 
 Shapes: B batch, T tokens, D d_model, M latents, R rank.
 """
@@ -22,7 +22,7 @@ from lorasae.runs.training import compiled_blocks, frozen_parts
 
 @dataclass(frozen=True)
 class Case:
-    """A model around one SAE. A call trains on `ahead` sequences, `batch` of them per step."""
+    """A model with one SAE. A call trains on `ahead` sequences, `batch` of them per step."""
     raw: dict                           # the model's config.json
     layer: int
     width: int                          # the SAE's latents
@@ -32,8 +32,8 @@ class Case:
     ahead: int = 8
     dtype: torch.dtype = torch.bfloat16         # of the model; the SAE is fp32
     k: int = 64
-    everywhere: bool = True             # adapt all blocks around a TopK
-    folder: Path | None = None          # of a real model; otherwise its weights are random
+    everywhere: bool = True             # with a TopK SAE, adapt all blocks
+    folder: Path | None = None          # of a real model; None for random weights
 
     @property
     def config(self):
@@ -41,19 +41,19 @@ class Case:
 
     @property
     def kind(self):
-        """Of the SAE."""
+        """The SAE's kind."""
         return "jumprelu" if self.raw["model_type"].startswith("gemma") else "topk"
 
     @property
     def blocks(self):
-        """The adapted ones: those after the SAE; as in the paper, all around a TopK."""
+        """The blocks to adapt: those after the SAE or, as in the paper, all for a TopK SAE."""
         everywhere = self.everywhere and self.kind == "topk"
         first = 0 if everywhere else self.layer + 1
         return list(range(first, self.config.num_hidden_layers))
 
 
 def invented(name, *size, head_dim, vocab_size, **how):
-    """{name: Case} of an invented shape in both families, in fp32. size: as in presets.sizes."""
+    """{name: Case} for an invented shape in both families, in fp32. size: as in presets.sizes."""
     shape = {**sizes(*size), "head_dim": head_dim, "vocab_size": vocab_size}
     cases = {}
     for family in (GEMMA_2, LLAMA_3):
@@ -80,9 +80,10 @@ def cases_for(device, quick):
 
 
 def cases_of(folder):
-    """{name: Case} of a real model: adapters after a random SAE, and all around a TopK; two shapes.
+    """{name: Case} for a real model with a random SAE, in two batch shapes.
 
-    Each call is one step, in fp32.
+    Adapters are on the blocks after the SAE and, for a TopK, in further Cases on all blocks. Each
+    call is one step, in fp32.
     """
     raw = dict(read_object(folder / "config.json"))
     depth = raw["num_hidden_layers"]
@@ -109,8 +110,8 @@ def random_setting(case, device):
     model = load_model(case.folder, dtype=case.dtype) if case.folder else random_model(case, device)
     tokens = torch.randint(3, case.config.vocab_size, (case.ahead, case.context), device=device)
 
-    # `start` sets thresholds equal to pre-activations (and an L0 four times this one). They are
-    # moved a little, so that rounding does not decide which latents fire.
+    # `start` sets thresholds equal to pre-activations (for four times this L0). Scale them
+    # slightly, so that rounding does not decide which latents fire.
     sae = dictionary.new_sae(case.kind, D, case.width, case.k).to(device).requires_grad_(False)
     sae.on_special = True                               # so the peers need not look for BOS and EOS
     x = model.run(model.embed(tokens[:1]), 0, case.layer + 1)
@@ -135,7 +136,7 @@ def random_model(case, device):
 # ---- Steps ---------------------------------------------------------------------------------------
 
 def config_for(case, device, **given):
-    """The Config of a call. On a GPU, it multiplies fp32 by TF32, as train.py does."""
+    """The Config of a call. On a GPU, fp32 products then use TF32, as in train.py."""
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
     return Config(batch_size=case.batch, context=case.context, tokens=case.ahead * case.context,
@@ -143,7 +144,7 @@ def config_for(case, device, **given):
 
 
 def take_steps(kind, tokens):
-    """All steps of a call on tokens [ahead, T], as training.train takes them."""
+    """All steps of a call, on tokens [ahead, T], as training.train takes them."""
     batches = tokens.cpu().split(kind.config.batch_size)
     kind.model.train()
     with as_compiled(kind):
@@ -159,14 +160,14 @@ def as_compiled(kind):
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
 def flops_per_token(case, recipe=False):
-    """FLOPs of a LoRA step per token -> (shared, own): the frozen models', an adapted model's.
+    """FLOPs per token of a LoRA step -> (shared, own): of the frozen models, of an adapted model.
 
-    Only products count. One with a matrix [n, m] takes 2 n m per token; backward, as much for the
-    gradient of its input and, in an adapter, as much again for that of its weights. A TopK SAE
-    decodes only k rows, which is nothing beside the rest.
+    Only matrix products count. A product with a matrix [n, m] takes 2 n m per token. The backward
+    pass takes as much for the gradient of its input and, in an adapter, as much again for that of
+    its weights. A TopK SAE decodes only k rows, which is negligible.
 
-    recipe: of the published one. It runs the blocks before the SAE for both models, and computes
-    the scores that the causal mask hides.
+    recipe: whether to count the published recipe's step, which runs the blocks before the SAE for
+    both models, and computes the scores that the causal mask hides.
     """
     c, T, R = case.config, case.context, case.rank
     D, inside = c.hidden_size, c.intermediate_size

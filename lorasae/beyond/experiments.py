@@ -1,15 +1,15 @@
-"""Two experiments that are not the paper's, as runs of train.py on the embedded models.
+"""Two experiments beyond the paper, as runs of train.py on the embedded models.
 
     python -m lorasae.beyond.experiments model-or-sae       adapt the model, finetune its SAE, or
-                                                            both: at equal tokens
+                                                            both, on equal tokens
     python -m lorasae.beyond.experiments recipe             the published recipe against the tuned
                                                             one, which gets a twelfth of the tokens
-    ... --quick                                             with few tokens: shows that it runs
+    ... --quick                                             on few tokens: only a check that it runs
 
 A case is a model with one SAE. Every arm of a case is trained once per seed, and all runs of a case
 are measured on the same held-out text, so that differences between arms are paired by seed. Their
-intervals are 90 %, over seeds, for each case by itself. No rate is chosen here: they are those of
-the recipes and presets. (Finetuning the SAE is Karvonen's, arXiv 2503.17272.)
+intervals are 90 %, over seeds, separate for each case. No rates are chosen here: they come from the
+recipes and presets. (Finetuning the SAE is Karvonen's idea, arXiv 2503.17272.)
 """
 import sys
 
@@ -26,12 +26,12 @@ from lorasae.runs.folder import RUNS, begin_with
 
 MODELS = ("tiny-gemma-2", "tiny-llama-3")
 KINDS = ("jumprelu", "topk")
-FIRST_SEED = 100                        # seeds by which nothing was ever chosen
-FACTS = {"train_tokens": int, "seconds": float, "kl_gap_closed": float}         # of results.json
-FEWER = 12                              # the tuned recipe gets this part of the tokens
+FIRST_SEED = 100                        # no setting was ever chosen with this or later seeds
+FACTS = {"train_tokens": int, "seconds": float, "kl_gap_closed": float}         # from results.json
+FEWER = 12                              # the tuned recipe gets 1 / FEWER of the tokens
 
 
-# An experiment: tokens -> {arm: words for train.py}, the first one being the yardstick.
+# An experiment: tokens -> {arm: words for train.py}; the others are compared with the first arm.
 
 def model_or_sae(tokens):
     return {
@@ -49,7 +49,7 @@ def recipe(tokens):
     }
 
 
-EXPERIMENTS = {                         # what is compared; tokens by default, and with --quick
+EXPERIMENTS = {                         # the arms; tokens by default and with --quick
     "model-or-sae": (model_or_sae, 100_000, 4_000),
     "recipe": (recipe, 900_000, 12_000),
 }
@@ -58,7 +58,7 @@ EXPERIMENTS = {                         # what is compared; tokens by default, a
 # ---- The runs ----------------------------------------------------------------------------------
 
 def cases():
-    """{name: words for train.py} of every model and SAE."""
+    """{name: words for train.py} for every model and SAE."""
     found = {}
     for model in MODELS:
         for kind in KINDS:
@@ -80,10 +80,10 @@ def commands(arms, folder, seeds, eval_tokens):
     return made
 
 
-# ---- What they found ---------------------------------------------------------------------------
+# ---- Results -----------------------------------------------------------------------------------
 
 def measure(made):
-    """{case: {arm: {tokens, seconds, l0: means; kl_gap_closed, gap_closed, more: Estimates}}}
+    """{case: {arm: {tokens, seconds, l0: means; kl_gap_closed, more: Estimates}}}
 
     more: the part of the KL gap that an arm closes beyond the first arm, paired by seed.
     """
@@ -154,11 +154,11 @@ def arguments(argv):
     add("experiment", choices=EXPERIMENTS)
     add("--tokens", type=count, help="training tokens of the first arm (default: 100k for "
         "model-or-sae, 900k for recipe)")
-    add("--seeds", type=few, default=6, help="runs of every arm (default: %(default)s)")
-    add("--eval-tokens", type=count, default=50_000, help="held out (default: %(default)s)")
+    add("--seeds", type=few, default=6, help="runs of each arm (default: %(default)s)")
+    add("--eval-tokens", type=count, default=50_000, help="held-out tokens (default: %(default)s)")
     add("--quick", action="store_true", help="few tokens, two seeds")
     add("--jobs", type=few, default=min(4, torch.get_num_threads()),
-        help="runs at a time, which share the cores (default: %(default)s)")
+        help="how many runs share the cores at a time (default: %(default)s)")
     add("--out", type=local,
         help=f"folder (default: {RUNS}/EXPERIMENT, or {RUNS}/EXPERIMENT-quick)")
     return parser.parse_args(argv)
@@ -172,7 +172,7 @@ def main(argv=None):
     eval_tokens = 4_000 if args.quick else args.eval_tokens
     folder = args.out or RUNS / (args.experiment + "-quick" * args.quick)
 
-    with one_line_errors("interrupted: the same command continues"):
+    with one_line_errors("interrupted: run the same command to continue"):
         made = commands(arms_of(tokens), folder, seeds, eval_tokens)
         begin_with(folder / "plan.json", {"tokens": tokens, "eval_tokens": eval_tokens})
         failed = run_all(list(made.values()), args.jobs, folder / "logs")

@@ -1,23 +1,23 @@
 """Beyond the paper: finetuning an existing SAE, alone or together with the adapters.
 
-    python train.py --method finetune --sae SOURCE      the SAE alone, the model as it is
+    python train.py --method finetune --sae SOURCE      only the SAE; the model stays as it is
     python train.py --method lora --train-sae           both at once, on Eq. 7
 
     KL          KL(base ‖ with SAE)             Eq. 7; without adapters the end-to-end loss of §3.2
     MSE         ‖x - x̂‖² / variance of x        §3.1
     balanced    ½ (MSE + KL · sg[MSE / KL])     Karvonen (2025), arXiv 2503.17272: sg stops the
                                                 gradient, so both parts have the size of the MSE
-    + L0        (L0 / original L0 - 1)²         §3.3, of a JumpReLU: its thresholds follow the
+    + L0        (L0 / original L0 - 1)²         §3.3, for a JumpReLU: its thresholds follow the
                                                 straight-through gradient, and its L0 stays. With
                                                 frozen thresholds, L0 is free
 
-    naive_loss      KL, MSE or both balanced as they are written, without the penalty
-    loss_of         the same without waste, as adapt.adapted_loss
-    take_step       one step on adapters, SAE, or both
+    naive_loss      KL, MSE or both balanced, as written above, without the penalty
+    loss_of         its fast version, like adapt.adapted_loss
+    take_step       one step on the SAE, with or without adapters
 
-Every decoder row keeps its original norm, so that latents before and after can be compared. A
-JumpReLU loses nothing by it: a row's norm and the scale of its latent are one and the same freedom.
-So an SAE whose rows do not have norm 1 may be finetuned too.
+Every decoder row keeps its original norm, so that latents before and after can be compared. This
+costs a JumpReLU nothing: a row's norm and the scale of its latent are the same degree of freedom.
+So an SAE whose rows do not have norm 1 can be finetuned too.
 
 Shapes: B batch, T tokens, D d_model, M latents, N positions that the SAE is trained on.
 """
@@ -40,10 +40,10 @@ ROWS = 256              # positions encoded at once to count active latents
 # ---- The objective -------------------------------------------------------------------------------
 
 def combined(name, kl, mse):
-    """The objective `kl`, `mse` or `balanced` of both losses per token.
+    """The objective `kl`, `mse` or `balanced`, from both losses per token.
 
     The MSE is in units of the activations' variance (the FVU), so that one weight of the L0 penalty
-    serves every model. Raises InputError if there is no KL to balance.
+    suits every model. Raises InputError if there is no KL to balance.
     """
     if name == "kl":
         return kl
@@ -59,7 +59,7 @@ def combined(name, kl, mse):
 def naive_loss(model, saes, tokens, name):
     """The objective `name` per token, with all logits and in plain autograd.
 
-    tokens [B, T]; saes {layer: SAE}, one of them. Autograd gives every gradient but that of a
+    tokens [B, T]; saes {layer: SAE} with one entry. Autograd gives every gradient except that of a
     JumpReLU's thresholds, which the formula does not have.
     """
     (layer, sae), = saes.items()
@@ -78,23 +78,23 @@ def naive_loss(model, saes, tokens, name):
 # ---- What trains, and what stays -----------------------------------------------------------------
 
 class Reference(NamedTuple):
-    """The SAE as it was loaded: what training keeps, and the scale of its thresholds."""
+    """The SAE as it was loaded: what training preserves, and the scale of its thresholds."""
     norms: torch.Tensor                     # [M, 1] of the decoder's rows
-    original: SAE | None                    # a frozen copy, if L0 is to be held; W_dec not copied
+    original: SAE | None                    # a frozen copy, if L0 is kept; W_dec is shared
     unit: float                             # sae.unit: the scale of biases and thresholds
     bandwidth: torch.Tensor                 # [M] ε of the straight-through gradient
 
 
 @torch.no_grad()
 def reference_of(sae, x):
-    """The Reference of an SAE that is to be trained on activations such as x [N, D].
+    """The Reference of an SAE that will train on activations such as x [N, D].
 
     A latent's values are in units of 1 / its row's norm, and so is its bandwidth. Raises
-    InputError for an SAE that is silent on x.
+    InputError if no latent is active on x.
     """
     if active_latents(sae, x) == 0:
         raise InputError(f"no latent of the SAE is active at any of {len(x):,} positions, so there "
-                         "is nothing to train: is it of this model and layer?")
+                         "is nothing to train: is it for this model and layer?")
 
     norms = sae.W_dec.norm(dim=1, keepdim=True)
     unit = sae.unit(x)
@@ -109,11 +109,10 @@ def reference_of(sae, x):
 
 @torch.no_grad()
 def active_latents(sae, x):
-    """How many latents are active on x [N, D], in all.
+    """How many latents are active on x [N, D], in total.
 
-    The L0 that the penalty asks for is the original SAE's on the same text. Against one number for
-    all text, the penalty would also press on how L0 varies from text to text, which it can do only
-    by a smaller L0.
+    The penalty's target is the original SAE's L0 on the same text. With one target for all text, it
+    would also penalise how L0 varies from text to text, which only a smaller L0 can reduce.
     """
     return sum((sae.encode(rows) > 0).sum() for rows in x.split(ROWS)).float()
 
@@ -123,7 +122,7 @@ class Trained(NamedTuple):
     layer: int                              # the block whose output the SAE replaces
     sae: SAE
     reference: Reference
-    adapters: list                          # parameters that train too; other adapters stay
+    adapters: list                          # parameters that train too; other adapters are fixed
 
 
 def trainable_of(sae):
@@ -135,11 +134,12 @@ def trainable_of(sae):
 
 
 def optimizers(trained, config, sae_lr, of_adapters=adamw):
-    """AdamW for the SAE, in groups of matrices and of vectors, after the adapters' optimiser.
+    """AdamW for the SAE's matrices and vectors, in two groups, after the adapters' optimiser.
 
     of_adapters(groups, config) makes the latter. A group's `rate` is its learning rate at the
-    start. A JumpReLU's vectors have the scale of its activations, and so has their rate (see
-    dictionary.begin). Only adapters decay: the sizes of an SAE's rows and thresholds matter.
+    start. A JumpReLU's vectors have the scale of its activations, and so does their rate (see
+    dictionary.begin). Only adapters have weight decay: the sizes of an SAE's rows and thresholds
+    matter.
     """
     matrices, vectors = trainable_of(trained.sae)
     groups = [
@@ -162,7 +162,7 @@ def trained_parameters(optimizer):
 # ---- One step ------------------------------------------------------------------------------------
 
 def loss_of(model, trained, part, first, config, world=ALONE):
-    """A FrozenPart, made without SAEs -> (loss, {name: value}), both per token.
+    """A FrozenPart, computed without SAEs -> (loss, {name: value}), both per token.
 
     The loss is differentiable in the adapters and in the SAE. config: objective, compile.
     """
@@ -171,7 +171,7 @@ def loss_of(model, trained, part, first, config, world=ALONE):
 
     # The adapted model, with the trainable SAE spliced in; the MSE needs nothing that comes after.
     x = part.x
-    if first == layer + 1:                              # its block is the last one of the prefix
+    if first == layer + 1:                              # the prefix ends with the SAE's block
         x = splice(x, stand_in)
     needs_logits = config.objective != "mse"
     stop = len(model.layers) if needs_logits else layer + 1
@@ -187,12 +187,12 @@ def loss_of(model, trained, part, first, config, world=ALONE):
     mse = fvu(stand_in.x_hat, stand_in.x, world)
     loss = combined(config.objective, kl, mse)
 
-    # The penalty holds L0 where it was on this text.
+    # The penalty keeps L0 where it was on this text.
     positions = world.sum(mse.new_full((), len(stand_in.x)))
     l0 = world.sum(stand_in.active) / positions
     if reference.original is not None:
         active = world.sum(active_latents(reference.original, stand_in.x))
-        target = active.clamp(min=1) / positions        # to divide by
+        target = active.clamp(min=1) / positions        # never 0: penalty divides by it
         loss = loss + L0_WEIGHT * sae.penalty(l0, target)
 
     values |= {"fvu": mse.detach(), "l0": l0.detach()}
@@ -203,8 +203,8 @@ def take_step(model, trained, part, first, optimizer, config, world=ALONE):
     """One optimiser step -> {name: value}: losses per token, gradient norms before clipping.
 
     As in adapt.take_step, the loss is summed over a sequence's tokens and `clip` bounds the
-    gradient of that sum. Adapters and SAE are clipped apart, each by its own norm, so that the step
-    of one does not depend on the size of the other's gradient.
+    gradient of that sum. Adapters and SAE are clipped separately, each by its own norm, so that the
+    step of one does not depend on the size of the other's gradient.
     """
     loss, values = loss_of(model, trained, part, first, config, world)
     (loss * part.special.shape[1]).backward()
@@ -234,5 +234,5 @@ def restore_decoder_norms(sae, norms):
 
 
 def not_zero(norms):
-    """Norms to divide by."""
+    """Norms that are safe to divide by."""
     return norms.clamp(min=torch.finfo(norms.dtype).tiny)

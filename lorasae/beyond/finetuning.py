@@ -1,8 +1,8 @@
 """A run that trains an existing SAE: --method finetune, or --method lora --train-sae.
 
-    RUN_DIR/sae/            the SAE afterwards, in SAELens's format
+    RUN_DIR/sae/            the trained SAE, in SAELens's format
     RUN_DIR/adapter/        with --train-sae: the adapters, in PEFT's format
-    RUN_DIR/sequences.json  all settings, the SAE as it came among them, sequence by sequence
+    RUN_DIR/sequences.json  all settings, including the original SAE, sequence by sequence
     RUN_DIR/results.json    what splicing the SAE in costs, before and after; FVU, L0, dead latents
 """
 import torch
@@ -20,9 +20,9 @@ SAMPLE = 16                                             # sequences that give th
 
 
 def finetune_sae(setting, run, optimizer=adapt.adamw):
-    """Trains the SAE of a run, and with --train-sae adapters too -> the numbers of results.json.
+    """Trains the SAE of a run, with --train-sae also adapters -> the numbers of results.json.
 
-    "before" in them is of the SAE as it came; the gap is always that SAE's. optimizer: of adapters.
+    Their "before" is the original SAE; the gap is always that SAE's. optimizer: for the adapters.
     """
     model, config = setting.model, setting.config
     (layer, sae), = setting.saes.items()
@@ -44,7 +44,7 @@ def finetune_sae(setting, run, optimizer=adapt.adamw):
         adapting.save(model, run, [adapters])
     sae_training.keep(run, sae, config.steps)
 
-    # The SAE as it came and the SAE as it is now, on the same text.
+    # Evaluate the original SAE and the trained one on the same text.
     original = load_saes(config, model.config, model.device)
     before = training.evaluate(setting, original, ("sae",))
     now = training.evaluate(setting, {layer: sae}, fidelity.settings_of(config))
@@ -62,17 +62,17 @@ def finetune_sae(setting, run, optimizer=adapt.adamw):
 
 
 def l0_in_words(sae):
-    """What happens to the L0 of an SAE that trains."""
+    """What happens to an SAE's L0 as it trains, as text."""
     if sae.l0_is_bounded:
         return ""
-    return "; L0 held where it was" if sae.gates_train else "; thresholds frozen, L0 free"
+    return "; L0 kept where it was" if sae.gates_train else "; thresholds frozen, L0 free"
 
 
 class Finetuning:
     """The kind of step that trains an existing SAE: finetune.take_step.
 
     adapters: {module name: LoRALinear} that train too, or {}. sample: tokens [B, T] whose
-    activations give the scale of the SAE's thresholds. optimizer: of the adapters.
+    activations give the scale of the SAE's thresholds. optimizer: for the adapters.
     """
 
     def __init__(self, model, layer, sae, adapters, config, sample, optimizer=adapt.adamw,
@@ -100,7 +100,7 @@ class Finetuning:
 
 
 def make_trainable(sae, config):
-    """Lets the SAE train: all of it, or all but its thresholds."""
+    """Makes all of the SAE trainable, or all but its thresholds."""
     for name, parameter in sae.named_parameters():
         frozen = name == "threshold" and config.thresholds == "frozen"
         parameter.requires_grad_(not frozen)

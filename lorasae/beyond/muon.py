@@ -4,9 +4,9 @@
     U = μ M + (1 - μ) ∂L/∂W                     Nesterov's: one step ahead of it
     W ← (1 - η λ) W - 0.2 η √max(out, in) · O   O = `orthogonal(U)`: singular values of about 1
 
-√max(out, in) / 5 gives O the size of a step of AdamW, and Muon AdamW's rates (arXiv 2502.16982).
-Adapters are many small matrices of a few shapes: those of one shape are multiplied together, in a
-third of the time of torch.optim.Muon on a CPU.
+√max(out, in) / 5 gives O the size of an AdamW step, so AdamW's rates fit Muon (arXiv 2502.16982).
+Adapters are many small matrices of a few shapes: all those of one shape are multiplied together, in
+a third of the time of torch.optim.Muon on a CPU.
 
 Shapes: N matrices, r their short side, c their long one.
 """
@@ -15,13 +15,13 @@ import torch
 from lorasae.adapt import adamw
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)        # a, b, c of Newton-Schulz, Jordan's
-SMALLEST = 1e-7                                 # norm to divide by: A's first gradient is 0
+SMALLEST = 1e-7                                 # least norm to divide by: A's first gradient is 0
 
 
 def muon(groups, config):
-    """The optimiser that trains matrices by Muon and the rest, vectors and scalars, by AdamW.
+    """The optimiser that trains matrices with Muon and the rest, vectors and scalars, with AdamW.
 
-    It takes the place of adapt.adamw. groups: PyTorch's, with a list of parameters each.
+    It can replace adapt.adamw. groups: PyTorch's parameter groups, each with a list of parameters.
     """
     matrices, rest = [], []
     for group in groups:
@@ -67,7 +67,7 @@ class Optimizers:
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon(adjust_lr_fn="match_rms_adamw") and its state, in fp32 and not bf16."""
+    """torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), state included, in fp32 instead of bf16."""
 
     def __init__(self, parameters, lr, weight_decay=0.0):
         super().__init__(parameters, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -85,7 +85,7 @@ class Muon(torch.optim.Muon):
                 weight.sub_(direction, alpha=group["lr"] * size)
 
     def nesterov(self, weight, mu):
-        """U of a weight, whose momentum takes in its gradient."""
+        """U of a weight, after its gradient has been added to its momentum."""
         state = self.state[weight]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(weight)
@@ -96,8 +96,8 @@ class Muon(torch.optim.Muon):
 def naive_orthogonal(matrix, steps=5):
     """U = P S Qᵀ -> P S' Qᵀ, S' between 0.6 and 1.3 unless S is far below its largest.
 
-    Newton-Schulz: every step takes the singular values through s ← a s + b s³ + c s⁵, which lifts
-    small ones the fastest.
+    Newton-Schulz: every step maps the singular values by s ← a s + b s³ + c s⁵, which raises small
+    ones the fastest.
     """
     a, b, c = COEFFICIENTS
     x = matrix / matrix.norm().clamp(min=SMALLEST)      # no singular value is above 1

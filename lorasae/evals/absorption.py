@@ -1,18 +1,19 @@
-"""Feature absorption: does the latent of "starts with S" fire on "snake"? (§5.1, Tables 3 and 6)
+"""Feature absorption: does the latent for "starts with S" fire on "snake"? (§5.1, Tables 3 and 6)
 
     python eval.py RUN_DIR --suite absorption                 2,000 words of the model's vocabulary
-    python eval.py RUN_DIR --suite absorption --words 8000    more: worth it on a GPU
+    python eval.py RUN_DIR --suite absorption --words 8000    more words, for a GPU
 
 Chanin et al. 2024. The residual stream x is read at the last token of a word, in a prompt that asks
-for first letters. A linear probe finds the direction u of each letter. Logistic regressions on 1,
-2, ... latents find those that stand for it: one more as long as it adds 0.03 to F1. If the probe
-sees the letter and these latents are silent, a single other latent may carry it:
+for the word's first letter. A linear probe finds a direction u for each letter. Logistic
+regressions on 1, 2, ... latents find the latents that represent the letter: one more is added as
+long as F1 gains more than 0.03. If the probe detects the letter but these latents are silent,
+another latent i may represent it:
 
     z_i W_dec,i · u >= 0.4 x · u >= 0   and   W_dec,i · u / ‖W_dec,i‖ >= 0.025
 
-for the latent i with the largest z_i W_dec,i · u. Then it has absorbed the letter. The rate of a
-letter is absorbed words / words that the probe gets right; lower is better. The score is the mean
-over letters with a silent word.
+where i has the largest z_i W_dec,i · u. If both hold, i has absorbed the letter. A letter's rate is
+absorbed words / words that the probe gets right; lower is better. The score is the mean rate over
+the letters with at least one silent word.
 
 Shapes: N words, D d_model, M latents, 26 letters.
 """
@@ -32,27 +33,27 @@ from lorasae.evals.probes import Task, logistic, scikit_learn, train_probes
 from lorasae.evals.texts import activations
 
 QUESTION = " has the first letter:"
-EXAMPLES = 10                           # words that are answered before the one that is asked
+EXAMPLES = 10                           # example words in a prompt, each with its answer
 LEAST_WORDS = 200
-MOST_LATENTS = 10                       # that may stand for one letter
+MOST_LATENTS = 10                       # that may represent one letter
 F1_GAIN, SILENT, LEAST_COSINE, LEAST_SHARE = 0.03, 1e-8, 0.025, 0.4
 LETTERS = len(ascii_uppercase)
 
 
 def add_options(add):
     add("--words", type=int, default=2000, metavar="N",
-        help="words of the vocabulary to ask for, others for each seed (default: %(default)s; "
+        help="number of words to draw from the vocabulary for each seed (default: %(default)s; "
              "SAEBench: all)")
 
 
 def evaluate(setting, words, seeds):
-    """Table 6's row on absorption, for the first SAE of a setting, and each letter's counts."""
-    scikit_learn()                                      # refuses before any work if it is missing
+    """Table 6's absorption row for the first SAE of a run, and the counts for each letter."""
+    scikit_learn()                                      # fails before any work if it is missing
     layer, sae, seeds = saebench.reading(setting, "absorption", seeds)
     vocabulary = letter_words(setting.text.tokenizer)
     if min(words, len(vocabulary)) < LEAST_WORDS:
-        raise InputError(f"--words {words} of the tokenizer's {len(vocabulary)} tokens of ASCII "
-                         f"letters: first letters need {LEAST_WORDS} or more")
+        raise InputError(f"--words {words}, from the tokenizer's {len(vocabulary)} tokens of ASCII "
+                         f"letters: absorption needs at least {LEAST_WORDS} words")
 
     letters = {who: [] for who in saebench.MODELS}
     with evaluating(setting.model):
@@ -71,7 +72,7 @@ def evaluate(setting, words, seeds):
 # ---- Words and prompts -------------------------------------------------------------------------
 
 def letter_words(tokenizer):
-    """{word: token id} of all tokens of ASCII letters, with or without a space before them."""
+    """{word: token id} for all tokens of ASCII letters, with or without a leading space."""
     found = {}
     for piece, token in tokenizer.get_vocab().items():
         word = re.sub("^[Ġ▁]", " ", piece)              # how BPE and SentencePiece write a space
@@ -85,19 +86,19 @@ def initial(word):
 
 
 class Asked(NamedTuple):
-    """The words of one seed, four fifths of them to train, and their prompts."""
+    """The words drawn for one seed, four fifths of them for training, and their prompts."""
     train: list
     test: list
-    prompts: list           # token ids: of train, of test, and again of test with other examples
-    offset: int             # tokens between the word and the end of a prompt
+    prompts: list           # token ids for train, test, and test again with other examples
+    offset: int             # number of tokens after the word in a prompt
 
 
 def ask(vocabulary, text, count, seed):
     """Draws `count` words and writes their prompts. text: the run's text, for its tokenizer.
 
-    SAEBench reads at the sixth token from the end. How many tokens follow the word depends on the
-    tokenizer: here each prompt is checked to have the word's own token where it is read. Words that
-    do not stay one token are left out.
+    SAEBench reads the sixth token from the end. How many tokens follow the word depends on the
+    tokenizer, so the code checks that the token read is the word's. Words that are split into
+    several tokens are left out.
     """
     rng = random.Random(seed)
     drawn = rng.sample(sorted(vocabulary), min(count, len(vocabulary)))
@@ -105,7 +106,7 @@ def ask(vocabulary, text, count, seed):
     question = text.tokenizer.encode(QUESTION, add_special_tokens=False).ids
 
     def prompts(words, examples):
-        """{word: token ids} of the words that can be read."""
+        """{word: token ids} for the words that stay one token."""
         texts = [prompt(word, examples, rng) for word in words]
         found = {}
         encodings = text.tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -124,7 +125,7 @@ def ask(vocabulary, text, count, seed):
 
 
 def prompt(word, examples, rng):
-    """Ten other words with their first letters, and the question for this word's."""
+    """Ten other words with their first letters, then the question about this word."""
     lines = []
     while len(lines) < EXAMPLES:
         example = rng.choice(examples)
@@ -145,14 +146,15 @@ def read_at_word(model, sae, layer, asked):
 # ---- One model ---------------------------------------------------------------------------------
 
 def absorption(sae, x, asked, seed):
-    """{letter: {"right", "silent", "absorbed": numbers of test words, each among those before,
-    "probe_f1", "latents"}} of x [N, D], read from the prompts.
+    """{letter: {"right", "silent", "absorbed", "probe_f1", "latents"}}, from x [N, D] at the words.
+
+    The first three count test words; each is a subset of the one before.
     """
     x, x_test, x_again = x.split([len(asked.train), len(asked.test), len(asked.test)])
     z, z_test, z_again = [sae.encode(part).float() for part in (x, x_test, x_again)]
     own, own_test = [one_hot(words).to(x.device) for words in (asked.train, asked.test)]
 
-    # The letters' directions, and the test words that the probe says begin with each
+    # The direction of each letter, and the test words that the probe says begin with it
     probe = letter_probes(x, own, batch=64, weight_decay=1e-4, seed=seed)
     seen = (x_test @ probe.weight.T + probe.bias).T > 0                         # [26, N]
 
@@ -161,7 +163,7 @@ def absorption(sae, x, asked, seed):
     batch = min(4096, max(64, len(z) // 25))
     sparse = letter_probes(z, own, batch=batch, weight_decay=1e-6, l1=0.01, seed=seed)
 
-    # Letter by letter: where the probe is right and the letter's latents are silent
+    # For each letter, the words where the probe is right and the letter's latents are silent
     counts = {}
     for i, letter in enumerate(ascii_uppercase):
         if not (own[i].any() and own_test[i].any()):
@@ -186,10 +188,10 @@ def one_hot(words):
 
 
 def letter_probes(features, labels, *, batch, weight_decay, seed, l1=0.0):
-    """SAEBench's probes of the letters, each against the rest. features [N, D], labels [26, N].
+    """SAEBench's probes, each for one letter against the rest. features [N, D], labels [26, N].
 
-    Adam, with a rate that falls from 1e-2 to 1e-5 in 50 epochs. SAEBench's loss is the mean over
-    letters and ours the sum, so weight decay and eps are 26 times SAEBench's.
+    Adam; the learning rate falls from 1e-2 to 1e-5 in 50 epochs. SAEBench's loss is the mean over
+    letters, ours the sum, so weight decay and eps are 26 times SAEBench's.
     """
     adam = partial(torch.optim.Adam, lr=1e-2, weight_decay=LETTERS * weight_decay,
                    eps=LETTERS * 1e-8)
@@ -201,9 +203,9 @@ def letter_probes(features, labels, *, batch, weight_decay, seed, l1=0.0):
 
 
 def letter_latents(z, own, z_test, own_test, order):
-    """(the latents that stand for a letter, which test words they say it of).
+    """(the latents that represent a letter, the test words for which they predict it).
 
-    order: its latents, the strongest first. Each next one is kept as long as F1 gains enough.
+    order: the candidates, strongest first. They are added one by one as long as F1 gains enough.
     """
     best = -1.0
     for k in range(1, len(order) + 1):
@@ -216,15 +218,15 @@ def letter_latents(z, own, z_test, own_test, order):
 
 
 def f1(found, true):
-    """found, true [N] bool -> 2 TP / (2 TP + FP + FN), 0 if there is nothing."""
+    """found, true [N] bool -> 2 TP / (2 TP + FP + FN); 0 if all are False."""
     both, either = (found & true).sum(), found.sum() + true.sum()
     return (2 * both / either.clamp(min=1)).item()
 
 
 def absorbs(sae, x, z, direction, latents):
-    """x [N, D], z [N, M] -> a letter's latents are silent [N]; another one has absorbed it [N].
+    """x [N, D], z [N, M] -> where a letter's latents are silent [N], where another absorbed it [N].
 
-    direction [D]: the letter's.
+    direction [D]: the probe's direction for the letter.
     """
     u = F.normalize(direction, dim=0)
     W_dec = sae.W_dec.float()
@@ -246,8 +248,8 @@ def scores(counts):
 
 
 def tables(numbers):
-    notes = ["If the probe's F1 is low, the residual stream does not hold the letters, and nothing "
-             "can absorb them."]
-    caption = ("Feature absorption: the share of the words with a visible first letter whose "
-               "letter another latent absorbed; lower is better")
+    notes = ["If the probe's F1 is low, the residual stream does not encode the letters, so no "
+             "latent can absorb them."]
+    caption = ("Feature absorption: of the words whose first letter the probe detects, the share "
+               "whose letter another latent has absorbed; lower is better")
     return [saebench.table(numbers, "absorption", caption, notes)]

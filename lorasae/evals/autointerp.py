@@ -1,24 +1,25 @@
-"""Automated interpretability (paper §5.1, Tables 3 and 6; SAEBench): latents put into words.
+"""Automated interpretability (paper §5.1, Tables 3 and 6; SAEBench): latents explained by a judge.
 
     python eval.py RUN_DIR --suite autointerp --judge https://api.openai.com/v1
     python eval.py RUN_DIR --suite autointerp --judge http://localhost:8000/v1 --chat-model NAME
 
-A judge sees 15 windows of text in which a latent fires, and explains it. Then it sees 14 others in
-random order and says, by its explanation only, in which of them the latent fires:
+A judge sees 15 windows of text in which a latent fires, and explains the latent. Then it sees 14
+others in random order and predicts, from its explanation only, in which of them the latent fires:
 
-    score = (windows judged rightly) / 14,        always answering "None" scores 10/14
+    score = (windows judged correctly) / 14;        always answering "None" scores 10/14
 
 4 of the 14 are active: 2 of the strongest and 2 drawn in proportion to activation². The other 10
-are random windows, which SAEBench calls inactive without looking.
+are random windows, which SAEBench labels inactive without checking.
 
-The SAE reads the base and the adapted model, in rows of 128 tokens with BOS first; nothing is
-spliced in. Both models are asked about the same latents, with the same random windows and orders.
-Each seed draws new windows, and a latent's score is its mean over seeds. 90 % intervals are over
-latents; LoRA - base is paired by latent.
+The SAE reads the activations of the base and the adapted model, in rows of 128 tokens that start
+with BOS; nothing is spliced in. Both models are scored on the same latents, with the same random
+windows and orders. Each seed draws new windows, and a latent's score is its mean over seeds. 90 %
+intervals are over latents; LoRA - base is paired by latent.
 
-Deviations from SAEBench: the text is the run's held-out text (there 2M tokens of the Pile), with
-BOS inserted (there it overwrites every 128th token); latents are sampled from those alive in both
-models; the wording of the prompts; an empty answer is unusable (there it counts as "None").
+Deviations from SAEBench: the text is the run's held-out text (SAEBench: 2M tokens of the Pile),
+with BOS inserted (SAEBench overwrites every 128th token with it); latents are sampled from those
+alive in both models; the prompts are worded differently; an empty answer is unusable (SAEBench
+counts it as "None").
 
 Shapes: N rows, T tokens per row, M latents.
 """
@@ -39,21 +40,21 @@ from lorasae.evals.saebench import MODELS
 from lorasae.evals.texts import LENGTH, activations
 from lorasae.io.console import note
 
-ALIVE = 15                              # latents that fire on so many tokens or fewer are left out
+ALIVE = 15                              # latents that fire on no more tokens than this are left out
 AROUND = 10                             # a window is a token and this many on either side
-TOP, TOP_SHOWN = 12, 10                 # the strongest windows; how many of them explain
-DRAWN, DRAWN_SHOWN = 7, 5               # windows drawn by activation²; how many of them explain
+TOP, TOP_SHOWN = 12, 10                 # the strongest windows; how many are shown to explain
+DRAWN, DRAWN_SHOWN = 7, 5               # windows drawn by activation²; how many are shown
 RANDOM = 10                             # random windows, all of them scored
 SCORED = (TOP - TOP_SHOWN) + (DRAWN - DRAWN_SHOWN) + RANDOM
 THRESHOLD = 0.01                        # a latent fires above this share of its largest activation
-WORKERS = 8                             # latents about which an endpoint is asked at a time
+WORKERS = 8                             # latents judged at the same time
 PAPERS_JUDGE = "gpt-4o-mini"
 
 
 class Window(NamedTuple):
     """2 · AROUND + 1 = 21 tokens of one row."""
     tokens: list                        # ids
-    activations: list                   # one per token; 0 up to THRESHOLD
+    activations: list                   # one per token; 0 if below THRESHOLD
     active: bool                        # SAEBench's label: False for a random window
 
 
@@ -77,7 +78,7 @@ def latents_of(model, sae, layer, rows):
 
 
 def times_fired(model, sae, layer, rows):
-    """On how many tokens of the rows each latent fires, [M] int64."""
+    """The number of tokens on which each latent fires, [M] int64."""
     return sum((z > 0).sum(0).cpu() for z in latents_of(model, sae, layer, rows))
 
 
@@ -91,9 +92,9 @@ def firings(model, sae, layer, rows, latents):
 # ---- Windows -----------------------------------------------------------------------------------
 
 def strongest(places, values, length):
-    """The TOP places with the largest values, the largest first; fewer if there are fewer.
+    """Up to TOP places with the largest values, largest first.
 
-    Two places in one row (of `length` tokens) are more than AROUND tokens from each other.
+    Places in the same row (of `length` tokens) are more than AROUND tokens apart.
     """
     chosen = []
     for place in places[values.argsort(descending=True, stable=True)].tolist():
@@ -108,8 +109,8 @@ def strongest(places, values, length):
 def windows(activation, rows, rng):
     """One latent's windows: (15 to explain, the strongest first; 14 to score, in random order).
 
-    None if it fires too rarely. activation: the latent's, at every token, [N T]; rows [N, T]; rng:
-    a numpy Generator, the only source of randomness.
+    None if it fires too rarely. activation [N T]: the latent's at every token; rows [N, T]; rng: a
+    numpy Generator, the only source of randomness.
     """
     count, length = rows.shape
 
@@ -118,7 +119,7 @@ def windows(activation, rows, rng):
     random = row * length + rng.integers(AROUND, length - AROUND, size=RANDOM)
     order_of_top, order_of_scored = rng.permutation(TOP), rng.permutation(SCORED)
 
-    # Where it fires, without the places whose window would leave their row.
+    # Where the latent fires, except too near the ends of a row for a whole window.
     places = activation.nonzero().squeeze(1)
     column = places % length
     places = places[(column >= AROUND) & (column < length - AROUND)]
@@ -141,7 +142,7 @@ def windows(activation, rows, rng):
         kept = activation[span] * fires
         return Window(rows.view(-1)[span].tolist(), kept.tolist(), active)
 
-    # Most of them explain the latent; the others are scored, with the random ones.
+    # Most are shown to explain the latent; the rest are scored, with the random ones.
     strong = [window(top[i]) for i in order_of_top]
     weak = [window(place) for place in drawn]
     shown = strong[:TOP_SHOWN] + weak[:DRAWN_SHOWN]
@@ -152,7 +153,7 @@ def windows(activation, rows, rng):
 
 
 def score(picked, scored):
-    """The share of windows judged rightly; picked: numbers of the scored windows, from 1."""
+    """The share of windows judged correctly; picked: numbers of those judged active, from 1."""
     return fmean((number in picked) == window.active for number, window in enumerate(scored, 1))
 
 
@@ -164,14 +165,14 @@ def add_options(add):
     add("--chat-model", default=PAPERS_JUDGE,
         help="model to ask at that endpoint (default: the paper's, %(default)s)")
     add("--judge-latents", type=int, default=1000, metavar="N",
-        help="latents to judge, sampled from those alive (default: SAEBench's %(default)s; "
-        "--latents names them instead)")
+        help="number of latents to judge, sampled from those alive (default: SAEBench's "
+        "%(default)s); --latents names them instead")
 
 
 def evaluate(setting, judge, chat_model, judge_latents, latents, seeds):
-    """Judges latents of the first SAE in the base and in the adapted model.
+    """Judges latents of the first SAE in the base and the adapted model.
 
-    judge: the URL of an endpoint. latents: those to judge; None: a sample of judge_latents.
+    judge: the URL of an endpoint. latents: which to judge; None: a sample of judge_latents.
     """
     if judge is None:
         raise InputError("--suite autointerp needs a language model as its judge: --judge "
@@ -180,9 +181,9 @@ def evaluate(setting, judge, chat_model, judge_latents, latents, seeds):
     rows = rows_of(setting.text)
     if rows.shape[1] <= 2 * AROUND:
         raise InputError(f"the run's context gives rows of {rows.shape[1]} tokens, but a window "
-                         f"takes {2 * AROUND + 1}: evaluate a run with a longer --context")
+                         f"needs {2 * AROUND + 1}: evaluate a run with a longer --context")
 
-    # The latents, and where each of them fires in either model.
+    # The latents, and where each fires in each model.
     def in_both(measure, *more):
         found = {}
         for who in MODELS:
@@ -195,10 +196,10 @@ def evaluate(setting, judge, chat_model, judge_latents, latents, seeds):
         latents = choose(latents, judge_latents, alive)
         found = in_both(firings, latents)
 
-    # What an endpoint says about a latent is kept in a file of the run's folder.
+    # The endpoint's answers about a latent are kept in a file in the run's folder.
     name = f"{chat_model} at {judge}"
     questions = len(latents) * len(seeds) * len(MODELS) * 2
-    note(f"autointerp: {questions:,} questions to {name}, less those answered before")
+    note(f"autointerp: {questions:,} questions to {name}, minus those already answered")
 
     def judged(i):
         activation = {who: found[who][i].to_dense() for who in MODELS}
@@ -207,7 +208,7 @@ def evaluate(setting, judge, chat_model, judge_latents, latents, seeds):
         return judge_latent(latents[i], activation, rows, setting.text.tokenizer, kept, seeds)
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        answers = pool.map(judged, range(len(latents)))     # an error cancels those not yet begun
+        answers = pool.map(judged, range(len(latents)))     # an error cancels those not yet started
         results = [next(answers) for _ in progress(latents, "judging")]
 
     usable = [row for row in results if isinstance(row, dict)]
@@ -223,15 +224,15 @@ def evaluate(setting, judge, chat_model, judge_latents, latents, seeds):
 
 
 def choose(latents, count, alive):
-    """The latents to judge: those named, or a sample of those alive in both models, bool [M]."""
+    """The latents to judge: those named, or a sample of those alive in both models, alive [M]."""
     if latents:
         check_latents(latents, len(alive))
         return list(dict.fromkeys(latents))
     alive = alive.nonzero().squeeze(1).numpy()
     if count < 1 or not len(alive):
-        raise InputError(f"--judge-latents {count} of {len(alive)} latents that fire on more than "
-                         f"{ALIVE} held-out tokens in both models: ask for 1 or more, or evaluate "
-                         "a run with more --eval-tokens")
+        raise InputError(f"--judge-latents {count}, from {len(alive)} latents that fire on more "
+                         f"than {ALIVE} held-out tokens in both models: ask for 1 or more, or "
+                         "evaluate a run with more --eval-tokens")
     count = min(count, len(alive))
     return sorted(np.random.default_rng(42).choice(alive, count, replace=False).tolist())
 
@@ -239,8 +240,8 @@ def choose(latents, count, alive):
 def judge_latent(latent, activation, rows, tokenizer, ask, seeds):
     """One latent's row of the results, or why it is left out: "rare" or "unusable".
 
-    Rare: it fires too rarely for its windows. Unusable: an answer names no windows. SAEBench leaves
-    such latents out too; here they are left out of both models, which keeps the pairs.
+    Rare: it fires too rarely for its windows. Unusable: an answer is neither numbers nor "None".
+    SAEBench leaves such latents out too; here both models leave them out, which keeps the pairs.
 
     activation: {model: [N T]}; ask: the chat model.
     """
@@ -262,7 +263,7 @@ def judge_latent(latent, activation, rows, tokenizer, ask, seeds):
 def tables(numbers):
     notes = [
         f'{numbers["left_out"]}. Always answering "None" scores {RANDOM / SCORED:.3f}.',
-        f"The paper's judge is {PAPERS_JUDGE}: scores from another cannot be compared.",
+        f"The paper's judge is {PAPERS_JUDGE}: scores from other judges are not comparable.",
     ]
-    caption = "Autointerp: the share of windows in which a judge rightly says if a latent fires"
+    caption = "Autointerp: the share of windows for which a judge correctly says if a latent fires"
     return [saebench.table(numbers, "autointerp", caption, notes)]

@@ -1,15 +1,15 @@
-"""Language-model benchmarks (paper §5.3, Table 5): with SAEs and without, adapted and not.
+"""Language-model benchmarks (paper §5.3, Table 5): with and without SAEs, base and adapted.
 
     python eval.py RUN_DIR --suite lm                       the paper's tasks, fetched from the Hub
-    python eval.py RUN_DIR --suite lm --tasks local         the same four forms, without a network
+    python eval.py RUN_DIR --suite lm --tasks local         the same four forms, offline
     python eval.py RUN_DIR --suite lm --tasks my_task.yaml --limit 100      your own lm-eval task
 
 The lm-eval package makes the prompts and computes the scores (accuracy, BLEU, ROUGE);
-spliced_lm.py answers them. The embedded models know nothing of the paper's tasks, so theirs are the
-local ones (local_tasks.py).
+spliced_lm.py answers them. The embedded models know nothing about the paper's tasks, so they get
+the local ones (local_tasks.py).
 
-All settings answer the same questions. The effect of adapting is the mean over questions of
-adapted - base, with the interval of these differences.
+All settings answer the same questions. The effect of adapting is the mean of adapted - base over
+questions, with its interval.
 """
 import math
 from importlib.metadata import version
@@ -42,15 +42,15 @@ TABLE_5 = {                             # its rows; lm-eval computes more than t
     ("truthfulqa_mc1", "acc"): "MC1",
 }
 TASKS = "mmlu,hellaswag,truthfulqa_gen,truthfulqa_mc1"
-LOCAL = "local"                                         # TABLE_5's tasks with `local_` before them
+LOCAL = "local"                                         # TABLE_5's tasks, prefixed with `local_`
 SEED = 1234                                             # lm-eval's own, for few-shot examples
 
 
 # ---- The evaluation ----------------------------------------------------------------------------
 
 def add_options(add):
-    add("--tasks", help="comma-separated tasks of lm-eval and your own YAML files, or local, four "
-        "tasks about held-out text (default: local for an embedded model, else Table 5's)")
+    add("--tasks", help="comma-separated lm-eval tasks or your own YAML files, or local: four "
+        "tasks on held-out text (default: local for an embedded model, Table 5's otherwise)")
     add("--limit", type=int, metavar="N",
         help="only the first N questions of each task (default: all)")
 
@@ -65,17 +65,17 @@ def evaluate(setting, tasks, limit):
 
 
 def default_tasks(model):
-    """--tasks for a model, by its name. An embedded one gets the local tasks, and a note."""
+    """The default --tasks for a model's name. Embedded models get the local tasks, and a note."""
     known = preset(model)
     if known is None or not Path(known.repo).is_relative_to(TINY):
         return TASKS
-    note(f"{model} is an embedded model: --tasks {LOCAL}, about held-out files of the standard "
-         f"library (the paper's: --tasks {TASKS})")
+    note(f"{model} is an embedded model: --tasks {LOCAL} asks about held-out files of the "
+         f"standard library (the paper's tasks: --tasks {TASKS})")
     return LOCAL
 
 
 def load_tasks(tasks):
-    """lm-eval's tasks, with their data; tasks: as in --tasks."""
+    """Loads lm-eval's tasks and their data. tasks: as in --tasks."""
     from lm_eval.tasks import TaskManager
     names = tasks.split(",")
     own = all(name == LOCAL or name.endswith(".yaml") for name in names)
@@ -83,7 +83,7 @@ def load_tasks(tasks):
     wanted = local_tasks() if tasks == LOCAL else names
     try:
         return manager.load(wanted)
-    except Exception as error:                          # anything: the user's words, others' code
+    except Exception as error:                          # any error: user input, others' code
         raise InputError(f"lm-eval cannot load --tasks {tasks}: {first_line(error)} "
                          "(`lm-eval ls tasks` lists its tasks, whose data come from the Hub; the "
                          "name of a YAML file ends in .yaml)") from error
@@ -92,9 +92,9 @@ def load_tasks(tasks):
 def measure(model, saes, tokenizer, tasks, limit=None):
     """Scores in the four settings. tasks: what load_tasks returns; limit: questions per task.
 
-    {"rows": {row of the table: {"task", and the score in each setting}}
-    "paired": {row: {"with_sae" and "without_sae": [mean, half, questions]}}}, adapted - base, if
-    the score is a mean over questions
+    Returns {"rows": {row of the table: {"task", and the score in each setting}}
+    "paired": {row: {"with_sae" and "without_sae": [mean, half, questions]}}}. "paired" is adapted -
+    base, for rows whose score is a mean over questions.
     """
     from lm_eval import evaluator
     from lorasae.evals.spliced_lm import SplicedLM
@@ -124,10 +124,10 @@ def measure(model, saes, tokenizer, tasks, limit=None):
 
 
 def rows_of(results, groups):
-    """{row: (task, metric)}: Table 5's for its tasks and the local ones, all metrics for others.
+    """{row: (task, metric)}: Table 5's metrics for its tasks and the local ones, all for others.
 
     results: lm-eval's, {task: {"acc,none": 0.5, "acc_stderr,none": 0.01, "alias": ...}}. groups:
-    {group: [its tasks and groups]}. If a group has a score, its parts have no rows.
+    {group: [its tasks and groups]}. If a group has a score, its parts get no rows.
     """
     def metrics(task):
         return [name for name in results.get(task, ()) if "," in name and "_stderr," not in name]
@@ -146,10 +146,10 @@ def rows_of(results, groups):
 
 
 def by_question(tasks, samples, task, metric, score):
-    """The score of each question, fp64 [n]; none if the task's score is not their mean.
+    """The score of each question, fp64 [n]; empty if the task's score is not their mean.
 
     samples: what lm-eval logs, by task. MMLU's score is the mean over the questions of all its
-    tasks; a corpus's BLEU has no questions.
+    tasks; corpus BLEU has no score per question.
     """
     group = tasks["groups"].get(task)
     members = [member.task_name for member in group.get_all_tasks()] if group else [task]
@@ -178,8 +178,8 @@ def tables(numbers):
         rows.append(cells)
 
     notes = (
-        "In lm-eval's units (the paper prints percentages). Differences are paired by question, "
-        "± 90 % over questions",
+        "Scores are in lm-eval's units (the paper prints percentages). Differences are paired by "
+        "question, ± 90 % over questions",
         "BLEU, ROUGE-1 and ROUGE-2 score the same answers, MC1 the same questions",
     )
     return [Table("Benchmarks (Table 5)", headings, rows, notes)]

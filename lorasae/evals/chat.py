@@ -2,10 +2,10 @@
 
     ask = partial(chat, "http://localhost:8000/v1", "my-model")     # the key: $OPENAI_API_KEY
     answer = ask([{"role": "user", "content": "..."}], max_tokens=100)
-    ask = Kept(path, ask, name="my-model at ...")       # asks only what the file does not answer
+    ask = Kept(path, ask, name="my-model at ...")       # asks only if the file has no answer
 
-(huggingface_hub's http_backoff refuses even a local endpoint if HF_HUB_OFFLINE is set, and closes
-the connections of all threads if that of one fails.)
+(huggingface_hub's http_backoff would not do: it refuses even a local endpoint if HF_HUB_OFFLINE is
+set, and closes every thread's connections if one of them fails.)
 """
 import http.client
 import json
@@ -16,14 +16,14 @@ from urllib.request import HTTPErrorProcessor, Request, build_opener
 from lorasae.errors import InputError
 from lorasae.io.files import read_object, write_json
 
-NO_ANSWER = "no answer"                                 # refused, timed out, cut off
-BUSY = (NO_ANSWER, 408, 429, 500, 502, 503, 504)        # after these, asking again may help
-WAITS = (2, 4, 8, 16, 32)                               # seconds before it does
+NO_ANSWER = "no answer"                                 # refused, timed out or cut off
+BUSY = (NO_ANSWER, 408, 429, 500, 502, 503, 504)        # after these, a retry may help
+WAITS = (2, 4, 8, 16, 32)                               # seconds before each retry
 TIMEOUT = 300                                           # seconds without a byte
 
 
 class AsItIs(HTTPErrorProcessor):
-    """Redirects and errors are answers: the key goes only to the endpoint that was named."""
+    """Returns redirects and errors as answers, so the key goes only to the named endpoint."""
 
     def http_response(self, request, response):
         return response
@@ -69,7 +69,7 @@ def post(request):
 
 
 def own_words(answer):
-    """What an endpoint says of an error: its error.message, or the beginning of its answer."""
+    """An endpoint's error message: its error.message, or the beginning of its answer."""
     try:
         answer = str(json.loads(answer)["error"]["message"])
     except (ValueError, LookupError, TypeError):
@@ -78,10 +78,10 @@ def own_words(answer):
 
 
 class Kept:
-    """ask(messages, max_tokens), whose answers are kept in the JSON file `path`.
+    """Wraps ask(messages, max_tokens) and keeps its answers in the JSON file `path`.
 
-    name: who answers. The same question to the same name is asked only once, also by a later run:
-    an answer is on disk before it is used. For one thread at a time.
+    name: who answers. Each name is asked each question only once, even by later runs: an answer is
+    on disk before it is used. Only one thread at a time may call it.
     """
 
     def __init__(self, path, ask, name):

@@ -1,12 +1,12 @@
 """What the evaluations share: 90 % confidence intervals, a progress bar, dropout off.
 
-Sequences from one document are alike, so they carry less information than as many sequences from
+Sequences from one document are alike, so they give less information than the same number from
 different documents. An interval over documents sums the deviations within each document before it
 squares them (a cluster-robust variance), corrects for few documents of unequal length (CR2, Bell &
 McCaffrey 2002), and uses Student's t with the degrees of freedom that Imbens & Kolesár (2016)
 derive from the correlation within documents. For a mean, all of this has a closed form.
 
-    G documents; document g holds n_g of the n sequences, a share h_g = n_g / n
+    G documents; document g has n_g of the n sequences, a share h_g = n_g / n
     mean       m = Σ x / n
     variance   Σ_g S_g² / (1 - h_g) / n²      with S_g = Σ of (x - m) over document g
     freedom    (tr B)² / tr B²                with B the covariance of the S_g / √(1 - h_g)
@@ -26,9 +26,9 @@ from tqdm import tqdm
 from lorasae.errors import InputError
 from lorasae.lora import base
 
-# Effective documents, 1 / Σ h_g², that an interval needs. In simulation, intervals over 8 or more
-# cover 87 to 93 % if values of one document correlate by at most 0.3 (tests/test_evals.py); over
-# fewer than 5 they do not.
+# An interval needs this many effective documents, 1 / Σ h_g². In simulation, intervals over 8 or
+# more cover 87 to 93 % if values from one document have a correlation of at most 0.3
+# (tests/test_evals.py); over fewer than 5 they do not.
 ENOUGH = 8
 
 
@@ -55,7 +55,7 @@ def interval(values, clusters=None):
     """
     n = len(values)
     mean = values.mean().item()
-    if n < 2 or (values == values[0]).all():            # no spread to judge by
+    if n < 2 or (values == values[0]).all():            # no spread to estimate
         return mean, None
     if clusters is None:
         return mean, t_quantile(n - 1) * values.std().item() / math.sqrt(n)
@@ -68,7 +68,7 @@ def interval(values, clusters=None):
 
 
 def by_cluster(deviations, clusters):
-    """Deviations from their mean [n] -> (sizes [G], their sums [G], correlation within clusters).
+    """Deviations from their mean [n] -> (sizes [G], sums [G], correlation within clusters).
 
     The correlation is the mean product of two deviations in one cluster, divided by the variance;
     at least 0, and 0 if no cluster has two values.
@@ -112,7 +112,7 @@ def ratio(a, b, clusters=None):
 def linearised(a, b):
     """Values [n] whose mean is mean(a) / mean(b), and whose interval is the ratio's to first order.
 
-    Two ratios of the same sequences are compared in pairs:
+    To compare two ratios over the same sequences in pairs:
     interval(linearised(a, b) - linearised(c, d), documents).
     """
     a, b = a.double(), b.double()
@@ -121,7 +121,7 @@ def linearised(a, b):
 
 
 def count_documents(documents):
-    """The number of different documents; documents: [n], that of each sequence."""
+    """The number of distinct documents. documents [n]: the document of each sequence."""
     return len(documents.unique())
 
 
@@ -134,9 +134,9 @@ def with_ci90(found):
 
 
 class Estimate(NamedTuple):
-    """A number with what its interval is over."""
+    """A number, its interval, and what the interval is over."""
     mean: float
-    half: float | None                  # half the width of its 90 % interval; None: it has none
+    half: float | None                  # half the width of its 90 % interval, if it has one
     over: str                           # such as "3 seeds" or "29 documents"
 
 
@@ -153,7 +153,7 @@ def over(values, what):
 
 
 def without_interval(documents):
-    """A line that says why there is no interval. documents: their number."""
+    """The line that explains a missing interval. documents: how many there are."""
     return f"too few documents for an interval: {documents}"
 
 
@@ -171,7 +171,7 @@ def progress(items, label):
 
 @contextmanager
 def evaluating(model):
-    """The model in eval mode inside the `with`, and in its former mode afterwards."""
+    """Puts the model in eval mode inside the `with` and restores its mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -181,7 +181,7 @@ def evaluating(model):
 
 
 def check_latents(latents, count):
-    """InputError if --latents names some that the SAE, which has `count`, does not have."""
+    """InputError if --latents names any that an SAE with `count` latents does not have."""
     if not 0 <= min(latents) <= max(latents) < count:
         raise InputError(f"--latents: the SAE has latents 0 to {count - 1}")
 

@@ -1,4 +1,4 @@
-"""What SCR and TPP share: do a few latents carry a concept, and no other? (§5.1, A.2, Tables 3, 6)
+"""SCR and TPP: do a few latents represent one concept, and no other? (§5.1, A.2, Tables 3 and 6)
 
 Linear probes learn concepts from a text's mean residual stream. A latent's effect on probe w is
 
@@ -8,10 +8,10 @@ on training texts. The n latents with the largest effects are ablated on test te
 
     x' = x - Σ_i z_i W_dec,i
 
-at every token; the SAE's error stays. (The paper's A.2 says the opposite, that all but these
-latents are ablated; the published code ablates these.) Probes see means over tokens and ablating is
-linear, so the means are enough. SAEBench also ablates what an SAE finds in its padding of zeros
-(evals/scr_and_tpp/main.py, ablated_precomputed_activations); here padding does not count.
+at every token; the SAE's error term stays. (The paper's A.2 says the opposite, that all but these
+latents are ablated; the published code ablates these.) Probes see means over tokens and ablation is
+linear, so the means are enough. SAEBench also ablates the latents that an SAE finds in its zero
+padding (evals/scr_and_tpp/main.py, ablated_precomputed_activations); here padding does not count.
 """
 from functools import partial
 
@@ -38,13 +38,13 @@ def concept_probes(features, task, seed):
 
 
 def strongest(effects, n):
-    """The indices of the n largest effects [M], or of all that are not zero."""
+    """The indices of the n largest effects [M], or of all nonzero ones if there are fewer."""
     n = min(n, int((effects != 0).sum()))
     return effects.topk(n).indices
 
 
 def ablate(sae, means, latents):
-    """The mean residual [N, D] of Means with some latents at zero."""
+    """The mean residual stream [N, D] with some latents set to zero; means: Means."""
     return means.residual - means.latents[:, latents] @ sae.W_dec[latents].float()
 
 

@@ -2,12 +2,12 @@
 
     python eval.py RUN_DIR --suite distances
 
-Compares the output of every block from the first SAE's on: a in the base model without SAE, b with
-the SAEs spliced in, without and with adapters. cos(a, b) and ‖a - b‖₂ are means over the positions
-of a sequence; the change by adapting is paired by sequence, and its 90 % interval is over
-documents. At position 0 the residual stream can be hundreds of times longer than elsewhere and
-swamp the mean distance: everything is given over all positions, as in the paper, and again without
-position 0.
+Compares the output of every block, starting with the first SAE's block: a in the base model without
+SAEs, b with the SAEs spliced in, first without and then with adapters. cos(a, b) and ‖a - b‖₂ are
+means over the positions of a sequence. The change due to adapting is paired by sequence, and its
+90 % interval is over documents. At position 0 the residual stream can be hundreds of times longer
+than elsewhere and swamp the mean distance, so every result is given over all positions, as in the
+paper, and again without position 0.
 """
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,7 @@ POSITIONS = {"all": "all positions", "without_0": "without position 0"}
 
 @torch.no_grad()
 def evaluate(setting):
-    """{"layers": [..], "documents", and for "all" and "without_0": {"cosine" and "l2": what
-    `summary` finds}}
-    """
+    """{"layers": [..], "documents", "all" and "without_0": {"cosine" and "l2": a `summary`}}"""
     model, saes, documents = setting.model, setting.saes, setting.text.documents
     first = min(saes)
     changes = []
@@ -68,10 +66,10 @@ def compare(original, changed):
 
 
 def summary(changes, documents):
-    """Changes of one measure by adapting [n, layers] -> {"change", "ci90"}, per layer.
+    """The changes of one measure due to adapting [n, layers] -> {"change", "ci90"}, per layer.
 
-    change_after and ci90_after are of the mean over the blocks after the first SAE's; None if there
-    are none. A block before all adapters changes nothing: 0, without an interval.
+    change_after and ci90_after are for the mean over the blocks after the first SAE's block; None
+    if there are none. A block before all adapters does not change: 0, without an interval.
     """
     change, half = zip(*(interval(values, documents) for values in changes.T))
     after, half_after = None, None
@@ -92,12 +90,12 @@ def tables(numbers):
         rows.append([f"block {layer}", *changes])
     has_intervals = numbers["all"]["l2"]["ci90"][-1] is not None
     notes = [] if has_intervals else [without_interval(numbers["documents"])]
-    caption = "Distance to the base model's activations: change by adapting (the paper's Figure 11)"
+    caption = "Distance to the base model's activations: effect of adapting (the paper's Figure 11)"
     return [Table(caption, ["output of", *columns], rows, notes)]
 
 
 def draw(numbers, figure):
-    """Figure 11: the change by adapting, block by block."""
+    """Figure 11: the change due to adapting, block by block."""
     figure.set_size_inches(9, 3.4)
     after = range(len(numbers["layers"]))
     for axes, (name, label) in zip(figure.subplots(1, 2), MEASURES.items()):

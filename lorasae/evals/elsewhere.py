@@ -1,8 +1,8 @@
-"""Fidelity on a different kind of text: does the gain carry over to text that nothing trained on?
+"""Fidelity on another kind of text: does the gain carry over to text that was not trained on?
 
     python eval.py RUN_DIR --suite elsewhere --data FOLDER      the held-out part of that text
 
-If a run trained an SAE from scratch, the SAE after each tenth is measured too.
+If a run trained an SAE from scratch, the SAE after each tenth of its training is measured too.
 RUN_DIR/elsewhere/sequences.json has CE and KL of every sequence, to compare runs in pairs.
 """
 from lorasae.errors import InputError
@@ -15,16 +15,16 @@ from lorasae.io.text import SOURCES
 
 def add_options(add):
     add("--data", help=f"{SOURCES}, a file or a folder")
-    add("--eval-tokens", type=count, help="of that text (default: as many as the run holds out)")
+    add("--eval-tokens", type=count, help="held-out tokens (default: as many as in the run)")
 
 
 def evaluate(setting, data, eval_tokens):
-    """Every setting of a run on other text -> the numbers of fidelity.summary.
+    """Measures every setting of a run on other text -> the numbers of fidelity.summary.
 
-    An SAE that the run trained is measured as it is now.
+    There is no "before": an SAE that the run trained is not measured as it was before training.
     """
     if data is None:
-        raise InputError(f"--suite elsewhere needs text: --data with {SOURCES}, a file or a folder")
+        raise InputError(f"--suite elsewhere needs --data: {SOURCES}, a file or a folder")
     own, config = setting.text, setting.config
     with Text(data, own.tokenizer, own.bos, own.eos, context=config.context,
               eval_tokens=eval_tokens or own.held_out.numel()) as text:

@@ -1,22 +1,22 @@
 """Fidelity (paper §4): what splicing the SAEs in costs, and how much of it training wins back.
 
     base     the base model
-    before   the SAEs as they came, in a run that trains them: no adapters, before the first step
+    before   the original SAEs, if the run trains them: before the first step, without adapters
     sae      the SAEs spliced in, without adapters
     adapted  the SAEs spliced in, with adapters
     lora     the adapters without SAEs: what adapting did to the model itself
 
     gap            CE_sae - CE_base; CE_before - CE_base if the SAEs trained
     gap closed     (gap - (CE_end - CE_base)) / gap         end: adapted, or sae without adapters
-    KL gap closed  (KL - KL_end) / KL                       KL: of the SAEs as they came
+    KL gap closed  (KL - KL_end) / KL                       KL: of the original SAEs
     won back       (CE_sae - CE_adapted) / (CE_sae - CE_base), if the SAEs trained too
 
-"Gap" always means the gap of the SAEs as they came. CE is the next-token cross-entropy and KL is
-KL(base ‖ ·), both in nats per token, over the T - 1 predictions of each sequence (BOS is a
-predictor, as in the paper). All SAEs are spliced in at once (§4.3's compound loss). If the SAEs do
-not raise CE by more than its interval, there is no CE gap to close; there is always a KL gap.
+"Gap" always means the gap of the original SAEs. CE is the next-token cross-entropy and KL is
+KL(base ‖ ·), both in nats per token, over the T - 1 predictions of each sequence (BOS predicts too,
+as in the paper). All SAEs are spliced in at once (§4.3's compound loss). If the SAEs do not raise
+CE by more than its interval, there is no CE gap to close; there is always a KL gap.
 
-Intervals are 90 %, over documents: sequences of one document are not independent (common.py).
+Intervals are 90 %, over documents: sequences from one document are not independent (common.py).
 Differences are paired by sequence.
 
     python eval.py RUN_DIR --suite fidelity
@@ -32,66 +32,65 @@ from lorasae.evals.common import (as_model, batches, count_documents, evaluating
 from lorasae.evals.report import Table, percent, plus_minus, with_interval
 from lorasae.io.files import damage, read_json, write_json
 from lorasae.lora import base
-from lorasae.objectives import TokenLosses, token_losses
+from lorasae.objectives import token_losses
 from lorasae.sae import StandIn, norms, splice
 
 SETTINGS = {
     "base": "base model",
-    "before": "with SAE as it came",
+    "before": "with original SAE",
     "sae": "with SAE",
     "adapted": "with SAE + LoRA",
     "lora": "LoRA, no SAE",
 }
-ADAPTED = ("adapted", "lora")                           # the settings with adapters on
-WITH_SAE = ("sae", "adapted")                           # the settings with SAEs spliced in
+ADAPTED = ("adapted", "lora")                           # settings with adapters on
+WITH_SAE = ("sae", "adapted")                           # settings with SAEs spliced in
 SEQUENCES = "sequences.json"                            # the file's name
-SUFFIX = {"before": "_before", "sae": "_sae", "adapted": ""}        # of their L0 in results.json
-L0_OF = {"before": "L0, as it came", "sae": "L0", "adapted": "L0, adapted"}     # in the table
+SUFFIX = {"before": "_before", "sae": "_sae", "adapted": ""}        # of keys in results.json
+L0_OF = {"before": "L0, original", "sae": "L0", "adapted": "L0, adapted"}     # in the table
 
 
 # ---- Measuring ---------------------------------------------------------------------------------
 
 def evaluate(setting):
-    """Every setting of a run -> the numbers of `summary`, and eval_tokens.
+    """Measures every setting of a run -> the numbers of `summary`, and eval_tokens.
 
-    RUN_DIR/fidelity/sequences.json has them all sequence by sequence.
+    Writes RUN_DIR/fidelity/sequences.json: every setting, sequence by sequence.
     """
     config, text = setting.config, setting.text
     results = measure(setting.model, setting.saes, batches(setting), settings_of(config))
 
-    # An SAE that the run trained has changed since: what it cost as it came is on file
+    # If the run trained its SAE, the losses with the original SAE are in the run's file
     if config.method == "finetune" or config.train_sae:
         found = read_sequences(setting.folder)
         before = results["before"] = found.get("before", {})
         same_text = torch.equal(found["documents"], text.documents)
         if not same_text or before.keys() != results["sae"].keys():
-            raise InputError(f"{setting.folder / SEQUENCES} does not say what the SAE cost on this "
-                             "text before it trained: restore the file, or train the run again")
+            raise InputError(f"{setting.folder / SEQUENCES} has no losses of the original SAE on "
+                             "this text: restore the file, or train the run again")
     write_sequences(setting.folder / "fidelity", results, text.documents)
     return {**summary(results, text.documents), "eval_tokens": text.held_out.numel()}
 
 
 def settings_of(config):
-    """The settings of a run: those with adapters only if it trained some."""
+    """The settings of a run; those with adapters only if it trained adapters."""
     return ("base", "sae", *ADAPTED) if config.method == "lora" else ("base", "sae")
 
 
 def measure(model, saes, batches, settings, gather=lambda found: found, others={}):
-    """Runs each setting over batches of tokens [B, T] -> {setting: {"ce", "kl", "l0", "ev",
-    "left_out"}}.
+    """Runs each setting over batches of tokens [B, T] -> {setting: {"ce", "kl", ...}}.
 
-    ce and kl: [n] fp64, the mean over each sequence. l0 (active latents) and ev (explained
-    variance, 1 - Σ‖x - x̂‖² / Σ‖x - mean x‖²) of the settings with SAEs: {layer: value} over all
-    positions except BOS, EOS and norms beyond the SAE's max_norm, whose share is left_out. gather:
-    if several processes each take a portion of the batches, joins what they found (dicts of dicts
-    of lists). others: {further setting: its SAEs}, at the same layers.
+    ce and kl: [n] fp64, means over each sequence. Settings with SAEs also have {layer: value} for
+    l0 (active latents), ev (explained variance, 1 - Σ‖x - x̂‖² / Σ‖x - mean x‖²) and left_out: the
+    share of positions that l0 and ev leave out, namely BOS, EOS and norms beyond the SAE's
+    max_norm. gather: merges the results (dicts of dicts of lists) of several processes, if each
+    runs some of the batches. others: {extra setting: its SAEs}, at the same layers.
     """
     found = {name: {key: [] for key in ("ce", "kl", *saes)} for name in settings}
     with evaluating(model):
         for tokens in progress(batches, "fidelity"):
             by_setting = losses_by_setting(model, saes, tokens, settings, found, others)
             for name, losses in by_setting.items():
-                for key, values in losses._asdict().items():
+                for key, values in losses.items():
                     found[name][key].append(values.double().mean(1).cpu())
 
     results = {}
@@ -106,13 +105,13 @@ def measure(model, saes, batches, settings, gather=lambda found: found, others={
 
 @torch.no_grad()
 def losses_by_setting(model, saes, tokens, settings, seen=None, others={}):
-    """{setting: TokenLosses of [B, T - 1]} for tokens [B, T]; KL is from the base model."""
+    """{setting: {"ce", "kl"}}, each [B, T - 1], for tokens [B, T]; KL is from the base model."""
     labels = tokens[:, 1:].to(model.device)
-    in_order = dict.fromkeys(("base", *settings))       # the base model first, and each once
+    in_order = dict.fromkeys(("base", *settings))       # the base model first, no duplicates
     made = hidden_by_setting(model, saes, tokens, in_order, seen, others)
     hidden = torch.stack([state[:, :-1] for _, state in made])
     losses = token_losses(hidden, labels, model.head, model.softcap)
-    return {name: TokenLosses(ce, kl)
+    return {name: {"ce": ce, "kl": kl}
             for name, ce, kl in zip(in_order, *losses) if name in settings}
 
 
@@ -122,8 +121,8 @@ def hidden_by_setting(
     """Yields (setting, final hidden state [B, T, D] after the last norm) for tokens [B, T].
 
     Each setting has its SAEs spliced in and its adapters on or off. The blocks before the first
-    difference run once. seen: {setting: {layer: a list}}, to which a `Watched` SAE adds. others: as
-    in `measure`.
+    difference run once. seen: {setting: {layer: a list}}, to which a `Watched` SAE appends.
+    others: as in `measure`.
     """
     tokens = tokens.to(model.device)
     special = model.special(tokens)
@@ -145,10 +144,10 @@ def hidden_by_setting(
 
 
 class Watched(StandIn):
-    """An SAE that notes what it does, except at BOS, EOS and norms beyond its max_norm.
+    """An SAE that keeps statistics, except at BOS, EOS and norms beyond its max_norm.
 
-    Each call adds sums to `seen`, fp64 [5 + D]: all positions, those that count, active latents,
-    Σ‖x - x̂‖², Σ‖x‖², Σ x.
+    Each call appends sums to `seen`, fp64 [5 + D]: the number of all positions, then over those
+    that count: their number, active latents, Σ‖x - x̂‖², Σ‖x‖², Σ x.
     """
 
     def __init__(self, sae, special, seen):
@@ -170,9 +169,7 @@ class Watched(StandIn):
 
 
 def facts_of(sums):
-    """The total of Watched's sums -> {"l0": active latents, "ev": explained variance, "left_out":
-    the share of positions that these leave out}.
-    """
+    """The total of Watched's sums -> {"l0", "ev", "left_out"} as in `measure`."""
     everywhere, positions, active, error, square = sums[:5]
     variance = square - sums[5:].square().sum() / positions
     return {
@@ -185,9 +182,9 @@ def facts_of(sums):
 # ---- Results as files ---------------------------------------------------------------------------
 
 def write_sequences(folder, results, documents):
-    """Writes RUN_DIR/sequences.json: what `measure` found, sequence by sequence.
+    """Writes sequences.json to a folder: what `measure` returned, sequence by sequence.
 
-    Other runs on the same held-out text are compared with it in pairs.
+    With these files, runs on the same held-out text can be compared in pairs.
     """
     plain = {"documents": documents.tolist()}
     for name, values in results.items():
@@ -197,7 +194,7 @@ def write_sequences(folder, results, documents):
 
 
 def read_sequences(folder):
-    """What write_sequences wrote, to the bit; "documents" is an int tensor [n]."""
+    """Reads exactly what write_sequences wrote. "documents" is an int tensor [n]."""
     path = folder / SEQUENCES
     with damage(path):
         results = read_json(path)
@@ -214,14 +211,13 @@ def read_sequences(folder):
 # ---- Summing up --------------------------------------------------------------------------------
 
 def summary(results, documents):
-    """The numbers of results.json: means over tokens, the parts of the gap closed, each layer's L0
-    and explained variance, and under "ci90" half the widths of their intervals.
+    """The numbers of results.json: losses, gap closed, each layer's L0 and explained variance.
 
-    results: what `measure` found; "before" in it is "sae" before the SAEs trained. documents: [n]
-    int, the document of each sequence.
+    "ci90" has half the widths of their intervals, each None if there are too few documents. Then
+    gap_closed is the plain ratio, if the SAEs raise CE at all.
 
-    A half width is None if there are too few documents for an interval. Then gap_closed is the
-    plain ratio, if the SAEs raise CE at all.
+    results: what `measure` returned; "before" in it is "sae" before the SAEs were trained.
+    documents: [n] int, the document of each sequence.
     """
     ce = {name: values["ce"] for name, values in results.items()}
     kl = {name: values["kl"] for name, values in results.items()}
@@ -234,7 +230,7 @@ def summary(results, documents):
             found[f"kl_{name}"] = interval(kl[name], documents)
             found[f"excess_{name}"] = interval(ce[name] - ce["base"], documents)
 
-    # What training closed of the gap of the SAEs as they came
+    # How much of the original SAEs' gap training closed
     start = "before" if "before" in results else "sae"
     end = "adapted" if "adapted" in results else "sae"
     if start != end:
@@ -244,7 +240,7 @@ def summary(results, documents):
         found["gap_closed"] = closed if there_is_a_gap else (None, None)
         found["kl_gap_closed"] = ratio(kl[start] - kl[end], kl[start], documents)
 
-    # What adapters win back of the cost of SAEs that trained beside them: no part of the gap
+    # How much of the trained SAEs' cost the adapters win back; it is not part of the gap
     if {"before", "adapted"} <= results.keys():
         won = ratio(ce["sae"] - ce["adapted"], ce["sae"] - ce["base"], documents)
         found["won_back_by_adapters"] = won
@@ -261,7 +257,7 @@ def summary(results, documents):
 # ---- Showing -----------------------------------------------------------------------------------
 
 def tables(numbers):
-    """What each setting costs; then the SAEs, and below them the part of the gap closed."""
+    """The cost of each setting; then the SAEs, with the gap closed in the notes."""
     half = {name: plus_minus(width) for name, width in numbers["ci90"].items()}
     rows, sae_headings = [], [""]
     sae_rows = [[f"SAE at layer {layer}"] for layer in numbers["l0_sae"]]
@@ -285,7 +281,7 @@ def tables(numbers):
 
 
 def notes(numbers):
-    """[what L0 leaves out; the part of the gap closed and why there are no intervals, if so]"""
+    """[what L0 leaves out; the gap closed, and why intervals are missing, if they are]"""
     half, parts = numbers["ci90"], []
     left_out = ", ".join(map(percent, numbers["left_out_sae"].values()))
     first = ("L0 and explained variance leave out BOS, EOS and outliers: "
@@ -299,7 +295,7 @@ def notes(numbers):
                      "the SAE does not measurably raise the cross-entropy: no gap to close")
         parts.append(f"KL gap closed {part('kl_gap_closed')}")
     if "won_back_by_adapters" in numbers:
-        parts.append(f"adapters win back {part('won_back_by_adapters')} of what the SAE costs now")
+        parts.append(f"adapters win back {part('won_back_by_adapters')} of the trained SAE's cost")
     if half["ce_base"] is None:
         parts.append(f"({without_interval(numbers['documents'])})")
     return [first, "   ".join(parts)] if parts else [first]

@@ -1,10 +1,10 @@
-"""SAEBench's own data sets, cut as SAEBench cuts them, through the optional `datasets` package.
+"""SAEBench's own data sets, split as in SAEBench; they need the optional `datasets` package.
 
     --labelled saebench         eight for probing, two for TPP, eight pairs for SCR
 
-At seed 42 the texts are SAEBench's (sae_bench_utils/dataset_utils.py). Other seeds draw others,
-except for SCR, which takes the first texts of its data sets, and europarl and github_code, which
-are the first of a stream.
+At seed 42 the texts are SAEBench's (sae_bench_utils/dataset_utils.py). Other seeds draw other
+texts, except for SCR, which uses the first texts of its data sets, and for europarl and
+github_code, which use the first of a stream.
 """
 import random
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ TRAIN, TEST = 2000, 500                 # texts per class: 4,000 and 1,000 of ea
 SCR_TRAIN, SCR_TEST = 2000, 250         # texts per quadrant, at most
 FACTS = read_json(Path(__file__).with_name("saebench.json"))    # which columns, which classes
 TPP = ("bias_in_bios_1", "amazon_categories")
-HEADER, LEAST_CODE = 150, 150 + 3 * 128         # characters: of a licence, and the least of a file
+HEADER, LEAST_CODE = 150, 150 + 3 * 128         # characters to cut off; the least in a file
 
 
 def suite_sets(suite):
@@ -36,7 +36,7 @@ def suite_sets(suite):
 # ---- Loading -----------------------------------------------------------------------------------
 
 def load(repository, *names, **options):
-    """datasets.load_dataset"""
+    """datasets.load_dataset, with its errors as InputError."""
     with readable(repository):
         from datasets import load_dataset               # imported here: optional, and slow
         return load_dataset(repository, *names, **options)
@@ -51,19 +51,19 @@ def stream(repository, *names, **options):
 
 @contextmanager
 def readable(repository):
-    """One line for all that can go wrong: no package, no network, a damaged set."""
+    """Turns any error (no package, no network, a damaged data set) into an InputError."""
     try:
         yield
-    except Exception as error:                          # those of `datasets` have no common type
+    except Exception as error:                          # `datasets` raises many types
         raise InputError(f"cannot load the data set {repository} ({first_line(error)}): pip "
-                         "install datasets if it is missing, check the network, or use --labelled "
-                         "stdlib") from error
+                         "install datasets if the package is missing, check the network, or use "
+                         "--labelled stdlib") from error
 
 
 # ---- Cutting -----------------------------------------------------------------------------------
 
 def sampled_classes(repository, text, label, attribute, classes, seed):
-    """2,000 texts of each class to train and 500 to test, half with each attribute."""
+    """For each class, 2,000 training and 500 test texts, half with each attribute."""
     data = load(repository)
     cut = Cut({}, {})
     for side, split, count in zip(cut, ("train", "test"), (TRAIN, TEST)):
@@ -72,14 +72,14 @@ def sampled_classes(repository, text, label, attribute, classes, seed):
         for wanted in classes:
             texts = side[str(wanted)] = []
             for _, group in rows[rows[label] == wanted].groupby(attribute or label):
-                with readable(repository):              # it may have too few
+                with readable(repository):              # the group may be too small
                     drawn = group.sample(each, random_state=seed)
                 texts += drawn[text].tolist()
     return cut
 
 
 def first_quadrants(repository, text, label, attribute, pair, values, seed):
-    """The first texts of each quadrant, up to 2,000 to train and 250 to test, whatever the seed."""
+    """The first texts of each quadrant for any seed: up to 2,000 for training, 250 for testing."""
     data = load(repository)
     cut = Cut({}, {})
     for side, split, most in zip(cut, ("train", "test"), (SCR_TRAIN, SCR_TEST)):
@@ -91,7 +91,7 @@ def first_quadrants(repository, text, label, attribute, pair, values, seed):
 
 
 def europarl(seed):
-    """The first 2,501 sentences of each language, shuffled and cut in two."""
+    """The first 2,501 sentences of each language, shuffled and split in two."""
     found = {}
     for language, pair in FACTS["languages"].items():
         rows = islice(stream("Helsinki-NLP/europarl", pair), TRAIN + TEST + 1)
@@ -100,10 +100,10 @@ def europarl(seed):
 
 
 def github_code(seed):
-    """Long files without their first 150 characters, until each language has 2,501; then as above.
+    """2,501 or more long files per language, without their first 150 characters; then as above.
 
-    SAEBench reads them through the data set's own script, which `datasets` no longer runs. The same
-    rows in the same order are in its Parquet files; the script takes the language from the file's
+    SAEBench reads them through the data set's own script, which `datasets` no longer runs. Its
+    Parquet files have the same rows in the same order; the script tells the language by the file's
     extension.
     """
     files = "hf://datasets/codeparrot/github-code/data/*.parquet"
@@ -120,7 +120,7 @@ def github_code(seed):
 
 
 def shuffle(found, seed):
-    """Shuffles each class by one generator: 2,000 texts to train, the next 500 to test."""
+    """Shuffles all classes with one generator: 2,000 texts to train on, the next 500 to test on."""
     rng = random.Random(seed)
     cut = Cut({}, {})
     for label, texts in found.items():

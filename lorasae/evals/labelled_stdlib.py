@@ -1,10 +1,10 @@
 """Labelled texts without a network: passages of Python's standard library, by package and kind.
 
-    --labelled stdlib       packages as classes; for SCR pairs of them, in code and documentation
+    --labelled stdlib       packages as classes; for SCR, pairs of packages, code or documentation
 
-About a quarter of a package's text is for testing, in files of their own: first those that no run
-trains on (held_out), then others. What gives a package away is left out: imports, what stands above
-a file's first statement or in its docstring, and every line that names one of the packages.
+About a quarter of a package's text is for testing, and no file is on both sides; files that no run
+trains on (held_out) come first. Whatever gives a package away is left out: imports, a file's first
+statement (usually its docstring) and all above it, and lines that name one of the packages.
 """
 import ast
 import random
@@ -23,7 +23,7 @@ PAIRS = (
     ("xml", "asyncio"),
 )
 KINDS = ("code", "documentation")
-TRAIN, TEST = 240, 80                   # texts per class: what two CPU cores read in seconds
+TRAIN, TEST = 240, 80                   # texts per class: two CPU cores read these in seconds
 SCR_TRAIN, SCR_TEST = 120, 40           # texts per quadrant
 PASSAGE = 240                           # characters: 60 to 80 tokens
 MARKS = re.compile(r'''^(#+|[rR]?"{3}|[rR]?'{3})|("{3}|'{3})$''')       # of comments and docstrings
@@ -52,7 +52,7 @@ def by_both(pair, seed):
 
 
 def draw(found, train, test, seed):
-    """{class: its texts to train and to test on} -> Cut with at most so many of each."""
+    """{class: Cut of [texts]} -> Cut of {class: [texts]}, at most `train` and `test` per class."""
     rng = random.Random(seed)
     drawn = Cut({}, {})
     for label, sides in found.items():
@@ -66,7 +66,7 @@ def draw(found, train, test, seed):
 
 @cache
 def passages(package, packages):
-    """{kind: Cut of [texts]} of a package, without the lines that name one of `packages`."""
+    """{kind: Cut of [texts]} for a package, without the lines that name any of `packages`."""
     names = re.compile("|".join(packages), re.IGNORECASE)
     files = [file for file in standard_library() if file.name.startswith(f"{package}/")]
     files.sort(key=lambda file: (not held_out(file.name), sha256(file.name.encode()).hexdigest()))
@@ -83,7 +83,7 @@ def passages(package, packages):
 
 
 def split_source(source):
-    """A Python file -> its lines of code, and of docstrings and comments, without their marks."""
+    """A Python file -> (lines of code, lines of docstrings and comments without their marks)."""
     tree = ast.parse(source)
     docstrings, left_out = set(), set()
     for node in ast.walk(tree):

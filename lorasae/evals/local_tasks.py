@@ -7,14 +7,14 @@ parameters and were trained on files of the Python standard library, so the task
 files of the library continue.
 
     local_mmlu              which of four names follows this dot? (MMLU's letters mean nothing to
-                            so small a model)
+                            such a small model)
     local_hellaswag         which of four passages comes next?
-    local_truthfulqa_gen    how does this line end? Completed greedily, and compared with the true
-                            end and three wrong ones, which are plausible: ends of the same file
-    local_truthfulqa_mc1    the same lines: which of these four ends is it?
+    local_truthfulqa_gen    how does this line end? The model's greedy completion is compared with
+                            the true end and three wrong but plausible ones, from the same file
+    local_truthfulqa_mc1    the same lines: which of four ends is the true one?
 
-Every model and run gets the same questions (another Python's library may differ a little). Their
-lengths, and so how hard they are, were chosen on files of the training side.
+Every model and run gets the same questions (the library of another Python version may differ a
+little). Their lengths, and so their difficulty, were chosen on training files.
 """
 import random
 import re
@@ -25,11 +25,11 @@ from typing import NamedTuple
 from lorasae.io.text import held_out, standard_library, text_of
 
 SEED = 42
-# Whole lines of at least 120 characters, with blank ones after them, then of at least 80: about 40
-# and 30 tokens
+# Whole lines with at least 120 characters and the blank lines after them, then whole lines with at
+# least 80: about 40 and 30 tokens
 PASSAGE = re.compile(r"([\s\S]{119,}?\n(?:[^\S\n]*\n)*)([\s\S]{79,}?\n)")
-LONGEST = 400                           # characters; more is a table in one long line, no passage
-LINE, BEGUN = 40, 12                    # characters: the least of a line, and what a question shows
+LONGEST = 400                           # characters; a longer match is a table on one long line
+LINE, BEGUN = 40, 12                    # characters: the shortest line; the least that is shown
 NAME = re.compile(r"(?<=\w\.)[a-z][a-z_]{2,7}\b")       # most are a single token
 
 
@@ -46,7 +46,7 @@ def held_out_sources():
 
 
 def passages(sources):
-    """Texts -> [Passage]; none overlaps another."""
+    """Texts -> [Passage], without overlaps."""
     found = []
     for number, source in enumerate(sources):
         for match in PASSAGE.finditer(source):
@@ -58,10 +58,10 @@ def passages(sources):
 # ---- Questions ---------------------------------------------------------------------------------
 
 def question(rng, query, right, others):
-    """A row of a task: the right answer among three of the others. None if there are too few.
+    """One row of a task: the right answer among three wrong ones. None if there are too few.
 
-    The others are drawn as often as they occur, so that the more frequent answer is not more often
-    right.
+    Wrong answers are drawn as often as they occur, so a frequent answer is no likelier to be right
+    than a rare one.
     """
     drawn = rng.sample(others, len(others))
     wrong = [other for other in dict.fromkeys(drawn) if other != right][:3]
@@ -72,8 +72,8 @@ def question(rng, query, right, others):
     return {"query": query, "choices": choices, "label": choices.index(right)}
 
 
-# Each takes a passage to (its kind, the query, the right answer), or None. Wrong answers are the
-# right ones of other passages of that kind.
+# Each turns a passage into (its kind, the query, the right answer), or None. The wrong answers are
+# the right answers for other passages of the same kind.
 
 def name(passage):
     """The first name after a dot."""
@@ -82,13 +82,13 @@ def name(passage):
 
 
 def next_passage(passage):
-    """The next passage, among those that are indented as deeply and about as long."""
+    """The next passage; wrong ones have the same indent and about the same length."""
     right = passage.following
     return (indent(right), len(right) // 25), passage.context, right
 
 
 def line_end(passage):
-    """The end of the next line, among those of its file."""
+    """The end of the next line; wrong ones are from the same file."""
     line = passage.following.partition("\n")[0].rstrip()
     start = line.find(" ", indent(line) + BEGUN)
     if start > 0 and len(line) - indent(line) >= LINE:
@@ -107,8 +107,8 @@ METRICS = ("bleu_acc", "rouge1_acc", "rouge2_acc")      # of the completed lines
 def compare(row, results):
     """Whether a completion is more like the true end than like any wrong one, by each metric.
 
-    As truthfulqa_gen with one true answer. lm-eval's own function resamples the ROUGE of each pair
-    a thousand times, which takes 0.1 s.
+    Like truthfulqa_gen with one true answer. lm-eval's own function resamples the ROUGE of each
+    pair a thousand times, which takes 0.1 s.
     """
     from lm_eval.tasks.truthfulqa.utils import bleu
     from rouge_score.rouge_scorer import RougeScorer
@@ -137,7 +137,7 @@ COMPLETE = {
     "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}
                     for metric in METRICS],
 }
-TASKS = {                               # (their questions, how many, lm-eval's config)
+TASKS = {                               # {task: (question maker, number of rows, lm-eval's config)}
     "local_mmlu": (name, 400, CHOOSE),
     "local_hellaswag": (next_passage, 200, CHOOSE),
     "local_truthfulqa_gen": (line_end, 200, COMPLETE),
@@ -161,7 +161,7 @@ def questions(sources):
 
 
 def local_tasks():
-    """[Task] of lm-eval."""
+    """The local tasks, as lm-eval's Task objects."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 

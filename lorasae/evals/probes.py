@@ -1,7 +1,7 @@
-"""Linear probes on a table of texts: scikit-learn's logistic regression, and SAEBench's own.
+"""Linear probes on a table of texts: scikit-learn's logistic regression, and SAEBench's own probes.
 
     logistic        L2-regularised logistic regression, for a few features
-    train_probes    gradient descent on minibatches, several probes side by side
+    train_probes    gradient descent on minibatches, several probes at once
 
 Shapes: P tasks with a probe each, n texts in the table, N of them in each task, D features.
 """
@@ -44,9 +44,9 @@ def halves(rows, device="cpu"):
 def one_against_rest(classes, seed, device="cpu"):
     """The task of each class: its texts against as many of the other classes.
 
-    classes: {class: texts}, of which the first n count, if the smallest has n. As in SAEBench,
-    ceil(n / (m - 1)) texts of each other class are drawn, then n of these. SAEBench draws again for
-    each accuracy; here it is once.
+    classes: {class: texts}, m of them; of each, only the first n texts are used, where n is the
+    size of the smallest class. As in SAEBench, ceil(n / (m - 1)) texts are drawn from each other
+    class, then n of these. SAEBench draws again for each accuracy; here they are drawn once.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -65,10 +65,10 @@ def one_against_rest(classes, seed, device="cpu"):
 
 
 def hold_out(task, seed):
-    """Task -> (most of its texts, a tenth of them): the second is for choosing the epoch.
+    """Task -> [nine tenths of its texts, one tenth]; the tenth is for choosing the epoch.
 
-    SAEBench chooses the epoch on the test texts (evals/sparse_probing/probe_training.py), whose
-    accuracy then flatters.
+    SAEBench chooses the epoch on the test texts (evals/sparse_probing/probe_training.py), which
+    makes its test accuracy too high.
     """
     texts = task.rows.shape[1]
     order = torch.randperm(texts, generator=torch.Generator().manual_seed(seed))
@@ -78,7 +78,7 @@ def hold_out(task, seed):
 
 
 def mean_difference(features, task):
-    """features [n, D] -> [P, D]: the mean over a task's positive texts less the negative ones'."""
+    """features [n, D] -> [P, D]: the mean over a task's positive texts minus the negative ones'."""
     return torch.stack([features[rows[labels]].mean(0) - features[rows[~labels]].mean(0)
                         for rows, labels in zip(*task)])
 
@@ -118,14 +118,14 @@ def logistic(x, y, tests, class_weight=None):
 
 def train_probes(features, train, held=None, *, optimizer, batch, epochs, seed, l1=0.0,
                  pos_weight=None, decay=1.0, patience=math.inf):
-    """P probes side by side -> Probe: each from its best epoch on `held`, or from the last epoch.
+    """Trains P probes at once -> Probe: each from its best epoch on `held`, or from the last epoch.
 
     features [n, D]; train, held: Task. Each probe minimises the mean cross-entropy of a batch
-    + l1 · ‖w‖₁. The seed decides start and batches, the same for base and adapted model.
+    + l1 · ‖w‖₁. The seed sets the start and the batches, equal for base and adapted model.
 
-    optimizer: parameters -> optimiser. decay: of its learning rate per epoch.
-    pos_weight: [P, 1], how much positive texts weigh.
-    patience: a probe that has not improved for so many epochs is finished.
+    optimizer: parameters -> optimiser. decay: the factor on its learning rate per epoch.
+    pos_weight: [P, 1], the weight of positive texts.
+    patience: a probe that has not improved for this many epochs is finished.
     """
     features = features.float()
     tasks, texts = train.labels.shape
@@ -133,7 +133,7 @@ def train_probes(features, train, held=None, *, optimizer, batch, epochs, seed, 
     generator = torch.Generator().manual_seed(seed)
 
     def start(*shape):
-        """As nn.Linear starts."""
+        """Initial values, as in nn.Linear."""
         bound = features.shape[1] ** -0.5
         values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
         return values.to(device).requires_grad_()
@@ -141,7 +141,7 @@ def train_probes(features, train, held=None, *, optimizer, batch, epochs, seed, 
     probe = Probe(start(tasks, features.shape[1]), start(tasks))
     optimizer = optimizer(probe)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
-    best = Probe(*map(torch.zeros_like, probe))         # the first epoch takes their place
+    best = Probe(*map(torch.zeros_like, probe))         # replaced in the first epoch
     best_accuracy = torch.full((tasks,), -1.0, dtype=torch.double, device=device)
     stale = torch.zeros_like(best_accuracy)
     better = stale == 0
@@ -156,13 +156,13 @@ def train_probes(features, train, held=None, *, optimizer, batch, epochs, seed, 
             losses = F.binary_cross_entropy_with_logits(logits, y, pos_weight=pos_weight,
                                                         reduction="none")
             optimizer.zero_grad()
-            # The gradient of each probe is its own
+            # Each probe's gradient comes from its own loss only
             (losses.mean(1) + l1 * probe.weight.abs().sum(1)).sum().backward()
             optimizer.step()
         schedule.step()
 
-        # The last of equally good epochs: held-out texts are few, and the first epoch that gets
-        # them right is near the random start
+        # The last of equally good epochs counts: held-out texts are few, and the first epoch that
+        # gets them right is near the random start
         if held is not None:
             found = accuracy(probe, features, held).where(stale < patience, -1)
             better = found >= best_accuracy

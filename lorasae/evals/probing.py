@@ -1,14 +1,14 @@
-"""Sparse probing: do a few latents tell the classes of a text apart? (§5.1 and A.2, Tables 3, 6)
+"""Sparse probing: do a few latents tell classes of text apart? (§5.1 and A.2, Tables 3, 6)
 
     python eval.py RUN_DIR --suite probing                        the standard library's packages
     python eval.py RUN_DIR --suite probing --labelled saebench    SAEBench's eight data sets
 
-For each class against the rest, a logistic regression on the k latents with the largest
+A logistic regression tells each class from the rest, using the k latents with the largest
 
     | mean_positive z - mean_negative z |       z: means over the tokens of a training text
 
-and its accuracy on test texts: the mean over classes, then over data sets. "All" (the paper's
-"Test") is a probe on every latent, trained by gradient descent.
+The score is its accuracy on test texts: the mean over classes, then over data sets. "All" (the
+paper's "Test") is a probe on all latents, trained by gradient descent.
 """
 from functools import partial
 
@@ -21,12 +21,12 @@ from lorasae.evals.probes import (accuracy, hold_out, logistic, mean_difference,
 KS = (1, 2, 5, 10, 20, 50)
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.01, fused=True)
 
-add_options = saebench.add_options                      # of all suites of SAEBench
+add_options = saebench.add_options                      # for all SAEBench suites
 
 
 def evaluate(setting, labelled, seeds):
-    """Table 6's rows on probing, for the first SAE of a setting."""
-    scikit_learn()                                      # refuses before any work if it is missing
+    """Table 6's probing rows for the first SAE of a run."""
+    scikit_learn()                                      # fails before any work if it is missing
     found = saebench.compare(setting, "probing", labelled, seeds, measure)
     return saebench.summary_of_sets(setting, labelled, seeds, found)
 
@@ -38,12 +38,12 @@ def measure(sae, train, test, cut, seed):
     test_task = one_against_rest(cut.test, seed, z.device)
     scores = {}
 
-    # A few latents, those with the largest mean difference first
+    # A few latents: those with the largest mean difference
     best = mean_difference(z, task).abs().argsort(descending=True)
     for k in KS:
         scores[f"sae_top_{k}"] = regress(z, task, z_test, test_task, best[:, :k])
 
-    # All latents, in as many steps per epoch as SAEBench's batches of 250 make of its 4,000 texts
+    # All latents, in as many steps per epoch as in SAEBench: 4,000 texts in batches of 250
     part, held = hold_out(task, seed)
     batch = min(250, max(16, part.rows.shape[1] // 16))
     probe = train_probes(z, part, held, optimizer=ADAMW, batch=batch, epochs=100, patience=10,

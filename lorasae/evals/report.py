@@ -1,7 +1,7 @@
 """How results are shown: numbers as text, tables on a terminal or a page, pictures.
 
-Every evaluation has tables(numbers) -> [Table] and, if the paper has such a figure, draw(numbers,
-figure), which the terminal and the page of the paper use.
+Every evaluation has tables(numbers) -> [Table] and, if the paper has a figure for it, draw(numbers,
+figure). The terminal and the page of the paper's results use both.
 """
 import io
 from pathlib import Path
@@ -32,7 +32,7 @@ def with_interval(mean, half, form=".4f"):
 
 
 def percent(part):
-    """A part of 1 in percent; empty if there is none."""
+    """A fraction as a percentage; empty if there is none."""
     return "" if part is None else f"{part:.1%}"
 
 
@@ -42,12 +42,12 @@ class Table(NamedTuple):
     """A table for the terminal and the page."""
     caption: str                        # may be empty
     headings: list
-    rows: list                          # of cells: text, or numbers, shown to four places
+    rows: list                          # of cells: text, or numbers, shown to four decimals
     notes: tuple = ()                   # lines below it
 
 
 def cell_text(cell):
-    """A cell as text, numbers to four places."""
+    """A cell as text, numbers to four decimals."""
     return cell if isinstance(cell, str) else f"{cell:.4f}"
 
 
@@ -85,7 +85,7 @@ def lines(axes, x, series, scale=1):
 
 
 def bars(axes, names, series, scale=1):
-    """Grouped bars with error bars: one group per name, one bar in it per series.
+    """Grouped bars with error bars: one group per name, one bar per series in it.
 
     series: {label: [(mean, half, ...) for each name]}
     """
@@ -103,9 +103,9 @@ def columns(found, scale=1):
 
 
 def save_figure(draw, numbers, path, again):
-    """Writes what draw(numbers, figure) draws as a PNG. Without matplotlib, notes what to do.
+    """Saves what draw(numbers, figure) draws as a PNG. Without matplotlib, prints how to get it.
 
-    again: the command that draws it again.
+    again: the command that repeats the drawing.
     """
     try:
         from matplotlib import rc_context

@@ -1,4 +1,4 @@
-"""What the suites of SAEBench share: base against adapted model, draw by draw, as a table.
+"""What the SAEBench suites share: base against adapted model, seed by seed, and the table.
 
 Karvonen et al. 2024; paper §5.1, Tables 3 and 6. Base and adapted model see the same texts, draws
 and batches, so differences are paired.
@@ -21,9 +21,7 @@ LABELLED = {"stdlib": labelled_stdlib, "saebench": labelled_saebench}
 
 
 def table_6(suite):
-    """Of the paper's Table 6: {metric: its label}, {metric: (LoRA, base)}, and how far SAEBench
-    lets its own reruns differ.
-    """
+    """From Table 6: {metric: label}, {metric: (LoRA, base)}, SAEBench's tolerance for reruns."""
     part = labelled_saebench.FACTS["table 6"][suite]
     labels = {metric: label for metric, label, *_ in part["rows"]}
     paper = {metric: scores for metric, _, *scores in part["rows"] if scores}
@@ -32,19 +30,19 @@ def table_6(suite):
 
 def add_options(add):
     add("--labelled", default="stdlib", choices=LABELLED,
-        help="texts of probing, scr, tpp: packages of the standard library, or SAEBench's own "
-        "(default: %(default)s)")
+        help="texts for probing, scr and tpp: packages of the standard library, or SAEBench's "
+        "own (default: %(default)s)")
     add("--seeds", type=few, default=3, metavar="N",
-        help="how often probing, scr, tpp, absorption and autointerp are measured; the paper "
+        help="number of seeds for probing, scr, tpp, absorption and autointerp; the paper "
              "measured once (default: %(default)s)")
 
 
 # ---- Measuring ---------------------------------------------------------------------------------
 
 def reading(setting, suite, seeds):
-    """(layer, SAE) that a suite reads, and its seeds.
+    """(layer, SAE, seeds) for a suite.
 
-    InputError if all adapters lie after the SAE: adapting then changes nothing that it reads.
+    InputError if all adapters come after the SAE: adapting then changes nothing that the SAE reads.
     """
     layer, sae = next(iter(setting.saes.items()))
     if all(block > layer for block in blocks_with_adapters(setting.model)):
@@ -57,7 +55,7 @@ def reading(setting, suite, seeds):
 def compare(setting, suite, labelled, seeds, measure):
     """{data set: {"base" and "lora": [what `measure` found for each seed]}}.
 
-    measure(SAE, Means of the training texts, of the test texts, their Cut, seed) -> {metric: value}
+    measure(SAE, Means of training texts, Means of test texts, Cut, seed) -> {metric: value}
     """
     layer, sae, seeds = reading(setting, suite, seeds)
     sets = LABELLED[labelled].suite_sets(suite)
@@ -85,7 +83,7 @@ def summary(layer, values, seeds, over=None, **more):
     """What a suite returns: {"layer", "seeds", "over", "rows": {metric: its row}} and more.
 
     values: {model: {metric: values [n]}}. over: what these n are, if not seeds of evaluation. The
-    difference is "lora" less "base" or, if there is a "paired" beside them, that less "base".
+    difference is "lora" - "base" or, if values has a "paired", "paired" - "base".
     """
     adapted = values.get("paired", values["lora"])
     rows = {}
@@ -97,9 +95,9 @@ def summary(layer, values, seeds, over=None, **more):
 
 
 def summary_of_sets(setting, labelled, seeds, found, further=lambda metrics: {}):
-    """The summary of what `compare` found: the mean over data sets, as SAEBench takes it.
+    """The summary of what `compare` found: means over data sets, as in SAEBench.
 
-    further({metric: values [seeds]}) -> metrics that are made from these means.
+    further({metric: values [seeds]}) -> more metrics, computed from these means.
     """
     values, sets = {}, list(found)
     for who in found[sets[0]]:
@@ -128,7 +126,7 @@ def table(numbers, suite, caption, notes=()):
         f"SAE at layer {numbers['layer']}; {', '.join(numbers['sets'])}.",
         f"Intervals are 90 %, over {numbers['over']}; the adapters were trained once.",
         *notes,
-        f"The paper measured once; SAEBench lets its own reruns differ by {tolerance}.",
+        f"The paper measured once; SAEBench tolerates a difference of {tolerance} between reruns.",
     )
     headings = ["", "base", "LoRA", "difference", "paper: base", "LoRA", "difference"]
     return Table(caption, headings, rows, notes)

@@ -6,14 +6,15 @@
 
 Texts have two concepts, a class (professor, nurse) and an attribute (male, female). A biased probe
 is trained on male professors and female nurses only. The latents of one concept are ablated, and
-the biased probe is asked for the other:
+the biased probe is tested on the other:
 
     S = (A_ablated - A_biased) / (A_clean - A_biased)
 
-with A_clean the accuracy of a probe trained on that concept, balanced. 1: cured, 0: no change. The
-score of a model is S of the concept that its biased probe knows worse, as in SAEBench: the mean
-over pairs, then the maximum and average over numbers of latents. The difference between adapted
-and base model compares one quantity: S of the concept that the base model's probe knows worse.
+A_clean is the accuracy of a probe trained on that concept with balanced data. S is 1 if the biased
+probe is cured, 0 if nothing changes. As in SAEBench, a model's score is S for the concept on which
+its biased probe is less accurate: the mean over pairs, then the maximum and average over numbers of
+latents. The difference between the adapted and the base model compares S for one concept: the one
+on which the base model's biased probe is less accurate.
 """
 import torch
 
@@ -26,10 +27,10 @@ ATTRIBUTE, CLASS, BIASED = range(3)                     # the three probes
 
 
 def evaluate(setting, labelled, seeds):
-    """Table 6's rows on SCR, for the first SAE of a setting."""
+    """Table 6's SCR rows for the first SAE of a run."""
     found = saebench.compare(setting, "scr", labelled, seeds, measure)
     for models in found.values():
-        # To pair: the adapted model's scores for the concept that the base model reports
+        # For the pairs: the adapted model's scores for the concept that the base model reports
         models["paired"] = [lora[worse_known(base)]
                             for base, lora in zip(models["base"], models["lora"])]
         # Each model's own score, as SAEBench reports it
@@ -39,7 +40,7 @@ def evaluate(setting, labelled, seeds):
 
 
 def worse_known(scores):
-    """Which concept the biased probe knows worse, of {concept: its scores}."""
+    """The concept on which the biased probe is less accurate, of {concept: its scores}."""
     return min(scores, key=lambda concept: scores[concept]["biased"])
 
 
@@ -49,13 +50,13 @@ def measure(sae, train, test, cut, seed):
     train_task = training_tasks(cut.train, device)
     test_task = test_tasks(cut.test, device)
 
-    # What the probes know
+    # The accuracy of the clean and the biased probes
     probes = concept_probes(train.residual, train_task, seed)
     biased = choose(probes, [BIASED, BIASED])
     clean = accuracy(choose(probes, [ATTRIBUTE, CLASS]), test.residual, test_task)
     before = accuracy(biased, test.residual, test_task)
 
-    # What the biased probe knows of one concept without the other's n latents
+    # The accuracy of the biased probe for one concept without the other's n latents
     effects = mean_difference(train.latents, train_task) * (probes.weight @ sae.W_dec.float().T)
     found = {}
     for asked, ablated in ((ATTRIBUTE, CLASS), (CLASS, ATTRIBUTE)):
@@ -75,8 +76,8 @@ def choose(probes, which):
 def cured(clean, biased, ablated):
     """S from three accuracies.
 
-    0 if the biased probe is as good as the clean one to 0.001: there is nothing to cure. (SAEBench
-    does so today; the version that the paper ran divides.)
+    0 if the biased probe is less than 0.001 worse than the clean one: there is nothing to cure.
+    (SAEBench does the same today; the version that the paper used always divides.)
     """
     lost = clean - biased
     return (ablated - biased) / lost if lost >= 0.001 else 0.0
@@ -85,7 +86,7 @@ def cured(clean, biased, ablated):
 # ---- The three tasks ---------------------------------------------------------------------------
 
 def training_tasks(quadrants, device="cpu"):
-    """n texts per quadrant for the clean probes, 2n of two quadrants for the biased one."""
+    """n texts per quadrant for the clean probes, 2n from each of two for the biased one."""
     rows = pm, pf, nm, nf = rows_by_class(quadrants)
     n = min(len(pm) // 2, len(pf), len(nm), len(nf) // 2)
     return halves([*balanced(rows, n), torch.cat([pm[:2 * n], nf[:2 * n]])], device)
@@ -106,8 +107,8 @@ def balanced(rows, n):
 # ---- Showing -----------------------------------------------------------------------------------
 
 def tables(numbers):
-    notes = ["The difference compares S of one concept, the one that the base model's biased probe "
-             "knows worse. S is noise where that probe is nearly as good as the clean one."]
+    notes = ["The difference compares S for one concept: the one on which the base model's biased "
+             "probe is less accurate. S is noise if that probe is nearly as good as the clean one."]
     if numbers["labelled"] != "stdlib":
         notes.append("SAEBench's texts for SCR are the same for every seed, so the intervals cover "
                      "only the noise of the probes.")

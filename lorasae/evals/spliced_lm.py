@@ -1,4 +1,4 @@
-"""Our Transformer, with SAEs or without, as a model of the lm-eval package (evals/benchmarks.py).
+"""Our Transformer, with or without SAEs, as a model for the lm-eval package (evals/benchmarks.py).
 
 SplicedLM answers lm-eval's requests exactly as lm-eval's own Hugging Face model would in fp32 with
 add_bos_token=True: both families get the BOS they were trained with (the lm-eval of the paper's
@@ -24,7 +24,7 @@ class Prompt(NamedTuple):
     index: int                                          # of its request
     ids: list
     stops: list                                         # strings that end the answer
-    budget: int                                         # the most new tokens
+    budget: int                                         # at most this many new tokens
 
     def size(self):
         return len(self.ids) + self.budget
@@ -33,10 +33,10 @@ class Prompt(NamedTuple):
 class SplicedLM(TemplateLM):
     """log p(continuation | context) and greedy text, with {layer: SAE} spliced into the model.
 
-    Generated tokens get the SAE too. In the published code they do not, by accident: its hook skips
-    the first position of its input, and with a key-value cache a new token is just that
-    (run_benchmarks.py:70). batch_tokens bounds B x T. A context that is too long loses its
-    beginning, with its BOS, as in lm-eval.
+    Generated tokens go through the SAE too. In the published code they do not, by accident: its
+    hook skips the first position of its input, and with a key-value cache every new token is at
+    that position (run_benchmarks.py:70). batch_tokens bounds B x T. A context that is too long
+    loses its beginning, BOS included, as in lm-eval.
     """
 
     def __init__(self, model, tokenizer, saes, batch_tokens=8192):
@@ -51,7 +51,7 @@ class SplicedLM(TemplateLM):
 
     @property
     def prefix_token_id(self):
-        """Stands for an empty context."""
+        """The token used in place of an empty context."""
         return self.model.config.bos_token_id
 
     def tok_encode(self, string, add_special_tokens=None):
@@ -75,7 +75,7 @@ class SplicedLM(TemplateLM):
         return log_p.sum().item(), (logits.argmax(-1) == labels).all().item()
 
     def pad(self, rows):
-        """Lists of ids -> [B, T], padded on the right, where causal attention never looks."""
+        """Lists of ids -> [B, T], padded on the right, which causal attention never sees."""
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
     def batches(self, items, size, label):
@@ -93,10 +93,10 @@ class SplicedLM(TemplateLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm=False):
         """[(strings, context ids, continuation ids)] -> [(log p, whether it is greedy)].
 
-        log p is summed over the continuation. It is greedy if each of its tokens is the likeliest.
+        log p is summed over a continuation, which is greedy if each of its tokens is the likeliest.
         """
-        # The last token is predicted but never read, so a row holds all tokens but the last.
-        # Choices of one token, such as MMLU's letters, then share a row.
+        # The last token is predicted but never read, so a row leaves it out. One-token choices,
+        # such as MMLU's letters, then share a row.
         by_row = defaultdict(list)                      # {row: [(index of the request, labels)]}
         for i, (strings, context, labels) in enumerate(requests):
             if len(labels) > self.max_length:
@@ -125,12 +125,13 @@ class SplicedLM(TemplateLM):
             budget = options["max_gen_toks"]
             room = self.max_length - budget
             if options["do_sample"]:
-                raise InputError(f"{request.task_name} samples its answers, but here they are "
-                                 "greedy: set do_sample: false in its generation_kwargs")
-            if room < 1:
-                raise InputError(f"{request.task_name} asks for {budget} new tokens, but the model "
-                                 f"holds {self.max_length}: set a smaller max_gen_toks in its "
+                raise InputError(f"{request.task_name} samples its answers, but only greedy "
+                                 "ones are supported: set do_sample: false in its "
                                  "generation_kwargs")
+            if room < 1:
+                raise InputError(f"{request.task_name} asks for {budget} new tokens; the model "
+                                 f"allows {self.max_length} in all: set a smaller max_gen_toks in "
+                                 "its generation_kwargs")
             ids = self.tok_encode(context)[-room:]
             stops = [stop for stop in options["until"] if stop]
             prompts.append(Prompt(i, ids, stops, budget))
@@ -141,7 +142,7 @@ class SplicedLM(TemplateLM):
         return texts
 
     def generate(self, prompts, texts):
-        """Writes the answer to each Prompt into texts, all of them token by token."""
+        """Writes the answer to each Prompt into texts; all are generated together."""
         def stop(row, ids):
             prompt = prompts[row]
             texts[prompt.index] = self.finished(ids, prompt)
@@ -153,7 +154,7 @@ class SplicedLM(TemplateLM):
         generate(self.model, self.pad(rows), budget, self.saes, lengths=lengths, stop=stop)
 
     def finished(self, ids, prompt):
-        """The answer that the new tokens make, or None if it goes on.
+        """The answer in the new tokens, or None if it is not finished.
 
         A stop string may be the name of a special token.
         """

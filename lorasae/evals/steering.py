@@ -1,4 +1,4 @@
-"""Steering with a latent (paper §5.2, Table 4, Figures 7 and 10): does it work better once adapted?
+"""Steering with a latent (paper §5.2, Table 4, Figures 7 and 10): does adapting help?
 
     python eval.py RUN_DIR --suite steering                 latents and texts from held-out text
     python eval.py RUN_DIR --suite steering --latents 8421 2195
@@ -8,15 +8,15 @@
 x is the output of the SAE's block at every position, v the latent's decoder row at unit length; no
 SAE is spliced in. Eq. 8 allows any real α; only α >= 0 are tried here.
 
-A text's likelihood is the mean over its tokens of log p(token | those before), with BOS in front.
+A text's likelihood is the mean over its tokens of log p(token | earlier tokens), with BOS in front.
 For each model and set of texts it is scaled so that the unsteered texts span 0 to 100; d is its
-change by steering. Each model gets the α that, on half of the texts, raises d on positives and not
-on negatives. Table 4 is d_LoRA - d_base on the other half, paired by text: it should be above 0 on
-positives and about 0 on negatives. Its 90 % interval is over texts, as in the paper. Texts from one
-document are alike, so the number of documents stands beside it.
+change due to steering. Each model gets the α that, on half of the texts, raises d on positives but
+not on negatives. Table 4 is d_LoRA - d_base on the other half, paired by text: it should be above 0
+on positives and about 0 on negatives. Its 90 % interval is over texts, as in the paper. Texts from
+one document are alike, so the table also shows the number of documents.
 
-Positives are the held-out texts in which the latent fires most, negatives some in which it is
-silent. Those of the paper were written by a chat model, with the prompt in its A.1.2.
+Positives are the held-out texts in which the latent fires most; negatives are some in which it is
+silent. The paper's texts were written by a chat model, using the prompt in its A.1.2.
 
 Shapes: N texts, B of them at a time, T tokens with BOS in front, D d_model, M latents.
 """
@@ -29,10 +29,10 @@ from lorasae.evals.common import (as_model, check_latents, count_documents, eval
 from lorasae.evals.report import Table, with_interval
 from lorasae.objectives import token_losses
 
-ALPHAS = (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 12, 20)     # 0: not to steer
+ALPHAS = (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 12, 20)     # 0: no steering
 WINDOW = 24                     # tokens of a held-out text (the paper's have twelve words)
-LEAST = 8                       # positives and negatives that a comparison needs
-COMMON = 0.1                    # a latent that fires in more of the texts stands for no topic
+LEAST = 8                       # a comparison needs this many positives and negatives
+COMMON = 0.1                    # a latent that fires in a larger share of texts stands for no topic
 BATCH = 32                      # texts at a time
 SIDES = ("positive", "negative")
 MODELS = {"base": "base model", "lora": "LoRA model"}
@@ -47,9 +47,9 @@ def steer(x, v, alpha):
 
 @torch.no_grad()
 def log_likelihoods(model, texts, layer, v, alphas):
-    """Mean log p(token | those before) of every text [N, T] at every α, fp64 [len(alphas), N].
+    """Mean log p(token | earlier tokens) of every text [N, T] at every α, fp64 [len(alphas), N].
 
-    The published code takes p(token) one row too late, from the prediction of the token after it
+    The published code reads p(token) one row too late, from the prediction of the next token
     (run_steering.py:66). The blocks up to `layer` run once for all α.
     """
     found = []
@@ -64,7 +64,7 @@ def log_likelihoods(model, texts, layer, v, alphas):
 
 
 def change(steered, unsteered):
-    """d: the change of likelihoods [.., N], in units in which the unsteered [N] span 100."""
+    """d: the change in likelihoods [.., N], in units in which the unsteered ones [N] span 100."""
     return 100 * (steered - unsteered) / (unsteered.max() - unsteered.min())
 
 
@@ -81,9 +81,9 @@ def tune(positive, negative, alphas=ALPHAS):
 def compare(model, layer, v, sets):
     """Steers base and adapted model along v -> each one's α and d, and Table 4's differences.
 
-    sets: {"positive" and "negative": texts [N, T]}. Every other text tunes α, for each model its
-    own, and the rest test it. The published code tunes one α for both models, on the test texts,
-    and sorts each model's values before it pairs them (run_steering.py:190).
+    sets: {"positive" and "negative": texts [N, T]}. Every other text tunes α, separately for each
+    model; the rest test it. The published code tunes one α for both models, on the test texts, and
+    sorts each model's values before it pairs them (run_steering.py:190).
     """
     row, found = {}, {side: {} for side in SIDES}
     for name in MODELS:
@@ -126,7 +126,7 @@ def windows(text):
 
 @torch.no_grad()
 def peaks(model, sae, layer, texts):
-    """Each latent's highest activation in each text [N, T], BOS aside, in the base model: [N, M]"""
+    """Each latent's peak in each text [N, T], leaving out BOS, in the base model: [N, M]"""
     found = []
     with as_model(model, "base"):
         for tokens in progress(texts.to(model.device).split(BATCH), "latents"):
@@ -136,8 +136,9 @@ def peaks(model, sae, layer, texts):
 
 
 def choose_latents(peak, count=4, least=4 * LEAST):
-    """The latents with the highest mean peak [N, M], of those that fire in `least` or more of the
-    texts but in few (COMMON).
+    """The `count` latents with the highest mean peak in the texts where they fire; peak [N, M].
+
+    Only latents that fire in at least `least` texts, and in at most a share COMMON, are eligible.
     """
     fired = (peak > 0).sum(0)
     eligible = (fired >= least) & (fired <= COMMON * len(peak))
@@ -150,12 +151,10 @@ def choose_latents(peak, count=4, least=4 * LEAST):
 
 
 def examples_of(peak, count):
-    """{"positive": texts in which a latent fires most, "negative": texts in which it is silent}, at
-    most `count` of each, as indices; peak [N].
-    """
+    """Indices of up to `count` texts each: "positive" (highest peak [N]), "negative" (silent)."""
     order = peak.argsort(descending=True, stable=True)
     fires, silent = order[peak[order] > 0], order[peak[order] <= 0]
-    silent = silent[::max(1, len(silent) // count)]                     # from everywhere
+    silent = silent[::max(1, len(silent) // count)]                     # spread over the text
     return {"positive": fires[:count], "negative": silent[:count]}
 
 
@@ -164,15 +163,16 @@ def examples_of(peak, count):
 def add_options(add):
     add("--latents", type=int, nargs="+", metavar="ID",
         help="latents of the first SAE, also for autointerp (default for steering: four that fire "
-        "hard, but in few of the held-out texts)")
+        "strongly, but in few of the held-out texts)")
     add("--examples", type=int, default=100, metavar="N",
         help="texts in which a latent fires, and as many in which it does not; half of them tune "
         "alpha (default: %(default)s; paper: 500)")
 
 
 def evaluate(setting, latents=None, examples=100):
-    """Table 4 for the first SAE of a run -> {"layer", "rows": what `compare` finds for each latent,
-    with "latent" and "example", the first of its positives}.
+    """Table 4 for the first SAE of a run -> {"layer", "rows": what `compare` returns, per latent}.
+
+    Each row also has "latent" and "example", the first of the latent's positives.
     """
     model, text = setting.model, setting.text
     layer, sae = next(iter(setting.saes.items()))
@@ -215,8 +215,8 @@ def tables(numbers):
             cells += [str(len(found["d"]["base"])), str(found["documents"])]
         rows.append(cells)
     notes = [
-        "d: change by steering, if the unsteered texts span 100; α 0: no α that was tried helps",
-        "Δ: d LoRA - d base, paired by text, ± 90 % over texts; texts of one document are alike",
+        "d: change due to steering (the unsteered texts span 100); α 0: none of the α tried helps",
+        "Δ: d LoRA - d base, paired by text, ± 90 % over texts; texts from one document are alike",
     ]
     notes += [f"latent {row['latent']}: {row['example']!r}" for row in numbers["rows"]]
     return [Table("Steering with a latent (the paper's Table 4)", headings, rows, notes)]
@@ -232,6 +232,6 @@ def draw(numbers, figure):
             labels = [f"{MODELS[name]}, α {row[f'alpha_{name}']:g}" for name in d]
             axes.hist(list(d.values()), 25, histtype="stepfilled", alpha=0.5, label=labels)
             axes.set(title=f"latent {row['latent']}, {side} texts", ylabel="texts",
-                     xlabel="d, if the unsteered texts span 100")
+                     xlabel="d (the unsteered texts span 100)")
             axes.legend()
-    figure.suptitle("Change of likelihood by steering (the paper's Figures 7 and 10)", fontsize=10)
+    figure.suptitle("Effect of steering on likelihood (the paper's Figures 7 and 10)", fontsize=10)

@@ -18,7 +18,7 @@ TRAINING = {"percent": int, "step": int, "tokens": int, "seconds": float}
 def evaluate(setting):
     """{"rows": [{percent, step, tokens, seconds, ce, kl, ci90}]}, in training order.
 
-    Writes RUN_DIR/tenths/sequences.json, too.
+    Also writes RUN_DIR/tenths/sequences.json.
     """
     saes, documents = kept_saes(setting), setting.text.documents
     seen = fidelity.measure(setting.model, setting.saes, batches(setting), saes, others=saes)
@@ -33,11 +33,11 @@ def evaluate(setting):
 
 
 def kept_saes(setting):
-    """{"sae-10pct": {layer: the SAE as it was then}, ..., "sae": {layer: ...}}"""
+    """{"sae-10pct": {layer: the SAE at that point}, ..., "sae": {layer: ...}}"""
     folders = sorted(setting.folder.glob("sae-??pct")) + [setting.folder / "sae"]
     if len(folders) == 1 or not (folders[-1] / "training.json").exists():
-        raise InputError(f"{setting.folder} did not keep its SAE tenth by tenth: --suite tenths is "
-                         "for runs that train one from scratch")
+        raise InputError(f"{setting.folder} did not save its SAE after each tenth: --suite tenths "
+                         "is for runs that train an SAE from scratch")
     layer, device = setting.config.layer[0], setting.model.device
     return {folder.name: {layer: load_sae(folder, device=device)} for folder in folders}
 

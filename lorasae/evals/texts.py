@@ -1,4 +1,4 @@
-"""Texts as the SAE reads them: batches of tokens, and the means of a text.
+"""Texts as the SAE reads them: activations in batches, and means over each text.
 
 The SAE only reads the residual stream x at the output of its block; nothing is spliced in.
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-LENGTH = 128                                            # tokens per text with BOS: SAEBench's
+LENGTH = 128                                            # tokens per text with BOS, as in SAEBench
 BATCH = 16                                              # texts at a time
 
 
 class Cut(NamedTuple):
-    """Labelled texts, {class: [str]}, to train and to test on; no text is on both sides.
+    """Labelled texts, {class: [str]}, for training and testing; no text is on both sides.
 
     For SCR there are four quadrants instead of classes: (class, attribute) in the order (P, m),
     (P, f), (N, m), (N, f).
@@ -41,9 +41,9 @@ def tokenise(text, classes):
 
 @torch.no_grad()
 def activations(model, sae, layer, rows):
-    """Yields (which rows, tokens [B, T], x [B, T, D]) until all rows of token ids have been read.
+    """Yields (indices of rows, tokens [B, T], x [B, T, D]) for all rows of token ids, in batches.
 
-    Rows of similar length share a batch; those of one length keep their order. They are padded
+    Rows of similar length share a batch; those of equal length keep their order. They are padded
     with EOS on the right, where a causal model does not see it.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -1,9 +1,9 @@
-"""Which tokens the adapters help (paper §6.1, Figure 8): CE_sae - CE_adapted of every token.
+"""Which tokens the adapters help (paper §6.1, Figure 8): CE_sae - CE_adapted for every token.
 
     python eval.py RUN_DIR --suite tokens
 
-Both losses are with the SAEs spliced in (Figure 8's "base" is the model with SAE, not adapted), in
-nats, over all T - 1 predictions of each sequence. In the paper 37 % of the tokens become worse, and
+Both losses are with the SAEs spliced in (Figure 8's "base" is the model with SAE, unadapted), in
+nats, over all T - 1 predictions of each sequence. In the paper 37 % of the tokens get worse, and
 most of the improvement comes from changes of 0.01 to 1 nats. Intervals are 90 %, over documents.
 """
 import numpy as np
@@ -24,12 +24,12 @@ def evaluate(setting):
     with evaluating(model):
         for tokens in progress(batches(setting), "tokens"):
             losses = losses_by_setting(model, setting.saes, tokens, ("sae", "adapted"))
-            change.append((losses["sae"].ce - losses["adapted"].ce).cpu())
+            change.append((losses["sae"]["ce"] - losses["adapted"]["ce"]).cpu())
     return statistics(torch.cat(change), setting.text.documents)
 
 
 def statistics(change, documents):
-    """The numbers of Figure 8 for change [n, T - 1]: nats won per token, below 0 if it gets worse.
+    """The numbers of Figure 8 for change [n, T - 1]: nats gained per token, negative if worse.
 
     from_middle is the part of the improvement that comes from changes of 0.01 to 1 nats. documents:
     [n] int, the document of each sequence.
@@ -56,15 +56,15 @@ def statistics(change, documents):
 
 def tables(numbers):
     shown = (("improvement", "mean improvement (nats per token)", ".4f"),
-             ("share_better", "tokens that become better", ".1%"),
-             ("share_worse", "tokens that become worse", ".1%"),
-             ("from_middle", "improvement by changes of 0.01 to 1 nats", ".1%"))
+             ("share_better", "tokens that get better", ".1%"),
+             ("share_worse", "tokens that get worse", ".1%"),
+             ("from_middle", "improvement from changes of 0.01 to 1 nats", ".1%"))
     rows = [[label, with_interval(numbers[name], numbers["ci90"][name], form)]
             for name, label, form in shown]
     notes = [f"{numbers['tokens']:,} tokens"]
     if numbers["ci90"]["improvement"] is None:
         notes.append(without_interval(numbers["documents"]))
-    caption = "Change of every token's loss by adapting (the paper's Figure 8)"
+    caption = "Change in each token's loss due to adapting (the paper's Figure 8)"
     return [Table(caption, ["", "± 90 % over documents"], rows, notes)]
 
 
@@ -76,5 +76,5 @@ def draw(numbers, figure):
         axes.stairs(histogram[side], histogram["edges"], fill=True, alpha=0.5,
                     label=f"{label}: {numbers[f'share_{side}']:.0%} of tokens")
     axes.set(xscale="log", xlabel="size of the change, |CE with SAE − CE with SAE + LoRA| (nats)",
-             ylabel="held-out tokens", title="Change of every token's loss (the paper's Figure 8)")
+             ylabel="held-out tokens", title="Change in each token's loss (the paper's Figure 8)")
     axes.legend()

@@ -8,8 +8,9 @@ latents of class i:
 
     TPP = mean_i (A_i - A_ii) - mean_{i≠j} (A_j - A_ij)
 
-The intended drop less the unintended one. (The paper's A.2 prints the opposite sign; its numbers
-have this one.) The mean over data sets, then the maximum and average over numbers of latents.
+This is the intended drop minus the unintended one. (The paper's A.2 prints the opposite sign; its
+numbers have this one.) Scores are means over data sets, then the maximum and average over numbers
+of latents.
 """
 import torch
 
@@ -21,7 +22,7 @@ from lorasae.evals.probes import accuracy, mean_difference, one_against_rest
 
 
 def evaluate(setting, labelled, seeds):
-    """Table 6's rows on TPP, for the first SAE of a setting."""
+    """Table 6's TPP rows for the first SAE of a run."""
     found = saebench.compare(setting, "tpp", labelled, seeds, measure)
     return saebench.summary_of_sets(setting, labelled, seeds, found, over_thresholds)
 
@@ -34,7 +35,7 @@ def measure(sae, train, test, cut, seed):
 
     probes = concept_probes(train.residual, train_task, seed)
     clean = accuracy(probes, test.residual, test_task)
-    more = mean_difference(train.latents, train_task).clamp(min=0)      # what the class has more of
+    more = mean_difference(train.latents, train_task).clamp(min=0)      # more active in the class
     effects = more * (probes.weight @ sae.W_dec.float().T)
 
     scores = {"clean": clean.mean().item()}
@@ -55,6 +56,6 @@ def perturbation(clean, ablated):
 
 def tables(numbers):
     caption = ("Targeted probe perturbation: what the probe of a class loses without its n "
-               "latents, less what the others lose")
+               "latents, minus what the others lose")
     return [saebench.table(numbers, "tpp", caption)]
 

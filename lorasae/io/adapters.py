@@ -1,7 +1,7 @@
 """Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-    save_adapter(model, folder)
-    load_adapter(model, folder)         peft.PeftModel reads and writes the same
+    save_adapter(model, folder)         writes files that peft.PeftModel loads too
+    load_adapter(model, folder)         reads them, or files that PEFT wrote
 """
 import math
 import re
@@ -17,14 +17,14 @@ from lorasae.lora import LoRALinear, adapters, replace_module
 PREFIX = "base_model.model."                            # PEFT's name for a wrapped model
 KEY = re.compile(re.escape(PREFIX) + rf"(.+)\.({'|'.join(map(re.escape, LoRALinear.parts))})")
 BLOCKS = "model.layers."
-BESIDE_VISION = "model.language_model."                 # in place of model., if there is a tower
+BESIDE_VISION = "model.language_model."                 # instead of model., with a vision tower
 
-# Options of PEFT that Eq. 1 does not have: they change the function or what computes it.
+# PEFT options that Eq. 1 does not cover: they change the function, or the modules that compute it.
 UNSUPPORTED = (
     "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
     "use_qalora", "use_bdlora", "layer_replication", "trainable_token_indices",
     "target_parameters", "alora_invocation_tokens", "arrow_config", "kasa_config")
-STARTS = (True, False, "gaussian", "orthogonal", "eva")     # others change the base's weights too
+STARTS = (True, False, "gaussian", "orthogonal", "eva")     # others also change the base weights
 
 
 def adapter_state(model):
@@ -37,7 +37,7 @@ def adapter_state(model):
 
 
 def save_adapter(model, folder, base_model=None):
-    """Writes the model's adapters, so that load_adapter and peft.PeftModel read them."""
+    """Writes the model's adapters as files that load_adapter and peft.PeftModel can read."""
     modules = adapters(model)
     if not modules:
         raise InputError("the model has no adapters to save")
@@ -51,7 +51,7 @@ def save_adapter(model, folder, base_model=None):
         "layers_to_transform": sorted({int(name.split(".")[2]) for name in modules}),
         "layers_pattern": "layers",
     }
-    if model.config.with_vision:                        # whose layers have the same names
+    if model.config.with_vision:                        # whose layers share these names
         names = [re.escape(peft_name(model, name)) for name in modules]
         targets = {"target_modules": "|".join(names)}
     write_json(Path(folder) / "adapter_config.json", {
@@ -65,12 +65,12 @@ def save_adapter(model, folder, base_model=None):
 
 
 def load_adapter(model, folder):
-    """Attaches the adapters that save_adapter, or PEFT, wrote to `folder`; returns the model.
+    """Attaches the adapters that save_adapter or PEFT wrote to `folder`, and returns the model.
 
-    folder: may also be that of a run, which keeps them in adapter/.
-    Any linear module of a block may have one (an adapter of the head would have no effect here).
-    Options that Eq. 1 does not have are refused by name: other PEFT methods, DoRA, rank or alpha
-    patterns, biases, saved modules. If the files are refused, the model is as it was.
+    folder: may also be a run's folder, which keeps the adapters in adapter/.
+    Any linear module in a block may be adapted (an adapter on the head would have no effect here).
+    What Eq. 1 does not cover is refused by name: other PEFT methods, DoRA, rank or alpha patterns,
+    biases, saved modules. If the files are refused, the model is unchanged.
     """
     if adapters(model):
         raise InputError("the model already has adapters: merge them, or load a fresh model")
@@ -80,14 +80,14 @@ def load_adapter(model, folder):
     tensors = Tensors(folder / "adapter_model.safetensors")
     modules = dict(model.named_modules())
 
-    # all adapters are made before the first takes its place
+    # build all adapters before attaching the first
     fresh = {}
     for name in adapted_modules(tensors):
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear) or not name.startswith(BLOCKS):
             raise InputError(
-                f"{folder} adapts {shown(name)}, which this model does not have in its blocks: it "
-                "belongs to another model")
+                f"{folder} adapts {shown(name)}, but this model's blocks have no such linear "
+                "module: the adapter belongs to another model")
         fresh[name] = LoRALinear(linear, rank, alpha, dropout)
         for part in LoRALinear.parts:
             key = key_of(model, name, part)
@@ -102,7 +102,7 @@ def load_adapter(model, folder):
 
 
 def read_config(path):
-    """-> rank, alpha, dropout of an adapter_config.json"""
+    """adapter_config.json -> rank, alpha, dropout"""
     config = read_object(path)
     config.only(peft_type="LORA", bias="none")
     for option in UNSUPPORTED:
@@ -120,21 +120,21 @@ def read_config(path):
     rank = config.take("r", int, at_least=1)
     alpha = config.take("lora_alpha", float, above=0)
     if config.take("use_rslora", bool, False):
-        alpha = alpha * math.sqrt(rank)                 # alpha / √R in place of alpha / R
+        alpha = alpha * math.sqrt(rank)                 # alpha / √R instead of alpha / R
     return rank, alpha, config.take("lora_dropout", float, 0.0, at_least=0, below=1)
 
 
 def adapted_modules(tensors):
-    """The modules that the file has an A or a B for, sorted; it may hold nothing else."""
+    """The modules that the file has an A or B for, sorted. It must contain nothing else."""
     names = set()
     for key in tensors:
         match = KEY.fullmatch(key)
         if match is None:
             raise InputError(
-                f"{tensors.path} holds {shown(key)}, which is not the A or B of a LoRA adapter")
+                f"{tensors.path} contains {shown(key)}, which is not the A or B of a LoRA adapter")
         names.add(match[1].replace(BESIDE_VISION, "model."))
     if not names:
-        raise InputError(f"{tensors.path} holds no adapter: there is no tensor in it")
+        raise InputError(f"{tensors.path} contains no adapter: it has no tensors")
     return sorted(names)
 
 
@@ -143,5 +143,5 @@ def key_of(model, name, part):
 
 
 def peft_name(model, name):
-    """What a module is called in the whole model, of which ours may be the text part."""
+    """A module's name in the full model, of which ours may be only the text part."""
     return name.replace("model.", BESIDE_VISION, 1) if model.config.with_vision else name

@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, JSON whose values are checked as they are taken, tensors.
+"""Files: written whole or not at all; JSON whose values are checked on reading; tensors.
 
     write_json(path, value)
-    fields = read_object(path)                                      an object that knows its file
+    fields = read_object(path)                                      a dict that remembers its file
     depth = fields.take("num_hidden_layers", int, at_least=1)       errors name the file and the key
 
 A missing file or a full disk is an OSError, which names the file.
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from lorasae.errors import InputError
 
-REQUIRED = object()                                     # the default of a key that must be there
+REQUIRED = object()                                     # the default for a key that must be present
 KINDS = {
     int: "a whole number",
     float: "a number",
@@ -30,7 +30,7 @@ KINDS = {
     list: "a list",
     dict: "an object",
 }
-LARGEST = 2**53                                         # beyond, JSON's numbers are not exact
+LARGEST = 2**53                                         # beyond this, JSON numbers are not exact
 BOUNDS = {
     "at_least": operator.ge,
     "above": operator.gt,
@@ -47,7 +47,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def local(path):
-    """A path in which ~ is the user's home folder. InputError if it is empty or has a zero byte."""
+    """The path with ~ expanded. Raises InputError if it is empty or contains a zero byte."""
     text = str(path)
     if not text or "\0" in text:
         raise InputError(f"{text!r} is not a path: pass the name of a file or folder")
@@ -58,9 +58,9 @@ def local(path):
 
 @contextmanager
 def whole(path):
-    """Opens a file beside `path` for binary writing and renames it to `path` at the end.
+    """Opens a temporary file next to `path` for writing bytes, and renames it to `path` at the end.
 
-    A reader sees the old file or the new one, never a part. Permissions follow the umask.
+    A reader sees the old file or the new one, never part of one. Permissions follow the umask.
     """
     path = local(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,8 +96,8 @@ def write_json(path, value):
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except ValueError as error:
-        raise InputError(f"cannot write {path}: it would hold numbers that are not finite; the "
-                         "model diverged, or its text is all alike") from error
+        raise InputError(f"cannot write {path}: it would contain numbers that are not finite: "
+                         "the model diverged, or its text is all the same") from error
     write_bytes(path, f"{text}\n".encode())
 
 
@@ -111,21 +111,21 @@ def write_tensors(path, tensors, metadata=None):
 
 @contextmanager
 def damage(what):
-    """Names the file when a library cannot make sense of what it holds.
+    """Names the file if a library cannot make sense of its contents.
 
-    Libraries raise exceptions of a dozen types over damaged files, and few of them say which file.
+    Libraries raise a dozen types of exception over damaged files, and few say which file it was.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, InputError) or getattr(error, "filename", None):
-            raise                                       # it names the file
+            raise                                       # it already names the file
         raise InputError(f"cannot read {what} ({first_line(error)}); if it is damaged, download or "
                          "save it again") from error
 
 
 def read_json(path):
-    """The value in a JSON file, whatever its kind."""
+    """The value in a JSON file, of any type."""
     with damage(path):
         return json.loads(Path(path).read_bytes())
 
@@ -139,17 +139,17 @@ def read_object(path):
 
 
 class Fields(dict):
-    """A JSON object that knows its file, so that an error names the file and the key."""
+    """A JSON object that remembers its file, so that errors can name the file and the key."""
 
     def __init__(self, values, where):
         super().__init__(values)
         self.where = where
 
     def take(self, key, kind, default=REQUIRED, **bounds):
-        """The value of `key`, of this kind and within these bounds; `default` if there is no key.
+        """The value of `key`, checked against `kind` and `bounds`; `default` if the key is absent.
 
-        kind: int, float (takes whole numbers too), bool, str, list, or dict (comes back as Fields).
-        bounds: keys of BOUNDS. null is None if that is the default, and an error otherwise.
+        kind: int, float (whole numbers too), bool, str, list, or dict (returned as Fields).
+        bounds: keys of BOUNDS. null is read as None if the default is None; else it is an error.
         """
         value = self.get(key, default)
         if value is REQUIRED:
@@ -157,10 +157,10 @@ class Fields(dict):
         if value is default:
             return value
 
-        # true is not a number, although it is one in Python
+        # true is not a number here, although it is one in Python
         good = type(value) is kind or (kind is float and type(value) is int)
         if good and kind in (int, float):
-            good = abs(value) <= LARGEST                # and not NaN
+            good = abs(value) <= LARGEST                # False for NaN too
         if not good or not all(BOUNDS[name](value, bound) for name, bound in bounds.items()):
             limits = [f", {name.replace('_', ' ')} {bound}" for name, bound in bounds.items()]
             wanted = KINDS[kind] + "".join(limits)
@@ -168,36 +168,36 @@ class Fields(dict):
         return Fields(value, f"{self.where}, {key}") if kind is dict else kind(value)
 
     def only(self, **supported):
-        """InputError if a key holds another value than the supported one. It may be absent."""
+        """Raises InputError if a key has any value but the supported one. It may be absent."""
         for key, value in supported.items():
             self.take(key, type(value), value, equal_to=value)
 
 
 def shown(value):
-    """A value for a message: on one line, and cut if it is long."""
+    """A value as messages show it: on one line, and shortened if it is long."""
     short = reprlib.Repr()
     short.maxstring = 60
     return first_line(short.repr(value))
 
 
 def first_line(error):
-    """The first line of an error or a text; the error's type if it says nothing."""
+    """The first line of an error or a text; the error's type if its message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 # ---- Tensors -------------------------------------------------------------------------------------
 
 class Tensors:
-    """The named tensors of a .safetensors, .npz or .pt file, read from disk when they are used.
+    """The named tensors of a .safetensors, .npz or .pt file, read from disk when used.
 
-    (A .pt file is read at once.) Nothing in the file is executed.
+    (A .pt file is read all at once.) Nothing in the file is executed.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         with damage(path):
             if self.path.suffix == ".safetensors":
-                self.stored = load_file(path)           # mapped into memory
+                self.stored = load_file(path)           # memory-mapped
             elif self.path.suffix == ".npz":
                 self.stored = np.load(path, allow_pickle=False)
             else:
@@ -207,7 +207,7 @@ class Tensors:
         return iter(self.stored)
 
     def __getitem__(self, name):
-        """A tensor of weights, on the CPU, in the dtype of the file."""
+        """A weight tensor, on the CPU, in the file's dtype."""
         if name not in self.stored:
             raise InputError(f"{self.path} lacks the tensor {name}")
         with damage(f"{self.path}: {name}"):
@@ -215,12 +215,12 @@ class Tensors:
         if tensor.dtype not in FLOATS:
             raise InputError(
                 f"{self.path}: {name} is {dtype_name(tensor)}, but only float32, bfloat16, "
-                "float16 and float64 are read: take an unquantised copy")
+                "float16 and float64 are supported: use an unquantised copy")
         return tensor
 
 
 def as_dtype(dtype):
-    """A torch dtype from itself or its name."""
+    """The torch dtype, given as such or by name."""
     found = DTYPES.get(dtype, dtype)
     if found not in FLOATS:
         raise InputError(f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}")
@@ -228,17 +228,17 @@ def as_dtype(dtype):
 
 
 def dtype_name(tensor):
-    """float32, say."""
+    """The name of a tensor's dtype, such as float32."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def check_tensor(what, tensor, shape):
-    """InputError, which begins with `what`, unless it has this shape and all values are finite."""
+    """Raises an InputError beginning with `what` if the shape is wrong or a value is not finite."""
     found, expected = list(tensor.shape), list(shape)
     if found != expected:
-        raise InputError(f"{what} is {found}, but should be {expected}: it is of another model or "
-                         "rank, or damaged")
-    smallest, largest = torch.aminmax(tensor)           # NaN if one is: faster than isfinite
+        raise InputError(f"{what} is {found}, but should be {expected}: it belongs to another "
+                         "model or rank, or is damaged")
+    smallest, largest = torch.aminmax(tensor)           # NaN if any value is; faster than isfinite
     if not (smallest.isfinite() and largest.isfinite()):
-        raise InputError(f"{what} holds values that are not finite: it is damaged, diverged, or "
-                         "needs a wider dtype")
+        raise InputError(f"{what} contains values that are not finite: it is damaged, has "
+                         "diverged, or needs a wider dtype")

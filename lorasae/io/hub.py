@@ -1,8 +1,8 @@
 """Names -> files: presets, local folders, and repositories on the Hugging Face Hub (paper §4).
 
-huggingface_hub does the fetching, with its cache, login and progress bar; it heeds HF_HOME and
-HF_HUB_OFFLINE. Only files that are read are fetched: `train.py --model gemma-2-2b --dry-run` lists
-them with their sizes. If the Hub is out of reach, the cache serves.
+huggingface_hub fetches the files, with its cache, login and progress bar, and respects HF_HOME and
+HF_HUB_OFFLINE. Only files that are needed are fetched: `train.py --model gemma-2-2b --dry-run`
+lists them with their sizes. If the Hub is out of reach, cached files are used.
 """
 import os
 import re
@@ -21,23 +21,23 @@ from lorasae.io.files import local
 from lorasae.io.presets import PRESETS, latents, preset
 from lorasae.io.sae_readers import FORMATS
 
-PAPER_L0 = 70       # of several L0s the paper takes the nearest to this one
+PAPER_L0 = 70       # among several L0s, the paper uses the one nearest to this
 BESIDE_WEIGHTS = (                                              # what a tokenizer may need
     "tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.*", "merges.txt", "*.jinja", "chat_template.json", "generation_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 MODEL_FILES = ("config.json", *BESIDE_WEIGHTS, *WEIGHTS)        # no .bin: opening one can run code
 
-NAMELESS = ("gemma_scope", "sparsify")                          # whose files state no site or layer
-MAY_LACK = {"gemma_scope_2": ("config.json",)}                  # files that some folders have
-FACTS = {                                                       # what a folder's name says
+NAMELESS = ("gemma_scope", "sparsify")                          # their files state no site or layer
+MAY_LACK = {"gemma_scope_2": ("config.json",)}                  # files that only some folders have
+FACTS = {                                                       # patterns for a folder's name
     "layer": re.compile(r".*(?:layers?[._]|blocks\.|-L)(\d+)"),
     "width": re.compile(r".*width_(\d+[km])"),
     "l0": re.compile(r".*_l0_(\d+|small$|medium$|big$)"),
 }
-LEVELS = {"small": 20, "medium": 60, "big": 150}                # Gemma Scope 2's targets, about
-# Which activations an SAE reads, as its repository or folder says. The files of others say it, or
-# they read a block's output.
+LEVELS = {"small": 20, "medium": 60, "big": 150}                # roughly Gemma Scope 2's targets
+# Which activations an SAE reads, by the name of its repository or folder. Other SAEs state it in
+# their files, or read a block's output.
 SITE_NAMES = {
     "resid": re.compile(r"/resid_post(_all)?/"),
     "mlp": re.compile(
@@ -55,7 +55,7 @@ class OutOfReach(InputError):
 
 
 class Fetch(NamedTuple):
-    """A file that is read from the Hub. Its size is approximate if the Hub is out of reach."""
+    """A file to read from the Hub. Its size is approximate if the Hub is out of reach."""
     repo: str
     path: str
     bytes: int
@@ -63,7 +63,7 @@ class Fetch(NamedTuple):
 
 
 def local_or_hub(name, what):
-    """-> a local Path, or the text OWNER/NAME[/FOLDER] on the Hub"""
+    """-> a local Path, or the string OWNER/NAME[/FOLDER] for the Hub"""
     path = local(name)
     if os.path.exists(path):
         return path
@@ -102,7 +102,7 @@ def model_files(name_or_dir, patterns=MODEL_FILES):
 def model_plan(name_or_dir):
     """A Fetch for each file that model_files reads from the Hub; [] for a local folder.
 
-    If the Hub is out of reach, the preset says what the cache lacks.
+    If the Hub is out of reach, the preset gives the size of weights that are not cached.
     """
     place = model_place(name_or_dir)
     if isinstance(place, Path):
@@ -124,10 +124,10 @@ def model_plan(name_or_dir):
 # ---- SAEs ----------------------------------------------------------------------------------------
 
 class SAEFiles(NamedTuple):
-    """The files of one SAE: below a local folder, or in a Hub repository."""
+    """The files of one SAE, in a local folder or a Hub repository."""
     kind: str                                           # a key of FORMATS
     place: Path | str                                   # a local folder, or a Hub repository
-    folder: str                                         # below that
+    folder: str                                         # the SAE's own, inside `place`
     files: dict                                         # {path: bytes}
 
     def fetch(self):
@@ -136,17 +136,17 @@ class SAEFiles(NamedTuple):
 
 
 def sae_choice(model, *, layer=None, width=None, l0=None):
-    """-> (source, {layer, width, l0}): the public SAE of a preset; arguments replace its choice.
+    """-> (source, {layer, width, l0}): a preset's public SAE. Arguments override its choice.
 
-    width: in latents. The preset's L0 belongs to its own layer and width.
+    The width comes back as a number of latents. The preset's L0 holds only for its layer and width.
     """
     known = preset(model)
     if known is None:
         raise InputError(
-            f"{model} is not a preset, so nothing says which SAE to use: pass one with --sae")
+            f"{model} is not a preset, so it has no default SAE: pass one with --sae")
     if known.sae is None:
         raise InputError(
-            f"{model} has no public SAE: make one with `python train.py --model {model} --method "
+            f"{model} has no public SAE: train one with `python train.py --model {model} --method "
             "topk --out RUN_DIR`, then pass --sae RUN_DIR")
 
     layer = known.layer if layer is None else layer
@@ -157,18 +157,18 @@ def sae_choice(model, *, layer=None, width=None, l0=None):
 
 
 def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
-    """The SAEFiles of one SAE of this site.
+    """The SAEFiles of one SAE that reads this site.
 
-    source: a preset, a local folder or a file in it, the folder of a run, or OWNER/NAME[/FOLDER] on
-    the Hub. If it holds several SAEs, layer, width ("16k" or 16384) and l0 (a number, or small,
-    medium, big) choose; without l0 the nearest to PAPER_L0, with a note.
+    source: a preset, a local folder or a file in it, a run's folder, or OWNER/NAME[/FOLDER] on the
+    Hub. If it has several SAEs, layer, width ("16k" or 16384) and l0 (a number, or small, medium,
+    big) choose among them. Without l0, the one nearest to PAPER_L0 is used, with a note.
     """
     wanted = {"layer": layer, "width": width, "l0": l0}
     if str(source) in PRESETS:
         source, wanted = sae_choice(source, **wanted)
     place, inside = local_or_hub(source, "SAE"), ""
 
-    # all files there are
+    # list all files
     if isinstance(place, str):
         owner, name, *folders = place.split("/")
         place, inside = f"{owner}/{name}", "".join(f"{folder}/" for folder in folders)
@@ -183,17 +183,17 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
                              f"{source}/sae-50pct")
         sizes = sizes_in(place)
 
-    # those that make an SAE, and the one that is wanted
+    # find the SAEs among them and choose the one that is wanted
     found = saes_among(place, sizes, inside)
     if not found:
         formats = (f"{' + '.join(files)} ({name})" for name, (_, files) in FORMATS.items())
         raise InputError(
-            f"{source} holds no SAE of a known format: expected {'; '.join(formats)}")
+            f"{source} contains no SAE in a known format: expected {'; '.join(formats)}")
     return choose(found, source, {"site": site, **wanted})
 
 
 def path_of(sae):
-    """The names that tell what SAEFiles are: "/OWNER/NAME/FOLDER/", or the last of a local path."""
+    """The part of an SAE's path that describes it: "/OWNER/NAME/FOLDER/", or a local path's end."""
     place = sae.place.absolute() if isinstance(sae.place, Path) else sae.place
     names = PurePosixPath(place, sae.folder).parts[-5:]
     return f"/{'/'.join(names)}/"
@@ -202,7 +202,7 @@ def path_of(sae):
 def sae_plan(source, **which):
     """A Fetch for each file of one SAE that is read from the Hub; [] for a local source.
 
-    If the Hub is out of reach, what the preset says of its SAEs takes their place.
+    If the Hub is out of reach, a single Fetch with the size from the preset stands in for them.
     """
     try:
         sae = find_sae(source, **which)
@@ -216,7 +216,7 @@ def sae_plan(source, **which):
 
 
 def saes_among(place, sizes, inside):
-    """The SAEFiles of every whole SAE, of any format, whose path begins with `inside`."""
+    """The SAEFiles of every complete SAE, in any format, whose path begins with `inside`."""
     found = []
     for kind, (_, names) in FORMATS.items():
         for path in sizes:
@@ -230,7 +230,7 @@ def saes_among(place, sizes, inside):
 
 
 def choose(found, source, wanted):
-    """The one of SAEFiles that agrees with wanted {site, layer, width, l0}, if names say it."""
+    """The SAEFiles that match wanted {site, layer, width, l0}, as far as their paths state them."""
     for fact, value in wanted.items():
         said = [said_by(sae, fact, wanted) for sae in found]
         offered = {each for each in said if each}
@@ -238,26 +238,26 @@ def choose(found, source, wanted):
             name = pick(fact, value, offered, source)
             found = [sae for sae, its in zip(found, said) if its == name]
         elif fact == "l0" and value is not None and found[0].kind != "sae_lens":
-            raise InputError(f"{source} does not say its L0: leave out --l0")
+            raise InputError(f"{source} does not state its L0: leave out --l0")
 
     # Gemma Scope 2 has many SAEs at four layers and, in ..._all folders, a few at every layer.
     found = [sae for sae in found if "_all/" not in sae.folder] or found
     if len(found) > 1:
         some = ", ".join(f"{sae.folder or '.'} ({sae.kind})" for sae in found[:8])
         raise InputError(
-            f"{source} offers several SAEs that fit: {some}: name one folder, which must hold "
-            "one of them only")
+            f"{source} offers several SAEs that fit: {some}; name a folder that contains "
+            "only one of them")
     return found[0]
 
 
 def said_by(sae, fact, wanted):
-    """What the names of SAEFiles say of a fact, or None.
+    """The value of a fact (a key of `wanted`) that an SAE's path states, or None.
 
-    If they do not say which activations it reads, a reader checks the file against the wanted site;
-    some files do not say it either, and are of a block's output.
+    If the path does not state the site, the reader checks the file against the wanted one. Files of
+    NAMELESS formats do not state it either: such an SAE reads a block's output.
     """
     if fact == "site":
-        # SAELens's cfg.json says it too: only folders below the source choose.
+        # SAELens's cfg.json states it too, so only folders inside the source decide.
         path = f"/{sae.folder}/" if sae.kind == "sae_lens" else path_of(sae)
         for site, pattern in SITE_NAMES.items():
             if pattern.search(path):
@@ -268,7 +268,7 @@ def said_by(sae, fact, wanted):
 
 
 def pick(fact, value, offered, source):
-    """The name of a fact that is wanted, else the only one; of L0s, the nearest one."""
+    """The offered name that is wanted, or else the only one; for an L0, the nearest one."""
     offered = sorted(offered, key=lambda value: (len(value), value))
     offer = f"{source} offers {fact} {', '.join(offered)}"
     if fact == "l0":
@@ -292,7 +292,7 @@ def pick(fact, value, offered, source):
 # ---- The Hub -------------------------------------------------------------------------------------
 
 def fetch(place, patterns):
-    """A local folder itself; of a repository its snapshot, with the files of these names."""
+    """A local folder itself, or a repository's snapshot with the files that match the patterns."""
     if isinstance(place, Path):
         return place
     with explained(place):
@@ -300,7 +300,7 @@ def fetch(place, patterns):
 
 
 def listing(repo):
-    """{path: bytes} of a repository on the Hub; if it is out of reach, of its cached files."""
+    """{path: bytes} of a Hub repository, or of its cached files if the Hub is out of reach."""
     try:
         with explained(repo):
             files = HfApi().model_info(repo, files_metadata=True).siblings
@@ -310,42 +310,42 @@ def listing(repo):
             root = snapshot_download(repo, allow_patterns=[], local_files_only=True)
         except LocalEntryNotFoundError:
             raise error from None
-        note(f"cannot list {repo}: choosing among the files of {repo} in the cache")
+        note(f"cannot list {repo}: choosing among the cached files of {repo}")
         return sizes_in(Path(root))
 
 
 def sizes_in(folder):
-    """{path: bytes} of the files below a local folder."""
+    """{path: bytes} of the files in a local folder and its subfolders."""
     return {path.relative_to(folder).as_posix(): path.stat().st_size
             for path in folder.rglob("*") if path.is_file()}
 
 
 def plan(repo, sizes):
-    """A Fetch for each of {path: bytes}."""
+    """A Fetch for each file in {path: bytes}."""
     return [Fetch(repo, path, size, cached=isinstance(try_to_load_from_cache(repo, path), str))
             for path, size in sizes.items()]
 
 
 @contextmanager
 def explained(repo):
-    """Turns errors of huggingface_hub into one line that says what to do."""
+    """Turns huggingface_hub's errors into one line that says what to do."""
     try:
         yield
     except InputError:
         raise
     except (HTTPError, ConnectionError, FileNotFoundError,
-            ValueError, TypeError, LookupError) as error:       # these: the answer is not the Hub's
-        reached = isinstance(error.__cause__, HfHubHTTPError)           # and it refused
+            ValueError, TypeError, LookupError) as error:       # or the reply is not the Hub's
+        reached = isinstance(error.__cause__, HfHubHTTPError)           # the Hub refused
         raise explanation(error.__cause__ if reached else error, repo) from error
 
 
 def explanation(error, repo):
-    """The InputError for an error of huggingface_hub."""
+    """The InputError for an error raised by huggingface_hub."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     mirror = next((known.mirror for known in PRESETS.values() if known.repo == repo), None)
 
     if isinstance(error, GatedRepoError) or (mirror and status in (401, 403)):
-        instead = f"; or take an ungated copy: train.py --model {mirror}" if mirror else ""
+        instead = f"; or use an ungated copy: train.py --model {mirror}" if mirror else ""
         return InputError(
             f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and log in with "
             f"`hf auth login`, with a token that may read gated repositories{instead}")
@@ -359,4 +359,4 @@ def explanation(error, repo):
         why = "HF_HUB_OFFLINE is set"
     return OutOfReach(
         f"{why} and {repo} is not completely in the cache {constants.HF_HUB_CACHE}: fetch it once "
-        "with a network, or pass a local folder")
+        "while online, or pass a local folder")

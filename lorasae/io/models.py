@@ -1,8 +1,8 @@
 """Hugging Face model folders <-> Transformer: config.json, safetensors in shards, the tokenizer.
 
-Weights load strictly: the files must hold every tensor of the architecture, in the shape that the
-configuration implies, and no other. The model is built on the meta device and filled tensor by
-tensor, so that it never exists twice.
+Weights load strictly: the files must have every tensor of the architecture, in the shape that the
+configuration implies, and no others. The model is built on the meta device and filled tensor by
+tensor, so it is never in memory twice.
 """
 import json
 import re
@@ -25,7 +25,7 @@ from lorasae.lora import adapters
 from lorasae.model import FAMILIES, Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Names beside a vision tower, in files of transformers 5 and in older ones
+# Names in models with a vision tower, as transformers 5 and older versions write them
 TEXT_PART = re.compile(r"^(?:model\.language_model\.|language_model\.model\.)")
 VISION = ("vision_tower.", "multi_modal_projector.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -34,8 +34,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def load_model(name_or_dir, *, device="cpu", dtype=None):
     """A frozen Transformer in eval mode from a preset, a local folder, or OWNER/NAME on the Hub.
 
-    dtype: a torch dtype or its name; None takes the one that config.json states. Whatever is wrong
-    with the files is an error of one line.
+    dtype: a torch dtype or its name; None means the one that config.json states. Whatever is wrong
+    with the files is a one-line error.
     """
     folder = model_files(name_or_dir)
     fields = read_object(folder / "config.json")
@@ -51,7 +51,7 @@ def load_model(name_or_dir, *, device="cpu", dtype=None):
 def load_config(name_or_dir):
     """A model's configuration, without its weights.
 
-    If the Hub is out of reach: a preset's sizes from presets.py, and defaults for all else.
+    If the Hub is out of reach: a preset's sizes from presets.py, and defaults for the rest.
     """
     try:
         folder = model_files(name_or_dir, ["config.json"])
@@ -66,9 +66,9 @@ def load_config(name_or_dir):
 # ---- config.json ---------------------------------------------------------------------------------
 
 def parse_config(raw, where):
-    """Hugging Face's config.json -> the Config of its family, in old spellings and new ones.
+    """Hugging Face's config.json, in old or new spelling -> the Config of its model family.
 
-    `where` is its folder, for messages.
+    `where` is its folder, for error messages.
     """
     fields = Fields(raw, f"{where}/config.json")
     family = FAMILIES[fields.take("model_type", str, one_of=list(FAMILIES))]
@@ -76,14 +76,14 @@ def parse_config(raw, where):
 
 
 def text_config(folder):
-    """config.json of a folder's model as a dict; of one with a vision tower, its text model's."""
+    """A folder's config.json as a dict; for a model with a vision tower, its text model's part."""
     fields = read_object(folder / "config.json")
     seeing = fields.get("model_type") == gemma3.WITH_VISION
     return dict(gemma3.text_part(fields) if seeing else fields)
 
 
 def stated_dtype(fields):
-    """The dtype that the weights are meant for; float32 if the file does not say."""
+    """The dtype that config.json states; float32 if it states none."""
     keys = ("dtype", "torch_dtype")
     new, old = (fields.take(key, str, None, one_of=list(DTYPES)) for key in keys)
     return new or old or "float32"
@@ -92,7 +92,7 @@ def stated_dtype(fields):
 # ---- Weights -------------------------------------------------------------------------------------
 
 def fill(model, folder, device, dtype):
-    """Gives a model on the meta device the tensors of a folder, as `dtype` on `device`."""
+    """Fills a model on the meta device with a folder's tensors, as `dtype` on `device`."""
     files = weight_files(folder)
     wanted = dict(model.named_parameters())
     stored = stored_names(files, model.config.tie_word_embeddings)
@@ -115,19 +115,19 @@ def fill(model, folder, device, dtype):
 
 
 def weight_files(folder):
-    """{tensor name: file} of a folder that holds one file, or several and their index."""
+    """{tensor name: file} of a folder with a single weight file, or with shards and their index."""
     single, index = folder / SINGLE, folder / INDEX
-    if single.exists() or not index.exists():           # in this order, as transformers
+    if single.exists() or not index.exists():           # the order transformers uses
         return dict.fromkeys(Tensors(single), single)
     weight_map = read_object(index).take("weight_map", dict)
-    with damage(index):                                 # with_name takes no other folder's file
+    with damage(index):                                 # with_name refuses paths into other folders
         return {tensor: index.with_name(name) for tensor, name in weight_map.items()}
 
 
 def stored_names(files, tied):
-    """{parameter: its name in the files}, without what belongs to a vision tower.
+    """{parameter: its name in the files}, without the tensors of a vision tower.
 
-    A tied embedding may be stored as the head, or twice.
+    A tied embedding may be stored under the head's name, or under both names.
     """
     stored = {}
     for name in files:
@@ -140,12 +140,12 @@ def stored_names(files, tied):
         if twice and not torch.equal(*(Tensors(files[name])[name] for name in (EMBEDDING, HEAD))):
             raise InputError(
                 f"{files[HEAD].parent}: {HEAD} and {EMBEDDING} differ, but config.json ties them: "
-                'if the head has its own weights, set "tie_word_embeddings": false there')
+                'if the head has its own weights, set "tie_word_embeddings": false in it')
     return stored
 
 
 def save_model(model, folder, *, config, shard_bytes=5_000_000_000):
-    """Writes a plain Hugging Face checkpoint, which transformers loads too.
+    """Writes a plain Hugging Face checkpoint, which transformers can load.
 
     config: the contents of its config.json, as a dict. Adapters must be merged first.
     """
@@ -160,30 +160,30 @@ def save_model(model, folder, *, config, shard_bytes=5_000_000_000):
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / INDEX, index)
-    stale = SINGLE if shards.is_sharded else INDEX      # of an earlier checkpoint
+    stale = SINGLE if shards.is_sharded else INDEX      # from an earlier checkpoint
     (folder / stale).unlink(missing_ok=True)
 
     config = {**config, "torch_dtype": dtype_name(next(model.parameters()))}
-    config.pop("dtype", None)                           # its newer name
+    config.pop("dtype", None)                           # the newer name of torch_dtype
     write_json(folder / "config.json", config)
 
 
-# ---- The tokenizer, and what else lies beside the weights ----------------------------------------
+# ---- The tokenizer and other files next to the weights -------------------------------------------
 
 def encode(tokenizer, text):
-    """text -> its tokens [1, T], BOS first. tokenizer: of load_tokenizer, or a model's name."""
+    """text -> its tokens [1, T], BOS first. tokenizer: from load_tokenizer, or a model's name."""
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer)
     return torch.tensor([tokenizer.encode(text).ids])
 
 
 def load_tokenizer(name_or_dir):
-    """The tokenizer of a model, which puts BOS first, and neither cuts nor pads a text."""
+    """A model's tokenizer, set to put BOS first and neither truncate nor pad."""
     path = model_files(name_or_dir) / "tokenizer.json"
     with damage(path):
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
 
-    # Every token needs an embedding; one that is only added, such as [PAD], is left out instead.
+    # Every token needs an embedding. Added tokens without one, such as [PAD], are left out.
     config = load_config(name_or_dir)
     vocab_size = config.vocab_size
     if max(tokenizer.get_added_tokens_decoder(), default=0) >= vocab_size:
@@ -193,8 +193,8 @@ def load_tokenizer(name_or_dir):
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocab_size:
         raise InputError(
-            f"{path} makes tokens up to {largest}, but the model's vocab_size is {vocab_size}: the "
-            "tokenizer belongs to another model")
+            f"{path} has token ids up to {largest}, but the model's vocab_size is {vocab_size}: "
+            "the tokenizer belongs to another model")
 
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -204,7 +204,7 @@ def load_tokenizer(name_or_dir):
 
 
 def copy_beside_weights(name_or_dir, folder):
-    """Copies the files of the tokenizer and of generation, as far as the model has them."""
+    """Copies the tokenizer's files and the generation config, as far as the model has them."""
     source = model_files(name_or_dir)
     for pattern in BESIDE_WEIGHTS:
         for path in filter(Path.is_file, source.glob(pattern)):

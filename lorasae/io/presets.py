@@ -1,6 +1,6 @@
 """The paper's models and the embedded ones: where they and their SAEs are, and how to use them.
 
-Whatever a preset does not say has the paper's value: the default of a field of runs.config.Config.
+What a preset leaves out takes the paper's value, which is the default in runs.config.Config.
 """
 import math
 from os.path import isfile
@@ -19,39 +19,39 @@ class Preset(NamedTuple):
     """A model, its SAEs, and how its experiments differ from Config's defaults."""
     repo: str                       # a Hub repository, or a folder of this package
     layer: int                      # the SAE replaces the output of this block, counted from 0
-    mirror: str | None = None       # the same weights without a licence to accept first
+    mirror: str | None = None       # the same weights, with no licence to accept first
     licence: str = "mit"            # as the Hub calls it
 
-    sae: str | None = None          # where its SAEs are; None: there is no public one
+    sae: str | None = None          # where its SAEs are; None if there is no public one
     width: str | None = None        # Gemma Scope's name for the number of latents
     l0: int | None = None           # Gemma Scope's average number of active latents
-    saes: str = ""                  # blocks that have one: widths, L0s; for --list
+    saes: str = ""                  # for --list: blocks that have SAEs, widths, L0s
 
     common: dict = {}               # fields of Config, for every method
-    lora: dict = {}                 # for adapters; its "recipe" fills the rest
+    lora: dict = {}                 # for adapters; its "recipe" fills in the rest
     sae_training: dict = {}         # for training an SAE
-    e2e: dict = {}                  # for end-to-end training, beside that
+    e2e: dict = {}                  # for end-to-end training, on top of that
     finetune: dict = {}             # for finetuning an SAE
 
     # For a dry run when the Hub is out of reach. Sizes are approximate.
     config: dict = {}               # the sizes of its config.json
     parameters: int = 0
-    weight_bytes: int = 2           # of each parameter in its files
-    sae_bytes: int = 4              # of each number of its SAEs
+    weight_bytes: int = 2           # per parameter in its files
+    sae_bytes: int = 4              # per number in its SAEs
 
     @property
     def weights(self):
-        """Bytes of its weights."""
+        """The size of its weights in bytes."""
         return self.parameters * self.weight_bytes
 
     def sae_size(self, width=None):
-        """(latents, bytes) of one of its SAEs, by default of the preset's width."""
+        """(latents, bytes) of one of its SAEs; by default one of the preset's width."""
         M = latents(width or self.width)
         return M, 2 * M * self.config["hidden_size"] * self.sae_bytes
 
 
 def latents(width):
-    """16384 of "16384", and of "16k", as Gemma Scope names powers of two."""
+    """The number of latents in a width: 16384 for "16384" or, as Gemma Scope writes it, "16k"."""
     name = str(width).lower()
     if name.endswith(("k", "m")):
         unit = 10**6 if name.endswith("m") else 10**3
@@ -62,7 +62,7 @@ def latents(width):
 # ---- For a laptop --------------------------------------------------------------------------------
 
 SMALL = {"data": "stdlib", "dtype": "float32", "context": 256, "eval_tokens": 50_000}
-LAPTOP = {                                              # of real models
+LAPTOP = {                                              # for real models
     "common": SMALL,
     "lora": {"recipe": "tuned", "tokens": 100_000, "batch_size": 2},
     "sae_training": {"k": 32, "lr": 1e-3, "batch_size": 4, "tokens": 600_000},
@@ -72,14 +72,14 @@ EMBEDDED_SAE = {
 
 
 def embedded(name, layer, tokens, sae=None):
-    """The Preset of a model in this package, whose adapters train on so many tokens."""
+    """The Preset of a model in this package; `tokens`: how many its adapters train on."""
     return Preset(
         str(TINY / name), layer, sae=sae, common=SMALL, sae_training=EMBEDDED_SAE,
         saes="2: 1k, L0 8" if sae else "",
         lora={
             "recipe": "tuned", "tokens": tokens,
-            "batch_size": 2, "ahead": 8},               # larger products are faster
-        e2e={"lr": 3e-3, "batch_size": 2},              # larger batches do not beat reconstruction
+            "batch_size": 2, "ahead": 8},               # larger matrix products are faster
+        e2e={"lr": 3e-3, "batch_size": 2},              # with larger ones, no better than topk
         finetune={"lr": 1e-3, "batch_size": 4})
 
 
@@ -91,7 +91,7 @@ SIZES = (
 
 
 def sizes(*values):
-    """Keys of config.json, in the order of SIZES."""
+    """Entries of config.json, from values in the order of SIZES."""
     return dict(zip(SIZES, values, strict=True))
 
 
@@ -138,7 +138,7 @@ PRESETS = {
         sae="google/gemma-scope-27b-pt-res", width="131k", l0=82,
         saes="10 22 34: 131k, L0 20-290", licence="gemma",
         config=GEMMA_2_27B, parameters=27_227_128_320, weight_bytes=4),
-    "llama-3.2-1b": Preset(                             # its SAE is made by --method topk
+    "llama-3.2-1b": Preset(                             # --method topk trains its SAE
         "meta-llama/Llama-3.2-1B", layer=12, mirror="unsloth/Llama-3.2-1B",
         common={"data": "redpajama-v2", "dtype": "float32"},
         lora={"tokens": 100_000_000}, sae_training={"tokens": 4_000_000_000},
@@ -173,16 +173,16 @@ PRESETS = {
         config=SMOLLM2_135M, parameters=134_515_008, licence="apache-2.0"),
     "smollm2-1.7b": Preset(
         "HuggingFaceTB/SmolLM2-1.7B", layer=17, sae="EleutherAI/sae-SmolLM2-1.7B-layer17-32x",
-        width="65k", lora={"adapt": ("all",)},          # around a TopK
+        width="65k", lora={"adapt": ("all",)},          # its SAE is a TopK
         saes="17: 65k, L0 32", licence="apache-2.0",
         config=SMOLLM2_17B, parameters=1_711_376_384),
 }
 
 
 def preset(name):
-    """The Preset of that name, of that repository or its mirror, or of a folder of these names.
+    """The Preset with that name, repository or mirror, or of a local folder with such a name.
 
-    The sizes in a folder's config.json must be the preset's. None for any other model.
+    The sizes in a folder's config.json must match the preset's. None for any other model.
     """
     file = Path(name) / "config.json"
     found = read_object(file) if isfile(file) else {}

@@ -1,20 +1,20 @@
 """What the SAEs of other projects compute, and where their files keep the tensors.
 
-Each reader's docstring is that project's formula. It returns Parts, the same for all projects, of
-which saes.load_sae makes a TopK or a JumpReLU.
+Each reader's docstring gives that project's formula. Every reader returns Parts, from which
+saes.load_sae builds a TopK or a JumpReLU.
 
-    Gemma Scope, Llama Scope, sparsify      what the paper uses
+    Gemma Scope, Llama Scope, sparsify      the ones that the paper uses
     SAELens                                 TopK, JumpReLU, ReLU, BatchTopK and Matryoshka
     dictionary_learning                     the same kinds
 
 A BatchTopK SAE (Bussmann et al. 2024) keeps k latents per token on average over a training batch.
-Outside training there is no such batch; one threshold θ, learnt on the way, takes its place: z =
-ReLU(pre) · H(pre - θ), a JumpReLU whose latents share θ. (θ is 0 or -1 until it is learnt, which is
+After training there is no such batch, and a threshold θ learnt during training replaces it: z =
+ReLU(pre) · H(pre - θ), a JumpReLU whose latents share θ. (Until θ is learnt it is 0 or -1, which is
 refused: every positive latent would be active.) Matryoshka SAEs (Bussmann et al. 2025) are
-BatchTopK SAEs that are also trained to reconstruct from the first latents only; they compute
-nothing else afterwards.
+BatchTopK SAEs that are also trained to reconstruct from the first latents alone; after training
+they compute the same.
 
-Shapes: D d_model, M latents. W_enc and W_dec are [M, D], whichever way round the file has them.
+Shapes: D d_model, M latents. W_enc and W_dec are [M, D], whichever way round the file stores them.
 """
 import math
 import re
@@ -26,15 +26,15 @@ from lorasae.errors import InputError
 from lorasae.io.files import Fields, Tensors, check_tensor, read_object, shown
 
 ROWS = 8192                                             # latents converted at a time
-PLAIN = ("W_enc.T", "W_dec", "b_enc", "b_dec")          # names; ".T": the file has it as [D, M]
-DICTIONARIES = {                                        # dictionary_learning's, as SAELens says
+PLAIN = ("W_enc.T", "W_dec", "b_enc", "b_dec")          # names; ".T": stored as [D, M]
+DICTIONARIES = {                                        # dictionary_learning's name: SAELens's
     "AutoEncoder": "standard", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk",
     "MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu"}
 SITES = {"resid": "a block's output", "mlp": "the output of an MLP"}
-# Gemma Scope 2's folders
+# The folders of Gemma Scope 2
 NAMED = re.compile(r"/(resid_post|mlp_out)(?:_all)?/layer_(\d+)_width_[^/]*$")
-# What hooks are called by TransformerLens, and by transformers: a block's input is the output of
-# the block before it.
+# Hook names in TransformerLens and in transformers. A block's input is the output of the block
+# before it.
 HOOKS = {
     "resid": re.compile(r"blocks\.(\d{1,4})\.hook_resid_(post|pre)"
                         r"|model\.layers\.(\d{1,4})(?:\.output)?"),
@@ -55,18 +55,18 @@ class Parts:
     centred: bool                                       # whether the encoder reads x - b_dec
     on_special: bool                                    # whether it was trained on BOS and EOS
     max_norm: float | None = None                       # the largest norm that it was trained on
-    after_norm: bool = True                             # an MLP's: where on Gemma, see sae.SAE
+    after_norm: bool = True                             # for an MLP on Gemma: see sae.SAE
     threshold: torch.Tensor | float | None = None       # [M], or one number for all latents
     k: int | None = None
     enc: torch.Tensor | float = 1.0                     # factors for the rows of W_enc
     dec: torch.Tensor | float = 1.0                     # factors for the rows of W_dec
-    model_name: str | None = None                       # the model it was trained on, if it says
-    hook: str | None = None                             # and what it reads, as in HOOKS
+    model_name: str | None = None                       # the model it was trained on, if stated
+    hook: str | None = None                             # what it reads, as in HOOKS, if stated
 
     def matrix(self, name):
-        """W_enc or W_dec -> [M, D], in the dtype of the file.
+        """W_enc or W_dec -> [M, D], in the file's dtype.
 
-        It is read when it is needed: the two never lie in memory beside their copies.
+        Read only when needed, so that both matrices and their copies are never in memory together.
         """
         weight = self.file[name.removesuffix(".T")]
         weight = weight.transpose(0, -1) if name.endswith(".T") else weight
@@ -74,16 +74,16 @@ class Parts:
         return weight
 
     def decoder_norms(self):
-        """‖row‖ of W_dec, [M] in float32; never zero: dead latents can be divided by it."""
+        """Row norms of W_dec, [M] in float32; never zero, so it is safe to divide by them."""
         norms = [rows.float().norm(dim=1) for rows in self.matrix(self.W_dec).split(ROWS)]
         return torch.cat(norms).clamp(min=torch.finfo().tiny)
 
 
 def parts_of(file, names, kind, cfg=None, **about):
-    """Parts of a file that calls its W_enc, W_dec, b_enc and b_dec by these names.
+    """The Parts of a file with these names for W_enc, W_dec, b_enc and b_dec.
 
-    kind: "topk", whose k is in cfg; "jumprelu" or "batchtopk", whose thresholds are in the file;
-    "standard", without any.
+    kind: "topk", with k in cfg; "jumprelu" or "batchtopk", with thresholds in the file; or
+    "standard", with neither.
     """
     for name in {"scaling_factor", "finetuning_scaling_factor"}.intersection(file):
         if not (file[name] == 1).all():
@@ -115,15 +115,15 @@ def parts_of(file, names, kind, cfg=None, **about):
 def read_gemma_scope(file):
     """pre = x W_enc + b_enc;  z = ReLU(pre) · H(pre - θ);  x̂ = z W_dec + b_dec
 
-    The file has W_enc as [D, M] and does not say the layer. Trained without BOS.
+    The file stores W_enc as [D, M] and does not state the layer. Trained without BOS.
     """
     return parts_of(file, PLAIN, "jumprelu", centred=False, on_special=False)
 
 
 def read_gemma_scope_2(file):
-    """Gemma Scope's formula, in params.safetensors, with a config.json or a name that tells.
+    """Gemma Scope's formula, in params.safetensors; config.json or folder name gives the hook.
 
-    Of its other files, transcoders, crosscoders and cross-layer transcoders are refused.
+    The other kinds in Gemma Scope 2 are refused: transcoders, crosscoders, cross-layer transcoders.
     """
     folder, cfg = file.path.parent, {}
     named = NAMED.search(folder.absolute().as_posix())
@@ -135,11 +135,11 @@ def read_gemma_scope_2(file):
     elif named:
         hook = f"blocks.{named[2]}.hook_{named[1]}"
     else:
-        raise InputError(f"{folder} has no config.json, and its name does not tell site and layer: "
-                         "keep the name that it has on the Hub, such as "
+        raise InputError(f"{folder} has no config.json, and its name does not give site and layer: "
+                         "keep its name on the Hub, such as "
                          "resid_post/layer_12_width_16k_l0_medium")
 
-    # Some say gemma-v3-270m-pt; the repository is gemma-3-270m.
+    # Some files say gemma-v3-270m-pt; the repository is gemma-3-270m.
     name = str(cfg.get("model_name") or "").replace("-v3", "-3").replace("270m-pt", "270m")
     return parts_of(
         file, ("w_enc.T", "w_dec", "b_enc", "b_dec"), "jumprelu", centred=False, on_special=False,
@@ -150,7 +150,7 @@ def read_llama_scope(file, cfg):
     """pre = f_in W_e x + b_e;  z = pre · H(pre c/f_in - θ);  x̂ = (W_d z + b_d) / f_out
 
     f = √D / the dataset's mean activation norm (in, out); c = ‖W_d,i‖ f_in/f_out; θ is one number.
-    The file has W_d as [D, M]. Trained without BOS. Latents here are pre c/f_in, so that decoder
+    The file stores W_d as [D, M]. Trained without BOS. Latents here are pre c/f_in, so that decoder
     rows have norm 1 and the threshold is θ. (SAELens leaves out c and f_out.)
     """
     hook = cfg.take("hook_point_in", str)
@@ -181,8 +181,8 @@ def read_llama_scope(file, cfg):
 def read_sparsify(file, cfg):
     """z = TopK(ReLU((x - b_dec) W_encᵀ + b_enc));  x̂ = z W_dec + b_dec
 
-    The file has both matrices as [M, D] and does not say the layer. Trained with BOS. `multi_topk`
-    only changes its training loss.
+    The file stores both matrices as [M, D] and does not state the layer. Trained with BOS.
+    `multi_topk` only changes the training loss.
     """
     cfg.only(activation="topk", skip_connection=False, transcode=False, signed=False)
     names = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
@@ -196,13 +196,13 @@ def read_sae_lens(file, cfg):
     """pre = (x - a b_dec) W_enc + b_enc;  x̂ = z W_dec + b_dec, with a = apply_b_dec_to_input
 
     z is ReLU(TopK(pre)), or ReLU(pre) · H(pre - θ), or ReLU(pre) ("standard": θ = 0). With
-    rescale_acts_by_decoder_norm and these norms n, n pre takes the place of pre, and x̂ = (z/n)
-    W_dec + b_dec. The file has W_enc as [D, M]. Reads version 6 and the flat version 5.
+    rescale_acts_by_decoder_norm and decoder norms n, n pre replaces pre, and x̂ = (z/n) W_dec +
+    b_dec. The file stores W_enc as [D, M]. Reads version 6 and the flat version 5.
 
-    BatchTopK and Matryoshka SAEs are saved for inference as jumprelu, with n folded in; checkpoints
-    of their training are not read.
+    BatchTopK and Matryoshka SAEs are saved for inference as jumprelu, with n folded in; their
+    training checkpoints are not supported.
     """
-    # version 6 keeps some keys in inner objects, version 5 others: all are put side by side
+    # versions 5 and 6 nest different keys in inner objects: flatten them all
     for key in ("metadata", "activation_fn_kwargs"):
         cfg = Fields({**(cfg.take(key, dict, None) or {}), **cfg}, cfg.where)
     kind = sae_lens_kind(cfg)
@@ -216,7 +216,7 @@ def read_sae_lens(file, cfg):
         model_name=cfg.take("model_name", str, None),
         hook=cfg.get("hook_name"))
 
-    # the decoder's norms, if the selection goes by them
+    # fold in the decoder's norms if TopK selects by rescaled latents
     if cfg.take("rescale_acts_by_decoder_norm", bool, False) and kind == "topk":
         n = parts.decoder_norms()
         parts = replace(parts, enc=n, dec=1 / n, b_enc=parts.b_enc.float() * n)
@@ -224,7 +224,7 @@ def read_sae_lens(file, cfg):
 
 
 def sae_lens_kind(cfg):
-    """The architecture. In version 5 a TopK is a standard SAE with its activation."""
+    """The architecture. In version 5, a TopK is a standard SAE with topk as its activation."""
     kind = cfg.take("architecture", str, one_of=("topk", "jumprelu", "standard"))
     activation = cfg.take("activation_fn_str", str, None, one_of=("relu", "topk"))
     cfg.only(signed=False)
@@ -235,8 +235,8 @@ def sae_lens_kind(cfg):
 
 
 def sae_lens_on_special(kind, cfg):
-    """What the file says, else by family: TopK and BatchTopK with BOS, others without."""
-    if not cfg.take("prepend_bos", bool, True):         # no BOS at position 0, so it saw none
+    """What the file says, or else by kind: TopK and BatchTopK with BOS, others without."""
+    if not cfg.take("prepend_bos", bool, True):         # trained without BOS at position 0
         return False
     excluded = cfg.get("exclude_special_tokens")        # true, or a list of tokens
     if excluded is not None:
@@ -247,9 +247,9 @@ def sae_lens_on_special(kind, cfg):
 # ---- dictionary_learning -------------------------------------------------------------------------
 
 def read_dictionary_learning(file, cfg):
-    """z = ReLU(pre), pre = W_e (x - b) + b_e;  x̂ = W_d z + b, and by its dict_class:
+    """z = ReLU(pre), pre = W_e (x - b) + b_e;  x̂ = W_d z + b, and depending on dict_class:
 
-    AutoEncoder             as it is
+    AutoEncoder             as above
     AutoEncoderTopK         the k largest of z
     BatchTopKSAE, MatryoshkaBatchTopKSAE        z · H(z - θ), θ one number
     JumpReluAutoEncoder     pre = W_e x + b_e and z · H(pre - θ), θ [M]: Gemma Scope's formula
@@ -264,19 +264,19 @@ def read_dictionary_learning(file, cfg):
     part = ".mlp" if "mlp" in submodule else ".attn" if "attn" in submodule else ""
     unknown = at is None and not part
 
-    # some classes are made of plain matrices, some of nn.Linear
+    # some classes use plain matrices, others nn.Linear
     b_dec = "bias" if kind == "standard" else "b_dec"
     linear = ("encoder.weight", "decoder.weight.T", "encoder.bias", b_dec)
     return parts_of(
         file, PLAIN if "W_enc" in file else linear, kind, trainer,
         centred=kind != "jumprelu",
         on_special=not buffer.take("remove_bos", bool, False),
-        after_norm=False,                               # transformers' mlp ends before it
+        after_norm=False,                               # transformers' mlp ends before the norm
         model_name=trainer.take("lm_name", str, None),
         hook=None if unknown else f"model.layers.{at}{part}")
 
 
-FORMATS = {                             # each with its reader and files, tensors first
+FORMATS = {                             # {name: (reader, files)}; the first file has the tensors
     "gemma_scope": (read_gemma_scope, ("params.npz",)),
     "gemma_scope_2": (read_gemma_scope_2, ("params.safetensors",)),
     "llama_scope": (read_llama_scope, ("checkpoints/final.safetensors", "hyperparams.json")),
@@ -289,9 +289,9 @@ FORMATS = {                             # each with its reader and files, tensor
 # ---- What the readers share ----------------------------------------------------------------------
 
 def check_layer(hook, layer, where, site):
-    """InputError unless `hook`, as TransformerLens or transformers call it, is at this site.
+    """Raises InputError unless `hook`, named as in HOOKS, is at this site.
 
-    And in block `layer`, if given.
+    If `layer` is given, the hook must be in that block too.
     """
     if hook is None:
         return

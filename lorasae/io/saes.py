@@ -3,12 +3,12 @@
     python train.py --model gemma-2-2b --sae SOURCE     a folder, or OWNER/NAME[/FOLDER] on the Hub
     sae = load_sae("google/gemma-scope-2b-pt-res", layer=12, width="16k", l0=82)
 
-The files in a folder decide its format. A reader (sae_readers.py, with that project's formula)
-finds the tensors; load_sae converts them to the formulas of sae.py, where TopK reads x - b_dec and
-JumpReLU reads x. It works on one matrix and a few thousand latents at a time: an SAE in bfloat16
-never exists in float32.
+A folder's files determine its format. A reader (sae_readers.py, with that project's formula) finds
+the tensors, and load_sae converts them to the formulas of sae.py, where TopK reads x - b_dec and
+JumpReLU reads x. It converts one matrix and a few thousand latents at a time, so an SAE in bfloat16
+is never in memory as float32.
 
-Shapes: D d_model, M latents. W_enc and W_dec are [M, D], whichever way round the file has them.
+Shapes: D d_model, M latents. W_enc and W_dec are [M, D], whichever way round the file stores them.
 """
 from pathlib import Path
 
@@ -25,11 +25,11 @@ from lorasae.sae import JumpReLU, TopK
 def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=None, device="cpu"):
     """A frozen TopK or JumpReLU from a preset, a local folder, a run, or OWNER/NAME on the Hub.
 
-    layer, width, l0: which SAE, if the source holds several (hub.find_sae). site: "resid", a
-    block's output, or "mlp", that of its MLP; SAEs of another site are refused. dtype: of the
-    weights, a torch dtype or its name, float32 if None; thresholds stay float32. The SAE's
-    `model_name` is the model that the file says it was trained on, or None. A file that names
-    another layer is refused.
+    layer, width, l0: which SAE, if the source has several (hub.find_sae). site: "resid", a block's
+    output, or "mlp", its MLP's output. dtype: the weights' torch dtype or its name, float32 if
+    None; thresholds stay float32. SAEs of another site are refused, and so are files that name
+    another layer. The SAE's `model_name` is the model that it was trained on, or None if the file
+    does not say.
     """
     dtype = as_dtype(dtype or "float32")
     parts = read_parts(source, layer=layer, width=width, l0=l0, site=site)
@@ -39,14 +39,14 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
         raise InputError(f"{parts.file.path} has {M:,} latents, fewer than its k, {parts.k:,}")
     sae = empty(parts)
 
-    # TopK reads x - b_dec, JumpReLU reads x; if the file does not, b_enc takes up the difference:
+    # TopK reads x - b_dec, JumpReLU reads x. If the file's SAE differs, b_enc makes up for it:
     # W x + b = W (x - b_dec) + b + W b_dec
     W_enc = parts.matrix(parts.W_enc)
     if sae.centred != parts.centred:
         difference = torch.cat([rows.float() @ b_dec for rows in W_enc.split(ROWS)]) * parts.enc
         b_enc = b_enc + difference if sae.centred else b_enc - difference
 
-    # Its tensors, one matrix at a time.
+    # Convert the tensors, one matrix at a time.
     tensors = {"b_enc": b_enc.to(dtype), "b_dec": b_dec.to(dtype)}
     tensors["W_enc"] = scaled(W_enc, parts.enc, dtype)
     del W_enc
@@ -55,7 +55,7 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
     if threshold is not None:
         if isinstance(threshold, float):
             threshold = torch.full([M], threshold)
-        tensors["threshold"] = threshold.float().clamp(min=0)           # below 0, it acts as 0
+        tensors["threshold"] = threshold.float().clamp(min=0)           # negative acts as 0
 
     for name, parameter in sae.named_parameters():
         check_tensor(f"{parts.file.path}: {name}", tensors[name], parameter.shape)
@@ -66,12 +66,12 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
 
 
 def describe(source, **which):
-    """The SAE that load_sae would load, on the meta device: no matrix is read."""
+    """The SAE that load_sae would load, on the meta device, without reading its matrices."""
     return empty(read_parts(source, **which))
 
 
 def read_parts(source, layer=None, site="resid", **which):
-    """The Parts of an SAE."""
+    """Finds and reads an SAE -> Parts."""
     found = find_sae(source, layer=layer, site=site, **which)
     folder, (read, names) = found.fetch(), FORMATS[found.kind]
     weights, *config = (folder / name for name in names)
@@ -81,14 +81,14 @@ def read_parts(source, layer=None, site="resid", **which):
 
 
 def empty(parts):
-    """The TopK or JumpReLU that Parts belong to, without values."""
+    """A TopK or JumpReLU for these Parts, on the meta device."""
     kind = JumpReLU if parts.k is None else TopK
     with torch.device("meta"):
         return kind(len(parts.b_dec), len(parts.b_enc), parts.k, on_special=parts.on_special)
 
 
 def scaled(weight, factor, dtype):
-    """diag(factor) weight, contiguous, in `dtype`; float32 only for ROWS at a time."""
+    """diag(factor) weight, contiguous, in `dtype`. Only ROWS rows at a time are in float32."""
     factor = torch.as_tensor(factor).expand(len(weight))
     out = torch.empty(weight.shape, dtype=dtype)
     for start in range(0, len(weight), ROWS):
@@ -100,9 +100,9 @@ def scaled(weight, factor, dtype):
 # ---- Writing -------------------------------------------------------------------------------------
 
 def save_sae(sae, folder, *, model_name, layer, context):
-    """Writes cfg.json and sae_weights.safetensors, which SAELens 6 and load_sae read.
+    """Writes cfg.json and sae_weights.safetensors, which SAELens 6 and load_sae can read.
 
-    layer: the block that it belongs to; context: tokens per training sequence, with BOS.
+    layer: the SAE's block. context: tokens per training sequence, with BOS.
     """
     hook, hf_hook = f"blocks.{layer}.hook_resid_post", f"model.layers.{layer}"
     if sae.site == "mlp":
@@ -116,7 +116,7 @@ def save_sae(sae, folder, *, model_name, layer, context):
         **facts,
         "d_in": D,
         "d_sae": M,
-        "dtype": "float32",                             # SAELens casts to it; thresholds need it
+        "dtype": "float32",                             # SAELens casts to this; thresholds need it
         "device": "cpu",
         "normalize_activations": "none",
         "reshape_activations": "none",

@@ -1,33 +1,33 @@
-"""Text as shards of tokens on disk: a batch is a function of the step alone.
+"""Text as shards of tokens on disk: a batch depends only on the number of its step.
 
     text = Text("stdlib", tokenizer, bos=2, eos=1, context=256, eval_tokens=50_000, seed=42,
                 batch_size=8, folder=RUN_DIR / "text")
     text.held_out, text.documents           # [196, 256], [196] int64: the document of each chunk
-    text.batch(step)                        # [8, 256] int64; waits until its shard is there
+    text.batch(step)                        # [8, 256] int64; waits until its shard is written
 
-A shard is a .npy file of int32 [chunks, context] with a .json beside it that says where the next
-one begins. A background thread writes one shard ahead. The first holds 2**18 tokens, so training
-starts soon, and each next one twice as many, up to 2**22. With several processes, process 0 writes
-for all. Nothing about text is in a checkpoint. A resumed run that needs another shard reads its way
-to there again, in the background, without tokenising what it passes.
+A shard is a .npy file of int32 [chunks, context]; a .json next to it says where the next shard
+begins. A background thread writes one shard ahead. The first has 2**18 tokens, so that training
+starts soon, and each later one twice as many as the one before, up to 2**22. With several
+processes, process 0 writes for all. Checkpoints contain nothing about text. A resumed run that
+needs another shard reads up to it again, in the background, without tokenising what it skips.
 
-Where they are. The shards of a source of up to 256 MiB stay in ~/.cache/lorasae/text (or
-$LORASAE_CACHE), for all runs with the same text, tokenizer, context, seed and held-out text. A
-larger source is a stream: its shards are in the run's folder, and `keep_from` deletes those that no
-checkpoint needs, but for the first. The held-out text is in the run's folder too: evaluation needs
-no source.
+Location. Shards of a source of up to 256 MiB stay in ~/.cache/lorasae/text (or $LORASAE_CACHE), for
+all runs with the same text, tokenizer, context, seed and held-out text. A larger source is a
+stream: its shards are in the run's folder, and `keep_from` deletes those that no checkpoint needs,
+except the first. The held-out text is always in the run's folder, so evaluation does not need the
+source.
 
-Held-out text. Documents are held out whole, and the same ones for every seed: of the standard
-library by file name; of other sources a sixteenth of the documents, or more if eval_tokens need
+Held-out text. Whole documents are held out, the same ones for every seed: chosen by file name in
+the standard library; in other sources a sixteenth of the documents, or more if eval_tokens needs
 them. A single file of plain text holds out its last sixteenth. A chunk belongs to one document, but
-short documents share chunks, which then count as documents. Every document gives one chunk before
-any gives another. Training leaves out every document that begins like a held-out one.
+short documents share chunks, and each such chunk counts as a document. Every document gives one
+chunk before any gives a second. Training leaves out every document that begins like a held-out one.
 
-Training order. Files are permuted by the seed. Sixteen files of documents in lines are read at a
-time, in proportion to their sizes; a file of plain text is one document and is read to its end. The
-tokens eos, ids, eos, ids, ... are cut into pieces of context - 1, each with a BOS in front, and the
-chunks of a shard are permuted: one after the other, chunks of a long document would teach little
-that is new. When the text ends, it is used again in another order.
+Training order. The seed permutes the files. Sixteen JSON-lines files are read at a time, in
+proportion to their sizes; a file of plain text is one document and is read to its end. The tokens
+eos, ids, eos, ids, ... are cut into pieces of context - 1, each with a BOS in front. The chunks of
+a shard are permuted, because consecutive chunks of a long document would teach little that is new.
+When the text ends, it is used again in a different order.
 """
 import json
 import os
@@ -56,40 +56,40 @@ from lorasae.io.files import damage, local, read_object, whole, write_json
 from lorasae.io.text import (
     LINE, SMALL, digest, documents, files, fingerprints, held_out, is_plain)
 
-ORDER = 5                   # the version of the order described above: part of a cache's key
-FIRST, LARGEST = 2 ** 18, 2 ** 22       # tokens of a shard
-BATCH = 2 ** 18             # characters read before they are tokenised
-TEXTS = 32                  # texts tokenised at a time, for memory's sake
-HEADER = 128                # bytes of a .npy file of int32 [chunks, context] before its numbers
-FIXED = 0                   # the seed of what is held out, whatever the run's seed
-MANY = 1000                 # documents that are enough to hold out, if they have the tokens
-POLL = 0.02                 # seconds between two looks for a file of another process
+ORDER = 5                   # the version of the order described above: part of the cache key
+FIRST, LARGEST = 2 ** 18, 2 ** 22       # tokens in a shard
+BATCH = 2 ** 18             # characters read before tokenising them
+TEXTS = 32                  # texts tokenised at a time, to limit memory
+HEADER = 128                # bytes before the numbers in a .npy file of int32 [chunks, context]
+FIXED = 0                   # the seed for held-out text, whatever the run's seed
+MANY = 1000                 # documents that are enough to hold out, if they have enough tokens
+POLL = 0.02                 # seconds between checks for another process's file
 
 
 class Shard(NamedTuple):
-    """What the .json of a shard says."""
+    """The contents of a shard's .json."""
     number: int
     first: int              # the number of its first chunk, counted over all shards
     chunks: int
     context: int
-    ends: bool              # whether a small source ends with it
-    taken: int              # how many pieces of the text it and those before it have
-    rest: list              # their tokens that are in no chunk yet
+    ends: bool              # whether it is the last shard of a small source
+    taken: int              # pieces of the text in it and the shards before it
+    rest: list              # tokens of those pieces that are in no chunk yet
 
     @property
     def stop(self):
         return self.first + self.chunks
 
 
-NONE = Shard(-1, 0, 0, 0, False, 0, [])              # what the first shard follows
+NONE = Shard(-1, 0, 0, 0, False, 0, [])              # comes before the first shard
 
 
 @dataclass(eq=False)
 class Text:
-    """The text of a run. InputError if there is no such source, too little text, or no such token.
+    """A run's text. Raises InputError if the source or a token is missing, or the text too short.
 
-    source, field: see text.py. process: 0 writes, the others wait for its files. Close it, or use
-    it in a `with`: until then, its background thread writes the next shard.
+    source, field: see text.py. process: 0 writes, the others wait for its files. Close it or use it
+    in a `with`: until then, its background thread writes the next shard.
     """
     source: str
     tokenizer: Tokenizer
@@ -100,21 +100,21 @@ class Text:
     seed: int = 42
     batch_size: int = 1
     field: str | None = None
-    folder: Path | None = None          # RUN_DIR/text; without it, a temporary folder
+    folder: Path | None = None          # RUN_DIR/text; None: a temporary folder
     process: int = 0
 
     def __post_init__(self):
         for name, token in (("BOS", self.bos), ("EOS", self.eos)):
             if self.tokenizer.id_to_token(token) is None:
                 raise InputError(f"the tokenizer has no {name} token (id {token} in the model's "
-                                 "configuration): is its tokenizer.json the model's own?")
+                                 "configuration): is tokenizer.json the model's own?")
         self.source = str(self.source)
         self.temporary = None if self.folder else tempfile.TemporaryDirectory()
         self.folder = Path(self.folder or self.temporary.name)
         self.files = self.reached = self.asked = None
         self.writer, self.stopped = ThreadPoolExecutor(1, "text"), Event()
 
-        # A run that has begun has its held-out text.
+        # A run that has begun already has its held-out text.
         path, held_out = self.folder / "text.json", self.folder / "held-out.npy"
         if self.process == 0 and not path.exists():
             self._hold_out()
@@ -129,7 +129,7 @@ class Text:
             check_tokens(self.held_out, self.tokenizer, held_out)
         key = self.record.take("key", str, None)
         if key is not None and not re.fullmatch("[0-9a-f]{32}", key):
-            raise InputError(f"{path}: {key!r} names no folder of the cache: start a new run")
+            raise InputError(f"{path}: {key!r} is not the name of a cache folder: start a new run")
         self.small = key is not None
         self.place = cache_of(key) if self.small else self.folder
         self.shards = read_shards(self.place)
@@ -137,28 +137,28 @@ class Text:
     # ---- Reading ---------------------------------------------------------------------------------
 
     def batch(self, step):
-        """The tokens [batch_size, context] int64 of a step, counted from 0."""
+        """The tokens of a step, [batch_size, context] int64. Steps count from 0."""
         return self._sequences(step * self.batch_size, (step + 1) * self.batch_size)
 
     def first(self, count):
-        """The first `count` training sequences [count, context], which stay with the run."""
+        """The first `count` training sequences [count, context]. keep_from never deletes these."""
         return self._sequences(0, count)
 
     def keep_from(self, step):
-        """Deletes the shards of a stream, but the first, that hold nothing from this step on."""
+        """Deletes a stream's shards that no step from this one on needs, except the first."""
         if self.small or self.process > 0:
             return
-        for shard, _ in read_shards(self.place)[1:-1]:  # the next shard follows the last one
+        for shard, _ in read_shards(self.place)[1:-1]:  # the next shard needs the last one
             if shard.stop <= step * self.batch_size:
                 path = shard_path(self.place, shard.number)
-                path.with_suffix(".json").unlink()      # without it a shard does not count
+                path.with_suffix(".json").unlink()      # first: it marks a complete shard
                 path.unlink()
 
     def close(self):
-        """Stops the background thread and waits for its end."""
+        """Stops the background thread and waits for it to end."""
         self.stopped.set()
         self.writer.shutdown()
-        self.pieces = None                              # which closes its files
+        self.pieces = None                              # this closes its files
         if self.temporary:
             self.temporary.cleanup()
 
@@ -175,7 +175,7 @@ class Text:
         return tokens
 
     def _chunk(self, row):
-        """The chunk of this number, as soon as its shard is there."""
+        """The chunk with this number, once its shard is written."""
         while True:
             place = self._in_text(row)
             begun = [(shard, chunks) for shard, chunks in self.shards if shard.first <= place]
@@ -184,7 +184,7 @@ class Text:
                 break
             if self.process == 0:
                 self._write_after(last)
-                self.writing.result()                   # or the error that it met
+                self.writing.result()                   # or raises the thread's error
                 self.asked = None
             else:
                 time.sleep(POLL)
@@ -196,7 +196,7 @@ class Text:
         return chunks[place - last.first]
 
     def _in_text(self, row):
-        """The place of a chunk in the text, of which a small source's is used again and again."""
+        """A chunk's place in the text; a small source is used over and over, in new orders."""
         for shard, _ in self.shards[-1:]:
             if shard.ends and row >= shard.stop:
                 note_reuse(self.source)
@@ -207,24 +207,24 @@ class Text:
     # ---- Writing ---------------------------------------------------------------------------------
 
     def _write_after(self, last):
-        """Has the background thread write the shard after `last`, unless it has been asked to."""
+        """Asks the background thread for the shard after `last`, unless it was asked already."""
         if self.asked != last.number:
             self.asked, self.writing = last.number, self.writer.submit(self._write, last)
 
     def _write(self, last):
-        """Writes the shard after `last`, unless another run has."""
+        """Writes the shard after `last`, unless another run has written it."""
         number = last.number + 1
         path = shard_path(self.place, number)
         if number in [shard.number for shard, _ in read_shards(self.place)]:
             return
 
-        # Read to where it begins. The one before it mostly ended there.
+        # Read up to where it begins. Usually the last shard written ended there.
         if self.reached != number:
             self.pieces = self._pieces()
             deque(islice(self.pieces, last.taken), maxlen=0)
         self.reached = None                             # until the shard is written
 
-        # Tokens, until it is full or the text ends.
+        # Collect tokens until it is full or the text ends.
         size, batch, taken = min(FIRST << number, LARGEST), True, last.taken
         found = [np.array(last.rest, np.int32)]
         while batch and sum(map(len, found)) < size:
@@ -236,14 +236,14 @@ class Text:
             self._check_length("training", last.stop + len(chunks), 1)
         self.reached = number + 1
 
-        # The .json comes last: it says that the shard is whole.
+        # The .json comes last: it marks the shard as complete.
         turns = np.random.default_rng([self.seed, 0, number]).permutation(len(chunks))
         write_array(path, chunks[turns])
         shard = Shard(number, last.stop, *chunks.shape, not batch, taken, rest.tolist())
         write_json(path.with_suffix(".json"), shard._asdict())
 
     def _pieces(self):
-        """Yields the pieces of the training text: a small source once, a stream without end."""
+        """Yields the pieces of the training text: a small source once, a stream endlessly."""
         if self.files is None:
             self.files = files(self.source)
             known = set(map(str, self.record.take("files", list)))
@@ -270,7 +270,7 @@ class Text:
                                  "begin like those held out for evaluation")
 
     def _files(self, held):
-        """The files that training or the held-out text takes documents from."""
+        """The files that supply documents for training, or for the held-out text."""
         if self.source != "stdlib":
             return self.files
         return [file for file in self.files if held_out(file.name) == held]
@@ -278,8 +278,8 @@ class Text:
     def _check_length(self, purpose, chunks, needed):
         if chunks < needed:
             raise InputError(f"{self.source} is too short: its {purpose} text makes {chunks:,} "
-                             f"chunks of {self.context:,} tokens, {needed:,} needed; use more "
-                             "text, fewer --eval-tokens or a shorter --context")
+                             f"chunks of {self.context:,} tokens, but it needs {needed:,}: use "
+                             "more text, fewer --eval-tokens or a shorter --context")
 
     # ---- Held-out text ---------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ class Text:
         chunks, record = self._choose_held_out()
         write_array(self.folder / "held-out.npy", chunks)
 
-        # A small source's cache is named by a digest of all that its shards depend on.
+        # A small source's cache folder is named by a digest of everything its shards depend on.
         names = [self.source == "stdlib", *(Path(line).name for line in lines)]
         facts = [ORDER, names, self.field, self.tokenizer.to_str(), self.bos, self.eos,
                  self.context, self.eval_tokens, self.seed]
@@ -300,26 +300,26 @@ class Text:
         write_json(self.folder / "text.json", {**record, "files": lines, "key": key})
 
     def _choose_held_out(self):
-        """(the held-out chunks, {the document of each, digests of the documents})"""
+        """-> held-out chunks, {"documents": the document of each, "held_out": their digests}"""
         candidates = self._files(held=True)
         found = documents(candidates, self.field, FIXED)
         if len(candidates) == 1 and is_plain(candidates[0].name):
             note(f"note: {self.source} is a single document: its last sixteenth is held out")
             next(found, None)                           # skip everything before it
 
-        # All of the standard library's documents, a sixteenth of others.
+        # At least all of the standard library's documents, or a sixteenth of another source's.
         least = count_documents(candidates, self.field)
         if self.source != "stdlib":
             least = min(MANY, -(-least // 16))
 
-        # Chunks of one document each, and the tokens of those too short for a chunk.
+        # Chunks of one document each, and the tokens of documents too short for a chunk.
         count = -(-self.eval_tokens // self.context)
-        most = (4 * count // max(least, 1) + 1) * self.context              # tokens of a document
+        most = (4 * count // max(least, 1) + 1) * self.context              # tokens per document
         own, of, digests, short, spare = [], [], [], [np.empty(0, np.int32)], 0
         for pieces in found:
-            some = take(pieces, 8 * most)               # at eight characters a token
+            some = take(pieces, 8 * most)               # at 8 characters per token
             if not some:
-                continue                                # an empty one
+                continue                                # an empty document
             tokens = tokens_of(some, self.tokenizer, self.eos)
             chunks, rest = chunks_of(tokens, self.context, self.bos)
             own.append(chunks)
@@ -331,12 +331,12 @@ class Text:
             if len(digests) >= least and len(of) + spare // self.context >= count:
                 break
 
-        # A chunk that short documents share counts as a document of its own.
+        # A chunk shared by short documents counts as a separate document.
         shared, _ = chunks_of(np.concatenate(short), self.context, self.bos)
         of += range(len(digests), len(digests) + len(shared))
 
-        # Chunks at random, but one of every document before a second one of any: what intervals
-        # are over is documents.
+        # Choose chunks at random, but one from every document before a second from any: confidence
+        # intervals are over documents.
         turns = np.random.default_rng(FIXED).permutation(len(of))
         earlier, given = Counter(), []
         for i in turns:
@@ -346,14 +346,14 @@ class Text:
         self._check_length("held-out", len(turns), count)
         chosen = np.concatenate([*own, shared])[turns]
         if np.isin(chosen, [self.bos, self.eos]).all():
-            raise InputError(f"the tokenizer makes no tokens of {self.source}: is its vocabulary "
-                             "empty, or of another language?")
+            raise InputError(f"the tokenizer makes no tokens from {self.source}: is its vocabulary "
+                             "empty, or for another language?")
         return chosen, {"documents": [of[i] for i in turns], "held_out": digests}
 
 
 @cache
 def note_reuse(source):
-    """Said once."""
+    """Prints its note once per source."""
     note(f"note: all of {source} has been read: it is used again, in another order")
 
 
@@ -364,7 +364,7 @@ def order_of(seed, epoch, count):
 
 
 def count_documents(files, field):
-    """How many documents the files hold; of many bytes, how many at least.
+    """How many documents the files have; for large sources, a lower bound.
 
     A bad line in a small source is found now, not in the middle of a run.
     """
@@ -379,7 +379,7 @@ def count_documents(files, field):
 # ---- Tokens --------------------------------------------------------------------------------------
 
 def take(pieces, characters):
-    """The next pieces, with so many characters or a few more; fewer or none at the end."""
+    """The next pieces, until they have this many characters or more; fewer or none at the end."""
     found, length = [], 0
     for begins, text in pieces:
         found.append((begins, text))
@@ -390,7 +390,7 @@ def take(pieces, characters):
 
 
 def tokens_of(pieces, tokenizer, eos):
-    """The tokens of some pieces, with an EOS before each document that begins."""
+    """The tokens of some pieces, with an EOS before each new document."""
     found = [np.empty(0, np.int32)]
     for start in range(0, len(pieces), TEXTS):
         begins, texts = zip(*pieces[start:start + TEXTS])
@@ -401,7 +401,7 @@ def tokens_of(pieces, tokenizer, eos):
 
 
 def chunks_of(tokens, context, bos):
-    """([n, context] int32: a BOS and context - 1 of the tokens in each; the tokens left)."""
+    """-> chunks [n, context] int32, a BOS and context - 1 tokens in each; the tokens left over."""
     size = context - 1
     count = len(tokens) // size
     chunks = np.full((count, context), bos, np.int32)
@@ -412,21 +412,21 @@ def chunks_of(tokens, context, bos):
 # ---- Files ---------------------------------------------------------------------------------------
 
 def cache_of(key):
-    """The folder of a small source's shards."""
+    """The cache folder for a small source's shards."""
     root = os.environ.get("LORASAE_CACHE") or "~/.cache/lorasae"
     return local(root) / "text" / key
 
 
 def check_tokens(tokens, tokenizer, what):
-    """InputError if the file that `what` names holds a token that the tokenizer does not have."""
+    """Raises InputError, naming `what`, if a token is not in the tokenizer's vocabulary."""
     for token in tokens.aminmax():
         if token < 0 or tokenizer.id_to_token(token.item()) is None:
-            raise InputError(f"{what} is damaged, or of another model: the tokenizer has no token "
+            raise InputError(f"{what} is damaged or from another model: the tokenizer has no token "
                              f"{token}; remove it, or start a new run")
 
 
 def may_write(folder):
-    """Whether files can be written to a folder, which is made if need be."""
+    """Whether files can be written to a folder, which is created if necessary."""
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     return os.access(folder, os.W_OK)
@@ -437,12 +437,12 @@ def shard_path(folder, number):
 
 
 def read_shards(folder):
-    """[(Shard, its chunks)] of the shards in a folder that are whole, by their numbers."""
+    """[(Shard, its chunks)] of the complete shards in a folder, in order."""
     found = []
     for path in sorted(folder.glob("shard-*.json")):
         with suppress(OSError, ValueError, TypeError, OverflowError):   # being deleted, or damaged
             shard = Shard(**read_object(path))
-            np.array(shard.rest, np.int32)              # it holds tokens
+            np.array(shard.rest, np.int32)              # `rest` must be tokens
             kinds = [*map(type, shard)]
             if kinds != [*Shard.__annotations__.values()] or min(shard.first, shard.chunks) < 0:
                 continue

@@ -1,12 +1,12 @@
-"""Sources of text -> documents in their order. shards.py turns documents into tokens.
+"""Sources of text -> documents, in order. shards.py turns the documents into tokens.
 
     python train.py --data notes/           a file or a folder: .txt, .py, .jsonl, .jsonl.gz, ...
     python train.py --data stdlib           the Python standard library's own source code
-    python train.py --data pile             a dataset of the Hub (NAMED), read as a stream
+    python train.py --data pile             a dataset on the Hub (NAMED), streamed
     python train.py --data 'hf://datasets/OWNER/NAME@REVISION/data/*.jsonl'
 
 A document is a line of a JSON-lines file or a whole file of plain text. It is read in pieces of at
-most 65,536 characters, so a document of any length takes little memory; an empty one is left out.
+most 65,536 characters, so a document of any length needs little memory. Empty ones are left out.
 The paper's data are the Pile and RedPajama (Section 4).
 """
 import gzip
@@ -43,18 +43,18 @@ EXPECTED = ".txt, .md, .py (or other source code), .jsonl, .jsonl.gz, .jsonl.zst
 SOURCES = f"stdlib, {', '.join(NAMED)}, or hf://datasets/OWNER/NAME/FILES"
 
 SMALL = 2 ** 28             # bytes of files; a larger source is a stream
-PIECE = 65_536              # characters of a document that are read at a time
-LINE = 64 * 2 ** 20         # bytes; a longer line of JSON is refused, for memory's sake
+PIECE = 65_536              # characters of a document read at a time
+LINE = 64 * 2 ** 20         # bytes; longer lines of JSON are refused, to limit memory
 BLOCK = 2 ** 18             # bytes read from a file at a time
-HUB_BLOCK = 4 * 2 ** 20     # bytes asked of the Hub at a time
-AT_ONCE = 16                # files that are open at the same time
+HUB_BLOCK = 4 * 2 ** 20     # bytes requested from the Hub at a time
+AT_ONCE = 16                # files open at the same time
 
 
 class File(NamedTuple):
-    name: str               # its ending decides the format
+    name: str               # its ending determines the format
     size: int               # bytes, as stored
-    open: Callable          # () -> a binary file that can seek
-    content: str = None     # the Hub's own hash of it
+    open: Callable          # () -> a seekable binary file
+    content: str = None     # the Hub's hash of it
 
 
 # ---- Which files ---------------------------------------------------------------------------------
@@ -71,15 +71,15 @@ def files(source):
     elif os.path.isdir(source):
         found = files_below(source)
     else:
-        raise InputError(f"no file or folder {source}; expected one, or {SOURCES}")
+        raise InputError(f"there is no file or folder {source}: expected one, or {SOURCES}")
     return sorted(map(local_file, readable(found, source)))
 
 
 def readable(found, source):
-    """The paths that end as text does, of all that were found."""
+    """The paths among those found that end as text files do."""
     known = [path for path in found if str(path).lower().endswith(KNOWN)]
     if not known:
-        raise InputError(f"{source} holds no text: none of its {len(found):,} files ends in "
+        raise InputError(f"{source} contains no text: none of its {len(found):,} files ends in "
                          f"{EXPECTED}")
     if len(known) < len(found):
         note(f"note: {len(found) - len(known):,} of the {len(found):,} files in {source} are not "
@@ -88,9 +88,9 @@ def readable(found, source):
 
 
 def files_below(folder, without=()):
-    """All files in a folder and its subfolders, less hidden ones and the subfolders `without`."""
+    """All files in a folder and its subfolders, except hidden ones and the subfolders `without`."""
     def refuse(error):
-        raise error                     # a folder that cannot be listed is not passed over
+        raise error                     # do not skip folders that cannot be listed
 
     found = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
@@ -126,7 +126,7 @@ def text_of(file):
 
 def hub_files(url):
     """The text files of hf://datasets/OWNER/NAME[@REVISION][/PATH or glob]."""
-    from huggingface_hub import HfFileSystem            # slow to import; local text needs none
+    from huggingface_hub import HfFileSystem            # slow to import; only the Hub needs it
     match = re.match("hf://(datasets/[^/]+/[^/]+)", url)
     if match is None:
         raise InputError(f"{url} is not a dataset: expected hf://datasets/OWNER/NAME/FILES")
@@ -135,15 +135,15 @@ def hub_files(url):
     with explained(match[1]):
         found = search(url, detail=True)
         names = sorted(readable(found, url))
-        filesystem.cat_file(names[0], 0, 1, block_size=1)       # even a gated one can be listed
+        filesystem.cat_file(names[0], 0, 1, block_size=1)       # a gated one can still be listed
     return [File(name, found[name]["size"], content=found[name]["blob_id"],
                  open=partial(filesystem.open, name, block_size=HUB_BLOCK)) for name in names]
 
 
 def fingerprints(files):
-    """A line per file that stays the same as long as the file does: its name, size and a hash.
+    """A line per file that changes only if the file does: its name, size and a hash.
 
-    The hash is the Hub's, or ours: of all bytes, or only the first ones of large sources.
+    The hash is the Hub's, or ours: of all bytes, or of only the first BLOCK bytes in large sources.
     """
     lines, total = [], sum(file.size for file in files)
     for file in files:
@@ -158,14 +158,14 @@ def fingerprints(files):
 # ---- From files to documents ---------------------------------------------------------------------
 
 def documents(files, field, seed):
-    """Yields the documents of files in an order given by the seed, each an iterator of pieces.
+    """Yields the files' documents in an order given by the seed, each as an iterator of pieces.
 
-    A piece is (whether it begins a document, text). Documents come from sixteen files at a time,
-    each time from the one that has been read least. So any stretch has the proportions of the
-    whole, even if each file of a stream is one domain, as in RedPajama-1T's sample. A single file
-    of plain text comes in two parts: its first fifteen sixteenths and the rest. field: the JSON
-    field with the text; without it "text" or, as in RedPajama-V2, "raw_content". InputError names
-    the file and, in JSON, the line.
+    A piece is (whether it begins a document, text). Sixteen files are open at a time, and the next
+    document comes from the one that has been read least, relative to its size. So any stretch has
+    the proportions of the whole, even if each file of a stream is one domain, as in RedPajama-1T's
+    sample. A single file of plain text comes in two parts: its first fifteen sixteenths and the
+    rest. field: the JSON field with the text; by default "text" or, as in RedPajama-V2,
+    "raw_content". An InputError names the file and, in JSON, the line.
     """
     if len(files) == 1 and is_plain(files[0].name):
         yield from halves(files[0])
@@ -176,7 +176,7 @@ def documents(files, field, seed):
         reading = [(0.0, i, documents_in(file, field)) for i, file in enumerate(some)]
         while reading:
             share, i, found = heappop(reading)
-            for size, pieces in islice(found, 1):       # none, at the end of the file
+            for size, pieces in islice(found, 1):       # empty at the end of the file
                 yield pieces
                 heappush(reading, (share + size / (some[i].size or 1), i, found))
 
@@ -195,7 +195,7 @@ def halves(file):
         return passed > file.size * 15 / 16
 
     with file.open() as raw:
-        most = min(PIECE, file.size // 64 + 1)          # pieces shorter than a sixteenth
+        most = min(PIECE, file.size // 64 + 1)          # far less than a sixteenth
         for _, pieces in groupby(pieces_of(raw, file.name, most), late):
             yield pieces
 
@@ -211,8 +211,8 @@ def documents_in(file, field):
         for number in count(1):
             line, where = stream.readline(LINE + 1), f"{name}, line {number:,}"
             if len(line) > LINE:
-                raise InputError(f"{where}: longer than {LINE // 2 ** 20} MiB; expected a JSON "
-                                 "object per line, a document in each: cut it into several")
+                raise InputError(f"{where} is longer than {LINE // 2 ** 20} MiB: expected one JSON "
+                                 "object per line, with one document in each; split this one up")
             if not line:
                 break
             if not line.isspace():
@@ -225,18 +225,18 @@ def is_plain(name):
 
 
 def decompressed(raw, name):
-    """The stream of a file's text."""
+    """A file's text as a stream of uncompressed bytes."""
     if name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
     if name.endswith(".zst"):
-        import zstandard                                # only the Pile needs it
+        import zstandard                                # only .zst files need it
         decompressor = zstandard.ZstdDecompressor(max_window_size=2 ** 31)
         return decompressor.stream_reader(raw, read_across_frames=True)
     return raw
 
 
 def pieces_in(line, where, field):
-    """Yields the pieces of the text in a line of a JSON-lines file, which is parsed only now."""
+    """Yields the pieces of the text in a line of a JSON-lines file. The line is parsed lazily."""
     with damage(where):
         record = json.loads(line)
     fields = record if isinstance(record, dict) else {}
@@ -246,13 +246,13 @@ def pieces_in(line, where, field):
         names = ", ".join(strings)[:200] or "none"
         raise InputError(f"{where}: expected a JSON object with a string {field or 'text'!r}; its "
                          f"strings are: {names} (--field)")
-    # JSON can spell zero bytes, and half of a surrogate pair, which is no character
+    # JSON can encode zero bytes, and half of a surrogate pair, which is not a character
     text = text.replace("\0", "").encode("utf-8", "replace")
     yield from pieces_of(io.BytesIO(text), where)
 
 
 def pieces_of(stream, where, most=None):
-    """Yields a document's pieces: at most `most` characters, and whole lines if they fit."""
+    """Yields a document's pieces: at most `most` characters each, and whole lines if they fit."""
     most = most or PIECE
     with damage(where):
         decoded = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
@@ -266,5 +266,5 @@ def pieces_of(stream, where, most=None):
 
 
 def digest(text):
-    """What a document is known by: a digest of its first piece's text."""
+    """A document's identity: a digest of the text of its first piece."""
     return blake2b(text.encode(), digest_size=12).hexdigest()

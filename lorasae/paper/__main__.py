@@ -1,15 +1,16 @@
-"""Every figure and table of the paper, by one command: trains, evaluates, and writes one page.
+"""Every figure and table of the paper from one command, which trains, evaluates and writes a page.
 
     python -m lorasae.paper                         in miniature, on the embedded models
-    python -m lorasae.paper --quick                 with few tokens: shows that it runs
-    python -m lorasae.paper --only fig3,table1      some of it
-    python -m lorasae.paper --dry-run               the parts, and the commands that would run
-    python -m lorasae.paper --model gemma-2-2b      the replication at real size
-    python -m lorasae.paper --model DIR/smollm2-135m-instruct       on a laptop; or gemma-3-270m
-    python -m lorasae.paper --redraw                the page, from OUT/numbers/ alone
+    python -m lorasae.paper --quick                 on few tokens: only a check that it runs
+    python -m lorasae.paper --only fig3,table1      only these parts
+    python -m lorasae.paper --dry-run               lists the parts and the commands that would run
+    python -m lorasae.paper --model gemma-2-2b      the replication at full size
+    python -m lorasae.paper --model DIR/smollm2-135m-instruct       on a laptop; also gemma-3-270m
+    python -m lorasae.paper --redraw                redraws the page from OUT/numbers/ only
 
-OUT/index.html shows every result beside the paper's. All of it comes from runs of train.py and
-eval.py, which stay in OUT: interrupted, the same command continues, and ends with the same numbers.
+OUT/index.html shows every result next to the paper's. All results come from runs of train.py and
+eval.py, which are kept in OUT. After an interruption, the same command continues where it stopped
+and ends with the same numbers.
 """
 import shlex
 import sys
@@ -30,7 +31,7 @@ from lorasae.runs.commands import run_all
 from lorasae.runs.config import Config, full_path
 from lorasae.runs.folder import RUNS, begin_with
 
-PARTS = (                                               # ours, then in the order of the paper
+PARTS = (                                               # our own, then in the paper's order
     control.CONTROL,
     frontier.FRONTIER,
     gap.SCALING,
@@ -42,12 +43,12 @@ PARTS = (                                               # ours, then in the orde
     gap.ONE_BLOCK,
     downstream.DISTANCES,
 )
-TOKENS = {                              # fields of Study: with --quick, and of what
-    "sae_tokens": (20_000, "of each SAE"),
-    "frontier_tokens": (20_000, "of the long SAE, and of those of Figures 1 and 5"),
-    "lora_tokens": (4_000, "of adapters"),
-    "long_tokens": (8_000, "of adapters around the long SAE, and for Tables 3 to 6 and Figures 7, "
-                    "8, 10, 11"),
+TOKENS = {                              # fields of Study: the value with --quick, the help text
+    "sae_tokens": (20_000, "to train each SAE"),
+    "frontier_tokens": (20_000, "to train the long SAE and those of Figures 1 and 5"),
+    "lora_tokens": (4_000, "to train adapters"),
+    "long_tokens": (8_000, "to train adapters around the long SAE, and those of Tables 3 to 6 and "
+                    "Figures 7, 8, 10, 11"),
     "eval_tokens": (12_000, "held out"),
 }
 
@@ -55,7 +56,7 @@ TOKENS = {                              # fields of Study: with --quick, and of 
 def main(argv=None):
     words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     args = arguments(words)
-    with one_line_errors("interrupted: the same command continues"):
+    with one_line_errors("interrupted: run the same command to continue"):
         study = study_of(args)
         parts = chosen(study, args.only)
         if args.list:
@@ -68,22 +69,22 @@ def main(argv=None):
             report(study, parts, {}, again)
             return
 
-        # What is needed.
+        # List the jobs.
         jobs = all_jobs(job for part in parts for job in part.jobs(study))
         if args.dry_run:
             show_plan(study, parts)
             return
 
-        # The runs. On embedded models up to four share the cores; otherwise each has all of them.
+        # Run them. On embedded models up to four share the cores; otherwise each gets all of them.
         begin(study)
-        progress_line(f"writing to {study.folder}/; index.html there is the page")
+        progress_line(f"writing to {study.folder}/; the page will be its index.html")
         one_per_core = (study.plan.size, study.device) == ("miniature", "cpu")
         processes = min(4, torch.get_num_threads()) if one_per_core else 1
         failed = {}
         for (_, shared), commands in stages(jobs):
             failed |= run_all(commands, processes if shared else 1, study.folder / "logs")
 
-        # What they found.
+        # Measure, and write the page.
         reasons = measure(study, parts, failed)
         report(study, parts, reasons, again)
         if reasons:
@@ -91,26 +92,26 @@ def main(argv=None):
                                        for name, reason in reasons.items()))
 
 
-# ---- What was asked for --------------------------------------------------------------------------
+# ---- Arguments -----------------------------------------------------------------------------------
 
 def arguments(argv):
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", type=full_path, default="tiny-gemma-2",
-        help=f"{', '.join(PLANS)}, or a folder of such a name (default: %(default)s)")
+        help=f"{', '.join(PLANS)}, or a folder with such a name (default: %(default)s)")
     add("--only", help="parts, figures or tables, separated by commas, such as fig3,table1 "
         "(default: all)")
-    add("--list", action="store_true", help="list the parts, and stop")
+    add("--list", action="store_true", help="list the parts and stop")
     add("--quick", action="store_true", help="few tokens, one seed")
-    add("--dry-run", action="store_true", help="print what would run, and stop")
-    add("--redraw", action="store_true", help="show what is in OUT/numbers/, and stop")
-    add("--data", type=full_path, help="text to train on, a part of which is held out (default: "
-        "the preset's)")
-    add("--other-data", type=full_path, help="text of a kind that is not trained on")
+    add("--dry-run", action="store_true", help="print what would run and stop")
+    add("--redraw", action="store_true", help="redraw the page from OUT/numbers/ and stop")
+    add("--data", type=full_path, help="text to train on; part of it is held out (default: the "
+        "preset's)")
+    add("--other-data", type=full_path, help="another kind of text, which is never trained on")
     for name, (_, what) in TOKENS.items():
         add(f"--{name.replace('_', '-')}", type=count, help=f"tokens {what}")
-    add("--seeds", type=few, help="of adapters, in the parts that take several (default: 3; quick "
-        "and real models: 1)")
+    add("--seeds", type=few, help="seeds for adapters, in the parts that use several (default: 3; "
+        "with --quick or a real model: 1)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default: %(default)s)")
     add("--out", type=local, help=f"folder (default: {RUNS}/paper-MODEL, or "
@@ -119,12 +120,12 @@ def arguments(argv):
 
 
 def study_of(args):
-    """The Study that was asked for."""
-    distributed.local(Config(device=args.device).device)        # refuses what is not there
+    """The Study that the arguments describe."""
+    distributed.local(Config(device=args.device).device)        # refuses an unavailable device
     name = Path(args.model).name
     if name not in PLANS:
-        raise InputError(f"--model {args.model}: expected {', '.join(PLANS)}, or a folder of such "
-                         "a name")
+        raise InputError(f"--model {args.model}: expected {', '.join(PLANS)}, or a folder with "
+                         "such a name")
     plan, tokens = PLANS[name], {}
     for each, (quick, _) in TOKENS.items():
         usual = quick if args.quick else plan.tokens.get(each)
@@ -137,7 +138,7 @@ def study_of(args):
 
 
 def chosen(study, only):
-    """The Parts of the names that --only has; all without it."""
+    """The Parts that --only names; all of them without --only."""
     offered = [part for part in PARTS if part.name not in study.plan.without]
     known = [name for part in offered for name in (part.name, *part.words["figures"])]
     names = only.replace(" ", "").split(",") if only else known
@@ -149,7 +150,7 @@ def chosen(study, only):
 
 
 def begin(study):
-    """Writes study.json. InputError if the folder was begun with other arguments."""
+    """Writes study.json. Raises InputError if the folder was begun with other arguments."""
     asked = dict(vars(study))
     begin_with(asked.pop("folder") / "study.json", asked)
 
@@ -157,7 +158,7 @@ def begin(study):
 # ---- What would run ------------------------------------------------------------------------------
 
 def stages(jobs):
-    """[((depth, whether they share the cores), Commands that do not need each other)] in order."""
+    """[((depth, whether they share the cores), Commands independent of each other)], in order."""
     found = {}
     for job in jobs.values():
         found.setdefault(job.stage, []).append(job.command)
@@ -173,16 +174,16 @@ def show_plan(study, parts):
         shown |= own.keys()
         tokens = [job.options["tokens"] for job in own.values() if job.suite is None]
         figures = ", ".join(part.words["figures"])
-        print(f"\n{part.name} ({figures}): {len(tokens)} trainings on {sum(tokens):,} tokens, "
+        print(f"\n{part.name} ({figures}): {len(tokens)} training runs on {sum(tokens):,} tokens, "
               f"{len(own) - len(tokens)} evaluations\n")
         for job in own.values():
             print(job.command.line())
 
 
-# ---- What was found ------------------------------------------------------------------------------
+# ---- Results -------------------------------------------------------------------------------------
 
 def measure(study, parts, failed):
-    """Writes numbers/PART.json of every part whose runs are there -> {part: why it is left out}."""
+    """Writes numbers/PART.json for each part whose runs are done -> {part: why it is left out}."""
     reasons = {}
     for part in parts:
         done = list(all_jobs(part.jobs(study)))
@@ -208,7 +209,7 @@ def measure(study, parts, failed):
 
 
 def report(study, parts, reasons, command):
-    """The page with all that was found, now or earlier; pictures; the tables of `parts`."""
+    """Writes the page and pictures of all results, new and old; prints the tables of `parts`."""
     sections, claims = [], []
     for part in PARTS:
         path, found, tables = study.folder / "numbers" / f"{part.name}.json", None, []

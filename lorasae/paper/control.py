@@ -1,13 +1,13 @@
-"""Does training the SAE longer do as well? One long TopK SAE, at several points of its training.
+"""Does training the SAE longer do as well? Tested at several points of a long TopK training run.
 
-    as many seconds of training     its own training goes on for as long as the adapters take
-    finetuned for KL                on as many tokens as the adapters
-    LoRA after it                   the model is adapted to it: rank 64, on the blocks after it
-    LoRA on all blocks              only around the last one
+    as many seconds of training     the SAE trains on for as long as the adapters take
+    finetuned for KL                the SAE, on as many tokens as the adapters
+    LoRA after it                   the model is adapted to it, with rank 64 on the blocks after it
+    LoRA on all blocks              the same on all blocks, only for the last SAE
 
     python -m lorasae.paper --only control --data FOLDER --other-data FOLDER
 
-Whatever is done is compared with the same SAE as it was, on the same text, sequence by sequence.
+Each is compared, sequence by sequence, with the SAE as it was at that point of its training.
 """
 from lorasae.evals.fidelity import read_sequences, summary
 from lorasae.evals.report import Table
@@ -21,9 +21,9 @@ LORA, MORE = "LoRA after it", "as many seconds of training"
 # ---- The runs ------------------------------------------------------------------------------------
 
 def texts(study):
-    """{text: (the suite that measures what is done on it, the one that measures the long SAE)}
+    """{text: (the suite that evaluates the arms on it, the one that evaluates the long SAE)}
 
-    "": the training itself measures it.
+    "": the training run itself evaluates it.
     """
     found = {"what is done, on held-out text": ("", "tenths")}
     if study.other_data:
@@ -32,7 +32,7 @@ def texts(study):
 
 
 def arms(study, percent):
-    """{what is done: the Job that does it} with the long SAE as it was then."""
+    """{arm: its Job}, starting from the long SAE after `percent` % of its training."""
     sae, made = long_sae(study), {LORA: around_long(study, 0, "after", percent)}
     if percent == study.plan.percents[-1]:
         made[f"{LORA}, seed 1"] = around_long(study, 1, "after", percent)
@@ -58,12 +58,12 @@ def jobs(study):
     return made
 
 
-# ---- What they found -----------------------------------------------------------------------------
+# ---- Results -------------------------------------------------------------------------------------
 
 def measure(study):
-    """A row for each text, SAE, and what was done with it; LoRA beside all else that was done.
+    """A row for each text, SAE and arm, and the differences between LoRA and the other arms.
 
-    Case: the share of the gap that LoRA closes around the first SAE - that around the last one.
+    Case: the share of the gap that LoRA closes for the first SAE - the share for the last SAE.
     """
     rows, beside, runs = [], [], {}
     sae, percents = long_sae(study), study.plan.percents
@@ -75,7 +75,7 @@ def measure(study):
             seen = {name: read_sequences(job.folder / suite) for name, job in made.items()}
             cost = {name: job.found() for name, job in made.items()}
 
-            # More training of the SAE: of the tenths that follow, the one that fits best.
+            # More training of the SAE: the later tenth whose time is nearest.
             now, *later = [row for row in tenths if row["percent"] >= percent]
             until = now["seconds"] + cost[LORA]["seconds"]
             if later:
@@ -85,7 +85,7 @@ def measure(study):
                 cost[MORE] = {"train_tokens": then["tokens"] - now["tokens"],
                               "seconds": then["seconds"] - now["seconds"]}
 
-            # All are compared with the SAE as it was.
+            # Compare every arm with the SAE it started from.
             base, before, here = seen[LORA]["base"], seen[LORA]["sae"], {}
             for name, own in seen.items():
                 end, documents = own.get("adapted", own["sae"]), own.pop("documents")
@@ -94,7 +94,7 @@ def measure(study):
                 here[name] = run = run_of(found, documents, base, before, end)
                 rows.append(row_of(run, text, f"{percent} %: {name}"))
 
-            # LoRA beside all else, sequence by sequence.
+            # Compare LoRA with the other arms, sequence by sequence.
             lora = here.pop(LORA)
             runs.setdefault(percent, lora)
             for name, run in here.items():
@@ -107,12 +107,12 @@ def measure(study):
 
 def own_tables(numbers):
     rows = [[text, what, cell(difference, "+.1%")] for text, what, difference in numbers["beside"]]
-    caption = "Gap closed by LoRA after the SAE, less that by what else was done (± 90 %)"
-    return [*tables(numbers), Table(caption, ["text", "less", "difference"], rows)]
+    caption = "Gap closed by LoRA after the SAE, minus the gap closed by the alternative (± 90 %)"
+    return [*tables(numbers), Table(caption, ["text", "alternative", "difference"], rows)]
 
 
 def draw(numbers, figure):
-    """The gap closed by each, over how much of its training the SAE has had."""
+    """The gap closed by each arm, against how much of its training the SAE has had."""
     figure.set_size_inches(10, 3.8)
     by_text = group(numbers["rows"], "axis")
     panels = figure.subplots(1, len(by_text), sharey=True, squeeze=False)[0]
@@ -123,7 +123,7 @@ def draw(numbers, figure):
             series.setdefault(done, {})[percent] = row["gap_closed"]
         for done, estimates in series.items():
             curve(axes, estimates, done, scale=100)
-        axes.set(title=text, xlabel="of the SAE's training", ylabel="of the gap (%)")
+        axes.set(title=text, xlabel="share of the SAE's training", ylabel="gap closed (%)")
     panels[0].legend(fontsize=8)
 
 

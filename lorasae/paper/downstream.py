@@ -1,4 +1,4 @@
-"""What eval.py's suites find in adapted models, beside the paper (§5, §6.1, §6.2).
+"""Results of eval.py's suites for adapted models, next to the paper's (§5, §6.1, §6.2).
 
     python -m lorasae.paper --only table3,table4,table5,fig8,fig11
 
@@ -6,9 +6,9 @@
     STEERING        Table 4, Figures 7 and 10
     BENCHMARKS      Table 5
     TOKENS          Figure 8: the loss by token
-    DISTANCES       Figure 11: activations beside the base model's
+    DISTANCES       Figure 11: distance of activations from the base model's
 
-The suites measure and draw; here their numbers become cases of the paper's claims.
+The suites measure and draw; this file turns their numbers into cases of the paper's claims.
 """
 from lorasae.evals import absorption, benchmarks, distances, probing, scr, steering, tokens, tpp
 from lorasae.evals.common import Estimate
@@ -19,8 +19,9 @@ TABLE_3 = {"scr": "max", "tpp": "max", "probing": "sae_top_1", "absorption": "ab
 
 
 def part(name, suites, jobs, cases):
-    """A Part whose jobs are evaluations. Each suite shows what the job in the same place found; a
-    single suite shows the first job's. cases: [what each job found] -> {claim: its cases}.
+    """A Part whose jobs are evaluations. Suites and jobs are paired in order, and each suite shows
+    its job's results; a single suite shows the first job's. cases: [results of each job] -> {claim:
+    its cases}.
     """
     def measure(study):
         found = [job.found() for job in jobs(study)]
@@ -47,7 +48,7 @@ def saebench_jobs(study):
 
 
 def saebench_cases(found):
-    """Adapted - base of Table 3's metric of each suite."""
+    """Adapted - base, for each suite's metric in Table 3."""
     cases = {}
     for (name, metric), own in zip(TABLE_3.items(), found):
         row, over = own["rows"][metric], f"{own['seeds']} seeds of the evaluation"
@@ -68,7 +69,7 @@ def steering_jobs(study):
 
 
 def steering_cases(found):
-    """d_LoRA - d_base of each latent's positive texts, and the size of that of negative ones."""
+    """d_LoRA - d_base for each latent: on positive texts, and its size on negative texts."""
     cases = {"positive": {}, "negative": {}}
     for row in found[0]["rows"]:
         for side, latents in cases.items():
@@ -90,7 +91,7 @@ def benchmark_jobs(study):
 
 
 def benchmark_cases(found):
-    """Adapted - base of each score, with the SAE and without it."""
+    """Adapted - base for each score, with and without the SAE."""
     cases = {"with_sae": {}, "without_sae": {}}
     for label, pairs in found[0]["paired"].items():
         for setting, scores in cases.items():
@@ -105,18 +106,18 @@ BENCHMARKS = part("benchmarks", [benchmarks], benchmark_jobs, benchmark_cases)
 # ---- Loss by token, activations: Figures 8 and 11 ------------------------------------------------
 
 def for_each_seed(suite):
-    """Jobs of a part: a suite on the adapters of each seed."""
+    """study -> Jobs that run one suite on the adapters of each seed."""
     return lambda study: [evaluation(around_topk(study, seed), suite) for seed in study.seeds]
 
 
 def estimate(runs, pick):
-    """The Estimate over seeds; of a single seed over documents. pick(found) -> (mean, half)"""
+    """The Estimate over seeds, or over documents for a single seed. pick(run) -> (mean, half)"""
     return over_seeds([Estimate(*pick(run), f"{run['documents']} documents, one seed")
                        for run in runs])
 
 
 def token_cases(runs):
-    """The share of tokens that become worse, and that of the improvement by 0.01 to 1 nats."""
+    """Share of tokens that get worse; share of the improvement from changes of 0.01 to 1 nats."""
     found = {name: estimate(runs, lambda run: (run[name], run["ci90"][name]))
              for name in ("share_worse", "from_middle")}
     if min(run["improvement"] for run in runs) <= 0:
@@ -125,7 +126,7 @@ def token_cases(runs):
 
 
 def distance_cases(runs):
-    """The mean change of each measure over the blocks after the SAE's."""
+    """The mean change of each measure over the blocks after the SAE."""
     cases = {}
     for measure in distances.MEASURES:
         found = estimate(runs, lambda run: (

@@ -1,14 +1,14 @@
 """Cross-entropy against training time (§4.2; Figures 1 and 5, Tables 1 and 2).
 
     TopK, e2e       an SAE after each tenth of its training
-    TopK + LoRA     the model adapted to the TopK SAE as it was then; its time is the SAE's so far
-                    plus the adapters'
+    TopK + LoRA     the model adapted to the TopK SAE at that point; its time is the SAE's until
+                    then plus the adapters'
 
     python -m lorasae.paper --only fig1,fig5
 
-Times are of training only, without loading and evaluation, of one run at a time. Each method does
-only the work that it needs: TopK stops the model at the SAE's block, and e2e shares the frozen
-prefix with the base model.
+Times cover training only, not loading or evaluation, and one run at a time. Each method does only
+the work that it needs: TopK stops the model at the SAE's block, and e2e shares the frozen prefix
+with the base model.
 """
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from lorasae.paper.study import around_long, evaluation, long_sae, new_sae
 from lorasae.runs.config import Config
 
 CURVES = {"topk_lora": "TopK + LoRA", "topk": "TopK", "e2e": "e2e"}
-LEAST_SPEEDUP = {"fig1": 3.05, "fig5": 2.23}            # of the paper's Tables 1 and 2
+LEAST_SPEEDUP = {"fig1": 3.05, "fig5": 2.23}            # from the paper's Tables 1 and 2
 
 
 def models(study):
@@ -45,7 +45,7 @@ def adapters_of(study, model):
 
 
 def fewer(*tokens):
-    """The least of the numbers that are given."""
+    """The smallest of the numbers; those that are 0 or None do not count."""
     return min(filter(None, tokens), default=None)
 
 
@@ -62,7 +62,7 @@ def measure(study):
     """{figures: {figure: {model, ce_base, curves: {name: [{percent, seconds, ce}]}}}; cases}
 
     Cases: CE of e2e - CE of TopK + LoRA, both at their ends ("lower"), and with the best TopK +
-    LoRA that was there in e2e's time divided by LEAST_SPEEDUP ("sooner").
+    LoRA that is done within e2e's time / LEAST_SPEEDUP ("sooner").
     """
     figures, cases = {}, {}
     for figure, model in models(study).items():
@@ -80,7 +80,7 @@ def measure(study):
         name = Path(model).name
         figures[figure] = {"model": name, "ce_base": last.found["ce_base"], "curves": curves}
 
-        # TopK + LoRA beside e2e, sequence by sequence.
+        # Compare TopK + LoRA with e2e, sequence by sequence.
         e2e = read(made["e2e"].needs[0])
         limit = curves["e2e"][-1]["seconds"] / LEAST_SPEEDUP[figure]
         sooner = Estimate(None, None, "no TopK + LoRA was there so soon")
@@ -95,22 +95,21 @@ def measure(study):
 
 
 def reached(points, ce):
-    """The seconds of the first trained point with at most this loss; None if there is none."""
+    """Seconds until the first trained point with at most this loss; None if there is none."""
     return min((point["seconds"] for point in points if point["ce"] <= ce), default=None)
 
 
-# ---- What it comes to ----------------------------------------------------------------------------
+# ---- Tables and pictures -------------------------------------------------------------------------
 
 def table_of(own):
-    """The paper's Tables 1 and 2: a row for each loss that e2e has after a tenth of its training.
-    """
+    """The paper's Tables 1 and 2: a row for e2e's loss after each tenth of its training."""
     rows = []
     for point in own["curves"]["e2e"]:
         times = [reached(own["curves"][name], point["ce"]) for name in CURVES]
         cells = ["-" if time is None else f"{time:,.1f}" for time in times]
         cells.append("-" if times[0] is None else f"{times[-1] / times[0]:.2f}x")
         rows.append([f"{point['ce']:.4f}", *cells])
-    caption = f"{own['model']}: seconds of training to a loss (without SAE {own['ce_base']:.4f})"
+    caption = f"{own['model']}: training seconds to reach a loss (without SAE {own['ce_base']:.4f})"
     headings = ["CE", *(f"{label} (s)" for label in CURVES.values()), "sooner than e2e"]
     return Table(caption, headings, rows)
 

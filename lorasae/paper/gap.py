@@ -6,9 +6,9 @@
 
     python -m lorasae.paper --only fig3,fig4,fig6,fig9
 
-Improvement is CE with SAE - CE with SAE and adapters; the gap is CE with SAE - CE of the model by
-itself; the gap closed is their ratio. A part's numbers hold one row for each run and rank, {axis,
-x, rank, seed, Estimates}, and the differences between runs that its claims are about.
+Improvement is CE with SAE - CE with SAE and adapters; the gap is CE with SAE - CE of the base
+model; the gap closed is improvement / gap. A part's numbers have one row for each run and rank,
+{axis, x, rank, seed, Estimates}, and the differences between runs that its claims are about.
 """
 import math
 from typing import NamedTuple
@@ -26,11 +26,11 @@ from lorasae.paper.study import adapters, around, long_sae, new_sae
 # ---- What all grids share ------------------------------------------------------------------------
 
 class Run(NamedTuple):
-    """What a finished run found: of every held-out sequence [n], in nats per token."""
+    """A finished run. Its tensors have a value per held-out sequence [n], in nats per token."""
     found: dict                         # results.json
-    documents: torch.Tensor             # the document of each
+    documents: torch.Tensor             # the document of each sequence
     sae: torch.Tensor                   # CE with SAE
-    adapted: torch.Tensor               # CE with SAE and adapters; without adapters, with SAE
+    adapted: torch.Tensor               # CE with SAE and adapters; with SAE if there are none
     gap: torch.Tensor
     gap_closed: torch.Tensor            # its mean is the gap closed; NaN if there is no gap
 
@@ -47,16 +47,16 @@ def read(job, variant=""):
 
 
 def run_of(found, documents, base, sae, adapted):
-    """A Run from what fidelity.measure found in each setting."""
+    """A Run from the results of fidelity.measure in each setting."""
     gap = sae["ce"] - base["ce"]
     closed = part_of(sae["ce"] - adapted["ce"], gap, documents)
     return Run(found, documents, sae["ce"], adapted["ce"], gap, closed)
 
 
 def part_of(values, whole, documents):
-    """Values [n] with the mean of mean(values) / mean(whole), and its interval to first order.
+    """Values [n] whose mean and interval are those of mean(values) / mean(whole), to first order.
 
-    NaN unless the mean of the whole lies above 0, by more than its interval if it has one.
+    NaN unless mean(whole) is above 0, by more than its interval if it has one.
     """
     mean, half = interval(whole, documents)
     if mean <= (half or 0):
@@ -65,7 +65,7 @@ def part_of(values, whole, documents):
 
 
 def paired(values, *runs):
-    """The Estimate of the mean of values [n] that were made from runs on the same text."""
+    """The Estimate of the mean of values [n], which were computed from runs on the same text."""
     documents = runs[0].documents
     if not all(torch.equal(documents, run.documents) for run in runs):
         raise InputError("runs did not see the same held-out text, so they cannot be compared")
@@ -74,15 +74,15 @@ def paired(values, *runs):
     return over_documents(values, documents)
 
 
-LEVELS = PAPER["levels"]                # of a run's results: heading, form
+LEVELS = PAPER["levels"]                # field of results.json: (heading, format)
 
 
 def row_of(run, axis, x, rank=64, seed=None):
-    """A run's row: its place in the grid, and Estimates of what it found."""
+    """A run's row: its place in the grid, and Estimates of its results."""
     row = {"axis": axis, "x": x, "rank": rank, "seed": seed}
     for name in LEVELS:
         value = run.found.get(name)                     # None: this run did not measure it
-        if isinstance(value, dict):                     # of each SAE
+        if isinstance(value, dict):                     # a value per SAE: take the mean
             value = sum(value.values()) / len(value)
         row[name] = Estimate(value, None, "")
     row["improvement"] = paired(run.improvement, run)
@@ -91,7 +91,7 @@ def row_of(run, axis, x, rank=64, seed=None):
 
 
 def by_x(rows, field):
-    """{x: the Estimate of a field, over the seeds there}"""
+    """{x: the Estimate of a field, over the seeds at that x}"""
     return {x: over_seeds([row[field] for row in own]) for x, own in group(rows, "x").items()}
 
 
@@ -110,7 +110,7 @@ def tables(numbers):
             columns[f"gap closed{which}"] = by_x(own, "gap_closed"), ".1%"
 
         made.append(Table(
-            f"Gap closed over {axis} (nats per token; {intervals(improvement[0].values())})",
+            f"Gap closed, by {axis} (nats per token; {intervals(improvement[0].values())})",
             [axis, *columns],
             [[str(x), *(cell(found.get(x, NONE), form) for found, form in columns.values())]
              for x in group(rows, "x")]))
@@ -118,14 +118,14 @@ def tables(numbers):
 
 
 def curve(axes, estimates, label, scale=1):
-    """Draws {x: Estimate} with its intervals, at evenly spaced places."""
+    """Draws {x: Estimate} with error bars, at evenly spaced places."""
     names = [str(x) for x in estimates]
     lines(axes, names, {label: estimates.values()}, scale)
     axes.tick_params("x", rotation=90 if len(max(names, key=len)) > 9 else 0)
 
 
 def draw_grid(numbers, figure):
-    """For each axis the improvement in nats above, the gap closed in percent below."""
+    """For each axis, the improvement in nats above and the gap closed in percent below."""
     by_axis = group(numbers["rows"], "axis")
     figure.set_size_inches(12, 5.5)
     panels = figure.subplots(2, len(by_axis), sharex="col", squeeze=False)
@@ -135,13 +135,13 @@ def draw_grid(numbers, figure):
             curve(below, by_x(own, "gap_closed"), f"rank {rank}", scale=100)
         below.set_xlabel(axis)
     panels[0, 0].set_ylabel("CE improvement (nats/token)")
-    panels[1, 0].set_ylabel("of the gap (%)")
+    panels[1, 0].set_ylabel("gap closed (%)")
     panels[0, 0].legend(fontsize=8)
 
 
 # ---- Figures 3 and 4 -----------------------------------------------------------------------------
 
-TRENDS = {                              # gap closed along an axis -> what is claimed to be > 0
+TRENDS = {                              # gap closed along an axis -> the value claimed to be > 0
     "L0": lambda closed: closed[0] - closed[-1],
     "width": lambda closed: closed[0] - closed[-1],
     "layer": lambda closed: closed[len(closed) // 2] - (closed[0] + closed[-1]) / 2,
@@ -155,13 +155,13 @@ class Point(NamedTuple):
     model: str
     layer: str
     width: str                          # latents
-    L0: str                             # as asked for
+    L0: str                             # the L0 asked for
     kind: str = "jumprelu"
     ranks: str = "1,4,16,64,256"
 
     @property
     def name(self):
-        """The same on every axis that it lies on."""
+        """The same on every axis that includes this SAE."""
         return f"{self.model}, block {self.layer}, {self.width} latents, {self.kind} L0 {self.L0}"
 
 
@@ -170,10 +170,10 @@ def points(study):
 
 
 def adapters_at(study, point):
-    """The Job of a point's adapters, all ranks side by side."""
+    """The Job that trains a point's adapters, all ranks side by side."""
     _, model, layer, width, l0, kind, ranks = point
     name, ranks = f"scaling-{model}-layer-{layer}-{width}-l0-{l0}", ranks.split(",")
-    model = study.model if model == study.name else model           # which may be a folder
+    model = study.model if model == study.name else model           # may be a folder
     if study.full:
         return adapters(study, name, model, layer=layer, width=width, l0=l0, rank=ranks)
     active = {"k" if kind == "topk" else "l0": l0}
@@ -182,7 +182,7 @@ def adapters_at(study, point):
 
 
 def measure_scaling(study):
-    """Cases: the gap closed at each point; CE at the lowest rank - CE at the highest there; each
+    """Cases: the gap closed at each point; CE at the point's lowest rank - CE at its highest; each
     trend.
     """
     rows, closed, ranks, at_64 = [], {}, {}, {}
@@ -217,9 +217,9 @@ def sets(study):
 
 
 def single(study, block):
-    """The Job whose run tells what one SAE costs by itself.
+    """The Job whose run measures what one SAE alone costs.
 
-    It trains the SAE, or adapters for one step around an SAE that exists already.
+    It trains the SAE or, if the SAE is a published one, adapters around it for one step.
     """
     model = study.plan.several or study.model
     if not study.full:
@@ -245,8 +245,8 @@ def jobs_of_several(study):
 
 
 def measure_several(study):
-    """Cases: the gap of five SAEs - the gaps of each by itself; the improvement by number of SAEs;
-    CE with one SAE - CE with three SAEs and adapters.
+    """Cases: the gap of five SAEs - the sum of the gaps of each alone; the improvement for each
+    number of SAEs; CE with one SAE - CE with three SAEs and adapters.
     """
     chosen, rows, three = sets(study), [], []
     for seed in study.seeds:
@@ -255,7 +255,7 @@ def measure_several(study):
         three.append(paired(runs[1].sae - runs[3].adapted, runs[1], runs[3]))
 
     singles = [read(single(study, block)) for block in chosen[5]]
-    excess = runs[5].gap - sum(run.gap for run in singles)      # of any seed: without adapters
+    excess = runs[5].gap - sum(run.gap for run in singles)      # the same for every seed
     improvement = by_x(rows, "improvement")
     return {"rows": rows, "cases": {
         "excess": {"5 SAEs": paired(excess, runs[5], *singles)},
@@ -280,7 +280,7 @@ SEVERAL = Part("several", jobs_of_several, measure_several, draw_several, tables
 # ---- Figure 9 ------------------------------------------------------------------------------------
 
 def adapters_by_block(study, seed):
-    """{"all", or how far a block is after the SAE: the Job of adapters there}"""
+    """{"all", or a block's distance from the SAE: the Job that trains adapters there}"""
     blocks, made = study.plan.blocks, {}
     for block in ["after", *blocks]:
         name, how = f"one-block-{block}-seed-{seed}", {"rank": 64, "adapt": block, "seed": seed}
@@ -297,8 +297,8 @@ def jobs_of_one_block(study):
 
 
 def measure_one_block(study):
-    """Cases: the first block's improvement as a part of that by all blocks; improvement by the
-    first block - by the last.
+    """Cases: the first block's improvement as a share of that of all blocks; improvement from the
+    first block - from the last.
     """
     rows, shares, falls = [], [], []
     for seed in study.seeds:

@@ -1,6 +1,6 @@
 """The page of `python -m lorasae.paper`: a forest plot of the paper's claims, then every part.
 
-page.html has the layout and paper.toml the words; here is what it shows.
+page.html has the layout and paper.toml the text; this file supplies the values.
 """
 from base64 import b64encode
 from collections import Counter
@@ -11,14 +11,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from lorasae.evals.report import cell_text
 from lorasae.paper.results import by_chance
 
-LEFT, RIGHT = 12, 288                                   # ends of a claim's scale, of 300
+LEFT, RIGHT = 12, 288                                   # ends of a claim's scale, out of 300
 
 
 def page(study, sections, claims, reasons, command):
     """The page as HTML.
 
-    sections: [(Part, its file of numbers or None, its tables, PNG or None)]; claims: [(Part,
-    Claim)]; reasons: {name of a part: why it was left out}; command: what was called.
+    sections: [(Part, contents of its numbers file or None, its tables, PNG or None)]; claims:
+    [(Part, Claim)]; reasons: {name of a part: why it was left out}; command: the command line.
     """
     jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
                         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
@@ -36,7 +36,7 @@ def page(study, sections, claims, reasons, command):
 
 
 def scale(claim):
-    """The function from a value to its place on a claim's scale, on which lie its threshold, the
+    """The function from a value to its place on a claim's scale, which spans the threshold, the
     paper's values and all cases with their intervals.
     """
     values = [claim.threshold, *claim.paper_values]

@@ -1,16 +1,16 @@
 """The results of a part: rows, tables, and claims whose verdicts follow one rule.
 
-Every case of a claim is an Estimate, whose interval covers 90 %. A case
+Every case of a claim is an Estimate with a 90 % interval. A case
 
-    agrees          if its mean lies beyond the claim's threshold by more than half its interval
-    differs         if it lies as far on the other side
-    within noise    if it lies nearer to the threshold
-    no interval     if it has none: a single seed, too few documents, nothing to divide by
+    agrees          if its mean is beyond the claim's threshold by more than half its interval
+    differs         if it is as far on the other side
+    within noise    if it is nearer to the threshold
+    no interval     if it has none: a single seed, too few documents, or an undefined ratio
 
-A claim takes the verdict of more than half of its cases, or else is "mixed". Nothing is pooled over
-models, points or latents: those are cases.
+A claim gets the verdict that more than half of its cases share; otherwise it is "mixed". Nothing is
+pooled over models, points or latents: each is a separate case.
 
-Numbers are plain values, kept as JSON, in which an Estimate is the list [mean, half, over].
+Numbers are plain values that are stored as JSON, where an Estimate is a list [mean, half, over].
 """
 import tomllib
 from collections import Counter
@@ -28,17 +28,17 @@ OF_SEVERAL = {"agrees": "agree", "differs": "differ"}
 
 
 class Part(NamedTuple):
-    """Some figures and tables of the paper. What it says of them is in paper.toml."""
-    name: str                           # there, and of numbers/NAME.json
-    jobs: Callable                      # study -> [Job]; those that they need are added
+    """Some figures and tables of the paper. What the paper says about them is in paper.toml."""
+    name: str                           # in paper.toml, and of numbers/NAME.json
+    jobs: Callable                      # study -> [Job]; the Jobs that these need are added
     measure: Callable                   # study -> numbers; {"cases": {claim: its cases}, ...}
-    draw: Callable | None               # numbers, figure; None: the paper has only tables
+    draw: Callable | None               # (numbers, figure); None if the paper has only tables
     own_tables: Callable                # numbers -> [Table], without the paper's
 
     @property
     def words(self):
-        """Title, figures (names for --only: "fig3", "table1"), about, and caption of the picture:
-        what its error bars are.
+        """Title, figures (names for --only: "fig3", "table1"), about, and the picture's caption,
+        which says what its error bars are.
         """
         return PAPER[self.name]
 
@@ -48,7 +48,7 @@ class Part(NamedTuple):
         return [*self.own_tables(numbers), *(Table(**known) for known in papers)]
 
     def claims(self, numbers):
-        """Those that the study has cases of."""
+        """The claims for which the study has cases."""
         cases = numbers["cases"]
         return [Claim(**known, cases=cases[name])
                 for name, known in self.words["claims"].items() if cases.get(name)]
@@ -58,13 +58,13 @@ class Part(NamedTuple):
 
 @dataclass
 class Claim:
-    """One claim of the paper: ours lies above a threshold, or below it."""
+    """One claim of the paper: our value is above a threshold, or below it."""
     figure: str                         # such as "Fig. 3"
     says: str
-    paper: str                          # what the paper reports, in words
-    cases: dict                         # {name: Estimate, or the list that it is in JSON}
+    paper: str                          # what the paper reports, as text
+    cases: dict                         # {name: Estimate, or its list from JSON}
     threshold: float = 0.0
-    larger: bool = True                 # False: ours lies below the threshold
+    larger: bool = True                 # False: our value is below the threshold
     paper_values: tuple = ()            # the paper's numbers, in the same unit
     form: str = "+.3f"
     unit: str = "nats"
@@ -95,14 +95,14 @@ class Claim:
         return "mixed"
 
     def said(self, name):
-        """What was found in one case, in words."""
+        """The result of one case, as text."""
         mean, half, what = self.cases[name]
         value = f"{with_interval(mean, half, self.form)} {self.unit}".strip()
         return what if mean is None else f"{value} ({what})"
 
     @property
     def ours(self):
-        """What was found, in words: a value, or "11 of 13 agree, 2 within noise"."""
+        """Our result as text: a value, or "11 of 13 agree, 2 within noise"."""
         if len(self.cases) == 1:
             return self.said(*self.cases)
         words = [f"{count} {OF_SEVERAL.get(verdict, verdict)}"
@@ -111,9 +111,9 @@ class Claim:
 
 
 def by_chance(claims):
-    """(cases that have an interval, how many of them would differ by chance if nothing were there).
+    """(cases with an interval, how many of them would differ by chance if there were no effect).
 
-    As many would agree by chance: a 90 % interval misses on either side one time in twenty.
+    As many would agree by chance: a 90 % interval misses on each side one time in twenty.
     """
     tested = sum(len(claim.cases) - claim.counts.get("no interval", 0) for claim in claims)
     return tested, tested / 20
@@ -123,16 +123,16 @@ def table_of_claims(claims):
     """A Table with a row for each claim."""
     rows = [[f"{claim.figure}: {claim.says}", claim.paper, claim.ours, claim.verdict]
             for claim in claims]
-    return Table("What the paper claims, and what was found (± 90 %)",
+    return Table("The paper's claims and our results (± 90 %)",
                  ["claim", "paper", "ours", "verdict"], rows)
 
 
 # ---- Estimates and rows --------------------------------------------------------------------------
 
 def over_seeds(estimates):
-    """The Estimate over seeds, from one of each seed.
+    """The Estimate over seeds, from one Estimate per seed.
 
-    From a single seed, or if all seeds find the same, it is the first one as it is.
+    With a single seed, or if all means are equal, it is the first Estimate unchanged.
     """
     means = [mean for mean, *_ in estimates]
     if len(set(means)) == 1:
@@ -146,13 +146,13 @@ NONE = Estimate(None, None, "")         # an empty cell
 
 
 def cell(estimate, form=".4f"):
-    """An Estimate, or the list that it is in JSON, as a cell of a table."""
+    """An Estimate, or its list from JSON, as a table cell."""
     mean, half, what = estimate
     return what if mean is None else with_interval(mean, half, form)
 
 
 def intervals(estimates):
-    """What the intervals of Estimates are over, in words, and which have none."""
+    """Text that says what the Estimates' intervals are over, and which have none."""
     words = {f"{'no interval' if half is None else '± 90 %'} over {what}": None
              for mean, half, what in estimates if mean is not None}
     return ", ".join(words)

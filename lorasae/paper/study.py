@@ -1,11 +1,11 @@
 """What the parts of the paper share: models, budgets, and the jobs that train and evaluate.
 
-A part lists the jobs that it needs; several parts may need the same ones. Each training is a run of
-train.py in a folder of its own, so it can be resumed, and eval.py opens it.
+A part lists the jobs that it needs; several parts may need the same ones. Each training Job is
+a run of train.py in its own folder, so train.py can resume it and eval.py can evaluate it.
 
     STUDY/saes/NAME, STUDY/adapters/NAME        runs
-    STUDY/logs/                                 what their commands printed
-    STUDY/numbers/PART.json                     what a part found
+    STUDY/logs/                                 the output of their commands
+    STUDY/numbers/PART.json                     the results of a part
     STUDY/study.json                            the arguments of the study
 """
 import tomllib
@@ -27,22 +27,22 @@ PLANS = {name: SimpleNamespace(**{**USUAL, **words}) for name, words in STUDIES.
 
 @dataclass(frozen=True)
 class Study:
-    """What `python -m lorasae.paper` was asked for. None: as in the models' presets."""
+    """The arguments of `python -m lorasae.paper`. None: the value in the model's preset."""
     folder: Path
-    model: str = "tiny-gemma-2"         # one of PLANS, or a folder of such a name
+    model: str = "tiny-gemma-2"         # one of PLANS, or a folder with such a name
     sae_tokens: int | None = None       # to train an SAE on
     frontier_tokens: int | None = None  # to train the SAEs of Figures 1 and 5 on
     lora_tokens: int | None = None      # to train adapters on
-    long_tokens: int | None = None      # the adapters that the evaluations of §5 and §6 look at
+    long_tokens: int | None = None      # to train the adapters that §5 and §6 evaluate
     eval_tokens: int | None = None      # held out
-    seeds: list = (0,)                  # of adapters, in the parts that take several
+    seeds: list = (0,)                  # for adapters, in the parts that use several
     device: str = "cpu"
-    data: str | None = None             # text to train on, a part of which is held out
-    other_data: str | None = None       # text of a kind that is not trained on
+    data: str | None = None             # text to train on; part of it is held out
+    other_data: str | None = None       # another kind of text, which is never trained on
 
     @property
     def name(self):
-        """The model's, without the path of its folder."""
+        """The model's name, without the path of its folder."""
         return Path(self.model).name
 
     @property
@@ -55,7 +55,7 @@ class Study:
 
     @property
     def full(self):
-        """Whether it takes the published SAEs of the paper's models."""
+        """Whether it uses the published SAEs of the paper's models."""
         return self.plan.size == "paper"
 
 
@@ -64,10 +64,10 @@ class Study:
 class Job(NamedTuple):
     """A run of train.py, or an evaluation of a run by eval.py."""
     folder: Path                        # of the run
-    options: dict                       # {option of the script: value}; None: not given
-    needs: tuple = ()                   # the Jobs before it
-    timed: bool = False                 # its seconds are a result: it runs by itself
-    suite: str | None = None            # of eval.py; None: this is a training
+    options: dict                       # {option of the script: value}; None: left out
+    needs: tuple = ()                   # the Jobs that must run first
+    timed: bool = False                 # its seconds are a result, so it runs alone
+    suite: str | None = None            # of eval.py; None for a run of train.py
 
     @property
     def command(self):
@@ -79,12 +79,12 @@ class Job(NamedTuple):
 
     @property
     def stage(self):
-        """Lower ones run first: what others need, and among these the timed ones."""
+        """Lower stages run first: what others need, and at each depth the timed Jobs."""
         depth = 1 + max((job.stage[0] for job in self.needs), default=0)
         return depth, not self.timed
 
     def found(self, variant=""):
-        """What it found; of a run with several ranks that of a variant, such as "rank-64"."""
+        """Its results; in a run with several ranks, those of a variant such as "rank-64"."""
         return read_json(self.folder / variant / self.command.result)
 
 
@@ -108,8 +108,8 @@ def preset_of(model):
 
 
 def new_sae(study, method, model, *, tokens=None, timed=False, **chosen):
-    """The Job that trains an SAE. chosen: its layer, width, and l0 or k if they are not the
-    usual ones.
+    """The Job that trains an SAE. chosen: its layer, width, and l0 or k, where they are not the
+    defaults.
     """
     known = preset_of(model).sae_training
     chosen = {**study.plan.sae, **chosen}
@@ -131,10 +131,10 @@ def of_text(study):
 
 def adapters(study, name, model, sources=None, needs=(), *, tokens=None, seed=Config.seed,
              timed=False, **options):
-    """The Job that trains adapters: with the paper's optimiser, unless the plan has another.
+    """The Job that trains adapters, with the paper's optimiser unless the plan names another.
 
-    sources: of their SAEs; None for the preset's. needs: the Jobs that make these. options: further
-    ones of train.py.
+    sources: where their SAEs are; None for the preset's. needs: the Jobs that train these SAEs.
+    options: further options of train.py.
     """
     known = preset_of(model).lora
     return Job(study.folder / "adapters" / name, {
@@ -150,27 +150,27 @@ def adapters(study, name, model, sources=None, needs=(), *, tokens=None, seed=Co
 
 
 def around(study, name, saes, **options):
-    """The Job that trains adapters of the SAEs' model around SAEs that are trained here."""
+    """The Job that adapts the SAEs' model to SAEs that other Jobs (saes) train."""
     return adapters(study, name, saes[0].options["model"], [sae.folder for sae in saes],
                     tuple(saes), **options)
 
 
-# ---- The long TopK SAE, as it was after some of its training -------------------------------------
+# ---- The long TopK SAE, at points of its training ------------------------------------------------
 
 def long_sae(study, model=None):
-    """The Job of the TopK SAE of Figures 1 and 5, which is kept after each tenth of its tokens."""
+    """The Job of Figures 1 and 5's TopK SAE, which is saved after each tenth of its tokens."""
     return new_sae(study, "topk", model or study.model, tokens=study.frontier_tokens,
                    timed=True)
 
 
 def checkpoint(sae, percent):
-    """The folder of an SAE as it was then."""
+    """The folder of an SAE as it was after `percent` % of its training."""
     return sae.folder / ("sae" if percent == 100 else f"sae-{percent}pct")
 
 
 def around_long(study, seed, adapt, percent=None, model=None, tokens=None, rank=64):
-    """The Job of adapters (after the SAE, or all) around the long SAE as it was then; by default
-    at the last of the plan's percents.
+    """The Job of adapters around the long SAE after `percent` % of its training, by default the
+    last of the plan's percents. adapt: "after" for the blocks after the SAE, or "all".
     """
     sae, percent = long_sae(study, model), percent or study.plan.percents[-1]
     name = f"{sae.folder.name}-{percent}pct-{adapt}-rank-{rank}-seed-{seed}"
@@ -179,7 +179,7 @@ def around_long(study, seed, adapt, percent=None, model=None, tokens=None, rank=
                     adapt=adapt)
 
 
-# ---- Adapters that several parts look at ---------------------------------------------------------
+# ---- Adapters that several parts evaluate --------------------------------------------------------
 
 def around_topk(study, seed):
     """Adapters on all blocks, around a TopK SAE (Tables 3 and 6; Figures 8 and 11)."""
@@ -191,9 +191,9 @@ def around_topk(study, seed):
 
 
 def around_jumprelu(study, seed):
-    """Adapters on the blocks after the preset's JumpReLU SAE (Table 5; in miniature Table 4).
+    """Adapters on the blocks after the preset's JumpReLU SAE (Table 5; in miniature also Table 4).
 
-    On a laptop, those around the long SAE.
+    On a laptop, adapters around the long SAE instead.
     """
     if study.laptop:
         return around_long(study, seed, "after")
@@ -202,8 +202,8 @@ def around_jumprelu(study, seed):
 
 
 def all_jobs(jobs):
-    """{the file that a Job ends with: Job} of jobs and all that they need, these first. If several
-    end with the same file, the first one counts.
+    """{the file that a Job writes last: Job} for jobs and, before them, all that they need. If
+    several write the same file, the first one counts.
     """
     found = {}
 
@@ -217,7 +217,7 @@ def all_jobs(jobs):
 
 
 def budget(study, part):
-    """How the SAEs and adapters of a part train: {what: the numbers of it, or a name}."""
+    """How the SAEs and adapters of a part train: {what: a list of numbers, or a name}."""
     trained = [job.options for job in all_jobs(part.jobs(study)).values() if job.suite is None]
     saes = [options for options in trained if "sae" not in options]
     adapted = [options for options in trained if "rank" in options and options["tokens"] > 1]

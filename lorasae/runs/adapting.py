@@ -1,15 +1,16 @@
 """A run of --method lora: train the adapters, save them, and measure what they win back.
 
     RUN_DIR/adapter/        the adapters, in PEFT's format; with several ranks or rates
-                            RUN_DIR/rank-R/adapter/ or RUN_DIR/lr-X/adapter/, each in a folder that
-                            is a run of its own
-    RUN_DIR/results.json    what splicing the SAEs in costs, and how much of it the adapters win
+                            RUN_DIR/rank-R/adapter/ or RUN_DIR/lr-X/adapter/, where rank-R and lr-X
+                            are complete run folders themselves
+    RUN_DIR/results.json    what splicing in the SAEs costs, and how much of that the adapters win
                             back (evals/fidelity.py)
-    RUN_DIR/sequences.json  the same for every held-out sequence, to pair this run with others
+    RUN_DIR/sequences.json  the same for every held-out sequence, for paired comparisons with other
+                            runs
 
-Several adapters of one model train side by side in one pass (--rank 1 4 16, --lr 5e-5 2e-4). Each
-is trained exactly, to the bit, as if alone; they share the text, the frozen prefix, the base
-model's part, and its logits in the loss (objectives.linear_kl).
+Several adapters of one model can train side by side in one pass (--rank 1 4 16, --lr 5e-5 2e-4).
+Each trains exactly as if alone, bit for bit. They share the text, the frozen prefix, the base
+model's forward pass, and its logits in the loss (objectives.linear_kl).
 
 Shapes: B batch, T tokens, D d_model, S adapted models.
 """
@@ -28,7 +29,7 @@ from lorasae.runs.folder import Run
 
 
 def adapt_model(setting, run, optimizer=adapt.adamw):
-    """Trains the adapters of a run from its last checkpoint on -> {folder: its results.json}."""
+    """Trains a run's adapters, starting at its last checkpoint -> {folder: its results.json}."""
     model, saes, config = setting.model, setting.saes, setting.config
     blocks = adapt.blocks_to_adapt(config.adapt, saes, len(model.layers))
     adapters = new_adapters(model, blocks, config)
@@ -42,14 +43,14 @@ def adapt_model(setting, run, optimizer=adapt.adamw):
     training.train(run, kind, setting.text)
     folders = save(model, run, adapters)
 
-    # The base model and the SAEs did not change: measured once, for all adapters.
+    # The base model and the SAEs did not change: measure them once for all adapters.
     results, unchanged = {}, training.evaluate(setting, saes, ("base", "sae"))
     for folder, variant, own, size in zip(folders, config.variants, adapters, sizes):
         attach_lora(model, own)
         found = {**unchanged, **training.evaluate(setting, saes, ADAPTED)}
         results[folder] = {**training.results_of(found, setting, run, folder),
                            "trainable_parameters": size}
-        own_run = Run(folder, variant)                  # the run itself, if it trained one
+        own_run = Run(folder, variant)                  # the run itself, if there is one adapter
         own_run.begin()
         own_run.finish(results[folder])
 
@@ -61,9 +62,9 @@ def adapt_model(setting, run, optimizer=adapt.adamw):
 
 
 def new_adapters(model, blocks, config):
-    """Fresh adapters of every rank and rate, [{module name: LoRALinear}]; the first are attached.
+    """Fresh adapters for every rank and rate, [{module name: LoRALinear}]; the first are attached.
 
-    Each starts from the seed, as in a run of its own.
+    Each starts from the same seed, as it would in a separate run.
     """
     found = []
     for variant in config.variants:
@@ -75,10 +76,10 @@ def new_adapters(model, blocks, config):
 
 
 class Adapting:
-    """The kind of step that trains adapters: adapt.take_step, or `take_side_by_side` for several.
+    """The training step for adapters: adapt.take_step, or `take_side_by_side` for several.
 
-    adapters: [{module name: LoRALinear}], one for each of config.variants. optimizer: its class or
-    maker, called with a list of parameter groups and the Config.
+    adapters: [{module name: LoRALinear}], one for each of config.variants. optimizer: a class or
+    function, called with a list of parameter groups and the Config.
     """
 
     def __init__(self, model, saes, adapters, config, optimizer=adapt.adamw, world=ALONE):
@@ -104,7 +105,7 @@ class Adapting:
                                self.config, self.world)
 
     def take_side_by_side(self, part):
-        """adapt.take_step for all adapters -> {kl_NAME, grad_norm_NAME: value}."""
+        """adapt.take_step for all adapters at once -> {kl_NAME, grad_norm_NAME: value}."""
         config, totals = self.config, {}
         for some in adapt.split(part, config.micro_batch):
             losses, values = self.losses(some)
@@ -118,7 +119,7 @@ class Adapting:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-        # A line for each adapter: nats per token, and the gradient's norm before clipping.
+        # For each adapter: nats per token, and the gradient norm before clipping.
         named = {}
         for which, name in enumerate(self.names):
             for loss, values in totals.items():
@@ -127,9 +128,9 @@ class Adapting:
         return named
 
     def losses(self, part):
-        """adapt.adapted_loss for all adapters -> losses [S], {name: values [S]}.
+        """adapt.adapted_loss for all adapters at once -> losses [S], {name: values [S]}.
 
-        Each draws the dropout masks that it would draw alone. The last one stays attached.
+        Each draws the dropout masks that it would draw alone. The last adapter stays attached.
         """
         model, hidden = self.model, []
         gpus = [model.device] if model.device.type == "cuda" else []
@@ -143,7 +144,7 @@ class Adapting:
 
 
 def adapter_names(config, rank="rank-", lr="lr-"):
-    """What tells adapters apart, as their folders do: rank-16, lr-5e-05; "" for a single one."""
+    """Names for the adapters, as in their folders: rank-16, lr-5e-05; "" if there is only one."""
     names = []
     for variant in config.variants:
         parts = []
@@ -156,7 +157,7 @@ def adapter_names(config, rank="rank-", lr="lr-"):
 
 
 def save(model, run, adapters):
-    """Writes the adapters -> the folder of each: the run's, or one inside it for each."""
+    """Writes the adapters -> their folders: the run's own, or one inside it for each adapter."""
     folders = [run.folder / name for name in adapter_names(run.config)]
     place = str(model_place(run.config.model))          # a name that PEFT can resolve
     for folder, own in zip(folders, adapters):

@@ -1,17 +1,17 @@
-"""The presets as one table, made without a network: train.py --list."""
+"""The table of presets, which needs no network: train.py --list."""
 from lorasae.evals.report import table_text
 from lorasae.io.files import DTYPES
 from lorasae.io.presets import PRESETS
 from lorasae.runs.config import Config
 from lorasae.runs.dry_run import in_words
 
-WIDE = 47                                               # of the one column of text
+WIDE = 47                                               # of the only text column
 HEADINGS = [
-    "model", "block", "SAE", "L0", "SAEs there are".ljust(WIDE), "download", "memory", "licence"]
+    "model", "block", "SAE", "L0", "available SAEs".ljust(WIDE), "download", "memory", "licence"]
 NOTES = """
-block, SAE and L0 are what a run takes by default. SAEs there are: blocks, widths, and L0s of the
-default width. download: with the SAE. memory: the model's weights; --dry-run estimates the run.
-The embedded models, tiny-*, are here already."""
+block, SAE and L0 are a run's defaults. available SAEs: their blocks, widths, and the L0s of the
+default width. download: with the SAE. memory: the model's weights; --dry-run estimates the run's.
+The embedded models, tiny-*, need no download."""
 
 
 def show_presets():

@@ -1,9 +1,9 @@
-"""train.py and eval.py as processes, several at a time.
+"""Runs train.py and eval.py as processes, several at a time.
 
     command = Command("train.py", ("--tokens", "20k", "--out", "runs/x"), Path("runs/x"))
     failed = run_all([command], processes=2, logs=Path("logs"))     {command.done: why}
 
-What is finished is not run again, and a run that was begun is resumed.
+Finished commands are not run again. Runs that were begun are resumed.
 """
 import os
 import shlex
@@ -17,15 +17,15 @@ import torch
 
 from lorasae.io.console import progress_line
 
-ROOT = Path(__file__).parents[2]                        # where train.py and eval.py are
-POLL = 0.05                                             # seconds between two looks at processes
+ROOT = Path(__file__).parents[2]                        # the folder of train.py and eval.py
+POLL = 0.05                                             # seconds between polls of the processes
 
 
 class Command(NamedTuple):
     script: str                         # "train.py" or "eval.py"
     words: tuple                        # its arguments
-    folder: Path                        # of the run
-    result: str = "results.json"        # the file in it that says that the command is finished
+    folder: Path                        # the run's folder
+    result: str = "results.json"        # the file in it that marks the command as finished
 
     @property
     def done(self):
@@ -33,24 +33,24 @@ class Command(NamedTuple):
 
     @property
     def name(self):
-        """For logs and progress: saes-topk-results, adapters-x-eval-lm."""
+        """The name in logs and progress lines: saes-topk-results, adapters-x-eval-lm."""
         return f"{self.folder.parent.name}-{self.folder.name}-{Path(self.result).stem}"
 
     def to_run(self):
-        """The words that run it now: a run that was begun is resumed."""
+        """The arguments to run it with now: a run that was begun is resumed."""
         if self.script == "train.py" and (self.folder / "config.json").exists():
             return "--resume", str(self.folder)
         return self.words
 
     def line(self):
-        """The same as a line to paste into a shell in the current directory."""
+        """The same as a shell command for the current directory."""
         return shlex.join(["python", os.path.relpath(ROOT / self.script), *self.to_run()])
 
 
 def run_all(commands, processes, logs):
-    """Runs what is not finished, so many at a time, which share the cores -> {done: why it failed}.
+    """Runs unfinished commands, `processes` at a time, sharing the cores -> {done: why it failed}.
 
-    commands: those of one call must not need each other. logs: the folder of what they print.
+    commands: must not depend on each other. logs: the folder for their output.
     """
     left = [command for command in commands if not command.done.exists()]
     cores = str(max(1, torch.get_num_threads() // processes))
@@ -76,13 +76,13 @@ def run_all(commands, processes, logs):
                     came = f"failed: {failed[command.done]}"
                 progress_line(f"[{ended} of {len(left)}] {command.name}: {came}")
     finally:
-        for process in running:                         # Ctrl-C: no process stays behind
+        for process in running:                         # after Ctrl-C: leave no process behind
             process.terminate()
     return failed
 
 
 def start(command, log, environment):
-    """The process of a command, which prints into `log`."""
+    """Starts a command's process, which prints into `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, ROOT / command.script, *command.to_run()]
     with open(log, "wb") as output:
@@ -91,10 +91,10 @@ def start(command, log, environment):
 
 
 def reason_in(log, status):
-    """Why a command failed, in one line: the last error that its log names."""
+    """Why a command failed, in one line: the last error in its log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     if errors:
         return errors[-1].removeprefix("error: ")
-    killed = f"signal {-status} killed it (too little memory?), " if status < 0 else ""
+    killed = f"killed by signal {-status} (out of memory?), " if status < 0 else ""
     return f"{killed}see {log}"

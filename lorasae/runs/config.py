@@ -1,9 +1,9 @@
-"""The configuration of a run: one table of options for the parser, the checks and --help.
+"""A run's configuration: one table of options for the parser, the checks and --help.
 
-    config = configure({"model": "gemma-2-2b", "rank": (64,)}, RECIPES)    the rest is filled in
-    config = read_config(RUN_DIR)                                   what that run was asked for
+    config = configure({"model": "gemma-2-2b", "rank": (64,)}, RECIPES)    fills in the rest
+    config = read_config(RUN_DIR)                                   the Config of that run
 
-A value comes from the first of these that has one: what is given; the run that made the SAE
+A value comes from the first of these that has one: the options given; the run that made the SAE
 (`--sae RUN_DIR`); the recipe; the model's preset (io/presets.py); the paper, whose values are the
 defaults of Config's fields.
 """
@@ -28,31 +28,31 @@ from lorasae.sae import KINDS
 
 SCRATCH = (*KINDS, "e2e")                               # train an SAE from scratch
 BY_K = (*(name for name, kind in KINDS.items() if kind.l0_is_bounded), "e2e")
-BY_L0 = tuple(name for name in SCRATCH if name not in BY_K)     # an L0 is asked for, not a k
+BY_L0 = tuple(name for name in SCRATCH if name not in BY_K)     # these aim for an L0, not a k
 METHODS = ("lora", *SCRATCH, "finetune")
 BOTH = "lora --train-sae"                               # adapters and SAE together
 EVERY = (*METHODS, BOTH)
 ADAPTERS = ("lora", BOTH)
 RETRAINED = ("finetune", BOTH)                          # train an existing SAE
-AROUND_SAE = ("lora", *RETRAINED)                       # take an existing SAE
+AROUND_SAE = ("lora", *RETRAINED)                       # use an existing SAE
 DEAD_AFTER = 10_000_000                                 # tokens; Gao et al. (2024)
-MOST_AT_ONCE = 2 ** 24                                  # tokens; more is a typing mistake
+MOST_AT_ONCE = 2 ** 24                                  # tokens; more must be a typo
 
 
 # ---- The options ---------------------------------------------------------------------------------
 
 def full_path(text):
-    """The absolute path of what exists here, so that a run opens anywhere; other text as it is."""
+    """An existing path made absolute, so that a run opens from anywhere; other text unchanged."""
     path = os.path.expanduser(text)
     is_name = text in (*PRESETS, "stdlib", *NAMED)
     return os.path.abspath(path) if os.path.exists(path) and not is_name else path
 
 
 class Kind(NamedTuple):
-    """What a value may be, in the terms of io.files.Fields.take, and how a word becomes one."""
+    """Which values an option accepts, as in io.files.Fields.take, and how to parse them."""
     type: type
     bounds: dict = {}
-    parse: Callable | None = None                       # by default the type
+    parse: Callable | None = None                       # default: `type`
 
 
 def one_of(*choices):
@@ -65,16 +65,16 @@ SWITCH = Kind(bool)
 FROM_0 = Kind(int, {"at_least": 0})
 WHOLE = Kind(int, {"at_least": 1})
 TOKENS = Kind(int, {"at_least": 1}, count)
-SEVERAL = Kind(int, {"at_least": 1, "below": 2 ** 20})  # of what memory must hold
+SEVERAL = Kind(int, {"at_least": 1, "below": 2 ** 20})  # all of them must fit in memory
 WIDTH = Kind(int, {"at_least": 1, "below": 2 ** 30}, latents)
-CONTEXT = Kind(int, {"at_least": 2})                    # BOS and one more
+CONTEXT = Kind(int, {"at_least": 2})                    # BOS and one other token
 NOT_NEGATIVE = Kind(float, {"at_least": 0})
 POSITIVE = Kind(float, {"above": 0})
 L0 = Kind(float, {"above": 0}, lambda text: float(LEVELS.get(text, text)))
 PROBABILITY = Kind(float, {"at_least": 0, "below": 1})
 DTYPE = one_of("float32", "bfloat16")
 
-GROUPS = {                                              # in --help, by their first option
+GROUPS = {                                              # titles in --help, by the first option
     "model": "what",
     "k": "training an SAE",
     "rank": "adapters",
@@ -86,17 +86,17 @@ GROUPS = {                                              # in --help, by their fi
 
 
 def opt(default, kind, help, read_by=EVERY):
-    """A field of Config: its default (the paper's), and all that the parser and `check` need.
+    """A field of Config: its default (the paper's), and what the parser and `check` need.
 
-    It takes several values if its default is a tuple. read_by: the methods that use it; the others
-    refuse it.
+    It accepts several values if its default is a tuple. read_by: the methods that use it; all
+    others refuse it.
     """
     return field(default=default, metadata=dict(kind=kind, help=help, read_by=read_by))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that is needed to repeat a run. The defaults are the paper's (§4 and its code)."""
+    """Everything needed to repeat a run. The defaults are the paper's (§4 and its code)."""
 
     model: str = opt(
         "tiny-gemma-2", PATH,
@@ -109,42 +109,42 @@ class Config:
         (12,), FROM_0, "block(s) whose output an SAE replaces, counted from 0")
     sae: tuple = opt(
         (), PATH,
-        "file, folder, Hub path or run folder; one for all layers or one per layer (default: the "
-        "preset's)", AROUND_SAE)
+        "the SAE: a file, folder, Hub path or run folder; one for all layers or one per layer "
+        "(default: the preset's)", AROUND_SAE)
     width: int | None = opt(
         None, WIDTH,
-        "which SAE, by its number of latents, such as 16k; or how many to train, such as 16384 or "
-        "16k (default: 8 d_model)")
+        "latents of the existing SAE to use, such as 16k, or of the SAE to train, such as 16384 "
+        "or 16k (default: 8 d_model)")
     l0: float | None = opt(
         None, L0,
-        "which SAE, by its active latents, or small, medium or big of Gemma Scope 2 (default: the "
-        "nearest to 70); or how many jumprelu is to reach (default: 64)", (*AROUND_SAE, *BY_L0))
+        "average active latents of the existing SAE, or small, medium or big for Gemma Scope 2 "
+        "(default: nearest to 70); or jumprelu's target L0 (default: 64)", (*AROUND_SAE, *BY_L0))
 
     site: str = opt(
         "resid", one_of("resid", "mlp"),
-        "what the SAE reads and replaces: a block's output, or that of its MLP", AROUND_SAE)
+        "what the SAE reads and replaces: a block's output, or its MLP's output", AROUND_SAE)
 
-    k: int = opt(64, WHOLE, "active latents of topk and e2e", BY_K)
+    k: int = opt(64, WHOLE, "active latents per token, for topk and e2e", BY_K)
     auxk: bool = opt(False, SWITCH, "revive dead latents with AuxK", BY_K)
     max_norm: float = opt(
         10.0, NOT_NEGATIVE,
-        "leave out BOS, EOS and activations of a larger norm, in units of their median: attention "
-        "sinks, which are most of the variance (0: train on all, as published)", SCRATCH)
+        "leave out BOS, EOS and activations with norms above this many times the median: attention "
+        "sinks, which make up most of the variance (0: train on all, as published)", SCRATCH)
 
     rank: tuple = opt(
         (64,), SEVERAL,
-        "rank of every adapter; several, as in 1 4 16 64, train side by side, each with every --lr",
+        "rank of the adapters; several, as in 1 4 16 64, train side by side, each with every --lr",
         ADAPTERS)
     alpha: float = opt(32.0, POSITIVE, "adapters are scaled by alpha / rank", ADAPTERS)
     dropout: float = opt(0.1, PROBABILITY, "dropout on the adapters' input", ADAPTERS)
     adapt: tuple = opt(
         (), TEXT,
         "blocks to adapt: after (the SAE), all, next, or block numbers (default: after for "
-        "JumpReLU SAEs, whose L0 would move otherwise, and all for TopK)", ADAPTERS)
+        "JumpReLU SAEs, whose L0 would change otherwise, and all for TopK)", ADAPTERS)
     targets: tuple = opt(TARGETS, one_of(*TARGETS), "projections to adapt", ADAPTERS)
     recipe: str | None = opt(
         None, one_of("paper", "tuned"),
-        "how to train adapters: as published, or as a search on small models found (default: "
+        "how to train adapters: as published, or as found by a search on small models (default: "
         "paper)", ADAPTERS)
 
     objective: str | None = opt(
@@ -157,51 +157,51 @@ class Config:
         5e-5, POSITIVE, "--train-sae: the SAE's learning rate", (BOTH,))
     thresholds: str = opt(
         "trained", one_of("trained", "frozen"),
-        "a JumpReLU's thresholds: trained, with its L0 held where it was, or frozen", RETRAINED)
+        "a JumpReLU's thresholds: trained, while keeping its L0 where it was, or frozen", RETRAINED)
 
     data: str = opt(
-        "pile", PATH, f"stdlib, {', '.join(NAMED)}, a file, a folder, or hf://datasets/...")
+        "pile", PATH, f"text: stdlib, {', '.join(NAMED)}, a file, a folder, or hf://datasets/...")
     field: str | None = opt(
-        None, TEXT, "JSON field that holds the text (default: text, or raw_content)")
+        None, TEXT, "JSON field with the text (default: text, or raw_content)")
     tokens: int = opt(
-        15_000_000, TOKENS, "training tokens, such as 15M (an SAE from scratch: 2B)")
+        15_000_000, TOKENS, "training tokens, such as 15M (for an SAE from scratch: 2B)")
     eval_tokens: int = opt(1_000_000, TOKENS, "held-out tokens")
     context: int = opt(1024, CONTEXT, "tokens per sequence, BOS included")
 
-    optimizer: str = opt("adamw", one_of("adamw", "muon"), "of adapters", ADAPTERS)
+    optimizer: str = opt("adamw", one_of("adamw", "muon"), "the adapters' optimiser", ADAPTERS)
     batch_size: int = opt(1, SEVERAL, "sequences per step")
     micro_batch: int | None = opt(
         None, SEVERAL,
-        "sequences that pass through the model at once: less memory, the same step except for "
-        "dropout masks (default: the batch)", ("lora",))
+        "sequences per pass through the model: fewer need less memory; the step is the same except "
+        "for dropout masks (default: the batch)", ("lora",))
     lr: float | tuple | None = opt(
         5e-5, POSITIVE,
-        "learning rate; several, as in 5e-5 2e-4, train adapters side by side (an SAE from "
+        "learning rate; several, as in 5e-5 2e-4, train adapters side by side (for an SAE from "
         "scratch: 2e-4 / √(latents / 2^14))")
-    lr_decay: bool = opt(False, SWITCH, "let the rate fall linearly to 0", AROUND_SAE)
-    weight_decay: float = opt(0.01, NOT_NEGATIVE, "of the adapters", ADAPTERS)
+    lr_decay: bool = opt(False, SWITCH, "let the learning rate fall linearly to 0", AROUND_SAE)
+    weight_decay: float = opt(0.01, NOT_NEGATIVE, "weight decay of the adapters", ADAPTERS)
     clip: float = opt(
-        1.0, POSITIVE, "bound on the gradient norm of the loss summed over a sequence")
-    seed: int = opt(42, FROM_0, "of adapters, dropout and the order of the text")
+        1.0, POSITIVE, "maximum gradient norm, for the loss summed over a sequence")
+    seed: int = opt(42, FROM_0, "seed for adapters, dropout and the order of the text")
 
-    dtype: str = opt("bfloat16", DTYPE, "of the frozen model; what trains is float32")
-    sae_dtype: str = opt("float32", DTYPE, "of a frozen SAE's matrices", ("lora",))
-    device: str = opt("cpu", TEXT, "cpu, cuda or cuda:1; cuda if PyTorch sees a GPU")
+    dtype: str = opt("bfloat16", DTYPE, "dtype of the frozen model; trained parameters are float32")
+    sae_dtype: str = opt("float32", DTYPE, "dtype of a frozen SAE's matrices", ("lora",))
+    device: str = opt("cpu", TEXT, "cpu, cuda or cuda:1; without it, cuda if PyTorch sees a GPU")
     threads: int | None = opt(
         None, WHOLE,
-        "threads of a CPU (default: OMP_NUM_THREADS, else the cores that are idle at the start)")
+        "CPU threads (default: OMP_NUM_THREADS, or else the cores that are idle at the start)")
     products: str | None = opt(
         None, one_of("onednn", "mkl"),
-        "library of fp32 products on a CPU (default: onednn, unless mkl is measured to be faster)")
+        "library for fp32 matrix products on a CPU (default: onednn, unless mkl measures faster)")
     compile: bool | None = opt(
-        None, SWITCH, "put blocks and loss through torch.compile (default: on a GPU)")
+        None, SWITCH, "compile blocks and loss with torch.compile (default: on a GPU)")
     ahead: int | None = opt(
         None, SEVERAL,
-        "sequences whose frozen part runs at once, before their steps (default: 8 on a GPU, else "
-        "1)")
+        "sequences whose frozen part is computed together, ahead of their steps (default: 8 on a "
+        "GPU, else 1)")
     shard: bool = opt(
         False, SWITCH,
-        "with torchrun: spread the frozen blocks over the processes, for models that do not fit",
+        "with torchrun: shard the frozen blocks over the processes, for models too large for one",
         ("lora",))
     checkpoint_every: int | None = opt(
         None, WHOLE, "steps between checkpoints (default: one per minute)")
@@ -209,10 +209,10 @@ class Config:
 
     def __post_init__(self):
         if isinstance(self.lr, tuple) and len(self.lr) == 1:
-            self.__dict__["lr"] = self.lr[0]            # it is frozen for all others
+            self.__dict__["lr"] = self.lr[0]            # frozen, except here
         check(self)
 
-        # What is left open follows from the rest.
+        # Derive what was left open from the rest.
         on_gpu = self.device.startswith("cuda")
         derived = {
             "micro_batch": self.batch_size,
@@ -239,41 +239,41 @@ class Config:
 
     @property
     def steps(self):
-        """Steps that train on at least `tokens` tokens."""
+        """The number of steps needed to train on at least `tokens` tokens."""
         return math.ceil(self.tokens / self.tokens_per_step)
 
     @property
     def trained_tokens(self):
-        """The tokens of those steps."""
+        """The number of tokens in those steps."""
         return self.steps * self.tokens_per_step
 
     @property
     def eval_batch(self):
-        """Sequences per evaluation batch: on a GPU one alone would wait for kernel launches."""
+        """Sequences per evaluation batch: on a GPU, a single one would wait for kernel launches."""
         on_gpu = self.device.startswith("cuda")
         return max(self.micro_batch, self.ahead) if on_gpu else self.micro_batch
 
     @property
     def dead_after(self):
-        """The tokens after which a latent that never fired is dead."""
+        """A latent that has not fired for this many tokens is dead."""
         return min(DEAD_AFTER, max(1, self.tokens // 10))
 
     @property
     def rates(self):
-        """The learning rates, as a tuple also if there is only one."""
+        """The learning rates, as a tuple even if there is only one."""
         return self.lr if isinstance(self.lr, tuple) else (self.lr,)
 
     @property
     def variants(self):
-        """A Config for each adapter that trains side by side: every rank with every rate."""
+        """A Config for each adapter that trains: every rank with every rate."""
         return [replace(self, rank=(rank,), lr=lr) for rank in self.rank for lr in self.rates]
 
     def which(self, layer):
-        """What says which SAE of a source belongs to a layer."""
+        """The arguments that select a layer's SAE from its source."""
         return {"layer": layer, "width": self.width, "l0": self.l0, "site": self.site}
 
     def to_json(self):
-        """The object that config.json holds."""
+        """The object written to config.json."""
         return {**asdict(self), "steps": self.steps}
 
 
@@ -282,12 +282,12 @@ DEFAULTS = {known.name: known.default for known in fields(Config)}
 
 
 def option(name):
-    """The command's spelling of a field."""
+    """A field's name on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
 def takes_several(name):
-    """Whether an option takes several values."""
+    """Whether an option accepts several values."""
     return isinstance(DEFAULTS[name], tuple) or name == "lr"
 
 
@@ -298,7 +298,7 @@ def joined(values):
 # ---- Checks --------------------------------------------------------------------------------------
 
 def check(config):
-    """Raises InputError for the first field that no run could use."""
+    """Raises InputError for the first field whose value no run could use."""
     for name, facts in OPTIONS.items():
         kind, value, default = facts["kind"], getattr(config, name), DEFAULTS[name]
         may_be_open = default is None or (name == "lr" and config.method in SCRATCH)
@@ -309,13 +309,13 @@ def check(config):
         several = isinstance(value, tuple) and takes_several(name)
         values = value if several else (value,)
         if not values and default:
-            values = (None,)                            # which is no value
+            values = (None,)                            # not a valid value
         for one in values:
             Fields({option(name): one}, "options").take(option(name), kind.type, **kind.bounds)
         if len(set(values)) < len(values) and kind is not PATH:
-            raise InputError(f"{option(name)} {joined(values)} names a value twice")
+            raise InputError(f"{option(name)} {joined(values)} repeats a value")
 
-    # What one run can do.
+    # Check what a single run can do.
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", config.device):
         raise InputError(f"--device {config.device} is not supported: pass cpu, cuda or cuda:1")
     if config.trains_sae and len(config.layer) > 1:
@@ -323,10 +323,10 @@ def check(config):
                          "of one layer")
     if (config.trains_sae or config.shard) and len(config.rank) * len(config.rates) > 1:
         what = "--shard" if config.shard else f"--method {config.mode}"
-        raise InputError(f"--rank {joined(config.rank)} --lr {joined(config.rates)}: {what} is for "
+        raise InputError(f"--rank {joined(config.rank)} --lr {joined(config.rates)}: {what} needs "
                          "one of each; several are for adapters that train side by side")
     if config.method in BY_L0 and config.l0 is None:
-        raise InputError(f"--method {config.method}: pass --l0, the active latents to reach")
+        raise InputError(f"--method {config.method}: pass --l0, the active latents to aim for")
     at_once = max(config.batch_size, config.micro_batch or 1, config.ahead or 1)
     if at_once * config.context > MOST_AT_ONCE:
         raise InputError(f"{at_once:,} sequences of --context {config.context:,} at once are more "
@@ -337,7 +337,7 @@ def check(config):
 # ---- The parser ----------------------------------------------------------------------------------
 
 def add_options(parser):
-    """Adds every field as an option. What is not given stays out of the parsed arguments."""
+    """Adds every field as an option. Options not given are absent from the parsed arguments."""
     for name, facts in OPTIONS.items():
         if name in GROUPS:
             add = parser.add_argument_group(GROUPS[name]).add_argument
@@ -360,24 +360,24 @@ def add_options(parser):
 # ---- Filling in ----------------------------------------------------------------------------------
 
 SAE_TOKENS = 2_000_000_000                              # the paper's training of an SAE (§3.1)
-BY_METHOD = {                                           # where the paper's values depend on it
+BY_METHOD = {                                           # the paper's values, by method
     **dict.fromkeys(SCRATCH, {"tokens": SAE_TOKENS, "lr": None, "l0": 64}),
     "finetune": {"lr": 5e-5, "lr_decay": True},         # Karvonen's (arXiv 2503.17272)
 }
 
 
 def configure(given, recipes):
-    """Config of what is given, {field: value}; None is not given.
+    """The Config for the given {field: value}; a value of None counts as not given.
 
-    recipes: {name: recipe(model, optimizer, train_sae) -> fields of Config}, beside the paper's.
-    Raises InputError for what has no effect or makes no sense.
+    recipes: {name: recipe(model, optimizer, train_sae) -> fields of Config}, besides the paper's.
+    Raises InputError for options that have no effect or make no sense.
     """
     given = {name: value for name, value in given.items() if value is not None}
     model, method = given.get("model", Config.model), given.get("method", Config.method)
     mode = BOTH if method == "lora" and given.get("train_sae") else method
     check_effect(given, mode)
 
-    # Each of these goes before the ones above it. What the method does not read keeps its default.
+    # Later entries override earlier ones. Fields that the method does not read keep their default.
     known = preset(model)
     values = {
         **BY_METHOD.get(mode, {}),
@@ -409,7 +409,7 @@ def check_effect(given, mode):
 
 
 def of_preset(known, model, mode):
-    """The fields that a model's preset decides; without one, text that is always there."""
+    """The fields that a model's preset sets; without a preset, text that is always available."""
     if known is None:
         holds = load_config(model).max_position_embeddings
         return {"data": "stdlib", "context": min(Config.context, holds)}
@@ -422,7 +422,7 @@ def of_preset(known, model, mode):
 
 
 def of_recipe(known, model, given, mode, recipes):
-    """The fields that a recipe for adapters decides."""
+    """The fields that the recipe for adapters sets."""
     if mode not in ADAPTERS:
         return {}
     usual = known.lora.get("recipe") if known else None
@@ -434,7 +434,7 @@ def of_recipe(known, model, given, mode, recipes):
 
 
 def of_sae(known, model, given, mode):
-    """The fields that say which SAE, by default of the preset's; and what the SAE decides."""
+    """The fields that choose the SAE, by default the preset's, and those that depend on the SAE."""
     if mode in SCRATCH:
         return {}
     if "sae" in given:                                  # --adapt depends on its kind
@@ -442,9 +442,9 @@ def of_sae(known, model, given, mode):
 
     layers, l0 = given.get("layer", (None,)), given.get("l0")
     source, chosen = sae_choice(model, layer=layers[0], width=given.get("width"), l0=l0)
-    if os.path.isdir(source):                           # an embedded one: the checkout may move
+    if os.path.isdir(source):                           # embedded: the checkout may move
         source = next(name for name in PRESETS if PRESETS[name] is known)
-    if len(layers) == 1:                                # else each has its own nearest L0
+    if len(layers) == 1:                                # with several, each has its own nearest L0
         l0 = chosen["l0"]
     return {"sae": (source,), "width": chosen["width"], "l0": l0}
 
@@ -458,14 +458,14 @@ def of_sae_runs(given, with_tokens):
         raise InputError(f"--l0 has no effect with the SAE of {folders[0]}: leave it out")
     runs = [read_config(folder) for folder in folders]
     names = ["data", "field", "context", "dtype", "eval_tokens"] + ["tokens"] * with_tokens
-    note(f"note: {', '.join(names)} and layer as in the run that made the SAE, {folders[0]}, "
-         "unless an option says otherwise")
+    note(f"note: taking {', '.join(names)} and layer from the run that made the SAE, {folders[0]}, "
+         "unless given as options")
     values = {name: getattr(runs[0], name) for name in names}
     return {**values, "layer": tuple(run.layer[0] for run in runs)}
 
 
 def run_of(source):
-    """The folder of the run that made an SAE in RUN_DIR or RUN_DIR/sae-50pct; None for others."""
+    """The folder of the run that made the SAE in RUN_DIR or RUN_DIR/sae-50pct, or None."""
     for folder in (Path(source), Path(source).parent):
         if (folder / "config.json").is_file() and (folder / "metrics.jsonl").exists():
             return folder
@@ -475,15 +475,15 @@ def run_of(source):
 # ---- Files ---------------------------------------------------------------------------------------
 
 def as_fields(values):
-    """The options among {name: value} as fields of Config: lists become tuples."""
+    """Those of {name: value} that are fields of Config, with lists as tuples."""
     return {name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items() if name in OPTIONS}
 
 
 def read_config(folder, device=None):
-    """The Config in a run's folder, for another device if one is named.
+    """The Config in a run's folder; `device` replaces its device.
 
-    Raises InputError unless train.py of this version wrote it.
+    Raises InputError unless this version of train.py wrote it.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -492,7 +492,7 @@ def read_config(folder, device=None):
     found = read_object(path)
     wrong = {*OPTIONS, "steps"} ^ (found.keys() - {"versions"})
     if wrong:
-        raise InputError(f"{path} is not of this version of train.py, whose files differ in "
+        raise InputError(f"{path} was not written by this version of train.py: they differ in "
                          f"{shown(joined(sorted(wrong)))}")
     asked = as_fields(found)
     try:
@@ -500,7 +500,7 @@ def read_config(folder, device=None):
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
-    # Values that train.py derived must be those that it would derive now.
+    # Derived values must be the ones that train.py would derive now.
     if config.method in SCRATCH:
         found.take("width", int), found.take("lr", float)
     for name, chosen in config.to_json().items():

@@ -1,13 +1,13 @@
-"""Several processes, one run, on PyTorch's own engine.
+"""Several processes for one run, with torch.distributed.
 
-    torchrun --nproc-per-node 8 train.py --batch-size 8 ...         each takes its share of a batch
-    torchrun --nproc-per-node 8 train.py --batch-size 8 --shard ... and holds its share of the
+    torchrun --nproc-per-node 8 train.py --batch-size 8 ...         each has a share of the batch
+    torchrun --nproc-per-node 8 train.py --batch-size 8 --shard ... and stores a share of the
                                                                     frozen blocks (FSDP2)
 
-Only the adapters (or the SAE) train, and every process keeps all of them and of their optimiser:
-the gradients of the shares are summed, in one message per step, so N processes take the same steps
-as one (with dropout: with other masks). Process 0 writes every file and does the talking. Without
-torchrun there is one process, and all of this does nothing.
+Only the adapters (or the SAE) train, and every process has a full copy of them and their optimiser.
+Gradients are summed over the processes in one message per step, so N processes take the same steps
+as one (except for dropout masks, which differ). Process 0 does all the writing and printing.
+Without torchrun there is one process, and none of this has any effect.
 """
 import os
 import sys
@@ -20,11 +20,11 @@ import torch.distributed as dist
 from lorasae.adapt import ALONE, World
 from lorasae.errors import InputError
 
-JOIN_TIMEOUT = timedelta(seconds=45)                    # how long processes wait at the start
+JOIN_TIMEOUT = timedelta(seconds=45)                    # how long the start may take
 
 
 def local(device):
-    """The torch.device of a name such as cpu, cuda, cuda:1; each process has its own GPU."""
+    """The torch.device for a name such as cpu, cuda or cuda:1; each process has its own GPU."""
     found, gpus = torch.device(device), torch.cuda.device_count()
     if found.type == "cuda" and (found.index or 0) >= gpus:
         raise InputError(f"--device {device}: PyTorch sees {gpus} GPUs, counted from 0; pass "
@@ -35,9 +35,9 @@ def local(device):
 
 
 def start(config):
-    """Joins the processes that torchrun started; raises InputError if some do not come.
+    """Joins the processes that torchrun started; raises InputError if some do not appear.
 
-    Each takes its share of a step's sequences, which must be one.
+    The number of processes must divide a step's sequences.
     """
     device, size = local(config.device), int(os.environ.get("WORLD_SIZE") or 1)
     if size > 1 and not dist.is_initialized():
@@ -60,14 +60,14 @@ def start(config):
 
 
 def stop():
-    """Leaves the other processes, when all is done."""
+    """Waits until all processes are done, then leaves the group."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def number():
-    """The number of this process, from 0."""
+    """This process's number, counted from 0."""
     return world().number
 
 
@@ -87,7 +87,7 @@ def share(batch, world):
     """This process's part of a batch [B, ...]: B / world.count consecutive rows."""
     if len(batch) % world.count:
         raise InputError(f"{world.count} processes cannot share the {len(batch)} sequences of a "
-                         "step: start a number that divides them, or make --batch-size a multiple")
+                         "step equally: change the number of processes, or --batch-size")
     size = len(batch) // world.count
     return batch[world.number * size:(world.number + 1) * size]
 
@@ -96,19 +96,19 @@ def share(batch, world):
 
 @contextmanager
 def others_may_end():
-    """Ends this process in one line if a message to the others fails: one of them has ended."""
+    """Exits with a one-line error if communication fails: another process has ended."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:                       # PyTorch's, for a broken connection
+    except RuntimeError as error:                       # how PyTorch reports a broken connection
         sys.exit(f"error: lost another process of this run ({str(error).splitlines()[0]}); "
                  "--resume RUN_DIR continues from the last checkpoint")
 
 
 @torch.no_grad()
 def all_reduce(tensors):
-    """Sums each tensor over the processes, in place, all of them in one message."""
+    """Sums each tensor over the processes, in place; one message for all tensors."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     with others_may_end():
         dist.all_reduce(flat)
@@ -120,7 +120,7 @@ def all_reduce(tensors):
 def differentiable_sum(value):
     """The sum of a tensor over the processes.
 
-    Forward: the sum. Backward: this process's part only, as all_reduce adds the others' gradients.
+    Forward: the sum. Backward: this process's part only, as all_reduce adds up the gradients.
     """
     total = value.detach().clone()
     all_reduce([total])
@@ -129,7 +129,7 @@ def differentiable_sum(value):
 
 
 def agree(value):
-    """Process 0's value."""
+    """The value that process 0 has."""
     return gather(value)[0]
 
 
@@ -144,13 +144,13 @@ def gather(value):
 
 
 def portion(batches):
-    """This process's consecutive part of what is to be evaluated; `merge` keeps the order."""
+    """This process's consecutive part of the batches to evaluate; `merge` keeps their order."""
     begin, end = (len(batches) * part // count() for part in (number(), number() + 1))
     return batches[begin:end]
 
 
 def merge(nest):
-    """What the portions found, a nest of dicts of lists: each list joined over the processes."""
+    """Merges the results of all portions: in nested dicts, joins each list over the processes."""
     def join(parts):
         if isinstance(parts[0], dict):
             return {key: join([part[key] for part in parts]) for key in parts[0]}
@@ -158,14 +158,14 @@ def merge(nest):
     return join(gather(nest))
 
 
-# ---- Models that no process holds whole ----------------------------------------------------------
+# ---- Models too large for one process ------------------------------------------------------------
 
 def shard(model, device):
     """Spreads a model's frozen blocks over the processes and moves the rest to `device`.
 
     A block's weights are gathered for its forward and backward pass, then freed. Adapters,
-    embedding and head are whole everywhere. Do not replace modules afterwards: FSDP2 knows a
-    weight by the module that owns it. Returns the model.
+    embedding and head are complete in every process. Do not replace modules afterwards: FSDP2 finds
+    a weight through the module that owns it. Returns the model.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard      # imported lazily: it takes a second

@@ -1,6 +1,6 @@
-"""What a run would fetch, train and hold in memory, from configurations alone: train.py --dry-run.
+"""What a run would fetch, train and keep in memory, from configurations alone: train.py --dry-run.
 
-Works without a network for presets, and for a device that is not there.
+Presets need no network, and the device need not be present.
 """
 import math
 import os
@@ -31,17 +31,17 @@ from lorasae.runs.setting import check_context, check_sae, sae_sources
 from lorasae.sae import KINDS, JumpReLU, TopK
 
 FP32 = 4
-TRAINED = 4 * FP32                                      # a number, its gradient, two averages
+TRAINED = 4 * FP32                                      # parameter, gradient, two averages
 
 
 def dry_run(config):
-    """Prints the plan of a run; refuses what the run itself would refuse."""
+    """Prints a run's plan; refuses what the run itself would refuse."""
     model_config = load_config(config.model)
     check_context(config, model_config)
     if config.data not in text.NAMED:
-        text.files(config.data)                         # InputError if there is no such text
+        text.files(config.data)                         # InputError if the text is missing
 
-    # What would be fetched, and what the SAEs are.
+    # Find the files to fetch, and build the SAEs on the meta device.
     files, saes, meta = hub.model_plan(config.model), {}, torch.device("meta")
     if all(file.cached for file in files):
         weight_files(hub.model_files(config.model))
@@ -62,7 +62,7 @@ def dry_run(config):
             with meta:
                 saes[layer] = JumpReLU(model_config.hidden_size, width)
 
-    # What would train.
+    # Find what would train.
     with meta:
         model = Transformer(model_config).requires_grad_(False)
     of_model = training.size_of(model.parameters())
@@ -73,7 +73,7 @@ def dry_run(config):
         adapters = new_adapters(model, blocks, config)
         trained += sum(training.size_of(lora_parameters(own)) for own in adapters)
 
-    # What it would hold in memory.
+    # Estimate the memory.
     widths = [len(sae.W_enc) for sae in saes.values()]
     parts = memory(model_config, config, widths, first=min([*blocks, *config.layer]))
     parts |= {
@@ -82,7 +82,7 @@ def dry_run(config):
         "trained": TRAINED * trained}
     total = sum(parts.values())
 
-    # The table.
+    # Print the table.
     missing = [file for file in files if not file.cached]
     for file in missing:
         print(f"fetch {in_words(file.bytes):>9}  {file.repo}/{file.path}")
@@ -92,8 +92,8 @@ def dry_run(config):
         **training.what_trains(config, model, saes, blocks, trained),
         "text": config.data + ", streamed" * (config.data in text.NAMED),
         "time": time_at_hand(config),
-        "memory": f"about {in_words(total)} on {config.device}, plus 0.5 GB for Python; the model "
-                  f"is {config.dtype}",
+        "memory": f"about {in_words(total)} on {config.device}, plus 0.5 GB for Python; model in "
+                  f"{config.dtype}",
         **{f"  {name}": in_words(bytes) for name, bytes in parts.items() if bytes}})
     room = memory_of(config.device)
     if total > room:
@@ -106,15 +106,15 @@ def in_words(bytes):
 
 
 def latents_in(files, model_config):
-    """The latents of an SAE that is still to be fetched, by its size in bfloat16."""
+    """The latents of an SAE that is not fetched yet, from its size, assuming bfloat16."""
     return sum(file.bytes for file in files) // (4 * model_config.hidden_size) // 1024 * 1024
 
 
 def memory(model_config, config, widths, first):
-    """Bytes that pass through, to about a third: {part: bytes}.
+    """Bytes of temporary tensors, accurate to about a third: {part: bytes}.
 
-    Backward keeps, of every block from the `first` that it reaches, its norms' inputs in fp32, the
-    products of attention and MLP and the adapters' inputs, and on a CPU the soft-capped scores.
+    For the backward pass, every block from `first` on keeps its norms' inputs in fp32, the products
+    of attention and MLP, the adapters' inputs and, on a CPU, the soft-capped scores.
     """
     D, I = model_config.hidden_size, model_config.intermediate_size
     heads, each = model_config.num_attention_heads, DTYPES[config.dtype].itemsize
@@ -123,10 +123,10 @@ def memory(model_config, config, widths, first):
         per_token += heads * config.context * FP32
     passed = len(config.variants) * (model_config.num_hidden_layers - first)
     if config.method in KINDS or config.objective == "mse":
-        passed = 0                                      # reconstruction ends at the SAE
+        passed = 0                                      # reconstruction stops at the SAE
 
     rows = config.micro_batch * config.context
-    encoded = max(1024, 2 * rows if config.trains_sae else rows // 2)       # or in an evaluation
+    encoded = max(1024, 2 * rows if config.trains_sae else rows // 2)       # 1024 in evaluation
     device = "cuda" if config.device.startswith("cuda") else "cpu"
     logits = min(rows * model_config.vocab_size, CHUNK_ELEMENTS[device])
     return {"a step": rows * passed * per_token, "latents": 4 * FP32 * encoded * sum(widths),
@@ -134,10 +134,10 @@ def memory(model_config, config, widths, first):
 
 
 def time_at_hand(config):
-    """The time of a run, from the speed of the newest one in runs/ of this model and method."""
+    """A run's time, from the speed of the newest run in runs/ with this model and method."""
     same = ("model", "method", "context", "batch_size", "device")
     for path in sorted(RUNS.glob("*/results.json"), key=os.path.getmtime, reverse=True):
-        with suppress(InputError, OSError):             # no run of ours
+        with suppress(InputError, OSError):             # not a finished run
             earlier = read_config(path.parent)
             rate = read_object(path).take("tokens_per_second", float, above=0)
             if all(getattr(earlier, name) == getattr(config, name) for name in same):
@@ -147,19 +147,19 @@ def time_at_hand(config):
 
 
 def free_disk():
-    """Bytes left where the Hub's cache is, or will be."""
+    """Free bytes on the disk where the Hub's cache is or will be."""
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     return shutil.disk_usage(there).free
 
 
 def memory_of(device):
-    """Bytes of memory that a device has, within the container's limit; infinity if unknown."""
+    """A device's memory in bytes, within the container's limit; infinity if unknown."""
     if device.startswith("cuda") and (torch.device(device).index or 0) < torch.cuda.device_count():
         return torch.cuda.get_device_properties(device).total_memory
-    if device.startswith("cuda") or not hasattr(os, "sysconf"):         # not here; Windows
+    if device.startswith("cuda") or not hasattr(os, "sysconf"):         # absent GPU; Windows
         return math.inf
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):                 # there is no limit, or no such file
+    with suppress(OSError, ValueError):                 # no limit, or no such file
         room = min(room, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return room

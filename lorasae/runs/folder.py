@@ -1,9 +1,9 @@
-"""A run's folder: config.json (what was asked), metrics.jsonl, checkpoint/, results.json.
+"""A run's folder: config.json (its settings), metrics.jsonl, checkpoint/, results.json.
 
-Every file is whole or absent, and one process at a time writes. A killed run loses the steps since
-its last checkpoint and, resumed, ends where the uninterrupted one would have: parameters and
-optimiser come from the checkpoint; the text and the random numbers of a step follow from its
-number. With several processes (distributed.py) the first does all the writing.
+Every file is either complete or absent, and only one process writes at a time. A killed run loses
+the steps since its last checkpoint. When resumed, it ends where the uninterrupted run would have:
+parameters and optimiser come from the checkpoint; a step's text and random numbers follow from its
+number. With several processes (distributed.py), the first does all the writing.
 """
 import itertools
 import json
@@ -29,7 +29,7 @@ from lorasae.runs import distributed
 
 LOG_EVERY = 10                          # steps per metrics line: reading values waits for the GPU
 CHECKPOINT_SECONDS = 60                 # a large checkpoint takes seconds to write
-RUNS = Path("runs")                     # where runs go by default
+RUNS = Path("runs")                     # the default folder for runs
 
 
 class Run:
@@ -38,15 +38,15 @@ class Run:
     def __init__(self, folder, config):
         self.folder, self.config = Path(folder), config
         self.writes = distributed.number() == 0
-        self.lock, self.made = None, []                 # the folders that were made for the run
+        self.lock, self.made = None, []                 # folders created for the run
         self.pending, self.seconds, self.latest = [], 0.0, ""
-        self.track = lambda values, step: None          # tracking.py takes what is logged
+        self.track = lambda values, step: None          # replaced by tracking.py
 
     # ---- Beginning and end -----------------------------------------------------------------------
 
     @classmethod
     def create(cls, folder, config):
-        """Claims a fresh folder, by default runs/MODEL-METHOD. `begin` writes the first file."""
+        """Claims a new folder, by default runs/MODEL-METHOD. `begin` writes the first file."""
         made = missing(folder or RUNS)
         if folder is None and distributed.number() == 0:
             folder = new_folder(config)
@@ -58,7 +58,7 @@ class Run:
 
     @classmethod
     def resume(cls, folder, config):
-        """The run that `folder` holds, to be continued. config: read_config(folder)."""
+        """The unfinished run in `folder`, to be continued. config: read_config(folder)."""
         run = cls(folder, config)
         if (run.folder / "results.json").exists():
             raise InputError(f"{folder} is a finished run: there is nothing to resume "
@@ -67,7 +67,7 @@ class Run:
         return run
 
     def claim(self):
-        """Makes the folder, and process 0 its only writer."""
+        """Creates the folder and locks it, so that process 0 is its only writer."""
         if not self.writes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,10 +75,10 @@ class Run:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise InputError(f"{self.folder} is being written by another process: wait for it to "
+            raise InputError(f"another process is writing to {self.folder}: wait for it to "
                              "end, or pass another --out") from None
         self.lock = lock
-        for unfinished in self.folder.rglob("*.part"):          # what a killed process was writing
+        for unfinished in self.folder.rglob("*.part"):          # left by a killed process
             unfinished.unlink()
 
     @property
@@ -86,17 +86,17 @@ class Run:
         return (self.folder / "config.json").exists()
 
     def begin(self):
-        """Writes config.json: called once everything that the run reads at first has been read."""
+        """Writes config.json. Called once everything that is read at the start has been read."""
         if self.writes and not self.has_begun:
             write_json(self.folder / "config.json",
                        {**self.config.to_json(), "versions": versions()})
 
     def after_interrupt(self):
-        """How an interrupted run goes on, in words."""
+        """A message that says how to continue an interrupted run."""
         if not self.has_begun:
             return "interrupted: nothing was written"
         step = max(map(step_of, self.checkpoints()), default=0)
-        return (f"interrupted: python train.py --resume {self.folder} goes on from step {step:,} "
+        return (f"interrupted: python train.py --resume {self.folder} continues at step {step:,} "
                 f"of {self.config.steps:,}")
 
     def finish(self, results):
@@ -105,7 +105,7 @@ class Run:
             write_json(self.folder / "results.json", results)
 
     def close(self):
-        """Releases the lock. If the run never began, nothing of it stays."""
+        """Releases the lock. If the run never began, removes what it created."""
         if self.lock is None:
             return
         self.lock.release()
@@ -117,47 +117,47 @@ class Run:
     # ---- Checkpoints -----------------------------------------------------------------------------
 
     def restore(self, tensors, optimizer):
-        """Loads the newest whole checkpoint into tensors and optimiser -> steps done."""
+        """Loads the newest intact checkpoint into tensors and optimiser -> number of steps done."""
         state, step = self.newest_checkpoint(), 0
         if state is not None:
             with damage(f"{self.folder}/checkpoint"), torch.no_grad():
                 step, parameters = state["step"], state["parameters"]
                 if [tensor.shape for tensor in tensors] != [saved.shape for saved in parameters]:
                     raise InputError(f"{self.folder}/checkpoint belongs to another run: its "
-                                     "tensors have other shapes than this one's")
+                                     "tensors have different shapes")
                 for tensor, saved in zip(tensors, parameters):
                     tensor.copy_(saved)
                 optimizer.load_state_dict(state["optimizer"])
                 self.seconds = float(state["seconds"])
             progress_line(f"resuming at step {step:,} of {self.config.steps:,}")
 
-        # Steps that will be taken again are not in the log twice.
+        # Remove the steps that will be repeated from the log.
         log = self.folder / "metrics.jsonl"
         if self.writes and log.exists():
             kept = []
             for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, TypeError, KeyError):         # half a line, of a kill
+                with suppress(ValueError, TypeError, KeyError):         # a line cut off by a kill
                     if json.loads(line)["step"] <= step:
                         kept.append(f"{line}\n")
             write_bytes(log, "".join(kept).encode())
         return step
 
     def newest_checkpoint(self):
-        """The state in the newest checkpoint that is whole; None if there is none."""
+        """The state in the newest intact checkpoint; None if there is none."""
         for path in reversed(self.checkpoints()):
             try:
                 if digest(path) != path.with_suffix(".blake2b").read_text():
-                    raise ValueError("its bytes do not fit its checksum")
+                    raise ValueError("its bytes do not match its checksum")
                 return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as damage:                 # a damaged file can raise anything
                 note(f"warning: {path} is damaged ({first_line(damage)}): trying the one before "
-                     "it, else starting over")
+                     "it, or starting over")
                 if self.writes:
                     path.rename(path.with_suffix(".damaged"))
         return None
 
     def save(self, step, tensors, optimizer):
-        """Writes checkpoint/step-N.pt and keeps the one before it. Losses so far are finite."""
+        """Writes checkpoint/step-N.pt if all losses are finite, and keeps the one before it."""
         self.flush()
         self.saved = time.perf_counter()
         if not self.writes:
@@ -178,16 +178,16 @@ class Run:
             old.unlink()
 
     def checkpoints(self):
-        """Their files, oldest first."""
+        """The checkpoint files, oldest first."""
         return sorted((self.folder / "checkpoint").glob("step-*.pt"))
 
     def oldest_kept_step(self):
-        """Where a resumed run could have to start: at 0 until two checkpoints are there."""
+        """The earliest step a resumed run may start from: 0 until there are two checkpoints."""
         kept = self.checkpoints()
         return step_of(kept[0]) if len(kept) > 1 else 0
 
     def is_due(self, step):
-        """Whether a checkpoint follows this step: after the last, every N steps or every minute."""
+        """Whether to save after this step: after the last, and every N steps or every minute."""
         every = self.config.checkpoint_every
         if every is None:
             due = time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
@@ -198,12 +198,12 @@ class Run:
     # ---- Progress --------------------------------------------------------------------------------
 
     def progress(self, start):
-        """Yields the numbers of the steps to take, behind a progress bar.
+        """Yields the numbers of the steps to take, and shows a progress bar.
 
-        Without a terminal, a line reports every tenth of the way instead.
+        Without a terminal, it prints a line after each tenth of the steps instead.
         """
         steps = self.config.steps
-        hidden = None if self.writes else True          # None: if there is no terminal
+        hidden = None if self.writes else True          # None: hidden without a terminal
         self.saved = time.perf_counter()
         self.started = self.saved - self.seconds
         with tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True,
@@ -220,13 +220,13 @@ class Run:
             self.flush()
 
     def log(self, step, values):
-        """Keeps a step's values (numbers or 0-dim tensors); writes them every LOG_EVERY steps."""
+        """Collects a step's values (numbers or 0-dim tensors); logs them every LOG_EVERY steps."""
         self.pending.append((step, values))
         if step % LOG_EVERY == 0:
             self.flush()
 
     def flush(self):
-        """Reads the pending values, stops the run if one is not finite, and logs their means."""
+        """Reads the collected values, stops the run if one is not finite, and logs their means."""
         self.seconds = time.perf_counter() - self.started
         if not self.pending:
             return
@@ -258,32 +258,32 @@ def step_of(checkpoint):
 
 
 def ends_a_tenth(step, steps):
-    """Whether this many steps complete another tenth of them all."""
+    """Whether this step completes another tenth of all steps."""
     return 10 * step // steps > 10 * (step - 1) // steps
 
 
 def check_free(folder):
-    """Raises InputError if the folder holds anything but the lock of an earlier run."""
+    """Raises InputError if the folder contains anything but an earlier run's lock."""
     if any(path.name != ".lock" for path in folder.glob("*")):
-        raise InputError(f"{folder} already holds files: pass another --out, or remove it (a run "
-                         f"in it that has a config.json goes on with --resume {folder} alone)")
+        raise InputError(f"{folder} is not empty: pass another --out, or remove it (if it has a "
+                         f"config.json, --resume {folder} alone continues its run)")
 
 
 def new_folder(config):
-    """Makes runs/MODEL-METHOD, or the first free one of -2, -3, ..."""
+    """Creates runs/MODEL-METHOD; if that is taken, the first free one with -2, -3, ..."""
     name = f"{Path(config.model).name}-{config.method}"
     for number in itertools.count(1):
         folder = RUNS / (name if number == 1 else f"{name}-{number}")
-        with suppress(FileExistsError):                 # also if another run makes it right now
+        with suppress(FileExistsError):                 # another run may be creating it
             folder.mkdir(parents=True)
             return folder
 
 
 def begin_with(path, asked):
-    """Writes the arguments {name: value} of a folder of runs, unless they are there.
+    """Records the arguments {name: value} of a folder of runs, if it is new.
 
-    InputError if the folder was begun with other values. If nothing can be written, no folder is
-    left.
+    Raises InputError if the folder was begun with different values. If writing fails, the folders
+    created for it are removed.
     """
     if not path.exists():
         made = missing(path.parent)
@@ -301,23 +301,23 @@ def begin_with(path, asked):
 
 
 def missing(folder):
-    """A folder and its parents that do not exist yet, innermost first."""
+    """The folder and those of its parents that do not exist yet, innermost first."""
     return [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
 
 
 def remove(folders):
-    """Removes those of the folders that are empty, innermost first."""
+    """Removes those of the folders that are empty; they are given innermost first."""
     for folder in folders:
-        with suppress(OSError):                         # something of the user's is in it
+        with suppress(OSError):                         # the user's files are in it
             folder.rmdir()
 
 
 def digest(path):
-    """A checksum of a file's bytes: torch.load does not notice a flipped bit."""
+    """A checksum of a file's bytes, as torch.load does not notice flipped bits."""
     return blake2b(numpy.memmap(path, mode="r")).hexdigest()
 
 
 def versions():
-    """What a repetition needs to know about the machine's software."""
+    """The software versions needed to repeat a run."""
     return {"python": platform.python_version(), "torch": torch.__version__,
             "numpy": numpy.__version__}

@@ -1,8 +1,8 @@
-"""What the machine gives a run: threads, memory, and the library that multiplies on a CPU.
+"""A run's machine settings: threads, memory, and the library for matrix products on a CPU.
 
-    config = settled(config)        chooses what the Config leaves open, and applies all of it
+    config = settled(config)        chooses what the Config leaves open, and applies it all
 
-Each can change the last bits of a result, so a run records them, and goes on with what it began.
+Each can change the last bits of a result, so a run records them, and a resumed run reuses them.
 """
 import ctypes
 import os
@@ -18,9 +18,9 @@ import torch
 from lorasae.linear import linear
 from lorasae.runs import distributed
 
-CLEARLY = 1.3           # MKL must be this many times faster, so that repeated runs choose alike
-LOOK = 0.2              # seconds for which other work is watched
-SIZE, ROUNDS = 1024, 5  # of the products that are timed: 0.1 s
+CLEARLY = 1.3           # MKL must be this many times faster, so that repeated runs agree
+LOOK = 0.2              # seconds spent watching other work on the cores
+SIZE, ROUNDS = 1024, 5  # of the matrix products that are timed: 0.1 s in all
 
 
 def settled(config):
@@ -36,12 +36,12 @@ def settled(config):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep what is freed.
+    """Tells glibc to keep freed memory.
 
     Otherwise large tensors get fresh pages each time, which is 4 to 6 % of a step on a CPU.
     """
     if sys.platform == "linux":
-        with suppress(AttributeError):                  # another C library has no mallopt
+        with suppress(AttributeError):                  # other C libraries lack mallopt
             for parameter in (-1, -3):                  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
                 ctypes.CDLL(None).mallopt(parameter, 2 ** 30)
 
@@ -49,7 +49,7 @@ def keep_freed_memory():
 # ---- Threads -------------------------------------------------------------------------------------
 
 def free_cores():
-    """OMP_NUM_THREADS; else the cores that this process may use and that now idle, at least 1."""
+    """OMP_NUM_THREADS, or else how many of this process's cores are idle now, at least 1."""
     if "OMP_NUM_THREADS" in os.environ or sys.platform != "linux":
         return torch.get_num_threads()
     before = idle_seconds()
@@ -66,7 +66,7 @@ def cores():
 
 
 def idle_seconds():
-    """For how long those cores have idled, in all."""
+    """The total idle time of those cores."""
     names, ticks = {f"cpu{core}" for core in cores()}, 0
     for line in Path("/proc/stat").read_text().splitlines():
         name, *times = line.split()
@@ -75,11 +75,11 @@ def idle_seconds():
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-# ---- Products ------------------------------------------------------------------------------------
+# ---- Matrix products -----------------------------------------------------------------------------
 
 @cache
 def faster_library():
-    """onednn, or mkl where one core is clearly faster with it at a product of a model's size."""
+    """onednn, or mkl if that is clearly faster on one core for a product of a model's size."""
     torch.set_num_threads(1)
     x, weight = torch.ones(256, SIZE), torch.ones(SIZE, SIZE)
     best = dict.fromkeys(("onednn", "mkl"), float("inf"))

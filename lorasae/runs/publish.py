@@ -1,17 +1,17 @@
-"""A finished run on the Hugging Face Hub, with a model card that says what it is.
+"""Publishes a finished run on the Hugging Face Hub, with a model card.
 
     python train.py --publish RUN_DIR OWNER/NAME        uploads it, in one commit
     python train.py --card RUN_DIR                      prints the card
 
-The repository gets what others need to use the run, and the record of what was found:
+The repository gets what others need to use the run, and a record of its results:
 
     README.md                   the card, made from card.md
-    adapter_config.json         the adapters, in PEFT's format, with adapter_model.safetensors;
-                                several are in rank-R/ or lr-X/
+    adapter_config.json         the adapters in PEFT's format, with adapter_model.safetensors; in
+                                rank-R/ or lr-X/ if there are several
     sae/                        the SAE in SAELens's format, if the run trained it
     run/                        config.json and results.json
 
-All files call the base model, its SAEs and the text as others know them, never by a local path.
+All files use public names for the base model, its SAEs and the text, never local paths.
 """
 import json
 import math
@@ -36,7 +36,7 @@ from lorasae.runs.setting import runs_in, sae_sources
 
 
 def publish(folder, repo, names):
-    """Uploads a finished run to the Hub, into a repository that is made if it is not there.
+    """Uploads a finished run to a repository on the Hub, which is created if it does not exist.
 
     names: see `public`. Raises InputError if the Hub refuses.
     """
@@ -46,13 +46,13 @@ def publish(folder, repo, names):
         url = HfApi().create_repo(repo, exist_ok=True)
         HfApi().create_commit(repo, operations, commit_message="Upload a run of lorasae")
     except (HTTPError, ValueError) as error:
-        raise InputError(f"{repo} is not published ({first_line(error)}): log in with `hf auth "
+        raise InputError(f"could not publish {repo} ({first_line(error)}): log in with `hf auth "
                          "login`, with a token that may write there") from error
-    print(f"{url} holds {', '.join(found)}")
+    print(f"{url} now contains {', '.join(found)}")
 
 
 def files(folder, repo, names):
-    """{path in the repository: bytes, or a local file} of a finished run."""
+    """{path in the repository: bytes, or a local file} for a finished run."""
     readme = str(card(folder, repo, names)).encode()
     config = public(read_config(folder), names)
     found = {
@@ -72,15 +72,15 @@ def files(folder, repo, names):
 
 
 def changed(path, values):
-    """The bytes of a JSON file in which some keys have other values."""
+    """The bytes of a JSON file with some values replaced."""
     return json.dumps({**read_object(path), **values}, indent=2).encode()
 
 
 def public(config, names):
-    """A run's Config with the names by which others know the model, its SAEs and the text.
+    """A run's Config with public names for the model, its SAEs and the text.
 
-    names: fields of Config, {"model": OWNER/NAME, "sae": (OWNER/NAME[/FOLDER], ...)}; those that
-    are missing follow from the run.
+    names: fields of Config, {"model": OWNER/NAME, "sae": (OWNER/NAME[/FOLDER], ...)}; missing ones
+    follow from the run.
     """
     known, text = preset(config.model), config.data
     names = {
@@ -95,7 +95,7 @@ def public(config, names):
 def card(folder, repo, names):
     """The ModelCard of a finished run, to be published as `repo`. names: see `public`.
 
-    Raises InputError if the run knows the model or an SAE only as a local folder.
+    Raises InputError if the model or an SAE is known only as a local folder.
     """
     runs_in(folder)                                     # InputError if it is not finished
     own = read_config(folder)
@@ -103,8 +103,8 @@ def card(folder, repo, names):
     config = public(own, names)
     for name in (repo, config.model, *config.sae):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", name):
-            raise InputError(f"{name} is not OWNER/NAME on the Hub: name the model there with "
-                             "--model, its SAE with --sae")
+            raise InputError(f"{name} is not OWNER/NAME on the Hub: give the model's name there "
+                             "with --model, its SAE's with --sae")
     results = {name: read_object(folder / name / "results.json") for name in adapter_names(own)}
 
     # The kinds and sizes of the SAEs.
@@ -124,7 +124,7 @@ def card(folder, repo, names):
 
 
 def licence_of(model, name):
-    """The licence of a base model, known from its preset or from the page of `name` on the Hub."""
+    """A base model's licence, from its preset or from the Hub's page of `name`."""
     known = preset(model) or preset(name)
     if known is not None:
         return known.licence

@@ -1,6 +1,6 @@
-"""A run of --method topk, jumprelu or e2e: train the SAE, keep it by tenths, measure it.
+"""A run of --method topk, jumprelu or e2e: train the SAE, save it every tenth, measure it.
 
-    RUN_DIR/sae-10pct ... sae-90pct, RUN_DIR/sae    the SAE after each tenth of its steps, in
+    RUN_DIR/sae-10pct ... sae-90pct, RUN_DIR/sae    the SAE after each tenth of the steps, in
                                                     SAELens's format, each with a training.json:
                                                     percent, step, tokens, and seconds of training
     RUN_DIR/results.json                            CE and KL with the SAE spliced in; FVU, L0,
@@ -22,22 +22,22 @@ from lorasae.runs.config import BY_K
 
 
 def resolved(config, model_config):
-    """The configuration with the width and rate that depend on the model.
+    """The configuration with the width and learning rate filled in, which depend on the model.
 
     Raises InputError for an SAE that cannot be trained.
     """
     width = config.width or 8 * model_config.hidden_size
     by_k = config.method in BY_K
     active = config.k if by_k else config.l0
-    if active >= width + by_k:                          # all of them are possible with k
-        raise InputError(f"{active:g} active latents cannot be reached: there are {width:,}; pass "
+    if active >= width + by_k:                          # k may equal the width, an L0 may not
+        raise InputError(f"{active:g} active latents are too many for {width:,} latents: pass "
                          "a smaller --k or --l0, or a larger --width")
     lr = config.lr or 2e-4 / (width / 2 ** 14) ** 0.5   # Gao et al. (2024)
     return replace(config, width=width, lr=lr)
 
 
 def train_sae(setting, run):
-    """Trains the SAE of a run from its last checkpoint on -> the numbers of results.json."""
+    """Trains a run's SAE, starting at its last checkpoint -> the numbers of results.json."""
     model = setting.model
     config = run.config = resolved(setting.config, model.config)
     setting = setting._replace(config=config)
@@ -61,9 +61,9 @@ def train_sae(setting, run):
 
 
 class SAETraining:
-    """The kind of step that trains an SAE from scratch: dictionary.take_step.
+    """The training step for an SAE from scratch: dictionary.take_step.
 
-    tokens [B, T]: text to which the biases of the fresh SAE are fitted.
+    tokens [B, T]: text to fit the new SAE's biases to.
     """
 
     def __init__(self, model, sae, layer, config, tokens, world=ALONE):
@@ -83,11 +83,11 @@ class SAETraining:
 
 
 def keep(run, sae, step):
-    """Saves the SAE under the tenth of the training it has had, and what that took.
+    """Saves the SAE in a folder named by how much it has trained, with a training.json.
 
-    (In the published code the "50pct" is the end of the training, trainer.py:460.)
+    (In the published code, "50pct" is the end of training, trainer.py:460.)
     """
-    run.flush()                                         # a loss that is not finite stops here
+    run.flush()                                         # a loss that is not finite ends the run
     if not run.writes:
         return
     config = run.config
@@ -101,9 +101,9 @@ def keep(run, sae, step):
 
 @torch.no_grad()
 def numbers_of(results, setting, sae):
-    """{fvu, l0, dead_latents} of an SAE that fidelity.measure has measured.
+    """{fvu, l0, dead_latents} of an SAE, from the results of fidelity.measure and its activations.
 
-    dead_latents: the part of them that no held-out token fires, BOS and EOS included.
+    dead_latents: the fraction of latents that no held-out token fires, BOS and EOS included.
     """
     model, layer, found = setting.model, setting.config.layer[0], results["sae"]
     fired = torch.zeros_like(sae.b_enc, dtype=torch.bool)

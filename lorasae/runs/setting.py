@@ -1,4 +1,4 @@
-"""What a configuration names, loaded: model, SAEs, text; and finished runs, reopened."""
+"""Loads the model, SAEs and text that a configuration names, and reopens finished runs."""
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,17 +25,17 @@ class Setting(NamedTuple):
     saes: dict                                          # {layer: SAE}, frozen
     text: Text
     config: Config
-    folder: Path | None = None                          # of the run
+    folder: Path | None = None                          # the run's folder
 
 
 def load_setting(config, folder, text=None):
-    """The Setting of a run in `folder`. text: the folder of its text, by default folder/text.
+    """The Setting of a run in `folder`. text: the folder with its text, by default folder/text.
 
-    With `shard` the model is left on the CPU, for distributed.shard to spread.
+    With `shard`, the model stays on the CPU until distributed.shard spreads it.
     """
     device = distributed.local(config.device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")      # TF32: L0 moves less than in bf16
+        torch.set_float32_matmul_precision("high")      # TF32: changes L0 less than bf16
     model = load_model(config.model, device="cpu" if config.shard else device, dtype=config.dtype)
     check_context(config, model.config)
     saes = load_saes(config, model.config, device)
@@ -47,15 +47,15 @@ def load_setting(config, folder, text=None):
 
 
 def check_context(config, model_config):
-    """Raises InputError if the model does not hold so many tokens."""
+    """Raises InputError if --context is longer than the model allows."""
     holds = model_config.max_position_embeddings
     if config.context > holds:
-        raise InputError(f"--context {config.context} is more than {config.model} holds: pass at "
+        raise InputError(f"--context {config.context} is too long for {config.model}: pass at "
                          f"most {holds}")
 
 
 def load_saes(config, model_config, device):
-    """{layer: SAE} of a configuration, frozen."""
+    """{layer: SAE}, the frozen SAEs that a configuration names."""
     saes = {}
     for layer, source in sae_sources(config, model_config.num_hidden_layers):
         sae = load_sae(source, **config.which(layer), dtype=config.sae_dtype, device=device)
@@ -65,7 +65,7 @@ def load_saes(config, model_config, device):
 
 
 def check_sae(config, sae, model_config):
-    """Raises InputError for an existing SAE that this run could not use."""
+    """Raises InputError for an existing SAE that this run cannot use."""
     width, d_model = sae.W_enc.shape
     if d_model != model_config.hidden_size:
         raise InputError(f"the SAE reads activations of width {d_model}, but the model's have "
@@ -73,11 +73,11 @@ def check_sae(config, sae, model_config):
     if config.width not in (None, width):
         raise InputError(f"--width {config.width}: the SAE has {width} latents")
     if config.thresholds == "frozen" and sae.l0_is_bounded:
-        raise InputError("--thresholds frozen: this SAE has none; leave it out")
+        raise InputError("--thresholds frozen: this SAE has no thresholds; leave it out")
 
 
 def sae_sources(config, depth):
-    """[(layer, source)] of a configuration: one source for all layers, or one per layer."""
+    """[(layer, source)] of a configuration's SAEs: one source for all layers, or one per layer."""
     layers, sources = config.layer, config.sae
     for layer in layers:
         if layer >= depth:
@@ -85,7 +85,7 @@ def sae_sources(config, depth):
                              f"{depth - 1}")
     if len(sources) == 1:
         sources *= len(layers)
-    needed = sources or config.method not in SCRATCH    # one that is trained has no source yet
+    needed = sources or config.method not in SCRATCH    # an SAE from scratch has no source
     if needed and len(sources) != len(layers):
         raise InputError(f"--sae names {len(sources)} SAEs for --layer {joined(layers)}: pass one "
                          "source for all, or one per layer")
@@ -95,29 +95,30 @@ def sae_sources(config, depth):
 # ---- Finished runs -------------------------------------------------------------------------------
 
 def runs_in(folder):
-    """The folders of a finished run: one for each adapter if several trained, else its own."""
+    """A finished run's folders: one per adapter if it trained several, else the run's own."""
     names = adapter_names(read_config(folder))
     if not (folder / "results.json").exists():
-        raise InputError(f"{folder} is not finished: python train.py --resume {folder} goes on")
+        raise InputError(f"{folder} is not finished: python train.py --resume {folder} "
+                         "continues it")
     return [folder / name for name in names]
 
 
 def open_run(folder, device=None):
-    """The Setting of a finished run: its adapter attached, its own SAE spliced in.
+    """The Setting of a finished run, with its adapter attached and the SAE that it trained, if any.
 
-    Held-out text is in its text/; if several adapters trained, in that of the run of them all.
+    Held-out text is in its text/, or in its parent's if several adapters trained side by side.
     """
     config = settled(replace(read_config(folder, device), shard=False))
     if config.trains_sae:
         config = replace(config, sae=(str((folder / "sae").resolve()),))
     run = folder if (folder / "text").exists() else folder.parent
-    read_object(run / "text" / "text.json")             # what was held out is not chosen again
+    read_object(run / "text" / "text.json")             # fail rather than hold out other text
     setting = load_setting(config, folder, run / "text")
     if config.method == "lora":
         path = folder / "adapter" / "adapter_config.json"
         base = read_object(path).take("base_model_name_or_path", str, None)
         if not same_model(base, config.model):
-            raise InputError(f"{path} is of an adapter of {base}, but this is a run of "
+            raise InputError(f"{path} is for an adapter of {base}, but this is a run on "
                              f"{config.model}")
         load_adapter(setting.model, folder)
     return setting

@@ -1,7 +1,7 @@
-"""--track: what a run writes to metrics.jsonl goes to trackio as well, as it is written.
+"""--track: sends a run's metrics to trackio too, as they are written to metrics.jsonl.
 
-trackio has wandb's interface and keeps everything on this machine: `trackio show` is its page.
-metrics.jsonl stays the record.
+trackio has wandb's interface and keeps everything on this machine; `trackio show` opens its page.
+metrics.jsonl remains the record.
 """
 from contextlib import contextmanager
 
@@ -10,9 +10,9 @@ from lorasae.errors import InputError
 
 @contextmanager
 def tracked(run):
-    """Inside the `with`, a run is tracked under the name of its folder, if it is to be.
+    """Inside the `with`, tracks the run under its folder's name if its config has `track`.
 
-    A resumed run goes on in the one that it began. With several processes, the first one tracks.
+    A resumed run continues in the same trackio run. With several processes, only the first tracks.
     """
     if not (run.config.track and run.writes):
         yield

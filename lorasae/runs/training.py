@@ -1,12 +1,12 @@
-"""The training loop, around four kinds of step, and what is said and measured before and after it.
+"""The training loop for all kinds of step, and what is printed and measured around it.
 
 A kind of step has
-    .model, .config, .world             the frozen model; the processes that share every batch
-    .tensors, .optimizer                what trains: a checkpoint holds both
+    .model, .config, .world             the frozen model, settings, and processes that share batches
+    .tensors, .optimizer                what trains; both are saved in checkpoints
     .frozen(tokens)                     the frozen model's part of a step, a NamedTuple of [B, ...]
     .step(part, step)                   one optimiser step -> {name: value} for metrics.jsonl
 
-adapting.Adapting trains one or several adapters, sae_training.SAETraining an SAE from scratch, and
+adapting.Adapting trains one or several adapters; sae_training.SAETraining an SAE from scratch;
 beyond.finetuning.Finetuning an existing SAE, alone or together with adapters.
 """
 import sys
@@ -25,19 +25,19 @@ from lorasae.runs import distributed
 from lorasae.runs.config import BY_K, joined
 from lorasae.runs.folder import ends_a_tenth
 
-QUICK_TOKENS = 1024                                     # held-out, looked at before training
+QUICK_TOKENS = 1024                                     # held-out tokens measured before training
 
 
 def train(run, kind, text, keep=None):
-    """Begins a run, and takes its steps from its last checkpoint on.
+    """Begins a run, and takes its steps, starting at its last checkpoint.
 
     keep(step) is called after each tenth of the steps.
     """
     config, model = kind.config, kind.model
-    text.first(config.batch_size)                       # a text that is too short fails here
+    text.first(config.batch_size)                       # fails if the text is too short
     run.begin()
 
-    # Restore what trains. Text and random numbers follow from the number of the step.
+    # Restore what trains. Text and random numbers follow from the step number.
     start = run.restore(kind.tensors, kind.optimizer)
     model.train()
     with compiled_blocks(model) if config.compile else nullcontext():
@@ -60,18 +60,18 @@ def train(run, kind, text, keep=None):
             if run.is_due(step + 1):
                 run.save(step + 1, kind.tensors, kind.optimizer)
                 needed = run.oldest_kept_step() - max(config.ahead, config.micro_batch)
-                text.keep_from(max(0, needed))          # a resumed run computes from there on
+                text.keep_from(max(0, needed))          # a resumed run reads from there
     model.eval()
 
 
 @torch.no_grad()
 def frozen_parts(kind, batch, start):
-    """Yields kind.frozen of every step's batch, from step `start` on; batch: step -> tokens [B, T].
+    """Yields kind.frozen for each step's batch from step `start` on. batch: step -> tokens [B, T].
 
     The frozen part of a step depends on nothing that trains, so it may be computed for several
-    steps together: `--ahead 8` gives a GPU eight sequences where a step, as published, has one.
-    A resumed run forms the same groups, so its products are the same to the bit. Each of several
-    processes computes its share of every batch.
+    steps together: `--ahead 8` gives a GPU eight sequences at once, where a published step has one.
+    A resumed run forms the same groups, so its matrix products are bitwise the same. With several
+    processes, each computes its share of every batch.
     """
     config, world, device = kind.config, kind.world, kind.model.device
     at_once = max(config.ahead, config.micro_batch)
@@ -96,8 +96,8 @@ def compiled_blocks(model, backend="inductor"):
 
     Graph breaks raise instead of falling back to eager.
     """
-    # Blocks share their code, which needs a graph for each window, shape and role (frozen, adapted,
-    # first adapted): more than the usual 8.
+    # Blocks share code, which needs a graph for each window, shape and role (frozen, adapted,
+    # first adapted). That is more than the default limit of 8.
     with torch._dynamo.config.patch(recompile_limit=64):
         for block in model.layers:
             block.forward = torch.compile(
@@ -106,18 +106,18 @@ def compiled_blocks(model, backend="inductor"):
             yield
         finally:
             for block in model.layers:
-                del block.forward                               # uncovers the class's own
+                del block.forward                               # back to the class's method
 
 
 def learning_rate(lr, step, config):
-    """The rate of step 0, 1, ...: constant, as published, or falling linearly to 0."""
+    """The learning rate at a step, from 0: constant, as published, or falling linearly to 0."""
     if not config.lr_decay:
         return lr
     return lr * (1 - step / config.steps)
 
 
 def step_seed(seed, step, number=0):
-    """Seed for the dropout of a step in process `number`: a resumed run draws the same masks."""
+    """Seed for a step's dropout in process `number`, so that a resumed run draws the same masks."""
     sequence = np.random.SeedSequence([seed, step, number])
     return int(sequence.generate_state(1, np.uint64)[0])
 
@@ -125,15 +125,15 @@ def step_seed(seed, step, number=0):
 # ---- What a run is about to do -------------------------------------------------------------------
 
 def listed(blocks):
-    """13 to 25, or 1 3 4"""
+    """Block numbers as text: 13 to 25, or 1 3 4."""
     consecutive = blocks == list(range(blocks[0], blocks[-1] + 1))
     return f"{blocks[0]} to {blocks[-1]}" if consecutive and len(blocks) > 2 else joined(blocks)
 
 
 def what_trains(config, model, saes, blocks, trained):
-    """A run in words, {name: value}.
+    """A summary of the run to print, {name: value}.
 
-    saes: {layer: SAE}. blocks: the numbers of those with adapters. trained: how many numbers train.
+    saes: {layer: SAE}. blocks: the numbers of the adapted ones. trained: how many parameters train.
     """
     rows = {}
     if blocks:
@@ -162,7 +162,7 @@ def what_trains(config, model, saes, blocks, trained):
 
 
 def size_of(tensors):
-    """How many numbers they hold."""
+    """The total number of elements."""
     return sum(tensor.numel() for tensor in tensors)
 
 
@@ -172,9 +172,9 @@ def show(rows):
 
 
 def look_before(setting):
-    """Prints what splicing the SAEs in costs, on a small part of the held-out text.
+    """Prints what splicing in the SAEs costs, on a small part of the held-out text.
 
-    Warns about an SAE that explains less than nothing, or whose file names another model.
+    Warns if an SAE's explained variance is negative, or if its file names another model.
     """
     model, saes, text, config = setting.model, setting.saes, setting.text, setting.config
     count = min(len(text.held_out), max(1, QUICK_TOKENS // config.context))
@@ -191,14 +191,14 @@ def look_before(setting):
     for layer, sae in saes.items():
         if explained[layer] < 0:
             note(f"warning: the SAE at layer {layer} explains less than the mean activation "
-                 "would: it may be of another model or layer")
+                 "would: it may belong to another model or layer")
         if not same_model(sae.model_name, config.model):
             note(f"warning: the SAE at layer {layer} was trained on {sae.model_name}, as its file "
                  f"says, not on {config.model}")
 
 
 def same_model(name, model):
-    """Whether the name of a model in an SAE's file can mean this model; True without a name."""
+    """Whether a model's name in an SAE's file can mean this model; True if there is no name."""
     known = preset(model)
     names = [model, known.repo, known.mirror or ""] if known else [model]
     last_parts = {Path(other).name.lower() for other in names}
@@ -208,7 +208,7 @@ def same_model(name, model):
 # ---- Measuring -----------------------------------------------------------------------------------
 
 def evaluate(setting, saes, settings):
-    """fidelity.measure on the held-out text, each process on its portion of it."""
+    """fidelity.measure on the held-out text; each process measures its portion."""
     config, held_out = setting.config, setting.text.held_out
     progress_line(f"measuring {', '.join(settings)} on {held_out.numel():,} held-out tokens")
     batches = held_out.split(config.eval_batch)
@@ -219,7 +219,7 @@ def evaluate(setting, saes, settings):
 
 
 def results_of(found, setting, run, folder):
-    """What a run found with `evaluate` and what that cost; writes folder/sequences.json."""
+    """A run's results from `evaluate` and what the run cost. Writes folder/sequences.json."""
     documents = setting.text.documents
     if run.writes:
         fidelity.write_sequences(folder, found, documents)
@@ -227,7 +227,7 @@ def results_of(found, setting, run, folder):
 
 
 def cost(run, setting):
-    """What a run's results cost."""
+    """The tokens, time and memory that a run took."""
     tokens = run.config.trained_tokens
     return {
         "eval_tokens": setting.text.held_out.numel(),
@@ -239,14 +239,14 @@ def cost(run, setting):
 
 
 def peak_memory_bytes(device):
-    """The most memory that the run has held, on its GPU or in its process; None if unknown."""
+    """The run's peak memory, on its GPU or in its process; None if unknown."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(distributed.local(device))
     return resident("VmHWM") if sys.platform == "linux" else None
 
 
 def resident(name):
-    """VmRSS (now) or VmHWM (at most) of this process, in bytes; Linux only."""
+    """This process's memory in bytes, now (VmRSS) or at its peak (VmHWM); Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return 1024 * int(line.split()[1])

@@ -1,22 +1,22 @@
-"""Makes the embedded models: a tokenizer and small language models, in the real ones' format.
+"""Makes the embedded models: a tokenizer and small language models, in the format of real ones.
 
-    python -m lorasae.tiny.make --model gemma-2         (or another; with OMP_NUM_THREADS=1 several
-                                                        run at once)
+    python -m lorasae.tiny.make --model gemma-2         (or another; with OMP_NUM_THREADS=1,
+                                                        several can run at once)
 
-gemma-2 and llama-3 are the defaults; gemma-2-medium and gemma-2-small, on the same text, are the
-other two sizes of Figure 4. A model's shape is the config.json that is shipped with it: Gemma-2's
-sliding window is half the context, so that it binds, and Llama-3's rotary scaling has the real
-original context of 8192 scaled down to 64.
+gemma-2 and llama-3 are the defaults; gemma-2-medium and gemma-2-small, trained on the same text,
+are the other two sizes of Figure 4. A model's shape is in the config.json that ships with it:
+Gemma-2's sliding window is half the context, so that it has an effect, and the original context of
+Llama-3's rotary scaling is scaled down from the real 8192 to 64.
 
-Text: the .py files of Python's standard library. The tokenizer is trained on its training files
-only; the models read the library's tests too, three times as much text. Held out are the files that
-`text.held_out` names by their path, tests included, so no file is on both sides. Losses are
-measured on the first 50,000 held-out tokens, the ones that train.py evaluates on. A learning rate
-that falls to zero ends each run, and the last weights are kept: held-out text chooses nothing.
+The text is the .py files of Python's standard library. The tokenizer is trained on the training
+files only; the models also read the library's tests, three times as much text. `text.held_out`
+decides by a file's path, tests included, whether it is held out, so no file is on both sides.
+Losses are measured on the first 50,000 held-out tokens, the ones that train.py evaluates on. Each
+run ends with a learning rate of zero and keeps the last weights: held-out text decides nothing.
 
-Into the folder of each model go config.json, model.safetensors (bf16), tokenizer.json, and
-MADE.json: how it was made. Those of the shipped models hold more: the loss of unigram and bigram
-models of the same text, and a sample of what the model writes.
+The folder of each model gets config.json, model.safetensors (bf16), tokenizer.json, and MADE.json,
+which says how the model was made. In the shipped models, MADE.json also has the loss of unigram and
+bigram models of the same text, and a sample of what the model writes.
 """
 import sys
 import sysconfig
@@ -46,13 +46,13 @@ CONTEXT, BATCH = 256, 16                                # tokens per sequence, s
 EVAL_TOKENS = 50_000
 TESTS = {"test", "tests", "idle_test"}                  # folders
 MATRIX_LR, EMBEDDING_LR = 0.005, 0.004
-WARM_UP, FLAT = 0.02, 0.25                              # until these parts of the training
+WARM_UP, FLAT = 0.02, 0.25                              # shares of the training at which these end
 
 
 # ---- Text ----------------------------------------------------------------------------------------
 
 def texts(tests):
-    """The standard library's training files, with those of its tests if asked for."""
+    """The standard library's training files; if `tests`, also those of its tests."""
     for file in standard_library():
         if not held_out(file.name):
             yield text_of(file)
@@ -87,7 +87,7 @@ def training_stream(tokenizer):
 def batches(stream, generator):
     """Yields [BATCH, CONTEXT] without end: a BOS and CONTEXT - 1 tokens in each row.
 
-    Each pass over the text cuts it at another offset.
+    Each pass over the text cuts it at a different offset.
     """
     piece = CONTEXT - 1
     while True:
@@ -115,9 +115,9 @@ def new_model(raw):
 
 
 def train(model, stream, seed, minutes, tokens):
-    """Trains in place for so many tokens or, without them, minutes -> (steps, seconds).
+    """Trains in place for `tokens` or, if None, for `minutes` -> (steps, seconds).
 
-    Muon for the matrices of the blocks, AdamW for embedding and norms; bf16 autocast, compiled.
+    Muon for the blocks' matrices, AdamW for the embedding and norms; bf16 autocast, compiled.
     SDPBackend.MATH lets the compiler fuse the formula of attention instead of calling PyTorch's CPU
     kernel.
     """
@@ -136,7 +136,7 @@ def train(model, stream, seed, minutes, tokens):
     adam = torch.optim.AdamW(others, lr=EMBEDDING_LR, betas=(0.9, 0.95), weight_decay=0.0)
 
     text = batches(stream, torch.Generator().manual_seed(seed))
-    step_loss(next(text)).backward()                    # compiles, outside the time that counts
+    step_loss(next(text)).backward()                    # compiles before the clock starts
     model.zero_grad()
     start, steps, done = time.monotonic(), 0, 0.0
     while done < 1:
@@ -158,7 +158,7 @@ def train(model, stream, seed, minutes, tokens):
 
 
 def make_model(name, seed, minutes, tokens):
-    """Tokenizer, training, files and loss of one model."""
+    """Makes one model: trains a tokenizer and weights, saves them, and measures the loss."""
     torch.manual_seed(seed)
     folder = HERE / name
     raw = read_json(folder / "config.json")
@@ -171,7 +171,7 @@ def make_model(name, seed, minutes, tokens):
     steps, seconds = train(model, stream, seed, minutes, tokens)
     save_model(model.to(torch.bfloat16), folder, config=raw)
 
-    model = load_model(folder, dtype=torch.float32)     # what was saved, rounded to bf16
+    model = load_model(folder, dtype=torch.float32)     # as saved: rounded to bf16
     measured = fidelity.measure(model, {}, held.split(BATCH), ("base",))["base"]
     made = {
         "command": f"python -m lorasae.tiny.make {' '.join(sys.argv[1:])}",
@@ -189,8 +189,8 @@ def main():
     add = parser.add_argument
     add("--model", choices=NAMES, default="gemma-2", help="(default: %(default)s)")
     add("--minutes", type=float, default=45, help="how long to train (default: %(default)s)")
-    add("--tokens", type=int, help="train on so many tokens, however long it takes")
-    add("--seed", type=int, default=0, help="of weights and text order (default: %(default)s)")
+    add("--tokens", type=int, help="train on this many tokens, however long it takes")
+    add("--seed", type=int, default=0, help="seed of weights and text order (default: %(default)s)")
     args = parser.parse_args()
     make_model(args.model, args.seed, args.minutes, args.tokens)
 

@@ -1,15 +1,15 @@
-"""Makes the embedded models' SAEs, in the layouts of the real ones, as train.py trains SAEs.
+"""Makes the embedded models' SAEs: trained as by train.py, saved in the layouts of real ones.
 
     python -m lorasae.tiny.saes --model gemma-2         (or llama-3)
 
-    gemma-2-sae/jumprelu/layer_2/width_1k/average_l0_N/params.npz       as Gemma Scope
+    gemma-2-sae/jumprelu/layer_2/width_1k/average_l0_N/params.npz       Gemma Scope
     gemma-2-sae/topk/{cfg.json, sae_weights.safetensors}                SAELens
     llama-3-sae/topk/layers.2/{cfg.json, sae.safetensors}               sparsify
     llama-3-sae/jumprelu/tiny-L2R/{hyperparams.json, checkpoints/final.safetensors}     Llama Scope
 
-Llama Scope's SAEs were trained as TopK and then given one threshold; so is the one here. MADE.json
-says how each was made and what it costs: FVU, L0, dead latents, CE and KL, of the saved files and
-on held-out text.
+Llama Scope's SAEs were trained as TopK and then given one threshold; ours is made the same way.
+MADE.json says how each SAE was made and what it costs: FVU, L0, dead latents, CE and KL, measured
+with the saved files on held-out text.
 """
 import io
 import math
@@ -74,11 +74,11 @@ def one_threshold(sae, x):
 
 
 def save_llama_scope(sae, folder, layer, norm, k):
-    """Writes a JumpReLU with one θ and decoder rows of norm 1 as Llama Scope does.
+    """Writes a JumpReLU with one θ and decoder rows of norm 1 in Llama Scope's format.
 
-    This is read_llama_scope's arithmetic backwards. norm: the mean norm of the activations that it
+    This inverts read_llama_scope's arithmetic. norm: the mean norm of the activations that the SAE
     reads, so f = √D / norm. The file's decoder columns have the norms c of the encoder's rows,
-    which the reader multiplies back: W_e = W_enc / c, b_e = f b_enc / c, W_d = c W_decᵀ,
+    which the reader multiplies back in: W_e = W_enc / c, b_e = f b_enc / c, W_d = c W_decᵀ,
     b_d = f b_dec.
     """
     M, D = sae.W_enc.shape
@@ -109,7 +109,7 @@ def settings(name, method):
 
 
 def trained(setting, config):
-    """The SAE of a run."""
+    """Trains an SAE as a run does, and loads it."""
     folder = setting.folder / f"{config.method}-{config.seed}"
     with closing(Run.create(folder, config)) as run:
         train_sae(setting._replace(config=config), run)
@@ -118,7 +118,7 @@ def trained(setting, config):
 
 @torch.no_grad()
 def sample(setting):
-    """Activations of some training text without BOS and EOS [N, D]."""
+    """Activations [N, D] of some training text, without BOS and EOS."""
     model, tokens = setting.model, setting.text.first(SAMPLE)
     x = model.run(model.embed(tokens), 0, setting.config.layer[0] + 1)
     return x[~model.special(tokens)].float()

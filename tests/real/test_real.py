@@ -1,8 +1,8 @@
 """Real language models against transformers and peft: parity, SAEs, adapters, resume.
 
-    LORASAE_REAL=DIR python -m pytest tests/real        some ten minutes on two cores
+    LORASAE_REAL=DIR python -m pytest tests/real        about ten minutes on two cores
 
-DIR holds smollm2-135m-instruct/ and gemma-3-270m/, as Hugging Face saves them.
+DIR contains smollm2-135m-instruct/ and gemma-3-270m/, as Hugging Face saves them.
 """
 import argparse
 import os
@@ -21,7 +21,7 @@ from lorasae.io.adapters import load_adapter
 from lorasae.io.models import load_model, load_tokenizer
 
 pytestmark = pytest.mark.skipif(
-    "LORASAE_REAL" not in os.environ, reason="LORASAE_REAL=DIR python -m pytest tests/real")
+    "LORASAE_REAL" not in os.environ, reason="run LORASAE_REAL=DIR python -m pytest tests/real")
 
 DIR = Path(os.environ.get("LORASAE_REAL", ".")).absolute()
 SMOLLM2, GEMMA = "smollm2-135m-instruct", "gemma-3-270m"
@@ -39,7 +39,7 @@ TOKENS = {SMOLLM2: "20k", GEMMA: "3k"}
 
 @pytest.fixture(scope="module", autouse=True)
 def all_cores():
-    """Other tests take one thread each (conftest.py)."""
+    """Other tests use one thread each (conftest.py)."""
     before = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     yield
@@ -54,7 +54,7 @@ def oracle():
 
 @cache
 def some_text(name, length=700):
-    """Tokens [1, length] of the standard library, after BOS."""
+    """Tokens [1, length]: BOS, then text of the standard library."""
     text = Path(argparse.__file__).read_text(encoding="utf-8")
     ids = load_tokenizer(DIR / name).encode(text, add_special_tokens=False).ids
     bos = read(DIR / name / "config.json")["bos_token_id"]
@@ -67,7 +67,7 @@ def close(found, expected, to=1e-5):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """runs(kind, name): the folder of a run on a model, "sae" or "adapters" around that SAE."""
+    """runs(kind, name): the folder of a run that trains an "sae", or "adapters" around that SAE."""
     place = tmp_path_factory.mktemp("runs")
 
     @cache
@@ -86,8 +86,8 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_logits_equal_transformers_and_bf16_is_as_near_to_them(name, oracle):
-    """In fp32 within 1e-5 of the largest; in bf16 as near to that as transformers, up to noise."""
+def test_logits_equal_transformers_and_bf16_is_as_near_as_theirs(name, oracle):
+    """fp32: within 1e-5 of the largest. bf16: as near to fp32 as transformers, up to noise."""
     tokens = some_text(name)
     expected = oracle.from_pretrained(DIR / name, dtype=torch.float32)(tokens).logits
     assert close(load_model(DIR / name, dtype="float32")(tokens), expected)
@@ -100,8 +100,8 @@ def test_logits_equal_transformers_and_bf16_is_as_near_to_them(name, oracle):
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_greedy_text_with_the_cache_is_transformers_own(name, oracle, count=12):
-    """After a prompt that is longer than Gemma's window."""
+def test_greedy_generation_with_the_cache_matches_transformers(name, oracle, count=12):
+    """The prompt is longer than Gemma's sliding window."""
     prompt = some_text(name, 600)
     model, tokens, past = load_model(DIR / name, dtype="float32"), prompt, Cache()
     for _ in range(count):
@@ -115,7 +115,7 @@ def test_greedy_text_with_the_cache_is_transformers_own(name, oracle, count=12):
 
 # ---- An SAE, and adapters around it --------------------------------------------------------------
 
-def test_a_short_training_of_an_sae_reports_what_ordinary_tokens_have(runs):
+def test_a_short_sae_run_measures_ordinary_tokens_and_leaves_out_few_others(runs):
     run = runs("sae", SMOLLM2)
     results, *_, last = read(run / "results.json"), *metrics(run)
     assert results["fvu"] < 0.32
@@ -131,7 +131,7 @@ def test_adapting_a_model_to_its_sae_lowers_kl(runs, name, closed):
 
 
 def spliced(run, special):
-    """A hook that puts the SAE of a run, written out, in place of a block's output."""
+    """A hook that replaces a block's output by the reconstruction of a run's SAE, written out."""
     t = load_file(run / "sae/sae_weights.safetensors")
     facts = read(run / "sae/cfg.json")
     largest = facts["metadata"]["max_norm"]
@@ -149,8 +149,8 @@ def spliced(run, special):
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_the_numbers_of_a_run_are_those_of_plain_transformers_and_peft(runs, name, oracle):
-    peft = pytest.importorskip("peft", reason="reads the adapters")
+def test_a_runs_numbers_match_plain_transformers_and_peft(runs, name, oracle):
+    peft = pytest.importorskip("peft", reason="peft loads the adapters")
     run, count = runs("adapters", name), 2
     tokens = torch.from_numpy(np.load(run / "text/held-out.npy")[:count]).long()
     base = oracle.from_pretrained(DIR / name, dtype=torch.float32)
@@ -174,13 +174,13 @@ def test_the_numbers_of_a_run_are_those_of_plain_transformers_and_peft(runs, nam
         kl = (expected.exp() * (expected - log_q)).sum(-1).mean(1)
         assert ours[setting]["ce"][:count] == pytest.approx(ce.tolist(), abs=1e-3), setting
         assert ours[setting]["kl"][:count] == pytest.approx(kl.tolist(), abs=1e-3), setting
-    assert (log_p(adapted, False) - expected).abs().max() > 0.01        # it is not the identity
+    assert (log_p(adapted, False) - expected).abs().max() > 0.01    # not the identity
 
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_transformers_opens_the_adapter_and_the_merged_model(runs, name, oracle):
-    peft = pytest.importorskip("peft", reason="reads the adapters")
+def test_transformers_loads_the_adapter_and_the_merged_model(runs, name, oracle):
+    peft = pytest.importorskip("peft", reason="peft loads the adapters")
     run, tokens = runs("adapters", name), some_text(name, 200)
     expected = load_adapter(load_model(DIR / name, dtype="float32"), run)(tokens)
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32)
@@ -191,7 +191,7 @@ def test_transformers_opens_the_adapter_and_the_merged_model(runs, name, oracle)
     assert load_tokenizer(run / "merged").get_vocab_size() > 49_000
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(runs, tmp_path):
+def test_resuming_an_interrupted_run_gives_the_same_bits(runs, tmp_path):
     words = ["--model", DIR / SMOLLM2, "--sae", runs("sae", SMOLLM2), *ADAPTERS, "--tokens", 2048,
              "--eval-tokens", 1024, "--checkpoint-every", 2, "--device", "cpu"]
     command("train", *words, "--out", tmp_path / "whole")
