@@ -260,7 +260,7 @@ def test_a_run_that_cannot_be_used_is_one_clear_line(site, finished, tmp_path, c
     half = tmp_path / "half"
     half.mkdir()
     for script, *how in (("eval",), ("train", "--merge"), ("train", "--resume")):
-        assert "has no config.json" in refusal(script, *how, half)
+        assert f"there is no run in {half}" in refusal(script, *how, half)
     shutil.copy(finished("lora") / "config.json", half)
     for script, *how in (("eval",), ("train", "--merge")):
         assert "is not finished: python train.py --resume" in refusal(script, *how, half)

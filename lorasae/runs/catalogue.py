@@ -1,4 +1,6 @@
 """The table of presets, which needs no network: train.py --list."""
+from pathlib import Path
+
 from lorasae.evals.report import table_text
 from lorasae.io.files import DTYPES
 from lorasae.io.presets import PRESETS
@@ -18,7 +20,8 @@ def show_presets():
     """Prints the models with their SAEs, sizes and licences."""
     rows = []
     for name, known in PRESETS.items():
-        _, of_sae = known.sae_size() if known.sae and known.config else (0, 0)
+        is_on_hub = known.sae and known.config and not Path(known.sae).is_dir()
+        _, of_sae = known.sae_size() if is_on_hub else (0, 0)
         dtype = DTYPES[known.common.get("dtype", Config.dtype)]
         rows.append([
             name, str(known.layer), known.width or "", str(known.l0 or ""), known.saes.ljust(WIDE),

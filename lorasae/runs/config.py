@@ -343,7 +343,7 @@ def add_options(parser):
             add = parser.add_argument_group(GROUPS[name]).add_argument
         kind, default = facts["kind"], DEFAULTS[name]
         how = {"help": facts["help"]}
-        if default not in (None, (), False):
+        if default not in (None, (), False) and name != "device":
             default = f"{default // 10 ** 6}M" if kind is TOKENS else default
             default = joined(default) if isinstance(default, tuple) else default
             how["help"] += f" (default: {default})"
@@ -487,8 +487,8 @@ def read_config(folder, device=None):
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder} has no config.json: pass the folder of a run that train.py "
-                         "wrote")
+        raise InputError(f"there is no run in {folder}: pass the folder of a run, which has a "
+                         "config.json that train.py wrote")
     found = read_object(path)
     wrong = {*OPTIONS, "steps"} ^ (found.keys() - {"versions"})
     if wrong:

@@ -92,8 +92,8 @@ def dry_run(config):
         **training.what_trains(config, model, saes, blocks, trained),
         "text": config.data + ", streamed" * (config.data in text.NAMED),
         "time": time_at_hand(config),
-        "memory": f"about {in_words(total)} on {config.device}, plus 0.5 GB for Python; model in "
-                  f"{config.dtype}",
+        "memory": f"about {in_words(total)} on {config.device}, plus 0.5 GB of host memory for "
+                  f"Python; model in {config.dtype}",
         **{f"  {name}": in_words(bytes) for name, bytes in parts.items() if bytes}})
     room = memory_of(config.device)
     if total > room:
@@ -129,8 +129,8 @@ def memory(model_config, config, widths, first):
     encoded = max(1024, 2 * rows if config.trains_sae else rows // 2)       # 1024 in evaluation
     device = "cuda" if config.device.startswith("cuda") else "cpu"
     logits = min(rows * model_config.vocab_size, CHUNK_ELEMENTS[device])
-    return {"a step": rows * passed * per_token, "latents": 4 * FP32 * encoded * sum(widths),
-            "logits": 3 * FP32 * logits}
+    return {"activations": rows * passed * per_token,
+            "latents": 4 * FP32 * encoded * sum(widths), "logits": 3 * FP32 * logits}
 
 
 def time_at_hand(config):
