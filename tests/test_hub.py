@@ -95,7 +95,7 @@ def test_the_cache_is_used_when_the_hub_is_unreachable(server, unreachable):
     assert model_files("some/model") == folder
     assert sorted(model_plan("some/model")) == sorted(plan) and all(f.cached for f in plan)
     for find in (model_files, model_plan):
-        refuses(f"{why}.* and other/model is not completely in the cache", find, "other/model")
+        refuses(f"{why}.*, and other/model is neither a local folder nor", find, "other/model")
 
 
 def test_an_error_names_the_file_that_an_incomplete_cache_lacks(server, tmp_path, monkeypatch):
@@ -245,7 +245,7 @@ def test_without_the_hub_the_cached_saes_are_offered(server, unreachable, capsys
     assert "choosing among the cached files of google/scope" in capsys.readouterr().err
     assert sae_files("google/scope", layer=12, width="16k") == folder
     refuses("offers l0 114, but not 62", sae_files, "google/scope", layer=12, width="16k", l0=62)
-    message = f"{why}.* and google/other is not completely in the cache"
+    message = f"{why}.*, and google/other is neither a local folder nor completely in the cache"
     refuses(message, sae_files, "google/other", layer=12)
 
 

@@ -358,5 +358,5 @@ def explanation(error, repo):
     if constants.is_offline_mode():
         why = "HF_HUB_OFFLINE is set"
     return OutOfReach(
-        f"{why} and {repo} is not completely in the cache {constants.HF_HUB_CACHE}: fetch it once "
-        "while online, or pass a local folder")
+        f"{why}, and {repo} is neither a local folder nor completely in the cache "
+        f"{constants.HF_HUB_CACHE}: fetch it once while online, or pass a local folder")
