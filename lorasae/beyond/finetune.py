@@ -1,6 +1,6 @@
 """Beyond the paper: finetuning an existing SAE, alone or together with the adapters.
 
-    python train.py --method finetune --sae SOURCE      only the SAE; the model stays as it is
+    python train.py --method finetune --sae SOURCE      trains only the SAE
     python train.py --method lora --train-sae           both at once, on Eq. 7
 
     KL          KL(base ‖ with SAE)             Eq. 7; without adapters the end-to-end loss of §3.2

@@ -20,7 +20,7 @@ def show_presets():
     """Prints the models with their SAEs, sizes and licences."""
     rows = []
     for name, known in PRESETS.items():
-        is_on_hub = known.sae and known.config and not Path(known.sae).is_dir()
+        is_on_hub = known.sae and not Path(known.sae).is_dir()
         _, of_sae = known.sae_size() if is_on_hub else (0, 0)
         dtype = DTYPES[known.common.get("dtype", Config.dtype)]
         rows.append([

@@ -186,7 +186,8 @@ class Config:
 
     dtype: str = opt("bfloat16", DTYPE, "dtype of the frozen model; trained parameters are float32")
     sae_dtype: str = opt("float32", DTYPE, "dtype of a frozen SAE's matrices", ("lora",))
-    device: str = opt("cpu", TEXT, "cpu, cuda or cuda:1; without it, cuda if PyTorch sees a GPU")
+    device: str = opt(
+        "cpu", TEXT, "cpu, cuda or cuda:1 (default: cuda if PyTorch sees a GPU, else cpu)")
     threads: int | None = opt(
         None, WHOLE,
         "CPU threads (default: OMP_NUM_THREADS, or else the cores that are idle at the start)")
@@ -343,7 +344,7 @@ def add_options(parser):
             add = parser.add_argument_group(GROUPS[name]).add_argument
         kind, default = facts["kind"], DEFAULTS[name]
         how = {"help": facts["help"]}
-        if default not in (None, (), False) and name != "device":
+        if default not in (None, (), False) and "(default: " not in facts["help"]:
             default = f"{default // 10 ** 6}M" if kind is TOKENS else default
             default = joined(default) if isinstance(default, tuple) else default
             how["help"] += f" (default: {default})"
