@@ -99,7 +99,7 @@ def common(fields, config):
         default = None if may_be_null else known.default
         values[key] = fields.take(key, kind, default, **bounds)
 
-    # the heads
+    # The heads.
     queries = values["num_attention_heads"]
     pairs = values["num_key_value_heads"] or queries
     if queries % pairs:
@@ -135,7 +135,7 @@ def rotary_table(fields, rope, theta):
     rope.only(partial_rotary_factor=1.0)
     theta = rope.take("rope_theta", float, None, above=0) or theta
 
-    # unscaled, linear, or Llama 3's
+    # Unscaled, linear, or Llama 3's.
     kind = rope.get("rope_type") or rope.get("type")
     if kind == "default" or set(rope) <= {"rope_theta"}:
         return theta, None

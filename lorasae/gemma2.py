@@ -51,7 +51,7 @@ def parse(fields):
 
 def common(fields, config, pattern):
     """family.common, and each block's kind: as listed, or else FULL for every pattern-th block."""
-    # transformers reads hidden_activation; files have both keys, which must agree
+    # transformers reads hidden_activation; files have both keys, which must agree.
     gelu = "gelu_pytorch_tanh"
     fields.only(hidden_activation=gelu, hidden_act=gelu, attention_bias=False)
     if fields.take("use_bidirectional_attention", bool, None):

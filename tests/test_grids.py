@@ -4,12 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers import command, read, refuses
-from lorasae.beyond import experiments
+from helpers import command, read
 from lorasae.evals.common import interval
-from lorasae.evals.report import save_figure
 from lorasae.io.files import write_json
-from lorasae.paper import control, frontier, gap
+from lorasae.paper import __main__ as paper
+from lorasae.paper import beyond, control, frontier, gap
 from lorasae.runs.config import read_config
 
 
@@ -245,56 +244,41 @@ def test_frontier_compares_the_seconds_to_reach_each_loss(study):
     assert job.options["tokens"] == 20_000
 
 
-def finish_arms(made, closed_by):
-    """Writes every run's results; closed_by(case, arm, seed) is the part of the KL gap closed."""
-    for (case, arm, seed), each in made.items():
-        write_json(each.done, {
-            "train_tokens": 100, "seconds": 2.0, "l0": {"2": 8.0},
-            "kl_gap_closed": closed_by(case, arm, seed)})
+def test_arms_are_compared_in_pairs_and_the_gap_is_the_original_saes(study):
+    closed = {"adapters": 0.3, "SAE": 0.2, "both": 0.4}
+    for job in beyond.MODEL_OR_SAE.jobs(study):
+        arm = next(arm for arm in closed if f"-{arm}-" in job.folder.name)
+        seen = {"base": 2.0, "sae": 3.0, "adapted": 3.0 - closed[arm]}
+        if arm != "adapters":                           # the SAE trains too
+            seen |= {"before": 3.0, "sae": 3.0 - 0.2}
+        if arm == "SAE":
+            del seen["adapted"]
+        finish(job.folder, **seen)
+    numbers, claims, text = shown(study, beyond.MODEL_OR_SAE)
+
+    assert len(numbers["rows"]) == 4 * 3 * 2 and {row["seed"] for row in numbers["rows"]} == {0, 1}
+    assert claims["adapters"].verdict == claims["both"].verdict == "agrees"
+    for name in beyond.cases(study):
+        assert claims["adapters"].cases[name].mean == pytest.approx(0.1)
+        assert f"Gap closed, by {name}" in text
+    assert "tiny-llama-3, topk" in text and "30.0%" in text
 
 
-def test_arms_are_paired_by_seed_within_a_case(tmp_path):
-    """Seeds differ far more than arms, so only pairs show the gain. One seed has no interval."""
-    arms = experiments.recipe(1200)
-    gain = {"published": 0.0, "tuned": 0.01, "tuned, AdamW": -0.02}
+def test_experiments_beyond_the_paper_run_only_if_they_are_named(
+        study, monkeypatch, tmp_path, capsys):
+    assert not {"recipe", "model_or_sae"} & {part.name for part in paper.chosen(study, None)}
+    one, = paper.chosen(study, "recipe")
+    tokens = {job.options["recipe"]: job.options["tokens"] for job in one.jobs(study)}
+    assert tokens == {"paper": 300_000, "tuned": 25_000}
+    laptop = replace(study, model="/x/smollm2-135m-instruct")
+    assert beyond.cases(laptop) == {"smollm2-135m-instruct": (laptop.model, None)}
 
-    def closed_by(case, arm, seed):
-        return 0.1 * (seed % 5) + gain[arm] + 1e-4 * (seed % 2)
-
-    made = experiments.commands(arms, tmp_path, range(100, 106), 2000)
-    assert len(made) == 4 * 3 * 6
-    finish_arms(made, closed_by)
-    numbers = experiments.measure(made)
-    for case in experiments.cases():
-        mean, half, over = numbers[case]["tuned"]["more"]
-        assert (mean, over) == (pytest.approx(0.01), "6 seeds") and half < 1e-9
-        assert numbers[case]["tuned"]["kl_gap_closed"].half > 0.05
-
-    save_figure(experiments.draw, numbers, tmp_path / "picture.png", "again")
-    shown = "".join(map(str, experiments.tables(numbers)))
-    assert "+1.0%" in shown and "-2.0%" in shown
-    alone = experiments.commands(arms, tmp_path, [100], 2000)
-    assert experiments.measure(alone)[case]["tuned"]["more"].half is None
-
-    done = next(iter(alone.values())).done
-    good = read(done)
-    for other in {"seconds": None}, {"l0": {}}, {"l0": 8.0}, {"kl_gap_closed": "seven"}:
-        write_json(done, {**good, **other})
-        refuses(f"{done}.* {[*other][0]}|{done}.*l0_sae", experiments.measure, alone)
-
-
-def test_the_command_trains_with_train_py_and_refuses_a_different_plan(
-        site, tmp_path, monkeypatch, capsys):
-    case = ("--model", site / "gemma2", "--sae", site / "gemma2/sae", "--layer", 1, "--data",
-            site / "text", "--context", 32, "--device", "cpu", "--dtype", "float32")
-    monkeypatch.setattr(experiments, "cases", lambda: {"case": case})
-    monkeypatch.setattr(experiments, "run_all", in_this_process)
-    options = ["model-or-sae", "--seeds", "1", "--eval-tokens", "512", "--out", str(tmp_path)]
-    experiments.main([*options, "--tokens", "256"])
-    assert "case (± 90 % over 1 seed)" in capsys.readouterr().out
-    assert read(tmp_path / "numbers.json")["case"].keys() == {"adapters", "SAE", "both"}
-    assert read_config(tmp_path / "case/both-seed-100").train_sae
-    assert read_config(tmp_path / "case/SAE-seed-100").method == "finetune"
-    for option, was in ("--tokens", 256), ("--eval-tokens", 512):
-        with pytest.raises(SystemExit, match=f"{option[2:].replace('-', '_')} {was}"):
-            experiments.main([*options, "--tokens", "256", option, "2000"])
+    monkeypatch.setattr(beyond, "cases", lambda study: {"one": ("tiny-gemma-2", None)})
+    monkeypatch.setattr(paper, "run_all", in_this_process)
+    command("lorasae.paper.__main__", "--only", "model_or_sae", "--quick", "--lora-tokens", "1k",
+            "--eval-tokens", "1k", "--device", "cpu", "--out", tmp_path)
+    assert "Gap closed, by one" in capsys.readouterr().out
+    assert "Adapters train with" not in (tmp_path / "index.html").read_text()
+    arms = tmp_path / "arms"
+    assert read_config(arms / "model_or_sae-one-both-seed-0").train_sae
+    assert read_config(arms / "model_or_sae-one-SAE-seed-0").method == "finetune"

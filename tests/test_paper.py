@@ -143,8 +143,8 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(tmp_path, capsys):
     assert "--model gpt2: expected tiny-gemma-2, " in refusal(PAPER, "--model", "gpt2")
     for option, value in ("--seeds", 0), ("--seeds", "9" * 30), ("--lora-tokens", "-3"):
         assert option in misuse(capsys, PAPER, option, value)
-    for script, *more in ([PAPER, "--out"], ["lorasae.beyond.experiments", "recipe", "--out"],
-                          ["lorasae.bench.__main__", "kl", "--json"], ["train", "--out"]):
+    for script, *more in ([PAPER, "--out"], ["lorasae.bench.__main__", "kl", "--json"],
+                          ["train", "--out"]):
         for name in "", "a\0b":
             assert more[-1] in misuse(capsys, script, *more, name)
     for name in "x" * 5000, "x/" * 2500, "new/" + "x" * 300:

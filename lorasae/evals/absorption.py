@@ -154,16 +154,16 @@ def absorption(sae, x, asked, seed):
     z, z_test, z_again = [sae.encode(part).float() for part in (x, x_test, x_again)]
     own, own_test = [one_hot(words).to(x.device) for words in (asked.train, asked.test)]
 
-    # The direction of each letter, and the test words that the probe says begin with it
+    # The direction of each letter, and the test words that the probe says begin with it.
     probe = letter_probes(x, own, batch=64, weight_decay=1e-4, seed=seed)
     seen = (x_test @ probe.weight.T + probe.bias).T > 0                         # [26, N]
 
     # Latents are tried in the order of their weights in a sparse probe. SAEBench's batch is 4,096;
-    # with few words that is one step per epoch, which orders them almost at random
+    # with few words that is one step per epoch, which orders them almost at random.
     batch = min(4096, max(64, len(z) // 25))
     sparse = letter_probes(z, own, batch=batch, weight_decay=1e-6, l1=0.01, seed=seed)
 
-    # For each letter, the words where the probe is right and the letter's latents are silent
+    # For each letter, the words where the probe is right and the letter's latents are silent.
     counts = {}
     for i, letter in enumerate(ascii_uppercase):
         if not (own[i].any() and own_test[i].any()):

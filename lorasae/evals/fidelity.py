@@ -59,7 +59,7 @@ def evaluate(setting):
     config, text = setting.config, setting.text
     results = measure(setting.model, setting.saes, batches(setting), settings_of(config))
 
-    # If the run trained its SAE, the losses with the original SAE are in the run's file
+    # If the run trained its SAE, the losses with the original SAE are in the run's file.
     if config.method == "finetune" or config.train_sae:
         found = read_sequences(setting.folder)
         before = results["before"] = found.get("before", {})
@@ -223,14 +223,14 @@ def summary(results, documents):
     kl = {name: values["kl"] for name, values in results.items()}
     found = {}
 
-    # What each setting costs, in nats per token
+    # What each setting costs, in nats per token.
     for name in results:
         found[f"ce_{name}"] = interval(ce[name], documents)
         if name != "base":
             found[f"kl_{name}"] = interval(kl[name], documents)
             found[f"excess_{name}"] = interval(ce[name] - ce["base"], documents)
 
-    # How much of the original SAEs' gap training closed
+    # How much of the original SAEs' gap training closed.
     start = "before" if "before" in results else "sae"
     end = "adapted" if "adapted" in results else "sae"
     if start != end:
@@ -240,7 +240,7 @@ def summary(results, documents):
         found["gap_closed"] = closed if there_is_a_gap else (None, None)
         found["kl_gap_closed"] = ratio(kl[start] - kl[end], kl[start], documents)
 
-    # How much of the trained SAEs' cost the adapters win back; it is not part of the gap
+    # How much of the trained SAEs' cost the adapters win back; it is not part of the gap.
     if {"before", "adapted"} <= results.keys():
         won = ratio(ce["sae"] - ce["adapted"], ce["sae"] - ce["base"], documents)
         found["won_back_by_adapters"] = won

@@ -147,7 +147,7 @@ def train_probes(features, train, held=None, *, optimizer, batch, epochs, seed, 
     better = stale == 0
 
     for _ in range(epochs):
-        # One pass over the texts
+        # One pass over the texts.
         order = torch.randperm(texts, generator=generator).to(device)
         for chosen in order.split(batch):
             x = features[train.rows[:, chosen]]                                 # [P or 1, B, D]
@@ -156,13 +156,13 @@ def train_probes(features, train, held=None, *, optimizer, batch, epochs, seed, 
             losses = F.binary_cross_entropy_with_logits(logits, y, pos_weight=pos_weight,
                                                         reduction="none")
             optimizer.zero_grad()
-            # Each probe's gradient comes from its own loss only
+            # Each probe's gradient comes from its own loss only.
             (losses.mean(1) + l1 * probe.weight.abs().sum(1)).sum().backward()
             optimizer.step()
         schedule.step()
 
         # The last of equally good epochs counts: held-out texts are few, and the first epoch that
-        # gets them right is near the random start
+        # gets them right is near the random start.
         if held is not None:
             found = accuracy(probe, features, held).where(stale < patience, -1)
             better = found >= best_accuracy

@@ -38,12 +38,12 @@ def measure(sae, train, test, cut, seed):
     test_task = one_against_rest(cut.test, seed, z.device)
     scores = {}
 
-    # A few latents: those with the largest mean difference
+    # A few latents: those with the largest mean difference.
     best = mean_difference(z, task).abs().argsort(descending=True)
     for k in KS:
         scores[f"sae_top_{k}"] = regress(z, task, z_test, test_task, best[:, :k])
 
-    # All latents, in as many steps per epoch as in SAEBench: 4,000 texts in batches of 250
+    # All latents, in as many steps per epoch as in SAEBench: 4,000 texts in batches of 250.
     part, held = hold_out(task, seed)
     batch = min(250, max(16, part.rows.shape[1] // 16))
     probe = train_probes(z, part, held, optimizer=ADAMW, batch=batch, epochs=100, patience=10,

@@ -84,19 +84,6 @@ def lines(axes, x, series, scale=1):
         axes.errorbar(x, *columns(found, scale), marker="o", capsize=3, label=label)
 
 
-def bars(axes, names, series, scale=1):
-    """Grouped bars with error bars: one group per name, one bar per series in it.
-
-    series: {label: [(mean, half, ...) for each name]}
-    """
-    width = 0.8 / len(series)
-    places = np.arange(len(names))
-    for i, (label, found) in enumerate(series.items()):
-        means, halves = columns(found, scale)
-        axes.bar(places + i * width, means, width, yerr=halves, capsize=2, label=label)
-    axes.set_xticks(places + (0.8 - width) / 2, names)
-
-
 def columns(found, scale=1):
     """[(mean, half, ...)] -> [means, halves]; NaN for None, which matplotlib does not draw."""
     return scale * np.array([estimate[:2] for estimate in found], dtype=float).T

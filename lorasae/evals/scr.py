@@ -30,10 +30,10 @@ def evaluate(setting, labelled, seeds):
     """Table 6's SCR rows for the first SAE of a run."""
     found = saebench.compare(setting, "scr", labelled, seeds, measure)
     for models in found.values():
-        # For the pairs: the adapted model's scores for the concept that the base model reports
+        # For the pairs: the adapted model's scores for the concept that the base model reports.
         models["paired"] = [lora[worse_known(base)]
                             for base, lora in zip(models["base"], models["lora"])]
-        # Each model's own score, as SAEBench reports it
+        # Each model's own score, as SAEBench reports it.
         for who in saebench.MODELS:
             models[who] = [scores[worse_known(scores)] for scores in models[who]]
     return saebench.summary_of_sets(setting, labelled, seeds, found, over_thresholds)
@@ -50,13 +50,13 @@ def measure(sae, train, test, cut, seed):
     train_task = training_tasks(cut.train, device)
     test_task = test_tasks(cut.test, device)
 
-    # The accuracy of the clean and the biased probes
+    # The accuracy of the clean and the biased probes.
     probes = concept_probes(train.residual, train_task, seed)
     biased = choose(probes, [BIASED, BIASED])
     clean = accuracy(choose(probes, [ATTRIBUTE, CLASS]), test.residual, test_task)
     before = accuracy(biased, test.residual, test_task)
 
-    # The accuracy of the biased probe for one concept without the other's n latents
+    # The accuracy of the biased probe for one concept without the other's n latents.
     effects = mean_difference(train.latents, train_task) * (probes.weight @ sae.W_dec.float().T)
     found = {}
     for asked, ablated in ((ATTRIBUTE, CLASS), (CLASS, ATTRIBUTE)):

@@ -80,7 +80,7 @@ def load_adapter(model, folder):
     tensors = Tensors(folder / "adapter_model.safetensors")
     modules = dict(model.named_modules())
 
-    # build all adapters before attaching the first
+    # Build all adapters before attaching the first.
     fresh = {}
     for name in adapted_modules(tensors):
         linear = modules.get(name)

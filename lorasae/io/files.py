@@ -76,7 +76,7 @@ def whole(path):
                     raise
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        # torch.save hides the file's own error (a full disk) behind a RuntimeError
+        # torch.save hides the file's own error (a full disk) behind a RuntimeError.
         failure = error if isinstance(error, OSError) else error.__context__
         if not isinstance(failure, OSError):
             raise
@@ -157,7 +157,7 @@ class Fields(dict):
         if value is default:
             return value
 
-        # true is not a number here, although it is one in Python
+        # JSON's true is not a number here, although it is one in Python.
         good = type(value) is kind or (kind is float and type(value) is int)
         if good and kind in (int, float):
             good = abs(value) <= LARGEST                # False for NaN too

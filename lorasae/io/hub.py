@@ -168,7 +168,7 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
         source, wanted = sae_choice(source, **wanted)
     place, inside = local_or_hub(source, "SAE"), ""
 
-    # list all files
+    # List all files.
     if isinstance(place, str):
         owner, name, *folders = place.split("/")
         place, inside = f"{owner}/{name}", "".join(f"{folder}/" for folder in folders)
@@ -183,7 +183,7 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
                              f"{source}/sae-50pct")
         sizes = sizes_in(place)
 
-    # find the SAEs among them and choose the one that is wanted
+    # Find the SAEs among them and choose the one that is wanted.
     found = saes_among(place, sizes, inside)
     if not found:
         formats = (f"{' + '.join(files)} ({name})" for name, (_, files) in FORMATS.items())

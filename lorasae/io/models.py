@@ -97,7 +97,7 @@ def fill(model, folder, device, dtype):
     wanted = dict(model.named_parameters())
     stored = stored_names(files, model.config.tie_word_embeddings)
 
-    # all tensors, and no others
+    # All tensors, and no others.
     for name in sorted(wanted.keys() ^ stored.keys()):
         what = "lacks" if name in wanted else "has, beyond the model's tensors,"
         raise InputError(f"{folder} {what} {shown(name)}: it does not fit its config.json")

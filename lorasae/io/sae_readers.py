@@ -202,7 +202,7 @@ def read_sae_lens(file, cfg):
     BatchTopK and Matryoshka SAEs are saved for inference as jumprelu, with n folded in; their
     training checkpoints are not supported.
     """
-    # versions 5 and 6 nest different keys in inner objects: flatten them all
+    # Versions 5 and 6 nest different keys in inner objects: flatten them all.
     for key in ("metadata", "activation_fn_kwargs"):
         cfg = Fields({**(cfg.take(key, dict, None) or {}), **cfg}, cfg.where)
     kind = sae_lens_kind(cfg)
@@ -216,7 +216,7 @@ def read_sae_lens(file, cfg):
         model_name=cfg.take("model_name", str, None),
         hook=cfg.get("hook_name"))
 
-    # fold in the decoder's norms if TopK selects by rescaled latents
+    # Fold in the decoder's norms if TopK selects by rescaled latents.
     if cfg.take("rescale_acts_by_decoder_norm", bool, False) and kind == "topk":
         n = parts.decoder_norms()
         parts = replace(parts, enc=n, dec=1 / n, b_enc=parts.b_enc.float() * n)
@@ -264,7 +264,7 @@ def read_dictionary_learning(file, cfg):
     part = ".mlp" if "mlp" in submodule else ".attn" if "attn" in submodule else ""
     unknown = at is None and not part
 
-    # some classes use plain matrices, others nn.Linear
+    # Some classes use plain matrices, others nn.Linear.
     b_dec = "bias" if kind == "standard" else "b_dec"
     linear = ("encoder.weight", "decoder.weight.T", "encoder.bias", b_dec)
     return parts_of(

@@ -246,7 +246,7 @@ def pieces_in(line, where, field):
         names = ", ".join(strings)[:200] or "none"
         raise InputError(f"{where}: expected a JSON object with a string {field or 'text'!r}; its "
                          f"strings are: {names} (--field)")
-    # JSON can encode zero bytes, and half of a surrogate pair, which is not a character
+    # JSON can encode zero bytes, and half of a surrogate pair, which is not a character.
     text = text.replace("\0", "").encode("utf-8", "replace")
     yield from pieces_of(io.BytesIO(text), where)
 

@@ -22,7 +22,7 @@ from lorasae.errors import InputError
 from lorasae.evals.report import print_tables, save_figure
 from lorasae.io.console import Parser, count, few, one_line_errors, progress_line
 from lorasae.io.files import damage, local, read_object, write_bytes, write_json
-from lorasae.paper import control, downstream, frontier, gap
+from lorasae.paper import beyond, control, downstream, frontier, gap
 from lorasae.paper.page import page
 from lorasae.paper.results import table_of_claims
 from lorasae.paper.study import PLANS, Study, all_jobs, budget
@@ -31,7 +31,7 @@ from lorasae.runs.commands import run_all
 from lorasae.runs.config import Config, full_path
 from lorasae.runs.folder import RUNS, begin_with
 
-PARTS = (                                               # our own, then in the paper's order
+PARTS = (                                               # in the paper's order, between our own
     control.CONTROL,
     frontier.FRONTIER,
     gap.SCALING,
@@ -42,7 +42,10 @@ PARTS = (                                               # our own, then in the p
     downstream.TOKENS,
     gap.ONE_BLOCK,
     downstream.DISTANCES,
+    beyond.MODEL_OR_SAE,
+    beyond.RECIPE,
 )
+ON_REQUEST = ("model_or_sae", "recipe")                 # only if --only names them
 TOKENS = {                              # fields of Study: the value with --quick, the help text
     "sae_tokens": (20_000, "to train each SAE"),
     "frontier_tokens": (20_000, "to train the long SAE and those of Figures 1 and 5"),
@@ -100,7 +103,7 @@ def arguments(argv):
     add("--model", type=full_path, default="tiny-gemma-2",
         help=f"{', '.join(PLANS)}, or a folder with such a name (default: %(default)s)")
     add("--only", help="parts, figures or tables, separated by commas, such as fig3,table1 "
-        "(default: all)")
+        f"(default: all but {', '.join(ON_REQUEST)})")
     add("--list", action="store_true", help="list the parts and stop")
     add("--quick", action="store_true", help="few tokens, one seed")
     add("--dry-run", action="store_true", help="print what would run and stop")
@@ -141,7 +144,8 @@ def chosen(study, only):
     """The Parts that --only names; all of them without --only."""
     offered = [part for part in PARTS if part.name not in study.plan.without]
     known = [name for part in offered for name in (part.name, *part.words["figures"])]
-    names = only.replace(" ", "").split(",") if only else known
+    usual = [name for name in known if name not in ON_REQUEST]
+    names = only.replace(" ", "").split(",") if only else usual
     for name in names:
         if name not in known:
             raise InputError(f"--only {name}: there is no such part; choose from "

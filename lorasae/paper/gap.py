@@ -40,10 +40,11 @@ class Run(NamedTuple):
 
 
 def read(job, variant=""):
-    """The Run of a finished training."""
+    """The Run of a finished training, whose gap is that of the original SAE."""
     seen = read_sequences(job.folder / variant)
+    before = seen.get("before", seen["sae"])
     end = seen.get("adapted", seen["sae"])
-    return run_of(job.found(variant), seen["documents"], seen["base"], seen["sae"], end)
+    return run_of(job.found(variant), seen["documents"], seen["base"], before, end)
 
 
 def run_of(found, documents, base, sae, adapted):

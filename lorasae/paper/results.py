@@ -96,8 +96,8 @@ class Claim:
 
     def said(self, name):
         """The result of one case, as text."""
-        mean, half, what = self.cases[name]
-        value = f"{with_interval(mean, half, self.form)} {self.unit}".strip()
+        mean, _, what = found = self.cases[name]
+        value = f"{cell(found, self.form)} {self.unit}".strip()
         return what if mean is None else f"{value} ({what})"
 
     @property

@@ -229,6 +229,6 @@ def budget(study, part):
         "sae_tokens": each("tokens", saes),
         "adapter_tokens": each("tokens", adapted),
         "seeds": each("seed", adapted),
-        "optimizer": adapted[-1]["optimizer"],
+        "optimizer": adapted[-1]["optimizer"] if adapted else None,
         "recipe": preset_of(study.model).lora.get("recipe", "paper"),
     }
