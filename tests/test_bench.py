@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import command, refusal
@@ -18,6 +19,7 @@ from lorasae.bench import kernels, race, steps
 from lorasae.bench.__main__ import SECTIONS
 from lorasae.bench.race import peak_memory
 from lorasae.bench.workloads import TINY, flops_per_token, random_setting
+from lorasae.linear import linear
 from lorasae.lora import LoRALinear, base
 
 MAIN = "lorasae.bench.__main__"
@@ -201,3 +203,23 @@ def test_peak_memory_is_what_the_call_adds_and_a_killed_process_raises():
     assert 0.95 * 120e6 < peak_memory(allocating, "120 MB", "cpu") < 1.1 * 120e6
     with pytest.raises(BrokenProcessPool):
         peak_memory(dying, "120 MB", "cpu")
+
+
+def test_the_floor_is_a_calls_matrix_products():
+    x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    q = torch.randn(2, 3, 16, 8)
+    called = []
+
+    def call():
+        called.append(True)
+        (linear(x, weight).sum() + F.scaled_dot_product_attention(q, q, q, is_causal=True).sum()
+         + (q @ q.mT).sum()).backward()
+
+    floor = race.Floor(call)
+    assert floor.answer() == [] and not called          # a memory measurement must not run it
+    floor()
+    floor()
+    assert len(called) == 1
+    found = {tuple(multiply().shape): number for multiply, number in floor.products}
+    # forward, and both gradients; half of each product in attention, and the whole of another
+    assert found == {(6, 5): 1, (6, 4): 1, (5, 4): 1, (6, 16, 16): 2, (6, 16, 8): 0}

@@ -15,8 +15,8 @@ from helpers import (
     adapted, command, misuse, random_sae, read, refusal, refuses, some_tokens)
 from lorasae.evals import distances, fidelity, tokens as token_suite
 from lorasae.evals.common import (
-    evaluating, interval, linearised, over, over_documents, ratio, t_quantile, without_interval)
-from lorasae.evals.report import Table, columns, lines, plus_minus, print_tables, with_interval
+    evaluating, interval, linearised, over_documents, ratio, t_quantile, without_interval)
+from lorasae.evals.report import Table, lines, plus_minus, print_tables, with_interval
 from lorasae.lora import add_lora, base
 
 ALL = ("base", "sae", "adapted", "lora")                # settings of one model
@@ -61,9 +61,6 @@ def test_an_interval_is_students_t_and_a_single_value_has_none():
     assert (mean - half, mean + half) == pytest.approx((0.1073512, 7.3926488), abs=1e-6)
     assert interval(torch.tensor([3.])) == (3, None)
     assert interval(values.repeat(2), torch.arange(8)) == pytest.approx(interval(values.repeat(2)))
-    mean, half, what = over([0.1, 0.3], "seeds")
-    assert (mean, half, what) == (pytest.approx(0.2), pytest.approx(0.6313752), "2 seeds")
-    assert over([0.5], "seeds") == (0.5, None, "1 seed")
     assert over_documents(NINE.double(), NINE) == (*interval(NINE.double(), NINE), "9 documents")
 
 
@@ -168,7 +165,6 @@ def test_a_missing_interval_is_neither_printed_nor_drawn(capsys):
     assert plus_minus(None) == "" and with_interval(None, 1) == "" == with_interval(None, None)
     assert with_interval(0.5, None, "+.2f") == "+0.50"
     assert with_interval(2, 1, "+.1f") == "+2.0 ± 1.0"
-    assert str(columns([(1, None), (2, 0.5, "9 documents")], 10)) == "[[10. 20.]\n [nan  5.]]"
     print_tables([Table("", ["", "n"], [["one", 1.0]]), Table("two", ["x"], [["y"]], ["a note"])])
     assert capsys.readouterr().out == "\n          n\none  1.0000\n\ntwo\n\nx\ny\n\na note\n"
 

@@ -198,7 +198,7 @@ def test_failed_parts_are_left_out_by_name_and_the_rest_is_shown(study, monkeypa
     (study.folder / "numbers").rename(kept / "numbers")
     command(PAPER, "--redraw", "--only", "fig9", "--out", kept)
     assert "Fig. 9: The first block" in capsys.readouterr().out
-    assert "4 training runs on 4,000" in (kept / "index.html").read_text()
+    assert "4 training runs on\n4,000" in (kept / "index.html").read_text()
 
 
 def test_a_figure_is_the_same_after_a_kill_and_finished_runs_are_kept(tmp_path, monkeypatch):

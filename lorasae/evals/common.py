@@ -20,7 +20,6 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from lorasae.errors import InputError
@@ -143,13 +142,6 @@ class Estimate(NamedTuple):
 def over_documents(values, documents):
     """The Estimate of a mean over sequences; values [n], documents [n] int."""
     return Estimate(*interval(values, documents), f"{count_documents(documents)} documents")
-
-
-def over(values, what):
-    """The Estimate of a mean of independent values, such as over([0.1, 0.2, 0.15], "seeds")."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    things = what.removesuffix("s") if len(values) == 1 else what
-    return Estimate(*interval(values), f"{len(values)} {things}")
 
 
 def without_interval(documents):

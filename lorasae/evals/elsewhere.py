@@ -30,7 +30,7 @@ def evaluate(setting, data, eval_tokens):
               eval_tokens=eval_tokens or own.held_out.numel()) as text:
         setting = setting._replace(text=text)
         others = {} if config.method in ("lora", "finetune") else tenths.kept_saes(setting)
-        settings = dict.fromkeys((*fidelity.settings_of(config), *others))
+        settings = (*fidelity.settings_of(config), *others)
         found = fidelity.measure(setting.model, setting.saes, batches(setting), settings,
                                  others=others)
     fidelity.write_sequences(setting.folder / "elsewhere", found, text.documents)

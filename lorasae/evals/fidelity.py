@@ -242,8 +242,8 @@ def summary(results, documents):
 
     # How much of the trained SAEs' cost the adapters win back; it is not part of the gap.
     if {"before", "adapted"} <= results.keys():
-        won = ratio(ce["sae"] - ce["adapted"], ce["sae"] - ce["base"], documents)
-        found["won_back_by_adapters"] = won
+        found["won_back_by_adapters"] = ratio(
+            ce["sae"] - ce["adapted"], ce["sae"] - ce["base"], documents)
 
     numbers = with_ci90(found)
     for name, suffix in SUFFIX.items():

@@ -81,12 +81,9 @@ def print_tables(tables):
 def lines(axes, x, series, scale=1):
     """Lines with error bars; series: {label: [(mean, half, ...) at each x]}."""
     for label, found in series.items():
-        axes.errorbar(x, *columns(found, scale), marker="o", capsize=3, label=label)
-
-
-def columns(found, scale=1):
-    """[(mean, half, ...)] -> [means, halves]; NaN for None, which matplotlib does not draw."""
-    return scale * np.array([estimate[:2] for estimate in found], dtype=float).T
+        # None becomes NaN, which matplotlib does not draw.
+        means, halves = scale * np.array([estimate[:2] for estimate in found], dtype=float).T
+        axes.errorbar(x, means, halves, marker="o", capsize=3, label=label)
 
 
 def save_figure(draw, numbers, path, again):

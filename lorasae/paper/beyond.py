@@ -4,16 +4,17 @@
                     both, on equal tokens
     RECIPE          the published recipe, and the tuned one on a twelfth of the tokens
 
-    python -m lorasae.paper --only model_or_sae,recipe --seeds 6
+    python -m lorasae.paper --only model_or_sae,recipe --seeds 6 --out runs/beyond
 
-A case is a model with one SAE. Each of its arms trains once per seed, and arms are compared
-sequence by sequence. No rates are chosen here: they come from the recipes and presets.
+A case is a model with one SAE. Each of its arms trains once per seed, and arms are compared in
+pairs. No rates are chosen here: they come from recipes, presets and studies.toml.
 """
 from pathlib import Path
 
 from lorasae.paper.gap import draw_grid, paired, read, row_of, tables
 from lorasae.paper.results import Part, over_seeds
 from lorasae.paper.study import Job, of_text, preset_of
+from lorasae.runs.config import Config
 
 FIRST_SEED = 100                        # no setting was ever chosen with this or later seeds
 FEWER = 12                              # the tuned recipe gets 1 / FEWER of the tokens
@@ -25,8 +26,9 @@ def cases(study):
         return {study.name: (study.model, None)}
     found = {}
     for model in study.model, study.plan.second:
-        saes = Path(preset_of(model).sae).parent
-        found |= {f"{model}, {kind}": (model, saes / kind) for kind in ("jumprelu", "topk")}
+        for kind in "jumprelu", "topk":
+            sae = Path(preset_of(model).sae).with_name(kind)
+            found[f"{Path(model).name}, {kind}"] = model, sae
     return found
 
 
@@ -37,11 +39,12 @@ def part(name, arms, claims):
     """
     def training(study, case, arm, seed):
         model, sae = cases(study)[case]
+        seed += FIRST_SEED
         folder = "-".join(f"{name} {case} {arm} seed {seed}".replace(",", "").split())
         return Job(study.folder / "arms" / folder, {
             "model": model,
             "sae": sae,
-            "seed": FIRST_SEED + seed,
+            "seed": seed,
             **of_text(study),
             **arms(study)[arm],
         })
@@ -68,18 +71,20 @@ def part(name, arms, claims):
 
 
 def adapters_sae_both(study):
-    tokens = {"tokens": study.lora_tokens}
+    tokens = {"tokens": study.lora_tokens or Config.tokens}
+    adapters = {**tokens, **study.plan.lora}
     return {
-        "adapters": tokens,
-        "SAE": {**tokens, "method": "finetune"},
-        "both": {**tokens, "train_sae": ()},
+        "adapters": adapters,
+        "SAE": {**tokens, **study.plan.finetune, "method": "finetune"},
+        "both": {**adapters, "train_sae": ()},
     }
 
 
 def published_and_tuned(study):
-    tuned = {"tokens": study.long_tokens // FEWER, "recipe": "tuned"}
+    tokens = study.long_tokens or study.lora_tokens or Config.tokens
+    tuned = {"tokens": tokens // FEWER, "recipe": "tuned"}
     return {
-        "published": {"tokens": study.long_tokens, "recipe": "paper"},
+        "published": {"tokens": tokens, "recipe": "paper"},
         "tuned": tuned,
         "tuned, AdamW": {**tuned, "optimizer": "adamw"},
     }

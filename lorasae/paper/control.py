@@ -5,11 +5,12 @@
     LoRA after it                   the model is adapted to it, with rank 64 on the blocks after it
     LoRA on all blocks              the same on all blocks, only for the last SAE
 
-    python -m lorasae.paper --only control --data FOLDER --other-data FOLDER
+    python -m lorasae.paper --model DIR/smollm2-135m-instruct --only control \\
+        --data FOLDER --other-data FOLDER
 
 Each is compared, sequence by sequence, with the SAE as it was at that point of its training.
 """
-from lorasae.evals.fidelity import read_sequences, summary
+from lorasae.evals.fidelity import read_sequences
 from lorasae.evals.report import Table
 from lorasae.paper.gap import curve, paired, row_of, run_of, tables
 from lorasae.paper.results import Part, cell, group
@@ -88,10 +89,7 @@ def measure(study):
             # Compare every arm with the SAE it started from.
             base, before, here = seen[LORA]["base"], seen[LORA]["sae"], {}
             for name, own in seen.items():
-                end, documents = own.get("adapted", own["sae"]), own.pop("documents")
-                settings = {**own, "base": base, "sae": before, "adapted": end}
-                found = {**cost[name], **summary(settings, documents)}
-                here[name] = run = run_of(found, documents, base, before, end)
+                here[name] = run = run_of(cost[name], {**own, "base": base}, before)
                 rows.append(row_of(run, text, f"{percent} %: {name}"))
 
             # Compare LoRA with the other arms, sequence by sequence.

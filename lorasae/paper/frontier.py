@@ -20,7 +20,7 @@ from lorasae.paper.study import around_long, evaluation, long_sae, new_sae
 from lorasae.runs.config import Config
 
 CURVES = {"topk_lora": "TopK + LoRA", "topk": "TopK", "e2e": "e2e"}
-LEAST_SPEEDUP = {"fig1": 3.05, "fig5": 2.23}            # from the paper's Tables 1 and 2
+LEAST_SPEEDUP = 3.05                    # to e2e's final loss, from the paper's Table 1
 
 
 def models(study):
@@ -82,7 +82,10 @@ def measure(study):
 
         # Compare TopK + LoRA with e2e, sequence by sequence.
         e2e = read(made["e2e"].needs[0])
-        limit = curves["e2e"][-1]["seconds"] / LEAST_SPEEDUP[figure]
+        cases[f"lower_{figure}"] = {name: paired(e2e.sae - last.adapted, e2e, last)}
+        if figure == "fig5":                            # there e2e's last losses are never reached
+            continue
+        limit = curves["e2e"][-1]["seconds"] / LEAST_SPEEDUP
         sooner = Estimate(None, None, "no TopK + LoRA was there so soon")
         in_time = [run for percent, run in runs.items()
                    if before[percent] + run.found["seconds"] <= limit]
@@ -90,7 +93,6 @@ def measure(study):
             best = min(in_time, key=lambda run: run.found["ce_adapted"])
             sooner = paired(e2e.sae - best.adapted, e2e, best)
         cases[f"sooner_{figure}"] = {name: sooner}
-        cases[f"lower_{figure}"] = {name: paired(e2e.sae - last.adapted, e2e, last)}
     return {"figures": figures, "cases": cases}
 
 

@@ -17,9 +17,9 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.evals.common import Estimate, interval, linearised, over_documents
-from lorasae.evals.fidelity import read_sequences
+from lorasae.evals.fidelity import read_sequences, summary
 from lorasae.evals.report import Table, lines
-from lorasae.paper.results import NONE, PAPER, Part, cell, group, intervals, over_seeds
+from lorasae.paper.results import PAPER, Part, cell, group, intervals, over_seeds
 from lorasae.paper.study import adapters, around, long_sae, new_sae
 
 
@@ -27,7 +27,7 @@ from lorasae.paper.study import adapters, around, long_sae, new_sae
 
 class Run(NamedTuple):
     """A finished run. Its tensors have a value per held-out sequence [n], in nats per token."""
-    found: dict                         # results.json
+    found: dict                         # tokens, seconds, and the numbers of fidelity.summary
     documents: torch.Tensor             # the document of each sequence
     sae: torch.Tensor                   # CE with SAE
     adapted: torch.Tensor               # CE with SAE and adapters; with SAE if there are none
@@ -42,16 +42,19 @@ class Run(NamedTuple):
 def read(job, variant=""):
     """The Run of a finished training, whose gap is that of the original SAE."""
     seen = read_sequences(job.folder / variant)
-    before = seen.get("before", seen["sae"])
-    end = seen.get("adapted", seen["sae"])
-    return run_of(job.found(variant), seen["documents"], seen["base"], before, end)
+    return run_of(job.found(variant), seen, seen.get("before", seen["sae"]))
 
 
-def run_of(found, documents, base, sae, adapted):
-    """A Run from the results of fidelity.measure in each setting."""
-    gap = sae["ce"] - base["ce"]
-    closed = part_of(sae["ce"] - adapted["ce"], gap, documents)
-    return Run(found, documents, sae["ce"], adapted["ce"], gap, closed)
+def run_of(cost, seen, before):
+    """A Run from what it cost, the results of fidelity.measure, and those of the original SAE."""
+    documents, base, end = seen["documents"], seen["base"], seen.get("adapted", seen["sae"])
+    settings = {**seen, "sae": before, "adapted": end}
+    del settings["documents"]
+    found = {**cost, **summary(settings, documents)}
+
+    gap = before["ce"] - base["ce"]
+    closed = part_of(before["ce"] - end["ce"], gap, documents)
+    return Run(found, documents, before["ce"], end["ce"], gap, closed)
 
 
 def part_of(values, whole, documents):
@@ -110,11 +113,12 @@ def tables(numbers):
             which = f", rank {rank}" if len(ranks) > 1 else ""
             columns[f"gap closed{which}"] = by_x(own, "gap_closed"), ".1%"
 
-        made.append(Table(
-            f"Gap closed, by {axis} (nats per token; {intervals(improvement[0].values())})",
-            [axis, *columns],
-            [[str(x), *(cell(found.get(x, NONE), form) for found, form in columns.values())]
-             for x in group(rows, "x")]))
+        cells = []
+        for x in group(rows, "x"):
+            own = [cell(found[x], form) if x in found else "" for found, form in columns.values()]
+            cells.append([str(x), *own])
+        caption = f"Gap closed, by {axis} (nats per token; {intervals(improvement[0].values())})"
+        made.append(Table(caption, [axis, *columns], cells))
     return made
 
 

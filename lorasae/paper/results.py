@@ -5,7 +5,7 @@ Every case of a claim is an Estimate with a 90 % interval. A case
     agrees          if its mean is beyond the claim's threshold by more than half its interval
     differs         if it is as far on the other side
     within noise    if it is nearer to the threshold
-    no interval     if it has none: a single seed, too few documents, or an undefined ratio
+    no interval     if it has none: too few documents, equal values, or an undefined ratio
 
 A claim gets the verdict that more than half of its cases share; otherwise it is "mixed". Nothing is
 pooled over models, points or latents: each is a separate case.
@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lorasae.evals.common import Estimate, over
+import torch
+
+from lorasae.evals.common import Estimate, interval
 from lorasae.evals.report import Table, with_interval
 
 PAPER = tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8"))
@@ -123,7 +125,7 @@ def table_of_claims(claims):
     """A Table with a row for each claim."""
     rows = [[f"{claim.figure}: {claim.says}", claim.paper, claim.ours, claim.verdict]
             for claim in claims]
-    return Table("The paper's claims and our results (± 90 %)",
+    return Table("Claims and our results (± 90 %)",
                  ["claim", "paper", "ours", "verdict"], rows)
 
 
@@ -139,10 +141,8 @@ def over_seeds(estimates):
         return Estimate(*estimates[0])
     if None in means:
         return Estimate(None, None, "not defined for every seed")
-    return over(means, "seeds")
-
-
-NONE = Estimate(None, None, "")         # an empty cell
+    means = torch.tensor(means, dtype=torch.float64)
+    return Estimate(*interval(means), f"{len(means)} seeds")
 
 
 def cell(estimate, form=".4f"):

@@ -3,7 +3,7 @@
 A part lists the jobs that it needs; several parts may need the same ones. Each training Job is
 a run of train.py in its own folder, so train.py can resume it and eval.py can evaluate it.
 
-    STUDY/saes/NAME, STUDY/adapters/NAME        runs
+    STUDY/saes/NAME, adapters/NAME, arms/NAME   runs
     STUDY/logs/                                 the output of their commands
     STUDY/numbers/PART.json                     the results of a part
     STUDY/study.json                            the arguments of the study
