@@ -186,7 +186,7 @@ def killed(site, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed") / "run"
     arguments = words(site, "lora", *PLAIN, "--checkpoint-every", 2)
     them = Processes(2, [*arguments, "--out", folder], folder.with_suffix(""))
-    while not (folder / "checkpoint/step-00000004.blake2b").exists():
+    while not (folder / "checkpoint/step-00000004.pt").exists():
         assert them.all[0].is_alive(), them.said("err")
         time.sleep(0.005)
     them.all[1].kill()

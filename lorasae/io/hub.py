@@ -237,8 +237,10 @@ def choose(found, source, wanted):
         if offered:
             name = pick(fact, value, offered, source)
             found = [sae for sae, its in zip(found, said) if its == name]
-        elif fact == "l0" and value is not None and found[0].kind != "sae_lens":
-            raise InputError(f"{source} does not state its L0: leave out --l0")
+        elif fact == "l0" and value is not None:
+            of_run = Path(found[0].place, found[0].folder, "training.json")     # which had a target
+            if not of_run.exists():
+                raise InputError(f"{source} does not state its L0: leave out --l0")
 
     # Gemma Scope 2 has many SAEs at four layers and, in ..._all folders, a few at every layer.
     found = [sae for sae in found if "_all/" not in sae.folder] or found
@@ -357,6 +359,8 @@ def explanation(error, repo):
     why = f"the Hub is down (status {status})" if status else "the Hub is out of reach"
     if constants.is_offline_mode():
         why = "HF_HUB_OFFLINE is set"
+    if repo.startswith("datasets/"):
+        return OutOfReach(f"{why}, and {repo} is streamed from it: pass a local folder with --data")
     return OutOfReach(
         f"{why}, and {repo} is neither a local folder nor completely in the cache "
         f"{constants.HF_HUB_CACHE}: fetch it once while online, or pass a local folder")

@@ -18,10 +18,11 @@ except the first. The held-out text is always in the run's folder, so evaluation
 source.
 
 Held-out text. Whole documents are held out, the same ones for every seed: chosen by file name in
-the standard library; in other sources a sixteenth of the documents, or more if eval_tokens needs
-them. A single file of plain text holds out its last sixteenth. A chunk belongs to one document, but
-short documents share chunks, and each such chunk counts as a document. Every document gives one
-chunk before any gives a second. Training leaves out every document that begins like a held-out one.
+the standard library; in other sources a sixteenth of the documents (at most 1,000), or more if
+eval_tokens needs them. A single file of plain text holds out its last sixteenth. A chunk belongs to
+one document, but short documents share chunks, and each such chunk counts as a document. Every
+document gives one chunk before any gives a second. Training leaves out every document that begins
+like a held-out one.
 
 Training order. The seed permutes the files. Sixteen JSON-lines files are read at a time, in
 proportion to their sizes; a file of plain text is one document and is read to its end. The tokens
@@ -141,7 +142,7 @@ class Text:
         return self._sequences(step * self.batch_size, (step + 1) * self.batch_size)
 
     def first(self, count):
-        """The first `count` training sequences [count, context]. keep_from never deletes these."""
+        """The first `count` training sequences [count, context]."""
         return self._sequences(0, count)
 
     def keep_from(self, step):

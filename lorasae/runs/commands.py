@@ -7,6 +7,7 @@ Finished commands are not run again. Runs that were begun are resumed.
 """
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -78,12 +79,15 @@ def run_all(commands, processes, logs):
     finally:
         for process in running:                         # after Ctrl-C: leave no process behind
             process.terminate()
+            process.wait()
     return failed
 
 
 def start(command, log, environment):
     """Starts a command's process, which prints into `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    if not (command.folder / "config.json").exists():
+        shutil.rmtree(command.folder / "text", ignore_errors=True)      # it was killed early
     words = [sys.executable, ROOT / command.script, *command.to_run()]
     with open(log, "wb") as output:
         return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output,

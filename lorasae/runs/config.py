@@ -388,6 +388,8 @@ def configure(given, recipes):
         **given,
     }
     config = Config(**{name: value for name, value in values.items() if reads(mode, name)})
+    if config.field and config.data == "stdlib":
+        raise InputError("--field has no effect with --data stdlib: leave it out")
     if known is None and not given.keys() >= {"data", "context"}:
         note(f"note: {model} is not a preset; using --data {config.data} --context "
              f"{config.context}")
@@ -405,8 +407,6 @@ def check_effect(given, mode):
             advice = ", or pass --train-sae" if mode == "lora" and reads(BOTH, name) else ""
             raise InputError(f"{option(name)} has no effect with --method {mode}: leave it "
                              f"out{advice}")
-    if "field" in given and given.get("data") == "stdlib":
-        raise InputError("--field has no effect with --data stdlib: leave it out")
 
 
 def of_preset(known, model, mode):
@@ -458,7 +458,8 @@ def of_sae_runs(given, with_tokens):
     if "l0" in given:
         raise InputError(f"--l0 has no effect with the SAE of {folders[0]}: leave it out")
     runs = [read_config(folder) for folder in folders]
-    names = ["data", "field", "context", "dtype", "eval_tokens"] + ["tokens"] * with_tokens
+    names = ["data", "field"] * ("data" not in given)   # the field belongs to the data
+    names += ["site", "context", "dtype", "eval_tokens"] + ["tokens"] * with_tokens
     note(f"note: taking {', '.join(names)} and layer from the run that made the SAE, {folders[0]}, "
          "unless given as options")
     values = {name: getattr(runs[0], name) for name in names}
@@ -466,8 +467,11 @@ def of_sae_runs(given, with_tokens):
 
 
 def run_of(source):
-    """The folder of the run that made the SAE in RUN_DIR or RUN_DIR/sae-50pct, or None."""
-    for folder in (Path(source), Path(source).parent):
+    """The folder of the run that made the SAE in RUN_DIR or RUN_DIR/sae-50pct, or None.
+
+    source: may also be a file of that SAE.
+    """
+    for folder in (Path(source), *Path(source).parents[:2]):
         if (folder / "config.json").is_file() and (folder / "metrics.jsonl").exists():
             return folder
     return None

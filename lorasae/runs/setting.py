@@ -111,7 +111,7 @@ def open_run(folder, device=None):
     config = settled(replace(read_config(folder, device), shard=False))
     if config.trains_sae:
         config = replace(config, sae=(str((folder / "sae").resolve()),))
-    run = folder if (folder / "text").exists() else folder.parent
+    run = folder if (folder / "text").exists() else folder.absolute().parent
     read_object(run / "text" / "text.json")             # fail rather than hold out other text
     setting = load_setting(config, folder, run / "text")
     if config.method == "lora":
