@@ -17,6 +17,7 @@ paper's; --dry-run shows what a run would use.
 import argparse
 import shutil
 import sys
+from shlex import quote
 
 import torch
 
@@ -139,10 +140,10 @@ def report(results, folder, config):
         facts.append(f"dead latents {results['dead_latents']:.1%}")
     print("   ".join(facts))
 
-    print(f"{folder}/ holds everything; python eval.py {folder} recomputes the table")
+    where, model = quote(str(folder)), quote(config.model)
+    print(f"{folder}/ holds everything; python eval.py {where} recomputes the table")
     if config.method != "lora":
-        print(f"python train.py --model {config.model} --sae {folder} adapts the model to the "
-              "SAE")
+        print(f"python train.py --model {model} --sae {where} adapts the model to the SAE")
 
 
 def main(argv=None):

@@ -234,9 +234,8 @@ def blockwise_attention(q, k, v, scale, softcap, window, rows):
             scores = 2 * softcap * scores.sigmoid()
 
         # A small mask of 0 and -∞, broadcast over batch and heads.
-        unseen = ~causal_mask(stop - start, last_key - first_key, window, q.device)
-        mask = torch.zeros(unseen.shape, device=q.device)
-        scores += mask.masked_fill_(unseen, -torch.inf)
+        seen = causal_mask(stop - start, last_key - first_key, window, q.device)
+        scores += torch.where(seen, 0.0, -torch.inf)
 
         weights = scores.softmax(dim=-1).to(v.dtype)
         parts.append(weights @ v[:, :, first_key:last_key])

@@ -113,7 +113,7 @@ def begin(sae, seen, config):
 
 @torch.no_grad()
 def observe(model, sae, layer, tokens, end_to_end):
-    """Runs the frozen model: tokens [B, T] -> FrozenPart, whose x is the output of the SAE's block.
+    """Runs the frozen model: tokens [B, T] -> FrozenPart, whose x is what the SAE reads.
 
     Its target is None unless the SAE trains end to end.
     """
@@ -148,7 +148,7 @@ class InTraining(StandIn):
 # ---- One step ------------------------------------------------------------------------------------
 
 def take_step(model, sae, layer, part, step, training, config, world=ALONE):
-    """One Adam step on a FrozenPart -> {name: value}: losses, and the norm before clipping.
+    """One Adam step on a FrozenPart -> {name: value}: losses, L0, and the norm before clipping.
 
     The loss is the FVU, or Eq. 7 for end-to-end training. If gradients reach L0, a penalty keeps it
     at its target. --auxk adds AuxK on the latents that have not fired for `dead_after` tokens.

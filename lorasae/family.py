@@ -75,7 +75,7 @@ class Config:
         return 1
 
 
-MADE = ("rope_scaling", "local_rope_theta", "with_vision")      # not keys of the file
+MADE = ("rope_scaling", "local_rope_theta", "with_vision")      # not copied from the file
 
 
 def defaults(config):

@@ -26,7 +26,7 @@ class Config(family.Config):
     model_type = "gemma2"
 
     num_key_value_heads: int = 4
-    head_dim: int = 256                                 # 27B's is not hidden_size / heads
+    head_dim: int = 256                                 # not hidden_size / heads (288 in 2B)
     query_pre_attn_scalar: float = 256.0
     sliding_window: int = 4096
     layer_types: tuple                                  # SLIDING or FULL, one per block
@@ -39,7 +39,7 @@ class Config(family.Config):
 
     def embed_scale(self, dtype):
         """√D in the model's dtype, as in training (in bf16, 27B's 67.882 becomes 68)."""
-        return torch.tensor(self.hidden_size ** 0.5).to(dtype)
+        return torch.tensor(self.hidden_size ** 0.5, dtype=dtype)
 
 
 def parse(fields):

@@ -25,9 +25,7 @@ def generate(
     these new ids; by default, it ends at EOS.
     """
     eos = model.config.eos_token_id
-    if stop is None:
-        def stop(row, ids):
-            return ids[-1] == eos
+    stop = stop or (lambda row, ids: ids[-1] == eos)
 
     # All rows start where the shortest prompt ends. Longer prompts continue with their own tokens.
     B, T = tokens.shape

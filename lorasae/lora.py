@@ -189,7 +189,7 @@ def attach_lora(model, modules):
 def merge_lora(model):
     """Folds each adapter into its weight, W ← W + (alpha / R) B A; returns the model."""
     for module in detach_lora(model).values():
-        module.weight.copy_(module.weight.float() + module.delta())
+        module.weight.copy_(module.weight + module.delta())
     return model
 
 

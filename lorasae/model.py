@@ -83,6 +83,9 @@ class Transformer(nn.Module):
         special [B, T]: `model.special(tokens)`, needed by SAEs that were trained without BOS and
         EOS. cache: an attention.Cache to extend; x then starts at the first position not in it.
         """
+        if not saes.keys() <= set(range(len(self.layers))):
+            raise InputError(f"saes are for layers {sorted(saes)}, but the model has blocks 0 to "
+                             f"{len(self.layers) - 1}")
         first_position = cache.length if cache is not None else 0
         places = positions(self.config, first_position, x)
         for layer in range(start, stop):
@@ -106,9 +109,6 @@ class Transformer(nn.Module):
 
     def residual(self, tokens, saes={}, cache=None):
         """tokens [B, T] -> the residual stream after the last block [B, T, D]."""
-        if not saes.keys() <= set(range(len(self.layers))):
-            raise InputError(f"saes are for layers {sorted(saes)}, but the model has blocks 0 to "
-                             f"{len(self.layers) - 1}")
         x = self.embed(tokens)
         return self.run(x, 0, len(self.layers), saes, self.special(tokens), cache)
 

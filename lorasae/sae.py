@@ -176,7 +176,7 @@ KINDS = {"topk": TopK, "jumprelu": JumpReLU}
 # ---- In the model --------------------------------------------------------------------------------
 
 def splice(x, sae, special=None):
-    """Replaces the residual stream x [B, T, D] by its reconstruction (Eq. 5).
+    """Replaces activations x [B, T, D] by their reconstruction (Eq. 5).
 
     Positions that the SAE was not trained on do not change. special [B, T]: BOS and EOS. (The
     published training does the same, utils.py:606; the published benchmarks spare only position 0.)

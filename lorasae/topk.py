@@ -65,7 +65,7 @@ def sae_step(x, W_enc, b_enc, W_dec, b_dec, k):
 
     Equal to decode(*encode(x - b_dec, W_enc, b_enc, k), W_dec) + b_dec, with one sort for both.
     """
-    shared = []
+    shared = None if torch.compiler.is_compiling() else []
     values, indices = Encode.apply(x, W_enc, b_enc, b_dec, k, shared)
     x_hat = Decode.apply(values, indices, W_dec, shared) + b_dec
     return x_hat, values, indices
@@ -95,12 +95,11 @@ def topk(x, k):
     As in torch.topk, NaN is larger than any number.
     """
     parts = [x]
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         parts = x.split(ROWS)
 
     found = [topk_by_groups(part, k) for part in parts]
-    values, indices = [torch.cat(each) for each in zip(*found)]
-    return values, indices
+    return [torch.cat(each) for each in zip(*found)]
 
 
 def topk_by_groups(x, k):
@@ -232,7 +231,7 @@ def naive_dot(x, rows, indices):
 
 # ---- Forward and backward ------------------------------------------------------------------------
 # `shared` is a list in which the decoder's backward pass leaves its sorted pairs for the encoder's.
-# It is None in encode and decode, which may run inside a compiled block, where this cannot work.
+# It is None in encode and decode, and inside compiled blocks, where this cannot work.
 
 class Encode(torch.autograd.Function):
     """The k largest of ReLU((x - b_dec) W_encᵀ + b_enc); b_dec may be None.

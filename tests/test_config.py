@@ -134,7 +134,7 @@ def test_an_option_without_effect_is_refused(given, name):
     method = BOTH if "train_sae" in given else given.get("method", "lora")
     with pytest.raises(InputError, match=f"^{option(name)} has no effect with --method {method}"):
         configured(**{**given, name: True})
-    refuses("--field has no effect with --data stdlib", configured, field="content", data="stdlib")
+    refuses("--field has no effect with --data stdlib", configured, field="content")
 
 
 def test_a_width_is_a_number_of_latents_or_the_name_of_a_power_of_two(capsys):
@@ -213,8 +213,8 @@ def test_local_files_are_recorded_with_their_full_path(tmp_path, monkeypatch):
 def sae_run(tmp_path):
     """A run folder like those of train.py --method topk."""
     folder = tmp_path / "run"
-    config = Config(method="topk", model="tiny-llama-3", layer=(3,), data="stdlib", context=64,
-                    eval_tokens=999, dtype="float32", lr=1e-3, width=64)
+    config = Config(method="topk", model="tiny-llama-3", layer=(3,), data="pile", field="content",
+                    context=64, eval_tokens=999, dtype="float32", lr=1e-3, width=64)
     write_json(folder / "config.json", config.to_json())
     (folder / "metrics.jsonl").write_text("")
     for name in ("sae", "sae-50pct"):
@@ -222,11 +222,12 @@ def sae_run(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("place", ["", "/", "/sae", "/sae-50pct", "/sae-50pct/"])
+@pytest.mark.parametrize("place", ["", "/", "/sae", "/sae-50pct/", "/sae/sae_weights.safetensors"])
 def test_settings_come_from_the_run_that_made_the_sae(sae_run, place, capsys):
     given = {"model": "tiny-llama-3", "sae": (f"{sae_run}{place}",)}
     config = configured(**given)
-    assert (config.data, config.context, config.eval_tokens) == ("stdlib", 64, 999)
+    assert (config.data, config.field, config.context) == ("pile", "content", 64)
+    assert config.eval_tokens == 999 and configured(**given, data="stdlib").field is None
     assert (config.layer, config.dtype, config.tokens) == ((3,), "float32", 600_000)
     assert "from the run that made the SAE" in capsys.readouterr().err
     assert configured(**given, context=32, layer=(1,)).context == 32

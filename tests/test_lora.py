@@ -144,6 +144,16 @@ def test_new_modules_inherit_train_or_eval_mode(model, training):
     assert modes() == {training}
 
 
+def test_merging_a_fresh_adapter_changes_nothing_in_any_dtype(model_folder):
+    for dtype in "float64", "bfloat16":
+        model = load_model(model_folder, dtype=getattr(torch, dtype))
+        weight = model.layers[1].mlp.up_proj.weight
+        weight.data.add_(1e-12 * (dtype == "float64"))
+        before = weight.clone()
+        merge_lora(add_lora(model, [1], 3))
+        assert torch.equal(model.layers[1].mlp.up_proj.weight, before)
+
+
 def test_adapters_stay_fp32_on_a_bf16_base(model_folder, tokens):
     model = trained(load_model(model_folder, dtype="bfloat16"))
     assert {p.dtype for p in lora_parameters(model)} == {torch.float32}

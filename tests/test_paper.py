@@ -276,11 +276,12 @@ def test_a_failure_is_reported_with_its_reason_and_the_others_run(made, tmp_path
 
 
 def test_finished_runs_are_skipped_and_unfinished_ones_resumed(made, tmp_path):
-    finished, begun = made("fail"), made("well")
-    for each, name in (finished, "results.json"), (begun, "config.json"):
-        each.folder.mkdir(parents=True)
+    finished, begun, early = made("fail"), made("well"), made("early")
+    for each, name in (finished, "results.json"), (begun, "config.json"), (early, "text/a.npy"):
+        (each.folder / name).parent.mkdir(parents=True)
         (each.folder / name).touch()
-    assert run_all([finished, begun], 1, tmp_path / "logs") == {}
+    assert run_all([finished, begun, early], 1, tmp_path / "logs") == {}
+    assert not (early.folder / "text").exists()         # it was killed before it began
     assert not (finished.folder / "words").exists()
     assert (begun.folder / "words").read_text() == f"--resume {begun.folder}"
     evaluation = Command("eval.py", ("--suite", "lm"), begun.folder, "eval-lm.json")

@@ -117,7 +117,7 @@ def test_the_code_on_the_card_runs_and_other_libraries_agree(kind, finished, hub
 
 
 @pytest.mark.parametrize("wanted, names", [
-    ("is not OWNER/NAME on the Hub: give the model's name there with --model", ["me/run"]),
+    ("is not OWNER/NAME on the Hub, where the repository needs a name", ["me/run"]),
     ("is not OWNER/NAME on the Hub", ["me/run", *BASE]),
     ("run is not OWNER/NAME on the Hub", ["run", *BASE, *SAE]),
     ("names 2 SAEs for --layer 1", ["me/run", *BASE, *SAE, "me/other"]),

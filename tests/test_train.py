@@ -212,6 +212,7 @@ LATE = (                                                # --dry-run does not fin
     (["--device", "cuda:99"], LATE[2]), (["--shard"], LATE[3]),
     (["--adapt", "3-5"], "or block numbers such as 3 4 5"),
     (["--adapt", 7], "cannot adapt blocks [7]: the model has blocks 0 to 3"),
+    (["--l0", 30], "does not state its L0: leave out --l0"),
     (["--layer", 3], "sae was trained on block 1, not 3: pass --layer 1, or another SAE"),
     (["--sae", "last", "--layer", 3, "--adapt", "after"], "no block comes after the SAE at layer"),
     (["--data", "empty.txt"], LATE[1]), (["--data", "latin1.txt"], LATE[0]),

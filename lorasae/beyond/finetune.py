@@ -119,7 +119,7 @@ def active_latents(sae, x):
 
 class Trained(NamedTuple):
     """What trains, and where."""
-    layer: int                              # the block whose output the SAE replaces
+    layer: int                              # the SAE's block
     sae: SAE
     reference: Reference
     adapters: list                          # parameters that train too; other adapters are fixed

@@ -67,7 +67,7 @@ class Optimizers:
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), state included, in fp32 instead of bf16."""
+    """torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), state included, without its bf16."""
 
     def __init__(self, parameters, lr, weight_decay=0.0):
         super().__init__(parameters, lr, weight_decay, adjust_lr_fn="match_rms_adamw")

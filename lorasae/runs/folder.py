@@ -1,9 +1,9 @@
 """A run's folder: config.json (its settings), metrics.jsonl, checkpoint/, results.json.
 
-Every file but the log is either complete or absent, and only one process writes at a time. A killed run loses
-the steps since its last checkpoint. When resumed, it ends where the uninterrupted run would have:
-parameters and optimiser come from the checkpoint; a step's text and random numbers follow from its
-number. With several processes (distributed.py), the first does all the writing.
+Every file but the log is either complete or absent, and only one process writes at a time. A killed
+run loses the steps since its last checkpoint. When resumed, it ends where the uninterrupted run
+would have: parameters and optimiser come from the checkpoint; a step's text and random numbers
+follow from its number. With several processes (distributed.py), the first does all the writing.
 """
 import itertools
 import json
@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from zipfile import ZipFile
 
 import numpy
@@ -96,8 +97,8 @@ class Run:
         if not self.has_begun:
             return "interrupted: nothing was written"
         step = max(map(step_of, self.checkpoints()), default=0)
-        return (f"interrupted: python train.py --resume {self.folder} continues at step {step:,} "
-                f"of {self.config.steps:,}")
+        return (f"interrupted: python train.py --resume {quote(str(self.folder))} continues at "
+                f"step {step:,} of {self.config.steps:,}")
 
     def finish(self, results):
         """Writes results.json, which marks the run as finished."""

@@ -103,8 +103,8 @@ def card(folder, repo, names):
     config = public(own, names)
     for name in (repo, config.model, *config.sae):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", name):
-            raise InputError(f"{name} is not OWNER/NAME on the Hub: give the model's name there "
-                             "with --model, its SAE's with --sae")
+            raise InputError(f"{name} is not OWNER/NAME on the Hub, where the repository needs a "
+                             "name, and so do the model (--model) and its SAE (--sae)")
     results = {name: read_object(folder / name / "results.json") for name in adapter_names(own)}
 
     # The kinds and sizes of the SAEs.

@@ -96,9 +96,9 @@ def compiled_blocks(model, backend="inductor"):
 
     Graph breaks raise instead of falling back to eager.
     """
-    # Blocks share code, which needs a graph for each window, shape and role (frozen, adapted,
+    # Blocks share code, which needs a graph for each window, shape, rank and role (frozen, adapted,
     # first adapted). That is more than the default limit of 8.
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with torch._dynamo.config.patch(recompile_limit=1024):
         for block in model.layers:
             block.forward = torch.compile(
                 block.forward, fullgraph=True, dynamic=False, backend=backend)
