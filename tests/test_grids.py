@@ -261,7 +261,7 @@ def test_arms_are_compared_in_pairs_and_the_gap_is_the_original_saes(study):
     assert claims["adapters"].verdict == claims["both"].verdict == "agrees"
     for name in beyond.cases(study):
         assert claims["adapters"].cases[name].mean == pytest.approx(0.1)
-        assert f"Gap closed, by {name}" in text
+        assert f"Gap closed, by arm: {name}" in text
     assert all(row["ce_sae"][0] == pytest.approx(3) for row in numbers["rows"])
     assert "tiny-llama-3, topk" in text and "30.0%" in text
 
@@ -279,7 +279,7 @@ def test_experiments_beyond_the_paper_run_only_if_they_are_named(
     monkeypatch.setattr(paper, "run_all", in_this_process)
     command("lorasae.paper.__main__", "--only", "model_or_sae", "--quick", "--lora-tokens", "1k",
             "--eval-tokens", "1k", "--device", "cpu", "--out", tmp_path)
-    assert "Gap closed, by one" in capsys.readouterr().out
+    assert "Gap closed, by arm: one" in capsys.readouterr().out
     assert "Adapters train with" not in (tmp_path / "index.html").read_text()
     arms = tmp_path / "arms"
     assert read_config(arms / "model_or_sae-one-both-seed-100").train_sae

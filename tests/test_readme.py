@@ -76,7 +76,7 @@ def test_the_readmes_python_runs_unchanged(tmp_path):
     start, = re.findall(r"`(sys\.path\.append\(.*?\))`", README)
     parts = {"here": HERE, "in peft": IN_PEFT, "in nnsight": IN_NNSIGHT}
     script = "\n".join(["import sys", start, *(parts[place] + CHECKS[place] for place in able)])
-    script = script.replace("PATH/TO/THIS/FOLDER", str(ROOT))
+    script = script.replace("THIS/FOLDER", str(ROOT))
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True,
                           text=True)
@@ -178,7 +178,7 @@ def test_a_name_next_to_a_file_is_in_that_file(file, name):
     assert any(name in WORDS.get(path, ()) for path in found_at(file)), f"{file} has no {name}"
 
 
-NOT_OURS = {*PRESETS, "hf", "pip", 'sys.path.append("PATH/TO/THIS/FOLDER")'}
+NOT_OURS = {*PRESETS, "hf", "pip", 'sys.path.append("THIS/FOLDER")'}
 NAMES = [span for span in SPANS if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\(.*\))?", span)
          and not span.endswith((".py", ".json", ".md"))]
 

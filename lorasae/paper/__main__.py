@@ -226,7 +226,7 @@ def report(study, parts, reasons, command):
                 claims += [(part, claim) for claim in part.claims(numbers)]
                 if part.draw:
                     save_figure(part.draw, numbers, png, command)
-        if part in parts:
+        if part in parts and tables:
             print_tables(tables)
         if part in parts or found:
             sections.append((part, found, tables, png.read_bytes() if png.exists() else None))

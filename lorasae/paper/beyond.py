@@ -59,7 +59,7 @@ def part(name, arms, claims):
         for case in cases(study):
             runs = {arm: [read(training(study, case, arm, seed)) for seed in study.seeds]
                     for arm in arms(study)}
-            rows += [row_of(run, case, arm, seed=seed)
+            rows += [row_of(run, f"arm: {case}", arm, seed=seed)
                      for arm, own in runs.items() for seed, run in zip(study.seeds, own)]
             for claim, (better, other) in claims.items():
                 differences[claim][case] = over_seeds([
