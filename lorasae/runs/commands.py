@@ -7,7 +7,6 @@ Finished commands are not run again. Runs that were begun are resumed.
 """
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from lorasae.io.console import progress_line
+from lorasae.runs.folder import Run
 
 ROOT = Path(__file__).parents[2]                        # the folder of train.py and eval.py
 POLL = 0.05                                             # seconds between polls of the processes
@@ -79,6 +79,7 @@ def run_all(commands, processes, logs):
     finally:
         for process in running:                         # after Ctrl-C: leave no process behind
             process.terminate()
+        for process in running:
             process.wait()
     return failed
 
@@ -86,8 +87,10 @@ def run_all(commands, processes, logs):
 def start(command, log, environment):
     """Starts a command's process, which prints into `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    if not (command.folder / "config.json").exists():
-        shutil.rmtree(command.folder / "text", ignore_errors=True)      # it was killed early
+    unbegun = Run(command.folder, None)
+    if (command.folder / "text").exists() and not unbegun.has_begun:
+        unbegun.claim()                                 # unless another process is at it
+        unbegun.close()                                 # removes what a killed process left
     words = [sys.executable, ROOT / command.script, *command.to_run()]
     with open(log, "wb") as output:
         return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output,
