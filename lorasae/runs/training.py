@@ -25,7 +25,7 @@ from lorasae.runs import distributed
 from lorasae.runs.config import BY_K, joined
 from lorasae.runs.folder import ends_a_tenth
 
-QUICK_TOKENS = 1024                                     # held-out tokens measured before training
+QUICK_TOKENS = 512                                      # held-out tokens measured before training
 
 
 def train(run, kind, text, keep=None):
