@@ -317,11 +317,8 @@ class Text:
         count = -(-self.eval_tokens // self.context)
         most = (4 * count // max(least, 1) + 1) * self.context              # tokens per document
         own, of, digests, short, spare = [], [], [], [np.empty(0, np.int32)], 0
-        for pieces in found:
-            some = take(pieces, 8 * most)               # at 8 characters per token
-            if not some:
-                continue                                # an empty document
-            tokens = tokens_of(some, self.tokenizer, self.eos)
+        beginnings = (take(pieces, 8 * most) for pieces in found)       # at 8 characters per token
+        for some, tokens in tokenised(filter(None, beginnings), self.tokenizer, self.eos):
             chunks, rest = chunks_of(tokens, self.context, self.bos)
             own.append(chunks)
             of += [len(digests)] * len(chunks)
@@ -392,13 +389,24 @@ def take(pieces, characters):
 
 def tokens_of(pieces, tokenizer, eos):
     """The tokens of some pieces, with an EOS before each new document."""
-    found = [np.empty(0, np.int32)]
+    return np.concatenate([np.empty(0, np.int32), *encoded(pieces, tokenizer, eos)])
+
+
+def tokenised(documents, tokenizer, eos):
+    """Yields (pieces, tokens) of documents that are lists of pieces; several are read ahead."""
+    while some := list(islice(documents, TEXTS)):
+        found = encoded(sum(some, []), tokenizer, eos)
+        for pieces in some:
+            yield pieces, np.concatenate(list(islice(found, len(pieces))))
+
+
+def encoded(pieces, tokenizer, eos):
+    """Yields the tokens of each piece."""
     for start in range(0, len(pieces), TEXTS):
         begins, texts = zip(*pieces[start:start + TEXTS])
-        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)      # on all cores
-        for first, encoding in zip(begins, encoded):
-            found.append(np.array([eos] * first + encoding.ids, np.int32))
-    return np.concatenate(found)
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)    # on all cores
+        for first, encoding in zip(begins, encodings):
+            yield np.array([eos] * first + encoding.ids, np.int32)
 
 
 def chunks_of(tokens, context, bos):
