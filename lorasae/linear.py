@@ -75,7 +75,12 @@ class OneDNNLinear(torch.autograd.Function):
         if need_x:
             grad_x = product(grad, weight.T)
         if need_weight:
-            grad_weight = product(rows.T, x.reshape(-1, x.shape[-1]).T)
+            # gᵀ x, or (xᵀ g)ᵀ: oneDNN copies the left factor, so take the smaller one.
+            left, right = rows.T, x.reshape(-1, x.shape[-1]).T
+            if len(left) <= len(right):
+                grad_weight = product(left, right)
+            else:
+                grad_weight = product(right, left).T
         if need_bias:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias

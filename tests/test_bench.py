@@ -221,5 +221,5 @@ def test_the_floor_is_a_calls_matrix_products():
     floor()
     assert len(called) == 1
     found = {tuple(multiply().shape): number for multiply, number in floor.products}
-    # forward, and both gradients; half of each product in attention, and the whole of another
-    assert found == {(6, 5): 1, (6, 4): 1, (5, 4): 1, (6, 16, 16): 2, (6, 16, 8): 0}
+    # forward, both gradients (of the weight: transposed); half of attention's, all of the other one
+    assert found == {(6, 5): 1, (6, 4): 1, (4, 5): 1, (6, 16, 16): 2, (6, 16, 8): 0}

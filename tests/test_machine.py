@@ -82,11 +82,12 @@ onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
 @pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_values_and_every_gradient_match_the_formula(shape, bias, transposed):
+@pytest.mark.parametrize("out", [4, 6])
+def test_values_and_every_gradient_match_the_formula(shape, bias, transposed, out):
     torch.manual_seed(0)
     x = torch.randn(shape, requires_grad=True)
-    weight = torch.randn(5, 4).T if transposed else torch.randn(4, 5)
-    weight, b = weight.requires_grad_(), torch.randn(4, requires_grad=True) if bias else None
+    weight = torch.randn(5, out).T if transposed else torch.randn(out, 5)
+    weight, b = weight.requires_grad_(), torch.randn(out, requires_grad=True) if bias else None
     inputs = [t for t in (x, weight, b) if t is not None]
     y = linear(x, weight, b)
     expected = F.linear(x.double(), weight.double(), b.double() if bias else None)
