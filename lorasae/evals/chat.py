@@ -3,12 +3,15 @@
     ask = partial(chat, "http://localhost:8000/v1", "my-model")     # the key: $OPENAI_API_KEY
     answer = ask([{"role": "user", "content": "..."}], max_tokens=100)
     ask = Kept(path, ask, name="my-model at ...")       # asks only if the file has no answer
+
+(huggingface_hub's http_backoff would not do: it refuses even a local endpoint if HF_HUB_OFFLINE is
+set, and closes every thread's connections if one of them fails.)
 """
+import http.client
 import json
 import os
 import time
-
-import httpx
+from urllib.request import HTTPErrorProcessor, Request, build_opener
 
 from lorasae.errors import InputError
 from lorasae.io.files import read_object, write_json
@@ -19,18 +22,30 @@ WAITS = (2, 4, 8, 16, 32)                               # seconds before each re
 TIMEOUT = 300                                           # seconds without a byte
 
 
+class AsItIs(HTTPErrorProcessor):
+    """Returns redirects and errors as answers, so the key goes only to the named endpoint."""
+
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
+
+
 def chat(url, model, messages, max_tokens):
     """The answer to messages [{role, content}] as text. InputError if the endpoint gives none."""
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{url} is not an OpenAI-compatible endpoint: expected http(s)://HOST/v1")
     address = f"{url.rstrip('/')}/chat/completions"
     body = {"model": model, "messages": messages, "max_tokens": max_tokens}
+    headers = {"Content-Type": "application/json"}
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    request = Request(address, json.dumps(body).encode(), headers)
 
     for wait in (0, *WAITS):
         time.sleep(wait)
-        status, answer = post(address, body, headers)
+        status, answer = post(request)
         if status not in BUSY:
             break
 
@@ -44,12 +59,12 @@ def chat(url, model, messages, max_tokens):
     return text
 
 
-def post(address, body, headers):
-    """(status, text) of the answer. Redirects are not followed: the key is for this address."""
+def post(request):
+    """(status, text) of the answer to a request."""
     try:
-        reply = httpx.post(address, json=body, headers=headers, timeout=TIMEOUT)
-        return reply.status_code, reply.text or reply.reason_phrase
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        with build_opener(AsItIs).open(request, timeout=TIMEOUT) as reply:
+            return reply.status, reply.read().decode(errors="replace") or reply.reason
+    except (OSError, http.client.HTTPException) as error:
         return NO_ANSWER, str(error)
 
 
