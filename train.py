@@ -36,10 +36,9 @@ from lorasae.io.models import copy_beside_weights, load_model, save_model, text_
 from lorasae.lora import merge_lora
 from lorasae.runs import distributed
 from lorasae.runs.adapting import adapt_model
-from lorasae.runs.catalogue import show_presets
 from lorasae.runs.config import (
     RETRAINED, Config, add_options, as_fields, configure, option, read_config)
-from lorasae.runs.dry_run import dry_run
+from lorasae.runs.dry_run import dry_run, show_presets
 from lorasae.runs.folder import Run, check_free
 from lorasae.runs.machine import settled
 from lorasae.runs.publish import card, publish

@@ -16,8 +16,8 @@ The paper's symbols and their names in the code:
     M, the base model           the model with its adapters switched off, `with base(model):`
     M adapted, with its SAE     the same model, adapters on, SAEs spliced in
     A, B of every W (Eq. 1)     an adapter; `lora_parameters(model)` lists all of them
-    h_1 .. h_i                  the prefix, which both models share: the blocks up to the first SAE
-                                and before the first adapter; empty if block 0 is adapted
+    h_1 .. h_i                  the prefix, which both models share: all blocks before
+                                `first_differing`; none if block 0 is adapted
     y, ŷ (Eq. 7)                softmax(cap(head(target))) and softmax(cap(head(hidden))), computed
                                 for one chunk of tokens at a time
     (none)                      `part`, a FrozenPart: what the frozen model computes for a step
@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 import torch
 
-from lorasae.errors import InputError
 from lorasae.lora import base, blocks_with_adapters, lora_parameters
 from lorasae.objectives import linear_kl
 from lorasae.sae import is_in_mlp, splice
@@ -77,15 +76,16 @@ class FrozenPart(NamedTuple):
     """Outputs of the frozen model that one training step uses."""
     x: torch.Tensor             # [B, T, D] output of the prefix; already reconstructed if the
                                 # prefix ends with a frozen SAE
-    target: torch.Tensor | None     # [B, T, D] the base model's final hidden state; None if the
-                                    # loss needs no logits
+    target: torch.Tensor | None     # [B, T, D] the base model's final hidden state, after the
+                                    # final norm; None if the loss needs no logits
     special: torch.Tensor       # [B, T] bool: BOS and EOS positions
 
 
 def first_differing(model, saes):
     """The first block that the base and the adapted model cannot share.
 
-    The blocks before it run once for both. An MLP's SAE is inside its block.
+    The blocks before it run once for both. An SAE on an MLP acts inside its block, so that block is
+    not shared.
     """
     differing = blocks_with_adapters(model)
     for layer, sae in saes.items():
@@ -110,7 +110,7 @@ def frozen_forward(model, saes, tokens, first):
 
 
 def adapted_loss(model, saes, part, first, config):
-    """Runs the adapted model on a FrozenPart -> `objective`, with gradients for the adapters."""
+    """Runs the adapted model on a FrozenPart -> what `objective` returns, with gradients."""
     x = model.run(part.x, first, len(model.layers), saes, part.special)
     return objective(model, part, model.norm(x), config)
 
@@ -118,7 +118,7 @@ def adapted_loss(model, saes, part, first, config):
 def objective(model, part, hidden, config):
     """Eq. 7, the loss for adapters, end-to-end SAEs and finetuning.
 
-    hidden: the final hidden state with adapters and SAEs, [B, T, D], or [S, B, T, D] for S adapted
+    hidden: with adapters and SAEs, after the final norm: [B, T, D], or [S, B, T, D] for S adapted
     models. Returns (loss, {name: value}). The loss is summed over tokens: a scalar, or [S]. The
     values are detached sums over tokens, logged under their names.
     """
@@ -179,39 +179,3 @@ def split(part, size):
     """Splits a FrozenPart into parts of `size` sequences."""
     pieces = [tensor.split(size) for tensor in part]
     return [FrozenPart(*tensors) for tensors in zip(*pieces)]
-
-
-# ---- Which blocks --------------------------------------------------------------------------------
-
-def blocks_to_adapt(words, saes, depth):
-    """The values of --adapt -> the sorted numbers of the blocks that get adapters.
-
-    `after`: every block after the first SAE, so that this SAE's input and L0 do not change.
-    `all`: every block, for SAEs whose L0 is bounded.
-    `next`: only the block after each SAE (§6.3).
-    Numbers: those blocks.
-    No value: `all` if every SAE's L0 is bounded, else `after`, as in the paper.
-
-    saes: {layer: SAE}; depth: how many blocks the model has.
-    """
-    given = " ".join(words)
-    if not given:
-        bounded = all(sae.l0_is_bounded for sae in saes.values())
-        given = "all" if bounded else "after"
-
-    if given == "after":
-        blocks = range(min(saes) + 1, depth)
-    elif given == "all":
-        blocks = range(depth)
-    elif given == "next":
-        blocks = [layer + 1 for layer in sorted(saes) if layer + 1 < depth]
-    elif all(word.isdecimal() for word in words):
-        blocks = sorted({int(word) for word in words})
-    else:
-        raise InputError(f"--adapt {given}: expected after, all, next, "
-                         "or block numbers such as 3 4 5")
-
-    if not blocks:
-        raise InputError(f"no block comes after the SAE at layer {max(saes)}: "
-                         "pass --adapt all, or another --layer")
-    return list(blocks)

@@ -1,4 +1,4 @@
-"""Layers that all model families share: rotary positions, causal attention, and the gated MLP.
+"""Layers that all model families share: rotary embeddings, causal attention, and the gated MLP.
 
 naive_attention is the formula; `attention` computes it with the fastest exact kernel. The rest of
 the file is those kernels, and the key-value cache for generating text.
@@ -23,8 +23,8 @@ from lorasae.objectives import capped
 class Attention(nn.Module):
     """Grouped-query attention: softmax(cap(q kᵀ scale)) v with rotary q and k.
 
-    softcap and window are optional. head_norm: builds a norm over a head's C numbers, called once
-    for queries and once for keys (Gemma 3).
+    softcap and window are optional. head_norm: builds a norm over a head's C channels; called
+    once for the queries' and once for the keys' (Gemma 3).
     """
 
     def __init__(self, config, layer, scale, softcap=None, window=None, head_norm=nn.Identity):
@@ -116,7 +116,10 @@ def cos_and_sin(C, theta, scaling, start, x):
 
 
 def rotate(x, rotary):
-    """Rotary embedding of x [B, H, T, C] in Hugging Face's layout of halves; rotary: (cos, sin)."""
+    """Rotary embedding of x [B, H, T, C]; rotary: (cos, sin).
+
+    The layout is Hugging Face's: two halves, not interleaved pairs.
+    """
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
@@ -126,9 +129,9 @@ def rotate(x, rotary):
 # ---- Attention -----------------------------------------------------------------------------------
 
 def naive_attention(q, k, v, scale, softcap=None, window=None):
-    """softmax(mask(cap · tanh(q kᵀ scale / cap))) v: first the soft-cap, then the mask.
+    """softmax(mask(cap · tanh(q kᵀ scale / cap))) v
 
-    The softmax is in fp32.
+    The soft-cap comes before the mask; the softmax is in fp32.
 
     q [B, H, T, C], k and v [B, G, S, C] -> [B, H, T, C].
     """
@@ -150,9 +153,9 @@ def causal_mask(T, S, window, device):
 
 
 def sees(query, key, window):
-    """Whether a query at one position sees a key at another, which must not come later.
+    """Whether the query at one position sees the key at another.
 
-    With a window, the key must also be fewer than `window` positions back.
+    It never sees a later key and, with a window, only the last `window` keys.
     """
     seen = key <= query
     if window is None:
@@ -288,12 +291,14 @@ class Cache:
 
     def __init__(self):
         self.pairs = {}
-        self.length = 0                 # number of positions so far
+
+    def length(self, layer=0):
+        """The number of positions that this block has seen."""
+        return self.pairs[layer][0].shape[2] if layer in self.pairs else 0
 
     def extend(self, layer, k, v):
         """Appends a block's k and v [B, G, T, C], and returns all of its k and v [B, G, S, C]."""
         if layer in self.pairs:
             k, v = [torch.cat(both, dim=2) for both in zip(self.pairs[layer], (k, v))]
         self.pairs[layer] = k, v
-        self.length = k.shape[2]
         return k, v

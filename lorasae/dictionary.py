@@ -11,7 +11,8 @@
                             keep norm 1
 
 Everything specific to one kind of SAE is in its class (sae.py). TopK and e2e follow the published
-code, JumpReLU follows Rajamanoharan et al. (2024).
+code (except that by default they leave out BOS, EOS and attention sinks: `max_norm`), and JumpReLU
+follows Rajamanoharan et al. (2024).
 
 Shapes: B batch, T tokens, D d_model, M latents, N tokens in a step.
 """
@@ -26,7 +27,7 @@ from lorasae.adapt import ALONE, FrozenPart, adapted_loss, frozen_forward
 from lorasae.sae import KINDS, START_L0, StandIn, norms, splice, used_positions
 
 WARMUP = 1000           # steps from 0 to the full learning rate; at most a tenth of the run
-AUX_WEIGHT = 1 / 32     # weight of AuxK relative to the FVU (Gao et al. 2024)
+AUX_WEIGHT = 1 / 32     # weight of AuxK relative to the loss (Gao et al. 2024, where it is the FVU)
 BANDWIDTH = 0.05        # ε of the straight-through gradients, in units of the SAE's `unit`
 L0_WEIGHT = 1.0         # weight of the L0 penalty relative to the FVU
 RAMP = 0.2              # the fraction of a run over which the target L0 falls to --l0
@@ -84,8 +85,8 @@ class Training(NamedTuple):
 def begin(sae, seen, config):
     """Fits a fresh SAE to its first FrozenPart -> Training.
 
-    config.max_norm limits the norms to train on, in units of their median. A few positions
-    are attention sinks (BOS above all), with norms up to 200 times the others': squared, they would
+    Norms above config.max_norm times the median are left out of training. A few positions are
+    attention sinks (BOS above all), with norms up to 200 times the others': squared, they would
     make up 99.9 % of the variance to explain.
 
     JumpReLU's learning rates assume activations of rms norm 1. Adam ignores a gradient's scale, so
@@ -120,7 +121,7 @@ def observe(model, sae, layer, tokens, end_to_end):
     tokens = tokens.to(model.device, non_blocking=True)
     if end_to_end:
         return frozen_forward(model, {}, tokens, layer + 1)
-    x = model.read(tokens, sae, layer)                          # stops there
+    x = model.read(tokens, sae, layer)                          # runs no later block
     return FrozenPart(x, None, model.special(tokens))
 
 
@@ -148,7 +149,8 @@ class InTraining(StandIn):
 # ---- One step ------------------------------------------------------------------------------------
 
 def take_step(model, sae, layer, part, step, training, config, world=ALONE):
-    """One Adam step on a FrozenPart -> {name: value}: losses, L0, and the norm before clipping.
+    """One Adam step on a FrozenPart -> {name: value}: losses, L0, and the gradient norm
+    before clipping.
 
     The loss is the FVU, or Eq. 7 for end-to-end training. If gradients reach L0, a penalty keeps it
     at its target. --auxk adds AuxK on the latents that have not fired for `dead_after` tokens.
@@ -165,7 +167,13 @@ def take_step(model, sae, layer, part, step, training, config, world=ALONE):
         loss = fvu(x_hat, x, world)
         values = {"fvu": loss.detach()}
     else:
-        loss, values = end_to_end_loss(model, layer, part, spliced, config, world)
+        # Eq. 7 without adapters (§3.2), summed over a sequence and logged per token.
+        seen = part._replace(x=spliced)
+        total, sums = adapted_loss(model, {}, seen, layer + 1, config)
+        loss = world.sum(total) / config.batch_size
+        length = spliced.shape[1]
+        values = {name: world.sum(value) / config.batch_size / length
+                  for name, value in sums.items()}
 
     # L0, over all processes.
     tokens = world.sum(x.new_full((), len(x)))
@@ -184,8 +192,7 @@ def take_step(model, sae, layer, part, step, training, config, world=ALONE):
         e_hat = topk.aux_decode(
             read, sae.W_enc, sae.b_enc, sae.W_dec, dead, half)
         loss = loss + AUX_WEIGHT * aux_loss(e_hat, x_hat, x, world)
-    left_out = 1 - tokens / (part.special.numel() * world.count)
-    values |= {"l0": l0.detach(), "dead": dead.float().mean(), "left_out": left_out}
+    values |= {"l0": l0.detach(), "dead": dead.float().mean()}
 
     # The gradient, clipped.
     loss.backward()
@@ -199,19 +206,6 @@ def take_step(model, sae, layer, part, step, training, config, world=ALONE):
     update(sae, training.optimizer)
     idle.add_(tokens.long()).masked_fill_(fired > 0, 0)
     return values
-
-
-def end_to_end_loss(model, layer, part, spliced, config, world):
-    """The adapters' objective without adapters (§3.2), summed over a sequence.
-
-    spliced [B, T, D]: the output of the SAE's block, reconstructed. Returns (loss, {name: value per
-    token}).
-    """
-    total, sums = adapted_loss(model, {}, part._replace(x=spliced), layer + 1, config)
-    B, T = config.batch_size, spliced.shape[1]
-    loss = world.sum(total) / B
-    values = {name: world.sum(value) / B / T for name, value in sums.items()}
-    return loss, values
 
 
 def target_l0(config, step):

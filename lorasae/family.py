@@ -1,8 +1,8 @@
 """Shared by all model families: the fields of a configuration, and how config.json is read.
 
-Each function takes the file's Fields (io/files.py), whose `take` returns a checked value. Sizes are
-required; other keys default to transformers' values for the family. Values that need arithmetic
-that is not implemented are refused.
+`fields` is the file's Fields (io/files.py), whose `take` returns a checked value. Sizes are
+required; other keys default to transformers' values for the family. Values that would need other
+arithmetic are refused.
 """
 import math
 from dataclasses import MISSING, dataclass, fields as fields_of
@@ -15,9 +15,9 @@ from lorasae.errors import InputError
 class RopeScaling:
     """Llama 3's scaling of the rotary frequencies.
 
-    Frequencies whose wavelength exceeds the original context are divided by `factor`, those with
-    short wavelengths are left alone, and those in between are interpolated. This applies at every
-    length, even to short prompts.
+    Frequencies that make fewer than `low_freq_factor` turns in the original context are divided by
+    `factor`, those that make more than `high_freq_factor` are kept, and those in between are
+    interpolated. This applies at every length, even to short prompts.
     """
     factor: float                                       # 32 in Llama-3.2-1B, 8 in Llama-3.1-8B
     low_freq_factor: float

@@ -5,14 +5,12 @@ key before the rotary embedding, five blocks with a sliding window for each one 
 rotary tables (θ = 10,000 in blocks with a window; θ = 1,000,000 in the others, where models from 4B
 up divide positions by 8).
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from lorasae import family, gemma2
 from lorasae.errors import InputError
 from lorasae.gemma2 import FULL, SLIDING, RMSNorm
-
-WITH_VISION = "gemma3"                  # the model_type of files that include a vision tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,47 +27,15 @@ class Config(gemma2.Config):
     max_position_embeddings: int = 131072
 
 
-# In files with a vision tower, the text part omits sizes that equal these.
-SIZES = {
-    "vocab_size": 262208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-}
-
-
-def text_part(fields):
-    """The Fields of the text model, from the Fields of a model with a vision tower."""
-    text = fields.take("text_config", dict)
-    for key in ("bos_token_id", "eos_token_id"):
-        if key in fields:
-            text.setdefault(key, fields[key])
-    for key, value in SIZES.items():
-        text.setdefault(key, value)
-    text.update(model_type=Config.model_type, architectures=["Gemma3ForCausalLM"])
-    return text
-
-
 def parse(fields):
     """Config from the Fields of config.json, which it may change."""
-    if fields["model_type"] == WITH_VISION:
-        return replace(parse(text_part(fields)), with_vision=True)
     pattern = fields.take("sliding_window_pattern", int, 6, at_least=1)
     values = gemma2.common(fields, Config, pattern)
     if values["attn_logit_softcapping"] is not None:    # transformers would ignore it
         raise InputError(f"{fields.where}: attn_logit_softcapping must be null in Gemma 3")
-    theta, scaling, local_theta = rotary(fields)
-    return Config(
-        **values, rope_theta=theta, rope_scaling=scaling, local_rope_theta=local_theta)
 
-
-def rotary(fields):
-    """-> rope_theta and scaling of FULL blocks, rope_theta of SLIDING ones.
-
-    Newer files have one table per kind in rope_parameters; in older files, rope_scaling applies to
-    FULL blocks.
-    """
+    # Newer files have one rotary table per kind of block in rope_parameters; in older files,
+    # rope_scaling applies to FULL blocks.
     theta, scaling = family.rotary(fields, 1_000_000.0, FULL)
     local_theta = fields.take("rope_local_base_freq", float, 10_000.0, above=0)
     tables = fields.take("rope_parameters", dict, None) or {}
@@ -77,8 +43,10 @@ def rotary(fields):
         table = tables.take(SLIDING, dict)
         local_theta, stretched = family.rotary_table(fields, table, local_theta)
         if stretched is not None:
-            raise InputError(f"{fields.where}: blocks with a sliding window have no rotary scaling")
-    return theta, scaling, local_theta
+            raise InputError(f"{fields.where}: no rotary scaling is supported in blocks with "
+                             "a sliding window")
+    return Config(
+        **values, rope_theta=theta, rope_scaling=scaling, local_rope_theta=local_theta)
 
 
 class Block(gemma2.Block):

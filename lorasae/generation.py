@@ -15,7 +15,8 @@ from lorasae.objectives import capped
 @torch.no_grad()
 def generate(
         model, tokens, count, saes={}, temperature=0, generator=None, lengths=None, stop=None):
-    """Continues prompts [B, T] by at most `count` tokens each, up to EOS -> [B, T + count or less].
+    """Continues prompts [B, T] by at most `count` tokens each, up to EOS (config.json's first) ->
+    [B, T + count or less].
 
     saes: {layer: SAE}; they act on the new positions too. temperature: 0 takes the likeliest token;
     any other value samples, using `generator` (a torch.Generator) if given. Finished rows are
@@ -34,7 +35,7 @@ def generate(
     cache, ended = Cache(), set()
     for position in range(min(lengths), T + count):
         # Run only the tokens that are not in the cache yet.
-        unread = [ids[cache.length:position] for ids in rows]
+        unread = [ids[cache.length():position] for ids in rows]
         x = model.residual(torch.tensor(unread, device=model.device), saes, cache)
         logits = fp32_logits(model, x[:, -1])
 
@@ -52,7 +53,7 @@ def generate(
 
 
 def fp32_logits(model, x):
-    """Residual stream after the last block [N, D] -> logits [N, V], fp32: in bf16 logits tie."""
+    """Residual stream after the last block [N, D] -> logits [N, V]. fp32, as bf16 would tie."""
     return capped(linear_fp32(model.norm(x), model.head), model.softcap)
 
 

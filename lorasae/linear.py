@@ -1,4 +1,4 @@
-"""y = x Wᵀ + b: every matrix product in the model, SAE and loss. Its naive twin is F.linear.
+"""y = x Wᵀ + b, for the linear layers of the model, the SAE and the loss. Its twin is F.linear.
 
 On a CPU, F.linear uses MKL for fp32, which runs at half speed on processors other than Intel's (one
 core of an AMD Zen 5: 110 GFLOP/s; with oneDNN, which also ships with PyTorch, 240). So `linear`

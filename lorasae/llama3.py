@@ -1,7 +1,7 @@
 """Llama-3: its configuration and its block. Module names are Hugging Face's, so weights just load.
 
 A plain pre-norm block: RMSNorm, grouped-query attention, SwiGLU. Its one peculiarity is the rotary
-scaling (family.py), which bends the low frequencies at every length. Mind
+scaling (family.py), which lowers the low frequencies at every length. Mind
 `post_attention_layernorm`: here it normalises the MLP's *input*.
 """
 from dataclasses import dataclass

@@ -51,12 +51,11 @@ class LoRALinear(Linear):
         self.enabled = True
 
     def forward(self, x):
+        y = linear(x, self.weight, self.bias)
         if not self.enabled:
-            return linear(x, self.weight, self.bias)
-        if self.sum_is_cheaper(x):                              # the same value
-            return linear(x, self.weight + self.delta(), self.bias)
+            return y
         dropped = F.dropout(x, self.dropout, self.training)
-        return linear(x, self.weight, self.bias) + self.low_rank(dropped)
+        return y + self.low_rank(dropped)
 
     def low_rank(self, x):
         """(alpha / R) · B A x"""
@@ -66,27 +65,6 @@ class LoRALinear(Linear):
     def delta(self):
         """(alpha / R) · B A, [out, in] fp32"""
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
-
-    def sum_is_cheaper(self, x):
-        """Whether (W + (alpha / R) B A) x takes fewer multiplications than W x + (alpha / R) B A x.
-
-        It does in small layers. For N tokens, the sum takes N · in · out for the gradient of the
-        whole matrix, and 3 R · in · out to make B A and, from that gradient, those of A and B. The
-        low-rank path takes 3 N R (in + out), forward and backward.
-        """
-        # In bf16, and in the TF32 of GPUs, the sum would round B A away.
-        if x.is_cuda or not x.dtype == self.weight.dtype == torch.float32:
-            return False
-        # Under dropout, W and B A see different x.
-        if self.training and self.dropout:
-            return False
-
-        rank = self.lora_A.out_features
-        tokens = x.numel() // self.in_features
-        whole = self.in_features * self.out_features
-        by_sum = (tokens + 3 * rank) * whole
-        by_rank = 3 * tokens * rank * (self.in_features + self.out_features)
-        return by_sum < by_rank
 
 
 # ---- Attaching -----------------------------------------------------------------------------------
@@ -125,16 +103,15 @@ def add_lora(model, layers, rank, alpha=32, dropout=0.1, targets=TARGETS):
     return model
 
 
-def projections(module):
-    """{name: linear layer} of every linear layer inside a module, in the module's order."""
+def projections(module, kind=nn.Linear):
+    """{name: layer} of every linear layer inside a module, or of those of a kind, in its order."""
     inside = module.named_modules()
-    return {name: layer for name, layer in inside if isinstance(layer, nn.Linear)}
+    return {name: layer for name, layer in inside if isinstance(layer, kind)}
 
 
 def adapters(model):
     """{module name: LoRALinear} of every adapted projection, in the model's order."""
-    inside = model.named_modules()
-    return {name: module for name, module in inside if isinstance(module, LoRALinear)}
+    return projections(model, LoRALinear)
 
 
 def blocks_with_adapters(model):

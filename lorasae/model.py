@@ -4,7 +4,8 @@
     x = model.run(x, 0, depth, saes)           blocks, with the splice in one visible line
     logits = model.logits(x)                   final norm, head, soft-cap -> [B, T, V]
 
-`run` runs any range of blocks, so the base and the adapted model share the frozen ones (adapt.py).
+`run` runs any range of blocks, so the base and the adapted model can share the first ones
+(adapt.py).
 Shapes: B batch, T tokens, D d_model, V vocabulary.
 """
 from torch import nn
@@ -16,10 +17,8 @@ from lorasae.linear import Linear, linear
 from lorasae.objectives import capped
 from lorasae.sae import StandIn, is_in_mlp, splice
 
-# A family is a module with Config, parse, Block and RMSNorm. Gemma 3 files with a vision tower have
-# a different model_type.
+# A family is a module with Config, parse, Block and RMSNorm.
 FAMILIES = {family.Config.model_type: family for family in (gemma2, gemma3, llama3)}
-FAMILIES[gemma3.WITH_VISION] = gemma3
 
 
 class Transformer(nn.Module):
@@ -86,7 +85,7 @@ class Transformer(nn.Module):
         if not saes.keys() <= set(range(len(self.layers))):
             raise InputError(f"saes are for layers {sorted(saes)}, but the model has blocks 0 to "
                              f"{len(self.layers) - 1}")
-        first_position = cache.length if cache is not None else 0
+        first_position = cache.length(start) if cache is not None else 0
         places = positions(self.config, first_position, x)
         for layer in range(start, stop):
             sae = saes.get(layer)
@@ -97,7 +96,7 @@ class Transformer(nn.Module):
         return x
 
     def read(self, tokens, sae, layer):
-        """tokens [B, T] -> what an SAE of `layer` reads [B, T, D]: see its `site`."""
+        """tokens [B, T] -> the activations that an SAE at `layer` reads at its `site` [B, T, D]."""
         seen = []
 
         def keep(x):

@@ -1,4 +1,4 @@
-"""Losses straight from hidden states: KL(base ‖ adapted) for training (Eq. 7), CE and KL.
+"""Losses from final hidden states: Eq. 7 for training, CE and KL per token for evaluation.
 
 The vocabulary is the largest dimension of all: for one Gemma-2 sequence the naive formula keeps
 seven [1024, 256000] fp32 tensors. The functions below compute the logits of a few hundred tokens,
@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from lorasae.linear import linear_fp32
 
-# Logits of one model in memory at a time: 25 MB on a CPU, 0.5 GB on a GPU.
+# Logits of one model in memory at a time: 25 MB on a CPU (more if LEAST_ROWS takes more), 0.5 GB on
+# a GPU.
 CHUNK_ELEMENTS = {"cpu": 3 * 2 ** 21, "cuda": 2 ** 27}
 LEAST_ROWS = 96                 # minimum per chunk on a CPU: with fewer, products get slow
 
@@ -38,16 +39,17 @@ def naive_kl(target, hidden, weight, softcap=None):
 
 
 def linear_kl(target, hidden, weight, softcap=None, compiled=False):
-    """naive_kl without its [N, V] tensors: same value, same gradient to `hidden`.
+    """naive_kl without its [N, V] tensors: the same value, and the same gradient with
+    respect to `hidden`.
 
     target [..., D] belongs to the base model. It and weight [V, D] are frozen and get no gradient.
     hidden [..., D] belongs to the adapted model, or [S, ..., D] to S of them, which share the base
     model's logits: the results are bitwise those of S separate calls. compiled: fuses the
     elementwise part into one or two kernels.
 
-    Returns the *sum* over tokens, in nats, fp32: a scalar, or [S]. Peak memory is a few chunks of
-    logits. Logits and softmax are fp32 even for bf16 weights: where the paper's runs end (KL 0.01
-    to 0.2), bf16 logits cause errors of 10 % and more in the gradient.
+    Returns the *sum* over tokens, in nats, fp32: a scalar, or [S] if S > 1. Peak memory is a few
+    chunks of logits. Logits and softmax are fp32 even for bf16 weights: where the paper's runs end
+    (KL 0.01 to 0.2), bf16 logits cause errors of 10 % and more in the gradient.
     """
     target = target.flatten(0, -2)
     models = hidden.reshape(-1, *target.shape)
@@ -68,29 +70,29 @@ class LinearKL(torch.autograd.Function):
         totals = torch.zeros(S, device=hidden.device)
         gradient = torch.empty_like(hidden)
 
-        chunk = chunk_rows(weight)
+        log_softmax, kl = log_probabilities, kl_and_gradient
+        if compiled:
+            log_softmax, kl = compile_once(log_softmax), compile_once(kl)
+
+        chunk = chunk_rows(len(weight), weight.is_cuda)
         for start in range(0, N, chunk):
-            # The base model's logits (in the eager path, log p), once for all adapted models.
+            # The base model's log-probabilities, once for all adapted models.
             rows = slice(start, start + chunk)
-            of_base = linear_fp32(target[rows], weight)
-            if not compiled:
-                for piece in pieces(of_base):
-                    of_base[piece] = log_probabilities(of_base[piece], softcap)
+            log_p = linear_fp32(target[rows], weight)
+            for piece in pieces(log_p, compiled):
+                log_softmax(log_p[piece], softcap)
 
             for s in range(S):
                 # The loss. The gradient of the logits overwrites them.
                 u_q = linear_fp32(hidden[s, rows], weight)
-                if compiled:
-                    totals[s] += compiled_kl()(of_base, u_q, softcap)
-                else:
-                    for piece in pieces(u_q):
-                        totals[s] += kl_and_gradient(of_base[piece], u_q[piece], softcap)
+                for piece in pieces(u_q, compiled):
+                    totals[s] += kl(log_p[piece], u_q[piece], softcap)
 
                 # Back through the head. The chunk is freed before the next one is made.
                 d_logits = u_q.to(weight.dtype)
                 gradient[s, rows] = linear_fp32(d_logits, weight.T)
                 del u_q, d_logits
-            del of_base
+            del log_p
 
         ctx.save_for_backward(gradient)
         return totals
@@ -104,15 +106,14 @@ class LinearKL(torch.autograd.Function):
 
 
 def log_probabilities(u, softcap):
-    """Uncapped fp32 logits of a model [n, V] -> its log-probabilities [n, V].
+    """Uncapped fp32 logits of a model [n, V] -> its log-probabilities [n, V], which OVERWRITE them.
 
     The soft-cap is c tanh(u / c) = 2c σ(2u / c) - c. The constant cancels in the softmax, and on a
     CPU σ takes a sixth of tanh's time.
     """
-    if softcap is None:
-        return u.log_softmax(-1)
-    sigmoid = torch.sigmoid(u * (2 / softcap))
-    return sigmoid.mul_(2 * softcap).log_softmax(-1)
+    if softcap is not None:
+        u.mul_(2 / softcap).sigmoid_().mul_(2 * softcap)
+    return u.copy_(u.log_softmax(-1))
 
 
 def kl_and_gradient(log_p, u_q, softcap):
@@ -141,16 +142,9 @@ def kl_and_gradient(log_p, u_q, softcap):
 
 
 @cache
-def compiled_kl():
-    """(u_p, u_q, softcap) -> kl_and_gradient, in one or two kernels. Overwrites u_q, not u_p.
-
-    fullgraph=True: fail on recompile limits instead of silently running eagerly.
-    """
-    def kl(u_p, u_q, softcap):
-        log_p = log_probabilities(u_p, softcap)
-        return kl_and_gradient(log_p, u_q, softcap)
-
-    return torch.compile(kl, dynamic=False, fullgraph=True)
+def compile_once(function):
+    """torch.compile, which with fullgraph=True fails on recompile limits; it never runs eagerly."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 @torch.no_grad()
@@ -166,23 +160,19 @@ def token_losses(hidden, labels, weight, softcap=None):
     ce = torch.zeros(S, N, device=hidden.device)
     kl = torch.zeros_like(ce)
 
-    chunk = chunk_rows(weight)
+    chunk = chunk_rows(len(weight), weight.is_cuda)
     for start in range(0, N, chunk):
-        # The base model's log-probabilities, in place of its logits.
         rows = slice(start, start + chunk)
         label = labels[rows, None]
-        log_p = linear_fp32(hidden[0, rows], weight)
-        for piece in pieces(log_p):
-            log_p[piece] = log_probabilities(log_p[piece], softcap)
-        ce[0, rows] = -log_p.gather(-1, label)[:, 0]
-
-        # The losses of the others.
-        for s in range(1, S):
-            u_q = linear_fp32(hidden[s, rows], weight)
-            for piece in pieces(u_q):
-                log_q = log_probabilities(u_q[piece], softcap)
+        for s in range(S):
+            logits = linear_fp32(hidden[s, rows], weight)
+            if s == 0:
+                log_p = logits                          # once the loop below has overwritten them
+            for piece in pieces(logits):
+                log_q = log_probabilities(logits[piece], softcap)
                 ce[s, rows][piece] = -log_q.gather(-1, label[piece])[:, 0]
-                kl[s, rows][piece] = (log_p[piece].exp() * (log_p[piece] - log_q)).sum(-1)
+                if s > 0:
+                    kl[s, rows][piece] = (log_p[piece].exp() * (log_p[piece] - log_q)).sum(-1)
     return ce.view(shape), kl.view(shape)
 
 
@@ -195,17 +185,16 @@ def capped(logits, softcap):
 
 # ---- Chunk sizes ---------------------------------------------------------------------------------
 
-def chunk_rows(weight):
+def chunk_rows(V, on_cuda):
     """Tokens per chunk of logits. On CUDA a multiple of 128, the tile size of matrix products."""
-    V = len(weight)
-    if weight.is_cuda:
+    if on_cuda:
         rows = CHUNK_ELEMENTS["cuda"] // V
         return max(128, rows - rows % 128)
     return max(LEAST_ROWS, CHUNK_ELEMENTS["cpu"] // V)
 
 
-def pieces(logits):
-    """logits [n, V] -> slices of rows: all of them on CUDA, as many as fit the cache on a CPU."""
+def pieces(logits, whole=False):
+    """logits [n, V] -> slices of rows that fit a CPU's cache; one slice on CUDA, or if `whole`."""
     n, V = logits.shape
-    rows = n if logits.is_cuda else max(1, CACHED_ELEMENTS // V)
+    rows = n if whole or logits.is_cuda else max(1, CACHED_ELEMENTS // V)
     return [slice(start, start + rows) for start in range(0, n, rows)]

@@ -29,7 +29,7 @@ class SAE(nn.Module):
     W_enc, W_dec [M, D]; b_enc [M]; b_dec [D]. k: the number of active latents, for the kinds that
     fix it. on_special: whether the SAE was trained on BOS and EOS (None: the default of its kind).
     max_norm: the largest activation norm that it was trained on; attention sinks exceed it (None:
-    no limit). `splice` leaves all other activations unchanged.
+    no limit). `splice` leaves activations that it was not trained on unchanged.
     site: "resid", a block's output, or "mlp", what its MLP adds to the residual stream.
     """
     architecture = None                 # SAELens's name of the kind
@@ -64,9 +64,9 @@ class SAE(nn.Module):
         self.b_dec.copy_(geometric_median(x))
 
     def unit(self, x):
-        """The scale of activations x [N, D].
+        """The unit of biases and thresholds, given activations x [N, D]: 1 for most kinds.
 
-        dictionary.begin multiplies the learning rate of biases and thresholds by it.
+        dictionary.begin multiplies their learning rate by it.
         """
         return 1.0
 
@@ -90,7 +90,7 @@ class SAE(nn.Module):
 class TopK(SAE):
     """z = TopK(ReLU(W_enc (x - b_dec) + b_enc))  (Eq. 4, Gao et al. 2024): the k largest survive.
 
-    ReLU comes first, so fewer than k may be active. `forward` computes only the active latents
+    ReLU comes first, so fewer than k may be active. `forward` decodes only the active latents
     (topk.py); `encode` and `decode` together are the same function, computed densely (in bf16,
     `encode` selects among rounded pre-activations).
     """
@@ -129,10 +129,10 @@ class TopK(SAE):
 class JumpReLU(SAE):
     """z = pre · H(pre - θ), pre = W_enc x + b_enc  (§3.3, Rajamanoharan et al. 2024).
 
-    A latent is strictly above its threshold, or zero. θ [M] > 0 (or = 0, which is an ordinary ReLU
-    SAE) stays fp32, whatever dtype the rest has: in bf16 the thresholds of close latents collapse
-    and L0 drifts. b_dec is not subtracted from the input. θ gets no gradient from `encode`, only
-    from `training_step`.
+    A latent is strictly above its threshold, or zero. θ [M] >= 0; if θ = 0, this is an ordinary
+    ReLU SAE. load_sae keeps θ in fp32, whatever dtype the rest has: in bf16, thresholds that are
+    close become equal, and L0 drifts. b_dec is not subtracted from the input. θ gets no gradient
+    from `encode`, only from `training_step`.
     """
     architecture = "jumprelu"
     on_special = False
@@ -215,14 +215,15 @@ class StandIn:
 
 
 def is_in_mlp(sae):
-    """Whether an SAE, or what stands in for one, replaces an MLP's output inside its block."""
+    """Whether an SAE, or its stand-in, replaces an MLP's output inside its block."""
     return getattr(sae, "site", SAE.site) == "mlp"
 
 
 def used_positions(sae, x, special):
     """bool [B, T]: the positions of x [B, T, D] that an SAE is trained on, and replaces.
 
-    No BOS and EOS (special [B, T]) unless the SAE is `on_special`, and no norms above `max_norm`.
+    Leaves out BOS and EOS (special [B, T]) unless the SAE is `on_special`, and norms above
+    `max_norm`.
     """
     max_norm = getattr(sae, "max_norm", None)
     if getattr(sae, "on_special", True):
@@ -245,13 +246,13 @@ def norms(x):
 def first_thresholds(pre, l0):
     """Thresholds [M] at which all latents fire equally often on pre [N, M]: L0 = START_L0 · l0.
 
-    If L0 started at l0, a third of the latents would fall below their thresholds for good before
-    they had trained.
+    Each fires on at least one token, so L0 starts higher if M > N · START_L0 · l0. If L0 started at
+    l0, a third of the latents would fall below their thresholds for good before they had trained.
     """
     # A latent's threshold is its highest pre-activation among the tokens on which it should not
     # fire: the one after the `firing` largest.
     N, M = pre.shape
-    firing = round(N * START_L0 * l0 / M)
+    firing = max(1, round(N * START_L0 * l0 / M))
     return pre.topk(min(firing + 1, N), dim=0).values[-1]
 
 

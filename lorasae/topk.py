@@ -3,8 +3,8 @@
     encode      the k largest of ReLU(x W_encᵀ + b_enc), one chunk of latents at a time, so that a
                 large M makes no [N, M] tensor
     decode      Σ_k value · row of W_dec
-    sae_step    both: the active (token, latent) pairs are sorted by latent once for all weight
-                gradients, and no N x K x D tensor is made
+    sae_step    both: weight gradients sum over the active (token, latent) pairs, sorted by latent,
+                and no N x K x D tensor is made
     aux_decode  AuxK: what the dead latents would add
     naive_*     the same in dense autograd: tests/test_topk.py compares every value and gradient
 
@@ -23,7 +23,7 @@ from lorasae.errors import InputError
 from lorasae.linear import linear_fp32
 
 CHUNK = 16384       # latents encoded at a time: full speed, an eighth of the memory at M = 131k
-LANES = 32          # adjacent columns belong to different groups: maxima are taken lane by lane
+LANES = 32          # groups per block, interleaved, so that one vector instruction compares many
 ROWS = 256          # tokens whose top k a CPU finds at a time, so that they stay in its cache
 
 
@@ -52,22 +52,22 @@ def encode(x, W_enc, b_enc, k):
     Values are fp32, or fp64 if x is. The backward pass touches k latents per token, not M. With
     frozen weights it is one weighted sum of W_enc's rows per token.
     """
-    return Encode.apply(x, W_enc, b_enc, None, k, None)
+    return Encode.apply(x, W_enc, b_enc, None, k)
 
 
 def decode(values, indices, W_dec):
     """values, indices [N, k] -> Σ_k values · W_dec[indices]  [N, D]. b_dec is not added."""
-    return Decode.apply(values, indices, W_dec, None)
+    return Decode.apply(values, indices, W_dec)
 
 
 def sae_step(x, W_enc, b_enc, W_dec, b_dec, k):
     """x [N, D] -> reconstruction [N, D], values [N, k], indices [N, k], for training (Eq. 4, 5).
 
-    Equal to decode(*encode(x - b_dec, W_enc, b_enc, k), W_dec) + b_dec, with one sort for both.
+    Equal to decode(*encode(x - b_dec, W_enc, b_enc, k), W_dec) + b_dec, but b_dec's gradient needs
+    no sum over x.
     """
-    shared = None if torch.compiler.is_compiling() else []
-    values, indices = Encode.apply(x, W_enc, b_enc, b_dec, k, shared)
-    x_hat = Decode.apply(values, indices, W_dec, shared) + b_dec
+    values, indices = Encode.apply(x, W_enc, b_enc, b_dec, k)
+    x_hat = decode(values, indices, W_dec) + b_dec
     return x_hat, values, indices
 
 
@@ -158,22 +158,16 @@ def select(x, W_enc, b_enc, k):
     if not 1 <= k <= M:
         raise InputError(f"k is {k}, but {M} latents need 1 <= k <= {M}")
 
-    values = indices = None
+    # The best of each chunk of latents, then the best of those.
+    found = []
     for start in range(0, M, CHUNK):
-        # The best of this chunk of latents.
         some = slice(start, start + CHUNK)
         pre = linear_fp32(x, W_enc[some], b_enc[some])
-        best, latents = topk(pre, min(k, pre.shape[1]))
-        latents += start
-
-        # The best of all chunks so far.
-        if start > 0:
-            best = torch.cat([values, best], 1)
-            latents = torch.cat([indices, latents], 1)
-            best, winners = torch.topk(best, min(k, best.shape[1]), sorted=False)
-            latents = latents.gather(1, winners)
-        values, indices = best, latents
-    return values.relu_(), indices
+        values, indices = topk(pre, min(k, pre.shape[1]))
+        found.append((values, indices + start))
+    values, indices = [torch.cat(each, 1) for each in zip(*found)]
+    values, winners = torch.topk(values, k, sorted=False)
+    return values.relu_(), indices.gather(1, winners)
 
 
 # ---- Sums over the active (token, latent) pairs --------------------------------------------------
@@ -187,7 +181,10 @@ def combine(indices, weights, rows):
 
 
 class ByLatent:
-    """Pairs sorted by latent: the sum over a latent's tokens is one embedding bag, no atomics."""
+    """Pairs sorted by latent, so that each latent's sum over tokens is one embedding bag.
+
+    No atomics are needed.
+    """
 
     def __init__(self, indices, M):
         self.shape = indices.shape
@@ -206,7 +203,7 @@ class ByLatent:
             per_sample_weights=weights, mode="sum")
 
     def dot(self, x, rows):
-        """x [N, D], rows [M, D] -> x · rows[indices]  [N, k]. Its naive twin is naive_dot.
+        """x [N, D], rows [M, D] -> x · rows[indices]  [N, k].
 
         This is embedding_bag's backward pass for its weights, which has no public name. A bag is a
         latent, not a token, so the random reads are from x, which fits a cache, not from the rows.
@@ -225,13 +222,7 @@ class ByLatent:
         return in_order.view(self.shape).to(dtype)
 
 
-def naive_dot(x, rows, indices):
-    return (x @ rows.T).gather(1, indices)
-
-
 # ---- Forward and backward ------------------------------------------------------------------------
-# `shared` is a list in which the decoder's backward pass leaves its sorted pairs for the encoder's.
-# It is None in encode and decode, and inside compiled blocks, where this cannot work.
 
 class Encode(torch.autograd.Function):
     """The k largest of ReLU((x - b_dec) W_encᵀ + b_enc); b_dec may be None.
@@ -240,7 +231,7 @@ class Encode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, k, shared):
+    def forward(ctx, x, W_enc, b_enc, b_dec, k):
         if b_dec is not None:
             x = x - b_dec
         values, indices = select(x, W_enc, b_enc, k)
@@ -248,7 +239,6 @@ class Encode(torch.autograd.Function):
         keep_x = any(ctx.needs_input_grad[1:4])
         ctx.save_for_backward(x if keep_x else None, W_enc, values, indices)
         ctx.mark_non_differentiable(indices)
-        ctx.shared = shared
         return values, indices
 
     @staticmethod
@@ -261,7 +251,7 @@ class Encode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = combine(indices, grad, W_enc)
         if x is not None:
-            pairs = ctx.shared.pop() if ctx.shared else ByLatent(indices, len(W_enc))
+            pairs = ByLatent(indices, len(W_enc))
             grad_W = pairs.sum(grad, x)
             ones = grad.new_ones(len(grad), 1)
             grad_b = pairs.sum(grad, ones)[:, 0].to(W_enc.dtype)
@@ -269,14 +259,13 @@ class Encode(torch.autograd.Function):
         # -Σ_t grad_x[t] = -(Σ_t grad[t]) W_enc, where the sum over tokens is grad_b.
         if ctx.needs_input_grad[3]:
             grad_b_dec = -(grad_b @ W_enc)
-        return grad_x, grad_W, grad_b, grad_b_dec, None, None
+        return grad_x, grad_W, grad_b, grad_b_dec, None
 
 
 class Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, indices, W_dec, shared):
+    def forward(ctx, values, indices, W_dec):
         ctx.save_for_backward(values, indices, W_dec)
-        ctx.shared = shared
         return combine(indices, values, W_dec)
 
     @staticmethod
@@ -284,8 +273,6 @@ class Decode(torch.autograd.Function):
     def backward(ctx, grad):
         values, indices, W_dec = ctx.saved_tensors
         pairs = ByLatent(indices, len(W_dec))
-        if ctx.shared is not None:
-            ctx.shared.append(pairs)
         grad_values = pairs.dot(grad, W_dec).to(values.dtype)
         grad_W = pairs.sum(values, grad) if ctx.needs_input_grad[2] else None
-        return grad_values, None, grad_W, None
+        return grad_values, None, grad_W

@@ -7,10 +7,10 @@ import torch
 
 from helpers import adapted, random_sae, refuses, same_tensors, some_tokens
 from lorasae.adapt import (
-    adamw, adapted_loss, blocks_to_adapt, first_differing, frozen_forward, naive_loss, naive_train,
-    take_step)
+    adamw, adapted_loss, first_differing, frozen_forward, naive_loss, naive_train, take_step)
 from lorasae.lora import add_lora, lora_parameters
-from lorasae.runs.training import compiled_blocks, learning_rate, step_seed
+from lorasae.runs.adapting import blocks_to_adapt
+from lorasae.runs.training import compiled_blocks, set_rates, step_seed
 from lorasae.sae import StandIn, splice
 
 CONFIG = SimpleNamespace(                               # the fields of a Config that a step reads
@@ -143,9 +143,11 @@ def test_a_step_is_clipped_adamw_on_the_loss_averaged_over_its_sequences(model, 
 
 
 def test_the_learning_rate_falls_and_every_step_and_process_has_its_own_seed():
-    rates = [learning_rate(0.5, step, config(lr_decay=True)) for step in range(5)]
-    assert rates == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
-    assert learning_rate(0.5, 4, config()) == 0.5
+    group = {"rate": 0.5}
+    for decay, expected in ((True, [0.5, 0.4, 0.3, 0.2, 0.1]), (False, 5 * [0.5])):
+        for step in range(5):
+            set_rates(SimpleNamespace(param_groups=[group]), step, config(lr_decay=decay))
+            assert group["lr"] == pytest.approx(expected[step])
     seeds = {step_seed(seed, step, process)
              for seed in (0, 2 ** 62) for step in range(20) for process in range(3)}
     assert len(seeds) == 2 * 20 * 3 and step_seed(1, 2) == step_seed(1, 2, 0)

@@ -168,5 +168,6 @@ def test_an_added_token_one_past_the_embedding_does_no_harm(tmp_path, tokenizer)
 @pytest.mark.parametrize("text", [
     "{}", "", "\xff", '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'])
 def test_a_damaged_tokenizer_is_refused_in_one_line(text, tmp_path):
+    write_json(tmp_path / "config.json", LLAMA)
     (tmp_path / "tokenizer.json").write_bytes(text.encode("latin-1"))
     refuses(r"cannot read .*/tokenizer.json \(", load_tokenizer, tmp_path)

@@ -6,11 +6,12 @@ import torch
 
 from helpers import command, read, same_tensors, some_tokens, words
 from lorasae import dictionary
-from lorasae.adapt import blocks_to_adapt, naive_loss
+from lorasae.adapt import naive_loss
 from lorasae.dictionary import aux_loss, fvu, new_sae, observe, schedule, target_l0
 from lorasae.evals import fidelity
 from lorasae.io.saes import load_sae
 from lorasae.objectives import naive_kl
+from lorasae.runs.adapting import blocks_to_adapt
 from lorasae.runs.config import Config
 from lorasae.runs.sae_training import resolved
 from lorasae.sae import KINDS, SAE, Jump, TopK, geometric_median, splice, used_positions

@@ -2,17 +2,14 @@
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import adapted, moved, read, refuses, same_tensors, transformers_model
+from helpers import adapted, moved, read, refuses, transformers_model
 from lorasae.io.models import load_model
 from lorasae.io.files import write_json
-from lorasae.linear import Linear
 from lorasae.io.adapters import load_adapter, save_adapter
 from lorasae.lora import (
     TARGETS, LoRALinear, adapters, add_lora, attach_lora, base, blocks_with_adapters, detach_lora,
@@ -29,58 +26,6 @@ def test_forward_is_equation_1(model):
     x = torch.randn(5, module.in_features)
     expected = x @ module.weight.T + 12 / 3 * (x @ module.lora_A.weight.T) @ module.lora_B.weight.T
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
-
-
-def lora_of(width, out, rank, dropout=0.0):
-    frozen = Linear(width, out, bias=False).requires_grad_(False)
-    return LoRALinear(frozen, rank, alpha=32, dropout=dropout)
-
-
-@pytest.mark.parametrize("width, out, rank, tokens",
-                         [(64, 96, 16, 200), (64, 64, 32, 40), (16, 80, 4, 7)])
-def test_summed_weights_give_the_values_and_gradients_of_the_low_rank_path(
-        monkeypatch, width, out, rank, tokens):
-    torch.manual_seed(0)
-    module = lora_of(width, out, rank)
-    torch.nn.init.normal_(module.lora_B.weight)
-    x = torch.randn(2, tokens, width, requires_grad=True)
-    direction = torch.randn(2, tokens, out)
-    wanted = (x, module.lora_A.weight, module.lora_B.weight)
-
-    found = {}
-    for cheaper in (True, False):
-        monkeypatch.setattr(module, "sum_is_cheaper", lambda x: cheaper)
-        y = module(x)
-        found[cheaper] = (y.detach(), *torch.autograd.grad(y, wanted, direction))
-    same_tensors(found[True], found[False], 1e-4)
-
-
-@pytest.mark.parametrize("width, out, rank, tokens", [
-    (192, 352, 64, 512), (352, 192, 64, 512), (192, 64, 64, 512), (192, 352, 64, 256),
-    (192, 352, 8, 512), (192, 128, 64, 1),
-    (2304, 9216, 64, 1024), (2304, 9216, 256, 8192), (2048, 512, 256, 1024)])
-def test_forward_takes_the_path_with_fewer_flops(monkeypatch, width, out, rank, tokens):
-    with torch.device("meta"):
-        module = lora_of(width, out, rank)
-        x = torch.empty(tokens, width, requires_grad=True)
-    chosen = module.sum_is_cheaper(x)
-
-    flops = {}
-    for cheaper in (True, False):
-        monkeypatch.setattr(module, "sum_is_cheaper", lambda x: cheaper)
-        with FlopCounterMode(display=False) as counted:
-            module(x).sum().backward()
-        flops[cheaper] = counted.get_total_flops()
-    assert chosen == (flops[True] < flops[False])
-
-
-def test_weights_are_not_summed_in_bf16_under_dropout_or_on_a_gpu():
-    module = lora_of(64, 64, 64, dropout=0.5)
-    x = torch.randn(500, 64)
-    assert not module.train().sum_is_cheaper(x) and module.eval().sum_is_cheaper(x)
-    assert not module.sum_is_cheaper(x.bfloat16())
-    assert not module.sum_is_cheaper(SimpleNamespace(dtype=x.dtype, numel=x.numel, is_cuda=True))
-    assert not module.to(torch.bfloat16).sum_is_cheaper(x)
 
 
 @pytest.mark.parametrize("with_bias", [(), TARGETS, TARGETS[:3]], ids=["none", "all", "q, k, v"])

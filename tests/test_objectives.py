@@ -30,7 +30,7 @@ def float64_truth(target, hidden, weight, softcap):
 
 
 def in_chunks_of(rows, monkeypatch):
-    monkeypatch.setattr(objectives, "chunk_rows", lambda weight: rows)
+    monkeypatch.setattr(objectives, "chunk_rows", lambda V, on_cuda: rows)
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0, 2.0])
@@ -129,7 +129,7 @@ def test_the_cuda_paths_give_the_same_losses_and_gradients(
     """compiled: the function that torch.compile would get, run without compiling it."""
     in_chunks_of(8, monkeypatch)
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
-    objectives.compiled_kl.cache_clear()
+    objectives.compile_once.cache_clear()
     target, hidden, weight = problem(dtype=dtype)
     models = torch.stack([hidden, target]).detach()
     losses, gradients = [], []
@@ -138,7 +138,7 @@ def test_the_cuda_paths_give_the_same_losses_and_gradients(
         losses.append(linear_kl(
             place(target), leaf, place(weight), 5.0, compiled=compiled and place is on_cuda))
         gradients += torch.autograd.grad(losses[-1].sum(), leaf)
-    objectives.compiled_kl.cache_clear()
+    objectives.compile_once.cache_clear()
     for found, bound in ((losses, 1e-4), (gradients, tolerance)):
         plain = [tensor.as_subclass(torch.Tensor) for tensor in found]
         torch.testing.assert_close(*plain, rtol=bound, atol=bound)

@@ -319,7 +319,7 @@ def test_shards_that_no_checkpoint_needs_are_deleted(tmp_path, streamed):
     first, second, *_ = kept = numbers()
     assert first == 0 and second > 10 and kept[1:] == list(range(second, kept[-1] + 1))
     with text_of(path, folder=run) as text:
-        assert torch.equal(text.first(3), whole[0][:3])         # the first shard is never deleted
+        assert torch.equal(text.sequences(0, 3), whole[0][:3])   # the first shard is kept
         assert torch.equal(text.batch(148), whole[148]) and numbers() == kept
         assert torch.equal(text.batch(20), whole[20]) and 1 in numbers()        # written again
 
@@ -492,16 +492,9 @@ def test_memory_is_bounded_whatever_a_file_contains(tmp_path):
 
 
 def test_a_shard_without_chunks_is_valid(tmp_path):
-    """The last shard, if the tokens left do not fill a chunk. Invalid metadata is not a shard."""
+    """The last shard, if the tokens left do not fill a chunk."""
     shards.write_array(tmp_path / "shard-00000.npy", np.empty((0, 16), np.int32))
     facts = shards.Shard(0, 0, 0, 16, True, 1, [])
     write_json(tmp_path / "shard-00000.json", facts._asdict())
     (shard, chunks), = read_shards(tmp_path)
     assert shard.ends and chunks.shape == (0, 16)
-    deep = json.loads("[" * 900 + "]" * 900)
-    for key in facts._fields:
-        negative = [-1] * (key in ("first", "chunks"))
-        for value in (None, "3", {}, 2.5, float("nan"), deep, *negative):
-            text = json.dumps({**facts._asdict(), key: value})
-            (tmp_path / "shard-00000.json").write_text(text)
-            assert read_shards(tmp_path) == []

@@ -29,10 +29,10 @@ def finetune_sae(setting, run, optimizer=adapt.adamw):
     make_trainable(sae, config)
     adapters, blocks = {}, []
     if config.train_sae:
-        blocks = adapt.blocks_to_adapt(config.adapt, setting.saes, len(model.layers))
+        blocks = adapting.blocks_to_adapt(config.adapt, setting.saes, len(model.layers))
         adapters, = adapting.new_adapters(model, blocks, config)
 
-    sample = setting.text.first(SAMPLE)
+    sample = setting.text.sequences(0, SAMPLE)
     kind = Finetuning(model, layer, sae, adapters, config, sample, optimizer, distributed.world())
     size = training.size_of(kind.tensors)
     training.show({
@@ -93,8 +93,7 @@ class Finetuning:
         return adapt.frozen_forward(self.model, {}, tokens, self.first)     # the SAE is not frozen
 
     def step(self, part, step):
-        for group in self.optimizer.param_groups:
-            group["lr"] = training.learning_rate(group["rate"], step, self.config)
+        training.set_rates(self.optimizer, step, self.config)
         return finetune.take_step(self.model, self.trained, part, self.first, self.optimizer,
                                   self.config, self.world)
 

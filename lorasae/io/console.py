@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from decimal import Decimal
 
 from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 
 from lorasae.errors import InputError
 from lorasae.io.files import first_line, shown
@@ -74,7 +75,7 @@ def one_line_errors(interrupted="interrupted"):
     except BrokenPipeError:
         mute()
         sys.exit(f"error: {CLOSED}; the results so far are in the output files")
-    except (InputError, OSError, HTTPError) as error:
+    except (InputError, OSError, HTTPError, SafetensorError) as error:
         sys.exit(f"error: {first_line(error)}")
 
 

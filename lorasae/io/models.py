@@ -6,28 +6,37 @@ tensor, so it is never in memory twice.
 """
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from lorasae import gemma3
 from lorasae.errors import InputError
 from lorasae.io.console import note
 from lorasae.io.files import (
-    DTYPES, Fields, Tensors, as_dtype, check_tensor, damage, dtype_name, local,
-    read_object, shown, write_bytes, write_json, write_tensors)
+    DTYPES, Fields, Tensors, as_dtype, check_tensor, damage, dtype_name, local, read_object, shown,
+    write_bytes, write_json)
 from lorasae.io.hub import BESIDE_WEIGHTS, OutOfReach, model_files
 from lorasae.io.presets import preset
 from lorasae.lora import adapters
 from lorasae.model import FAMILIES, Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Names in models with a vision tower, as transformers 5 and older versions write them
+# Models with a vision tower: their model_type; names of tensors, as transformers 5 and older
+# versions write them; and the sizes that the text part of config.json omits if they equal these.
+WITH_VISION = "gemma3"
 TEXT_PART = re.compile(r"^(?:model\.language_model\.|language_model\.model\.)")
 VISION = ("vision_tower.", "multi_modal_projector.")
+UNLESS_STATED = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -44,7 +53,26 @@ def load_model(name_or_dir, *, device="cpu", dtype=None):
 
     with torch.device("meta"):
         model = Transformer(config)
-    fill(model, folder, device, dtype)
+
+    # The files must have all tensors, and no others.
+    files = weight_files(folder)
+    wanted = dict(model.named_parameters())
+    stored = stored_names(files, config.tie_word_embeddings)
+    for name in sorted(wanted.keys() ^ stored.keys()):
+        what = "lacks" if name in wanted else "has, beyond the model's tensors,"
+        raise InputError(f"{folder} {what} {shown(name)}: it does not fit its config.json")
+
+    # Read one file at a time.
+    tensors = {}
+    for path in sorted(set(files.values())):
+        file = Tensors(path)
+        for name in [name for name in wanted if files[stored[name]] == path]:
+            tensor = file[stored[name]].to(device=device, dtype=dtype, copy=True)
+            check_tensor(f"{path}: {stored[name]}", tensor, wanted[name].shape)
+            tensors[name] = tensor
+    model.load_state_dict(tensors, assign=True)
+    if config.with_vision:
+        note(f"note: {folder} has a vision tower too; only its text model is read")
     return model.requires_grad_(False).eval()
 
 
@@ -71,15 +99,29 @@ def parse_config(raw, where):
     `where` is its folder, for error messages.
     """
     fields = Fields(raw, f"{where}/config.json")
-    family = FAMILIES[fields.take("model_type", str, one_of=list(FAMILIES))]
-    return family.parse(fields)
+    fields.take("model_type", str, one_of=[*FAMILIES, WITH_VISION])
+    text = text_part(fields)
+    config = FAMILIES[text["model_type"]].parse(text)
+    return replace(config, with_vision=text is not fields)
+
+
+def text_part(fields):
+    """The Fields of a config.json; of a model with a vision tower, only its text model's."""
+    if fields.get("model_type") != WITH_VISION:
+        return fields
+    text = fields.take("text_config", dict)
+    for key in ("bos_token_id", "eos_token_id"):
+        if key in fields:
+            text.setdefault(key, fields[key])
+    for key, value in UNLESS_STATED.items():
+        text.setdefault(key, value)
+    text.update(model_type="gemma3_text", architectures=["Gemma3ForCausalLM"])
+    return text
 
 
 def text_config(folder):
     """A folder's config.json as a dict; for a model with a vision tower, its text model's part."""
-    fields = read_object(folder / "config.json")
-    seeing = fields.get("model_type") == gemma3.WITH_VISION
-    return dict(gemma3.text_part(fields) if seeing else fields)
+    return dict(text_part(read_object(folder / "config.json")))
 
 
 def stated_dtype(fields):
@@ -90,29 +132,6 @@ def stated_dtype(fields):
 
 
 # ---- Weights -------------------------------------------------------------------------------------
-
-def fill(model, folder, device, dtype):
-    """Fills a model on the meta device with a folder's tensors, as `dtype` on `device`."""
-    files = weight_files(folder)
-    wanted = dict(model.named_parameters())
-    stored = stored_names(files, model.config.tie_word_embeddings)
-
-    # All tensors, and no others.
-    for name in sorted(wanted.keys() ^ stored.keys()):
-        what = "lacks" if name in wanted else "has, beyond the model's tensors,"
-        raise InputError(f"{folder} {what} {shown(name)}: it does not fit its config.json")
-
-    tensors = {}
-    for path in sorted(set(files.values())):
-        file = Tensors(path)
-        for name in [name for name in wanted if files[stored[name]] == path]:
-            tensor = file[stored[name]].to(device=device, dtype=dtype, copy=True)
-            check_tensor(f"{path}: {stored[name]}", tensor, wanted[name].shape)
-            tensors[name] = tensor
-    model.load_state_dict(tensors, assign=True)
-    if model.config.with_vision:
-        note(f"note: {folder} has a vision tower too; only its text model is read")
-
 
 def weight_files(folder):
     """{tensor name: file} of a folder with a single weight file, or with shards and their index."""
@@ -152,17 +171,8 @@ def save_model(model, folder, *, config, shard_bytes=5_000_000_000):
     if adapters(model):
         raise InputError("merge the adapters before writing a plain checkpoint")
     folder = local(folder)
-
-    tensors = model.state_dict()
-    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
-    for file, names in shards.filename_to_tensors.items():
-        write_tensors(folder / file, {name: tensors[name] for name in names}, {"format": "pt"})
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        write_json(folder / INDEX, index)
-    stale = SINGLE if shards.is_sharded else INDEX      # from an earlier checkpoint
-    (folder / stale).unlink(missing_ok=True)
-
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(model.state_dict(), folder, max_shard_size=shard_bytes)
     config = {**config, "torch_dtype": dtype_name(next(model.parameters()))}
     config.pop("dtype", None)                           # the newer name of torch_dtype
     write_json(folder / "config.json", config)
@@ -179,15 +189,12 @@ def encode(tokenizer, text):
 
 def load_tokenizer(name_or_dir):
     """A model's tokenizer, set to put BOS first and neither truncate nor pad."""
-    path = model_files(name_or_dir) / "tokenizer.json"
-    with damage(path):
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
+    path = model_files(name_or_dir, ["config.json", *BESIDE_WEIGHTS]) / "tokenizer.json"
+    config = load_config(name_or_dir)
+    vocab_size, fields = config.vocab_size, read_object(path)
 
     # Every token needs an embedding. Added tokens without one, such as [PAD], are left out.
-    config = load_config(name_or_dir)
-    vocab_size = config.vocab_size
-    if max(tokenizer.get_added_tokens_decoder(), default=0) >= vocab_size:
-        fields = json.loads(tokenizer.to_str())
+    with damage(path):
         added = [token for token in fields["added_tokens"] if token["id"] < vocab_size]
         tokenizer = Tokenizer.from_str(json.dumps({**fields, "added_tokens": added}))
     largest = max(tokenizer.get_vocab().values(), default=0)

@@ -139,11 +139,14 @@ class Text:
 
     def batch(self, step):
         """The tokens of a step, [batch_size, context] int64. Steps count from 0."""
-        return self._sequences(step * self.batch_size, (step + 1) * self.batch_size)
+        return self.sequences(step * self.batch_size, (step + 1) * self.batch_size)
 
-    def first(self, count):
-        """The first `count` training sequences [count, context]."""
-        return self._sequences(0, count)
+    def sequences(self, start, stop):
+        """Training sequences start .. stop - 1, [stop - start, context] int64."""
+        chunks = [self._chunk(row) for row in range(start, stop)]
+        tokens = torch.from_numpy(np.stack(chunks)).long()
+        check_tokens(tokens, self.tokenizer, f"a shard in {self.place}")
+        return tokens
 
     def keep_from(self, step):
         """Deletes a stream's shards that no step from this one on needs, except the first."""
@@ -168,12 +171,6 @@ class Text:
 
     def __exit__(self, *_):
         self.close()
-
-    def _sequences(self, start, stop):
-        chunks = [self._chunk(row) for row in range(start, stop)]
-        tokens = torch.from_numpy(np.stack(chunks)).long()
-        check_tokens(tokens, self.tokenizer, f"a shard in {self.place}")
-        return tokens
 
     def _chunk(self, row):
         """The chunk with this number, once its shard is written."""
@@ -451,10 +448,6 @@ def read_shards(folder):
     for path in sorted(folder.glob("shard-*.json")):
         with suppress(OSError, ValueError, TypeError, OverflowError):   # being deleted, or damaged
             shard = Shard(**read_object(path))
-            np.array(shard.rest, np.int32)              # `rest` must be tokens
-            kinds = [*map(type, shard)]
-            if kinds != [*Shard.__annotations__.values()] or min(shard.first, shard.chunks) < 0:
-                continue
             # np.load parses the header with Python's ast, which two threads can crash in 3.11.
             numbers = np.memmap(path.with_suffix(".npy"), np.int32, "r", offset=HEADER)
             found.append((shard, numbers.reshape(shard.chunks, shard.context)))

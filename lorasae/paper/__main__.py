@@ -29,7 +29,7 @@ from lorasae.paper.study import PLANS, Study, all_jobs, budget
 from lorasae.runs import distributed
 from lorasae.runs.commands import run_all
 from lorasae.runs.config import Config, full_path
-from lorasae.runs.folder import RUNS, begin_with
+from lorasae.runs.folder import RUNS
 
 PARTS = (                                               # in the paper's order, between our own
     control.CONTROL,
@@ -156,7 +156,14 @@ def chosen(study, only):
 def begin(study):
     """Writes study.json. Raises InputError if the folder was begun with other arguments."""
     asked = dict(vars(study))
-    begin_with(asked.pop("folder") / "study.json", asked)
+    path = asked.pop("folder") / "study.json"
+    if not path.exists():
+        write_json(path, asked)
+    begun = read_object(path)
+    for name, value in asked.items():
+        if begun.get(name) != value:
+            raise InputError(f"{path.parent} was begun with {name} {begun.get(name)}, not {value}: "
+                             "pass another --out, or the same arguments to continue")
 
 
 # ---- What would run ------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch
 
 from lorasae import adapt
 from lorasae.adapt import ALONE
+from lorasae.errors import InputError
 from lorasae.evals.fidelity import ADAPTED
 from lorasae.io.adapters import save_adapter
 from lorasae.io.hub import model_place
@@ -31,7 +32,7 @@ from lorasae.runs.folder import Run
 def adapt_model(setting, run, optimizer=adapt.adamw):
     """Trains a run's adapters, starting at its last checkpoint -> {folder: its results.json}."""
     model, saes, config = setting.model, setting.saes, setting.config
-    blocks = adapt.blocks_to_adapt(config.adapt, saes, len(model.layers))
+    blocks = blocks_to_adapt(config.adapt, saes, len(model.layers))
     adapters = new_adapters(model, blocks, config)
     if config.shard:
         distributed.shard(model, distributed.local(config.device))
@@ -59,6 +60,40 @@ def adapt_model(setting, run, optimizer=adapt.adamw):
         named = dict(zip(adapter_names(config, "", ""), results.values()))
         run.finish({" and ".join(kinds): named, **training.cost(run, setting)})
     return results
+
+
+def blocks_to_adapt(words, saes, depth):
+    """The values of --adapt -> the sorted numbers of the blocks that get adapters.
+
+    `after`: every block after the first SAE, so that this SAE's input and L0 do not change.
+    `all`: every block, for SAEs whose L0 is bounded.
+    `next`: only the block after each SAE (§6.3).
+    Numbers: those blocks.
+    No value: `all` if every SAE's L0 is bounded, else `after`, as in the paper.
+
+    saes: {layer: SAE}; depth: how many blocks the model has.
+    """
+    given = " ".join(words)
+    if not given:
+        bounded = all(sae.l0_is_bounded for sae in saes.values())
+        given = "all" if bounded else "after"
+
+    if given == "after":
+        blocks = range(min(saes) + 1, depth)
+    elif given == "all":
+        blocks = range(depth)
+    elif given == "next":
+        blocks = [layer + 1 for layer in sorted(saes) if layer + 1 < depth]
+    elif all(word.isdecimal() for word in words):
+        blocks = sorted({int(word) for word in words})
+    else:
+        raise InputError(f"--adapt {given}: expected after, all, next, "
+                         "or block numbers such as 3 4 5")
+
+    if not blocks:
+        raise InputError(f"no block comes after the SAE at layer {max(saes)}: "
+                         "pass --adapt all, or another --layer")
+    return list(blocks)
 
 
 def new_adapters(model, blocks, config):
@@ -97,8 +132,7 @@ class Adapting:
         return adapt.frozen_forward(self.model, self.saes, tokens, self.first)
 
     def step(self, part, step):
-        for group in self.optimizer.param_groups:
-            group["lr"] = training.learning_rate(group["rate"], step, self.config)
+        training.set_rates(self.optimizer, step, self.config)
         if len(self.adapters) > 1:
             return self.take_side_by_side(part)
         return adapt.take_step(self.model, self.saes, part, self.first, self.optimizer,

@@ -368,12 +368,11 @@ BY_METHOD = {                                           # the paper's values, by
 
 
 def configure(given, recipes):
-    """The Config for the given {field: value}; a value of None counts as not given.
+    """The Config for the given {field: value}.
 
     recipes: {name: recipe(model, optimizer, train_sae) -> fields of Config}, besides the paper's.
     Raises InputError for options that have no effect or make no sense.
     """
-    given = {name: value for name, value in given.items() if value is not None}
     model, method = given.get("model", Config.model), given.get("method", Config.method)
     mode = BOTH if method == "lora" and given.get("train_sae") else method
     check_effect(given, mode)
@@ -439,7 +438,7 @@ def of_sae(known, model, given, mode):
     if mode in SCRATCH:
         return {}
     if "sae" in given:                                  # --adapt depends on its kind
-        return {"adapt": (), **of_sae_runs(given, with_tokens=known is None)}
+        return {"adapt": (), **of_sae_runs(given)}
 
     layers, l0 = given.get("layer", (None,)), given.get("l0")
     source, chosen = sae_choice(model, layer=layers[0], width=given.get("width"), l0=l0)
@@ -450,7 +449,7 @@ def of_sae(known, model, given, mode):
     return {"sae": (source,), "width": chosen["width"], "l0": l0}
 
 
-def of_sae_runs(given, with_tokens):
+def of_sae_runs(given):
     """Text settings recorded in the runs that made the SAEs; {} if the SAEs come from elsewhere."""
     folders = [run_of(source) for source in given["sae"]]
     if None in folders:
@@ -459,7 +458,7 @@ def of_sae_runs(given, with_tokens):
         raise InputError(f"--l0 has no effect with the SAE of {folders[0]}: leave it out")
     runs = [read_config(folder) for folder in folders]
     names = ["data", "field"] * ("data" not in given)   # the field belongs to the data
-    names += ["site", "context", "dtype", "eval_tokens"] + ["tokens"] * with_tokens
+    names += ["site", "context", "dtype", "eval_tokens"]
     note(f"note: taking {', '.join(names)} and layer from the run that made the SAE, {folders[0]}, "
          "unless given as options")
     values = {name: getattr(runs[0], name) for name in names}
@@ -499,20 +498,10 @@ def read_config(folder, device=None):
     if wrong:
         raise InputError(f"{path} was not written by this version of train.py: they differ in "
                          f"{shown(joined(sorted(wrong)))}")
-    asked = as_fields(found)
     try:
-        config = Config(**asked)
+        config = Config(**as_fields(found))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-
-    # Derived values must be the ones that train.py would derive now.
-    if config.method in SCRATCH:
-        found.take("width", int), found.take("lr", float)
-    for name, chosen in config.to_json().items():
-        value = asked.get(name, found[name])
-        if value != chosen:
-            raise InputError(f"{path}: {name!r} is {shown(value)}, but train.py wrote "
-                             f"{shown(chosen)} there: restore the file")
     if device is None:
         return config
     return replace(config, device=device, compile=config.compile and device.startswith("cuda"))

@@ -12,15 +12,12 @@ Without torchrun there is one process, and none of this has any effect.
 import os
 import sys
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from lorasae.adapt import ALONE, World
 from lorasae.errors import InputError
-
-JOIN_TIMEOUT = timedelta(seconds=45)                    # how long the start may take
 
 
 def local(device):
@@ -43,18 +40,15 @@ def start(config):
     if size > 1 and not dist.is_initialized():
         if device.type == "cuda" and "LOCAL_RANK" not in os.environ:
             raise InputError("LOCAL_RANK is not set: start the processes with torchrun")
-        try:
-            store, rank, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-        except (ValueError, RuntimeError) as error:
-            raise InputError(
-                f"the processes of this run did not meet within {JOIN_TIMEOUT.seconds} s ({error}):"
-                " start all of them with torchrun --nproc-per-node N train.py ..., or unset "
-                "WORLD_SIZE") from None
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        if rank > 0:
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"the processes of this run did not meet ({error}): start all of them with "
+                "torchrun --nproc-per-node N train.py ..., or unset WORLD_SIZE") from None
+        if number() > 0:
             sys.stdout = open(os.devnull, "w")
     share(range(config.batch_size), world())
 

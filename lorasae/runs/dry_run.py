@@ -1,6 +1,6 @@
 """What a run would fetch, train and keep in memory, from configurations alone: train.py --dry-run.
 
-Presets need no network, and the device need not be present.
+Presets need no network, and the device need not be present. train.py --list shows all presets.
 """
 import math
 import os
@@ -12,19 +12,20 @@ import torch
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from lorasae.adapt import blocks_to_adapt
 from lorasae.errors import InputError
+from lorasae.evals.report import table_text
 from lorasae.io import hub, text
 from lorasae.io.console import note
 from lorasae.io.files import DTYPES, read_object
 from lorasae.io.models import load_config, load_tokenizer, weight_files
+from lorasae.io.presets import PRESETS
 from lorasae.io.saes import describe
 from lorasae.lora import lora_parameters
 from lorasae.model import Transformer
-from lorasae.objectives import CHUNK_ELEMENTS
+from lorasae.objectives import chunk_rows
 from lorasae.runs import training
-from lorasae.runs.adapting import new_adapters
-from lorasae.runs.config import SCRATCH, read_config
+from lorasae.runs.adapting import blocks_to_adapt, new_adapters
+from lorasae.runs.config import SCRATCH, Config, read_config
 from lorasae.runs.folder import RUNS
 from lorasae.runs.sae_training import resolved
 from lorasae.runs.setting import check_context, check_sae, sae_sources
@@ -32,6 +33,13 @@ from lorasae.sae import KINDS, JumpReLU, TopK
 
 FP32 = 4
 TRAINED = 4 * FP32                                      # parameter, gradient, two averages
+WIDE = 47                                               # of the only text column of --list
+HEADINGS = [
+    "model", "block", "SAE", "L0", "available SAEs".ljust(WIDE), "download", "memory", "licence"]
+NOTES = """
+block, SAE and L0 are a run's defaults. available SAEs: their blocks, widths, and the L0s of the
+default width. download: with the SAE. memory: the model's weights; --dry-run estimates the run's.
+The included models, tiny-*, need no download and 10 MB."""
 
 
 def dry_run(config):
@@ -67,14 +75,16 @@ def dry_run(config):
         model = Transformer(model_config).requires_grad_(False)
     of_model = training.size_of(model.parameters())
     of_saes = sum(training.size_of(sae.parameters()) for sae in saes.values())
+    widths = [len(sae.W_enc) for sae in saes.values()]
     trained, blocks = of_saes * config.trains_sae, []
+    if config.thresholds == "frozen":
+        trained -= sum(widths)
     if config.method == "lora":
         blocks = blocks_to_adapt(config.adapt, saes, len(model.layers))
         adapters = new_adapters(model, blocks, config)
         trained += sum(training.size_of(lora_parameters(own)) for own in adapters)
 
     # Estimate the memory.
-    widths = [len(sae.W_enc) for sae in saes.values()]
     parts = memory(model_config, config, widths, first=min([*blocks, *config.layer]))
     parts |= {
         "model": DTYPES[config.dtype].itemsize * of_model,
@@ -127,10 +137,10 @@ def memory(model_config, config, widths, first):
 
     rows = config.micro_batch * config.context
     encoded = max(1024, 2 * rows if config.trains_sae else rows // 2)       # 1024 in evaluation
-    device = "cuda" if config.device.startswith("cuda") else "cpu"
-    logits = min(rows * model_config.vocab_size, CHUNK_ELEMENTS[device])
+    V = model_config.vocab_size
+    at_a_time = min(rows, chunk_rows(V, config.device.startswith("cuda")))
     return {"activations": rows * passed * per_token,
-            "latents": 4 * FP32 * encoded * sum(widths), "logits": 3 * FP32 * logits}
+            "latents": 4 * FP32 * encoded * sum(widths), "logits": 3 * FP32 * at_a_time * V}
 
 
 def time_at_hand(config):
@@ -163,3 +173,18 @@ def memory_of(device):
     with suppress(OSError, ValueError):                 # no limit, or no such file
         room = min(room, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return room
+
+
+def show_presets():
+    """Prints the models with their SAEs, sizes and licences: train.py --list."""
+    rows = []
+    for name, known in PRESETS.items():
+        is_on_hub = known.sae and not Path(known.sae).is_dir()
+        _, of_sae = known.sae_size() if is_on_hub else (0, 0)
+        dtype = DTYPES[known.common.get("dtype", Config.dtype)]
+        rows.append([
+            name, str(known.layer), known.width or "", str(known.l0 or ""), known.saes.ljust(WIDE),
+            in_words(known.weights + of_sae),
+            in_words(dtype.itemsize * known.parameters), known.licence])
+    print(table_text(rows, HEADINGS))
+    print(NOTES)

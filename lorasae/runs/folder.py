@@ -25,7 +25,7 @@ from tqdm import tqdm
 from lorasae.errors import InputError
 from lorasae.io.console import note, progress_line
 from lorasae.io.files import (
-    damage, first_line, read_object, whole, write_bytes, write_json)
+    damage, first_line, whole, write_bytes, write_json)
 from lorasae.runs import distributed
 
 LOG_EVERY = 10                          # steps per metrics line: reading values waits for the GPU
@@ -48,7 +48,8 @@ class Run:
     @classmethod
     def create(cls, folder, config):
         """Claims a new folder, by default runs/MODEL-METHOD. `begin` writes the first file."""
-        made = missing(folder or RUNS)
+        place = Path(folder or RUNS)
+        made = [path for path in (place, *place.parents) if not path.exists()]
         if folder is None and distributed.number() == 0:
             folder = new_folder(config)
             made = [folder, *made]                      # innermost first
@@ -113,7 +114,9 @@ class Run:
         if not self.has_begun:
             shutil.rmtree(self.folder / "text", ignore_errors=True)
             (self.folder / ".lock").unlink(missing_ok=True)
-            remove(self.made)
+            with suppress(OSError):                     # the user's files are in it
+                for folder in self.made:
+                    folder.rmdir()
 
     # ---- Checkpoints -----------------------------------------------------------------------------
 
@@ -122,11 +125,8 @@ class Run:
         state, step = self.newest_checkpoint(), 0
         if state is not None:
             with damage(f"{self.folder}/checkpoint"), torch.no_grad():
-                step, parameters = state["step"], state["parameters"]
-                if [tensor.shape for tensor in tensors] != [saved.shape for saved in parameters]:
-                    raise InputError(f"{self.folder}/checkpoint belongs to another run: its "
-                                     "tensors have different shapes")
-                for tensor, saved in zip(tensors, parameters):
+                step = state["step"]
+                for tensor, saved in zip(tensors, state["parameters"], strict=True):
                     tensor.copy_(saved)
                 optimizer.load_state_dict(state["optimizer"])
                 self.seconds = float(state["seconds"])
@@ -275,39 +275,6 @@ def new_folder(config):
         with suppress(FileExistsError):                 # another run may be creating it
             folder.mkdir(parents=True)
             return folder
-
-
-def begin_with(path, asked):
-    """Records the arguments {name: value} of a folder of runs, if it is new.
-
-    Raises InputError if the folder was begun with different values. If writing fails, the folders
-    created for it are removed.
-    """
-    if not path.exists():
-        made = missing(path.parent)
-        try:
-            write_json(path, asked)
-        except (InputError, OSError):
-            remove(made)
-            raise
-
-    before = read_object(path)
-    for name, value in asked.items():
-        if before.get(name) != value:
-            raise InputError(f"{path.parent} was begun with {name} {before.get(name)}, not "
-                             f"{value}: pass another --out, or the same arguments to continue")
-
-
-def missing(folder):
-    """The folder and those of its parents that do not exist yet, innermost first."""
-    return [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
-
-
-def remove(folders):
-    """Removes those of the folders that are empty; they are given innermost first."""
-    for folder in folders:
-        with suppress(OSError):                         # the user's files are in it
-            folder.rmdir()
 
 
 def versions():

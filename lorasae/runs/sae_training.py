@@ -49,8 +49,7 @@ def train_sae(setting, run):
     size = training.size_of(sae.parameters())
     training.show(training.what_trains(config, model, {layer: sae}, [], size))
 
-    first = setting.text.first(config.batch_size)
-    kind = SAETraining(model, sae, layer, config, first, distributed.world())
+    kind = SAETraining(model, sae, layer, config, setting.text.batch(0), distributed.world())
     training.train(run, kind, setting.text, keep=lambda step: keep(run, sae, step))
 
     found = training.evaluate(setting, {layer: sae}, ("base", "sae"))

@@ -34,7 +34,7 @@ def train(run, kind, text, keep=None):
     keep(step) is called after each tenth of the steps.
     """
     config, model = kind.config, kind.model
-    text.first(config.batch_size)                       # fails if the text is too short
+    text.batch(0)                                       # fails if the text is too short
     run.begin()
 
     # Restore what trains. Text and random numbers follow from the step number.
@@ -78,7 +78,8 @@ def frozen_parts(kind, batch, start):
     share = config.batch_size // world.count            # this process's sequences per step
     group = max(1, at_once // share)                    # steps that are computed together
     for begin in range(start - start % group, config.steps, group):
-        batches = [distributed.share(batch(step), world) for step in range(begin, begin + group)]
+        steps = range(begin, min(begin + group, config.steps))
+        batches = [distributed.share(batch(step), world) for step in steps]
         tokens = torch.cat(batches)
         if device.type == "cuda":
             tokens = tokens.pin_memory().to(device, non_blocking=True)
@@ -109,11 +110,11 @@ def compiled_blocks(model, backend="inductor"):
                 del block.forward                               # back to the class's method
 
 
-def learning_rate(lr, step, config):
-    """The learning rate at a step, from 0: constant, as published, or falling linearly to 0."""
-    if not config.lr_decay:
-        return lr
-    return lr * (1 - step / config.steps)
+def set_rates(optimizer, step, config):
+    """Every group's learning rate at a step, from 0: its `rate`, as published, or falling to 0."""
+    left = 1 - step / config.steps if config.lr_decay else 1
+    for group in optimizer.param_groups:
+        group["lr"] = group["rate"] * left
 
 
 def step_seed(seed, step, number=0):

@@ -119,7 +119,7 @@ def trained(setting, config):
 @torch.no_grad()
 def sample(setting):
     """Activations [N, D] of some training text, without BOS and EOS."""
-    model, tokens = setting.model, setting.text.first(SAMPLE)
+    model, tokens = setting.model, setting.text.sequences(0, SAMPLE)
     x = model.run(model.embed(tokens), 0, setting.config.layer[0] + 1)
     return x[~model.special(tokens)].float()
 

@@ -105,7 +105,7 @@ def test_greedy_generation_with_the_cache_matches_transformers(name, oracle, cou
     prompt = some_text(name, 600)
     model, tokens, past = load_model(DIR / name, dtype="float32"), prompt, Cache()
     for _ in range(count):
-        logits = model(tokens[:, past.length:], cache=past)[:, -1]
+        logits = model(tokens[:, past.length():], cache=past)[:, -1]
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
     assert close(logits, model(tokens[:, :-1])[:, -1])
 
