@@ -15,8 +15,8 @@ from helpers import (
     adapted, command, misuse, random_sae, read, refusal, refuses, some_tokens)
 from lorasae.evals import distances, fidelity, tokens as token_suite
 from lorasae.evals.common import (
-    evaluating, interval, linearised, over_documents, ratio, t_quantile, without_interval)
-from lorasae.evals.report import Table, lines, plus_minus, print_tables, with_interval
+    interval, linearised, over_documents, ratio, t_quantile, without_interval)
+from lorasae.evals.report import Table, line, plus_minus, print_tables, with_interval
 from lorasae.lora import add_lora, base
 
 ALL = ("base", "sae", "adapted", "lora")                # settings of one model
@@ -170,7 +170,7 @@ def test_a_missing_interval_is_neither_printed_nor_drawn(capsys):
 
     figures = pytest.importorskip("matplotlib.figure", reason="matplotlib draws the pictures")
     axes = figures.Figure().subplots()
-    lines(axes, [0, 1], {"a": [(1, None), (2, 0.5)]})
+    line(axes, [0, 1], [(1, None), (2, 0.5)], "a")
     drawn, = axes.containers
     none, some = drawn[2][0].get_segments()
     assert len(none) == 0 and some[:, 1].tolist() == [1.5, 2.5]
@@ -214,7 +214,7 @@ def test_l0_and_explained_variance_are_over_all_text_positions(model, sequences)
     found = fidelity.measure(model, {1: sae}, sequences.split(1), ("sae", "adapted"))
     text = ~model.special(sequences)
     for setting in ("sae", "adapted"):
-        with torch.no_grad(), base(model) if setting == "sae" else evaluating(model):
+        with torch.no_grad(), base(model) if setting == "sae" else nullcontext():
             x = model.run(model.embed(sequences), 0, 2)[text].double()
         lost, varied = (x - sae(x.float())).square().sum(), (x - x.mean(0)).square().sum()
         assert found[setting]["ev"][1] == pytest.approx(1 - (lost / varied).item(), rel=1e-5)

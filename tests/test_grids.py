@@ -115,9 +115,9 @@ def test_scaling_on_a_laptop_compares_ranks_around_one_sae(study):
     """Ranks are compared around one SAE, and there are no claims about widths or models."""
     study = replace(study, model="/x/smollm2-135m-instruct")
     for point in gap.points(study):
-        ranks, folder = point.ranks.split(","), gap.adapters_at(study, point).folder
+        ranks, folder = point.ranks, gap.adapters_at(study, point).folder
         for rank in ranks:
-            adapted = 2.6 + 0.1 * (point.L0 == "64") + 0.1 / int(rank)
+            adapted = 2.6 + 0.1 * (point.L0 == "64") + 0.1 / rank
             where = folder / f"rank-{rank}" if len(ranks) > 1 else folder
             finish(where, base=2.0, sae=3.0, adapted=adapted)
     numbers, claims, text = shown(study, gap.SCALING)

@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from lorasae.evals import benchmarks
 from lorasae.evals.benchmarks import SETTINGS
+from lorasae.evals.fidelity import ADAPTED, WITH_SAE
 from lorasae.evals.spliced_lm import Prompt, SplicedLM
 
 LAYER, LENGTH = 1, 96
@@ -59,11 +60,10 @@ class Bench:
         """lm-eval's HFLM; PEFT loads the adapter, and a hook on the block splices the SAE in."""
         pytest.importorskip("peft", reason="the oracle needs peft")
         from lm_eval.models.huggingface import HFLM
-        _, spliced, name = SETTINGS[setting]
-        adapter = str(self.folder / "adapter") if name == "lora" else None
+        adapter = str(self.folder / "adapter") if setting in ADAPTED else None
         lm = HFLM(str(self.folder / "model"), peft=adapter, device="cpu", dtype="float32",
                   attn_implementation="eager", add_bos_token=True, batch_size=3)
-        if not spliced:
+        if setting not in WITH_SAE:
             return lm
 
         sae, seen = self.saes[LAYER], {}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import refuses
 from lorasae import add_lora, load_model, load_sae, load_tokenizer
 from lorasae.evals import absorption, concepts, probing, saebench, scr, texts, tpp
-from lorasae.evals.concepts import THRESHOLDS, ablate, strongest
+from lorasae.evals.concepts import THRESHOLDS, ablate, over_thresholds, strongest
 from lorasae.evals.probes import (Task, accuracy, hold_out, logistic, mean_difference,
                                   one_against_rest, train_probes)
 from lorasae.evals.texts import LENGTH, Cut, Means, read_means
@@ -40,7 +40,7 @@ def test_logistic_regression_decides_as_the_known_minimum_does(class_weight, wei
     assert torch.equal(logistic(50 * x, x[:, 0] > 0, 50 * x), x[:, 0] > 0)      # separable
 
 
-SGD = {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.1), "batch": 8, "seed": 0}
+SGD = {"lr": 0.1, "batch": 8, "seed": 0}
 
 
 def test_the_best_epoch_on_held_out_texts_is_kept():
@@ -217,15 +217,17 @@ def test_scr_and_tpp_match_saebenchs_toy_values():
     assert tpp.perturbation(clean, ablated) == pytest.approx(0.225, abs=1e-6)
 
 
-def test_each_model_reports_its_own_concept_but_differences_use_the_base_models(monkeypatch):
+def test_each_model_reports_its_own_concept_but_differences_use_the_base_models():
     def scores(biased, top):
         return {"clean": 0.9, "biased": biased, **{f"top_{n}": top for n in THRESHOLDS}}
 
     base = {ATTRIBUTE: scores(0.7, 0.1), CLASS: scores(0.6, 0.2)}       # reports the class
     lora = {ATTRIBUTE: scores(0.5, 0.7), CLASS: scores(0.6, 0.3)}       # reports the attribute
-    found = {"pair": {"base": [base], "lora": [lora]}}
-    monkeypatch.setattr(saebench, "compare", lambda *_: found)
-    numbers = scr.evaluate(SimpleNamespace(saes={12: None}), "stdlib", 1)
+    values = {}
+    for who, reported in scr.report({"base": base, "lora": lora}).items():
+        metrics = saebench.columns([reported])
+        values[who] = {**metrics, **over_thresholds(metrics)}
+    numbers = saebench.summary(12, values, 1)
     for metric in ("top_2", "max", "average"):
         row = numbers["rows"][metric]
         assert (row["base"], row["lora"]) == pytest.approx((0.2, 0.7))

@@ -23,7 +23,6 @@ import json
 import os
 import subprocess
 import sys
-from itertools import chain
 
 import torch
 from torch.utils.collect_env import get_pretty_env_info
@@ -57,6 +56,8 @@ def main(argv=None):
         help="also add every row to this file, as a line of JSON")
     add("--quick", action="store_true", help="tiny shapes: only a check that it runs")
     args = parser.parse_args(argv)
+    if args.model and args.section != "step":
+        parser.error("--model is only for the section step")
 
     with one_line_errors():
         distributed.local(args.device)                  # refuses an unavailable device
@@ -88,21 +89,16 @@ def measure(section, args, file):
     keep_freed_memory()
     rows = SECTIONS[section](args.device, args.quick)
     if section == "step" and args.model:
-        rows = chain(*(bench_real(folder, args.quick) for folder in args.model))
-    before = {}
+        rows = bench_real(args.model, args.quick)
+    title = None
     for row in rows:
-        show(row, before)
+        what, *cells = row.values()
+        _, *headings = row
+        if what != title:                               # a new table
+            print(f"\n{what}\n\n{line(headings, headings)}")
+            title = what
+        print(line(cells, headings), flush=True)
         print(json.dumps({"section": section, **row}), file=file, flush=True)
-        before = row
-
-
-def show(row, before):
-    """Prints a row, below a title and headings unless the row before has the same title."""
-    what, *cells = row.values()
-    _, *headings = row
-    if before.get("what") != what:
-        print(f"\n{what}\n\n{line(headings, headings)}")
-    print(line(cells, headings), flush=True)
 
 
 def line(cells, headings):

@@ -71,8 +71,8 @@ class Peer:
         self.spliced = False
         if self.tuned:
             return self.chunked(base.flatten(0, 1), adapted.flatten(0, 1)) / len(tokens)
-        p = F.softmax(base, dim=-1)
-        return F.kl_div(F.log_softmax(adapted, dim=-1), p, reduction="batchmean")
+        p = base.softmax(-1)
+        return F.kl_div(adapted.log_softmax(-1), p, reduction="batchmean")
 
     def chunked(self, base, adapted):
         """The KL of hidden states [N, D], summed; its gradient is computed chunk by chunk."""
@@ -82,8 +82,8 @@ class Peer:
         total, leaf = 0, adapted.detach().requires_grad_()
         for target, hidden in zip(base.split(CHUNK), leaf.split(CHUNK)):
             with torch.no_grad():
-                p = F.softmax(logits(target), dim=-1)
-            log_q = F.log_softmax(logits(hidden), dim=-1)
+                p = logits(target).softmax(-1)
+            log_q = logits(hidden).log_softmax(-1)
             part = F.kl_div(log_q, p, reduction="sum")
             part.backward()
             total += part.detach()

@@ -4,6 +4,7 @@
                                         one pass against five runs, FLOPs
     python -m lorasae.bench headline    the step of `train.py --model gemma-2-2b`, in detail
 """
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -12,12 +13,13 @@ from torch import nn
 from lorasae.bench.race import (
     ROUNDS, Floor, matmul_peak, milliseconds, race, synchronise, timed)
 from lorasae.bench.workloads import (
-    REAL, TINY, as_compiled, cases_for, cases_of, config_for, flops_per_token, random_setting,
-    take_steps)
+    REAL, TINY, cases_for, cases_of, flops_per_token, random_setting)
 from lorasae.io.adapters import adapter_state
 from lorasae.io.console import note
 from lorasae.lora import attach_lora, detach_lora
 from lorasae.runs.adapting import Adapting, new_adapters
+from lorasae.runs.config import Config
+from lorasae.runs.training import compiled_blocks, frozen_parts
 
 
 def bench_step(device, quick):
@@ -33,14 +35,22 @@ def bench_step(device, quick):
     name, case = next(iter(cases.items()))
     yield from race(f"five ranks, {name}", partial(sweep_contenders, case), device, quick)
     for name, case in (TINY if quick else REAL).items():
-        yield flops_row(name, case)
+        # GFLOPs per token: the published recipe's, ours, and ours for each of five adapters in one
+        # pass, which can be about `five_gain` times as fast as five runs.
+        recipe = sum(flops_per_token(case, recipe=True))
+        shared, own = flops_per_token(case)
+        ours, of_five = shared + own, shared / 5 + own
+        yield {"what": "GFLOPs per token", "model": name, "recipe": recipe / 1e9,
+               "ours": ours / 1e9, "ratio": ours / recipe, "each_of_five": of_five / 1e9,
+               "five_gain": ours / of_five}
 
 
-def bench_real(folder, quick):
-    """A real model's step against its peers and its floor, its matrix products alone."""
-    for name, case in cases_of(folder).items():
-        build = partial(lora_contenders, case)
-        yield from race(f"LoRA step, {name}", build, "cpu", quick, 1e-3, rounds=3)
+def bench_real(folders, quick):
+    """The step of real models against its peers and its floor, its matrix products alone."""
+    for folder in folders:
+        for name, case in cases_of(folder).items():
+            build = partial(lora_contenders, case)
+            yield from race(f"LoRA step, {name}", build, "cpu", quick, 1e-3, rounds=3)
 
 
 def bench_headline(device, quick):
@@ -77,17 +87,6 @@ def with_rates(row, case, peak):
             "utilisation": flops * rate / peak, "peak_tflops": peak / 1e12}
 
 
-def flops_row(name, case):
-    """GFLOPs per token of a step: the published recipe's, ours, and ours for each of five adapters
-    in one pass, which can be about `five_gain` times as fast as five runs.
-    """
-    recipe = sum(flops_per_token(case, recipe=True))
-    shared, own = flops_per_token(case)
-    ours, of_five = shared + own, shared / 5 + own
-    return {"what": "GFLOPs per token", "model": name, "recipe": recipe / 1e9, "ours": ours / 1e9,
-            "ratio": ours / recipe, "each_of_five": of_five / 1e9, "five_gain": ours / of_five}
-
-
 # ---- The contenders ------------------------------------------------------------------------------
 
 class Ours:
@@ -97,24 +96,38 @@ class Ours:
     """
 
     def __init__(self, case, model, sae, tokens, ranks, dropout=0.0):
-        config = config_for(case, tokens.device.type, rank=ranks, dropout=dropout)
+        device = tokens.device.type
+        if device == "cuda":                            # TF32 for fp32 products, as in train.py
+            torch.set_float32_matmul_precision("high")
+        config = Config(
+            batch_size=case.batch, context=case.context, tokens=case.ahead * case.context,
+            ahead=case.ahead, device=device, rank=ranks, dropout=dropout)
         detach_lora(model)                              # another contender's adapters
-        self.tokens, self.adapters = tokens, new_adapters(model, case.blocks, config)
+        self.batches = tokens.split(case.batch)
+        self.adapters = new_adapters(model, case.blocks, config)
         for own in self.adapters:
             torch.manual_seed(1)
             for module in own.values():                 # not zero, so that they change something
                 nn.init.normal_(module.lora_B.weight, std=0.1 / module.lora_B.in_features)
         self.kind = Adapting(model, {case.layer: sae}, self.adapters, config)
 
+    def ready(self):
+        """A context in which the first adapters are attached and, on a GPU, blocks compiled."""
+        model = attach_lora(self.kind.model, self.adapters[0])
+        return compiled_blocks(model) if self.kind.config.compile else nullcontext()
+
     def __call__(self):
-        attach_lora(self.kind.model, self.adapters[0])
-        take_steps(self.kind, self.tokens)
+        kind = self.kind
+        kind.model.train()
+        with self.ready():                              # the steps as training.train takes them
+            parts = frozen_parts(kind, lambda step: self.batches[step].cpu(), 0)
+            for step, part in enumerate(parts):
+                kind.step(part, step)
 
     def answer(self):
-        kind = self.kind
-        attach_lora(kind.model, self.adapters[0]).eval()
-        batch = self.tokens[:kind.config.batch_size].cpu()
-        with as_compiled(kind):
+        kind, batch = self.kind, self.batches[0]
+        kind.model.eval()
+        with self.ready():
             losses, _ = kind.losses(kind.frozen(batch))
         loss = losses.sum() / len(batch)
         return [loss.detach(), *torch.autograd.grad(loss, kind.tensors)]

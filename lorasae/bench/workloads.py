@@ -1,21 +1,17 @@
-"""What the benchmark trains: models with real shapes and random weights, their SAEs, the steps of
-train.py, and their FLOPs.
+"""What the benchmark trains: models with real shapes and random weights, their SAEs, and the
+FLOPs of their steps.
 
 Shapes: B batch, T tokens, D d_model, M latents, R rank.
 """
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lorasae import dictionary
-from lorasae.io.files import read_object
-from lorasae.io.models import load_model, parse_config
+from lorasae.io.models import load_model, parse_config, text_config
 from lorasae.io.presets import GEMMA_2, LLAMA_3, PRESETS, sizes
 from lorasae.model import Transformer
-from lorasae.runs.config import Config
-from lorasae.runs.training import compiled_blocks, frozen_parts
 
 
 # ---- Shapes --------------------------------------------------------------------------------------
@@ -52,9 +48,8 @@ class Case:
         return list(range(first, self.config.num_hidden_layers))
 
 
-def invented(name, *size, head_dim, vocab_size, **how):
-    """{name: Case} for an invented shape in both families, in fp32. size: as in presets.sizes."""
-    shape = {**sizes(*size), "head_dim": head_dim, "vocab_size": vocab_size}
+def invented(name, shape, **how):
+    """{name: Case} for an invented shape, entries of config.json, in both families, in fp32."""
     cases = {}
     for family in (GEMMA_2, LLAMA_3):
         case = Case({**family, **shape}, ahead=2, dtype=torch.float32, **how)
@@ -66,9 +61,9 @@ WIDTHS = {"gemma-2-2b": 2 ** 14, "llama-3.2-1b": 2 ** 14, "gemma-2-9b": 2 ** 17,
           "gemma-2-27b": 2 ** 17, "llama-3.1-8b": 2 ** 17}
 REAL = {name: Case(PRESETS[name].config, PRESETS[name].layer, width)
         for name, width in WIDTHS.items()}
-SMALL = invented("small", 256, 1024, 10, 8, 4, head_dim=32, vocab_size=2 ** 15,
+SMALL = invented("small", {**sizes(256, 1024, 10, 8, 4), "head_dim": 32, "vocab_size": 2 ** 15},
                  layer=4, width=2048, rank=16, context=256, batch=2)
-TINY = invented("tiny", 32, 64, 4, 4, 2, head_dim=16, vocab_size=512,
+TINY = invented("tiny", {**sizes(32, 64, 4, 4, 2), "head_dim": 16, "vocab_size": 512},
                 layer=1, width=256, rank=4, context=16)
 
 
@@ -85,7 +80,7 @@ def cases_of(folder):
     Adapters are on the blocks after the SAE and, for a TopK, in further Cases on all blocks. Each
     call is one step, in fp32.
     """
-    raw = dict(read_object(folder / "config.json"))
+    raw = text_config(folder)
     depth = raw["num_hidden_layers"]
     real = Case(raw, depth // 2, 2 ** 14, dtype=torch.float32, k=32, folder=folder)
     if real.kind == "topk":
@@ -102,7 +97,6 @@ def cases_of(folder):
 
 # ---- A model and its SAE -------------------------------------------------------------------------
 
-@torch.no_grad()
 def random_setting(case, device):
     """A frozen model, its random SAE, and tokens [ahead, T]."""
     torch.manual_seed(0)
@@ -131,30 +125,6 @@ def random_model(case, device):
         else:
             p.fill_(1)
     return model
-
-
-# ---- Steps ---------------------------------------------------------------------------------------
-
-def config_for(case, device, **given):
-    """The Config of a call. On a GPU, fp32 products then use TF32, as in train.py."""
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")
-    return Config(batch_size=case.batch, context=case.context, tokens=case.ahead * case.context,
-                  ahead=case.ahead, device=device, **given)
-
-
-def take_steps(kind, tokens):
-    """All steps of a call, on tokens [ahead, T], as training.train takes them."""
-    batches = tokens.cpu().split(kind.config.batch_size)
-    kind.model.train()
-    with as_compiled(kind):
-        parts = frozen_parts(kind, lambda step: batches[step], 0)
-        for step, part in enumerate(parts):
-            kind.step(part, step)
-
-
-def as_compiled(kind):
-    return compiled_blocks(kind.model) if kind.config.compile else nullcontext()
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------

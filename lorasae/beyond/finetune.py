@@ -25,12 +25,13 @@ from copy import deepcopy
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from lorasae import adapt
 from lorasae.adapt import ALONE, adamw, objective
 from lorasae.beyond.muon import Optimizers
 from lorasae.dictionary import BANDWIDTH, InTraining, fvu, project_out_norm_gradient
 from lorasae.errors import InputError
-from lorasae.lora import base
 from lorasae.sae import SAE, splice, used_positions
 
 L0_WEIGHT = 10.0        # of the penalty; with 1, L0 drifts to where both losses pull equally hard
@@ -63,10 +64,7 @@ def naive_loss(model, saes, tokens, name):
     JumpReLU's thresholds, which the formula does not have.
     """
     (layer, sae), = saes.items()
-    with torch.no_grad(), base(model):
-        log_p = model(tokens).float().log_softmax(-1)
-    log_q = model(tokens, saes).float().log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    kl = adapt.naive_loss(model, saes, tokens) / tokens.numel()
 
     x = model.read(tokens, sae, layer)
     used = used_positions(sae, x, model.special(tokens))
@@ -96,9 +94,9 @@ def reference_of(sae, x):
         raise InputError(f"no latent of the SAE is active at any of {len(x):,} positions, so there "
                          "is nothing to train: is it for this model and layer?")
 
-    norms = sae.W_dec.norm(dim=1, keepdim=True)
+    norms = sae.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)        # safe to divide by
     unit = sae.unit(x)
-    bandwidth = BANDWIDTH * unit / not_zero(norms)[:, 0]
+    bandwidth = BANDWIDTH * unit / norms[:, 0]
 
     original = None
     if sae.gates_train:
@@ -125,28 +123,22 @@ class Trained(NamedTuple):
     adapters: list                          # parameters that train too; other adapters are fixed
 
 
-def trainable_of(sae):
-    """The SAE's parameters that train: ([matrices], [vectors])."""
-    trainable = [parameter for parameter in sae.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.dim() == 2]
-    vectors = [parameter for parameter in trainable if parameter.dim() == 1]
-    return matrices, vectors
-
-
 def optimizers(trained, config, sae_lr, of_adapters=adamw):
-    """AdamW for the SAE's matrices and vectors, in two groups, after the adapters' optimiser.
+    """Adam for the SAE's matrices and vectors, in two groups, after the adapters' optimiser.
 
     of_adapters(groups, config) makes the latter. A group's `rate` is its learning rate at the
     start. A JumpReLU's vectors have the scale of its activations, and so does their rate (see
     dictionary.begin). Only adapters have weight decay: the sizes of an SAE's rows and thresholds
     matter.
     """
-    matrices, vectors = trainable_of(trained.sae)
+    trainable = [parameter for parameter in trained.sae.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if parameter.dim() == 2]
+    vectors = [parameter for parameter in trainable if parameter.dim() == 1]
     groups = [
         {"params": matrices, "rate": sae_lr},
         {"params": vectors, "rate": sae_lr * trained.reference.unit},
     ]
-    of_sae = torch.optim.AdamW(groups, lr=sae_lr, weight_decay=0.0, fused=True)
+    of_sae = torch.optim.Adam(groups, fused=True)
     if not trained.adapters:
         return Optimizers(of_sae)
 
@@ -212,27 +204,15 @@ def take_step(model, trained, part, first, optimizer, config, world=ALONE):
 
     # Clip.
     sae, norms = trained.sae, trained.reference.norms
-    project_out_norm_gradient(sae.W_dec, sae.W_dec.detach() / not_zero(norms))
-    matrices, vectors = trainable_of(sae)
+    project_out_norm_gradient(sae.W_dec, sae.W_dec / norms)
     clip = torch.nn.utils.clip_grad_norm_
-    values["grad_norm"] = clip(matrices + vectors, config.clip)
+    values["grad_norm"] = clip(sae.parameters(), config.clip)
     if trained.adapters:
         values["grad_norm_lora"] = clip(trained.adapters, config.clip)
 
     optimizer.step()
     optimizer.zero_grad()
-    restore_decoder_norms(sae, norms)
+    with torch.no_grad():                               # every decoder row keeps its norm
+        sae.W_dec.copy_(norms * F.normalize(sae.W_dec, dim=1))
+        sae.after_step()
     return values
-
-
-@torch.no_grad()
-def restore_decoder_norms(sae, norms):
-    """Gives every decoder row its original norm."""
-    now = sae.W_dec.norm(dim=1, keepdim=True)
-    sae.W_dec *= norms / not_zero(now)
-    sae.after_step()
-
-
-def not_zero(norms):
-    """Norms that are safe to divide by."""
-    return norms.clamp(min=torch.finfo(norms.dtype).tiny)

@@ -5,8 +5,6 @@
     RUN_DIR/sequences.json  all settings, including the original SAE, sequence by sequence
     RUN_DIR/results.json    what splicing the SAE in costs, before and after; FVU, L0, dead latents
 """
-import torch
-
 from lorasae import adapt, dictionary
 from lorasae.adapt import ALONE
 from lorasae.beyond import finetune
@@ -50,11 +48,9 @@ def finetune_sae(setting, run, optimizer=adapt.adamw):
     now = training.evaluate(setting, {layer: sae}, fidelity.settings_of(config))
     now["before"] = before["sae"]
 
-    numbers = sae_training.numbers_of(now, setting, sae)
-    if adapters:
-        del numbers["l0"]                               # the adapted model's is in the summary
     results = {
-        **training.results_of(now, setting, run, run.folder), **numbers,
+        **sae_training.numbers_of(now, setting, sae),   # an adapted model's L0 replaces this one
+        **training.results_of(now, setting, run, run.folder),
         "before": sae_training.numbers_of(before, setting, original[layer]),
         "trainable_parameters": size}
     run.finish(results)
@@ -78,11 +74,9 @@ class Finetuning:
     def __init__(self, model, layer, sae, adapters, config, sample, optimizer=adapt.adamw,
                  world=ALONE):
         self.model, self.config, self.world = model, config, world
-        activations = []
-        for tokens in sample.split(config.micro_batch):
-            seen = dictionary.observe(model, sae, layer, tokens, end_to_end=False)
-            activations.append(seen.x[used_positions(sae, seen.x, seen.special)].float())
-        reference = finetune.reference_of(sae, torch.cat(activations))
+        seen = dictionary.observe(model, sae, layer, sample, end_to_end=False)
+        x = seen.x[used_positions(sae, seen.x, seen.special)].float()
+        reference = finetune.reference_of(sae, x)
         self.trained = finetune.Trained(layer, sae, reference, lora_parameters(adapters))
         sae_lr = config.sae_lr if adapters else config.lr
         self.optimizer = finetune.optimizers(self.trained, config, sae_lr, optimizer)
@@ -100,6 +94,6 @@ class Finetuning:
 
 def make_trainable(sae, config):
     """Makes all of the SAE trainable, or all but its thresholds."""
-    for name, parameter in sae.named_parameters():
-        frozen = name == "threshold" and config.thresholds == "frozen"
-        parameter.requires_grad_(not frozen)
+    sae.requires_grad_()
+    if config.thresholds == "frozen":
+        sae.threshold.requires_grad_(False)

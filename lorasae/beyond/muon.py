@@ -23,20 +23,17 @@ def muon(groups, config):
 
     It can replace adapt.adamw. groups: PyTorch's parameter groups, each with a list of parameters.
     """
-    matrices, rest = [], []
-    for group in groups:
-        flat = [parameter for parameter in group["params"] if parameter.dim() != 2]
-        wide = [parameter for parameter in group["params"] if parameter.dim() == 2]
-        if wide:
-            matrices.append({**group, "params": wide})
-        if flat:
-            rest.append({**group, "params": flat})
-
     parts = []
-    if matrices:
-        parts.append(Muon(matrices, lr=config.lr, weight_decay=config.weight_decay))
-    if rest:
-        parts.append(adamw(rest, config))
+    for matrices in True, False:
+        chosen = []
+        for group in groups:
+            own = [parameter for parameter in group["params"] if (parameter.dim() == 2) == matrices]
+            if own:
+                chosen.append({**group, "params": own})
+        if chosen and matrices:
+            parts.append(Muon(chosen, config.lr, config.weight_decay))
+        elif chosen:
+            parts.append(adamw(chosen, config))
     return Optimizers(*parts)
 
 
@@ -68,9 +65,6 @@ class Optimizers:
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), state included, without its bf16."""
-
-    def __init__(self, parameters, lr, weight_decay=0.0):
-        super().__init__(parameters, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self):
@@ -109,15 +103,14 @@ def naive_orthogonal(matrix, steps=5):
 
 def orthogonal(matrices, steps=5):
     """[naive_orthogonal(U)] for matrices of any shapes; those of one shape in one product."""
-    alike = {}                                          # {shape when wide: places in the list}
-    for place, matrix in enumerate(matrices):
-        alike.setdefault(as_wide(matrix).shape, []).append(place)
-
+    # Lay each on its long side: U Uᵀ is then the smaller of its two Gram matrices.
+    wide = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T for matrix in matrices]
     found = list(matrices)
-    for places in alike.values():
-        stacked = torch.stack([as_wide(matrices[place]) for place in places])
+    for shape in {matrix.shape for matrix in wide}:
+        places = [place for place, matrix in enumerate(wide) if matrix.shape == shape]
+        stacked = torch.stack([wide[place] for place in places])
         for place, result in zip(places, newton_schulz(stacked, steps)):
-            found[place] = result if is_wide(matrices[place]) else result.T
+            found[place] = result if matrices[place].shape == shape else result.T
     return found
 
 
@@ -130,12 +123,3 @@ def newton_schulz(x, steps):
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)       # b G + c G²
         x = torch.baddbmm(x, polynomial, x, beta=a)                         # a X + (b G + c G²) X
     return x
-
-
-def is_wide(matrix):
-    """Whether U Uᵀ is the smaller of its two Gram matrices."""
-    return matrix.shape[0] <= matrix.shape[1]
-
-
-def as_wide(matrix):
-    return matrix if is_wide(matrix) else matrix.T

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from lorasae.errors import InputError
 from lorasae.evals import saebench
-from lorasae.evals.common import as_model, evaluating, progress
+from lorasae.evals.common import as_model, progress
 from lorasae.evals.probes import Task, logistic, scikit_learn, train_probes
 from lorasae.evals.texts import activations
 
@@ -56,13 +56,12 @@ def evaluate(setting, words, seeds):
                          f"letters: absorption needs at least {LEAST_WORDS} words")
 
     letters = {who: [] for who in saebench.MODELS}
-    with evaluating(setting.model):
-        for seed in progress(seeds, "absorption"):
-            asked = ask(vocabulary, setting.text, words, seed)
-            for who in saebench.MODELS:
-                with as_model(setting.model, who):
-                    x = read_at_word(setting.model, sae, layer, asked)
-                letters[who].append(absorption(sae, x, asked, seed))
+    for seed in progress(seeds, "absorption"):
+        asked = ask(vocabulary, setting.text, words, seed)
+        for who in saebench.MODELS:
+            with as_model(setting.model, who):
+                x = read_at_word(setting.model, sae, layer, asked)
+            letters[who].append(absorption(sae, x, asked, seed))
 
     values = {who: saebench.columns(list(map(scores, found))) for who, found in letters.items()}
     drawn = f"{min(words, len(vocabulary))} words drawn for each seed"
@@ -100,28 +99,25 @@ def ask(vocabulary, text, count, seed):
     tokenizer, so the code checks that the token read is the word's. Words that are split into
     several tokens are left out.
     """
+    def encode(texts):
+        encodings = text.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    # The words that stay one token. A prompt always ends in a line of this form.
     rng = random.Random(seed)
     drawn = rng.sample(sorted(vocabulary), min(count, len(vocabulary)))
-    cut = len(drawn) * 4 // 5
-    question = text.tokenizer.encode(QUESTION, add_special_tokens=False).ids
+    question, *lines = encode([QUESTION, *(f"\n{word}{QUESTION}" for word in drawn)])
+    whole = [word for word, ids in zip(drawn, lines)
+             if ids[-len(question) - 1:] == [vocabulary[word], *question]]
 
-    def prompts(words, examples):
-        """{word: token ids} for the words that stay one token."""
-        texts = [prompt(word, examples, rng) for word in words]
-        found = {}
-        encodings = text.tokenizer.encode_batch(texts, add_special_tokens=False)
-        for word, encoding in zip(words, encodings):
-            if encoding.ids[-len(question) - 1:] == [vocabulary[word], *question]:
-                found[word] = [text.bos, *encoding.ids]
-        return found
-
-    train, test = drawn[:cut], drawn[cut:]
-    train, test, again = prompts(train, train), prompts(test, test), prompts(test, drawn)
-    both = [word for word in test if word in again]
-    rows = [*train.values()]
-    for found in (test, again):
-        rows += [found[word] for word in both]
-    return Asked(list(train), both, rows, len(question))
+    # Their prompts; a test word has two, with different examples.
+    cut = len(whole) * 4 // 5
+    train, test = whole[:cut], whole[cut:]
+    prompts = [prompt(word, examples, rng)
+               for words, examples in ((train, train), (test, test), (test, whole))
+               for word in words]
+    rows = [[text.bos, *ids] for ids in encode(prompts)]
+    return Asked(train, test, rows, len(question))
 
 
 def prompt(word, examples, rng):
@@ -193,13 +189,12 @@ def letter_probes(features, labels, *, batch, weight_decay, seed, l1=0.0):
     Adam; the learning rate falls from 1e-2 to 1e-5 in 50 epochs. SAEBench's loss is the mean over
     letters, ours the sum, so weight decay and eps are 26 times SAEBench's.
     """
-    adam = partial(torch.optim.Adam, lr=1e-2, weight_decay=LETTERS * weight_decay,
-                   eps=LETTERS * 1e-8)
+    adam = partial(torch.optim.Adam, weight_decay=LETTERS * weight_decay, eps=LETTERS * 1e-8)
     task = Task(torch.arange(len(features), device=features.device)[None], labels)
     positives = labels.sum(1, keepdim=True)
     pos_weight = (len(features) - positives) / positives.clamp(min=1)
-    return train_probes(features, task, optimizer=adam, batch=batch, epochs=50, seed=seed, l1=l1,
-                        pos_weight=pos_weight, decay=1e-3 ** (1 / 50))
+    return train_probes(features, task, lr=1e-2, optimizer=adam, batch=batch, epochs=50, seed=seed,
+                        l1=l1, pos_weight=pos_weight, decay=1e-3 ** (1 / 50))
 
 
 def letter_latents(z, own, z_test, own_test, order):
@@ -228,12 +223,10 @@ def absorbs(sae, x, z, direction, latents):
 
     direction [D]: the probe's direction for the letter.
     """
-    u = F.normalize(direction, dim=0)
     W_dec = sae.W_dec.float()
-    along = W_dec @ u                                   # [M]
-    projection, top = (z * along).max(1)
-    cosine = along[top] / W_dec[top].norm(dim=1).clamp(min=1e-12)
-    total = x @ u
+    projection, top = (z * (W_dec @ direction)).max(1)
+    cosine = F.cosine_similarity(W_dec[top], direction[None])
+    total = x @ direction
 
     silent = z[:, latents].sum(1) < SILENT
     carried = (cosine >= LEAST_COSINE) & (total >= 0) & (projection >= LEAST_SHARE * total)

@@ -34,10 +34,10 @@ import torch
 from lorasae.errors import InputError
 from lorasae.evals import saebench
 from lorasae.evals.chat import Kept, chat
-from lorasae.evals.common import as_model, check_latents, evaluating, progress
+from lorasae.evals.common import as_model, check_latents, progress
 from lorasae.evals.judge import judge as ask_judge
 from lorasae.evals.saebench import MODELS
-from lorasae.evals.texts import LENGTH, activations
+from lorasae.evals.texts import LENGTH, latents_of
 from lorasae.io.console import note
 
 ALIVE = 15                              # latents that fire on no more tokens than this are left out
@@ -71,20 +71,14 @@ def rows_of(text):
     return torch.cat([torch.full((len(rows), 1), text.bos), rows], 1)
 
 
-def latents_of(model, sae, layer, rows):
-    """Yields latents [B T, M] for each batch of rows [N, T]; 0 at BOS and EOS."""
-    for _, tokens, x in activations(model, sae, layer, rows):
-        yield sae.encode(x).masked_fill(model.special(tokens)[..., None], 0).flatten(0, 1)
-
-
 def times_fired(model, sae, layer, rows):
     """The number of tokens on which each latent fires, [M] int64."""
-    return sum((z > 0).sum(0).cpu() for z in latents_of(model, sae, layer, rows))
+    return sum((z > 0).sum((0, 1)).cpu() for z in latents_of(model, sae, layer, rows))
 
 
 def firings(model, sae, layer, rows, latents):
     """The activations of some latents at every token, [len(latents), N T], sparse."""
-    parts = [z[:, latents].T.float().cpu().to_sparse()
+    parts = [z[..., latents].flatten(0, 1).T.float().cpu().to_sparse()
              for z in latents_of(model, sae, layer, rows)]
     return torch.cat(parts, 1).coalesce()
 
@@ -191,10 +185,9 @@ def evaluate(setting, judge, chat_model, judge_latents, latents, seeds):
                 found[who] = measure(setting.model, sae, layer, rows, *more)
         return found
 
-    with evaluating(setting.model):
-        alive = torch.minimum(*in_both(times_fired).values()) > ALIVE
-        latents = choose(latents, judge_latents, alive)
-        found = in_both(firings, latents)
+    alive = torch.minimum(*in_both(times_fired).values()) > ALIVE
+    latents = choose(latents, judge_latents, alive)
+    found = in_both(firings, latents)
 
     # The endpoint's answers about a latent are kept in a file in the run's folder.
     name = f"{chat_model} at {judge}"

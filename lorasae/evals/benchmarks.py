@@ -19,18 +19,19 @@ from pathlib import Path
 import torch
 
 from lorasae.errors import InputError
-from lorasae.evals.common import as_model, evaluating, interval
+from lorasae.evals.common import as_model, interval
+from lorasae.evals.fidelity import WITH_SAE
 from lorasae.evals.local_tasks import local_tasks
 from lorasae.evals.report import Table, with_interval
 from lorasae.io.console import note
 from lorasae.io.files import first_line
 from lorasae.io.presets import TINY, preset
 
-SETTINGS = {                            # Table 5's columns: (heading, SAEs spliced in?, the model)
-    "sae": ("SAE", True, "base"),
-    "adapted": ("SAE + LoRA", True, "lora"),
-    "base": ("original", False, "base"),
-    "lora": ("LoRA", False, "lora"),
+SETTINGS = {                            # Table 5's columns
+    "sae": "SAE",
+    "adapted": "SAE + LoRA",
+    "base": "original",
+    "lora": "LoRA",
 }
 PAIRS = {"with_sae": ("sae", "adapted"), "without_sae": ("base", "lora")}
 TABLE_5 = {                             # its rows; lm-eval computes more than the paper shows
@@ -101,12 +102,12 @@ def measure(model, saes, tokenizer, tasks, limit=None):
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: expected at least 1 question")
     found = {}
-    for setting, (heading, spliced, name) in SETTINGS.items():
+    for setting, heading in SETTINGS.items():
         note(f"{heading}:")
         for task in tasks["tasks"].values():
             task.set_fewshot_seed(SEED)                 # the same examples in every setting
-        lm = SplicedLM(model, tokenizer, saes if spliced else {})
-        with evaluating(model), as_model(model, name):
+        lm = SplicedLM(model, tokenizer, saes if setting in WITH_SAE else {})
+        with as_model(model, setting):
             found[setting] = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=0)
 
     rows, paired = {}, {}
@@ -168,7 +169,7 @@ def tables(numbers):
     """Table 5, with the effect of adapting after each pair of settings."""
     headings, rows = [""], []
     for pair in PAIRS.values():
-        headings += [*(SETTINGS[setting][0] for setting in pair), "difference"]
+        headings += [*map(SETTINGS.get, pair), "difference"]
     for row, found in numbers["rows"].items():
         cells = [f"{row} (local)" if found["task"].startswith("local_") else row]
         for pair, settings in PAIRS.items():

@@ -38,14 +38,13 @@ def chat(url, model, messages, max_tokens):
     address = f"{url.rstrip('/')}/chat/completions"
     body = {"model": model, "messages": messages, "max_tokens": max_tokens}
     headers = {"Content-Type": "application/json"}
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    request = Request(address, json.dumps(body).encode(), headers)
 
     for wait in (0, *WAITS):
         time.sleep(wait)
-        status, answer = post(request)
+        status, answer = post(address, json.dumps(body).encode(), headers)
         if status not in BUSY:
             break
 
@@ -59,11 +58,14 @@ def chat(url, model, messages, max_tokens):
     return text
 
 
-def post(request):
+def post(address, body, headers):
     """(status, text) of the answer to a request."""
     try:
+        request = Request(address, body, headers)
         with build_opener(AsItIs).open(request, timeout=TIMEOUT) as reply:
             return reply.status, reply.read().decode(errors="replace") or reply.reason
+    except ValueError as error:                         # a malformed address
+        return "not sent", str(error)
     except (OSError, http.client.HTTPException) as error:
         return NO_ANSWER, str(error)
 

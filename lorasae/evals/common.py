@@ -1,4 +1,4 @@
-"""What the evaluations share: 90 % confidence intervals, a progress bar, dropout off.
+"""What the evaluations share: 90 % confidence intervals, a progress bar.
 
 Sequences from one document are alike, so they give less information than the same number from
 different documents. An interval over documents sums the deviations within each document before it
@@ -14,8 +14,7 @@ derive from the correlation within documents. For a mean, all of this has a clos
 If each document is one sequence, this is Student's interval.
 """
 import math
-import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -158,18 +157,7 @@ def batches(setting):
 
 def progress(items, label):
     """Iterates over items with a progress bar, on a terminal only."""
-    return tqdm(items, desc=label, disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False)
-
-
-@contextmanager
-def evaluating(model):
-    """Puts the model in eval mode inside the `with` and restores its mode afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    return tqdm(items, desc=label, disable=None, dynamic_ncols=True, leave=False)
 
 
 def check_latents(latents, count):
@@ -179,5 +167,5 @@ def check_latents(latents, count):
 
 
 def as_model(model, name):
-    """A context in which the adapters are off ("base") or on ("lora")."""
-    return base(model) if name == "base" else nullcontext()
+    """A context in which the adapters are on ("lora" and "adapted") or off (all other names)."""
+    return nullcontext() if name in ("lora", "adapted") else base(model)

@@ -13,15 +13,12 @@ latents are ablated; the published code ablates these.) Probes see means over to
 linear, so the means are enough. SAEBench also ablates the latents that an SAE finds in its zero
 padding (evals/scr_and_tpp/main.py, ablated_precomputed_activations); here padding does not count.
 """
-from functools import partial
-
 import torch
 
 from lorasae.evals.probes import hold_out, train_probes
 
 BATCH, LEAST_STEPS = 16, 2000                           # SAEBench's 4,000 texts make 5,000 steps
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)               # how many latents are ablated
-ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01, fused=True)
 
 
 def concept_probes(features, task, seed):
@@ -33,7 +30,7 @@ def concept_probes(features, task, seed):
     part, held = hold_out(task, seed)
     steps_per_epoch = -(-part.rows.shape[1] // BATCH)
     epochs = max(20, LEAST_STEPS // steps_per_epoch)
-    return train_probes(features, part, held, optimizer=ADAMW, batch=BATCH, epochs=epochs, l1=1e-3,
+    return train_probes(features, part, held, lr=1e-3, batch=BATCH, epochs=epochs, l1=1e-3,
                         seed=seed)
 
 

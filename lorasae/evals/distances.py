@@ -12,9 +12,9 @@ paper, and again without position 0.
 import torch
 import torch.nn.functional as F
 
-from lorasae.evals.common import (batches, count_documents, evaluating, interval, progress,
+from lorasae.evals.common import (batches, count_documents, interval, progress,
                                   without_interval)
-from lorasae.evals.report import Table, lines, with_interval
+from lorasae.evals.report import Table, line, with_interval
 from lorasae.lora import base
 
 MEASURES = {"cosine": "cosine similarity", "l2": "L2 distance"}
@@ -27,13 +27,12 @@ def evaluate(setting):
     model, saes, documents = setting.model, setting.saes, setting.text.documents
     first = min(saes)
     changes = []
-    with evaluating(model):
-        for tokens in progress(batches(setting), "distances"):
-            tokens = tokens.to(model.device)
-            with base(model):
-                original = list(outputs(model, tokens, first))
-                before = compare(original, outputs(model, tokens, first, saes))
-            changes.append(compare(original, outputs(model, tokens, first, saes)) - before)
+    for tokens in progress(batches(setting), "distances"):
+        tokens = tokens.to(model.device)
+        with base(model):
+            original = list(outputs(model, tokens, first))
+            before = compare(original, outputs(model, tokens, first, saes))
+        changes.append(compare(original, outputs(model, tokens, first, saes)) - before)
     changes = torch.cat(changes, 2)
 
     numbers = {
@@ -96,17 +95,14 @@ def tables(numbers):
 
 def draw(numbers, figure):
     """Figure 11: the change due to adapting, block by block."""
-    figure.set_size_inches(9, 3.4)
     after = range(len(numbers["layers"]))
     for axes, (name, label) in zip(figure.subplots(1, 2), MEASURES.items()):
-        series = {}
         for positions, title in POSITIONS.items():
             found = numbers[positions][name]
-            series[title] = list(zip(found["change"], found["ci90"]))
-        lines(axes, after, series)
+            line(axes, after, zip(found["change"], found["ci90"]), title)
         axes.axhline(0, color="grey", linewidth=1)
         axes.set(xlabel="blocks after the SAE", ylabel=f"change in {label}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     figure.suptitle("Distance to the base model's activations, SAE + LoRA minus SAE (the paper's "
-                    "Figure 11); error bars: 90 %, over documents", fontsize=10)
+                    "Figure 11); error bars: 90 %, over documents")

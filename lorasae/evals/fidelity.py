@@ -27,8 +27,8 @@ import torch
 
 from lorasae.adapt import first_differing
 from lorasae.errors import InputError
-from lorasae.evals.common import (as_model, batches, count_documents, evaluating, interval,
-                                  progress, ratio, with_ci90, without_interval)
+from lorasae.evals.common import (as_model, batches, count_documents, interval, progress,
+                                  ratio, with_ci90, without_interval)
 from lorasae.evals.report import Table, percent, plus_minus, with_interval
 from lorasae.io.files import damage, read_json, write_json
 from lorasae.lora import base
@@ -86,12 +86,11 @@ def measure(model, saes, batches, settings, gather=lambda found: found, others={
     runs some of the batches. others: {extra setting: its SAEs}, at the same layers.
     """
     found = {name: {key: [] for key in ("ce", "kl", *saes)} for name in settings}
-    with evaluating(model):
-        for tokens in progress(batches, "fidelity"):
-            by_setting = losses_by_setting(model, saes, tokens, settings, found, others)
-            for name, losses in by_setting.items():
-                for key, values in losses.items():
-                    found[name][key].append(values.double().mean(1).cpu())
+    for tokens in progress(batches, "fidelity"):
+        by_setting = losses_by_setting(model, saes, tokens, settings, found, others)
+        for name, losses in by_setting.items():
+            for key, values in losses.items():
+                found[name][key].append(values.double().mean(1).cpu())
 
     results = {}
     for name, parts in gather(found).items():
@@ -115,7 +114,6 @@ def losses_by_setting(model, saes, tokens, settings, seen=None, others={}):
             for name, ce, kl in zip(in_order, *losses) if name in settings}
 
 
-@torch.no_grad()
 def hidden_by_setting(
         model, saes, tokens, settings=("base", "sae", "adapted"), seen=None, others={}):
     """Yields (setting, final hidden state [B, T, D] after the last norm) for tokens [B, T].
@@ -135,7 +133,7 @@ def hidden_by_setting(
         if seen:
             spliced = {layer: Watched(sae, special, seen[name][layer])
                        for layer, sae in spliced.items()}
-        with as_model(model, "lora" if name in ADAPTED else "base"):
+        with as_model(model, name):
             x = shared
             if first - 1 in spliced:                    # its block is the last one of the prefix
                 x = splice(x, spliced[first - 1], special)

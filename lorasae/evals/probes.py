@@ -6,6 +6,7 @@
 Shapes: P tasks with a probe each, n texts in the table, N of them in each task, D features.
 """
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -116,14 +117,17 @@ def logistic(x, y, tests, class_weight=None):
 
 # ---- Gradient descent --------------------------------------------------------------------------
 
-def train_probes(features, train, held=None, *, optimizer, batch, epochs, seed, l1=0.0,
+ADAMW = partial(torch.optim.AdamW, weight_decay=0.01, fused=True)
+
+
+def train_probes(features, train, held=None, *, lr, optimizer=ADAMW, batch, epochs, seed, l1=0.0,
                  pos_weight=None, decay=1.0, patience=math.inf):
     """Trains P probes at once -> Probe: each from its best epoch on `held`, or from the last epoch.
 
     features [n, D]; train, held: Task. Each probe minimises the mean cross-entropy of a batch
     + l1 · ‖w‖₁. The seed sets the start and the batches, equal for base and adapted model.
 
-    optimizer: parameters -> optimiser. decay: the factor on its learning rate per epoch.
+    optimizer: (parameters, lr) -> optimiser. decay: the factor on its learning rate per epoch.
     pos_weight: [P, 1], the weight of positive texts.
     patience: a probe that has not improved for this many epochs is finished.
     """
@@ -139,7 +143,7 @@ def train_probes(features, train, held=None, *, optimizer, batch, epochs, seed, 
         return values.to(device).requires_grad_()
 
     probe = Probe(start(tasks, features.shape[1]), start(tasks))
-    optimizer = optimizer(probe)
+    optimizer = optimizer(probe, lr=lr)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
     best = Probe(*map(torch.zeros_like, probe))         # replaced in the first epoch
     best_accuracy = torch.full((tasks,), -1.0, dtype=torch.double, device=device)

@@ -10,16 +10,11 @@ A logistic regression tells each class from the rest, using the k latents with t
 The score is its accuracy on test texts: the mean over classes, then over data sets. "All" (the
 paper's "Test") is a probe on all latents, trained by gradient descent.
 """
-from functools import partial
-
-import torch
-
 from lorasae.evals import saebench
 from lorasae.evals.probes import (accuracy, hold_out, logistic, mean_difference, one_against_rest,
                                   scikit_learn, train_probes)
 
 KS = (1, 2, 5, 10, 20, 50)
-ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.01, fused=True)
 
 add_options = saebench.add_options                      # for all SAEBench suites
 
@@ -27,8 +22,7 @@ add_options = saebench.add_options                      # for all SAEBench suite
 def evaluate(setting, labelled, seeds):
     """Table 6's probing rows for the first SAE of a run."""
     scikit_learn()                                      # fails before any work if it is missing
-    found = saebench.compare(setting, "probing", labelled, seeds, measure)
-    return saebench.summary_of_sets(setting, labelled, seeds, found)
+    return saebench.compare(setting, "probing", labelled, seeds, measure)
 
 
 def measure(sae, train, test, cut, seed):
@@ -46,8 +40,7 @@ def measure(sae, train, test, cut, seed):
     # All latents, in as many steps per epoch as in SAEBench: 4,000 texts in batches of 250.
     part, held = hold_out(task, seed)
     batch = min(250, max(16, part.rows.shape[1] // 16))
-    probe = train_probes(z, part, held, optimizer=ADAMW, batch=batch, epochs=100, patience=10,
-                         seed=seed)
+    probe = train_probes(z, part, held, lr=1e-2, batch=batch, epochs=100, patience=10, seed=seed)
     scores["sae_all"] = accuracy(probe, z_test, test_task).mean().item()
     return scores
 

@@ -78,12 +78,11 @@ def print_tables(tables):
 
 # ---- Pictures ----------------------------------------------------------------------------------
 
-def lines(axes, x, series, scale=1):
-    """Lines with error bars; series: {label: [(mean, half, ...) at each x]}."""
-    for label, found in series.items():
-        # None becomes NaN, which matplotlib does not draw.
-        means, halves = scale * np.array([estimate[:2] for estimate in found], dtype=float).T
-        axes.errorbar(x, means, halves, marker="o", capsize=3, label=label)
+def line(axes, x, estimates, label, scale=1):
+    """A line with error bars. estimates: (mean, half, ...) at each x."""
+    # None becomes NaN, which matplotlib does not draw.
+    means, halves = scale * np.array([each[:2] for each in estimates], dtype=float).T
+    axes.errorbar(x, means, halves, marker="o", label=label)
 
 
 def save_figure(draw, numbers, path, again):
@@ -99,7 +98,7 @@ def save_figure(draw, numbers, path, again):
         return
     png = io.BytesIO()
     with rc_context(fname=STYLE):
-        figure = Figure(layout="constrained")
+        figure = Figure()
         draw(numbers, figure)
-        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(png)
     write_bytes(path, png.getvalue())

@@ -9,7 +9,7 @@ import torch
 
 from lorasae.errors import InputError
 from lorasae.evals import labelled_saebench, labelled_stdlib
-from lorasae.evals.common import as_model, evaluating, interval, progress
+from lorasae.evals.common import as_model, interval, progress
 from lorasae.evals.report import Table, with_interval
 from lorasae.evals.texts import read_means, tokenise
 from lorasae.io.console import few
@@ -52,25 +52,32 @@ def reading(setting, suite, seeds):
     return layer, sae, range(FIRST_SEED, FIRST_SEED + seeds)
 
 
-def compare(setting, suite, labelled, seeds, measure):
-    """{data set: {"base" and "lora": [what `measure` found for each seed]}}.
+def compare(setting, suite, labelled, seeds, measure, report=dict, further=lambda metrics: {}):
+    """Base against adapted model, seed by seed -> the summary of the means over data sets.
 
     measure(SAE, Means of training texts, Means of test texts, Cut, seed) -> {metric: value}
+    report({"base" and "lora": what `measure` found}) -> the same as `summary` takes them
+    further({metric: values [seeds]}) -> more metrics, computed from the means
     """
-    layer, sae, seeds = reading(setting, suite, seeds)
-    sets = LABELLED[labelled].suite_sets(suite)
-    model = setting.model
-    found = {name: {who: [] for who in MODELS} for name in sets}
+    layer, sae, chosen = reading(setting, suite, seeds)
+    sets, model = LABELLED[labelled].suite_sets(suite), setting.model
+    found = {name: [] for name in sets}
+    for name, seed in progress(list(product(sets, chosen)), suite):
+        cut, scores = sets[name](seed), {}
+        rows = [tokenise(setting.text, side) for side in cut]
+        for who in MODELS:
+            with as_model(model, who):
+                train, test = [read_means(model, sae, layer, side) for side in rows]
+            scores[who] = measure(sae, train, test, cut, seed)
+        found[name].append(report(scores))
 
-    with evaluating(model):
-        for name, seed in progress(list(product(sets, seeds)), suite):
-            cut = sets[name](seed)
-            rows = [tokenise(setting.text, side) for side in cut]
-            for who in MODELS:
-                with as_model(model, who):
-                    train, test = [read_means(model, sae, layer, side) for side in rows]
-                found[name][who].append(measure(sae, train, test, cut, seed))
-    return found
+    # Means over data sets, as in SAEBench.
+    values = {}
+    for who in found[name][0]:
+        of_sets = [columns([scores[who] for scores in own]) for own in found.values()]
+        means = {metric: sum(each[metric] for each in of_sets) / len(sets) for metric in of_sets[0]}
+        values[who] = {**means, **further(means)}
+    return summary(layer, values, seeds, labelled=labelled, sets=list(sets), by_set=found)
 
 
 def columns(scores):
@@ -92,20 +99,6 @@ def summary(layer, values, seeds, over=None, **more):
         row["difference"], row["ci90"] = interval(adapted[metric] - base)
     over = over or f"seeds of evaluation ({seeds})"
     return {"layer": layer, "seeds": seeds, "over": over, "rows": rows, **more}
-
-
-def summary_of_sets(setting, labelled, seeds, found, further=lambda metrics: {}):
-    """The summary of what `compare` found: means over data sets, as in SAEBench.
-
-    further({metric: values [seeds]}) -> more metrics, computed from these means.
-    """
-    values, sets = {}, list(found)
-    for who in found[sets[0]]:
-        of_sets = [columns(found[name][who]) for name in sets]
-        means = {metric: sum(each[metric] for each in of_sets) / len(sets) for metric in of_sets[0]}
-        values[who] = {**means, **further(means)}
-    layer = next(iter(setting.saes))
-    return summary(layer, values, seeds, labelled=labelled, sets=sets, by_set=found)
 
 
 # ---- Showing -----------------------------------------------------------------------------------

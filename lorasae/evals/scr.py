@@ -28,15 +28,14 @@ ATTRIBUTE, CLASS, BIASED = range(3)                     # the three probes
 
 def evaluate(setting, labelled, seeds):
     """Table 6's SCR rows for the first SAE of a run."""
-    found = saebench.compare(setting, "scr", labelled, seeds, measure)
-    for models in found.values():
-        # For the pairs: the adapted model's scores for the concept that the base model reports.
-        models["paired"] = [lora[worse_known(base)]
-                            for base, lora in zip(models["base"], models["lora"])]
-        # Each model's own score, as SAEBench reports it.
-        for who in saebench.MODELS:
-            models[who] = [scores[worse_known(scores)] for scores in models[who]]
-    return saebench.summary_of_sets(setting, labelled, seeds, found, over_thresholds)
+    return saebench.compare(setting, "scr", labelled, seeds, measure, report, over_thresholds)
+
+
+def report(scores):
+    """Each model's scores for its own concept, as in SAEBench; "paired": for the base model's."""
+    base, lora = scores["base"], scores["lora"]
+    return {"base": base[worse_known(base)], "lora": lora[worse_known(lora)],
+            "paired": lora[worse_known(base)]}
 
 
 def worse_known(scores):

@@ -26,9 +26,6 @@ class Prompt(NamedTuple):
     stops: list                                         # strings that end the answer
     budget: int                                         # at most this many new tokens
 
-    def size(self):
-        return len(self.ids) + self.budget
-
 
 class SplicedLM(TemplateLM):
     """log p(continuation | context) and greedy text, with {layer: SAE} spliced into the model.
@@ -115,7 +112,6 @@ class SplicedLM(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         raise InputError("tasks that score whole texts (loglikelihood_rolling) are not supported")
 
-    @torch.no_grad()
     def generate_until(self, requests, disable_tqdm=False):
         """Greedy continuations, up to a stop string, EOS, or max_gen_toks (256) new tokens."""
         prompts = []
@@ -137,21 +133,21 @@ class SplicedLM(TemplateLM):
             prompts.append(Prompt(i, ids, stops, budget))
 
         texts = [None] * len(requests)
-        for batch in self.batches(prompts, Prompt.size, "generating"):
-            self.generate(batch, texts)
-        return texts
 
-    def generate(self, prompts, texts):
-        """Writes the answer to each Prompt into texts; all are generated together."""
         def stop(row, ids):
-            prompt = prompts[row]
+            prompt = batch[row]
             texts[prompt.index] = self.finished(ids, prompt)
             return texts[prompt.index] is not None
 
-        rows = [prompt.ids for prompt in prompts]
-        lengths = [len(ids) for ids in rows]
-        budget = max(prompt.budget for prompt in prompts)
-        generate(self.model, self.pad(rows), budget, self.saes, lengths=lengths, stop=stop)
+        def size(prompt):
+            return len(prompt.ids) + prompt.budget
+
+        for batch in self.batches(prompts, size, "generating"):
+            rows = [prompt.ids for prompt in batch]
+            budget = max(prompt.budget for prompt in batch)
+            generate(self.model, self.pad(rows), budget, self.saes,
+                     lengths=[len(ids) for ids in rows], stop=stop)
+        return texts
 
     def finished(self, ids, prompt):
         """The answer in the new tokens, or None if it is not finished.

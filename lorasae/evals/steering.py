@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 
 from lorasae.errors import InputError
-from lorasae.evals.common import (as_model, check_latents, count_documents, evaluating,
-                                  interval, progress)
+from lorasae.evals.common import (as_model, check_latents, count_documents, interval,
+                                  progress)
 from lorasae.evals.report import Table, with_interval
+from lorasae.evals.texts import latents_of
 from lorasae.objectives import token_losses
 
 ALPHAS = (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 12, 20)     # 0: no steering
@@ -109,30 +110,23 @@ def windows(text):
 
     Each piece is from one document, and no two are equal.
     """
-    chunks = text.held_out[:, 1:]
-    count = chunks.shape[1] // WINDOW
-    pieces = chunks[:, :count * WINDOW].reshape(-1, WINDOW)
-    documents = text.documents.repeat_interleave(count)
     found = {}                          # {tokens: their document}, in the order of the text
-    for piece, document in zip(pieces.tolist(), documents.tolist()):
-        if text.bos not in piece and text.eos not in piece:
-            found.setdefault(tuple(piece), document)
+    for chunk, document in zip(text.held_out[:, 1:], text.documents.tolist()):
+        for piece in chunk.split(WINDOW):
+            ids = tuple(piece.tolist())
+            if len(ids) == WINDOW and not {text.bos, text.eos} & set(ids):
+                found.setdefault((text.bos, *ids), document)
     if not found:
         raise InputError(f"no document of the held-out text gives {WINDOW} tokens in one sequence: "
                          "evaluate a run with a longer --context, or with longer documents")
-    texts = torch.tensor(list(found))
-    return F.pad(texts, (1, 0), value=text.bos), torch.tensor(list(found.values()))
+    return torch.tensor(list(found)), torch.tensor(list(found.values()))
 
 
-@torch.no_grad()
 def peaks(model, sae, layer, texts):
     """Each latent's peak in each text [N, T], leaving out BOS, in the base model: [N, M]"""
-    found = []
     with as_model(model, "base"):
-        for tokens in progress(texts.to(model.device).split(BATCH), "latents"):
-            z = sae.encode(model.read(tokens, sae, layer)[:, 1:])
-            found.append(z.amax(1).float().cpu())
-    return torch.cat(found)
+        found = progress(latents_of(model, sae, layer, texts), "latents")
+        return torch.cat([z.amax(1).float().cpu() for z in found])
 
 
 def choose_latents(peak, count=4, least=4 * LEAST):
@@ -192,8 +186,7 @@ def evaluate(setting, latents=None, examples=100):
                                  f"{LEAST}: choose another latent, or evaluate a run with more "
                                  "--eval-tokens")
         v = F.normalize(sae.W_dec[latent].float(), dim=0).to(model.head.dtype)
-        with evaluating(model):
-            row = compare(model, layer, v, {side: texts[some] for side, some in chosen.items()})
+        row = compare(model, layer, v, {side: texts[some] for side, some in chosen.items()})
         for side, some in chosen.items():
             row[side]["documents"] = count_documents(documents[some[1::2]])
         example = text.tokenizer.decode(texts[chosen["positive"][0], 1:].tolist())
@@ -234,4 +227,4 @@ def draw(numbers, figure):
             axes.set(title=f"latent {row['latent']}, {side} texts", ylabel="texts",
                      xlabel="d (the unsteered texts span 100)")
             axes.legend()
-    figure.suptitle("Effect of steering on likelihood (the paper's Figures 7 and 10)", fontsize=10)
+    figure.suptitle("Effect of steering on likelihood (the paper's Figures 7 and 10)")

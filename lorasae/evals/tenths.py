@@ -35,7 +35,7 @@ def evaluate(setting):
 def kept_saes(setting):
     """{"sae-10pct": {layer: the SAE at that point}, ..., "sae": {layer: ...}}"""
     folders = sorted(setting.folder.glob("sae-??pct")) + [setting.folder / "sae"]
-    if len(folders) == 1 or not (folders[-1] / "training.json").exists():
+    if len(folders) == 1:
         raise InputError(f"{setting.folder} did not save its SAE after each tenth: --suite tenths "
                          "is for runs that train an SAE from scratch")
     layer, device = setting.config.layer[0], setting.model.device

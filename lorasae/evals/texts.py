@@ -54,7 +54,12 @@ def activations(model, sae, layer, rows):
         yield chosen, tokens, model.read(tokens, sae, layer)
 
 
-@torch.no_grad()
+def latents_of(model, sae, layer, rows):
+    """Yields latents [B, T, M] for each batch of rows of token ids; 0 at BOS and EOS."""
+    for _, tokens, x in activations(model, sae, layer, rows):
+        yield sae.encode(x).masked_fill(model.special(tokens)[..., None], 0)
+
+
 def read_means(model, sae, layer, rows):
     """The Means of rows of token ids, on the model's device."""
     residual = torch.empty(len(rows), sae.W_dec.shape[1], device=model.device)

@@ -9,8 +9,8 @@ most of the improvement comes from changes of 0.01 to 1 nats. Intervals are 90 %
 import numpy as np
 import torch
 
-from lorasae.evals.common import (batches, count_documents, evaluating, interval, progress, ratio,
-                                  with_ci90, without_interval)
+from lorasae.evals.common import (batches, count_documents, interval, progress, ratio, with_ci90,
+                                  without_interval)
 from lorasae.evals.fidelity import losses_by_setting
 from lorasae.evals.report import Table, with_interval
 
@@ -21,10 +21,9 @@ MIDDLE = (1e-2, 1)                                      # where the paper finds 
 def evaluate(setting):
     """Both losses of every held-out token -> the numbers of `statistics`."""
     model, change = setting.model, []
-    with evaluating(model):
-        for tokens in progress(batches(setting), "tokens"):
-            losses = losses_by_setting(model, setting.saes, tokens, ("sae", "adapted"))
-            change.append((losses["sae"]["ce"] - losses["adapted"]["ce"]).cpu())
+    for tokens in progress(batches(setting), "tokens"):
+        losses = losses_by_setting(model, setting.saes, tokens, ("sae", "adapted"))
+        change.append((losses["sae"]["ce"] - losses["adapted"]["ce"]).cpu())
     return statistics(torch.cat(change), setting.text.documents)
 
 

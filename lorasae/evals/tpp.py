@@ -20,11 +20,9 @@ from lorasae.evals.concepts import (THRESHOLDS, ablate, concept_probes, over_thr
 from lorasae.evals.probes import accuracy, mean_difference, one_against_rest
 
 
-
 def evaluate(setting, labelled, seeds):
     """Table 6's TPP rows for the first SAE of a run."""
-    found = saebench.compare(setting, "tpp", labelled, seeds, measure)
-    return saebench.summary_of_sets(setting, labelled, seeds, found, over_thresholds)
+    return saebench.compare(setting, "tpp", labelled, seeds, measure, further=over_thresholds)
 
 
 def measure(sae, train, test, cut, seed):

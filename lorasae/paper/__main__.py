@@ -25,7 +25,7 @@ from lorasae.io.files import damage, local, read_object, write_bytes, write_json
 from lorasae.paper import beyond, control, downstream, frontier, gap
 from lorasae.paper.page import page
 from lorasae.paper.results import table_of_claims
-from lorasae.paper.study import PLANS, Study, all_jobs, budget
+from lorasae.paper.study import PLANS, QUICK, Study, all_jobs, budget
 from lorasae.runs import distributed
 from lorasae.runs.commands import run_all
 from lorasae.runs.config import Config, full_path
@@ -46,27 +46,22 @@ PARTS = (                                               # in the paper's order, 
     beyond.RECIPE,
 )
 ON_REQUEST = ("model_or_sae", "recipe")                 # only if --only names them
-TOKENS = {                              # fields of Study: the value with --quick, the help text
-    "sae_tokens": (20_000, "to train each SAE"),
-    "frontier_tokens": (20_000, "to train the long SAE and those of Figures 1 and 5"),
-    "lora_tokens": (4_000, "to train adapters"),
-    "long_tokens": (8_000, "to train adapters around the long SAE, and those of Tables 3 to 6 and "
-                    "Figures 7, 8, 10, 11"),
-    "eval_tokens": (12_000, "held out"),
+TOKENS = {                              # fields of Study: the end of their help texts
+    "sae_tokens": "to train each SAE",
+    "frontier_tokens": "to train the long SAE and those of Figures 1 and 5",
+    "lora_tokens": "to train adapters",
+    "long_tokens": "to train adapters around the long SAE, and those of Tables 3 to 6 and Figures "
+                   "7, 8, 10, 11",
+    "eval_tokens": "held out",
 }
 
 
 def main(argv=None):
-    words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = sys.argv[1:] if argv is None else argv
     args = arguments(words)
     with one_line_errors("interrupted: run the same command to continue"):
         study = study_of(args)
         parts = chosen(study, args.only)
-        if args.list:
-            for part in parts:
-                figures = ", ".join(part.words["figures"])
-                print(f"{part.name:12}{figures:32}{part.words['title']}")
-            return
         again = shlex.join(["python", "-m", "lorasae.paper", *words])
         if args.redraw:
             report(study, parts, {}, again)
@@ -104,14 +99,13 @@ def arguments(argv):
         help=f"{', '.join(PLANS)}, or a folder with such a name (default: %(default)s)")
     add("--only", help="parts, figures or tables, separated by commas, such as fig3,table1 "
         f"(default: all but {', '.join(ON_REQUEST)})")
-    add("--list", action="store_true", help="list the parts and stop")
     add("--quick", action="store_true", help="few tokens, one seed")
     add("--dry-run", action="store_true", help="print what would run and stop")
     add("--redraw", action="store_true", help="redraw the page from OUT/numbers/ and stop")
     add("--data", type=full_path, help="text to train on; part of it is held out (default: the "
         "preset's)")
     add("--other-data", type=full_path, help="another kind of text, which is never trained on")
-    for name, (_, what) in TOKENS.items():
+    for name, what in TOKENS.items():
         add(f"--{name.replace('_', '-')}", type=count, help=f"tokens {what}")
     add("--seeds", type=few, help="seeds for adapters, in the parts that use several (default: 3; "
         "with --quick or a real model: 1)")
@@ -129,10 +123,9 @@ def study_of(args):
     if name not in PLANS:
         raise InputError(f"--model {args.model}: expected {', '.join(PLANS)}, or a folder with "
                          "such a name")
-    plan, tokens = PLANS[name], {}
-    for each, (quick, _) in TOKENS.items():
-        usual = quick if args.quick else plan.tokens.get(each)
-        tokens[each] = getattr(args, each) or usual
+    plan = PLANS[name]
+    usual = QUICK if args.quick else plan.tokens
+    tokens = {each: getattr(args, each) or usual.get(each) for each in TOKENS}
     seeds = args.seeds or (1 if args.quick else plan.seeds)
 
     folder = args.out or RUNS / f"paper-{name}{'-quick' if args.quick else ''}"
@@ -198,11 +191,10 @@ def measure(study, parts, failed):
     reasons = {}
     for part in parts:
         done = list(all_jobs(part.jobs(study)))
-        lacking = [path for path in done if not path.exists()]
-        if lacking:
-            reasons[part.name] = failed.get(lacking[0], f"{lacking[0]} is missing")
-            continue
         try:
+            for path in done:
+                if not path.exists():
+                    raise InputError(failed.get(path, f"{path} is missing"))
             with damage(f"the results of {part.name} in {study.folder}"):
                 numbers = part.measure(study)
         except InputError as error:

@@ -111,7 +111,6 @@ def own_tables(numbers):
 
 def draw(numbers, figure):
     """The gap closed by each arm, against how much of its training the SAE has had."""
-    figure.set_size_inches(10, 3.8)
     by_text = group(numbers["rows"], "axis")
     panels = figure.subplots(1, len(by_text), sharey=True, squeeze=False)[0]
     for axes, (text, rows) in zip(panels, by_text.items()):
@@ -122,7 +121,7 @@ def draw(numbers, figure):
         for done, estimates in series.items():
             curve(axes, estimates, done, scale=100)
         axes.set(title=text, xlabel="share of the SAE's training", ylabel="gap closed (%)")
-    panels[0].legend(fontsize=8)
+    panels[0].legend()
 
 
 CONTROL = Part("control", jobs, measure, draw, own_tables)

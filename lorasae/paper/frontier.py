@@ -118,7 +118,6 @@ def table_of(own):
 
 def draw(numbers, figure):
     """Figures 1 and 5."""
-    figure.set_size_inches(10, 3.8)
     panels = figure.subplots(1, len(numbers["figures"]), squeeze=False)[0]
     for axes, own in zip(panels, numbers["figures"].values()):
         for name, label in CURVES.items():
@@ -127,7 +126,7 @@ def draw(numbers, figure):
         axes.axhline(own["ce_base"], color="grey", linestyle="--", label="without SAE")
         axes.set(xlabel="training time (s)", ylabel="cross-entropy (nats/token)",
                  title=own["model"])
-        axes.legend(fontsize=8)
+        axes.legend()
 
 
 FRONTIER = Part(

@@ -18,7 +18,7 @@ import torch
 from lorasae.errors import InputError
 from lorasae.evals.common import Estimate, interval, linearised, over_documents
 from lorasae.evals.fidelity import read_sequences, summary
-from lorasae.evals.report import Table, lines
+from lorasae.evals.report import Table, line
 from lorasae.paper.results import PAPER, Part, cell, group, intervals, over_seeds
 from lorasae.paper.study import adapters, around, long_sae, new_sae
 
@@ -125,7 +125,7 @@ def tables(numbers):
 def curve(axes, estimates, label, scale=1):
     """Draws {x: Estimate} with error bars, at evenly spaced places."""
     names = [str(x) for x in estimates]
-    lines(axes, names, {label: estimates.values()}, scale)
+    line(axes, names, estimates.values(), label, scale)
     axes.tick_params("x", rotation=90 if len(max(names, key=len)) > 9 else 0)
 
 
@@ -141,7 +141,7 @@ def draw_grid(numbers, figure):
         below.set_xlabel(axis)
     panels[0, 0].set_ylabel("CE improvement (nats/token)")
     panels[1, 0].set_ylabel("gap closed (%)")
-    panels[0, 0].legend(fontsize=8)
+    panels[0, 0].legend()
 
 
 # ---- Figures 3 and 4 -----------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class Point(NamedTuple):
     width: str                          # latents
     L0: str                             # the L0 asked for
     kind: str = "jumprelu"
-    ranks: str = "1,4,16,64,256"
+    ranks: tuple = (1, 4, 16, 64, 256)
 
     @property
     def name(self):
@@ -171,13 +171,13 @@ class Point(NamedTuple):
 
 
 def points(study):
-    return [Point(*line.split()) for line in study.plan.grid.strip().splitlines()]
+    return [Point(*row) for row in study.plan.grid]
 
 
 def adapters_at(study, point):
     """The Job that trains a point's adapters, all ranks side by side."""
     _, model, layer, width, l0, kind, ranks = point
-    name, ranks = f"scaling-{model}-layer-{layer}-{width}-l0-{l0}", ranks.split(",")
+    name = f"scaling-{model}-layer-{layer}-{width}-l0-{l0}"
     model = study.model if model == study.name else model           # may be a folder
     if study.full:
         return adapters(study, name, model, layer=layer, width=width, l0=l0, rank=ranks)
@@ -192,8 +192,8 @@ def measure_scaling(study):
     """
     rows, closed, ranks, at_64 = [], {}, {}, {}
     for point in points(study):
-        axis, job, here = point.axis, adapters_at(study, point), point.ranks.split(",")
-        runs = {int(rank): read(job, f"rank-{rank}" if len(here) > 1 else "") for rank in here}
+        axis, job, at = point.axis, adapters_at(study, point), point.ranks
+        runs = {rank: read(job, f"rank-{rank}" if len(at) > 1 else "") for rank in at}
         rows += [row_of(run, axis, getattr(point, axis), rank) for rank, run in runs.items()]
         closed[point.name] = paired(runs[64].gap_closed, runs[64])
         low, high = runs[min(runs)], runs[max(runs)]
@@ -218,7 +218,7 @@ SCALING = Part(
 
 def sets(study):
     """{number of SAEs: their blocks}"""
-    return {len(blocks.split()): blocks.split() for blocks in study.plan.sets.split("/")}
+    return {len(blocks): blocks for blocks in study.plan.sets}
 
 
 def single(study, block):

@@ -21,7 +21,7 @@ from lorasae.runs.config import SAE_TOKENS, Config
 
 
 STUDIES = tomllib.loads(Path(__file__).with_name("studies.toml").read_text(encoding="utf-8"))
-USUAL = STUDIES.pop("usual")
+USUAL, QUICK = STUDIES.pop("usual"), STUDIES.pop("quick")
 PLANS = {name: SimpleNamespace(**{**USUAL, **words}) for name, words in STUDIES.items()}
 
 

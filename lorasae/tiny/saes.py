@@ -116,14 +116,6 @@ def trained(setting, config):
     return load_sae(folder)
 
 
-@torch.no_grad()
-def sample(setting):
-    """Activations [N, D] of some training text, without BOS and EOS."""
-    model, tokens = setting.model, setting.text.sequences(0, SAMPLE)
-    x = model.run(model.embed(tokens), 0, setting.config.layer[0] + 1)
-    return x[~model.special(tokens)].float()
-
-
 def make_saes(name, temporary):
     """Trains, saves and measures both SAEs of an embedded model."""
     folder = HERE / f"{name}-sae"
@@ -141,7 +133,9 @@ def make_saes(name, temporary):
         sae, other = trained(setting, topk), trained(setting, jumprelu)
         if name == "llama-3":
             save_sparsify(sae, folder / "topk" / f"layers.{layer}")
-            x = sample(setting)
+            tokens = setting.text.sequences(0, SAMPLE)
+            x = setting.model.read(tokens, other, layer)
+            x = x[~setting.model.special(tokens)]       # without BOS and EOS
             save_llama_scope(one_threshold(other, x), folder / "jumprelu" / f"tiny-L{layer}R",
                              layer, x.norm(dim=1).mean().item(), topk.k)
         else:
