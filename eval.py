@@ -6,7 +6,7 @@
     python eval.py RUN_DIR --suite probing,scr,tpp,absorption   SAEBench, base and adapted model
     python eval.py RUN_DIR --suite autointerp --judge URL       descriptions of latents
     python eval.py RUN_DIR --suite lm --limit 100               lm-eval: MMLU, HellaSwag, TruthfulQA
-                                                                (embedded models: their own tasks)
+                                                                (included models: their own tasks)
     python eval.py RUN_DIR --suite tenths                       an SAE after each tenth of training
     python eval.py RUN_DIR --suite elsewhere --data FOLDER      fidelity on another kind of text
 

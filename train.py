@@ -1,6 +1,6 @@
 """Adapt a language model to its sparse autoencoders, or train the autoencoder itself.
 
-    python train.py                                             the embedded tiny Gemma-2
+    python train.py                                             the included tiny Gemma-2
     python train.py --model gemma-2-2b --layer 12 --rank 64     the paper's headline run
     python train.py --model gemma-2-2b --dry-run                what that would fetch and need
     python train.py --model llama-3.2-1b --method topk          train an SAE (jumprelu, e2e)

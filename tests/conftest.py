@@ -233,7 +233,7 @@ def server(tmp_path, monkeypatch):
 
 @pytest.fixture
 def study(tmp_path):
-    """A small study of the embedded models."""
+    """A small study of the included models."""
     from lorasae.paper.study import Study
     return Study(tmp_path, sae_tokens=400_000, frontier_tokens=2_000_000, lora_tokens=60_000,
                  long_tokens=300_000, eval_tokens=12_000, seeds=[0, 1])

@@ -18,7 +18,7 @@ from lorasae.runs.config import (
 
 
 def configured(**given):
-    """The Config that train.py makes from these options, by default for the embedded Gemma-2."""
+    """The Config that train.py makes from these options, by default for the included Gemma-2."""
     return configure({"model": "tiny-gemma-2", "device": "cpu", **given}, train.RECIPES)
 
 
@@ -308,7 +308,7 @@ def test_the_help_states_the_defaults(capsys):
     assert "(default: None)" not in text and "(default: ())" not in text
 
 
-def test_the_embedded_saes_are_made_with_the_settings_a_user_gets():
+def test_the_included_saes_are_made_with_the_settings_a_user_gets():
     from lorasae.tiny.saes import settings
     words = "--model tiny-gemma-2 --method topk --seed 0 --device cpu".split()
     assert settings("gemma-2", "topk") == train.config_of(train.arguments(words))

@@ -75,11 +75,11 @@ def test_passages_are_whole_lines_and_a_question_needs_three_different_wrong_ans
     assert not passages(["short\n" * 10, "y" * 10_000 + "\n" + "x" * 90])
 
 
-def test_embedded_models_default_to_local_tasks_and_others_to_the_papers(capsys, monkeypatch):
+def test_included_models_default_to_local_tasks_and_others_to_the_papers(capsys, monkeypatch):
     for model in ("tiny-gemma-2", str(TINY / "llama-3")):
         assert benchmarks.default_tasks(model) == "local"
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "tiny-gemma-2 is an embedded model: --tasks local" in said[0]
+    assert len(said) == 2 and "tiny-gemma-2 is an included model: --tasks local" in said[0]
     for model in ("gemma-2-2b", "google/gemma-2-2b", "models/my-own"):
         assert benchmarks.default_tasks(model) == "mmlu,hellaswag,truthfulqa_gen,truthfulqa_mc1"
     assert capsys.readouterr().err == ""

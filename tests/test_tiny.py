@@ -1,4 +1,4 @@
-"""The embedded models load, are small, match transformers and have learned the language."""
+"""The included models load, are small, match transformers and have learned the language."""
 import sysconfig
 
 import pytest

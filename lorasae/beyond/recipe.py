@@ -1,7 +1,7 @@
 """The tuned recipe: rates for adapters in a model of any size, from a search on small models.
 
 The search compared rates, schedules, batch sizes, ranks and optimisers by KL on tuning text that is
-neither trained on nor held out, for the embedded models and both kinds of SAE. Muon at a rate that
+neither trained on nor held out, for the included models and both kinds of SAE. Muon at a rate that
 falls to 0 was best throughout; a constant rate or a rank of 16 closed 2 to 18 points less of the KL
 gap. An SAE that trains with them needs a smaller rate, 2.5e-4 to 5e-4.
 """
@@ -12,7 +12,7 @@ TUNED_LR = {"muon": 5e-3, "adamw": 3e-3}
 TUNED_SAE_LR = 4e-4                                     # of an SAE that trains too, by AdamW
 TUNED_WIDTH, TUNED_DEPTH = 192, 6                       # these rates are for this d_model and depth
 
-# Assumed from the literature. Three sizes of the embedded Gemma-2 do not contradict them: Muon's
+# Assumed from the literature. Three sizes of the included Gemma-2 do not contradict them: Muon's
 # best rate falls from 7.6e-3 (d_model 64, 4 blocks) through 5.9e-3 (112, 4) to 4.2e-3 (192, 6).
 WIDTH_POWER, DEPTH_POWER = 0.5, 0.5
 

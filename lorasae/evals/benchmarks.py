@@ -5,7 +5,7 @@
     python eval.py RUN_DIR --suite lm --tasks my_task.yaml --limit 100      your own lm-eval task
 
 The lm-eval package makes the prompts and computes the scores (accuracy, BLEU, ROUGE);
-spliced_lm.py answers them. The embedded models know nothing about the paper's tasks, so they get
+spliced_lm.py answers them. The included models know nothing about the paper's tasks, so they get
 the local ones (local_tasks.py).
 
 All settings answer the same questions. The effect of adapting is the mean of adapted - base over
@@ -51,7 +51,7 @@ SEED = 1234                                             # lm-eval's own, for few
 
 def add_options(add):
     add("--tasks", help="comma-separated lm-eval tasks or your own YAML files, or local: four "
-        "tasks on held-out text (default: local for an embedded model, Table 5's otherwise)")
+        "tasks on held-out text (default: local for an included model, Table 5's otherwise)")
     add("--limit", type=int, metavar="N",
         help="only the first N questions of each task (default: all)")
 
@@ -66,11 +66,11 @@ def evaluate(setting, tasks, limit):
 
 
 def default_tasks(model):
-    """The default --tasks for a model's name. Embedded models get the local tasks, and a note."""
+    """The default --tasks for a model's name. Included models get the local tasks, and a note."""
     known = preset(model)
     if known is None or not Path(known.repo).is_relative_to(TINY):
         return TASKS
-    note(f"{model} is an embedded model: --tasks {LOCAL} asks about held-out files of the "
+    note(f"{model} is an included model: --tasks {LOCAL} asks about held-out files of the "
          f"standard library (the paper's tasks: --tasks {TASKS})")
     return LOCAL
 

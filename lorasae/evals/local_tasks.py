@@ -1,8 +1,8 @@
-"""Table 5 without a network: four tasks for lm-eval, about text that no embedded model trained on.
+"""Table 5 without a network: four tasks for lm-eval, about text that no included model trained on.
 
-    python eval.py RUN_DIR --suite lm --tasks local         the default for an embedded model
+    python eval.py RUN_DIR --suite lm --tasks local         the default for an included model
 
-Each is named after the benchmark whose form and metrics it has. The embedded models have 2.5M
+Each is named after the benchmark whose form and metrics it has. The included models have 2.5M
 parameters and were trained on files of the Python standard library, so the tasks ask how other
 files of the library continue.
 

@@ -1,4 +1,4 @@
-"""The paper's models and the embedded ones: where they and their SAEs are, and how to use them.
+"""The paper's models and the included ones: where they and their SAEs are, and how to use them.
 
 What a preset leaves out takes the paper's value, which is the default in runs.config.Config.
 """
@@ -67,14 +67,14 @@ LAPTOP = {                                              # for real models
     "lora": {"recipe": "tuned", "tokens": 100_000, "batch_size": 2},
     "sae_training": {"k": 32, "lr": 1e-3, "batch_size": 4, "tokens": 600_000},
 }
-EMBEDDED_SAE = {
+INCLUDED_SAE = {
     "width": 1024, "k": 8, "l0": 8, "lr": 4e-3, "batch_size": 8, "tokens": 2_000_000}
 
 
-def embedded(name, layer, tokens, sae=None):
+def included(name, layer, tokens, sae=None):
     """The Preset of a model in this package; `tokens`: how many its adapters train on."""
     return Preset(
-        str(TINY / name), layer, sae=sae, common=SMALL, sae_training=EMBEDDED_SAE,
+        str(TINY / name), layer, sae=sae, common=SMALL, sae_training=INCLUDED_SAE,
         saes="2: 1k, L0 8" if sae else "",
         lora={
             "recipe": "tuned", "tokens": tokens,
@@ -116,11 +116,11 @@ SMOLLM2_135M = {**SMOLLM2, **sizes(576, 1536, 30, 9, 3), "rope_theta": 100_000.0
 SMOLLM2_17B = {**SMOLLM2, **sizes(2048, 8192, 24, 32, 32), "rope_theta": 130_000.0}
 
 PRESETS = {
-    "tiny-gemma-2": embedded(
+    "tiny-gemma-2": included(
         "gemma-2", 2, 700_000, sae=str(TINY / "gemma-2-sae" / "jumprelu")),
-    "tiny-gemma-2-medium": embedded("gemma-2-medium", 1, 300_000),              # for Figure 4
-    "tiny-gemma-2-small": embedded("gemma-2-small", 1, 300_000),
-    "tiny-llama-3": embedded("llama-3", 2, 600_000, sae=str(TINY / "llama-3-sae" / "topk")),
+    "tiny-gemma-2-medium": included("gemma-2-medium", 1, 300_000),              # for Figure 4
+    "tiny-gemma-2-small": included("gemma-2-small", 1, 300_000),
+    "tiny-llama-3": included("llama-3", 2, 600_000, sae=str(TINY / "llama-3-sae" / "topk")),
 
     "gemma-2-2b": Preset(
         "google/gemma-2-2b", layer=12, mirror="unsloth/gemma-2-2b",

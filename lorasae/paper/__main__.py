@@ -1,6 +1,6 @@
 """Every figure and table of the paper from one command, which trains, evaluates and writes a page.
 
-    python -m lorasae.paper                         in miniature, on the embedded models
+    python -m lorasae.paper                         in miniature, on the included models
     python -m lorasae.paper --quick                 on few tokens: only a check that it runs
     python -m lorasae.paper --only fig3,table1      only these parts
     python -m lorasae.paper --dry-run               lists the parts and the commands that would run
@@ -73,7 +73,7 @@ def main(argv=None):
             show_plan(study, parts)
             return
 
-        # Run them. On embedded models up to four share the cores; otherwise each gets all of them.
+        # Run them. On included models up to four share the cores; otherwise each gets all of them.
         begin(study)
         progress_line(f"writing to {study.folder}/; the page will be its index.html")
         one_per_core = (study.plan.size, study.device) == ("miniature", "cpu")

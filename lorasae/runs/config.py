@@ -442,7 +442,7 @@ def of_sae(known, model, given, mode):
 
     layers, l0 = given.get("layer", (None,)), given.get("l0")
     source, chosen = sae_choice(model, layer=layers[0], width=given.get("width"), l0=l0)
-    if os.path.isdir(source):                           # embedded: the checkout may move
+    if os.path.isdir(source):                           # included: the checkout may move
         source = next(name for name in PRESETS if PRESETS[name] is known)
     if len(layers) == 1:                                # with several, each has its own nearest L0
         l0 = chosen["l0"]

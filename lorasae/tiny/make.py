@@ -1,4 +1,4 @@
-"""Makes the embedded models: a tokenizer and small language models, in the format of real ones.
+"""Makes the included models: a tokenizer and small language models, in the format of real ones.
 
     python -m lorasae.tiny.make --model gemma-2         (or another; with OMP_NUM_THREADS=1,
                                                         several can run at once)

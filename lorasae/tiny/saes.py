@@ -1,4 +1,4 @@
-"""Makes the embedded models' SAEs: trained as by train.py, saved in the layouts of real ones.
+"""Makes the included models' SAEs: trained as by train.py, saved in the layouts of real ones.
 
     python -m lorasae.tiny.saes --model gemma-2         (or llama-3)
 
@@ -117,7 +117,7 @@ def trained(setting, config):
 
 
 def make_saes(name, temporary):
-    """Trains, saves and measures both SAEs of an embedded model."""
+    """Trains, saves and measures both SAEs of an included model."""
     folder = HERE / f"{name}-sae"
     topk = settings(name, "topk")
     jumprelu = replace(topk, seed=1) if name == "llama-3" else settings(name, "jumprelu")
