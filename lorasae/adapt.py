@@ -3,10 +3,8 @@
 They minimise KL(base ‖ adapted with SAE) = Σ p log(p / q), where p is the base model's
 distribution. The paper writes KL(ŷ, y) (Eq. 7); its code computes the KL given here.
 
-    naive_loss, naive_train         Eq. 7 as written, and the loop that minimises it: read these
-                                    first
-    frozen_forward, adapted_loss    the fast version of the same loss: the shared blocks run once
-                                    for both models, and no logits are kept
+    naive_loss, naive_train         Eq. 7 as written, and its training loop: read these first
+    frozen_forward, adapted_loss    the same loss, fast: shared blocks run once; no logits are kept
     take_step                       one optimiser step, clipped as the published code clips
 
 `python train.py` runs it; runs/training.py is the loop that resumes, logs and saves.
@@ -16,10 +14,8 @@ The paper's symbols and their names in the code:
     M, the base model           the model with its adapters switched off, `with base(model):`
     M adapted, with its SAE     the same model, adapters on, SAEs spliced in
     A, B of every W (Eq. 1)     an adapter; `lora_parameters(model)` lists all of them
-    h_1 .. h_i                  the prefix, which both models share: all blocks before
-                                `first_differing`; none if block 0 is adapted
-    y, ŷ (Eq. 7)                softmax(cap(head(target))) and softmax(cap(head(hidden))), computed
-                                for one chunk of tokens at a time
+    h_1 .. h_i                  the prefix that both models share: blocks before `first_differing`
+    y, ŷ (Eq. 7)                softmax(cap(head(target))), softmax(cap(head(hidden))), in chunks
     (none)                      `part`, a FrozenPart: what the frozen model computes for a step
 
 A layer is a block's number, counted from 0.
@@ -38,10 +34,7 @@ from lorasae.sae import is_in_mlp, splice
 # ---- As written ----------------------------------------------------------------------------------
 
 def naive_loss(model, saes, tokens):
-    """Σ_tokens KL(p_base ‖ p_adapted with SAE) in nats (Eq. 7).
-
-    tokens [B, T]; saes {layer: SAE}.
-    """
+    """Eq. 7: Σ_tokens KL(p_base ‖ p_adapted with SAE) in nats. tokens [B, T]; saes {layer: SAE}."""
     with torch.no_grad(), base(model):
         log_p = model(tokens).float().log_softmax(-1)
     log_q = model(tokens, saes).float().log_softmax(-1)
@@ -49,10 +42,7 @@ def naive_loss(model, saes, tokens):
 
 
 def naive_train(model, saes, batches, lr=5e-5, weight_decay=0.01, clip=1.0):
-    """The whole method: trains the model's adapters on batches of tokens [B, T].
-
-    Yields each step's KL in nats per token.
-    """
+    """The whole method: trains the adapters on batches [B, T]; yields each step's KL per token."""
     parameters = lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
 
@@ -74,18 +64,15 @@ def naive_train(model, saes, batches, lr=5e-5, weight_decay=0.01, clip=1.0):
 
 class FrozenPart(NamedTuple):
     """Outputs of the frozen model that one training step uses."""
-    x: torch.Tensor             # [B, T, D] output of the prefix; already reconstructed if the
-                                # prefix ends with a frozen SAE
-    target: torch.Tensor | None     # [B, T, D] the base model's final hidden state, after the
-                                    # final norm; None if the loss needs no logits
-    special: torch.Tensor       # [B, T] bool: BOS and EOS positions
+    x: torch.Tensor                 # [B, T, D] the prefix's output, spliced if it ends with an SAE
+    target: torch.Tensor | None     # [B, T, D] base model after the final norm; None if not needed
+    special: torch.Tensor           # [B, T] bool: BOS and EOS positions
 
 
 def first_differing(model, saes):
     """The first block that the base and the adapted model cannot share.
 
-    The blocks before it run once for both. An SAE on an MLP acts inside its block, so that block is
-    not shared.
+    The blocks before it run once for both. An MLP's SAE acts inside its block, so that one differs.
     """
     differing = blocks_with_adapters(model)
     for layer, sae in saes.items():
@@ -118,9 +105,8 @@ def adapted_loss(model, saes, part, first, config):
 def objective(model, part, hidden, config):
     """Eq. 7, the loss for adapters, end-to-end SAEs and finetuning.
 
-    hidden: with adapters and SAEs, after the final norm: [B, T, D], or [S, B, T, D] for S adapted
-    models. Returns (loss, {name: value}). The loss is summed over tokens: a scalar, or [S]. The
-    values are detached sums over tokens, logged under their names.
+    hidden: with adapters and SAEs, after the final norm: [B, T, D], or [S, B, T, D] for S models.
+    Returns (loss, {name: detached value to log}), all sums over tokens: scalars, or [S].
     """
     kl = linear_kl(part.target, hidden, model.head, model.softcap, compiled=config.compile)
     return kl, {"kl": kl.detach()}
@@ -147,12 +133,11 @@ def adamw(groups, config):
 def take_step(model, saes, part, first, optimizer, config, world=ALONE):
     """One optimiser step -> {name: value}: losses per token, and the gradient norm before clipping.
 
-    The loss of a sequence is the *sum* of its tokens' KL, and `clip` bounds the gradient of that
-    sum, as in the published code (utils.py:521): with the paper's batch of one sequence the clip
-    binds at almost every step, so a mean over tokens would be a different algorithm.
+    The loss of a sequence is the *sum* of its tokens' KL, and `clip` bounds that sum's gradient, as
+    in the published code (utils.py:521). With the paper's batch of one, the clip binds at almost
+    every step, so a mean over tokens would be a different algorithm.
 
-    `micro_batch` sequences run at a time, and their gradients add up. This changes the memory that
-    a step needs, but not its result (except for dropout masks, drawn in a different order).
+    `micro_batch` sequences run at a time, to save memory; the result differs only in dropout masks.
     """
     parameters = lora_parameters(model)
     totals = {}

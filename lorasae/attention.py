@@ -23,8 +23,7 @@ from lorasae.objectives import capped
 class Attention(nn.Module):
     """Grouped-query attention: softmax(cap(q kᵀ scale)) v with rotary q and k.
 
-    softcap and window are optional. head_norm: builds a norm over a head's C channels; called
-    once for the queries' and once for the keys' (Gemma 3).
+    head_norm: builds a norm over a head's C channels, for the queries and for the keys (Gemma 3).
     """
 
     def __init__(self, config, layer, scale, softcap=None, window=None, head_norm=nn.Identity):
@@ -116,10 +115,7 @@ def cos_and_sin(C, theta, scaling, start, x):
 
 
 def rotate(x, rotary):
-    """Rotary embedding of x [B, H, T, C]; rotary: (cos, sin).
-
-    The layout is Hugging Face's: two halves, not interleaved pairs.
-    """
+    """Rotary embedding of x [B, H, T, C] in Hugging Face's layout: two halves, not interleaved."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
@@ -129,9 +125,7 @@ def rotate(x, rotary):
 # ---- Attention -----------------------------------------------------------------------------------
 
 def naive_attention(q, k, v, scale, softcap=None, window=None):
-    """softmax(mask(cap · tanh(q kᵀ scale / cap))) v
-
-    The soft-cap comes before the mask; the softmax is in fp32.
+    """softmax(mask(cap · tanh(q kᵀ scale / cap))) v, with the softmax in fp32.
 
     q [B, H, T, C], k and v [B, G, S, C] -> [B, H, T, C].
     """
@@ -153,10 +147,7 @@ def causal_mask(T, S, window, device):
 
 
 def sees(query, key, window):
-    """Whether the query at one position sees the key at another.
-
-    It never sees a later key and, with a window, only the last `window` keys.
-    """
+    """Whether a query sees a key: never a later one and, with a window, only the last `window`."""
     seen = key <= query
     if window is None:
         return seen
@@ -180,12 +171,10 @@ def attention(q, k, v, scale, softcap=None, window=None, masks={}):
     if window is not None and S <= window:
         window = None                                           # the window cannot bind
 
-    plain = softcap is None and window is None
-    if plain and (T == S or T == 1):
+    if softcap is None and window is None and (T == S or T == 1):
         return fused_attention(q, k, v, scale)
 
-    compiling = torch.compiler.is_compiling()
-    if compiling and window in masks and T == S:
+    if torch.compiler.is_compiling() and window in masks and T == S:
         return flex_attention(q, k, v, scale, softcap, masks[window])
 
     rows = 1024 if q.is_cuda else 64
@@ -194,18 +183,14 @@ def attention(q, k, v, scale, softcap=None, window=None, masks={}):
 
 def fused_attention(q, k, v, scale):
     """naive_attention with PyTorch's fused kernels: no soft-cap, no window, T = S or T = 1."""
-    # CUDA's fp32 kernels do not support grouped queries: PyTorch would silently use the one that
-    # stores every score.
+    # CUDA's fp32 kernels lack grouped queries: PyTorch would silently store every score instead.
     if q.is_cuda and q.dtype == torch.float32:
         k = repeat_heads(k, q)
         v = repeat_heads(v, q)
 
     return F.scaled_dot_product_attention(
-        q, k, v,
-        scale=scale,
-        is_causal=q.shape[2] > 1,       # a single query is the last one and sees everything
-        enable_gqa=k.shape[1] != q.shape[1],
-    )
+        q, k, v, scale=scale, enable_gqa=k.shape[1] != q.shape[1],
+        is_causal=q.shape[2] > 1)       # a single query is the last one and sees everything
 
 
 def blockwise_attention(q, k, v, scale, softcap, window, rows):
@@ -227,10 +212,8 @@ def blockwise_attention(q, k, v, scale, softcap, window, rows):
     for start in range(0, T, rows):
         # The keys that this piece sees.
         stop = min(start + rows, T)
-        first_key = 0
+        first_key = 0 if window is None else max(0, S - T + start + 1 - window)
         last_key = S - T + stop
-        if window is not None:
-            first_key = max(0, S - T + start + 1 - window)
 
         scores = q[:, :, start:stop] @ k[..., first_key:last_key]
         if softcap is not None:
@@ -251,9 +234,8 @@ def blockwise_attention(q, k, v, scale, softcap, window, rows):
 def flex_attention(q, k, v, scale, softcap, mask):
     """naive_attention with FlexAttention: products and soft-cap in one kernel; skips masked blocks.
 
-    kernel_options asks for the training kernel. Otherwise, below 128 queries, PyTorch picks the
-    decoding kernel, which does not exist for two query heads per key-value head (every Gemma-2;
-    pytorch/pytorch#185349).
+    kernel_options asks for the training kernel: below 128 queries, PyTorch picks the decoding one,
+    which lacks two query heads per key-value head (every Gemma-2; pytorch/pytorch#185349).
     """
     from torch.nn.attention import flex_attention as flex
 
@@ -261,21 +243,13 @@ def flex_attention(q, k, v, scale, softcap, mask):
         return capped(score, softcap)
 
     return flex.flex_attention(
-        q, k, v,
-        score_mod=cap,
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=True,
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
-    )
+        q, k, v, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True,
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
 
 
 @lru_cache(maxsize=4)
 def flex_mask(T, window, device):
-    """causal_mask for FlexAttention, which needs to know which 128 x 128 blocks are empty.
-
-    Building it launches about 30 kernels, hence the cache.
-    """
+    """causal_mask with its empty 128 x 128 blocks; cached, as building it takes some 30 kernels."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def mask(batch, head, query, key):

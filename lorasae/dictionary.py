@@ -7,8 +7,7 @@
 
     new_sae, begin          a fresh SAE, its biases fitted to the first batch, and its optimiser
     observe                 the frozen model's part of a step: the activations to reconstruct
-    take_step               one Adam step on FVU or Eq. 7, the L0 penalty, and AuxK; decoder rows
-                            keep norm 1
+    take_step               an Adam step on FVU or Eq. 7, L0 penalty, AuxK; decoder rows keep norm 1
 
 Everything specific to one kind of SAE is in its class (sae.py). TopK and e2e follow the published
 code (except that by default they leave out BOS, EOS and attention sinks: `max_norm`), and JumpReLU
@@ -62,11 +61,8 @@ def aux_loss(e_hat, x_hat, x, world=ALONE):
 # ---- The start -----------------------------------------------------------------------------------
 
 def new_sae(method, d_model, width, k, on_special=None):
-    """A fresh SAE: W_enc uniform in ±1/√D, W_dec the same rows at norm 1; `begin` does the rest.
-
-    The e2e method trains a TopK SAE, as in the paper.
-    """
-    kind = "topk" if method == "e2e" else method
+    """A fresh SAE: W_enc uniform in ±1/√D, W_dec the same rows at norm 1; `begin` does the rest."""
+    kind = "topk" if method == "e2e" else method                # e2e trains a TopK, as in the paper
     sae = KINDS[kind](d_model, width, k, on_special=on_special)
     bound = d_model ** -0.5
     nn.init.uniform_(sae.W_enc, -bound, bound)
@@ -76,8 +72,7 @@ def new_sae(method, d_model, width, k, on_special=None):
 
 class Training(NamedTuple):
     """The state of an SAE in training: everything that a checkpoint stores."""
-    tensors: list                               # its parameters, then `idle`: the tokens since
-                                                # each latent last fired [M]
+    tensors: list                   # parameters, then `idle` [M]: tokens since each latent fired
     optimizer: torch.optim.Optimizer
 
 
@@ -100,10 +95,7 @@ def begin(sae, seen, config):
 
     matrices = [sae.W_enc, sae.W_dec]
     vectors = [parameter for parameter in sae.parameters() if parameter.dim() == 1]
-    groups = [
-        {"params": matrices, "unit": 1.0},
-        {"params": vectors, "unit": sae.unit(x)},
-    ]
+    groups = [{"params": matrices, "unit": 1.0}, {"params": vectors, "unit": sae.unit(x)}]
     optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
 
     idle = torch.zeros_like(sae.b_enc, dtype=torch.int64)
@@ -114,10 +106,7 @@ def begin(sae, seen, config):
 
 @torch.no_grad()
 def observe(model, sae, layer, tokens, end_to_end):
-    """Runs the frozen model: tokens [B, T] -> FrozenPart, whose x is what the SAE reads.
-
-    Its target is None unless the SAE trains end to end.
-    """
+    """Runs the frozen model: tokens [B, T] -> FrozenPart: what the SAE reads, and e2e's target."""
     tokens = tokens.to(model.device, non_blocking=True)
     if end_to_end:
         return frozen_forward(model, {}, tokens, layer + 1)
@@ -149,8 +138,7 @@ class InTraining(StandIn):
 # ---- One step ------------------------------------------------------------------------------------
 
 def take_step(model, sae, layer, part, step, training, config, world=ALONE):
-    """One Adam step on a FrozenPart -> {name: value}: losses, L0, and the gradient norm
-    before clipping.
+    """One Adam step on a FrozenPart -> {name: value}: losses, L0, gradient norm before clipping.
 
     The loss is the FVU, or Eq. 7 for end-to-end training. If gradients reach L0, a penalty keeps it
     at its target. --auxk adds AuxK on the latents that have not fired for `dead_after` tokens.
@@ -186,11 +174,8 @@ def take_step(model, sae, layer, part, step, training, config, world=ALONE):
     dead = idle >= config.dead_after
     if config.auxk:
         half = x.shape[1] // 2
-        read = x
-        if sae.centred:
-            read = x - sae.b_dec.detach()
-        e_hat = topk.aux_decode(
-            read, sae.W_enc, sae.b_enc, sae.W_dec, dead, half)
+        read = x - sae.b_dec.detach() if sae.centred else x
+        e_hat = topk.aux_decode(read, sae.W_enc, sae.b_enc, sae.W_dec, dead, half)
         loss = loss + AUX_WEIGHT * aux_loss(e_hat, x_hat, x, world)
     values |= {"l0": l0.detach(), "dead": dead.float().mean()}
 
@@ -234,9 +219,6 @@ def update(sae, optimizer):
 
 @torch.no_grad()
 def project_out_norm_gradient(W_dec, directions):
-    """Removes the part of W_dec's gradient [M, D] that would only change the norms of its rows.
-
-    directions [M, D]: the rows scaled to norm 1.
-    """
+    """Removes from W_dec's gradient what only changes row norms. directions: the rows at norm 1."""
     gradient = W_dec.grad
     gradient -= (gradient * directions).sum(1, keepdim=True) * directions

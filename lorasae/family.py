@@ -1,8 +1,7 @@
 """Shared by all model families: the fields of a configuration, and how config.json is read.
 
 `fields` is the file's Fields (io/files.py), whose `take` returns a checked value. Sizes are
-required; other keys default to transformers' values for the family. Values that would need other
-arithmetic are refused.
+required; other keys default to transformers' values. What needs other arithmetic is refused.
 """
 import math
 from dataclasses import MISSING, dataclass, fields as fields_of
@@ -125,9 +124,7 @@ def rotary(fields, default=10_000.0, kind=None):
     if newer and kind is not None:
         newer = newer.take(kind, dict, None)
     rope = older or newer                               # the same order as transformers
-    if not rope:
-        return theta, None
-    return rotary_table(fields, rope, theta)
+    return rotary_table(fields, rope, theta) if rope else (theta, None)
 
 
 def rotary_table(fields, rope, theta):

@@ -1,9 +1,8 @@
 """Gemma 3 (text): its configuration and its block. Module names are Hugging Face's.
 
-It is Gemma-2's block without soft-caps, but with three additions: a norm on every head's query and
-key before the rotary embedding, five blocks with a sliding window for each one without, and two
-rotary tables (θ = 10,000 in blocks with a window; θ = 1,000,000 in the others, where models from 4B
-up divide positions by 8).
+It is Gemma-2's block without soft-caps, but with a norm on every head's query and key before the
+rotary embedding, five blocks with a sliding window for each one without, and two rotary tables:
+θ = 10,000 with a window; θ = 1,000,000 without, where models from 4B up divide positions by 8.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -45,8 +44,7 @@ def parse(fields):
         if stretched is not None:
             raise InputError(f"{fields.where}: no rotary scaling is supported in blocks with "
                              "a sliding window")
-    return Config(
-        **values, rope_theta=theta, rope_scaling=scaling, local_rope_theta=local_theta)
+    return Config(**values, rope_theta=theta, rope_scaling=scaling, local_rope_theta=local_theta)
 
 
 class Block(gemma2.Block):

@@ -13,17 +13,14 @@ from lorasae.objectives import capped
 
 
 @torch.no_grad()
-def generate(
-        model, tokens, count, saes={}, temperature=0, generator=None, lengths=None, stop=None):
-    """Continues prompts [B, T] by at most `count` tokens each, up to EOS (config.json's first) ->
-    [B, T + count or less].
+def generate(model, tokens, count, saes={}, temperature=0, generator=None, lengths=None, stop=None):
+    """Continues prompts [B, T] by up to `count` tokens -> [B, T + count or less], padded with EOS.
 
     saes: {layer: SAE}; they act on the new positions too. temperature: 0 takes the likeliest token;
-    any other value samples, using `generator` (a torch.Generator) if given. Finished rows are
-    padded with EOS.
+    any other value samples, using `generator` (a torch.Generator) if given.
 
     lengths: the length of each prompt, if they differ. stop(row, ids): whether a row ends after
-    these new ids; by default, it ends at EOS.
+    these new ids; by default, it ends at EOS (config.json's first).
     """
     eos = model.config.eos_token_id
     stop = stop or (lambda row, ids: ids[-1] == eos)

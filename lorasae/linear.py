@@ -87,8 +87,5 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def product(x, weight, bias=None):
-    """x Wᵀ + b with oneDNN, without autograd.
-
-    The operation is private: Inductor uses it, and PyTorch has no public name for it.
-    """
+    """x Wᵀ + b with oneDNN, without autograd: Inductor's operation, which has no public name."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -4,8 +4,7 @@
     with base(model): ...                               the untouched model
     merge_lora(model)                                   fold them into the weights
 
-io/adapters.py reads and writes them in PEFT's format.
-Shapes: R rank.
+io/adapters.py reads and writes them in PEFT's format. Shapes: R rank.
 """
 from contextlib import contextmanager
 
@@ -16,19 +15,15 @@ import torch.nn.functional as F
 from lorasae.errors import InputError
 from lorasae.linear import Linear, linear
 
-TARGETS = (
-    "q_proj", "k_proj", "v_proj", "o_proj",
-    "gate_proj", "up_proj", "down_proj",
-)
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LoRALinear(Linear):
     """y = W x + b + (alpha / R) · B A dropout(x)  (Eq. 1), with A [R, in] and B [out, R] in fp32.
 
-    The letters are PEFT's: the paper's A is our B, and its B is our A. W and b (if there is a bias)
-    stay frozen in their own dtype. A starts uniform in ±1/√in and B at zero, so a fresh adapter
-    changes nothing. The low-rank product is computed in the dtype of x; gradients and optimiser
-    states stay fp32.
+    The letters are PEFT's: the paper's A is our B, and its B is our A. W and any b stay frozen in
+    their own dtype. A starts uniform in ±1/√in and B at zero, so a fresh adapter changes nothing.
+    The low-rank product has the dtype of x; gradients and optimiser states stay fp32.
     """
     parts = ("lora_A.weight", "lora_B.weight")          # PEFT's names for the trained tensors
     peft = {}                                           # extra entries for adapter_config.json
@@ -72,11 +67,9 @@ class LoRALinear(Linear):
 def add_lora(model, layers, rank, alpha=32, dropout=0.1, targets=TARGETS):
     """Freezes the model and adapts the `targets` of each block in `layers`; returns the model.
 
-    targets: projection names, as in PEFT's target_modules. alpha is 32 at every rank in the paper,
-    so the scale alpha / R falls as the rank grows.
+    targets: as PEFT's target_modules. alpha is 32 in the paper: the scale falls as the rank grows.
 
-    Raises InputError for blocks or targets that the model does not have, a rank below 1, or a model
-    that already has adapters.
+    Raises InputError for blocks or targets the model lacks, a rank below 1, or existing adapters.
     """
     # Refuse what cannot be adapted.
     layers, depth = sorted(layers), len(model.layers)
@@ -98,15 +91,13 @@ def add_lora(model, layers, rank, alpha=32, dropout=0.1, targets=TARGETS):
         block = model.layers[layer]
         for name, frozen in projections(block).items():
             if name.split(".")[-1] in targets:
-                adapter = LoRALinear(frozen, rank, alpha, dropout)
-                replace_module(block, name, adapter)
+                replace_module(block, name, LoRALinear(frozen, rank, alpha, dropout))
     return model
 
 
 def projections(module, kind=nn.Linear):
     """{name: layer} of every linear layer inside a module, or of those of a kind, in its order."""
-    inside = module.named_modules()
-    return {name: layer for name, layer in inside if isinstance(layer, kind)}
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, kind)}
 
 
 def adapters(model):
@@ -116,8 +107,7 @@ def adapters(model):
 
 def blocks_with_adapters(model):
     """The numbers of the blocks that have adapters, sorted."""
-    blocks = enumerate(model.layers)
-    return [layer for layer, block in blocks if adapters(block)]
+    return [layer for layer, block in enumerate(model.layers) if adapters(block)]
 
 
 def lora_parameters(model):
@@ -143,10 +133,7 @@ def base(model):
 
 
 def detach_lora(model):
-    """Detaches the adapters, leaving plain linear layers.
-
-    Returns them for attach_lora: {module name: LoRALinear}.
-    """
+    """Detaches the adapters and returns them, {module name: LoRALinear}; plain layers remain."""
     modules = adapters(model)
     for name, module in modules.items():
         plain = Linear(module.in_features, module.out_features, bias=False, device="meta")

@@ -4,8 +4,7 @@
     x = model.run(x, 0, depth, saes)           blocks, with the splice in one visible line
     logits = model.logits(x)                   final norm, head, soft-cap -> [B, T, V]
 
-`run` runs any range of blocks, so the base and the adapted model can share the first ones
-(adapt.py).
+`run` runs any range of blocks: the base and the adapted model share the first ones (adapt.py).
 Shapes: B batch, T tokens, D d_model, V vocabulary.
 """
 from torch import nn
@@ -24,10 +23,9 @@ FAMILIES = {family.Config.model_type: family for family in (gemma2, gemma3, llam
 class Transformer(nn.Module):
     """x_0 = embed(tokens),  x_i = h_i(x_{i-1}),  y = softmax(cap(head(norm(x_L))))  (Eq. 2-3)
 
-    Weights have Hugging Face's names. `layer` counts blocks from 0, so an SAE at layer 12 reads the
-    output of the 13th block. (The published code for Figure 6 hooks it one block late,
-    multiple_saes.py:196.)
-    There are no buffers, so a model can be built on the meta device and filled with weights later.
+    Weights have Hugging Face's names; there are no buffers, so a model can be built on the meta
+    device. `layer` counts blocks from 0: an SAE at layer 12 reads the output of the 13th block.
+    (The published code for Figure 6 hooks it one block late, multiple_saes.py:196.)
     """
 
     def __init__(self, config):
@@ -77,10 +75,9 @@ class Transformer(nn.Module):
     def run(self, x, start, stop, saes={}, special=None, cache=None):
         """Blocks start .. stop-1. x [B, T, D] -> [B, T, D].
 
-        saes: {layer: SAE}; the reconstruction of an SAE replaces the output of its block, or of
-        the block's MLP if that is its site.
-        special [B, T]: `model.special(tokens)`, needed by SAEs that were trained without BOS and
-        EOS. cache: an attention.Cache to extend; x then starts at the first position not in it.
+        saes: {layer: SAE}; an SAE replaces the output of its block, or of the block's MLP if that
+        is its site. special [B, T]: model.special(tokens), for SAEs trained without BOS and EOS.
+        cache: an attention.Cache to extend; x then starts at the first position not in it.
         """
         if not saes.keys() <= set(range(len(self.layers))):
             raise InputError(f"saes are for layers {sorted(saes)}, but the model has blocks 0 to "

@@ -4,8 +4,7 @@ The vocabulary is the largest dimension of all: for one Gemma-2 sequence the nai
 seven [1024, 256000] fp32 tensors. The functions below compute the logits of a few hundred tokens,
 turn them into losses and gradients, and drop them. Benchmark: `python -m lorasae.bench kl`.
 
-Suffix _p: base model; _q: adapted model. u are the head's raw logits, z = cap(u) the soft-capped
-ones.
+Suffix _p: base model; _q: adapted model. u: the head's raw logits; z = cap(u): soft-capped ones.
 
 Shapes: N tokens (B*T), n tokens in a chunk, D d_model, V vocabulary, S adapted models side by side.
 Hidden states have passed the final norm; `weight` is the head [V, D].
@@ -17,8 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lorasae.linear import linear_fp32
 
-# Logits of one model in memory at a time: 25 MB on a CPU (more if LEAST_ROWS takes more), 0.5 GB on
-# a GPU.
+# Logits of one model in memory at a time: 25 MB (or LEAST_ROWS tokens) on a CPU, 0.5 GB on a GPU.
 CHUNK_ELEMENTS = {"cpu": 3 * 2 ** 21, "cuda": 2 ** 27}
 LEAST_ROWS = 96                 # minimum per chunk on a CPU: with fewer, products get slow
 
@@ -27,10 +25,7 @@ CACHED_ELEMENTS = 2 ** 18
 
 
 def naive_kl(target, hidden, weight, softcap=None):
-    """Eq. 7 with all logits in memory: Σ_tokens KL(p ‖ q).
-
-    p = softmax(cap(target Wᵀ)), q = softmax(cap(hidden Wᵀ)).
-    """
+    """Eq. 7: Σ_tokens KL(p ‖ q), with p = softmax(cap(target Wᵀ)), q = softmax(cap(hidden Wᵀ))."""
     z_p = capped(target.float() @ weight.float().T, softcap)
     z_q = capped(hidden.float() @ weight.float().T, softcap)
     log_p = z_p.log_softmax(-1)
@@ -39,13 +34,11 @@ def naive_kl(target, hidden, weight, softcap=None):
 
 
 def linear_kl(target, hidden, weight, softcap=None, compiled=False):
-    """naive_kl without its [N, V] tensors: the same value, and the same gradient with
-    respect to `hidden`.
+    """naive_kl without its [N, V] tensors: the same value, and the same gradient for `hidden`.
 
-    target [..., D] belongs to the base model. It and weight [V, D] are frozen and get no gradient.
-    hidden [..., D] belongs to the adapted model, or [S, ..., D] to S of them, which share the base
-    model's logits: the results are bitwise those of S separate calls. compiled: fuses the
-    elementwise part into one or two kernels.
+    target [..., D] is the base model's; it and weight [V, D] get no gradient. hidden [..., D] is
+    the adapted model's, or [S, ..., D] those of S, which share the base model's logits: results are
+    bitwise those of S calls. compiled: fuses the elementwise part into one or two kernels.
 
     Returns the *sum* over tokens, in nats, fp32: a scalar, or [S] if S > 1. Peak memory is a few
     chunks of logits. Logits and softmax are fp32 even for bf16 weights: where the paper's runs end
@@ -119,8 +112,7 @@ def log_probabilities(u, softcap):
 def kl_and_gradient(log_p, u_q, softcap):
     """log p and the adapted model's uncapped fp32 logits, both [n, V] -> Σ KL(p ‖ q).
 
-    OVERWRITES u_q, which then holds ∂KL/∂u_q = (q - p) ∂z_q/∂u_q. Works in place wherever possible,
-    to stay in cache.
+    OVERWRITES u_q with ∂KL/∂u_q = (q - p) ∂z_q/∂u_q. Mostly works in place, to stay in cache.
     """
     p = log_p.exp()
 
@@ -137,8 +129,7 @@ def kl_and_gradient(log_p, u_q, softcap):
     if softcap is not None:
         d_logits.mul_(slope)
 
-    losses = torch.sub(log_p, log_q, out=log_q).mul_(p)
-    return losses.sum()
+    return torch.sub(log_p, log_q, out=log_q).mul_(p).sum()
 
 
 @cache

@@ -64,10 +64,7 @@ class SAE(nn.Module):
         self.b_dec.copy_(geometric_median(x))
 
     def unit(self, x):
-        """The unit of biases and thresholds, given activations x [N, D]: 1 for most kinds.
-
-        dictionary.begin multiplies their learning rate by it.
-        """
+        """The unit of biases and thresholds for x [N, D], which scales their learning rates."""
         return 1.0
 
     def penalty(self, l0, target):
@@ -80,10 +77,7 @@ class SAE(nn.Module):
     def saved(self):
         """(tensors, entries of cfg.json) in SAELens's format."""
         tensors = {**self.state_dict(), "W_enc": self.W_enc.T}
-        facts = {
-            "architecture": self.architecture,
-            "apply_b_dec_to_input": self.centred,
-        }
+        facts = {"architecture": self.architecture, "apply_b_dec_to_input": self.centred}
         return tensors, facts
 
 
@@ -122,17 +116,15 @@ class TopK(SAE):
 
     def saved(self):
         tensors, facts = super().saved()
-        facts |= {"k": self.k, "rescale_acts_by_decoder_norm": False}
-        return tensors, facts
+        return tensors, facts | {"k": self.k, "rescale_acts_by_decoder_norm": False}
 
 
 class JumpReLU(SAE):
     """z = pre · H(pre - θ), pre = W_enc x + b_enc  (§3.3, Rajamanoharan et al. 2024).
 
-    A latent is strictly above its threshold, or zero. θ [M] >= 0; if θ = 0, this is an ordinary
-    ReLU SAE. load_sae keeps θ in fp32, whatever dtype the rest has: in bf16, thresholds that are
-    close become equal, and L0 drifts. b_dec is not subtracted from the input. θ gets no gradient
-    from `encode`, only from `training_step`.
+    A latent is strictly above its threshold, or zero. θ [M] >= 0; θ = 0 is an ordinary ReLU SAE.
+    load_sae keeps θ in fp32, whatever dtype the rest has: in bf16, thresholds that are close become
+    equal, and L0 drifts. θ gets no gradient from `encode`, only from `training_step`.
     """
     architecture = "jumprelu"
     on_special = False
@@ -157,8 +149,7 @@ class JumpReLU(SAE):
 
     def unit(self, x):
         """The rms distance of the activations from b_dec."""
-        distances = (x - self.b_dec).square().sum(1)
-        return distances.mean().sqrt().item()
+        return (x - self.b_dec).square().sum(1).mean().sqrt().item()
 
     def training_step(self, x, bandwidth):
         """bandwidth: ε of the straight-through gradient, see Jump."""
@@ -222,8 +213,7 @@ def is_in_mlp(sae):
 def used_positions(sae, x, special):
     """bool [B, T]: the positions of x [B, T, D] that an SAE is trained on, and replaces.
 
-    Leaves out BOS and EOS (special [B, T]) unless the SAE is `on_special`, and norms above
-    `max_norm`.
+    Leaves out BOS and EOS (special [B, T]) unless it is `on_special`, and norms above `max_norm`.
     """
     max_norm = getattr(sae, "max_norm", None)
     if getattr(sae, "on_special", True):
@@ -249,8 +239,7 @@ def first_thresholds(pre, l0):
     Each fires on at least one token, so L0 starts higher if M > N · START_L0 · l0. If L0 started at
     l0, a third of the latents would fall below their thresholds for good before they had trained.
     """
-    # A latent's threshold is its highest pre-activation among the tokens on which it should not
-    # fire: the one after the `firing` largest.
+    # A latent's threshold is its highest pre-activation after the `firing` ones that should fire.
     N, M = pre.shape
     firing = max(1, round(N * START_L0 * l0 / M))
     return pre.topk(min(firing + 1, N), dim=0).values[-1]

@@ -1,10 +1,8 @@
 """The TopK SAE (paper §3.1, Eq. 4; Gao et al. 2024). After x W_encᵀ, only K of M latents matter.
 
-    encode      the k largest of ReLU(x W_encᵀ + b_enc), one chunk of latents at a time, so that a
-                large M makes no [N, M] tensor
+    encode      the k largest of ReLU(x W_encᵀ + b_enc), by chunks of latents: no [N, M] tensor
     decode      Σ_k value · row of W_dec
-    sae_step    both: weight gradients sum over the active (token, latent) pairs, sorted by latent,
-                and no N x K x D tensor is made
+    sae_step    both; weight gradients sum over active (token, latent) pairs: no N x K x D tensor
     aux_decode  AuxK: what the dead latents would add
     naive_*     the same in dense autograd: tests/test_topk.py compares every value and gradient
 
@@ -49,8 +47,7 @@ def naive_step(x, W_enc, b_enc, W_dec, b_dec, k):
 def encode(x, W_enc, b_enc, k):
     """x [N, D], b_dec already subtracted -> values [N, k] after ReLU, indices [N, k], unordered.
 
-    Values are fp32, or fp64 if x is. The backward pass touches k latents per token, not M. With
-    frozen weights it is one weighted sum of W_enc's rows per token.
+    Values are fp32, or fp64 if x is. The backward pass touches k latents per token, not M.
     """
     return Encode.apply(x, W_enc, b_enc, None, k)
 
@@ -63,8 +60,7 @@ def decode(values, indices, W_dec):
 def sae_step(x, W_enc, b_enc, W_dec, b_dec, k):
     """x [N, D] -> reconstruction [N, D], values [N, k], indices [N, k], for training (Eq. 4, 5).
 
-    Equal to decode(*encode(x - b_dec, W_enc, b_enc, k), W_dec) + b_dec, but b_dec's gradient needs
-    no sum over x.
+    Equals decode(*encode(x - b_dec, ...), W_dec) + b_dec, but b_dec's gradient needs no sum over x.
     """
     values, indices = Encode.apply(x, W_enc, b_enc, b_dec, k)
     x_hat = decode(values, indices, W_dec) + b_dec
@@ -90,10 +86,7 @@ def aux_decode(x, W_enc, b_enc, W_dec, dead, k):
 # ---- Selecting the k largest ---------------------------------------------------------------------
 
 def topk(x, k):
-    """x [N, M] -> values [N, k], indices [N, k]: torch.topk(x, k) up to order and ties.
-
-    As in torch.topk, NaN is larger than any number.
-    """
+    """x [N, M] -> values, indices [N, k]: torch.topk(x, k) up to order and ties; NaN is largest."""
     parts = [x]
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         parts = x.split(ROWS)
@@ -105,9 +98,8 @@ def topk(x, k):
 def topk_by_groups(x, k):
     """topk for x [N, M] that searches only the k groups with the largest maxima.
 
-    Those k maxima are k entries that no entry of another group exceeds. They are found the same
-    way: the function calls itself on the maxima. Columns form blocks, lanes and groups like this,
-    with LANES = 4 and size = 3:
+    Those k maxima are k entries that no entry of another group exceeds; the function finds them by
+    calling itself. Columns form blocks, lanes and groups like this, with LANES = 4 and size = 3:
 
                             lane 0   1   2   3
             block 0      column  0   1   2   3      Group 0 is lane 0 of block 0: columns 0, 4, 8.
@@ -139,9 +131,8 @@ def topk_by_groups(x, k):
         last = torch.arange(M - rest, M, device=x.device)
         columns = torch.cat([columns, last.expand(len(x), rest)], 1)
 
-    # Entries below the k-th maximum cannot win. Making them equal halves the CPU's selection time,
-    # because its branches become predictable. (A NaN maximum says nothing about the other maxima,
-    # so it counts as infinite.)
+    # Entries below the k-th maximum cannot win. Making them equal halves the CPU's selection time:
+    # branches become predictable. (A NaN maximum says nothing about the others: it counts as ∞.)
     values = x.gather(1, columns)
     known = maxima.nan_to_num(torch.inf, torch.inf, -torch.inf)
     floor = known.amin(1, keepdim=True)
@@ -175,16 +166,11 @@ def select(x, W_enc, b_enc, k):
 def combine(indices, weights, rows):
     """indices, weights [N, k], rows [M, D] -> Σ_k weights · rows[indices]  [N, D]."""
     weights = weights.to(rows.dtype)
-    return F.embedding_bag(
-        indices, rows.contiguous(),
-        per_sample_weights=weights, mode="sum")
+    return F.embedding_bag(indices, rows.contiguous(), per_sample_weights=weights, mode="sum")
 
 
 class ByLatent:
-    """Pairs sorted by latent, so that each latent's sum over tokens is one embedding bag.
-
-    No atomics are needed.
-    """
+    """Pairs sorted by latent: a latent's sum over tokens is an embedding bag, without atomics."""
 
     def __init__(self, indices, M):
         self.shape = indices.shape
@@ -199,8 +185,7 @@ class ByLatent:
         """weights [N, k], rows [N, D] -> each latent's Σ_t weights[t] rows[t]  [M, D]."""
         weights = weights.flatten()[self.order].to(rows.dtype)
         return F.embedding_bag(
-            self.tokens, rows.contiguous(), self.offsets,
-            per_sample_weights=weights, mode="sum")
+            self.tokens, rows.contiguous(), self.offsets, per_sample_weights=weights, mode="sum")
 
     def dot(self, x, rows):
         """x [N, D], rows [M, D] -> x · rows[indices]  [N, k].
