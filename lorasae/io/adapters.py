@@ -29,11 +29,8 @@ STARTS = (True, False, "gaussian", "orthogonal", "eva")     # others also change
 
 def adapter_state(model):
     """{PEFT's key: tensor}: A and B under base_model.model.<module>.lora_{A,B}.weight."""
-    state = {}
-    for name, module in adapters(model).items():
-        for part in module.parts:
-            state[key_of(model, name, part)] = module.get_parameter(part).detach()
-    return state
+    return {key_of(model, name, part): module.get_parameter(part).detach()
+            for name, module in adapters(model).items() for part in module.parts}
 
 
 def save_adapter(model, folder, base_model=None):
@@ -67,10 +64,9 @@ def save_adapter(model, folder, base_model=None):
 def load_adapter(model, folder):
     """Attaches the adapters that save_adapter or PEFT wrote to `folder`, and returns the model.
 
-    folder: may also be a run's folder, which keeps the adapters in adapter/.
-    Any linear module in a block may be adapted (an adapter on the head would have no effect here).
-    What Eq. 1 does not cover is refused by name: other PEFT methods, DoRA, rank or alpha patterns,
-    biases, saved modules. If the files are refused, the model is unchanged.
+    folder: may also be a run's. Any linear module in a block may be adapted (an adapter on the head
+    would have no effect here). What Eq. 1 does not cover is refused by name: other PEFT methods,
+    DoRA, rank or alpha patterns, biases, saved modules. Refused files leave the model unchanged.
     """
     if adapters(model):
         raise InputError("the model already has adapters: merge them, or load a fresh model")

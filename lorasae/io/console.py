@@ -64,8 +64,7 @@ class Parser(argparse.ArgumentParser):
 def one_line_errors(interrupted="interrupted"):
     """Exits with one line and a non-zero status for errors that the user can fix.
 
-    These are InputErrors, missing or unreadable files, and Hub or network errors. Anything else is
-    a bug and keeps its traceback.
+    These are InputErrors, unreadable files, and Hub or network errors. A bug keeps its traceback.
     """
     try:
         yield

@@ -42,7 +42,6 @@ BOUNDS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOATS = (*DTYPES.values(), torch.float64)
 
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
@@ -111,10 +110,7 @@ def write_tensors(path, tensors, metadata=None):
 
 @contextmanager
 def damage(what):
-    """Names the file if a library cannot make sense of its contents.
-
-    Libraries raise a dozen types of exception over damaged files, and few say which file it was.
-    """
+    """Names the file if a library cannot make sense of its contents: libraries seldom name it."""
     try:
         yield
     except Exception as error:

@@ -142,8 +142,7 @@ def sae_choice(model, *, layer=None, width=None, l0=None):
     """
     known = preset(model)
     if known is None:
-        raise InputError(
-            f"{model} is not a preset, so it has no default SAE: pass one with --sae")
+        raise InputError(f"{model} is not a preset, so it has no default SAE: pass one with --sae")
     if known.sae is None:
         raise InputError(
             f"{model} has no public SAE: train one with `python train.py --model {model} --method "

@@ -31,12 +31,8 @@ WITH_VISION = "gemma3"
 TEXT_PART = re.compile(r"^(?:model\.language_model\.|language_model\.model\.)")
 VISION = ("vision_tower.", "multi_modal_projector.")
 UNLESS_STATED = {
-    "vocab_size": 262208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-}
+    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216,
+    "num_hidden_layers": 26, "num_attention_heads": 8}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -94,10 +90,7 @@ def load_config(name_or_dir):
 # ---- config.json ---------------------------------------------------------------------------------
 
 def parse_config(raw, where):
-    """Hugging Face's config.json, in old or new spelling -> the Config of its model family.
-
-    `where` is its folder, for error messages.
-    """
+    """config.json, in old or new spelling -> its family's Config. where: its folder, for errors."""
     fields = Fields(raw, f"{where}/config.json")
     fields.take("model_type", str, one_of=[*FAMILIES, WITH_VISION])
     text = text_part(fields)
@@ -164,10 +157,7 @@ def stored_names(files, tied):
 
 
 def save_model(model, folder, *, config, shard_bytes=5_000_000_000):
-    """Writes a plain Hugging Face checkpoint, which transformers can load.
-
-    config: the contents of its config.json, as a dict. Adapters must be merged first.
-    """
+    """Writes a checkpoint that transformers can load. config: the contents of its config.json."""
     if adapters(model):
         raise InputError("merge the adapters before writing a plain checkpoint")
     folder = local(folder)

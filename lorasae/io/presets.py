@@ -67,8 +67,7 @@ LAPTOP = {                                              # for real models
     "lora": {"recipe": "tuned", "tokens": 100_000, "batch_size": 2},
     "sae_training": {"k": 32, "lr": 1e-3, "batch_size": 4, "tokens": 600_000},
 }
-INCLUDED_SAE = {
-    "width": 1024, "k": 8, "l0": 8, "lr": 4e-3, "batch_size": 8, "tokens": 2_000_000}
+INCLUDED_SAE = {"width": 1024, "k": 8, "l0": 8, "lr": 4e-3, "batch_size": 8, "tokens": 2_000_000}
 
 
 def included(name, layer, tokens, sae=None):
@@ -76,9 +75,8 @@ def included(name, layer, tokens, sae=None):
     return Preset(
         str(TINY / name), layer, sae=sae, common=SMALL, sae_training=INCLUDED_SAE,
         saes="2: 1k, L0 8" if sae else "",
-        lora={
-            "recipe": "tuned", "tokens": tokens,
-            "batch_size": 2, "ahead": 8},               # larger matrix products are faster
+        lora={"recipe": "tuned", "tokens": tokens, "batch_size": 2,
+              "ahead": 8},                              # larger matrix products are faster
         e2e={"lr": 3e-3, "batch_size": 2},              # with larger ones, no better than topk
         finetune={"lr": 1e-3, "batch_size": 4})
 
@@ -100,8 +98,7 @@ GEMMA_2_2B = {**GEMMA_2, **sizes(2304, 9216, 26, 8, 4)}
 GEMMA_2_9B = {**GEMMA_2, **sizes(3584, 14336, 42, 16, 8)}
 GEMMA_2_27B = {**GEMMA_2, **sizes(4608, 36864, 46, 32, 16), "head_dim": 128}
 
-LLAMA_3 = {
-    "model_type": "llama", "vocab_size": 128_256, "max_position_embeddings": 131_072}
+LLAMA_3 = {"model_type": "llama", "vocab_size": 128_256, "max_position_embeddings": 131_072}
 LLAMA_32_1B = {**LLAMA_3, **sizes(2048, 8192, 16, 32, 8), "tie_word_embeddings": True}
 LLAMA_31_8B = {**LLAMA_3, **sizes(4096, 14336, 32, 32, 8)}
 
@@ -116,8 +113,7 @@ SMOLLM2_135M = {**SMOLLM2, **sizes(576, 1536, 30, 9, 3), "rope_theta": 100_000.0
 SMOLLM2_17B = {**SMOLLM2, **sizes(2048, 8192, 24, 32, 32), "rope_theta": 130_000.0}
 
 PRESETS = {
-    "tiny-gemma-2": included(
-        "gemma-2", 2, 700_000, sae=str(TINY / "gemma-2-sae" / "jumprelu")),
+    "tiny-gemma-2": included("gemma-2", 2, 700_000, sae=str(TINY / "gemma-2-sae" / "jumprelu")),
     "tiny-gemma-2-medium": included("gemma-2-medium", 1, 300_000),              # for Figure 4
     "tiny-gemma-2-small": included("gemma-2-small", 1, 300_000),
     "tiny-llama-3": included("llama-3", 2, 600_000, sae=str(TINY / "llama-3-sae" / "topk")),

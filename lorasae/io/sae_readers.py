@@ -1,18 +1,16 @@
 """What the SAEs of other projects compute, and where their files keep the tensors.
 
-Each reader's docstring gives that project's formula. Every reader returns Parts, from which
-saes.load_sae builds a TopK or a JumpReLU.
+Each reader states that project's formula and returns Parts, from which load_sae builds an SAE.
 
     Gemma Scope, Llama Scope, sparsify      the ones that the paper uses
     SAELens                                 TopK, JumpReLU, ReLU, BatchTopK and Matryoshka
     dictionary_learning                     the same kinds
 
 A BatchTopK SAE (Bussmann et al. 2024) keeps k latents per token on average over a training batch.
-After training there is no such batch, and a threshold θ learnt during training replaces it: z =
-ReLU(pre) · H(pre - θ), a JumpReLU whose latents share θ. (Until θ is learnt it is 0 or -1, which is
-refused: every positive latent would be active.) Matryoshka SAEs (Bussmann et al. 2025) are
-BatchTopK SAEs that are also trained to reconstruct from the first latents alone; after training
-they compute the same.
+After training, a threshold θ learnt during it replaces the batch: z = ReLU(pre) · H(pre - θ), a
+JumpReLU whose latents share θ. (Until θ is learnt it is 0 or -1, which is refused: every positive
+latent would be active.) Matryoshka SAEs (Bussmann et al. 2025) are BatchTopK SAEs that are also
+trained to reconstruct from the first latents alone; after training they compute the same.
 
 Shapes: D d_model, M latents. W_enc and W_dec are [M, D], whichever way round the file stores them.
 """
@@ -33,8 +31,7 @@ DICTIONARIES = {                                        # dictionary_learning's 
 SITES = {"resid": "a block's output", "mlp": "the output of an MLP"}
 # The folders of Gemma Scope 2
 NAMED = re.compile(r"/(resid_post|mlp_out)(?:_all)?/layer_(\d+)_width_[^/]*$")
-# Hook names in TransformerLens and in transformers. A block's input is the output of the block
-# before it.
+# Hook names in TransformerLens and transformers. A block's input is the output of the one before.
 HOOKS = {
     "resid": re.compile(r"blocks\.(\d{1,4})\.hook_resid_(post|pre)"
                         r"|model\.layers\.(\d{1,4})(?:\.output)?"),
@@ -64,10 +61,7 @@ class Parts:
     hook: str | None = None                             # what it reads, as in HOOKS, if stated
 
     def matrix(self, name):
-        """W_enc or W_dec -> [M, D], in the file's dtype.
-
-        Read only when needed, so that both matrices and their copies are never in memory together.
-        """
+        """W_enc or W_dec, [M, D] in the file's dtype. Read when used, so that memory holds one."""
         weight = self.file[name.removesuffix(".T")]
         weight = weight.transpose(0, -1) if name.endswith(".T") else weight
         check_tensor(f"{self.file.path}: {name}", weight, [len(self.b_enc), len(self.b_dec)])
@@ -82,8 +76,7 @@ class Parts:
 def parts_of(file, names, kind, cfg=None, **about):
     """The Parts of a file with these names for W_enc, W_dec, b_enc and b_dec.
 
-    kind: "topk", with k in cfg; "jumprelu" or "batchtopk", with thresholds in the file; or
-    "standard", with neither.
+    kind: "topk" (k is in cfg), "jumprelu" or "batchtopk" (thresholds in the file), or "standard".
     """
     for name in {"scaling_factor", "finetuning_scaling_factor"}.intersection(file):
         if not (file[name] == 1).all():
@@ -186,8 +179,7 @@ def read_sparsify(file, cfg):
     """
     cfg.only(activation="topk", skip_connection=False, transcode=False, signed=False)
     names = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
-    return parts_of(
-        file, names, "topk", cfg, centred=True, on_special=True, after_norm=False)
+    return parts_of(file, names, "topk", cfg, centred=True, on_special=True, after_norm=False)
 
 
 # ---- SAELens -------------------------------------------------------------------------------------
@@ -289,10 +281,7 @@ FORMATS = {                             # {name: (reader, files)}; the first fil
 # ---- What the readers share ----------------------------------------------------------------------
 
 def check_layer(hook, layer, where, site):
-    """Raises InputError unless `hook`, named as in HOOKS, is at this site.
-
-    If `layer` is given, the hook must be in that block too.
-    """
+    """Raises InputError unless `hook` (see HOOKS) is at this site and, if given, in `layer`."""
     if hook is None:
         return
     match = HOOKS[site].fullmatch(str(hook))

@@ -3,10 +3,9 @@
     python train.py --model gemma-2-2b --sae SOURCE     a folder, or OWNER/NAME[/FOLDER] on the Hub
     sae = load_sae("google/gemma-scope-2b-pt-res", layer=12, width="16k", l0=82)
 
-A folder's files determine its format. A reader (sae_readers.py, with that project's formula) finds
-the tensors, and load_sae converts them to the formulas of sae.py, where TopK reads x - b_dec and
-JumpReLU reads x. It converts one matrix and a few thousand latents at a time, so an SAE in bfloat16
-is never in memory as float32.
+A folder's files determine its format. A reader (sae_readers.py) finds the tensors, and load_sae
+converts them to the formulas of sae.py, where TopK reads x - b_dec and JumpReLU reads x: a few
+thousand latents at a time, so an SAE in bfloat16 is never in memory as float32.
 
 Shapes: D d_model, M latents. W_enc and W_dec are [M, D], whichever way round the file stores them.
 """
@@ -28,8 +27,7 @@ def load_sae(source, *, layer=None, width=None, l0=None, site="resid", dtype=Non
     layer, width, l0: which SAE, if the source has several (hub.find_sae). site: "resid", a block's
     output, or "mlp", its MLP's output. dtype: the weights' torch dtype or its name, float32 if
     None; thresholds stay float32. SAEs of another site are refused, and so are files that name
-    another layer. The SAE's `model_name` is the model that it was trained on, or None if the file
-    does not say.
+    another layer. The SAE's `model_name` is the model it was trained on; None if unstated.
     """
     dtype = as_dtype(dtype or "float32")
     parts = read_parts(source, layer=layer, width=width, l0=l0, site=site)

@@ -7,22 +7,20 @@
 
 A shard is a .npy file of int32 [chunks, context]; a .json next to it says where the next shard
 begins. A background thread writes one shard ahead. The first has 2**18 tokens, so that training
-starts soon, and each later one twice as many as the one before, up to 2**22. With several
-processes, process 0 writes for all. Checkpoints contain nothing about text. A resumed run that
-needs another shard reads up to it again, in the background, without tokenising what it skips.
+starts soon; each later one has twice as many, up to 2**22. With several processes, process 0 writes
+for all. Checkpoints contain nothing about text: a resumed run reads up to the shard that it needs,
+in the background, without tokenising what it skips.
 
 Location. Shards of a source of up to 256 MiB stay in ~/.cache/lorasae/text (or $LORASAE_CACHE), for
 all runs with the same text, tokenizer, context, seed and held-out text. A larger source is a
 stream: its shards are in the run's folder, and `keep_from` deletes those that no checkpoint needs,
-except the first. The held-out text is always in the run's folder, so evaluation does not need the
-source.
+except the first. Held-out text is always in the run's folder: evaluation needs no source.
 
 Held-out text. Whole documents are held out, the same ones for every seed: chosen by file name in
 the standard library; in other sources a sixteenth of the documents (at most 1,000), or more if
 eval_tokens needs them. A single file of plain text holds out its last sixteenth. A chunk belongs to
-one document, but short documents share chunks, and each such chunk counts as a document. Every
-document gives one chunk before any gives a second. Training leaves out every document that begins
-like a held-out one.
+one document, but short ones share chunks, and each such chunk counts as a document. Every document
+gives one chunk before any gives a second. Training leaves out what begins like a held-out document.
 
 Training order. The seed permutes the files. Sixteen JSON-lines files are read at a time, in
 proportion to their sizes; a file of plain text is one document and is read to its end. The tokens
@@ -330,8 +328,7 @@ class Text:
         shared, _ = chunks_of(np.concatenate(short), self.context, self.bos)
         of += range(len(digests), len(digests) + len(shared))
 
-        # Choose chunks at random, but one from every document before a second from any: confidence
-        # intervals are over documents.
+        # Random chunks, but one of each document before a second: intervals are over documents.
         turns = np.random.default_rng(FIXED).permutation(len(of))
         earlier, given = Counter(), []
         for i in turns:
@@ -359,10 +356,7 @@ def order_of(seed, epoch, count):
 
 
 def count_documents(files, field):
-    """How many documents the files have; for large sources, a lower bound.
-
-    A bad line in a small source is found now, not in the middle of a run.
-    """
+    """How many documents: a lower bound if large, else exact, which finds bad lines at once."""
     if all(is_plain(file.name) for file in files):
         return len(files)
     size = sum(file.size for file in files)
@@ -419,8 +413,7 @@ def chunks_of(tokens, context, bos):
 
 def cache_of(key):
     """The cache folder for a small source's shards."""
-    root = os.environ.get("LORASAE_CACHE") or "~/.cache/lorasae"
-    return local(root) / "text" / key
+    return local(os.environ.get("LORASAE_CACHE") or "~/.cache/lorasae") / "text" / key
 
 
 def check_tokens(tokens, tokenizer, what):
