@@ -1,12 +1,9 @@
 """A run of --method lora: train the adapters, save them, and measure what they win back.
 
-    RUN_DIR/adapter/        the adapters, in PEFT's format; with several ranks or rates
-                            RUN_DIR/rank-R/adapter/ or RUN_DIR/lr-X/adapter/, where rank-R and lr-X
-                            are complete run folders themselves
-    RUN_DIR/results.json    what splicing in the SAEs costs, and how much of that the adapters win
-                            back (evals/fidelity.py)
-    RUN_DIR/sequences.json  the same for every held-out sequence, for paired comparisons with other
-                            runs
+    RUN_DIR/adapter/        the adapters, in PEFT's format; with several ranks or rates, each is in
+                            RUN_DIR/rank-R/ or RUN_DIR/lr-X/, complete run folders themselves
+    RUN_DIR/results.json    what the SAEs cost, and what the adapters win back (evals/fidelity.py)
+    RUN_DIR/sequences.json  the same for every held-out sequence, for paired comparisons of runs
 
 Several adapters of one model can train side by side in one pass (--rank 1 4 16, --lr 5e-5 2e-4).
 Each trains exactly as if alone, bit for bit. They share the text, the frozen prefix, the base
@@ -68,8 +65,7 @@ def blocks_to_adapt(words, saes, depth):
     `after`: every block after the first SAE, so that this SAE's input and L0 do not change.
     `all`: every block, for SAEs whose L0 is bounded.
     `next`: only the block after each SAE (§6.3).
-    Numbers: those blocks.
-    No value: `all` if every SAE's L0 is bounded, else `after`, as in the paper.
+    Numbers: those blocks. No value: `all` if every SAE's L0 is bounded, else `after`, as published.
 
     saes: {layer: SAE}; depth: how many blocks the model has.
     """
@@ -97,13 +93,10 @@ def blocks_to_adapt(words, saes, depth):
 
 
 def new_adapters(model, blocks, config):
-    """Fresh adapters for every rank and rate, [{module name: LoRALinear}]; the first are attached.
-
-    Each starts from the same seed, as it would in a separate run.
-    """
+    """Fresh adapters per rank and rate, [{module name: LoRALinear}]; the first are attached."""
     found = []
     for variant in config.variants:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)                  # each starts as it would in a separate run
         add_lora(model, blocks, variant.rank[0], config.alpha, config.dropout, config.targets)
         found.append(detach_lora(model))
     attach_lora(model, found[0])

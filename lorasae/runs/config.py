@@ -4,8 +4,7 @@
     config = read_config(RUN_DIR)                                   the Config of that run
 
 A value comes from the first of these that has one: the options given; the run that made the SAE
-(`--sae RUN_DIR`); the recipe; the model's preset (io/presets.py); the paper, whose values are the
-defaults of Config's fields.
+(`--sae RUN_DIR`); the recipe; the model's preset (io/presets.py); the paper (Config's defaults).
 """
 import math
 import os
@@ -88,8 +87,7 @@ GROUPS = {                                              # titles in --help, by t
 def opt(default, kind, help, read_by=EVERY):
     """A field of Config: its default (the paper's), and what the parser and `check` need.
 
-    It accepts several values if its default is a tuple. read_by: the methods that use it; all
-    others refuse it.
+    It accepts several values if its default is a tuple. Methods that are not in read_by refuse it.
     """
     return field(default=default, metadata=dict(kind=kind, help=help, read_by=read_by))
 
@@ -105,8 +103,7 @@ class Config:
         "lora", one_of(*METHODS),
         "lora adapts the model to its SAE; finetune trains that SAE instead; the others train an "
         "SAE from scratch")
-    layer: tuple = opt(
-        (12,), FROM_0, "block(s) whose output an SAE replaces, counted from 0")
+    layer: tuple = opt((12,), FROM_0, "block(s) whose output an SAE replaces, counted from 0")
     sae: tuple = opt(
         (), PATH,
         "the SAE: a file, folder, Hub path or run folder; one for all layers or one per layer "
@@ -151,18 +148,15 @@ class Config:
         None, one_of("kl", "mse", "balanced"),
         "finetune: the loss; balanced is ½ (MSE + KL · sg[MSE / KL]), where sg stops the gradient "
         "(default: balanced)", ("finetune",))
-    train_sae: bool = opt(
-        False, SWITCH, "lora: train the SAE together with the adapters", ADAPTERS)
-    sae_lr: float = opt(
-        5e-5, POSITIVE, "--train-sae: the SAE's learning rate", (BOTH,))
+    train_sae: bool = opt(False, SWITCH, "lora: train the SAE together with the adapters", ADAPTERS)
+    sae_lr: float = opt(5e-5, POSITIVE, "--train-sae: the SAE's learning rate", (BOTH,))
     thresholds: str = opt(
         "trained", one_of("trained", "frozen"),
         "a JumpReLU's thresholds: trained, while keeping its L0 where it was, or frozen", RETRAINED)
 
     data: str = opt(
         "pile", PATH, f"text: stdlib, {', '.join(NAMED)}, a file, a folder, or hf://datasets/...")
-    field: str | None = opt(
-        None, TEXT, "JSON field with the text (default: text, or raw_content)")
+    field: str | None = opt(None, TEXT, "JSON field with the text (default: text, or raw_content)")
     tokens: int = opt(
         15_000_000, TOKENS, "training tokens, such as 15M (for an SAE from scratch: 2B)")
     eval_tokens: int = opt(1_000_000, TOKENS, "held-out tokens")
@@ -180,8 +174,7 @@ class Config:
         "scratch: 2e-4 / √(latents / 2^14))")
     lr_decay: bool = opt(False, SWITCH, "let the learning rate fall linearly to 0", AROUND_SAE)
     weight_decay: float = opt(0.01, NOT_NEGATIVE, "weight decay of the adapters", ADAPTERS)
-    clip: float = opt(
-        1.0, POSITIVE, "maximum gradient norm, for the loss summed over a sequence")
+    clip: float = opt(1.0, POSITIVE, "maximum gradient norm, for the loss summed over a sequence")
     seed: int = opt(42, FROM_0, "seed for adapters, dropout and the order of the text")
 
     dtype: str = opt("bfloat16", DTYPE, "dtype of the frozen model; trained parameters are float32")
@@ -466,10 +459,7 @@ def of_sae_runs(given):
 
 
 def run_of(source):
-    """The folder of the run that made the SAE in RUN_DIR or RUN_DIR/sae-50pct, or None.
-
-    source: may also be a file of that SAE.
-    """
+    """The run that made the SAE in RUN_DIR, RUN_DIR/sae-50pct or a file of these, or None."""
     for folder in (Path(source), *Path(source).parents[:2]):
         if (folder / "config.json").is_file() and (folder / "metrics.jsonl").exists():
             return folder
@@ -485,10 +475,7 @@ def as_fields(values):
 
 
 def read_config(folder, device=None):
-    """The Config in a run's folder; `device` replaces its device.
-
-    Raises InputError unless this version of train.py wrote it.
-    """
+    """A run's Config, with `device` if given. Raises InputError if another version wrote it."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"there is no run in {folder}: pass the folder of a run, which has a "

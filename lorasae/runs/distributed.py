@@ -32,10 +32,7 @@ def local(device):
 
 
 def start(config):
-    """Joins the processes that torchrun started; raises InputError if some do not appear.
-
-    The number of processes must divide a step's sequences.
-    """
+    """Joins torchrun's processes. Raises InputError if some are missing or cannot share a batch."""
     device, size = local(config.device), int(os.environ.get("WORLD_SIZE") or 1)
     if size > 1 and not dist.is_initialized():
         if device.type == "cuda" and "LOCAL_RANK" not in os.environ:
@@ -112,14 +109,10 @@ def all_reduce(tensors):
 
 
 def differentiable_sum(value):
-    """The sum of a tensor over the processes.
-
-    Forward: the sum. Backward: this process's part only, as all_reduce adds up the gradients.
-    """
+    """Sums a tensor over processes; its gradient is this one's, as all_reduce sums gradients."""
     total = value.detach().clone()
     all_reduce([total])
-    others = (total - value).detach()
-    return value + others
+    return value + (total - value).detach()
 
 
 def agree(value):

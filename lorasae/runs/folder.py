@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 from lorasae.errors import InputError
 from lorasae.io.console import note, progress_line
-from lorasae.io.files import (
-    damage, first_line, whole, write_bytes, write_json)
+from lorasae.io.files import damage, first_line, whole, write_bytes, write_json
 from lorasae.runs import distributed
 
 LOG_EVERY = 10                          # steps per metrics line: reading values waits for the GPU
@@ -196,10 +195,7 @@ class Run:
     # ---- Progress --------------------------------------------------------------------------------
 
     def progress(self, start):
-        """Yields the numbers of the steps to take, and shows a progress bar.
-
-        Without a terminal, it prints a line after each tenth of the steps instead.
-        """
+        """Yields the steps to take; shows a bar or, without a terminal, a line after each tenth."""
         steps = self.config.steps
         hidden = None if self.writes else True          # None: hidden without a terminal
         self.saved = time.perf_counter()

@@ -79,8 +79,7 @@ def changed(path, values):
 def public(config, names):
     """A run's Config with public names for the model, its SAEs and the text.
 
-    names: fields of Config, {"model": OWNER/NAME, "sae": (OWNER/NAME[/FOLDER], ...)}; missing ones
-    follow from the run.
+    names: {"model": OWNER/NAME, "sae": (OWNER/NAME[/FOLDER], ...)}; the run gives missing ones.
     """
     known, text = preset(config.model), config.data
     names = {

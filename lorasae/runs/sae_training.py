@@ -1,11 +1,9 @@
 """A run of --method topk, jumprelu or e2e: train the SAE, save it every tenth, measure it.
 
-    RUN_DIR/sae-10pct ... sae-90pct, RUN_DIR/sae    the SAE after each tenth of the steps, in
-                                                    SAELens's format, each with a training.json:
-                                                    percent, step, tokens, and seconds of training
-    RUN_DIR/results.json                            CE and KL with the SAE spliced in; FVU, L0,
-                                                    dead latents
-    RUN_DIR/sequences.json                          CE and KL of every held-out sequence
+    RUN_DIR/sae-10pct ... RUN_DIR/sae   the SAE after each tenth of the steps, in SAELens's format,
+                                        with a training.json: percent, step, tokens, seconds so far
+    RUN_DIR/results.json                CE and KL with the SAE spliced in; FVU, L0, dead latents
+    RUN_DIR/sequences.json              CE and KL of every held-out sequence
 """
 from dataclasses import replace
 
@@ -22,10 +20,7 @@ from lorasae.runs.config import BY_K
 
 
 def resolved(config, model_config):
-    """The configuration with the width and learning rate filled in, which depend on the model.
-
-    Raises InputError for an SAE that cannot be trained.
-    """
+    """The Config with width and lr filled in. Raises InputError if the SAE cannot be trained."""
     width = config.width or 8 * model_config.hidden_size
     by_k = config.method in BY_K
     active = config.k if by_k else config.l0
@@ -60,10 +55,7 @@ def train_sae(setting, run):
 
 
 class SAETraining:
-    """The training step for an SAE from scratch: dictionary.take_step.
-
-    tokens [B, T]: text to fit the new SAE's biases to.
-    """
+    """dictionary.take_step for an SAE from scratch. tokens [B, T]: text to fit its biases to."""
 
     def __init__(self, model, sae, layer, config, tokens, world=ALONE):
         self.model, self.sae, self.layer = model, sae, layer

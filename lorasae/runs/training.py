@@ -29,10 +29,7 @@ QUICK_TOKENS = 512                                      # held-out tokens measur
 
 
 def train(run, kind, text, keep=None):
-    """Begins a run, and takes its steps, starting at its last checkpoint.
-
-    keep(step) is called after each tenth of the steps.
-    """
+    """Begins or continues a run, and takes its steps; calls keep(step) after each tenth of them."""
     config, model = kind.config, kind.model
     text.batch(0)                                       # fails if the text is too short
     run.begin()
@@ -93,10 +90,7 @@ def frozen_parts(kind, batch, start):
 
 @contextmanager
 def compiled_blocks(model, backend="inductor"):
-    """Runs the blocks through torch.compile inside the `with`.
-
-    Graph breaks raise instead of falling back to eager.
-    """
+    """Compiles the blocks inside the `with`; graph breaks raise, instead of running eagerly."""
     # Blocks share code, which needs a graph for each window, shape, rank and role (frozen, adapted,
     # first adapted). That is more than the default limit of 8.
     with torch._dynamo.config.patch(recompile_limit=1024):
