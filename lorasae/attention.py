@@ -147,7 +147,7 @@ def causal_mask(T, S, window, device):
 
 
 def sees(query, key, window):
-    """Whether a query sees a key: never a later one and, with a window, only the last `window`."""
+    """Whether a query sees a key: never a later one; with a window, only the last `window` keys."""
     seen = key <= query
     if window is None:
         return seen

@@ -4,7 +4,7 @@
     x = model.run(x, 0, depth, saes)           blocks, with the splice in one visible line
     logits = model.logits(x)                   final norm, head, soft-cap -> [B, T, V]
 
-`run` runs any range of blocks: the base and the adapted model share the first ones (adapt.py).
+`run` runs any range of blocks, so that both models can share the first ones (adapt.py).
 Shapes: B batch, T tokens, D d_model, V vocabulary.
 """
 from torch import nn
@@ -75,8 +75,9 @@ class Transformer(nn.Module):
     def run(self, x, start, stop, saes={}, special=None, cache=None):
         """Blocks start .. stop-1. x [B, T, D] -> [B, T, D].
 
-        saes: {layer: SAE}; an SAE replaces the output of its block, or of the block's MLP if that
-        is its site. special [B, T]: model.special(tokens), for SAEs trained without BOS and EOS.
+        saes: {layer: SAE}; an SAE's reconstruction replaces the output of its block, or of the
+        block's MLP if that is its site. special [B, T]: model.special(tokens), which SAEs that were
+        trained without BOS and EOS need.
         cache: an attention.Cache to extend; x then starts at the first position not in it.
         """
         if not saes.keys() <= set(range(len(self.layers))):

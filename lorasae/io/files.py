@@ -110,7 +110,7 @@ def write_tensors(path, tensors, metadata=None):
 
 @contextmanager
 def damage(what):
-    """Names the file if a library cannot make sense of its contents: libraries seldom name it."""
+    """Names the file that a library cannot make sense of; few libraries name it themselves."""
     try:
         yield
     except Exception as error:

@@ -109,7 +109,10 @@ def all_reduce(tensors):
 
 
 def differentiable_sum(value):
-    """Sums a tensor over processes; its gradient is this one's, as all_reduce sums gradients."""
+    """The sum of a tensor over the processes.
+
+    Its gradient is that of this process's part only, because all_reduce adds up the gradients.
+    """
     total = value.detach().clone()
     all_reduce([total])
     return value + (total - value).detach()
