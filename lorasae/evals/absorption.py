@@ -4,16 +4,14 @@
     python eval.py RUN_DIR --suite absorption --words 8000    more words, for a GPU
 
 Chanin et al. 2024. The residual stream x is read at the last token of a word, in a prompt that asks
-for the word's first letter. A linear probe finds a direction u for each letter. Logistic
-regressions on 1, 2, ... latents find the latents that represent the letter: one more is added as
-long as F1 gains more than 0.03. If the probe detects the letter but these latents are silent,
-another latent i may represent it:
+for its first letter. A linear probe finds a direction u for each letter. Logistic regressions on 1,
+2, ... latents find those that represent the letter: one more is added as long as F1 gains more than
+0.03. If the probe detects the letter but these are silent, another latent i may represent it:
 
     z_i W_dec,i · u >= 0.4 x · u >= 0   and   W_dec,i · u / ‖W_dec,i‖ >= 0.025
 
-where i has the largest z_i W_dec,i · u. If both hold, i has absorbed the letter. A letter's rate is
-absorbed words / words that the probe gets right; lower is better. The score is the mean rate over
-the letters with at least one silent word.
+where i has the largest z_i W_dec,i · u. If both hold, i absorbed the letter. The score is absorbed
+words / words the probe gets right, a mean over letters with a silent word; lower is better.
 
 Shapes: N words, D d_model, M latents, 26 letters.
 """
@@ -96,12 +94,10 @@ def ask(vocabulary, text, count, seed):
     """Draws `count` words and writes their prompts. text: the run's text, for its tokenizer.
 
     SAEBench reads the sixth token from the end. How many tokens follow the word depends on the
-    tokenizer, so the code checks that the token read is the word's. Words that are split into
-    several tokens are left out.
+    tokenizer, so words are kept only if the token read there is the whole word.
     """
     def encode(texts):
-        encodings = text.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [each.ids for each in text.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     # The words that stay one token. A prompt always ends in a line of this form.
     rng = random.Random(seed)
@@ -198,10 +194,7 @@ def letter_probes(features, labels, *, batch, weight_decay, seed, l1=0.0):
 
 
 def letter_latents(z, own, z_test, own_test, order):
-    """(the latents that represent a letter, the test words for which they predict it).
-
-    order: the candidates, strongest first. They are added one by one as long as F1 gains enough.
-    """
+    """(a letter's latents, the test words they predict it for). order: candidates, best first."""
     best = -1.0
     for k in range(1, len(order) + 1):
         fires = logistic(z[:, order[:k]], own, z_test[:, order[:k]], "balanced").to(z.device)
@@ -219,10 +212,7 @@ def f1(found, true):
 
 
 def absorbs(sae, x, z, direction, latents):
-    """x [N, D], z [N, M] -> where a letter's latents are silent [N], where another absorbed it [N].
-
-    direction [D]: the probe's direction for the letter.
-    """
+    """x [N, D], z [N, M] -> where a letter's latents are silent [N], another absorbed it [N]."""
     W_dec = sae.W_dec.float()
     projection, top = (z * (W_dec @ direction)).max(1)
     cosine = F.cosine_similarity(W_dec[top], direction[None])

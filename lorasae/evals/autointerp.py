@@ -11,15 +11,13 @@ others in random order and predicts, from its explanation only, in which of them
 4 of the 14 are active: 2 of the strongest and 2 drawn in proportion to activation². The other 10
 are random windows, which SAEBench labels inactive without checking.
 
-The SAE reads the activations of the base and the adapted model, in rows of 128 tokens that start
-with BOS; nothing is spliced in. Both models are scored on the same latents, with the same random
-windows and orders. Each seed draws new windows, and a latent's score is its mean over seeds. 90 %
-intervals are over latents; LoRA - base is paired by latent.
+The SAE reads the activations of the base and the adapted model in rows of 128 tokens, BOS first;
+nothing is spliced in. Both get the same latents, random windows and orders. Each seed draws new
+windows; a score is the mean over seeds. Intervals are 90 %, over latents, paired for LoRA - base.
 
 Deviations from SAEBench: the text is the run's held-out text (SAEBench: 2M tokens of the Pile),
-with BOS inserted (SAEBench overwrites every 128th token with it); latents are sampled from those
-alive in both models; the prompts are worded differently; an empty answer is unusable (SAEBench
-counts it as "None").
+with BOS inserted (SAEBench overwrites every 128th token); latents are sampled from those alive in
+both models; prompts are worded differently; an empty answer is unusable (SAEBench: "None").
 
 Shapes: N rows, T tokens per row, M latents.
 """
@@ -61,10 +59,7 @@ class Window(NamedTuple):
 # ---- Where latents fire ------------------------------------------------------------------------
 
 def rows_of(text):
-    """Held-out chunks [n, context] -> rows [N, T]: BOS and the next T - 1 tokens of a chunk.
-
-    T is 128, or the context if that is shorter.
-    """
+    """Held-out chunks [n, context] -> rows [N, T], T <= 128: BOS and T - 1 tokens of a chunk."""
     chunks = text.held_out[:, 1:]
     length = min(LENGTH - 1, chunks.shape[1])
     rows = chunks.unfold(1, length, length).flatten(0, 1)
@@ -86,10 +81,7 @@ def firings(model, sae, layer, rows, latents):
 # ---- Windows -----------------------------------------------------------------------------------
 
 def strongest(places, values, length):
-    """Up to TOP places with the largest values, largest first.
-
-    Places in the same row (of `length` tokens) are more than AROUND tokens apart.
-    """
+    """Up to TOP places, largest values first; those in one row are over AROUND tokens apart."""
     chosen = []
     for place in places[values.argsort(descending=True, stable=True)].tolist():
         same_row = [other for other in chosen if other // length == place // length]
@@ -103,8 +95,7 @@ def strongest(places, values, length):
 def windows(activation, rows, rng):
     """One latent's windows: (15 to explain, the strongest first; 14 to score, in random order).
 
-    None if it fires too rarely. activation [N T]: the latent's at every token; rows [N, T]; rng: a
-    numpy Generator, the only source of randomness.
+    None if it fires too rarely. activation [N T]; rows [N, T]; rng: the only source of randomness.
     """
     count, length = rows.shape
 
@@ -132,8 +123,7 @@ def windows(activation, rows, rng):
 
     def window(place, active=True):
         span = slice(place - AROUND, place + AROUND + 1)
-        fires = activation[span] > THRESHOLD * at_top.max()
-        kept = activation[span] * fires
+        kept = activation[span] * (activation[span] > THRESHOLD * at_top.max())
         return Window(rows.view(-1)[span].tolist(), kept.tolist(), active)
 
     # Most are shown to explain the latent; the rest are scored, with the random ones.
@@ -164,10 +154,7 @@ def add_options(add):
 
 
 def evaluate(setting, judge, chat_model, judge_latents, latents, seeds):
-    """Judges latents of the first SAE in the base and the adapted model.
-
-    judge: the URL of an endpoint. latents: which to judge; None: a sample of judge_latents.
-    """
+    """Judges the first SAE's latents in both models. latents None: a sample of judge_latents."""
     if judge is None:
         raise InputError("--suite autointerp needs a language model as its judge: --judge "
                          "https://api.openai.com/v1, or another OpenAI-compatible endpoint")
@@ -231,12 +218,10 @@ def choose(latents, count, alive):
 
 
 def judge_latent(latent, activation, rows, tokenizer, ask, seeds):
-    """One latent's row of the results, or why it is left out: "rare" or "unusable".
+    """A latent's row, or why it is left out: "rare" or "unusable". activation: {model: [N T]}
 
     Rare: it fires too rarely for its windows. Unusable: an answer is neither numbers nor "None".
     SAEBench leaves such latents out too; here both models leave them out, which keeps the pairs.
-
-    activation: {model: [N T]}; ask: the chat model.
     """
     row = {"latent": latent, "explanation": {}, "score": {who: [] for who in MODELS}}
     for who in MODELS:

@@ -4,12 +4,10 @@
     python eval.py RUN_DIR --suite lm --tasks local         the same four forms, offline
     python eval.py RUN_DIR --suite lm --tasks my_task.yaml --limit 100      your own lm-eval task
 
-The lm-eval package makes the prompts and computes the scores (accuracy, BLEU, ROUGE);
-spliced_lm.py answers them. The included models know nothing about the paper's tasks, so they get
-the local ones (local_tasks.py).
+The lm-eval package makes the prompts and computes the scores (accuracy, BLEU, ROUGE); spliced_lm.py
+answers them. The included models know nothing about the paper's tasks, so they get local ones.
 
-All settings answer the same questions. The effect of adapting is the mean of adapted - base over
-questions, with its interval.
+All settings answer the same questions, so the effect of adapting (adapted - base) is paired.
 """
 import math
 from importlib.metadata import version
@@ -27,14 +25,10 @@ from lorasae.io.console import note
 from lorasae.io.files import first_line
 from lorasae.io.presets import TINY, preset
 
-SETTINGS = {                            # Table 5's columns
-    "sae": "SAE",
-    "adapted": "SAE + LoRA",
-    "base": "original",
-    "lora": "LoRA",
-}
+# Table 5's columns, and its rows. lm-eval computes more than the paper shows.
+SETTINGS = {"sae": "SAE", "adapted": "SAE + LoRA", "base": "original", "lora": "LoRA"}
 PAIRS = {"with_sae": ("sae", "adapted"), "without_sae": ("base", "lora")}
-TABLE_5 = {                             # its rows; lm-eval computes more than the paper shows
+TABLE_5 = {
     ("mmlu", "acc"): "MMLU",
     ("hellaswag", "acc"): "HellaSwag",
     ("truthfulqa_gen", "bleu_acc"): "BLEU",
@@ -93,9 +87,8 @@ def load_tasks(tasks):
 def measure(model, saes, tokenizer, tasks, limit=None):
     """Scores in the four settings. tasks: what load_tasks returns; limit: questions per task.
 
-    Returns {"rows": {row of the table: {"task", and the score in each setting}}
-    "paired": {row: {"with_sae" and "without_sae": [mean, half, questions]}}}. "paired" is adapted -
-    base, for rows whose score is a mean over questions.
+    Returns {"rows": {row: {"task", and each setting's score}}, "paired": {row: {"with_sae" and
+    "without_sae": [mean, half, questions]}}}. "paired" is adapted - base, for means over questions.
     """
     from lm_eval import evaluator
     from lorasae.evals.spliced_lm import SplicedLM

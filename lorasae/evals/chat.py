@@ -61,8 +61,7 @@ def chat(url, model, messages, max_tokens):
 def post(address, body, headers):
     """(status, text) of the answer to a request."""
     try:
-        request = Request(address, body, headers)
-        with build_opener(AsItIs).open(request, timeout=TIMEOUT) as reply:
+        with build_opener(AsItIs).open(Request(address, body, headers), timeout=TIMEOUT) as reply:
             return reply.status, reply.read().decode(errors="replace") or reply.reason
     except ValueError as error:                         # a malformed address
         return "not sent", str(error)

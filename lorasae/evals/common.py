@@ -24,9 +24,8 @@ from tqdm import tqdm
 from lorasae.errors import InputError
 from lorasae.lora import base
 
-# An interval needs this many effective documents, 1 / Σ h_g². In simulation, intervals over 8 or
-# more cover 87 to 93 % if values from one document have a correlation of at most 0.3
-# (tests/test_evals.py); over fewer than 5 they do not.
+# An interval needs this many effective documents, 1 / Σ h_g². In simulation, 8 or more cover 87 to
+# 93 % if the correlation in a document is at most 0.3 (tests/test_evals.py); under 5 do not.
 ENOUGH = 8
 
 
@@ -84,9 +83,8 @@ def by_cluster(deviations, clusters):
 def freedom(sizes, correlation):
     """The degrees of freedom of the variance of a mean over clusters of these sizes [G].
 
-    If two values in a cluster have this correlation, the sum over cluster g has the variance v_g =
-    n_g (1 - correlation) + n_g² correlation. The mean is subtracted from every value, so
-    cov(S_g, S_h) = δ_gh v_g - h_h v_g - h_g v_h + h_g h_h Σ v.
+    The sum over cluster g has the variance v_g = n_g (1 - correlation) + n_g² correlation. With the
+    mean subtracted, cov(S_g, S_h) = δ_gh v_g - h_h v_g - h_g v_h + h_g h_h Σ v.
     """
     share = sizes / sizes.sum()
     v = sizes * (1 - correlation) + sizes.square() * correlation
@@ -98,10 +96,7 @@ def freedom(sizes, correlation):
 
 
 def ratio(a, b, clusters=None):
-    """interval() of mean(a) / mean(b) for paired values [n], to first order.
-
-    (None, None) if mean(b) is 0.
-    """
+    """interval() of mean(a) / mean(b), paired [n], to first order; (None, None) if mean(b) is 0."""
     if b.mean() == 0:
         return None, None
     return interval(linearised(a, b), clusters)
@@ -110,8 +105,7 @@ def ratio(a, b, clusters=None):
 def linearised(a, b):
     """Values [n] whose mean is mean(a) / mean(b), and whose interval is the ratio's to first order.
 
-    To compare two ratios over the same sequences in pairs:
-    interval(linearised(a, b) - linearised(c, d), documents).
+    Compares two ratios in pairs: interval(linearised(a, b) - linearised(c, d), documents).
     """
     a, b = a.double(), b.double()
     r = a.mean() / b.mean()

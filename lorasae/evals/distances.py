@@ -4,16 +4,14 @@
 
 Compares the output of every block, starting with the first SAE's block: a in the base model without
 SAEs, b with the SAEs spliced in, first without and then with adapters. cos(a, b) and ‖a - b‖₂ are
-means over the positions of a sequence. The change due to adapting is paired by sequence, and its
-90 % interval is over documents. At position 0 the residual stream can be hundreds of times longer
-than elsewhere and swamp the mean distance, so every result is given over all positions, as in the
-paper, and again without position 0.
+means over the positions of a sequence. The change due to adapting is paired by sequence; its
+interval is 90 %, over documents. At position 0 the residual stream can be hundreds of times longer
+than elsewhere and swamp the mean, so all results are also given without it (unlike in the paper).
 """
 import torch
 import torch.nn.functional as F
 
-from lorasae.evals.common import (batches, count_documents, interval, progress,
-                                  without_interval)
+from lorasae.evals.common import batches, count_documents, interval, progress, without_interval
 from lorasae.evals.report import Table, line, with_interval
 from lorasae.lora import base
 
@@ -35,10 +33,8 @@ def evaluate(setting):
         changes.append(compare(original, outputs(model, tokens, first, saes)) - before)
     changes = torch.cat(changes, 2)
 
-    numbers = {
-        "layers": list(range(first, len(model.layers))),
-        "documents": count_documents(documents),
-    }
+    numbers = {"layers": list(range(first, len(model.layers))),
+               "documents": count_documents(documents)}
     for positions, of_measures in zip(POSITIONS, changes):
         numbers[positions] = {name: summary(change, documents)
                               for name, change in zip(MEASURES, of_measures)}
@@ -78,10 +74,8 @@ def summary(changes, documents):
 
 
 def tables(numbers):
-    columns = {}
-    for positions, title in POSITIONS.items():
-        for name, label in MEASURES.items():
-            columns[f"{label}, {title}"] = numbers[positions][name]
+    columns = {f"{label}, {title}": numbers[positions][name]
+               for positions, title in POSITIONS.items() for name, label in MEASURES.items()}
     rows = []
     for i, layer in enumerate(numbers["layers"]):
         changes = [with_interval(found["change"][i], found["ci90"][i], "+.4f")

@@ -19,10 +19,7 @@ def add_options(add):
 
 
 def evaluate(setting, data, eval_tokens):
-    """Measures every setting of a run on other text -> the numbers of fidelity.summary.
-
-    There is no "before": an SAE that the run trained is not measured as it was before training.
-    """
+    """Measures a run's settings, without "before", on other text -> fidelity.summary's numbers."""
     if data is None:
         raise InputError(f"--suite elsewhere needs --data: {SOURCES}, a file or a folder")
     own, config = setting.text, setting.config

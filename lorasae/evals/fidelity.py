@@ -11,13 +11,11 @@
     KL gap closed  (KL - KL_end) / KL                       KL: of the original SAEs
     won back       (CE_sae - CE_adapted) / (CE_sae - CE_base), if the SAEs trained too
 
-"Gap" always means the gap of the original SAEs. CE is the next-token cross-entropy and KL is
-KL(base ‖ ·), both in nats per token, over the T - 1 predictions of each sequence (BOS predicts too,
-as in the paper). All SAEs are spliced in at once (§4.3's compound loss). If the SAEs do not raise
-CE by more than its interval, there is no CE gap to close; there is always a KL gap.
+CE is next-token cross-entropy and KL is KL(base ‖ ·), both in nats per token over the T - 1
+predictions of a sequence (as in the paper, BOS predicts). All SAEs are spliced in at once (§4.3's
+compound loss). Unless CE rises by more than its interval, there is no CE gap, but always a KL gap.
 
-Intervals are 90 %, over documents: sequences from one document are not independent (common.py).
-Differences are paired by sequence.
+Intervals are 90 %, over documents (common.py); differences are paired by sequence.
 
     python eval.py RUN_DIR --suite fidelity
 
@@ -52,10 +50,7 @@ L0_OF = {"before": "L0, original", "sae": "L0", "adapted": "L0, adapted"}     # 
 # ---- Measuring ---------------------------------------------------------------------------------
 
 def evaluate(setting):
-    """Measures every setting of a run -> the numbers of `summary`, and eval_tokens.
-
-    Writes RUN_DIR/fidelity/sequences.json: every setting, sequence by sequence.
-    """
+    """Measures a run -> `summary`'s numbers, and eval_tokens. Writes fidelity/sequences.json."""
     config, text = setting.config, setting.text
     results = measure(setting.model, setting.saes, batches(setting), settings_of(config))
 
@@ -118,9 +113,8 @@ def hidden_by_setting(
         model, saes, tokens, settings=("base", "sae", "adapted"), seen=None, others={}):
     """Yields (setting, final hidden state [B, T, D] after the last norm) for tokens [B, T].
 
-    Each setting has its SAEs spliced in and its adapters on or off. The blocks before the first
-    difference run once. seen: {setting: {layer: a list}}, to which a `Watched` SAE appends.
-    others: as in `measure`.
+    The settings differ in SAEs and adapters; blocks before the first difference run once. seen:
+    {setting: {layer: a list}}, to which a `Watched` SAE appends. others: as in `measure`.
     """
     tokens = tokens.to(model.device)
     special = model.special(tokens)
@@ -180,10 +174,7 @@ def facts_of(sums):
 # ---- Results as files ---------------------------------------------------------------------------
 
 def write_sequences(folder, results, documents):
-    """Writes sequences.json to a folder: what `measure` returned, sequence by sequence.
-
-    With these files, runs on the same held-out text can be compared in pairs.
-    """
+    """Writes what `measure` returned to folder/sequences.json, to compare runs in pairs."""
     plain = {"documents": documents.tolist()}
     for name, values in results.items():
         plain[name] = {key: value.tolist() if isinstance(value, torch.Tensor) else value
@@ -211,11 +202,9 @@ def read_sequences(folder):
 def summary(results, documents):
     """The numbers of results.json: losses, gap closed, each layer's L0 and explained variance.
 
-    "ci90" has half the widths of their intervals, each None if there are too few documents. Then
-    gap_closed is the plain ratio, if the SAEs raise CE at all.
+    "ci90": half the intervals, None for too few documents; then any rise in CE is a gap to close.
 
-    results: what `measure` returned; "before" in it is "sae" before the SAEs were trained.
-    documents: [n] int, the document of each sequence.
+    results: what `measure` returned; "before" is "sae" before training. documents: each sequence's.
     """
     ce = {name: values["ce"] for name, values in results.items()}
     kl = {name: values["kl"] for name, values in results.items()}

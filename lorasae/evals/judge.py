@@ -1,8 +1,7 @@
 """The judge of autointerp.py: a chat model that explains a latent, and predicts where it fires.
 
-It explains a latent from the windows `shown`, in which the latent fires. From this explanation
-only, it predicts in which of the windows `scored` the latent fires; it sees only their text.
-A window is an autointerp.Window.
+It explains a latent from the windows `shown`, in which it fires. From this explanation only, it
+predicts in which of `scored` it fires, given their text. A window is an autointerp.Window.
 """
 import re
 from itertools import groupby
@@ -31,10 +30,8 @@ like this: {example}"""
 def judge(tokenizer, shown, scored, ask, rng):
     """Has a chat model explain and then, in a new conversation, predict.
 
-    ask(messages, max_tokens) -> its answer. rng draws the example answer in the prompt.
-
-    Returns (its explanation, the numbers of the windows that it picks, from 1; None if its answer
-    is neither numbers nor "None").
+    ask(messages, max_tokens) -> its answer. rng draws the example answer in the prompt. Returns its
+    explanation and what read_numbers makes of its prediction.
     """
     documents = numbered(tokenizer, shown, marked=True)
     user = f"The documents in which the neuron fires:\n\n{documents}"

@@ -2,9 +2,8 @@
 
     --labelled saebench         eight for probing, two for TPP, eight pairs for SCR
 
-At seed 42 the texts are SAEBench's (sae_bench_utils/dataset_utils.py). Other seeds draw other
-texts, except for SCR, which uses the first texts of its data sets, and for europarl and
-github_code, which use the first of a stream.
+At seed 42 the texts are SAEBench's (sae_bench_utils/dataset_utils.py). Other seeds draw others, but
+SCR uses the first texts of its data sets, europarl and github_code the first of a stream.
 """
 import random
 from contextlib import contextmanager
@@ -102,17 +101,15 @@ def europarl(seed):
 def github_code(seed):
     """2,501 or more long files per language, without their first 150 characters; then as above.
 
-    SAEBench reads them through the data set's own script, which `datasets` no longer runs. Its
-    Parquet files have the same rows in the same order; the script tells the language by the file's
-    extension.
+    SAEBench reads them with the data set's own script, which `datasets` no longer runs. Its Parquet
+    files have the same rows in the same order; the script tells the language by the extension.
     """
     files = "hf://datasets/codeparrot/github-code/data/*.parquet"
     endings = FACTS["extensions"]
     found = {language: [] for language in endings}
     for row in stream("parquet", data_files=files):
         for language, texts in found.items():
-            is_in_it = row["path"].endswith(tuple(endings[language]))
-            if is_in_it and len(row["content"]) > LEAST_CODE:
+            if row["path"].endswith(tuple(endings[language])) and len(row["content"]) > LEAST_CODE:
                 texts.append(row["content"][HEADER:])
         if min(map(len, found.values())) > TRAIN + TEST:
             break

@@ -16,12 +16,8 @@ from lorasae.evals.texts import Cut
 from lorasae.io.text import held_out, standard_library, text_of
 
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")   # large; in every Python
-PAIRS = (
-    ("asyncio", "email"),
-    ("multiprocessing", "unittest"),
-    ("logging", "importlib"),
-    ("xml", "asyncio"),
-)
+PAIRS = (("asyncio", "email"), ("multiprocessing", "unittest"),
+         ("logging", "importlib"), ("xml", "asyncio"))
 KINDS = ("code", "documentation")
 TRAIN, TEST = 240, 80                   # texts per class: two CPU cores read these in seconds
 SCR_TRAIN, SCR_TEST = 120, 40           # texts per quadrant
@@ -44,10 +40,8 @@ def by_package(seed):
 
 def by_both(pair, seed):
     """Two packages crossed with code and documentation: SCR's class and attribute."""
-    found = {}
-    for package in pair:
-        for kind, texts in passages(package, pair).items():
-            found[package, kind] = texts
+    found = {(package, kind): texts for package in pair
+             for kind, texts in passages(package, pair).items()}
     return draw(found, SCR_TRAIN, SCR_TEST, seed)
 
 

@@ -2,12 +2,10 @@
 
     python eval.py RUN_DIR --suite lm --tasks local         the default for an included model
 
-Each is named after the benchmark whose form and metrics it has. The included models have 2.5M
-parameters and were trained on files of the Python standard library, so the tasks ask how other
-files of the library continue.
+Each is named after the benchmark whose form and metrics it has. The included models (2.5M
+parameters) trained on files of Python's standard library, so they are asked how others continue.
 
-    local_mmlu              which of four names follows this dot? (MMLU's letters mean nothing to
-                            such a small model)
+    local_mmlu              which of four names follows a dot? (MMLU's letters mean nothing to them)
     local_hellaswag         which of four passages comes next?
     local_truthfulqa_gen    how does this line end? The model's greedy completion is compared with
                             the true end and three wrong but plausible ones, from the same file
@@ -25,8 +23,7 @@ from typing import NamedTuple
 from lorasae.io.text import held_out, standard_library, text_of
 
 SEED = 42
-# Whole lines with at least 120 characters and the blank lines after them, then whole lines with at
-# least 80: about 40 and 30 tokens
+# Whole lines: 120 characters or more and any blank ones, then 80 or more (about 40 and 30 tokens).
 PASSAGE = re.compile(r"([\s\S]{119,}?\n(?:[^\S\n]*\n)*)([\s\S]{79,}?\n)")
 LONGEST = 400                           # characters; a longer match is a table on one long line
 LINE, BEGUN = 40, 12                    # characters: the shortest line; the least that is shown
@@ -47,12 +44,8 @@ def held_out_sources():
 
 def passages(sources):
     """Texts -> [Passage], without overlaps."""
-    found = []
-    for number, source in enumerate(sources):
-        for match in PASSAGE.finditer(source):
-            if len(match[0]) <= LONGEST:
-                found.append(Passage(number, *match.groups()))
-    return found
+    return [Passage(number, *match.groups()) for number, source in enumerate(sources)
+            for match in PASSAGE.finditer(source) if len(match[0]) <= LONGEST]
 
 
 # ---- Questions ---------------------------------------------------------------------------------
@@ -60,8 +53,7 @@ def passages(sources):
 def question(rng, query, right, others):
     """One row of a task: the right answer among three wrong ones. None if there are too few.
 
-    Wrong answers are drawn as often as they occur, so a frequent answer is no likelier to be right
-    than a rare one.
+    Wrong answers are drawn as often as they occur, so frequent answers are not right more often.
     """
     drawn = rng.sample(others, len(others))
     wrong = [other for other in dict.fromkeys(drawn) if other != right][:3]
@@ -107,8 +99,7 @@ METRICS = ("bleu_acc", "rouge1_acc", "rouge2_acc")      # of the completed lines
 def compare(row, results):
     """Whether a completion is more like the true end than like any wrong one, by each metric.
 
-    Like truthfulqa_gen with one true answer. lm-eval's own function resamples the ROUGE of each
-    pair a thousand times, which takes 0.1 s.
+    As in truthfulqa_gen, whose own function resamples each ROUGE a thousand times (0.1 s).
     """
     from lm_eval.tasks.truthfulqa.utils import bleu
     from rouge_score.rouge_scorer import RougeScorer
@@ -124,11 +115,8 @@ def compare(row, results):
 
 
 COMMON = {"test_split": "test", "num_fewshot": 0, "doc_to_text": "query", "target_delimiter": ""}
-CHOOSE = {
-    "output_type": "multiple_choice",                   # which lm-eval scores by acc and acc_norm
-    "doc_to_choice": "choices",
-    "doc_to_target": "label",
-}
+# lm-eval scores multiple choice by acc and acc_norm.
+CHOOSE = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "label"}
 COMPLETE = {
     "output_type": "generate_until",
     "doc_to_target": "{{choices[label]}}",
@@ -169,8 +157,6 @@ def local_tasks():
         def download(self, *_, **__):
             self.dataset = {"test": Dataset.from_list(self.config.metadata["rows"])}
 
-    tasks = []
-    for task, rows in questions(held_out_sources()).items():
-        form = {**COMMON, **TASKS[task][-1]}
-        tasks.append(LocalTask(config={"task": task, "metadata": {"rows": rows}, **form}))
-    return tasks
+    return [LocalTask(config={"task": task, "metadata": {"rows": rows},
+                              **COMMON, **TASKS[task][-1]})
+            for task, rows in questions(held_out_sources()).items()]

@@ -60,16 +60,14 @@ def one_against_rest(classes, seed, device="cpu"):
     rows = []
     for label, positive in enumerate(table):
         others = [shuffled(of_class)[:each] for i, of_class in enumerate(table) if i != label]
-        negative = shuffled(torch.cat(others))[:n]
-        rows.append(torch.cat([positive, negative]))
+        rows.append(torch.cat([positive, shuffled(torch.cat(others))[:n]]))
     return halves(rows, device)
 
 
 def hold_out(task, seed):
     """Task -> [nine tenths of its texts, one tenth]; the tenth is for choosing the epoch.
 
-    SAEBench chooses the epoch on the test texts (evals/sparse_probing/probe_training.py), which
-    makes its test accuracy too high.
+    SAEBench chooses on test texts (evals/sparse_probing/probe_training.py), so it scores too high.
     """
     texts = task.rows.shape[1]
     order = torch.randperm(texts, generator=torch.Generator().manual_seed(seed))
@@ -104,15 +102,11 @@ def scikit_learn():
 
 
 def logistic(x, y, tests, class_weight=None):
-    """Fits x [N, D] with labels y [N] bool -> which of the texts `tests` [n, D] are positive, bool.
-
-    L2-regularised with C = 1, as in SAEBench. class_weight: None or "balanced".
-    """
+    """Fits x [N, D] to y [N] bool, then classifies tests [n, D]. L2, C = 1, as in SAEBench."""
     x, y, tests = (tensor.double().cpu().numpy() for tensor in (x, y, tests))
     regression = scikit_learn().LogisticRegression(
         solver="newton-cholesky", tol=1e-6, class_weight=class_weight)
-    found = regression.fit(x, y).predict(tests)
-    return torch.from_numpy(found) > 0
+    return torch.from_numpy(regression.fit(x, y).predict(tests)) > 0
 
 
 # ---- Gradient descent --------------------------------------------------------------------------
@@ -127,9 +121,8 @@ def train_probes(features, train, held=None, *, lr, optimizer=ADAMW, batch, epoc
     features [n, D]; train, held: Task. Each probe minimises the mean cross-entropy of a batch
     + l1 · ‖w‖₁. The seed sets the start and the batches, equal for base and adapted model.
 
-    optimizer: (parameters, lr) -> optimiser. decay: the factor on its learning rate per epoch.
-    pos_weight: [P, 1], the weight of positive texts.
-    patience: a probe that has not improved for this many epochs is finished.
+    optimizer: (parameters, lr) -> optimiser. decay: its rate's factor per epoch. pos_weight [P, 1]:
+    of positive texts. patience: a probe that has not improved for so many epochs is finished.
     """
     features = features.float()
     tasks, texts = train.labels.shape
@@ -165,8 +158,7 @@ def train_probes(features, train, held=None, *, lr, optimizer=ADAMW, batch, epoc
             optimizer.step()
         schedule.step()
 
-        # The last of equally good epochs counts: held-out texts are few, and the first epoch that
-        # gets them right is near the random start.
+        # The last of equally good epochs counts: with few texts the first is near the random start.
         if held is not None:
             found = accuracy(probe, features, held).where(stale < patience, -1)
             better = found >= best_accuracy

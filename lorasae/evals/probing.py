@@ -51,8 +51,7 @@ def regress(features, train, tests, test, columns):
     for i, chosen in enumerate(columns):
         x = features[train.rows[i, :, None], chosen]
         positive = logistic(x, train.labels[i], tests[test.rows[i, :, None], chosen])
-        right = positive == test.labels[i].cpu()
-        found.append(right.double().mean().item())
+        found.append((positive == test.labels[i].cpu()).double().mean().item())
     return sum(found) / len(found)
 
 

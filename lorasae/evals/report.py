@@ -1,7 +1,6 @@
 """How results are shown: numbers as text, tables on a terminal or a page, pictures.
 
-Every evaluation has tables(numbers) -> [Table] and, if the paper has a figure for it, draw(numbers,
-figure). The terminal and the page of the paper's results use both.
+Every evaluation has tables(numbers) -> [Table] and, if it has a figure, draw(numbers, figure).
 """
 import io
 from pathlib import Path
@@ -22,10 +21,7 @@ def plus_minus(half, form=".4f"):
 
 
 def with_interval(mean, half, form=".4f"):
-    """0.1234 ± 0.0056, or only the mean if there is no interval; empty if there is no mean.
-
-    form: the format of both numbers; a "+" in it shows the sign of the mean.
-    """
+    """0.1234 ± 0.0056; only the mean if it has no interval. A "+" in form is for the mean only."""
     if mean is None:
         return ""
     return f"{mean:{form}} {plus_minus(half, form.removeprefix('+'))}".rstrip()
@@ -79,17 +75,13 @@ def print_tables(tables):
 # ---- Pictures ----------------------------------------------------------------------------------
 
 def line(axes, x, estimates, label, scale=1):
-    """A line with error bars. estimates: (mean, half, ...) at each x."""
-    # None becomes NaN, which matplotlib does not draw.
+    """A line with error bars. estimates: (mean, half, ...) at each x; None (NaN) is not drawn."""
     means, halves = scale * np.array([each[:2] for each in estimates], dtype=float).T
     axes.errorbar(x, means, halves, marker="o", label=label)
 
 
 def save_figure(draw, numbers, path, again):
-    """Saves what draw(numbers, figure) draws as a PNG. Without matplotlib, prints how to get it.
-
-    again: the command that repeats the drawing.
-    """
+    """Saves draw's picture as a PNG. Without matplotlib, prints how to get it and draw `again`."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure

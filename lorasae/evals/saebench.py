@@ -1,7 +1,6 @@
 """What the SAEBench suites share: base against adapted model, seed by seed, and the table.
 
-Karvonen et al. 2024; paper §5.1, Tables 3 and 6. Base and adapted model see the same texts, draws
-and batches, so differences are paired.
+Karvonen et al. 2024; §5.1, Tables 3 and 6. Differences are paired: same texts, draws and batches.
 """
 from itertools import product
 
@@ -40,10 +39,7 @@ def add_options(add):
 # ---- Measuring ---------------------------------------------------------------------------------
 
 def reading(setting, suite, seeds):
-    """(layer, SAE, seeds) for a suite.
-
-    InputError if all adapters come after the SAE: adapting then changes nothing that the SAE reads.
-    """
+    """(layer, SAE, seeds) for a suite; InputError if all adapters come after the SAE."""
     layer, sae = next(iter(setting.saes.items()))
     if all(block > layer for block in blocks_with_adapters(setting.model)):
         raise InputError(f"--suite {suite} would give the base and the adapted model exactly the "

@@ -1,26 +1,22 @@
 """Spurious correlation removal: can the SAE cure a biased probe? (§5.1 and A.2, Tables 3, 6)
 
     python eval.py RUN_DIR --suite scr                        packages, in code and documentation
-    python eval.py RUN_DIR --suite scr --labelled saebench    professions and genders, products and
-                                                              ratings
+    python eval.py RUN_DIR --suite scr --labelled saebench    professions/genders, products/ratings
 
-Texts have two concepts, a class (professor, nurse) and an attribute (male, female). A biased probe
-is trained on male professors and female nurses only. The latents of one concept are ablated, and
-the biased probe is tested on the other:
+Texts have a class (professor, nurse) and an attribute (male, female). A biased probe sees only male
+professors and female nurses. One concept's latents are ablated; it is tested on the other:
 
     S = (A_ablated - A_biased) / (A_clean - A_biased)
 
 A_clean is the accuracy of a probe trained on that concept with balanced data. S is 1 if the biased
 probe is cured, 0 if nothing changes. As in SAEBench, a model's score is S for the concept on which
 its biased probe is less accurate: the mean over pairs, then the maximum and average over numbers of
-latents. The difference between the adapted and the base model compares S for one concept: the one
-on which the base model's biased probe is less accurate.
+latents. The difference between the two models compares S for the base model's concept.
 """
 import torch
 
 from lorasae.evals import saebench
-from lorasae.evals.concepts import (THRESHOLDS, ablate, concept_probes, over_thresholds,
-                                    strongest)
+from lorasae.evals.concepts import THRESHOLDS, ablate, concept_probes, over_thresholds, strongest
 from lorasae.evals.probes import Probe, accuracy, halves, mean_difference, rows_by_class
 
 ATTRIBUTE, CLASS, BIASED = range(3)                     # the three probes
@@ -73,9 +69,8 @@ def choose(probes, which):
 
 
 def cured(clean, biased, ablated):
-    """S from three accuracies.
+    """S from three accuracies; 0 if the biased probe is less than 0.001 worse than the clean one.
 
-    0 if the biased probe is less than 0.001 worse than the clean one: there is nothing to cure.
     (SAEBench does the same today; the version that the paper used always divides.)
     """
     lost = clean - biased

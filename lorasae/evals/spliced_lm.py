@@ -1,8 +1,7 @@
 """Our Transformer, with or without SAEs, as a model for the lm-eval package (evals/benchmarks.py).
 
-SplicedLM answers lm-eval's requests exactly as lm-eval's own Hugging Face model would in fp32 with
-add_bos_token=True: both families get the BOS they were trained with (the lm-eval of the paper's
-time gave Llama none).
+SplicedLM answers requests exactly as lm-eval's Hugging Face model would in fp32 with
+add_bos_token=True: both families get their training's BOS (the paper's lm-eval gave Llama none).
 
 Shapes: B batch, T tokens, D d_model, V vocabulary, N positions.
 """
@@ -55,9 +54,7 @@ class SplicedLM(TemplateLM):
         """Token ids, after one BOS unless add_special_tokens is False."""
         ids = self.tokenizer.encode(string, add_special_tokens=False).ids
         bos = self.prefix_token_id
-        if add_special_tokens is False or ids[:1] == [bos]:
-            return ids
-        return [bos, *ids]
+        return ids if add_special_tokens is False or ids[:1] == [bos] else [bos, *ids]
 
     # ---- The model -----------------------------------------------------------------------------
 
@@ -88,12 +85,8 @@ class SplicedLM(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False):
-        """[(strings, context ids, continuation ids)] -> [(log p, whether it is greedy)].
-
-        log p is summed over a continuation, which is greedy if each of its tokens is the likeliest.
-        """
-        # The last token is predicted but never read, so a row leaves it out. One-token choices,
-        # such as MMLU's letters, then share a row.
+        """[(strings, context ids, continuation ids)] -> what `score` says of each continuation."""
+        # Rows leave out the last token, which is never read; MMLU's letters then share a row.
         by_row = defaultdict(list)                      # {row: [(index of the request, labels)]}
         for i, (strings, context, labels) in enumerate(requests):
             if len(labels) > self.max_length:
@@ -121,9 +114,8 @@ class SplicedLM(TemplateLM):
             budget = options["max_gen_toks"]
             room = self.max_length - budget
             if options["do_sample"]:
-                raise InputError(f"{request.task_name} samples its answers, but only greedy "
-                                 "ones are supported: set do_sample: false in its "
-                                 "generation_kwargs")
+                raise InputError(f"{request.task_name} samples its answers, but only greedy ones "
+                                 "are supported: set do_sample: false in its generation_kwargs")
             if room < 1:
                 raise InputError(f"{request.task_name} asks for {budget} new tokens; the model "
                                  f"allows {self.max_length} in all: set a smaller max_gen_toks in "
@@ -150,10 +142,7 @@ class SplicedLM(TemplateLM):
         return texts
 
     def finished(self, ids, prompt):
-        """The answer in the new tokens, or None if it is not finished.
-
-        A stop string may be the name of a special token.
-        """
+        """The answer in the new tokens, None if unfinished. Stop strings may be special tokens."""
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         stopped = any(stop in text for stop in prompt.stops)
         if not stopped and ids[-1] != self.eot_token_id and len(ids) < prompt.budget:

@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from lorasae.errors import InputError
-from lorasae.evals.common import (as_model, check_latents, count_documents, interval,
-                                  progress)
+from lorasae.evals.common import as_model, check_latents, count_documents, interval, progress
 from lorasae.evals.report import Table, with_interval
 from lorasae.evals.texts import latents_of
 from lorasae.objectives import token_losses
@@ -50,8 +49,7 @@ def steer(x, v, alpha):
 def log_likelihoods(model, texts, layer, v, alphas):
     """Mean log p(token | earlier tokens) of every text [N, T] at every α, fp64 [len(alphas), N].
 
-    The published code reads p(token) one row too late, from the prediction of the next token
-    (run_steering.py:66). The blocks up to `layer` run once for all α.
+    The published code reads p(token) from the row that predicts the next one (run_steering.py:66).
     """
     found = []
     for tokens in texts.to(model.device).split(BATCH):
@@ -92,8 +90,7 @@ def compare(model, layer, v, sets):
             tried = [log_likelihoods(model, sets[side][::2], layer, v, ALPHAS) for side in SIDES]
             alpha = row[f"alpha_{name}"] = tune(*tried)
             for side, d in found.items():
-                unsteered, steered = log_likelihoods(model, sets[side][1::2], layer, v,
-                                                     (0, alpha))
+                unsteered, steered = log_likelihoods(model, sets[side][1::2], layer, v, (0, alpha))
                 d[name] = change(steered, unsteered)
 
     for side, d in found.items():
@@ -106,10 +103,7 @@ def compare(model, layer, v, sets):
 # ---- Latents and texts ---------------------------------------------------------------------------
 
 def windows(text):
-    """The held-out text in pieces -> (tokens [N, 1 + WINDOW], BOS first; the document of each [N]).
-
-    Each piece is from one document, and no two are equal.
-    """
+    """Distinct pieces of one document each: (tokens [N, 1 + WINDOW], BOS first; documents [N])."""
     found = {}                          # {tokens: their document}, in the order of the text
     for chunk, document in zip(text.held_out[:, 1:], text.documents.tolist()):
         for piece in chunk.split(WINDOW):
@@ -130,10 +124,7 @@ def peaks(model, sae, layer, texts):
 
 
 def choose_latents(peak, count=4, least=4 * LEAST):
-    """The `count` latents with the highest mean peak in the texts where they fire; peak [N, M].
-
-    Only latents that fire in at least `least` texts, and in at most a share COMMON, are eligible.
-    """
+    """The eligible latents with the highest mean peak [N, M] over the texts in which they fire."""
     fired = (peak > 0).sum(0)
     eligible = (fired >= least) & (fired <= COMMON * len(peak))
     if not eligible.any():
@@ -164,10 +155,7 @@ def add_options(add):
 
 
 def evaluate(setting, latents=None, examples=100):
-    """Table 4 for the first SAE of a run -> {"layer", "rows": what `compare` returns, per latent}.
-
-    Each row also has "latent" and "example", the first of the latent's positives.
-    """
+    """Table 4 for a run's first SAE: {"layer", "rows": [{"latent", "example", and `compare`'s}]}"""
     model, text = setting.model, setting.text
     layer, sae = next(iter(setting.saes.items()))
     if examples < LEAST:
@@ -202,8 +190,7 @@ def tables(numbers):
     for row in numbers["rows"]:
         cells = [f"latent {row['latent']}", f"{row['alpha_base']:g}", f"{row['alpha_lora']:g}"]
         for found in (row["positive"], row["negative"]):
-            d = found["d"].values()
-            cells += [f"{sum(values) / len(values):+.2f}" for values in d]
+            cells += [f"{sum(values) / len(values):+.2f}" for values in found["d"].values()]
             cells.append(with_interval(found["delta"], found["ci90"], "+.2f"))
             cells += [str(len(found["d"]["base"])), str(found["documents"])]
         rows.append(cells)

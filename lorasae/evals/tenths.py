@@ -2,8 +2,7 @@
 
     python eval.py RUN_DIR --suite tenths           a run of --method topk, jumprelu or e2e
 
-CE and KL with the SAE spliced in, in nats per token of the held-out text, against the seconds and
-tokens of training. Intervals are 90 %, over documents.
+CE and KL with the SAE, in nats per held-out token, by time and tokens; ± 90 % over documents.
 """
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
@@ -16,10 +15,7 @@ TRAINING = {"percent": int, "step": int, "tokens": int, "seconds": float}
 
 
 def evaluate(setting):
-    """{"rows": [{percent, step, tokens, seconds, ce, kl, ci90}]}, in training order.
-
-    Also writes RUN_DIR/tenths/sequences.json.
-    """
+    """{"rows": [{*TRAINING, ce, kl, ci90}]}, in training order. Writes tenths/sequences.json."""
     saes, documents = kept_saes(setting), setting.text.documents
     seen = fidelity.measure(setting.model, setting.saes, batches(setting), saes, others=saes)
     fidelity.write_sequences(setting.folder / "tenths", seen, documents)

@@ -16,8 +16,7 @@ BATCH = 16                                              # texts at a time
 class Cut(NamedTuple):
     """Labelled texts, {class: [str]}, for training and testing; no text is on both sides.
 
-    For SCR there are four quadrants instead of classes: (class, attribute) in the order (P, m),
-    (P, f), (N, m), (N, f).
+    SCR has quadrants (class, attribute) instead, in this order: (P, m), (P, f), (N, m), (N, f).
     """
     train: dict
     test: dict
@@ -30,10 +29,7 @@ class Means(NamedTuple):
 
 
 def tokenise(text, classes):
-    """{class: [str]} -> a list of token ids for each string, at most LENGTH with BOS.
-
-    text: the run's text, for its tokenizer.
-    """
+    """{class: [str]} -> each string's token ids, at most LENGTH with BOS. text: the run's."""
     strings = [string for of_class in classes.values() for string in of_class]
     encodings = text.tokenizer.encode_batch(strings, add_special_tokens=False)
     return [[text.bos, *encoding.ids[:LENGTH - 1]] for encoding in encodings]
@@ -43,8 +39,7 @@ def tokenise(text, classes):
 def activations(model, sae, layer, rows):
     """Yields (indices of rows, tokens [B, T], x [B, T, D]) for all rows of token ids, in batches.
 
-    Rows of similar length share a batch; those of equal length keep their order. They are padded
-    with EOS on the right, where a causal model does not see it.
+    Rows are sorted by length (stably) and padded with EOS on the right, unseen by a causal model.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), BATCH):
@@ -66,8 +61,7 @@ def read_means(model, sae, layer, rows):
     latents = torch.empty(len(rows), len(sae.W_dec), device=model.device)
     for chosen, tokens, x in activations(model, sae, layer, rows):
         counted = ~model.special(tokens)
-        weights = counted / counted.sum(1, keepdim=True).clamp(min=1)
-        weights = weights[:, None]                                              # [B, 1, T]
+        weights = (counted / counted.sum(1, keepdim=True).clamp(min=1))[:, None]        # [B, 1, T]
         residual[chosen] = (weights @ x.float()).squeeze(1)
         latents[chosen] = (weights @ sae.encode(x).float()).squeeze(1)
     return Means(residual, latents)

@@ -28,11 +28,7 @@ def evaluate(setting):
 
 
 def statistics(change, documents):
-    """The numbers of Figure 8 for change [n, T - 1]: nats gained per token, negative if worse.
-
-    from_middle is the part of the improvement that comes from changes of 0.01 to 1 nats. documents:
-    [n] int, the document of each sequence.
-    """
+    """The numbers of Figure 8 for change [n, T - 1]: nats gained per token, negative if worse."""
     change = change.double()
     size, better, worse = change.abs(), change > 0, change < 0
     middle = change * ((size >= MIDDLE[0]) & (size < MIDDLE[1]))

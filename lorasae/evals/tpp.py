@@ -3,20 +3,17 @@
     python eval.py RUN_DIR --suite tpp                        the standard library's packages
     python eval.py RUN_DIR --suite tpp --labelled saebench    professions, products
 
-A_j is the accuracy of the probe for class j against the rest, A_ij the same after ablating the
-latents of class i:
+A_j is the accuracy of class j's probe against the rest, A_ij that after ablating class i's latents:
 
     TPP = mean_i (A_i - A_ii) - mean_{i≠j} (A_j - A_ij)
 
 This is the intended drop minus the unintended one. (The paper's A.2 prints the opposite sign; its
-numbers have this one.) Scores are means over data sets, then the maximum and average over numbers
-of latents.
+numbers have this one.) Scores are means over data sets, then maxima and averages over thresholds.
 """
 import torch
 
 from lorasae.evals import saebench
-from lorasae.evals.concepts import (THRESHOLDS, ablate, concept_probes, over_thresholds,
-                                    strongest)
+from lorasae.evals.concepts import THRESHOLDS, ablate, concept_probes, over_thresholds, strongest
 from lorasae.evals.probes import accuracy, mean_difference, one_against_rest
 
 
