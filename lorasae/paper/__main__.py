@@ -64,14 +64,12 @@ def main(argv=None):
         parts = chosen(study, args.only)
         again = shlex.join(["python", "-m", "lorasae.paper", *words])
         if args.redraw:
-            report(study, parts, {}, again)
-            return
+            return report(study, parts, {}, again)
 
         # List the jobs.
         jobs = all_jobs(job for part in parts for job in part.jobs(study))
         if args.dry_run:
-            show_plan(study, parts)
-            return
+            return show_plan(study, parts)
 
         # Run them. On included models up to four share the cores; otherwise each gets all of them.
         begin(study)

@@ -1,7 +1,6 @@
 """Two experiments beyond the paper. They run only if --only names them.
 
-    MODEL_OR_SAE    adapt the model, finetune its SAE (Karvonen's idea, arXiv 2503.17272), or do
-                    both, on equal tokens
+    MODEL_OR_SAE    adapt the model, finetune its SAE (arXiv 2503.17272) or both, on equal tokens
     RECIPE          the published recipe, and the tuned one on a twelfth of the tokens
 
     python -m lorasae.paper --only model_or_sae,recipe --seeds 6 --out runs/beyond
@@ -33,21 +32,13 @@ def cases(study):
 
 
 def part(name, arms, claims):
-    """A Part that trains every arm in every case.
-
-    arms: study -> {arm: options of train.py}. claims: {claim: (an arm, one that it should beat)}.
-    """
+    """A Part. arms: study -> {arm: options of train.py}; claims: {claim: (an arm, one to beat)}."""
     def training(study, case, arm, seed):
         model, sae = cases(study)[case]
         seed += FIRST_SEED
         folder = "-".join(f"{name} {case} {arm} seed {seed}".replace(",", "").split())
-        return Job(study.folder / "arms" / folder, {
-            "model": model,
-            "sae": sae,
-            "seed": seed,
-            **of_text(study),
-            **arms(study)[arm],
-        })
+        options = {"model": model, "sae": sae, "seed": seed, **of_text(study), **arms(study)[arm]}
+        return Job(study.folder / "arms" / folder, options)
 
     def jobs(study):
         return [training(study, case, arm, seed)

@@ -22,10 +22,7 @@ LORA, MORE = "LoRA after it", "as many seconds of training"
 # ---- The runs ------------------------------------------------------------------------------------
 
 def texts(study):
-    """{text: (the suite that evaluates the arms on it, the one that evaluates the long SAE)}
-
-    "": the training run itself evaluates it.
-    """
+    """{text: (the arms' suite for it, or "" for the training run itself; the long SAE's suite)}"""
     found = {"what is done, on held-out text": ("", "tenths")}
     if study.other_data:
         found["what is done, on other text"] = "elsewhere", "elsewhere"

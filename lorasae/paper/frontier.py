@@ -1,14 +1,12 @@
 """Cross-entropy against training time (§4.2; Figures 1 and 5, Tables 1 and 2).
 
     TopK, e2e       an SAE after each tenth of its training
-    TopK + LoRA     the model adapted to the TopK SAE at that point; its time is the SAE's until
-                    then plus the adapters'
+    TopK + LoRA     the model adapted to that TopK SAE; its time is the SAE's plus the adapters'
 
     python -m lorasae.paper --only fig1,fig5
 
 Times cover training only, not loading or evaluation, and one run at a time. Each method does only
-the work that it needs: TopK stops the model at the SAE's block, and e2e shares the frozen prefix
-with the base model.
+necessary work: TopK stops at the SAE's block, and e2e shares the base model's frozen prefix.
 """
 from pathlib import Path
 
@@ -50,10 +48,8 @@ def fewer(*tokens):
 
 
 def jobs(study):
-    made = []
-    for model in models(study).values():
-        made += [*tenths(study, model).values(), *adapters_of(study, model).values()]
-    return made
+    return [job for model in models(study).values()
+            for made in (tenths(study, model), adapters_of(study, model)) for job in made.values()]
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
@@ -129,6 +125,5 @@ def draw(numbers, figure):
         axes.legend()
 
 
-FRONTIER = Part(
-    "frontier", jobs, measure, draw,
-    own_tables=lambda numbers: [table_of(own) for own in numbers["figures"].values()])
+FRONTIER = Part("frontier", jobs, measure, draw,
+                lambda numbers: [table_of(own) for own in numbers["figures"].values()])

@@ -58,10 +58,7 @@ def run_of(cost, seen, before):
 
 
 def part_of(values, whole, documents):
-    """Values [n] whose mean and interval are those of mean(values) / mean(whole), to first order.
-
-    NaN unless mean(whole) is above 0, by more than its interval if it has one.
-    """
+    """linearised(values, whole); NaN unless mean(whole) is above 0, by more than any interval."""
     mean, half = interval(whole, documents)
     if mean <= (half or 0):
         return whole * math.nan
@@ -100,9 +97,7 @@ def by_x(rows, field):
 
 
 def tables(numbers):
-    """A Table for each axis, with a row for each x: levels and improvement at rank 64, then the gap
-    closed at each rank.
-    """
+    """A Table per axis, a row per x: levels and improvement at rank 64, gap closed at each rank."""
     made = []
     for axis, rows in group(numbers["rows"], "axis").items():
         ranks = group(rows, "rank")
@@ -187,9 +182,7 @@ def adapters_at(study, point):
 
 
 def measure_scaling(study):
-    """Cases: the gap closed at each point; CE at the point's lowest rank - CE at its highest; each
-    trend.
-    """
+    """Cases: each point's gap closed; its CE at the lowest rank - at the highest; each trend."""
     rows, closed, ranks, at_64 = [], {}, {}, {}
     for point in points(study):
         axis, job, at = point.axis, adapters_at(study, point), point.ranks
@@ -222,10 +215,7 @@ def sets(study):
 
 
 def single(study, block):
-    """The Job whose run measures what one SAE alone costs.
-
-    It trains the SAE or, if the SAE is a published one, adapters around it for one step.
-    """
+    """The Job that shows an SAE's cost. It trains it or, if published, adapters for one step."""
     model = study.plan.several or study.model
     if not study.full:
         return new_sae(study, "topk", model, layer=block)
@@ -302,9 +292,7 @@ def jobs_of_one_block(study):
 
 
 def measure_one_block(study):
-    """Cases: the first block's improvement as a share of that of all blocks; improvement from the
-    first block - from the last.
-    """
+    """Cases: improvement from the first block / from all blocks; from the first - from the last."""
     rows, shares, falls = [], [], []
     for seed in study.seeds:
         runs = {x: read(job) for x, job in adapters_by_block(study, seed).items()}

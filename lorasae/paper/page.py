@@ -36,9 +36,7 @@ def page(study, sections, claims, reasons, command):
 
 
 def scale(claim):
-    """The function from a value to its place on a claim's scale, which spans the threshold, the
-    paper's values and all cases with their intervals.
-    """
+    """value -> place on a claim's scale, which spans threshold, paper's values and intervals."""
     values = [claim.threshold, *claim.paper_values]
     for mean, half, _ in claim.cases.values():
         if mean is not None:

@@ -39,9 +39,7 @@ class Part(NamedTuple):
 
     @property
     def words(self):
-        """Title, figures (names for --only: "fig3", "table1"), about, and the picture's caption,
-        which says what its error bars are.
-        """
+        """Title, figures (for --only, such as "fig3"), about, and caption (what error bars are)."""
         return PAPER[self.name]
 
     def tables(self, numbers):
@@ -125,17 +123,13 @@ def table_of_claims(claims):
     """A Table with a row for each claim."""
     rows = [[f"{claim.figure}: {claim.says}", claim.paper, claim.ours, claim.verdict]
             for claim in claims]
-    return Table("Claims and our results (± 90 %)",
-                 ["claim", "paper", "ours", "verdict"], rows)
+    return Table("Claims and our results (± 90 %)", ["claim", "paper", "ours", "verdict"], rows)
 
 
 # ---- Estimates and rows --------------------------------------------------------------------------
 
 def over_seeds(estimates):
-    """The Estimate over seeds, from one Estimate per seed.
-
-    With a single seed, or if all means are equal, it is the first Estimate unchanged.
-    """
+    """The Estimate over seeds, from one for each; the first, unchanged, if all means are equal."""
     means = [mean for mean, *_ in estimates]
     if len(set(means)) == 1:
         return Estimate(*estimates[0])

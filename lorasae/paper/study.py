@@ -19,7 +19,6 @@ from lorasae.io.presets import PRESETS
 from lorasae.runs.commands import Command
 from lorasae.runs.config import SAE_TOKENS, Config
 
-
 STUDIES = tomllib.loads(Path(__file__).with_name("studies.toml").read_text(encoding="utf-8"))
 USUAL, QUICK = STUDIES.pop("usual"), STUDIES.pop("quick")
 PLANS = {name: SimpleNamespace(**{**USUAL, **words}) for name, words in STUDIES.items()}
@@ -92,10 +91,9 @@ def in_words(options):
     """{"l0": 8, "rank": (1, 4), "seed": None} -> ["--l0", "8", "--rank", "1", "4"]"""
     words = []
     for name, value in options.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, (tuple, list)) else [value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+        if value is not None:
+            values = value if isinstance(value, (tuple, list)) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return words
 
 
@@ -108,21 +106,15 @@ def preset_of(model):
 
 
 def new_sae(study, method, model, *, tokens=None, timed=False, **chosen):
-    """The Job that trains an SAE. chosen: its layer, width, and l0 or k, where they are not the
-    defaults.
-    """
+    """The Job that trains an SAE. chosen: its layer, width, and l0 or k, if not the defaults."""
     known = preset_of(model).sae_training
     chosen = {**study.plan.sae, **chosen}
     if "l0" in chosen:
         chosen.pop("k", None)
     chosen["tokens"] = tokens or study.sae_tokens or known.get("tokens", SAE_TOKENS)
     name = "-".join(f"{name}-{value}" for name, value in chosen.items())
-    return Job(study.folder / "saes" / f"{Path(model).name}-{method}-{name}", {
-        "model": model,
-        "method": method,
-        **chosen,
-        **of_text(study),
-    }, timed=timed)
+    options = {"model": model, "method": method, **chosen, **of_text(study)}
+    return Job(study.folder / "saes" / f"{Path(model).name}-{method}-{name}", options, timed=timed)
 
 
 def of_text(study):
@@ -133,8 +125,7 @@ def adapters(study, name, model, sources=None, needs=(), *, tokens=None, seed=Co
              timed=False, **options):
     """The Job that trains adapters, with the paper's optimiser unless the plan names another.
 
-    sources: where their SAEs are; None for the preset's. needs: the Jobs that train these SAEs.
-    options: further options of train.py.
+    sources: of their SAEs; None: the preset's. needs: Jobs that train these. options: of train.py.
     """
     known = preset_of(model).lora
     return Job(study.folder / "adapters" / name, {
@@ -159,8 +150,7 @@ def around(study, name, saes, **options):
 
 def long_sae(study, model=None):
     """The Job of Figures 1 and 5's TopK SAE, which is saved after each tenth of its tokens."""
-    return new_sae(study, "topk", model or study.model, tokens=study.frontier_tokens,
-                   timed=True)
+    return new_sae(study, "topk", model or study.model, tokens=study.frontier_tokens, timed=True)
 
 
 def checkpoint(sae, percent):
@@ -169,9 +159,7 @@ def checkpoint(sae, percent):
 
 
 def around_long(study, seed, adapt, percent=None, model=None, tokens=None, rank=64):
-    """The Job of adapters around the long SAE after `percent` % of its training, by default the
-    last of the plan's percents. adapt: "after" for the blocks after the SAE, or "all".
-    """
+    """Adapters around the long SAE at `percent` % (None: the last). adapt: "after" or "all"."""
     sae, percent = long_sae(study, model), percent or study.plan.percents[-1]
     name = f"{sae.folder.name}-{percent}pct-{adapt}-rank-{rank}-seed-{seed}"
     return adapters(study, name, sae.options["model"], checkpoint(sae, percent), (sae,),
@@ -191,10 +179,7 @@ def around_topk(study, seed):
 
 
 def around_jumprelu(study, seed):
-    """Adapters on the blocks after the preset's JumpReLU SAE (Table 5; in miniature also Table 4).
-
-    On a laptop, adapters around the long SAE instead.
-    """
+    """Adapters after the preset's JumpReLU or a laptop's long SAE (Table 5; miniature: also 4)."""
     if study.laptop:
         return around_long(study, seed, "after")
     return adapters(study, f"jumprelu-seed-{seed}", study.model, tokens=study.long_tokens,
@@ -202,9 +187,7 @@ def around_jumprelu(study, seed):
 
 
 def all_jobs(jobs):
-    """{the file that a Job writes last: Job} for jobs and, before them, all that they need. If
-    several write the same file, the first one counts.
-    """
+    """{file that a Job writes last: the first such Job} for jobs and, before them, their needs."""
     found = {}
 
     def add(jobs):
