@@ -35,13 +35,9 @@ from lorasae.io.files import local
 from lorasae.runs import distributed
 from lorasae.runs.machine import keep_freed_memory
 
-LIMIT = 600                     # seconds for each section of `gpu`
-SECTIONS = {                    # section(device, quick) yields rows {heading: value}
-    "headline": bench_headline,
-    "step": bench_step,
-    "kl": bench_kl,
-    "topk": bench_topk,
-}
+LIMIT = 600                                             # seconds for each section of `gpu`
+# section(device, quick) yields rows {heading: value}
+SECTIONS = {"headline": bench_headline, "step": bench_step, "kl": bench_kl, "topk": bench_topk}
 
 
 def main(argv=None):

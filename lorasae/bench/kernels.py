@@ -20,9 +20,7 @@ K = 64
 # ---- The loss ------------------------------------------------------------------------------------
 
 def bench_kl(device, quick):
-    """KL(base ‖ adapted) and its gradient: one sequence, Gemma-2's vocabulary, a quarter of its
-    width.
-    """
+    """KL and its gradient: one sequence, Gemma-2's vocabulary, a quarter of its width."""
     N, D, V = (64, 32, 4096) if quick else (1024, 576, 256_000)
     yield from race(f"KL, N {N} D {D} V {V}", partial(kl_contenders, N, D, V), device, quick)
 
@@ -59,13 +57,11 @@ def topk_contenders(N, M, device):
     x = torch.randn(N, M, device=device, generator=torch.Generator(device).manual_seed(0))
 
     def contender(function, **how):
-        def take():
-            return function(x, K, **how)
+        take = partial(function, x, K, **how)
 
         def answer():
             values, indices = take()
-            found = x.gather(-1, indices) == values
-            return [values.sort(-1).values, found.float()]
+            return [values.sort(-1).values, (x.gather(-1, indices) == values).float()]
 
         take.answer = answer
         return take
@@ -94,9 +90,7 @@ def step_contenders(N, D, M, device):
 
 
 def sparsify_step(x, W_enc, b_enc, W_dec, b_dec, k):
-    """The usual sparse implementation, EleutherAI/sparsify's: dense pre-activations, torch.topk,
-    and an encoder gradient that adds up the rows of an [N, k, D] tensor.
-    """
+    """EleutherAI/sparsify's step: torch.topk, and an encoder gradient that sums [N, k, D] rows."""
     from sparsify.fused_encoder import fused_encoder
     values, indices, _ = fused_encoder(x - b_dec, W_enc, b_enc, k, "topk")
     return [F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec]

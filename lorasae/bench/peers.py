@@ -1,15 +1,12 @@
 """The LoRA step as others would write it with transformers + peft: the benchmark's peers.
 
     tuned=False     the published recipe unchanged: eager attention, dropout 0.1, an fp32 SAE in
-                    a bf16 model, all logits of both models, and each step waits for its loss and
-                    empties the allocator's cache
+                    bf16, all logits; each step waits for its loss and empties the allocator's cache
     tuned=True      the best these tools can do: no dropout, no waiting, fused AdamW, the fastest
-                    attention that transformers has for the model, the SAE in the model's dtype, and
-                    the head and the KL one chunk of tokens at a time, so that no logits are kept
+                    attention, the SAE in the model's dtype, head and KL by chunks (no logits kept)
 
-Both use this package's SAE and run the whole model twice: without adapters and SAE for the base
-model, then with them. A hook that replaces an activation allows nothing else. Only the benchmark
-imports this file, since transformers and peft are optional.
+Both run the whole model twice, without and with adapters and this package's SAE: a hook that
+replaces an activation allows nothing else. Only the benchmark needs transformers and peft.
 
 Shapes: B batch, T tokens, D d_model, N = B*T.
 """
@@ -30,9 +27,8 @@ CHUNK = 128                                                 # tokens
 class Peer:
     """Calling it takes one step for every `batch` sequences of its tokens [B, T].
 
-    Its answer is the loss of the first step, without dropout, and in fp32 also the gradients (bf16
-    logits give different ones). weights: the frozen Transformer's, whose tensors are shared.
-    adapter: {PEFT's key: tensor}, copied.
+    Its answer is the first step's loss without dropout and, in fp32, the gradients (bf16 logits
+    give others). weights: the frozen Transformer's, shared. adapter: {PEFT's key: tensor}, copied.
     """
 
     def __init__(self, case, weights, adapter, sae, tokens, *, tuned):
@@ -124,9 +120,7 @@ def huggingface(case, weights, attention):
 
 
 def attention_name(config, device):
-    """transformers' fastest exact attention: SDPA has no soft-cap, and FlexAttention no backward on
-    a CPU.
-    """
+    """The fastest exact attention: SDPA has no soft-cap, FlexAttention no backward on a CPU."""
     if config.attn_logit_softcapping is None:
         return "sdpa"
     return "flex_attention" if device == "cuda" else "eager"

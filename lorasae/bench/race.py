@@ -1,6 +1,4 @@
-"""Races between contenders that must give the same answer: the time of each, measured in turns,
-and the memory that one call of each adds.
-"""
+"""Races between contenders with equal answers: the time of each, in turns, and memory of a call."""
 import gc
 import math
 import multiprocessing
@@ -24,8 +22,7 @@ ROUNDS = 5
 
 
 def race(what, build, device, quick, tolerance=None, rounds=ROUNDS):
-    """Yields a row for each contender, ours first: their answers are compared, then all are timed,
-    then the memory of each is measured.
+    """Yields each contender's row, ours first: compares answers, times all, then measures memory.
 
     build(device) -> {name: contender}, the last one ours; `build` is pickled, since another process
     measures memory. A contender is a function. Its answer, a list of tensors, is what it returns
@@ -62,8 +59,7 @@ def answer_of(contender):
 
 
 def compare_answers(what, contenders, tolerance):
-    """Raises RuntimeError if a tensor of an answer is off by more than `tolerance`, relative to the
-    norm of the first contender's.
+    """Raises RuntimeError if a tensor is off by more than `tolerance` relative to the first's norm.
 
     The default is 1e-5, or 1e-4 on CUDA, which adds 256,000 terms in a different order than a CPU.
     """
@@ -135,10 +131,7 @@ class Counting(TorchDispatchMode):
 
 
 class Floor:
-    """A contender that computes only the matrix products of another one's call, on a CPU.
-
-    The first call finds out which they are.
-    """
+    """A contender that does only another's matrix products, on a CPU; the first call finds them."""
 
     def __init__(self, function):
         self.function, self.products = function, None

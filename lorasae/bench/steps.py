@@ -1,7 +1,6 @@
 """Benchmarks of train.py's steps.
 
-    python -m lorasae.bench step        the LoRA step against two peers (peers.py), five ranks in
-                                        one pass against five runs, FLOPs
+    python -m lorasae.bench step        the LoRA step against peers, five ranks in one pass, FLOPs
     python -m lorasae.bench headline    the step of `train.py --model gemma-2-2b`, in detail
 """
 from contextlib import nullcontext
@@ -10,10 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from lorasae.bench.race import (
-    ROUNDS, Floor, matmul_peak, milliseconds, race, synchronise, timed)
-from lorasae.bench.workloads import (
-    REAL, TINY, cases_for, cases_of, flops_per_token, random_setting)
+from lorasae.bench.race import ROUNDS, Floor, matmul_peak, milliseconds, race, synchronise, timed
+from lorasae.bench.workloads import REAL, TINY, cases_for, cases_of, flops_per_token, random_setting
 from lorasae.io.adapters import adapter_state
 from lorasae.io.console import note
 from lorasae.lora import attach_lora, detach_lora
@@ -35,8 +32,7 @@ def bench_step(device, quick):
     name, case = next(iter(cases.items()))
     yield from race(f"five ranks, {name}", partial(sweep_contenders, case), device, quick)
     for name, case in (TINY if quick else REAL).items():
-        # GFLOPs per token: the published recipe's, ours, and ours for each of five adapters in one
-        # pass, which can be about `five_gain` times as fast as five runs.
+        # The recipe, ours, and ours for each of five adapters in a pass, `five_gain` times as fast.
         recipe = sum(flops_per_token(case, recipe=True))
         shared, own = flops_per_token(case)
         ours, of_five = shared + own, shared / 5 + own
@@ -54,9 +50,7 @@ def bench_real(folders, quick):
 
 
 def bench_headline(device, quick):
-    """Speed and memory of the headline step. On a GPU, a warning names every place that waits for
-    it. A table at the end lists launches and the kernels that take most of the time.
-    """
+    """The headline step: speed, memory, a warning for each wait for a GPU, launches and kernels."""
     name, case = next(iter(cases_for(device, quick).items()))
     peak = matmul_peak(device, case.dtype)
     step = Ours(case, *random_setting(case, device), (case.rank,), dropout=0.1)
@@ -99,9 +93,8 @@ class Ours:
         device = tokens.device.type
         if device == "cuda":                            # TF32 for fp32 products, as in train.py
             torch.set_float32_matmul_precision("high")
-        config = Config(
-            batch_size=case.batch, context=case.context, tokens=case.ahead * case.context,
-            ahead=case.ahead, device=device, rank=ranks, dropout=dropout)
+        config = Config(batch_size=case.batch, context=case.context, ahead=case.ahead, rank=ranks,
+                        tokens=case.ahead * case.context, device=device, dropout=dropout)
         detach_lora(model)                              # another contender's adapters
         self.batches = tokens.split(case.batch)
         self.adapters = new_adapters(model, case.blocks, config)
@@ -134,10 +127,7 @@ class Ours:
 
 
 def lora_contenders(case, device):
-    """All share the model, SAE, adapters and tokens. Without transformers or peft, only ours.
-
-    Real models have a further one, "its products": the floor of our step's time.
-    """
+    """All share model, SAE, adapters, tokens. Real models add "its products", our step's floor."""
     model, sae, tokens = random_setting(case, device)
     weights = model.state_dict()
     ours = partial(Ours, case, model, sae, tokens, (case.rank,))
@@ -154,8 +144,7 @@ def lora_contenders(case, device):
         contenders["its products"] = Floor(plain)
     else:
         contenders["lorasae, dropout 0.1"] = ours(dropout=0.1)
-    contenders["lorasae"] = plain
-    return contenders
+    return {**contenders, "lorasae": plain}
 
 
 def sweep_contenders(case, device):

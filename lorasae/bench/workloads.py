@@ -1,5 +1,4 @@
-"""What the benchmark trains: models with real shapes and random weights, their SAEs, and the
-FLOPs of their steps.
+"""What the benchmark trains: random models of real shapes, their SAEs, and their steps' FLOPs.
 
 Shapes: B batch, T tokens, D d_model, M latents, R rank.
 """
@@ -50,11 +49,9 @@ class Case:
 
 def invented(name, shape, **how):
     """{name: Case} for an invented shape, entries of config.json, in both families, in fp32."""
-    cases = {}
-    for family in (GEMMA_2, LLAMA_3):
-        case = Case({**family, **shape}, ahead=2, dtype=torch.float32, **how)
-        cases[f"{name} {family['model_type']}"] = case
-    return cases
+    return {f"{name} {family['model_type']}":
+            Case({**family, **shape}, ahead=2, dtype=torch.float32, **how)
+            for family in (GEMMA_2, LLAMA_3)}
 
 
 WIDTHS = {"gemma-2-2b": 2 ** 14, "llama-3.2-1b": 2 ** 14, "gemma-2-9b": 2 ** 17,
@@ -77,8 +74,7 @@ def cases_for(device, quick):
 def cases_of(folder):
     """{name: Case} for a real model with a random SAE, in two batch shapes.
 
-    Adapters are on the blocks after the SAE and, for a TopK, in further Cases on all blocks. Each
-    call is one step, in fp32.
+    They adapt the blocks after the SAE; a TopK's further Cases adapt all. A call is one fp32 step.
     """
     raw = text_config(folder)
     depth = raw["num_hidden_layers"]
@@ -132,12 +128,10 @@ def random_model(case, device):
 def flops_per_token(case, recipe=False):
     """FLOPs per token of a LoRA step -> (shared, own): of the frozen models, of an adapted model.
 
-    Only matrix products count. A product with a matrix [n, m] takes 2 n m per token. The backward
-    pass takes as much for the gradient of its input and, in an adapter, as much again for that of
-    its weights. A TopK SAE decodes only k rows, which is negligible.
+    Only matrix products count: 2 n m per token for a matrix [n, m]; backward, as many for the
+    input's gradient and, in an adapter, the weights'. A TopK SAE's decoder (k rows) is negligible.
 
-    recipe: whether to count the published recipe's step, which runs the blocks before the SAE for
-    both models, and computes the scores that the causal mask hides.
+    recipe: the published step, which runs the prefix for both models and computes masked scores.
     """
     c, T, R = case.config, case.context, case.rank
     D, inside = c.hidden_size, c.intermediate_size
@@ -153,8 +147,7 @@ def flops_per_token(case, recipe=False):
     head = 2 * D * c.vocab_size
     sae = 2 * D * case.width * (2 if case.kind == "jumprelu" else 1)
 
-    # An adapted model's forward and backward. The input of the first adapted block needs no
-    # gradient.
+    # An adapted model's forward and backward; the first adapted block's input needs no gradient.
     adapted = len(case.blocks)
     unneeded = 2 * D * (queries + 2 * keys) + 3 * 2 * D * R
     own = adapted * (2 * weights + 3 * scores + 3 * adapter) - unneeded + 2 * head
