@@ -15,9 +15,8 @@
     loss_of         its fast version, like adapt.adapted_loss
     take_step       one step on the SAE, with or without adapters
 
-Every decoder row keeps its original norm, so that latents before and after can be compared. This
-costs a JumpReLU nothing: a row's norm and the scale of its latent are the same degree of freedom.
-So an SAE whose rows do not have norm 1 can be finetuned too.
+Every decoder row keeps its norm, which need not be 1, so latents before and after can be compared.
+A JumpReLU loses nothing: a row's norm and its latent's scale are one degree of freedom.
 
 Shapes: B batch, T tokens, D d_model, M latents, N positions that the SAE is trained on.
 """
@@ -43,8 +42,7 @@ ROWS = 256              # positions encoded at once to count active latents
 def combined(name, kl, mse):
     """The objective `kl`, `mse` or `balanced`, from both losses per token.
 
-    The MSE is in units of the activations' variance (the FVU), so that one weight of the L0 penalty
-    suits every model. Raises InputError if there is no KL to balance.
+    The MSE is the FVU: one L0 penalty suits every model. InputError if there is no KL to balance.
     """
     if name == "kl":
         return kl
@@ -58,10 +56,9 @@ def combined(name, kl, mse):
 
 
 def naive_loss(model, saes, tokens, name):
-    """The objective `name` per token, with all logits and in plain autograd.
+    """The objective `name` per token of tokens [B, T], for one SAE, with all logits.
 
-    tokens [B, T]; saes {layer: SAE} with one entry. Autograd gives every gradient except that of a
-    JumpReLU's thresholds, which the formula does not have.
+    Plain autograd gives all gradients but a JumpReLU's thresholds', which the formula lacks.
     """
     (layer, sae), = saes.items()
     kl = adapt.naive_loss(model, saes, tokens) / tokens.numel()
@@ -69,8 +66,7 @@ def naive_loss(model, saes, tokens, name):
     x = model.read(tokens, sae, layer)
     used = used_positions(sae, x, model.special(tokens))
     x = x[used].float()
-    mse = fvu(sae(x), x)
-    return combined(name, kl, mse)
+    return combined(name, kl, fvu(sae(x), x))
 
 
 # ---- What trains, and what stays -----------------------------------------------------------------
@@ -87,8 +83,7 @@ class Reference(NamedTuple):
 def reference_of(sae, x):
     """The Reference of an SAE that will train on activations such as x [N, D].
 
-    A latent's values are in units of 1 / its row's norm, and so is its bandwidth. Raises
-    InputError if no latent is active on x.
+    A latent's values and bandwidth are in units of 1 / its row's norm. InputError if none fires.
     """
     if active_latents(sae, x) == 0:
         raise InputError(f"no latent of the SAE is active at any of {len(x):,} positions, so there "
@@ -100,8 +95,7 @@ def reference_of(sae, x):
 
     original = None
     if sae.gates_train:
-        shared = {id(sae.W_dec): sae.W_dec}             # counting latents does not read it
-        original = deepcopy(sae, shared)
+        original = deepcopy(sae, {id(sae.W_dec): sae.W_dec})    # counting latents does not read it
     return Reference(norms, original, unit, bandwidth)
 
 
@@ -126,18 +120,15 @@ class Trained(NamedTuple):
 def optimizers(trained, config, sae_lr, of_adapters=adamw):
     """Adam for the SAE's matrices and vectors, in two groups, after the adapters' optimiser.
 
-    of_adapters(groups, config) makes the latter. A group's `rate` is its learning rate at the
-    start. A JumpReLU's vectors have the scale of its activations, and so does their rate (see
-    dictionary.begin). Only adapters have weight decay: the sizes of an SAE's rows and thresholds
-    matter.
+    of_adapters(groups, config) makes the latter. A group's `rate` is its initial learning rate. A
+    JumpReLU's vectors and their rate have the scale of its activations (see dictionary.begin). Only
+    adapters have weight decay: the sizes of an SAE's rows and thresholds matter.
     """
     trainable = [parameter for parameter in trained.sae.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trainable if parameter.dim() == 2]
     vectors = [parameter for parameter in trainable if parameter.dim() == 1]
-    groups = [
-        {"params": matrices, "rate": sae_lr},
-        {"params": vectors, "rate": sae_lr * trained.reference.unit},
-    ]
+    groups = [{"params": matrices, "rate": sae_lr},
+              {"params": vectors, "rate": sae_lr * trained.reference.unit}]
     of_sae = torch.optim.Adam(groups, fused=True)
     if not trained.adapters:
         return Optimizers(of_sae)
@@ -154,10 +145,7 @@ def trained_parameters(optimizer):
 # ---- One step ------------------------------------------------------------------------------------
 
 def loss_of(model, trained, part, first, config, world=ALONE):
-    """A FrozenPart, computed without SAEs -> (loss, {name: value}), both per token.
-
-    The loss is differentiable in the adapters and in the SAE. config: objective, compile.
-    """
+    """FrozenPart -> (loss, differentiable in adapters and SAE; {name: value}), both per token."""
     layer, sae, reference = trained.layer, trained.sae, trained.reference
     stand_in = InTraining(sae, part.special, reference.bandwidth)
 
@@ -194,9 +182,8 @@ def loss_of(model, trained, part, first, config, world=ALONE):
 def take_step(model, trained, part, first, optimizer, config, world=ALONE):
     """One optimiser step -> {name: value}: losses per token, gradient norms before clipping.
 
-    As in adapt.take_step, the loss is summed over a sequence's tokens and `clip` bounds the
-    gradient of that sum. Adapters and SAE are clipped separately, each by its own norm, so that the
-    step of one does not depend on the size of the other's gradient.
+    As in adapt.take_step, `clip` bounds the gradient of the sum over a sequence's tokens. Adapters
+    and SAE are clipped separately, so the step of one does not depend on the other's gradient.
     """
     loss, values = loss_of(model, trained, part, first, config, world)
     (loss * part.special.shape[1]).backward()

@@ -33,9 +33,8 @@ def finetune_sae(setting, run, optimizer=adapt.adamw):
     sample = setting.text.sequences(0, SAMPLE)
     kind = Finetuning(model, layer, sae, adapters, config, sample, optimizer, distributed.world())
     size = training.size_of(kind.tensors)
-    training.show({
-        **training.what_trains(config, model, setting.saes, blocks, size),
-        "loss": config.objective + l0_in_words(sae)})
+    training.show({**training.what_trains(config, model, setting.saes, blocks, size),
+                   "loss": config.objective + l0_in_words(sae)})
     training.look_before(setting)
     training.train(run, kind, setting.text)
     if adapters:

@@ -5,8 +5,7 @@
     W ← (1 - η λ) W - 0.2 η √max(out, in) · O   O = `orthogonal(U)`: singular values of about 1
 
 √max(out, in) / 5 gives O the size of an AdamW step, so AdamW's rates fit Muon (arXiv 2502.16982).
-Adapters are many small matrices of a few shapes: all those of one shape are multiplied together, in
-a third of the time of torch.optim.Muon on a CPU.
+Matrices of one shape are multiplied together, in a third of torch.optim.Muon's time on a CPU.
 
 Shapes: N matrices, r their short side, c their long one.
 """
@@ -19,10 +18,7 @@ SMALLEST = 1e-7                                 # least norm to divide by: A's f
 
 
 def muon(groups, config):
-    """The optimiser that trains matrices with Muon and the rest, vectors and scalars, with AdamW.
-
-    It can replace adapt.adamw. groups: PyTorch's parameter groups, each with a list of parameters.
-    """
+    """Muon for matrices, AdamW for the rest; groups as for adapt.adamw, "params" being a list."""
     parts = []
     for matrices in True, False:
         chosen = []
@@ -90,8 +86,7 @@ class Muon(torch.optim.Muon):
 def naive_orthogonal(matrix, steps=5):
     """U = P S Qᵀ -> P S' Qᵀ, S' between 0.6 and 1.3 unless S is far below its largest.
 
-    Newton-Schulz: every step maps the singular values by s ← a s + b s³ + c s⁵, which raises small
-    ones the fastest.
+    Newton-Schulz: each step maps singular values by s ← a s + b s³ + c s⁵; small ones grow fastest.
     """
     a, b, c = COEFFICIENTS
     x = matrix / matrix.norm().clamp(min=SMALLEST)      # no singular value is above 1
