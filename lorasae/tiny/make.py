@@ -86,10 +86,7 @@ def training_stream(tokenizer):
 
 
 def batches(stream, generator):
-    """Yields [BATCH, CONTEXT] without end: a BOS and CONTEXT - 1 tokens in each row.
-
-    Each pass over the text cuts it at a different offset.
-    """
+    """Yields [BATCH, CONTEXT] without end, a BOS in each row. Each pass cuts the text elsewhere."""
     piece = CONTEXT - 1
     while True:
         cut = stream[int(torch.randint(piece, (), generator=generator)):]
@@ -116,11 +113,9 @@ def new_model(raw):
 
 
 def train(model, stream, steps):
-    """Trains in place.
+    """Trains in place: Muon for the blocks' matrices, Adam for the rest; bf16 autocast, compiled.
 
-    Muon for the blocks' matrices, Adam for the embedding and norms; bf16 autocast, compiled.
-    SDPBackend.MATH lets the compiler fuse the formula of attention instead of calling PyTorch's CPU
-    kernel.
+    SDPBackend.MATH lets the compiler fuse attention's formula, in place of PyTorch's CPU kernel.
     """
     @torch.compile
     def step_loss(chunk):
@@ -130,8 +125,7 @@ def train(model, stream, steps):
 
     matrices, others = [], []
     for name, p in model.named_parameters():
-        group = matrices if p.ndim == 2 and "embed_tokens" not in name else others
-        group.append(p)
+        (matrices if p.ndim == 2 and "embed_tokens" not in name else others).append(p)
     muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.Adam(others, betas=(0.9, 0.95))
 

@@ -49,12 +49,8 @@ def save_gemma_scope(sae, folder, l0):
 
 def save_sparsify(sae, folder):
     """Writes a TopK as sparsify's cfg.json and sae.safetensors."""
-    tensors = {
-        "encoder.weight": sae.W_enc,
-        "encoder.bias": sae.b_enc,
-        "W_dec": sae.W_dec,
-        "b_dec": sae.b_dec,
-    }
+    tensors = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc,
+               "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     write_tensors(folder / "sae.safetensors", tensors)
     M, D = sae.W_enc.shape
     write_json(folder / "cfg.json", {
@@ -76,10 +72,9 @@ def one_threshold(sae, x):
 def save_llama_scope(sae, folder, layer, norm, k):
     """Writes a JumpReLU with one θ and decoder rows of norm 1 in Llama Scope's format.
 
-    This inverts read_llama_scope's arithmetic. norm: the mean norm of the activations that the SAE
-    reads, so f = √D / norm. The file's decoder columns have the norms c of the encoder's rows,
-    which the reader multiplies back in: W_e = W_enc / c, b_e = f b_enc / c, W_d = c W_decᵀ,
-    b_d = f b_dec.
+    This inverts read_llama_scope. norm: the mean norm of the activations that the SAE reads, so f =
+    √D / norm. The file's decoder columns have the norms c of the encoder's rows, which the reader
+    multiplies back in: W_e = W_enc / c, b_e = f b_enc / c, W_d = c W_decᵀ, b_d = f b_dec.
     """
     M, D = sae.W_enc.shape
     f, c = math.sqrt(D) / norm, sae.W_enc.norm(dim=1)
