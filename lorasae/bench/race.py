@@ -1,4 +1,6 @@
-"""Races between contenders with equal answers: the time of each, in turns, and memory of a call."""
+"""Races between contenders that must give the same answer: the time of each, measured in turns,
+and the memory that one call of each adds.
+"""
 import gc
 import math
 import multiprocessing

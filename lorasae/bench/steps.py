@@ -32,7 +32,8 @@ def bench_step(device, quick):
     name, case = next(iter(cases.items()))
     yield from race(f"five ranks, {name}", partial(sweep_contenders, case), device, quick)
     for name, case in (TINY if quick else REAL).items():
-        # The recipe, ours, and ours for each of five adapters in a pass, `five_gain` times as fast.
+        # GFLOPs per token: the published recipe's, ours, and ours for each of five adapters in one
+        # pass, which can be about `five_gain` times as fast as five runs.
         recipe = sum(flops_per_token(case, recipe=True))
         shared, own = flops_per_token(case)
         ours, of_five = shared + own, shared / 5 + own

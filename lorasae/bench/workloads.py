@@ -128,10 +128,12 @@ def random_model(case, device):
 def flops_per_token(case, recipe=False):
     """FLOPs per token of a LoRA step -> (shared, own): of the frozen models, of an adapted model.
 
-    Only matrix products count: 2 n m per token for a matrix [n, m]; backward, as many for the
-    input's gradient and, in an adapter, the weights'. A TopK SAE's decoder (k rows) is negligible.
+    Only matrix products count. A product with a matrix [n, m] takes 2 n m per token. The backward
+    pass takes as much for the gradient of its input and, in an adapter, as much again for that of
+    its weights. A TopK SAE decodes only k rows, which is negligible.
 
-    recipe: the published step, which runs the prefix for both models and computes masked scores.
+    recipe: whether to count the published recipe's step, which runs the blocks before the SAE for
+    both models, and computes the scores that the causal mask hides.
     """
     c, T, R = case.config, case.context, case.rank
     D, inside = c.hidden_size, c.intermediate_size

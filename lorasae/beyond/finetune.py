@@ -42,7 +42,8 @@ ROWS = 256              # positions encoded at once to count active latents
 def combined(name, kl, mse):
     """The objective `kl`, `mse` or `balanced`, from both losses per token.
 
-    The MSE is the FVU: one L0 penalty suits every model. InputError if there is no KL to balance.
+    The MSE is in units of the activations' variance (the FVU), so that one weight of the L0 penalty
+    suits every model. Raises InputError if there is no KL to balance.
     """
     if name == "kl":
         return kl
@@ -145,7 +146,7 @@ def trained_parameters(optimizer):
 # ---- One step ------------------------------------------------------------------------------------
 
 def loss_of(model, trained, part, first, config, world=ALONE):
-    """FrozenPart -> (loss, differentiable in adapters and SAE; {name: value}), both per token."""
+    """FrozenPart -> (loss, {name: value}), both per token. Adapters and SAE get gradients."""
     layer, sae, reference = trained.layer, trained.sae, trained.reference
     stand_in = InTraining(sae, part.special, reference.bandwidth)
 

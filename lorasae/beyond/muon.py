@@ -18,7 +18,7 @@ SMALLEST = 1e-7                                 # least norm to divide by: A's f
 
 
 def muon(groups, config):
-    """Muon for matrices, AdamW for the rest; groups as for adapt.adamw, "params" being a list."""
+    """Trains matrices with Muon and the rest with AdamW. groups: as for adapt.adamw, with lists."""
     parts = []
     for matrices in True, False:
         chosen = []

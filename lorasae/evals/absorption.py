@@ -10,8 +10,9 @@ for its first letter. A linear probe finds a direction u for each letter. Logist
 
     z_i W_dec,i · u >= 0.4 x · u >= 0   and   W_dec,i · u / ‖W_dec,i‖ >= 0.025
 
-where i has the largest z_i W_dec,i · u. If both hold, i absorbed the letter. The score is absorbed
-words / words the probe gets right, a mean over letters with a silent word; lower is better.
+where i has the largest z_i W_dec,i · u. If both hold, i has absorbed the letter. A letter's
+rate is absorbed words / words that the probe gets right; lower is better. The score is the mean
+rate over the letters with a silent word.
 
 Shapes: N words, D d_model, M latents, 26 letters.
 """

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from lorasae.errors import InputError
 from lorasae.lora import base
 
-# An interval needs this many effective documents, 1 / Σ h_g². In simulation, 8 or more cover 87 to
-# 93 % if the correlation in a document is at most 0.3 (tests/test_evals.py); under 5 do not.
+# An interval needs this many effective documents, 1 / Σ h_g². In simulation, intervals over 8 or
+# more cover 87 to 93 % if the correlation in a document is at most 0.3 (tests/test_evals.py).
 ENOUGH = 8
 
 

@@ -202,9 +202,11 @@ def read_sequences(folder):
 def summary(results, documents):
     """The numbers of results.json: losses, gap closed, each layer's L0 and explained variance.
 
-    "ci90": half the intervals, None for too few documents; then any rise in CE is a gap to close.
+    "ci90" has half the widths of their intervals, each None if there are too few documents. Then
+    gap_closed is the plain ratio, if the SAEs raise CE at all.
 
-    results: what `measure` returned; "before" is "sae" before training. documents: each sequence's.
+    results: what `measure` returned; "before" in it is "sae" before the SAEs were trained.
+    documents: [n] int, the document of each sequence.
     """
     ce = {name: values["ce"] for name, values in results.items()}
     kl = {name: values["kl"] for name, values in results.items()}

@@ -3,7 +3,7 @@
     python eval.py RUN_DIR --suite lm --tasks local         the default for an included model
 
 Each is named after the benchmark whose form and metrics it has. The included models (2.5M
-parameters) trained on files of Python's standard library, so they are asked how others continue.
+parameters) were trained on the standard library, so the tasks ask how other files of it continue.
 
     local_mmlu              which of four names follows a dot? (MMLU's letters mean nothing to them)
     local_hellaswag         which of four passages comes next?

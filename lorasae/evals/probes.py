@@ -121,8 +121,8 @@ def train_probes(features, train, held=None, *, lr, optimizer=ADAMW, batch, epoc
     features [n, D]; train, held: Task. Each probe minimises the mean cross-entropy of a batch
     + l1 · ‖w‖₁. The seed sets the start and the batches, equal for base and adapted model.
 
-    optimizer: (parameters, lr) -> optimiser. decay: its rate's factor per epoch. pos_weight [P, 1]:
-    of positive texts. patience: a probe that has not improved for so many epochs is finished.
+    optimizer: (parameters, lr) -> optimiser. decay: the factor on its rate per epoch. pos_weight:
+    the weights of positive texts [P, 1]. patience: how many epochs may pass without improvement.
     """
     features = features.float()
     tasks, texts = train.labels.shape

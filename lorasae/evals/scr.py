@@ -11,7 +11,8 @@ professors and female nurses. One concept's latents are ablated; it is tested on
 A_clean is the accuracy of a probe trained on that concept with balanced data. S is 1 if the biased
 probe is cured, 0 if nothing changes. As in SAEBench, a model's score is S for the concept on which
 its biased probe is less accurate: the mean over pairs, then the maximum and average over numbers of
-latents. The difference between the two models compares S for the base model's concept.
+latents. The difference between the two models compares S for the concept on which the base model's
+biased probe is less accurate.
 """
 import torch
 

@@ -1,7 +1,8 @@
 """Our Transformer, with or without SAEs, as a model for the lm-eval package (evals/benchmarks.py).
 
 SplicedLM answers requests exactly as lm-eval's Hugging Face model would in fp32 with
-add_bos_token=True: both families get their training's BOS (the paper's lm-eval gave Llama none).
+add_bos_token=True: both families get the BOS they were trained with (the lm-eval of the paper's
+time gave Llama none).
 
 Shapes: B batch, T tokens, D d_model, V vocabulary, N positions.
 """

@@ -124,7 +124,10 @@ def peaks(model, sae, layer, texts):
 
 
 def choose_latents(peak, count=4, least=4 * LEAST):
-    """The eligible latents with the highest mean peak [N, M] over the texts in which they fire."""
+    """The `count` latents with the highest mean peak in the texts where they fire; peak [N, M].
+
+    Only latents that fire in at least `least` texts, and in at most a share COMMON, are eligible.
+    """
     fired = (peak > 0).sum(0)
     eligible = (fired >= least) & (fired <= COMMON * len(peak))
     if not eligible.any():

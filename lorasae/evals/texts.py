@@ -29,7 +29,7 @@ class Means(NamedTuple):
 
 
 def tokenise(text, classes):
-    """{class: [str]} -> each string's token ids, at most LENGTH with BOS. text: the run's."""
+    """{class: [str]} -> each string's token ids, at most LENGTH with BOS. text: the run's Text."""
     strings = [string for of_class in classes.values() for string in of_class]
     encodings = text.tokenizer.encode_batch(strings, add_special_tokens=False)
     return [[text.bos, *encoding.ids[:LENGTH - 1]] for encoding in encodings]

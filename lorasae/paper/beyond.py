@@ -32,7 +32,10 @@ def cases(study):
 
 
 def part(name, arms, claims):
-    """A Part. arms: study -> {arm: options of train.py}; claims: {claim: (an arm, one to beat)}."""
+    """A Part that trains every arm in every case.
+
+    arms: study -> {arm: options of train.py}. claims: {claim: (an arm, one that it should beat)}.
+    """
     def training(study, case, arm, seed):
         model, sae = cases(study)[case]
         seed += FIRST_SEED

@@ -22,7 +22,10 @@ LORA, MORE = "LoRA after it", "as many seconds of training"
 # ---- The runs ------------------------------------------------------------------------------------
 
 def texts(study):
-    """{text: (the arms' suite for it, or "" for the training run itself; the long SAE's suite)}"""
+    """{text: (the suite that evaluates the arms on it, the one that evaluates the long SAE)}
+
+    "": the training run itself evaluates it.
+    """
     found = {"what is done, on held-out text": ("", "tenths")}
     if study.other_data:
         found["what is done, on other text"] = "elsewhere", "elsewhere"

@@ -19,7 +19,10 @@ TABLE_3 = {"scr": "max", "tpp": "max", "probing": "sae_top_1", "absorption": "ab
 
 
 def part(name, suites, jobs, cases):
-    """A Part of evaluations: suite n shows job n. cases: [results of jobs] -> {claim: its cases}"""
+    """A Part whose jobs are evaluations. Suites and jobs are paired in order, and each suite shows
+    its job's results; a single suite shows the first job's. cases: [results of each job] -> {claim:
+    its cases}.
+    """
     def measure(study):
         found = [job.found() for job in jobs(study)]
         return {"found": found, "cases": cases(found)}

@@ -58,7 +58,10 @@ def run_of(cost, seen, before):
 
 
 def part_of(values, whole, documents):
-    """linearised(values, whole); NaN unless mean(whole) is above 0, by more than any interval."""
+    """Values [n] whose mean and interval are those of mean(values) / mean(whole), to first order.
+
+    NaN unless mean(whole) is above 0, by more than its interval if it has one.
+    """
     mean, half = interval(whole, documents)
     if mean <= (half or 0):
         return whole * math.nan

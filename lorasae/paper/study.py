@@ -125,7 +125,8 @@ def adapters(study, name, model, sources=None, needs=(), *, tokens=None, seed=Co
              timed=False, **options):
     """The Job that trains adapters, with the paper's optimiser unless the plan names another.
 
-    sources: of their SAEs; None: the preset's. needs: Jobs that train these. options: of train.py.
+    sources: where their SAEs are; None for the preset's. needs: the Jobs that train these SAEs.
+    options: further options of train.py.
     """
     known = preset_of(model).lora
     return Job(study.folder / "adapters" / name, {
@@ -159,7 +160,10 @@ def checkpoint(sae, percent):
 
 
 def around_long(study, seed, adapt, percent=None, model=None, tokens=None, rank=64):
-    """Adapters around the long SAE at `percent` % (None: the last). adapt: "after" or "all"."""
+    """Adapters around the long SAE after `percent` % of its training, or all of it (None).
+
+    adapt: "after" for the blocks after the SAE, or "all".
+    """
     sae, percent = long_sae(study, model), percent or study.plan.percents[-1]
     name = f"{sae.folder.name}-{percent}pct-{adapt}-rank-{rank}-seed-{seed}"
     return adapters(study, name, sae.options["model"], checkpoint(sae, percent), (sae,),
@@ -179,7 +183,10 @@ def around_topk(study, seed):
 
 
 def around_jumprelu(study, seed):
-    """Adapters after the preset's JumpReLU or a laptop's long SAE (Table 5; miniature: also 4)."""
+    """Adapters on the blocks after the preset's JumpReLU SAE (Table 5; in miniature also Table 4).
+
+    On a laptop, adapters around the long SAE instead.
+    """
     if study.laptop:
         return around_long(study, seed, "after")
     return adapters(study, f"jumprelu-seed-{seed}", study.model, tokens=study.long_tokens,
@@ -187,7 +194,9 @@ def around_jumprelu(study, seed):
 
 
 def all_jobs(jobs):
-    """{file that a Job writes last: the first such Job} for jobs and, before them, their needs."""
+    """{the file that a Job writes last: Job} for jobs and, before them, all that they need. If
+    several write the same file, the first one counts.
+    """
     found = {}
 
     def add(jobs):

@@ -125,7 +125,8 @@ def train(model, stream, steps):
 
     matrices, others = [], []
     for name, p in model.named_parameters():
-        (matrices if p.ndim == 2 and "embed_tokens" not in name else others).append(p)
+        group = matrices if p.ndim == 2 and "embed_tokens" not in name else others
+        group.append(p)
     muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.Adam(others, betas=(0.9, 0.95))
 
