@@ -124,8 +124,11 @@ class Run:
         state, step = self.newest_checkpoint(), 0
         if state is not None:
             with damage(f"{self.folder}/checkpoint"), torch.no_grad():
-                step = state["step"]
-                for tensor, saved in zip(tensors, state["parameters"], strict=True):
+                step, parameters = state["step"], state["parameters"]
+                if [tensor.shape for tensor in tensors] != [saved.shape for saved in parameters]:
+                    raise InputError(f"{self.folder}/checkpoint belongs to another run: its "
+                                     "tensors have different shapes")
+                for tensor, saved in zip(tensors, parameters):
                     tensor.copy_(saved)
                 optimizer.load_state_dict(state["optimizer"])
                 self.seconds = float(state["seconds"])
