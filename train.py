@@ -3,12 +3,12 @@
     python train.py                                             the included tiny Gemma-2
     python train.py --model gemma-2-2b --layer 12 --rank 64     the paper's headline run
     python train.py --model gemma-2-2b --dry-run                what that would fetch and need
-    python train.py --model llama-3.2-1b --method topk          train an SAE (jumprelu, e2e)
+    python train.py --model llama-3.2-1b --method topk          train an SAE, or --method jumprelu, e2e
     python train.py --method finetune --sae SOURCE              train an existing SAE
     python train.py --train-sae                                 adapters and SAE together
     python train.py --resume runs/tiny-gemma-2-lora             continue an interrupted run
     python train.py --merge runs/tiny-gemma-2-lora              write a Hugging Face checkpoint
-    python train.py --publish RUN_DIR OWNER/NAME                upload it to the Hub, with a card
+    python train.py --publish RUN_DIR OWNER/NAME                upload a run to the Hub, with a card
 
 An option that is not given takes its value from the first of these that has one: the run that
 made the SAE (--sae RUN_DIR), the recipe, the model's preset, the paper. Defaults below are the

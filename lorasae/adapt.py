@@ -3,7 +3,7 @@
 They minimise KL(base ‖ adapted with SAE) = Σ p log(p / q), where p is the base model's
 distribution. The paper writes KL(ŷ, y) (Eq. 7); its code computes the KL given here.
 
-    naive_loss, naive_train         Eq. 7 as written, and its training loop: read these first
+    naive_loss, naive_train         Eq. 7 in plain PyTorch, and the training loop: read these first
     frozen_forward, adapted_loss    the same loss, fast: shared blocks run once; no logits are kept
     take_step                       one optimiser step, clipped as the published code clips
 
@@ -14,7 +14,7 @@ The paper's symbols and their names in the code:
     M, the base model           the model with its adapters switched off, `with base(model):`
     M adapted, with its SAE     the same model, adapters on, SAEs spliced in
     A, B of every W (Eq. 1)     an adapter; `lora_parameters(model)` lists all of them
-    h_1 .. h_i                  the prefix that both models share: blocks before `first_differing`
+    h_1 .. h_i                  blocks 0 .. i - 1, which both models share; i: `first_differing`
     y, ŷ (Eq. 7)                softmax(cap(head(target))), softmax(cap(head(hidden))), in chunks
     (none)                      `part`, a FrozenPart: what the frozen model computes for a step
 
@@ -89,7 +89,7 @@ def frozen_forward(model, saes, tokens, first):
         last = model.run(x, first, len(model.layers))
         target = model.norm(last)
 
-    # Eq. 5, if the prefix ends with an SAE. (An MLP's SAE is in block `first` or later.)
+    # The splice, if the prefix ends with an SAE. (An MLP's SAE is in block `first` or later.)
     special = model.special(tokens)
     if first - 1 in saes:
         x = splice(x, saes[first - 1], special)

@@ -80,7 +80,7 @@ class Positions(NamedTuple):
     """What a block needs to know about the positions of its input."""
     rotary: tuple                       # cos and sin, [T, C] each
     local_rotary: tuple                 # the same for blocks with a window; differs in Gemma 3
-    masks: dict                         # {window: FlexAttention mask}; usually empty
+    masks: dict                         # {window: FlexAttention mask}; empty on a CPU
 
 
 def positions(config, start, x):
@@ -249,7 +249,7 @@ def flex_attention(q, k, v, scale, softcap, mask):
 
 @lru_cache(maxsize=4)
 def flex_mask(T, window, device):
-    """causal_mask with its empty 128 x 128 blocks; cached, as building it takes some 30 kernels."""
+    """causal_mask, and its empty 128 x 128 blocks; cached: building it takes some 30 kernels."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def mask(batch, head, query, key):

@@ -4,7 +4,7 @@ On a CPU, F.linear uses MKL for fp32, which runs at half speed on processors oth
 core of an AMD Zen 5: 110 GFLOP/s; with oneDNN, which also ships with PyTorch, 240). So `linear`
 uses oneDNN where it applies, and F.linear elsewhere. On a first reading, treat it as F.linear.
 
-torch.backends.mkldnn.flags(enabled=False) restores F.linear everywhere.
+`with torch.backends.mkldnn.flags(enabled=False):` uses F.linear everywhere.
 """
 import torch
 from torch import nn

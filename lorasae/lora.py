@@ -67,7 +67,7 @@ class LoRALinear(Linear):
 def add_lora(model, layers, rank, alpha=32, dropout=0.1, targets=TARGETS):
     """Freezes the model and adapts the `targets` of each block in `layers`; returns the model.
 
-    targets: as PEFT's target_modules. alpha is 32 in the paper: the scale falls as the rank grows.
+    targets: the last parts of names. alpha is 32 in the paper: the scale falls as the rank grows.
 
     Raises InputError for blocks or targets the model lacks, a rank below 1, or existing adapters.
     """

@@ -1,4 +1,4 @@
-"""The decoder-only transformer (paper Eq. 2-3) with SAEs spliced into its residual stream (Eq. 5).
+"""The decoder-only transformer (paper Eq. 2-3), SAEs spliced into its residual stream (§3.4).
 
     x = model.embed(tokens)                    [B, T] -> [B, T, D]
     x = model.run(x, 0, depth, saes)           blocks, with the splice in one visible line
@@ -90,7 +90,7 @@ class Transformer(nn.Module):
             mlp_sae = sae if is_in_mlp(sae) else None
             x = self.layers[layer](x, places, cache, mlp_sae, special)
             if sae is not None and mlp_sae is None:
-                x = splice(x, sae, special)                     # Eq. 5
+                x = splice(x, sae, special)                     # §3.4
         return x
 
     def read(self, tokens, sae, layer):

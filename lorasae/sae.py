@@ -20,7 +20,7 @@ START_L0 = 4            # a fresh JumpReLU SAE has this many times its target L0
 class SAE(nn.Module):
     """What all kinds share: x̂ = z W_dec + b_dec  (Eq. 5), with z = encode(x).
 
-    A kind adds two methods, and overrides whatever else differs:
+    A kind adds two methods (bandwidth: the ε of Jump), and overrides whatever else differs:
 
         encode(x)                       x [..., D] -> latents [..., M]
         training_step(x, bandwidth)     x [N, D] -> x̂ [N, D]; the number of tokens on which each
@@ -32,7 +32,7 @@ class SAE(nn.Module):
     no limit). `splice` leaves activations that it was not trained on unchanged.
     site: "resid", a block's output, or "mlp", what its MLP adds to the residual stream.
     """
-    architecture = None                 # SAELens's name of the kind
+    architecture = None                 # the kind it is saved as: topk, jumprelu or standard
     on_special = True
     max_norm = None
     site = "resid"
@@ -84,9 +84,9 @@ class SAE(nn.Module):
 class TopK(SAE):
     """z = TopK(ReLU(W_enc (x - b_dec) + b_enc))  (Eq. 4, Gao et al. 2024): the k largest survive.
 
-    ReLU comes first, so fewer than k may be active. `forward` decodes only the active latents
-    (topk.py); `encode` and `decode` together are the same function, computed densely (in bf16,
-    `encode` selects among rounded pre-activations).
+    ReLU, which only the paper's code has, comes first, so fewer than k may be active. `forward`
+    decodes only the active latents (topk.py); `encode` and `decode` together are the same function,
+    computed densely (in bf16, `encode` selects among rounded pre-activations).
     """
     architecture = "topk"
     l0_is_bounded = True
@@ -167,7 +167,7 @@ KINDS = {"topk": TopK, "jumprelu": JumpReLU}
 # ---- In the model --------------------------------------------------------------------------------
 
 def splice(x, sae, special=None):
-    """Replaces activations x [B, T, D] by their reconstruction (Eq. 5).
+    """Replaces activations x [B, T, D] by their reconstruction (§3.4).
 
     Positions that the SAE was not trained on do not change. special [B, T]: BOS and EOS. (The
     published training does the same, utils.py:606; the published benchmarks spare only position 0.)
@@ -200,7 +200,7 @@ class StandIn:
         return self.function(x)
 
     def __getattr__(self, name):                        # site, on_special, W_dec, ...
-        if name == "sae":                               # a copy starts without one
+        if name == "sae":                               # copy() asks before `sae` is set
             raise AttributeError(name)
         return getattr(self.sae, name)
 

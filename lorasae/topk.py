@@ -60,7 +60,7 @@ def decode(values, indices, W_dec):
 def sae_step(x, W_enc, b_enc, W_dec, b_dec, k):
     """x [N, D] -> reconstruction [N, D], values [N, k], indices [N, k], for training (Eq. 4, 5).
 
-    Equals decode(*encode(x - b_dec, ...), W_dec) + b_dec, but b_dec's gradient needs none of x.
+    Equals decode(*encode(x - b_dec, ...), W_dec) + b_dec, but b_dec's gradient does not need x's.
     """
     values, indices = Encode.apply(x, W_enc, b_enc, b_dec, k)
     x_hat = decode(values, indices, W_dec) + b_dec

@@ -119,6 +119,7 @@ def test_given_options_override_the_preset_and_the_preset_overrides_the_paper():
     assert (config.lr, config.rank, config.layer, config.adapt) == (0.5, (3,), (1,), ())
     assert (config.tokens, config.recipe, config.weight_decay) == (700_000, "tuned", 0.01)
     assert configured(sae=("somewhere",)).adapt == ()   # it depends on the SAE's kind
+    refuses("--field has no effect with --data stdlib", configured, field="content")
 
 
 @pytest.mark.parametrize("given, name", [
@@ -134,7 +135,6 @@ def test_an_option_without_effect_is_refused(given, name):
     method = BOTH if "train_sae" in given else given.get("method", "lora")
     with pytest.raises(InputError, match=f"^{option(name)} has no effect with --method {method}"):
         configured(**{**given, name: True})
-    refuses("--field has no effect with --data stdlib", configured, field="content")
 
 
 def test_a_width_is_a_number_of_latents_or_the_name_of_a_power_of_two(capsys):

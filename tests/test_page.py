@@ -61,7 +61,7 @@ def test_page_says_what_is_missing(study, render):
     real = replace(study, model="gemma-2-2b", seeds=(0,))
     html, text = render(claim(None, half=None), study=real)
     assert "No picture: pip install matplotlib" in text and "<img" not in html
-    assert "1 seed (" in text and "0.4M" not in text
+    assert "Models and token counts are the paper's" in text and "0.4M" not in text
     assert "<circle" not in html.split('class="claim"')[1]
 
 

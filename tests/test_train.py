@@ -189,7 +189,8 @@ def test_an_sae_that_is_useless_or_of_another_model_gives_a_warning(site, tmp_pa
     ("/here/gemma2", ["someone/Gemma2"], ["google/gemma-9", "gemma2-large"]),
     ("gemma-2-2b", ["", None, "gemma-2-2b", "google/gemma-2-2b", "unsloth/gemma-2-2b"],
      ["gemma-2-9b"]),
-    ("google/gemma-2-2b", ["gemma-2-2b"], [])])
+    ("google/gemma-2-2b", ["gemma-2-2b"], []),
+    ("google/gemma-3-1b-pt", ["gemma-3-1b"], [])])
 def test_a_model_can_have_several_names(model, same, others):
     assert all(same_model(name, model) for name in same)
     assert not any(same_model(name, model) for name in others)

@@ -10,11 +10,11 @@
     python -m lorasae.bench gpu             the same, each in a separate process
 
 Contenders take turns, so a busy machine slows all of them; times are medians, with minimum and
-maximum. Answers are compared before anything is timed: a wrong one ends the section. Peak memory is
-what one call adds to its inputs: on a CPU, the resident memory of a fresh process (including the
-libraries' scratch space; Linux only), on a GPU the allocator's. ours_faster is the contender's
-median time over ours, ours_memory is our peak memory over theirs, and utilisation is the FLOP/s of
-a contender over those of a matrix product timed in the same run.
+maximum. Answers are compared before anything is timed (except five ranks': tests do that): a wrong
+one ends the section. Peak memory is what one call adds to its inputs: on a CPU, a fresh process's
+(with the libraries' scratch space; Linux only), on a GPU the allocator's. ours_faster is the
+contender's median time over ours, ours_memory is our peak memory over theirs, and utilisation is
+the FLOP/s of a contender over those of a matrix product timed in the same run.
 
 Each row is printed, and added to the --json file, as soon as it is measured. Models and SAEs are
 random, since speed hardly depends on values; their shapes are real on a GPU and small on a CPU.

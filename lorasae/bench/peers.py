@@ -1,7 +1,7 @@
 """The LoRA step as others would write it with transformers + peft: the benchmark's peers.
 
-    tuned=False     the published recipe unchanged: eager attention, dropout 0.1, an fp32 SAE in
-                    bf16, all logits; each step waits for its loss and empties the allocator's cache
+    tuned=False     the published recipe unchanged: eager attention, dropout 0.1, an fp32 SAE in a
+                    bf16 model, all logits; each step waits for its loss and empties the cache
     tuned=True      the best these tools can do: no dropout, no waiting, fused AdamW, the fastest
                     attention, the SAE in the model's dtype, head and KL by chunks (no logits kept)
 

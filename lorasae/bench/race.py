@@ -50,7 +50,8 @@ def race(what, build, device, quick, tolerance=None, rounds=ROUNDS):
         row = {"what": what, "contender": name, **milliseconds(seconds[name][1:])}
         ours = ours or row
         row["ours_faster"] = row["ms"] / ours["ms"]
-        if not quick and (device == "cuda" or sys.platform == "linux"):
+        measurable = name != "its products" and (device == "cuda" or sys.platform == "linux")
+        if measurable and not quick:
             row["peak_mb"] = peak_memory(build, name, device) / 1e6
             row["ours_memory"] = ours["peak_mb"] / row["peak_mb"]
         yield row

@@ -59,7 +59,7 @@ def bench_headline(device, quick):
     times = [timed(step, device) for _ in range(ROUNDS)]
     row = {"what": f"headline step, {name}", "contender": "lorasae", **milliseconds(times)}
     if device == "cuda":
-        row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        row["allocated_mb"] = torch.cuda.max_memory_allocated() / 1e6
         torch.cuda.set_sync_debug_mode("warn")
         step()
         torch.cuda.set_sync_debug_mode("default")

@@ -18,9 +18,9 @@ SAMPLE = 16                                             # sequences that give th
 
 
 def finetune_sae(setting, run, optimizer=adapt.adamw):
-    """Trains the SAE of a run, with --train-sae also adapters -> the numbers of results.json.
+    """Trains a run's SAE, and its adapters with --train-sae -> the numbers of results.json.
 
-    Their "before" is the original SAE; the gap is always that SAE's. optimizer: for the adapters.
+    "before" is the original SAE; the gap is always measured from it. optimizer: the adapters'.
     """
     model, config = setting.model, setting.config
     (layer, sae), = setting.saes.items()

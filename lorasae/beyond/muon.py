@@ -18,7 +18,7 @@ SMALLEST = 1e-7                                 # least norm to divide by: A's f
 
 
 def muon(groups, config):
-    """Trains matrices with Muon and the rest with AdamW. groups: as for adapt.adamw, with lists."""
+    """Muon for matrices, AdamW for the rest. groups: as for adapt.adamw; each "params" a list."""
     parts = []
     for matrices in True, False:
         chosen = []

@@ -9,7 +9,7 @@ from lorasae.io.models import load_config
 
 TUNED = {"lr_decay": True, "dropout": 0.0}
 TUNED_LR = {"muon": 5e-3, "adamw": 3e-3}
-TUNED_SAE_LR = 4e-4                                     # of an SAE that trains too, by AdamW
+TUNED_SAE_LR = 4e-4                                     # of an SAE that trains too, by Adam
 TUNED_WIDTH, TUNED_DEPTH = 192, 6                       # these rates are for this d_model and depth
 
 # Assumed from the literature. Three sizes of the included Gemma-2 do not contradict them: Muon's

@@ -5,8 +5,8 @@
 
 Chanin et al. 2024. The residual stream x is read at the last token of a word, in a prompt that asks
 for its first letter. A linear probe finds a direction u for each letter. Logistic regressions on 1,
-2, ... latents find those that represent the letter: one more is added as long as F1 gains more than
-0.03. If the probe detects the letter but these are silent, another latent i may represent it:
+2, ... latents find those that represent the letter: one is added as long as that raises F1 by more
+than 0.03. If the probe detects the letter but these are silent, another latent i may represent it:
 
     z_i W_dec,i · u >= 0.4 x · u >= 0   and   W_dec,i · u / ‖W_dec,i‖ >= 0.025
 

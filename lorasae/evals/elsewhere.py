@@ -19,7 +19,7 @@ def add_options(add):
 
 
 def evaluate(setting, data, eval_tokens):
-    """Measures a run's settings, without "before", on other text -> fidelity.summary's numbers."""
+    """Measures a run on other text -> fidelity.summary's numbers; the gap is its trained SAE's."""
     if data is None:
         raise InputError(f"--suite elsewhere needs --data: {SOURCES}, a file or a folder")
     own, config = setting.text, setting.config

@@ -53,8 +53,8 @@ def save_adapter(model, folder, base_model=None):
         targets = {"target_modules": "|".join(names)}
     write_json(Path(folder) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
-        "r": rank, "lora_alpha": round(module.scale * rank, 6), "lora_dropout": module.dropout,
-        "bias": "none",
+        "r": rank, "lora_alpha": float(f"{module.scale * rank:.12g}"),
+        "lora_dropout": module.dropout, "bias": "none",
         **module.peft,
         **targets,
         "inference_mode": True,

@@ -4,7 +4,7 @@
     fields = read_object(path)                                      a dict that remembers its file
     depth = fields.take("num_hidden_layers", int, at_least=1)       errors name the file and the key
 
-A missing file or a full disk is an OSError, which names the file.
+A missing file is an OSError, which names the file; a full disk is an InputError.
 """
 import errno
 import json

@@ -311,7 +311,7 @@ def listing(repo):
             root = snapshot_download(repo, allow_patterns=[], local_files_only=True)
         except LocalEntryNotFoundError:
             raise error from None
-        note(f"cannot list {repo}: choosing among the cached files of {repo}")
+        note(f"cannot reach the Hub: choosing among the cached files of {repo}")
         return sizes_in(Path(root))
 
 

@@ -153,7 +153,8 @@ def read_llama_scope(file, cfg):
     norms = cfg.take("dataset_average_activation_norm", dict)
 
     names = ("encoder.weight", "decoder.weight.T", "encoder.bias", "decoder.bias")
-    parts = parts_of(file, names, None, centred=False, on_special=False, hook=hook)
+    parts = parts_of(
+        file, names, None, centred=False, on_special=False, after_norm=False, hook=hook)
     D = len(parts.b_dec)
     f_in = math.sqrt(D) / norms.take("in", float, above=0)
     f_out = math.sqrt(D) / norms.take("out", float, above=0)

@@ -130,7 +130,8 @@ class Text:
         if key is not None and not re.fullmatch("[0-9a-f]{32}", key):
             raise InputError(f"{path}: {key!r} is not the name of a cache folder: start a new run")
         self.small = key is not None
-        self.place = cache_of(key) if self.small else self.folder
+        in_cache = self.small and may_write(cache_of(key))
+        self.place = cache_of(key) if in_cache else self.folder
         self.shards = read_shards(self.place)
 
     # ---- Reading ---------------------------------------------------------------------------------
@@ -291,8 +292,8 @@ class Text:
         facts = [ORDER, names, self.field, self.tokenizer.to_str(), self.bos, self.eos,
                  self.context, self.eval_tokens, self.seed]
         key = sha256(json.dumps(facts).encode()).hexdigest()[:32]
-        if sum(file.size for file in self.files) > SMALL or not may_write(cache_of(key)):
-            key = None                                  # the shards stay in the run's folder
+        if sum(file.size for file in self.files) > SMALL:
+            key = None                                  # a stream, never written whole
         write_json(self.folder / "text.json", {**record, "files": lines, "key": key})
 
     def _choose_held_out(self):

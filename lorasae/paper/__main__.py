@@ -31,7 +31,7 @@ from lorasae.runs.commands import run_all
 from lorasae.runs.config import Config, full_path
 from lorasae.runs.folder import RUNS
 
-PARTS = (                                               # in the paper's order, between our own
+PARTS = (                               # in the paper's order, with ours at the two ends
     control.CONTROL,
     frontier.FRONTIER,
     gap.SCALING,

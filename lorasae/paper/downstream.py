@@ -40,11 +40,10 @@ def part(name, suites, jobs, cases):
 # ---- SAEBench: Tables 3 and 6 --------------------------------------------------------------------
 
 def saebench_jobs(study):
-    training, seeds = around_topk(study, study.seeds[0]), len(study.seeds)
+    training = around_topk(study, study.seeds[0])
     labelled, words = ("saebench", 8000) if study.full else ("stdlib", 2000)
-    made = [evaluation(training, suite, labelled=labelled, seeds=seeds)
-            for suite in ("scr", "tpp", "probing")]
-    return [*made, evaluation(training, "absorption", words=words, seeds=seeds)]
+    made = [evaluation(training, suite, labelled=labelled) for suite in ("scr", "tpp", "probing")]
+    return [*made, evaluation(training, "absorption", words=words)]
 
 
 def saebench_cases(found):

@@ -111,7 +111,7 @@ class Claim:
 
 
 def by_chance(claims):
-    """(cases with an interval, how many of them would differ by chance if there were no effect).
+    """(cases with an interval, how many would differ by chance if all true values were thresholds).
 
     As many would agree by chance: a 90 % interval misses on each side one time in twenty.
     """

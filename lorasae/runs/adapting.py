@@ -1,7 +1,7 @@
 """A run of --method lora: train the adapters, save them, and measure what they win back.
 
     RUN_DIR/adapter/        the adapters, in PEFT's format; with several ranks or rates, each is in
-                            RUN_DIR/rank-R/ or RUN_DIR/lr-X/, complete run folders themselves
+                            RUN_DIR/rank-R/, lr-X/ or rank-R-lr-X/, complete run folders
     RUN_DIR/results.json    what the SAEs cost, and what the adapters win back (evals/fidelity.py)
     RUN_DIR/sequences.json  the same for every held-out sequence, for paired comparisons of runs
 

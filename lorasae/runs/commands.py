@@ -44,7 +44,7 @@ class Command(NamedTuple):
         return self.words
 
     def line(self):
-        """The same as a shell command for the current directory."""
+        """The shell command that runs it from the current directory."""
         return shlex.join(["python", os.path.relpath(ROOT / self.script), *self.to_run()])
 
 

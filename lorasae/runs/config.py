@@ -126,7 +126,7 @@ class Config:
     max_norm: float = opt(
         10.0, NOT_NEGATIVE,
         "leave out BOS, EOS and activations with norms above this many times the median: attention "
-        "sinks, which make up most of the variance (0: train on all, as published)", SCRATCH)
+        "sinks, which make up most of the variance (0: only what its kind leaves out)", SCRATCH)
 
     rank: tuple = opt(
         (64,), SEVERAL,
@@ -405,7 +405,7 @@ def of_preset(known, model, mode):
     """The fields that a model's preset sets; without a preset, text that is always available."""
     if known is None:
         holds = load_config(model).max_position_embeddings
-        return {"data": "stdlib", "context": min(Config.context, holds)}
+        return {"data": "stdlib", "eval_tokens": 50_000, "context": min(Config.context, holds)}
     own = {"layer": (known.layer,), **known.common}
     own |= known.sae_training if mode in SCRATCH else known.lora
     own |= {"e2e": known.e2e, "finetune": known.finetune}.get(mode, {})

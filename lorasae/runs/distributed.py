@@ -37,9 +37,9 @@ def start(config):
     if size > 1 and not dist.is_initialized():
         if device.type == "cuda" and "LOCAL_RANK" not in os.environ:
             raise InputError("LOCAL_RANK is not set: start the processes with torchrun")
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         except (ValueError, RuntimeError) as error:
             raise InputError(

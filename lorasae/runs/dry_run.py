@@ -43,7 +43,7 @@ The included models, tiny-*, need no download and 10 MB."""
 
 
 def dry_run(config):
-    """Prints a run's plan; refuses what the run itself would refuse."""
+    """Prints a run's plan; refuses what can be seen without loading the model."""
     model_config = load_config(config.model)
     check_context(config, model_config)
     if config.data not in text.NAMED:
@@ -65,10 +65,11 @@ def dry_run(config):
         if all(file.cached for file in of_sae):
             saes[layer] = describe(source, **config.which(layer))
             check_sae(config, saes[layer], model_config)
-        else:                                           # the paper's public SAEs are JumpReLUs
+        else:                                           # TopK if sparsify's, otherwise JumpReLU
             width = config.width or latents_in(of_sae, model_config)
+            kind = TopK if of_sae[0].path.endswith("sae.safetensors") else JumpReLU
             with meta:
-                saes[layer] = JumpReLU(model_config.hidden_size, width)
+                saes[layer] = kind(model_config.hidden_size, width)
 
     # Find what would train.
     with meta:
@@ -116,8 +117,8 @@ def in_words(bytes):
 
 
 def latents_in(files, model_config):
-    """The latents of an SAE that is not fetched yet, from its size, assuming bfloat16."""
-    return sum(file.bytes for file in files) // (4 * model_config.hidden_size) // 1024 * 1024
+    """The latents of an SAE that is not fetched yet, from its size, assuming float32."""
+    return sum(file.bytes for file in files) // (8 * model_config.hidden_size) // 1024 * 1024
 
 
 def memory(model_config, config, widths, first):

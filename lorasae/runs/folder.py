@@ -152,8 +152,8 @@ class Run:
                 if ZipFile(path).testzip():             # torch.load does not notice flipped bits
                     raise ValueError("its bytes do not match their checksums")
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as damage:                 # a damaged file can raise anything
-                note(f"warning: {path} is damaged ({first_line(damage)}): trying the one before "
+            except Exception as error:                  # a damaged file can raise anything
+                note(f"warning: {path} is damaged ({first_line(error)}): trying the one before "
                      "it, or starting over")
                 if self.writes:
                     path.rename(path.with_suffix(".damaged"))

@@ -1,8 +1,8 @@
-"""A run's machine settings: threads, memory, and the library for matrix products on a CPU.
+"""A run's machine settings: threads, and the library for matrix products on a CPU.
 
     config = settled(config)        chooses what the Config leaves open, and applies it all
 
-Each can change the last bits of a result, so a run records them, and a resumed run reuses them.
+Both can change the last bits of a result, so a run records them, and a resumed run reuses them.
 """
 import ctypes
 import os
@@ -18,7 +18,7 @@ import torch
 from lorasae.linear import linear
 from lorasae.runs import distributed
 
-CLEARLY = 1.3           # MKL must be this many times faster, so that repeated runs agree
+CLEARLY = 1.3           # MKL must be this many times faster, so that noise decides nothing
 LOOK = 0.2              # seconds spent watching other work on the cores
 SIZE, ROUNDS = 1024, 5  # of the matrix products that are timed: 0.1 s in all
 

@@ -7,7 +7,7 @@ The repository gets what others need to use the run, and a record of its results
 
     README.md                   the card, made from card.md
     adapter_config.json         the adapters in PEFT's format, with adapter_model.safetensors; in
-                                rank-R/ or lr-X/ if there are several
+                                rank-R/, lr-X/ or rank-R-lr-X/ if there are several
     sae/                        the SAE in SAELens's format, if the run trained it
     run/                        config.json and results.json
 

@@ -1,4 +1,4 @@
-"""A run of --method topk, jumprelu or e2e: train the SAE, save it every tenth, measure it.
+"""A run of --method topk, jumprelu or e2e: train the SAE, save it after each tenth, measure it.
 
     RUN_DIR/sae-10pct ... RUN_DIR/sae   the SAE after each tenth of the steps, in SAELens's format,
                                         with a training.json: percent, step, tokens, seconds so far
@@ -15,6 +15,7 @@ from lorasae.errors import InputError
 from lorasae.evals.common import batches
 from lorasae.io.files import write_json
 from lorasae.io.saes import save_sae
+from lorasae.lora import base
 from lorasae.runs import distributed, training
 from lorasae.runs.config import BY_K
 
@@ -99,8 +100,9 @@ def numbers_of(results, setting, sae):
     model, layer, found = setting.model, setting.config.layer[0], results["sae"]
     fired = torch.zeros_like(sae.b_enc, dtype=torch.bool)
     for tokens in batches(setting):
-        x = model.read(tokens.to(model.device), sae, layer).flatten(0, 1)
-        for rows in x.split(1024):
+        with base(model):
+            x = model.read(tokens.to(model.device), sae, layer)
+        for rows in x.flatten(0, 1).split(1024):
             fired |= (sae.encode(rows) > 0).any(0)
     dead = 1 - fired.float().mean().item()
     return {"fvu": 1 - found["ev"][layer], "l0": found["l0"][layer], "dead_latents": dead}

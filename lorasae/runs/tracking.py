@@ -10,7 +10,7 @@ from lorasae.errors import InputError
 
 @contextmanager
 def tracked(run):
-    """Inside the `with`, tracks the run under its folder's name if its config has `track`.
+    """Inside the `with`, tracks the run under its folder's path if its config has `track`.
 
     A resumed run continues in the same trackio run. With several processes, only the first tracks.
     """

@@ -20,7 +20,7 @@ import torch
 from lorasae.evals import fidelity
 from lorasae.evals.report import percent
 from lorasae.io.console import note, progress_line
-from lorasae.io.presets import preset
+from lorasae.io.presets import PRESETS, preset
 from lorasae.runs import distributed
 from lorasae.runs.config import BY_K, joined
 from lorasae.runs.folder import ends_a_tenth
@@ -196,6 +196,7 @@ def same_model(name, model):
     """Whether a model's name in an SAE's file can mean this model; True if there is no name."""
     known = preset(model)
     names = [model, known.repo, known.mirror or ""] if known else [model]
+    names += [key for key, other in PRESETS.items() if other is known]
     last_parts = {Path(other).name.lower() for other in names}
     return not name or Path(name).name.lower() in last_parts
 

@@ -11,7 +11,7 @@ Llama-3's rotary scaling is scaled down from the real 8192 to 64.
 The text is the .py files of Python's standard library. The tokenizer is trained on the training
 files only; the models also read the library's tests, three times as much text. `text.held_out`
 decides by a file's path, tests included, whether it is held out, so no file is on both sides.
-Losses are measured on the first 50,000 held-out tokens, the ones that train.py evaluates on. Each
+Losses are measured on 50,000 held-out tokens, the ones that train.py evaluates on. Each
 run ends with a learning rate of zero and keeps the last weights: held-out text decides nothing.
 
 The folder of each model gets config.json, model.safetensors (bf16), tokenizer.json, and MADE.json,
