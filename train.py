@@ -3,7 +3,7 @@
     python train.py                                             the included tiny Gemma-2
     python train.py --model gemma-2-2b --layer 12 --rank 64     the paper's headline run
     python train.py --model gemma-2-2b --dry-run                what that would fetch and need
-    python train.py --model llama-3.2-1b --method topk          train an SAE, or --method jumprelu, e2e
+    python train.py --model llama-3.2-1b --method topk          train an SAE; also jumprelu, e2e
     python train.py --method finetune --sae SOURCE              train an existing SAE
     python train.py --train-sae                                 adapters and SAE together
     python train.py --resume runs/tiny-gemma-2-lora             continue an interrupted run
