@@ -82,7 +82,7 @@ def evaluate(name, setting, args):
     """Runs one suite on a run and writes its numbers."""
     if setting.config.method != "lora" and name not in WITHOUT_ADAPTERS:
         raise InputError(f"{setting.folder} trained an SAE and has no adapter, so --suite {name} "
-                         f"has nothing to compare: use --suite fidelity or elsewhere")
+                         "has nothing to compare: use --suite fidelity or elsewhere")
     options = {option: getattr(args, option) for option in options_of(name)}
     numbers = SUITES[name].evaluate(setting, **options)
     write_json(setting.folder / f"eval-{name}.json", numbers)

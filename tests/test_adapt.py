@@ -44,7 +44,7 @@ def loss_of(model, saes, tokens, compile=False):
     ({0: "topk", 2: "topk"}, [1, 2, 3]), ({3: "topk"}, [0, 1, 2, 3]), ({2: "topk"}, [0]),
     ({0: "jumprelu", 2: "topk"}, [1, 3]), ({0: "topk", 1: "jumprelu"}, [2, 3]),
     ({0: "jumprelu", 3: "jumprelu"}, [1])], ids=str)
-@pytest.mark.parametrize("on_special", [False, True])
+@pytest.mark.parametrize("on_special", [False, True, None])             # None: by kind
 def test_a_step_has_the_value_and_every_gradient_of_the_naive_loss(
         model, text, kinds, blocks, on_special):
     saes = {layer: random_sae(kind, model, seed=layer, on_special=on_special)

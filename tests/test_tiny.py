@@ -29,6 +29,11 @@ def held_out_tokens(folder, count):
         return text.held_out
 
 
+def test_the_shipped_model_is_as_large_as_a_new_one(folder):
+    new = make.new_model(read_json(folder / "config.json"))
+    assert sum(p.numel() for p in new.parameters()) == read_json(folder / "MADE.json")["parameters"]
+
+
 def test_transformers_loads_the_shipped_folder_and_gives_the_same_logits(folder):
     oracle = transformers_model(folder, dtype=torch.float32)
     tokens = held_out_tokens(folder, 512)  # 256 positions: past window and start of rotary scaling

@@ -10,7 +10,7 @@
     python -m lorasae.bench gpu             the same, each in a separate process
 
 Contenders take turns, so a busy machine slows all of them; times are medians, with minimum and
-maximum. Answers are compared before anything is timed (except five ranks': tests do that): a wrong
+maximum. Answers are compared before anything is timed (of five ranks only in the tests): a wrong
 one ends the section. Peak memory is what one call adds to its inputs: on a CPU, a fresh process's
 (with the libraries' scratch space; Linux only), on a GPU the allocator's. ours_faster is the
 contender's median time over ours, ours_memory is our peak memory over theirs, and utilisation is

@@ -43,7 +43,7 @@ The included models, tiny-*, need no download and 10 MB."""
 
 
 def dry_run(config):
-    """Prints a run's plan; refuses what can be seen without loading the model."""
+    """Prints a run's plan; refuses mistakes that show without loading the model."""
     model_config = load_config(config.model)
     check_context(config, model_config)
     if config.data not in text.NAMED:
