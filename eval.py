@@ -15,6 +15,7 @@ Each writes RUN_DIR/eval-NAME.json and, if the paper has a figure for it, RUN_DI
 evaluate(setting, ...) returns a plain dict; its other parameters are command-line options, declared
 by add_options; tables and draw show the dict.
 """
+import shlex
 from inspect import signature
 
 from lorasae.errors import InputError
@@ -100,7 +101,7 @@ def show(name, folder):
     print(shown)
     print(path, flush=True)
     if hasattr(suite, "draw"):
-        again = f"python eval.py {folder} --suite {name} --draw"
+        again = shlex.join(["python", "eval.py", str(folder), "--suite", name, "--draw"])
         with damage(path):
             save_figure(suite.draw, numbers, path.with_suffix(".png"), again)
 

@@ -76,8 +76,8 @@ def arguments(argv):
     for alone, besides in ALONE.items():
         extra = vars(args).keys() - {alone, *besides}
         if alone in args and extra:
-            parser.error(f"--{alone} takes every other argument from the run's config.json: leave "
-                         f"out {option(min(extra))}")
+            parser.error(f"--{alone} takes the run's settings from its config.json: leave out "
+                         f"{option(min(extra))}")
     return args
 
 

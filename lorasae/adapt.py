@@ -18,7 +18,7 @@ The paper's symbols and their names in the code:
     y, ŷ (Eq. 7)                softmax(cap(head(target))), softmax(cap(head(hidden))), in chunks
     (none)                      `part`, a FrozenPart: what the frozen model computes for a step
 
-A layer is a block's number, counted from 0.
+A layer is a block's number, counted from 0. `config` holds train.py's options (runs/config.py).
 Shapes: B batch, T tokens, D d_model, S adapted models trained side by side.
 """
 from collections.abc import Callable
@@ -66,7 +66,7 @@ class FrozenPart(NamedTuple):
     """Outputs of the frozen model that one training step uses."""
     x: torch.Tensor                 # [B, T, D] the prefix's output, spliced if it ends with an SAE
     target: torch.Tensor | None     # [B, T, D] base model after the final norm; None if not needed
-    special: torch.Tensor           # [B, T] bool: BOS and EOS positions
+    special: torch.Tensor           # [B, T] bool: BOS and EOS, which some SAEs leave unchanged
 
 
 def first_differing(model, saes):
@@ -82,7 +82,7 @@ def first_differing(model, saes):
 
 @torch.no_grad()
 def frozen_forward(model, saes, tokens, first):
-    """Runs the base model: tokens [B, T] -> FrozenPart. `first` is first_differing(model, saes)."""
+    """Runs the base model: tokens [B, T] -> FrozenPart, whose x is the input of block `first`."""
     with base(model):
         # The shared prefix, then the rest of the base model, without SAEs.
         x = model.run(model.embed(tokens), 0, first)

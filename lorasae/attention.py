@@ -1,7 +1,7 @@
 """Layers that all model families share: rotary embeddings, causal attention, and the gated MLP.
 
-naive_attention is the formula; `attention` computes it with the fastest exact kernel. The rest of
-the file is those kernels, and the key-value cache for generating text.
+naive_attention is the formula; `attention` computes it with the fastest exact kernel, one of the
+three below it. The key-value cache for generating text comes last.
 
 Shapes: B batch, T query positions, S key positions (S >= T; the queries are the last T), H heads,
 G key-value heads, C head_dim, D d_model.
@@ -235,7 +235,7 @@ def flex_attention(q, k, v, scale, softcap, mask):
     """naive_attention with FlexAttention: products and soft-cap in one kernel; skips masked blocks.
 
     kernel_options asks for the training kernel: below 128 queries, PyTorch picks the decoding one,
-    which lacks two query heads per key-value head (every Gemma-2; pytorch/pytorch#185349).
+    which fails with two query heads per key-value head (every Gemma-2; pytorch/pytorch#185349).
     """
     from torch.nn.attention import flex_attention as flex
 
@@ -252,10 +252,8 @@ def flex_mask(T, window, device):
     """causal_mask, and its empty 128 x 128 blocks; cached: building it takes some 30 kernels."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def mask(batch, head, query, key):
-        return sees(query, key, window)
-
-    return create_block_mask(mask, None, None, T, T, device=device)
+    return create_block_mask(lambda batch, head, query, key: sees(query, key, window),
+                             None, None, T, T, device=device)
 
 
 # ---- Generating text -----------------------------------------------------------------------------

@@ -77,24 +77,21 @@ class Config:
 MADE = ("rope_scaling", "local_rope_theta", "with_vision")      # not copied from the file
 
 
-def defaults(config):
-    """{key: its dataclass field} for the keys that have a default in a family's Config."""
-    return {known.name: known for known in fields_of(config)
-            if known.default is not MISSING and known.name not in MADE}
-
-
 def common(fields, config):
     """{key: value} for the sizes, and for the keys that have a default in a family's Config."""
     fields.take("num_hidden_layers", int, below=1001)
     values = {key: fields.take(key, int, at_least=1) for key in SIZES}
-    for key, known in defaults(config).items():
-        kind, *others = get_args(known.type) or (known.type,)
+    for known in fields_of(config):
+        key = known.name
+        if known.default is MISSING or key in MADE:
+            continue
+        kind, *others = get_args(known.type) or (known.type,)    # int | None -> int, [NoneType]
         bounds = {} if kind is bool else {"above": 0}
         if key.endswith("token_id"):
             bounds = {"at_least": 0, "below": values["vocab_size"]}
             if isinstance(fields.get(key), list) and fields[key]:
                 fields[key] = fields[key][0]            # the first (chat models have two EOS)
-        may_be_null = others and key in fields
+        may_be_null = others and key in fields          # null is None; absent, the default
         default = None if may_be_null else known.default
         values[key] = fields.take(key, kind, default, **bounds)
 

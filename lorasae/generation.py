@@ -17,7 +17,7 @@ def generate(model, tokens, count, saes={}, temperature=0, generator=None, lengt
     """Continues prompts [B, T] by up to `count` tokens -> [B, T + count or less], padded with EOS.
 
     saes: {layer: SAE}; they act on the new positions too. temperature: 0 takes the likeliest token;
-    any other value samples, using `generator` (a torch.Generator) if given.
+    any other value samples, using `generator` (a torch.Generator on the model's device) if given.
 
     lengths: the length of each prompt, if they differ. stop(row, ids): whether a row ends after
     these new ids; by default, it ends at EOS (config.json's first).
@@ -37,7 +37,7 @@ def generate(model, tokens, count, saes={}, temperature=0, generator=None, lengt
         logits = fp32_logits(model, x[:, -1])
 
         for row, token in enumerate(pick(logits, temperature, generator)):
-            if row in ended:
+            if row in ended or count == 0:
                 rows[row].append(eos)
             elif position >= lengths[row]:
                 rows[row].append(token)

@@ -1,8 +1,8 @@
 """y = x Wᵀ + b, for the linear layers of the model, the SAE and the loss. Its twin is F.linear.
 
-On a CPU, F.linear uses MKL for fp32, which runs at half speed on processors other than Intel's (one
-core of an AMD Zen 5: 110 GFLOP/s; with oneDNN, which also ships with PyTorch, 240). So `linear`
-uses oneDNN where it applies, and F.linear elsewhere. On a first reading, treat it as F.linear.
+On a CPU, F.linear uses MKL for fp32, which is slow on some processors (one core of an AMD Zen 5:
+110 GFLOP/s; with oneDNN, which also ships with PyTorch, 240; on Zen 4 the two are close). So
+`linear` uses oneDNN where it applies, and F.linear elsewhere. At first, read it as F.linear.
 
 `with torch.backends.mkldnn.flags(enabled=False):` uses F.linear everywhere.
 """

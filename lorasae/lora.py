@@ -96,7 +96,7 @@ def add_lora(model, layers, rank, alpha=32, dropout=0.1, targets=TARGETS):
 
 
 def projections(module, kind=nn.Linear):
-    """{name: layer} of every linear layer inside a module, or of those of a kind, in its order."""
+    """{name: layer} of a module's linear layers, or only those of one kind, in its order."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, kind)}
 
 

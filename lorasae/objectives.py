@@ -38,7 +38,7 @@ def linear_kl(target, hidden, weight, softcap=None, compiled=False):
 
     target [..., D] is the base model's; it and weight [V, D] get no gradient. hidden [..., D] is
     the adapted model's, or [S, ..., D] for S models. They share the base model's logits; each
-    result is bitwise that of its own call. compiled: fuses the elementwise part into two kernels.
+    result is bitwise that of its own call. compiled: compile the elementwise part.
 
     Returns the *sum* over tokens, in nats, fp32: a scalar, or [S] if S > 1. Peak memory is a few
     chunks of logits. Logits and softmax are fp32 even for bf16 weights: at a KL of 0.02,

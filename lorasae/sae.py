@@ -29,7 +29,7 @@ class SAE(nn.Module):
     W_enc, W_dec [M, D]; b_enc [M]; b_dec [D]. k: the number of active latents, for the kinds that
     fix it. on_special: whether the SAE was trained on BOS and EOS (None: the default of its kind).
     max_norm: the largest activation norm that it was trained on; attention sinks exceed it (None:
-    no limit). `splice` leaves activations that it was not trained on unchanged.
+    no limit). `splice` leaves activations that the SAE was not trained on unchanged.
     site: "resid", a block's output, or "mlp", what its MLP adds to the residual stream.
     """
     architecture = None                 # the kind it is saved as: topk, jumprelu or standard

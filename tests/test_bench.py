@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import command, refusal
 from lorasae import adapt, attention, objectives, topk
 from lorasae.bench import kernels, race, steps
-from lorasae.bench.__main__ import SECTIONS
+from lorasae.bench.__main__ import LIMIT, SECTIONS
 from lorasae.bench.race import peak_memory
 from lorasae.bench.workloads import TINY, flops_per_token, random_setting
 from lorasae.linear import linear
@@ -94,11 +94,11 @@ def test_gpu_runs_each_section_as_a_command_even_if_others_fail(tmp_path, monkey
     started, run, path = [], subprocess.run, tmp_path / "gpu.jsonl"
 
     def spy(words, **how):
-        if how != {"timeout": 600, "check": True}:
+        if how != {"timeout": LIMIT, "check": True}:
             return run(words, **how)                    # PyTorch's report on the machine
         started.append(words[3])
         if words[3] == "headline":
-            raise subprocess.TimeoutExpired(words, 600)
+            raise subprocess.TimeoutExpired(words, LIMIT)
         return run(words if words[3] == "kl" else ["false"], check=True)
 
     monkeypatch.setattr(subprocess, "run", spy)
@@ -156,7 +156,7 @@ def test_a_wrong_step_stops_the_benchmark_before_anything_is_timed(monkeypatch, 
     monkeypatch.setattr(race, "timed", None)
     monkeypatch.setattr(steps, "matmul_peak", lambda *_: 1.0)
     with pytest.raises(RuntimeError, match="step, tiny gemma2: lorasae.* disagrees with official"):
-        next(steps.bench_step("cpu", quick=True))
+        list(steps.bench_step("cpu", quick=True))
 
 
 # ---- FLOPs and memory ----------------------------------------------------------------------------

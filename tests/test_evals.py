@@ -278,7 +278,8 @@ def test_the_gap_closed_is_undefined_if_there_is_no_gap(costs, said):
 
 @pytest.mark.parametrize("after, closed, kl_closed, won_back", [
     (dict(sae=([1.8, 2.8, 3.8], [0.9] * 3), adapted=([1.6, 2.6, 3.6], [0.6] * 3)), 0.4, 0.4, 0.25),
-    (dict(sae=([1.7, 2.7, 3.7], [0.8] * 3)), 0.3, 0.2, None)])     # with adapters; only the SAE
+    (dict(sae=([1.7, 2.7, 3.7], [0.8] * 3)), 0.3, 0.2, None),      # with adapters; only the SAE
+    (dict(sae=([1, 2, 3], [0.8] * 3), adapted=([0.9, 1.9, 2.9], [0.6] * 3)), 1.1, 0.4, None)])
 def test_the_gap_is_that_of_the_original_sae(after, closed, kl_closed, won_back, capsys):
     numbers = fidelity.summary(results_of(
         base=([1, 2, 3], [0] * 3), before=([2, 3, 4], [1] * 3), **after), NINE)

@@ -43,7 +43,7 @@ GEMMA3_CAPPED = {**GEMMA3, "final_logit_softcapping": 3.0}
                                        "gemma-3", "gemma-3-older", "gemma-3-capped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_logits_equal_transformers(raw, dtype, tmp_path, monkeypatch):
-    """200 positions: twelve sliding windows, three times the length where rotary scaling begins.
+    """200 positions: twelve sliding windows, thrice the original context of rotary scaling.
 
     fp32 goes through the fused attention kernel. In bf16 every rounding counts, so both sides run
     the written-out formula.

@@ -93,7 +93,7 @@ def test_saebench_claims_come_from_table_3():
     found = [{"seeds": 3, "rows": dict.fromkeys(paper, row)} for _, paper, _ in papers.values()]
     claims = claims_of(downstream.SAEBENCH, downstream.saebench_cases(found))
     for name, claim in zip(papers, claims.values(), strict=True):
-        assert name in claim.says and claim.verdict == "agrees"
+        assert name in claim.says.lower() and claim.verdict == "agrees"
         assert claim.cases == {name: (0.02, 0.01, "3 seeds of the evaluation")}
 
 

@@ -220,7 +220,7 @@ LATE = (                                                # --dry-run does not fin
     (["--data", ""], "there is no file or folder : expected"),
     (["--context", 10 ** 6], "--context 1000000 is too long for"),
     (["--eval-tokens", "1M"], LATE[1]),
-    (["--out", "taken"], "--resume taken alone"), (["--out", "mine"], "mine is not empty"),
+    (["--out", "taken"], "--resume taken continues"), (["--out", "mine"], "mine is not empty"),
     (["--out", "empty.txt/run"], LATE[4]),
 ])
 def test_mistakes_are_one_line_and_leave_no_files(site, tmp_path, monkeypatch, change, message):
@@ -251,7 +251,7 @@ def test_mistakes_are_one_line_and_leave_no_files(site, tmp_path, monkeypatch, c
     (["--method", "magic"], "--method: invalid choice: 'magic'"),
     (["--tok", "5"], "unrecognized arguments: --tok 5"),
     (["--out"], "--out: expected one argument"),
-    (["--resume", "run", "--lr", "1"], "--resume takes every other argument from the run's "
+    (["--resume", "run", "--lr", "1"], "--resume takes the run's settings from its "
      "config.json: leave out --lr")])
 def test_bad_arguments_exit_with_status_2(capsys, tmp_path, monkeypatch, given, message):
     monkeypatch.chdir(tmp_path)

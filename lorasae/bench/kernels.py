@@ -49,7 +49,9 @@ def bench_topk(device, quick):
         yield from race(f"top-k, N {N} M {M}", build, device, quick, tolerance=0)
     for N, D, M in [(64, 32, 4096)] if quick else [(2048, 2304, 16384), (1024, 2304, 65536)]:
         build = partial(step_contenders, N, D, M)
-        yield from race(f"SAE step, N {N} D {D} M {M}", build, device, quick)
+        # A tie for the k-th place that falls differently on a GPU changes gradients by 4e-3.
+        tolerance = 1e-2 if device == "cuda" else None
+        yield from race(f"SAE step, N {N} D {D} M {M}", build, device, quick, tolerance)
 
 
 def topk_contenders(N, M, device):

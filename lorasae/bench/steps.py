@@ -20,7 +20,17 @@ from lorasae.runs.training import compiled_blocks, frozen_parts
 
 
 def bench_step(device, quick):
-    """The step against its peers, five ranks in one pass against five runs, and FLOPs."""
+    """FLOPs, the step against its peers, and five ranks in one pass against five runs."""
+    for name, case in (TINY if quick else REAL).items():
+        # GFLOPs per token: the published recipe's, ours, and ours for each of five adapters in one
+        # pass, which can be about `five_gain` times as fast as five runs.
+        recipe = sum(flops_per_token(case, recipe=True))
+        shared, own = flops_per_token(case)
+        ours, of_five = shared + own, shared / 5 + own
+        yield {"what": "GFLOPs per token", "model": name, "recipe": recipe / 1e9,
+               "ours": ours / 1e9, "ratio": ours / recipe, "each_of_five": of_five / 1e9,
+               "five_gain": ours / of_five}
+
     cases = cases_for(device, quick)
     for name, case in cases.items():
         peak = matmul_peak(device, case.dtype)
@@ -31,15 +41,6 @@ def bench_step(device, quick):
 
     name, case = next(iter(cases.items()))
     yield from race(f"five ranks, {name}", partial(sweep_contenders, case), device, quick)
-    for name, case in (TINY if quick else REAL).items():
-        # GFLOPs per token: the published recipe's, ours, and ours for each of five adapters in one
-        # pass, which can be about `five_gain` times as fast as five runs.
-        recipe = sum(flops_per_token(case, recipe=True))
-        shared, own = flops_per_token(case)
-        ours, of_five = shared + own, shared / 5 + own
-        yield {"what": "GFLOPs per token", "model": name, "recipe": recipe / 1e9,
-               "ours": ours / 1e9, "ratio": ours / recipe, "each_of_five": of_five / 1e9,
-               "five_gain": ours / of_five}
 
 
 def bench_real(folders, quick):

@@ -106,6 +106,9 @@ def ask(vocabulary, text, count, seed):
     question, *lines = encode([QUESTION, *(f"\n{word}{QUESTION}" for word in drawn)])
     whole = [word for word, ids in zip(drawn, lines)
              if ids[-len(question) - 1:] == [vocabulary[word], *question]]
+    if len(whole) < len(drawn) // 2:
+        raise InputError(f"only {len(whole)} of {len(drawn)} words stay one token in a prompt, so "
+                         "this tokenizer does not suit absorption")
 
     # Their prompts; a test word has two, with different examples.
     cut = len(whole) * 4 // 5

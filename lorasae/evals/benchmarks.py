@@ -73,7 +73,7 @@ def load_tasks(tasks):
     """Loads lm-eval's tasks and their data. tasks: as in --tasks."""
     from lm_eval.tasks import TaskManager
     names = tasks.split(",")
-    own = all(name == LOCAL or name.endswith(".yaml") for name in names)
+    own = tasks == LOCAL or all(name.endswith(".yaml") for name in names)
     manager = TaskManager(include_defaults=not own)     # reading lm-eval's own takes seconds
     wanted = local_tasks() if tasks == LOCAL else names
     try:

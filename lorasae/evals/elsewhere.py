@@ -16,15 +16,16 @@ from lorasae.io.text import SOURCES
 def add_options(add):
     add("--data", help=f"{SOURCES}, a file or a folder")
     add("--eval-tokens", type=count, help="held-out tokens (default: as many as in the run)")
+    add("--field", help="JSON field with the text (default: text, or raw_content)")
 
 
-def evaluate(setting, data, eval_tokens):
+def evaluate(setting, data, eval_tokens, field=None):
     """Measures a run on other text -> fidelity.summary's numbers; the gap is its trained SAE's."""
     if data is None:
         raise InputError(f"--suite elsewhere needs --data: {SOURCES}, a file or a folder")
     own, config = setting.text, setting.config
     with Text(data, own.tokenizer, own.bos, own.eos, context=config.context,
-              eval_tokens=eval_tokens or own.held_out.numel()) as text:
+              eval_tokens=eval_tokens or own.held_out.numel(), field=field) as text:
         setting = setting._replace(text=text)
         others = {} if config.method in ("lora", "finetune") else tenths.kept_saes(setting)
         settings = (*fidelity.settings_of(config), *others)

@@ -212,6 +212,13 @@ def summary(results, documents):
     kl = {name: values["kl"] for name, values in results.items()}
     found = {}
 
+    def closed(start, end):
+        """The share of the gap at `start` that is closed at `end`; no value if there is no gap."""
+        gap, half = found[f"excess_{start}"]
+        if gap <= (half or 0):
+            return None, None
+        return ratio(ce[start] - ce[end], ce[start] - ce["base"], documents)
+
     # What each setting costs, in nats per token.
     for name in results:
         found[f"ce_{name}"] = interval(ce[name], documents)
@@ -223,16 +230,12 @@ def summary(results, documents):
     start = "before" if "before" in results else "sae"
     end = "adapted" if "adapted" in results else "sae"
     if start != end:
-        excess, half = found[f"excess_{start}"]
-        there_is_a_gap = excess > (half or 0)
-        closed = ratio(ce[start] - ce[end], ce[start] - ce["base"], documents)
-        found["gap_closed"] = closed if there_is_a_gap else (None, None)
+        found["gap_closed"] = closed(start, end)
         found["kl_gap_closed"] = ratio(kl[start] - kl[end], kl[start], documents)
 
     # How much of the trained SAEs' cost the adapters win back; it is not part of the gap.
     if {"before", "adapted"} <= results.keys():
-        found["won_back_by_adapters"] = ratio(
-            ce["sae"] - ce["adapted"], ce["sae"] - ce["base"], documents)
+        found["won_back_by_adapters"] = closed("sae", "adapted")
 
     numbers = with_ci90(found)
     for name, suffix in SUFFIX.items():
@@ -283,7 +286,7 @@ def notes(numbers):
         parts.append(f"gap closed {part('gap_closed')}" if numbers["gap_closed"] is not None else
                      "the SAE does not measurably raise the cross-entropy: no gap to close")
         parts.append(f"KL gap closed {part('kl_gap_closed')}")
-    if "won_back_by_adapters" in numbers:
+    if numbers.get("won_back_by_adapters") is not None:
         parts.append(f"adapters win back {part('won_back_by_adapters')} of the trained SAE's cost")
     if half["ce_base"] is None:
         parts.append(f"({without_interval(numbers['documents'])})")

@@ -69,7 +69,8 @@ def compare(setting, suite, labelled, seeds, measure, report=dict, further=lambd
 
     # Means over data sets, as in SAEBench.
     values = {}
-    for who in found[name][0]:
+    first, *_ = found.values()
+    for who in first[0]:
         of_sets = [columns([scores[who] for scores in own]) for own in found.values()]
         means = {metric: sum(each[metric] for each in of_sets) / len(sets) for metric in of_sets[0]}
         values[who] = {**means, **further(means)}

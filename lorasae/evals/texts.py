@@ -14,7 +14,7 @@ BATCH = 16                                              # texts at a time
 
 
 class Cut(NamedTuple):
-    """Labelled texts, {class: [str]}, for training and testing; no text is on both sides.
+    """Labelled texts, {class: [str]}, for training and testing; no file or row is on both.
 
     SCR has quadrants (class, attribute) instead, in this order: (P, m), (P, f), (N, m), (N, f).
     """

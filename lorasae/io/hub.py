@@ -8,6 +8,7 @@ import os
 import re
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import NamedTuple
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
@@ -178,8 +179,8 @@ def find_sae(source, *, layer=None, width=None, l0=None, site="resid"):
             place = place / "sae"                       # a run keeps its SAE there
         elif (place / "metrics.jsonl").exists():
             raise InputError(f"{source} is a run without an SAE in sae/: finish it with python "
-                             f"train.py --resume {source} if it trains one, or name one such as "
-                             f"{source}/sae-50pct")
+                             f"train.py --resume {quote(str(place))} if it trains one, or name "
+                             f"one such as {place}/sae-50pct")
         sizes = sizes_in(place)
 
     # Find the SAEs among them and choose the one that is wanted.

@@ -146,7 +146,7 @@ PRESETS = {
         saes="all: 131k, L0 about 50", licence="llama3.1",
         config=LLAMA_31_8B, sae_bytes=2, parameters=8_030_261_248),
 
-    # Not the paper's: small and ungated.
+    # Not the paper's: small; Gemma is gated.
     "gemma-3-270m": Preset(
         "google/gemma-3-270m", layer=12, mirror="unsloth/gemma-3-270m",
         sae="google/gemma-scope-2-270m-pt", width="16k", l0=60, **LAPTOP,

@@ -36,7 +36,7 @@ import tempfile
 import time
 from collections import Counter, deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from hashlib import sha256
@@ -84,7 +84,7 @@ NONE = Shard(-1, 0, 0, 0, False, 0, [])              # comes before the first sh
 
 
 @dataclass(eq=False)
-class Text:
+class Text(AbstractContextManager):
     """A run's text. Raises InputError if the source or a token is missing, or the text too short.
 
     source, field: see text.py. process: 0 writes, the others wait for its files. Close it or use it
@@ -165,9 +165,6 @@ class Text:
         if self.temporary:
             self.temporary.cleanup()
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         self.close()
 
@@ -227,7 +224,7 @@ class Text:
         while batch and sum(map(len, found)) < size:
             batch = take(self.pieces, BATCH)
             taken += len(batch)
-            found.append(tokens_of(batch, self.tokenizer, self.eos))
+            found += encoded(batch, self.tokenizer, self.eos)
         chunks, rest = chunks_of(np.concatenate(found), self.context, self.bos)
         if not batch:
             self._check_length("training", last.stop + len(chunks), 1)
@@ -382,11 +379,6 @@ def take(pieces, characters):
     return found
 
 
-def tokens_of(pieces, tokenizer, eos):
-    """The tokens of some pieces, with an EOS before each new document."""
-    return np.concatenate([np.empty(0, np.int32), *encoded(pieces, tokenizer, eos)])
-
-
 def tokenised(documents, tokenizer, eos):
     """Yields (pieces, tokens) of documents that are lists of pieces; several are read ahead."""
     while some := list(islice(documents, TEXTS)):
@@ -396,7 +388,7 @@ def tokenised(documents, tokenizer, eos):
 
 
 def encoded(pieces, tokenizer, eos):
-    """Yields the tokens of each piece."""
+    """Yields the tokens of each piece, with an EOS before each new document."""
     for start in range(0, len(pieces), TEXTS):
         begins, texts = zip(*pieces[start:start + TEXTS])
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)    # on all cores

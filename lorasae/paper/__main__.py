@@ -64,6 +64,8 @@ def main(argv=None):
         parts = chosen(study, args.only)
         again = shlex.join(["python", "-m", "lorasae.paper", *words])
         if args.redraw:
+            if not (study.folder / "numbers").is_dir():
+                raise InputError(f"{study.folder} has no numbers/ to redraw: pass a study's --out")
             return report(study, parts, {}, again)
 
         # List the jobs.
@@ -175,8 +177,8 @@ def show_plan(study, parts):
                if done not in shown and not done.exists()}
         shown |= own.keys()
         tokens = [job.options["tokens"] for job in own.values() if job.suite is None]
-        figures = ", ".join(part.words["figures"])
-        print(f"\n{part.name} ({figures}): {len(tokens)} training runs on {sum(tokens):,} tokens, "
+        figures = f" ({', '.join(part.words['figures'])})" if part.words["figures"] else ""
+        print(f"\n{part.name}{figures}: {len(tokens)} training runs on {sum(tokens):,} tokens, "
               f"{len(own) - len(tokens)} evaluations\n")
         for job in own.values():
             print(job.command.line())

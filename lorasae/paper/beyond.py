@@ -53,8 +53,7 @@ def part(name, arms, claims):
         for case in cases(study):
             runs = {arm: [read(training(study, case, arm, seed)) for seed in study.seeds]
                     for arm in arms(study)}
-            rows += [row_of(run, f"arm: {case}", arm, seed=seed)
-                     for arm, own in runs.items() for seed, run in zip(study.seeds, own)]
+            rows += [row_of(run, f"arm: {case}", arm) for arm, own in runs.items() for run in own]
             for claim, (better, other) in claims.items():
                 differences[claim][case] = over_seeds([
                     paired(one.gap_closed - two.gap_closed, one, two)

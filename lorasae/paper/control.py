@@ -26,9 +26,9 @@ def texts(study):
 
     "": the training run itself evaluates it.
     """
-    found = {"what is done, on held-out text": ("", "tenths")}
+    found = {"method, on held-out text": ("", "tenths")}
     if study.other_data:
-        found["what is done, on other text"] = "elsewhere", "elsewhere"
+        found["method, on other text"] = "elsewhere", "elsewhere"
     return found
 
 

@@ -84,11 +84,6 @@ STEERING = part("steering", [steering], steering_jobs, steering_cases)
 
 # ---- Language-model benchmarks: Table 5 ----------------------------------------------------------
 
-def benchmark_jobs(study):
-    tasks = "local" if study.laptop else None
-    return [evaluation(around_jumprelu(study, study.seeds[0]), "lm", tasks=tasks)]
-
-
 def benchmark_cases(found):
     """Adapted - base for each score, with and without the SAE."""
     cases = {"with_sae": {}, "without_sae": {}}
@@ -99,7 +94,10 @@ def benchmark_cases(found):
     return cases
 
 
-BENCHMARKS = part("benchmarks", [benchmarks], benchmark_jobs, benchmark_cases)
+BENCHMARKS = part(
+    "benchmarks", [benchmarks],
+    lambda study: [evaluation(around_jumprelu(study, study.seeds[0]), "lm",
+                              tasks="local" if study.laptop else None)], benchmark_cases)
 
 
 # ---- Loss by token, activations: Figures 8 and 11 ------------------------------------------------

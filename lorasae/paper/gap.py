@@ -8,7 +8,7 @@
 
 Improvement is CE with SAE - CE with SAE and adapters; the gap is CE with SAE - CE of the base
 model; the gap closed is improvement / gap. A part's numbers have one row for each run and rank,
-{axis, x, rank, seed, Estimates}, and the differences between runs that its claims are about.
+{axis, x, rank, Estimates}, and the differences between runs that its claims are about.
 """
 import math
 from typing import NamedTuple
@@ -81,9 +81,9 @@ def paired(values, *runs):
 LEVELS = PAPER["levels"]                # field of results.json: (heading, format)
 
 
-def row_of(run, axis, x, rank=64, seed=None):
+def row_of(run, axis, x, rank=64):
     """A run's row: its place in the grid, and Estimates of its results."""
-    row = {"axis": axis, "x": x, "rank": rank, "seed": seed}
+    row = {"axis": axis, "x": x, "rank": rank}
     for name in LEVELS:
         value = run.found.get(name)                     # None: this run did not measure it
         if isinstance(value, dict):                     # a value per SAE: take the mean
@@ -106,7 +106,8 @@ def tables(numbers):
         ranks = group(rows, "rank")
         columns = {heading: (by_x(ranks[64], name), form)
                    for name, (heading, form) in LEVELS.items() if rows[0][name][0] is not None}
-        columns["improvement"] = improvement = by_x(ranks[64], "improvement"), ".4f"
+        improvement = by_x(ranks[64], "improvement")
+        columns["improvement"] = improvement, ".4f"
         for rank, own in ranks.items():
             which = f", rank {rank}" if len(ranks) > 1 else ""
             columns[f"gap closed{which}"] = by_x(own, "gap_closed"), ".1%"
@@ -115,7 +116,7 @@ def tables(numbers):
         for x in group(rows, "x"):
             own = [cell(found[x], form) if x in found else "" for found, form in columns.values()]
             cells.append([str(x), *own])
-        caption = f"Gap closed, by {axis} (nats per token; {intervals(improvement[0].values())})"
+        caption = f"Gap closed, by {axis} (nats per token; {intervals(improvement.values())})"
         made.append(Table(caption, [axis, *columns], cells))
     return made
 
@@ -249,7 +250,7 @@ def measure_several(study):
     chosen, rows, three = sets(study), [], []
     for seed in study.seeds:
         runs = {count: read(adapters_on(study, blocks, seed)) for count, blocks in chosen.items()}
-        rows += [row_of(run, "number of SAEs", count, seed=seed) for count, run in runs.items()]
+        rows += [row_of(run, "number of SAEs", count) for count, run in runs.items()]
         three.append(paired(runs[1].sae - runs[3].adapted, runs[1], runs[3]))
 
     singles = [read(single(study, block)) for block in chosen[5]]
@@ -290,16 +291,12 @@ def adapters_by_block(study, seed):
     return made
 
 
-def jobs_of_one_block(study):
-    return [job for seed in study.seeds for job in adapters_by_block(study, seed).values()]
-
-
 def measure_one_block(study):
     """Cases: improvement from the first block / from all blocks; from the first - from the last."""
     rows, shares, falls = [], [], []
     for seed in study.seeds:
         runs = {x: read(job) for x, job in adapters_by_block(study, seed).items()}
-        rows += [row_of(run, "blocks after the SAE", x, seed=seed) for x, run in runs.items()]
+        rows += [row_of(run, "blocks after the SAE", x) for x, run in runs.items()]
         whole, first, *_, last = runs.values()
         share = part_of(first.improvement, whole.improvement, whole.documents)
         shares.append(paired(share, first, whole))
@@ -310,4 +307,7 @@ def measure_one_block(study):
     }}
 
 
-ONE_BLOCK = Part("one_block", jobs_of_one_block, measure_one_block, draw_grid, tables)
+ONE_BLOCK = Part(
+    "one_block", lambda study: [job for seed in study.seeds
+                                for job in adapters_by_block(study, seed).values()],
+    measure_one_block, draw_grid, tables)

@@ -105,7 +105,7 @@ class Claim:
         """Our result as text: a value, or "11 of 13 agree, 2 within noise"."""
         if len(self.cases) == 1:
             return self.said(*self.cases)
-        words = [f"{count} {OF_SEVERAL.get(verdict, verdict)}"
+        words = [f"{count} {verdict if count == 1 else OF_SEVERAL.get(verdict, verdict)}"
                  for verdict, count in self.counts.items()]
         return ", ".join(words).replace(" ", f" of {len(self.cases)} ", 1)
 

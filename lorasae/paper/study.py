@@ -212,7 +212,8 @@ def budget(study, part):
     """How the SAEs and adapters of a part train: {what: a list of numbers, or a name}."""
     trained = [job.options for job in all_jobs(part.jobs(study)).values() if job.suite is None]
     saes = [options for options in trained if "sae" not in options]
-    adapted = [options for options in trained if "rank" in options and options["tokens"] > 1]
+    adapted = [options for options in trained if options.get("method", "lora") == "lora"]
+    adapted = [options for options in adapted if options["tokens"] > 1]
 
     def each(name, some):
         return sorted({options[name] for options in some})
@@ -221,6 +222,6 @@ def budget(study, part):
         "sae_tokens": each("tokens", saes),
         "adapter_tokens": each("tokens", adapted),
         "seeds": each("seed", adapted),
-        "optimizer": adapted[-1]["optimizer"] if adapted else None,
+        "optimizer": adapted[-1].get("optimizer") if adapted else None,
         "recipe": preset_of(study.model).lora.get("recipe", "paper"),
     }

@@ -10,11 +10,13 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from lorasae.errors import InputError
 from lorasae.io.console import progress_line
 from lorasae.runs.folder import Run
 
@@ -71,11 +73,11 @@ def run_all(commands, processes, logs):
             for process in [process for process in running if process.poll() is not None]:
                 command, log, started = running.pop(process)
                 ended += 1
-                came = f"{time.perf_counter() - started:,.0f} s"
+                outcome = f"{time.perf_counter() - started:,.0f} s"
                 if process.returncode != 0 or not command.done.exists():
                     failed[command.done] = reason_in(log, process.returncode)
-                    came = f"failed: {failed[command.done]}"
-                progress_line(f"[{ended} of {len(left)}] {command.name}: {came}")
+                    outcome = f"failed: {failed[command.done]}"
+                progress_line(f"[{ended} of {len(left)}] {command.name}: {outcome}")
     finally:
         for process in running:                         # after Ctrl-C: leave no process behind
             process.terminate()
@@ -89,8 +91,9 @@ def start(command, log, environment):
     log.parent.mkdir(parents=True, exist_ok=True)
     unbegun = Run(command.folder, None)
     if (command.folder / "text").exists() and not unbegun.has_begun:
-        unbegun.claim()                                 # unless another process is at it
-        unbegun.close()                                 # removes what a killed process left
+        with suppress(InputError):                      # another process is at it
+            unbegun.claim()
+            unbegun.close()                             # removes what a killed process left
     words = [sys.executable, ROOT / command.script, *command.to_run()]
     with open(log, "wb") as output:
         return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output,

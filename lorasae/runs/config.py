@@ -208,9 +208,10 @@ class Config:
 
         # Derive what was left open from the rest.
         on_gpu = self.device.startswith("cuda")
+        inside = self.trains_sae and self.site == "mlp"     # an SAE that trains inside its block
         derived = {
             "micro_batch": self.batch_size,
-            "compile": on_gpu,
+            "compile": on_gpu and not inside,
             "ahead": 8 if on_gpu else 1,
             "objective": "balanced" if self.method == "finetune" else "kl",
         }
@@ -491,4 +492,5 @@ def read_config(folder, device=None):
         raise InputError(f"{path}: {error}") from None
     if device is None:
         return config
-    return replace(config, device=device, compile=config.compile and device.startswith("cuda"))
+    compile = config.compile and (device == config.device or device.startswith("cuda"))
+    return replace(config, device=device, compile=compile)

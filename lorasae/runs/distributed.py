@@ -6,8 +6,8 @@
 
 Only the adapters (or the SAE) train, and every process has a full copy of them and their optimiser.
 Gradients are summed over the processes in one message per step, so N processes take the same steps
-as one (except for dropout masks, which differ). Process 0 does all the writing and printing.
-Without torchrun there is one process, and none of this has any effect.
+as one, except for dropout masks and, with --shard on a GPU, the first A. Process 0 does all the
+writing and printing. Without torchrun there is one process, and none of this has any effect.
 """
 import os
 import sys
@@ -87,10 +87,10 @@ def share(batch, world):
 
 @contextmanager
 def others_may_end():
-    """Exits with a one-line error if communication fails: another process has ended."""
+    """Exits with a one-line error if another process has ended. (With NCCL, torchrun ends all.)"""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except RuntimeError as error:                       # how PyTorch reports a broken connection
         sys.exit(f"error: lost another process of this run ({str(error).splitlines()[0]}); "

@@ -66,7 +66,8 @@ def dry_run(config):
             saes[layer] = describe(source, **config.which(layer))
             check_sae(config, saes[layer], model_config)
         else:                                           # TopK if sparsify's, otherwise JumpReLU
-            width = config.width or latents_in(of_sae, model_config)
+            in_fp32 = sum(file.bytes for file in of_sae) // (8 * model_config.hidden_size)
+            width = config.width or in_fp32 // 1024 * 1024
             kind = TopK if of_sae[0].path.endswith("sae.safetensors") else JumpReLU
             with meta:
                 saes[layer] = kind(model_config.hidden_size, width)
@@ -86,7 +87,8 @@ def dry_run(config):
         trained += sum(training.size_of(lora_parameters(own)) for own in adapters)
 
     # Estimate the memory.
-    parts = memory(model_config, config, widths, first=min([*blocks, *config.layer]))
+    first = min([*blocks, *config.layer] if config.trains_sae else blocks)
+    parts = memory(model_config, config, widths, first)
     parts |= {
         "model": DTYPES[config.dtype].itemsize * of_model,
         "frozen SAEs": DTYPES[config.sae_dtype].itemsize * of_saes * (not config.trains_sae),
@@ -108,17 +110,13 @@ def dry_run(config):
         **{f"  {name}": in_words(bytes) for name, bytes in parts.items() if bytes}})
     room = memory_of(config.device)
     if total > room:
-        note(f"warning: {config.device} has {in_words(room)}: lower --micro-batch, --context or "
-             "--ahead, pass --dtype bfloat16, or spread the model with torchrun and --shard")
+        less = ("--batch-size or --context" if config.trains_sae else
+                "--micro-batch, --context or --ahead, or use torchrun with --shard")
+        note(f"warning: {config.device} has {in_words(room)}: pass --dtype bfloat16, lower {less}")
 
 
 def in_words(bytes):
     return tqdm.format_sizeof(bytes, "B")               # 10.5GB
-
-
-def latents_in(files, model_config):
-    """The latents of an SAE that is not fetched yet, from its size, assuming float32."""
-    return sum(file.bytes for file in files) // (8 * model_config.hidden_size) // 1024 * 1024
 
 
 def memory(model_config, config, widths, first):
@@ -137,7 +135,8 @@ def memory(model_config, config, widths, first):
         passed = 0                                      # reconstruction stops at the SAE
 
     rows = config.micro_batch * config.context
-    encoded = max(1024, 2 * rows if config.trains_sae else rows // 2)       # 1024 in evaluation
+    at_once = max(config.micro_batch, config.ahead) * config.context
+    encoded = max(1024, 2 * rows if config.trains_sae else at_once // 2)    # 1024 in evaluation
     V = model_config.vocab_size
     at_a_time = min(rows, chunk_rows(V, config.device.startswith("cuda")))
     return {"activations": rows * passed * per_token,
@@ -146,7 +145,7 @@ def memory(model_config, config, widths, first):
 
 def time_at_hand(config):
     """A run's time, from the speed of the newest run in runs/ with this model and method."""
-    same = ("model", "method", "context", "batch_size", "device")
+    same = ("model", "method", "context", "batch_size", "rank", "device")
     for path in sorted(RUNS.glob("*/results.json"), key=os.path.getmtime, reverse=True):
         with suppress(InputError, OSError):             # not a finished run
             earlier = read_config(path.parent)
@@ -154,7 +153,7 @@ def time_at_hand(config):
             if all(getattr(earlier, name) == getattr(config, name) for name in same):
                 return (f"about {config.trained_tokens / rate / 60:,.0f} minutes, at the "
                         f"{rate:,.0f} tokens/s of {path.parent}")
-    return "unknown: no earlier run of this model and method is in runs/"
+    return "unknown: no run in runs/ has this model, method, context, batch size, rank and device"
 
 
 def free_disk():

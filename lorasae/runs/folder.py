@@ -3,7 +3,7 @@
 Every file but the log is either complete or absent, and only one process writes at a time. A killed
 run loses the steps since its last checkpoint. When resumed, it ends where the uninterrupted run
 would have: parameters and optimiser come from the checkpoint; a step's text and random numbers
-follow from its number. With several processes (distributed.py), the first does all the writing.
+follow from its number. (On a GPU, fused attention sums gradients in any order, so up to rounding.)
 """
 import itertools
 import json
@@ -63,7 +63,7 @@ class Run:
         run = cls(folder, config)
         if (run.folder / "results.json").exists():
             raise InputError(f"{folder} is a finished run: there is nothing to resume "
-                             f"(python eval.py {folder} evaluates it)")
+                             f"(python eval.py {quote(str(folder))} evaluates it)")
         run.claim()
         return run
 
@@ -189,10 +189,8 @@ class Run:
     def is_due(self, step):
         """Whether to save after this step: after the last, and every N steps or every minute."""
         every = self.config.checkpoint_every
-        if every is None:
-            due = time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
-        else:
-            due = step % every == 0
+        long_ago = time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
+        due = long_ago if every is None else step % every == 0
         return due or step == self.config.steps
 
     # ---- Progress --------------------------------------------------------------------------------
@@ -263,7 +261,7 @@ def check_free(folder):
     """Raises InputError if the folder contains anything but an earlier run's lock."""
     if any(path.name != ".lock" for path in folder.glob("*")):
         raise InputError(f"{folder} is not empty: pass another --out, or remove it (if it has a "
-                         f"config.json, --resume {folder} alone continues its run)")
+                         f"config.json, --resume {quote(str(folder))} continues its run)")
 
 
 def new_folder(config):

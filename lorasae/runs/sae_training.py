@@ -95,7 +95,7 @@ def keep(run, sae, step):
 def numbers_of(results, setting, sae):
     """{fvu, l0, dead_latents} of an SAE, from the results of fidelity.measure and its activations.
 
-    dead_latents: the fraction of latents that no held-out token fires, BOS and EOS included.
+    dead_latents: the fraction of latents that fire on no held-out token, BOS and EOS included.
     """
     model, layer, found = setting.model, setting.config.layer[0], results["sae"]
     fired = torch.zeros_like(sae.b_enc, dtype=torch.bool)

@@ -1,6 +1,7 @@
 """Loads the model, SAEs and text that a configuration names, and reopens finished runs."""
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ def load_setting(config, folder, text=None):
     """
     device = distributed.local(config.device)
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)        # pinned memory is this GPU's too
         torch.set_float32_matmul_precision("high")      # TF32: changes L0 less than bf16
     model = load_model(config.model, device="cpu" if config.shard else device, dtype=config.dtype)
     check_context(config, model.config)
@@ -98,8 +100,8 @@ def runs_in(folder):
     """A finished run's folders: one per adapter if it trained several, else the run's own."""
     names = adapter_names(read_config(folder))
     if not (folder / "results.json").exists():
-        raise InputError(f"{folder} is not finished: python train.py --resume {folder} "
-                         "continues it")
+        raise InputError(f"{folder} is not finished: python train.py --resume "
+                         f"{quote(str(folder))} continues it")
     return [folder / name for name in names]
 
 

@@ -71,8 +71,8 @@ def frozen_parts(kind, batch, start):
     processes, each computes its share of every batch.
     """
     config, world, device = kind.config, kind.world, kind.model.device
-    at_once = max(config.ahead, config.micro_batch)
     share = config.batch_size // world.count            # this process's sequences per step
+    at_once = max(config.ahead, min(config.micro_batch, share))
     group = max(1, at_once // share)                    # steps that are computed together
     for begin in range(start - start % group, config.steps, group):
         steps = range(begin, min(begin + group, config.steps))
@@ -207,7 +207,7 @@ def evaluate(setting, saes, settings):
     """fidelity.measure on the held-out text; each process measures its portion."""
     config, held_out = setting.config, setting.text.held_out
     progress_line(f"measuring {', '.join(settings)} on {held_out.numel():,} held-out tokens")
-    batches = held_out.split(config.eval_batch)
+    batches = held_out.split(max(config.ahead, config.eval_batch // distributed.count()))
     if config.shard:                                    # all processes run each block together
         return fidelity.measure(setting.model, saes, batches, settings)
     return fidelity.measure(setting.model, saes, distributed.portion(batches), settings,

@@ -15,9 +15,8 @@ Losses are measured on 50,000 held-out tokens, the ones that train.py evaluates 
 run ends with a learning rate of zero and keeps the last weights: held-out text decides nothing.
 
 The folder of each model gets config.json, model.safetensors (bf16), tokenizer.json, and MADE.json,
-which says how the model was made. In the shipped models, MADE.json also has the loss of unigram and
-bigram models of the same text, and a sample of what the model writes. They come from an earlier
-version of this file, which stopped the two largest models by the clock, after 36 minutes.
+which says how the model was made. The shipped models come from an earlier version of this file,
+which stopped the two largest by the clock, after 36 minutes.
 """
 import math
 import sys
@@ -76,13 +75,6 @@ def make_tokenizer(vocabulary):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", BOS)])
     return tokenizer
-
-
-def training_stream(tokenizer):
-    """All training text as one [tokens] array: EOS before each document."""
-    encodings = tokenizer.encode_batch(list(texts(tests=True)), add_special_tokens=False)
-    documents = [np.array([EOS, *encoding.ids]) for encoding in encodings]
-    return torch.from_numpy(np.concatenate(documents))
 
 
 def batches(stream, generator):
@@ -154,7 +146,11 @@ def make_model(name, tokens):
     write_bytes(folder / "tokenizer.json", tokenizer.to_str().encode())
     with Text("stdlib", tokenizer, BOS, EOS, context=CONTEXT, eval_tokens=EVAL_TOKENS) as text:
         held = text.held_out
-    stream = training_stream(tokenizer)
+
+    # All training text is one stream of tokens, with an EOS before each document.
+    encodings = tokenizer.encode_batch(list(texts(tests=True)), add_special_tokens=False)
+    documents = [np.array([EOS, *encoding.ids]) for encoding in encodings]
+    stream = torch.from_numpy(np.concatenate(documents))
     model = new_model(raw)
     steps = math.ceil(tokens / (BATCH * CONTEXT))
     train(model, stream, steps)
