@@ -1,7 +1,7 @@
 """Shared by all model families: the fields of a configuration, and how config.json is read.
 
 `fields` is the file's Fields (io/files.py), whose `take` returns a checked value. Sizes are
-required; other keys default to transformers' values. What needs other arithmetic is refused.
+required; other keys default to transformers' values. Models that need other arithmetic are refused.
 """
 import math
 from dataclasses import MISSING, dataclass, fields as fields_of

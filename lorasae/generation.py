@@ -50,7 +50,7 @@ def generate(model, tokens, count, saes={}, temperature=0, generator=None, lengt
 
 
 def fp32_logits(model, x):
-    """Residual stream after the last block [N, D] -> logits [N, V]. fp32, as bf16 would tie."""
+    """Residual stream after the last block [N, D] -> fp32 logits [N, V]; bf16 ones would tie."""
     return capped(linear_fp32(model.norm(x), model.head), model.softcap)
 
 

@@ -39,7 +39,7 @@ class SAE(nn.Module):
     after_norm = True                   # on Gemma, whether an "mlp" SAE reads after the last norm
     l0_is_bounded = False               # whether L0 stays below a bound, whatever the input
     centred = False                     # whether the encoder reads x - b_dec instead of x
-    gates_train = False                 # whether gradients reach L0, so that `penalty` can move it
+    gates_train = False                 # whether the loss has `penalty`, so the sum has a gradient
 
     def __init__(self, d_model, latents, k=None, *, on_special=None):
         super().__init__()

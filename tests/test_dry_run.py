@@ -99,7 +99,7 @@ def test_the_run_refuses_what_the_plan_refuses_in_the_same_words(site, tmp_path,
 def test_the_plan_warns_if_there_is_too_little_memory(site, capsys, monkeypatch):
     monkeypatch.setattr(dry_run, "memory_of", lambda device: 10 ** 6)
     command("train", *words(site), "--dry-run")
-    assert "cpu has 1.00MB: pass --dtype bfloat16, lower --micro-batch" in capsys.readouterr().err
+    assert "cpu has 1.00MB: try --dtype bfloat16 or lower --micro-batch" in capsys.readouterr().err
 
 
 def peak(folder, arguments):

@@ -166,10 +166,10 @@ def test_control_compares_lora_with_more_training_and_finetuning(study):
 
     rows = {(row["axis"], row["x"]): row for row in numbers["rows"]}
     assert len(rows) == 2 * (3 + 3 + 4)                 # after 100 % there is no more training
-    more = rows["method, on held-out text", "10 %: as many seconds of training"]
+    more = rows["method, on held-out text", "10 %: more SAE training"]
     assert more["gap_closed"][0] == pytest.approx(0.2)              # 19 s are nearest two tenths
     assert (more["train_tokens"][0], more["seconds"][0]) == (2000, 20)
-    lora = rows["method, on other text", "100 %: LoRA after it, seed 1"]
+    lora = rows["method, on other text", "100 %: LoRA on later blocks, seed 1"]
     assert lora["ce_sae"][0] == pytest.approx(2.6) and lora["kl_lora"][0] == pytest.approx(0.01)
     assert lora["gap_closed"][0] == pytest.approx(0.25)
     tuned = rows["method, on held-out text", "10 %: finetuned for KL"]

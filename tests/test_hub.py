@@ -125,7 +125,7 @@ LICENCE = "google/gemma-2-2b is gated: .*https://huggingface.co/google/gemma-2-2
 
 
 @pytest.mark.parametrize("name, refusal, message", [
-    *(("google/gemma-2-2b", refusal, f"{LICENCE} login`.* train.py --model unsloth/gemma-2-2b$")
+    *(("google/gemma-2-2b", refusal, f"{LICENCE} login`.* --model unsloth/gemma-2-2b$")
       for refusal in ((401, "GatedRepo"), (403, "GatedRepo"), (403, ""), (401, ""))),
     ("some/gated", (403, "GatedRepo"), "some/gated is gated: accept .*gated repositories$"),
     ("some/private", (401, ""), "local folder some/private, and .* needs `hf auth login`")])

@@ -12,8 +12,8 @@
     won back       (CE_sae - CE_adapted) / (CE_sae - CE_base), if the SAEs trained too
 
 CE is next-token cross-entropy and KL is KL(base ‖ ·), both in nats per token over the T - 1
-predictions of a sequence (as in the paper, BOS predicts). All SAEs are spliced in at once (§4.3's
-compound loss). Unless CE rises by more than its interval, there is no CE gap, but always a KL gap.
+predictions of a sequence, the one at BOS included, as in the paper. All SAEs are spliced in at once
+(§4.3's compound loss). There is a CE gap only if CE rises by more than its interval.
 
 Intervals are 90 %, over documents (common.py); differences are paired by sequence.
 

@@ -3,7 +3,7 @@
     --labelled saebench         eight for probing, two for TPP, eight pairs for SCR
 
 At seed 42 the texts are SAEBench's (sae_bench_utils/dataset_utils.py). Other seeds draw others, but
-SCR uses the first texts of its data sets, europarl and github_code the first of a stream.
+SCR always uses the first texts of its data sets; europarl and github_code, the first of a stream.
 """
 import random
 from contextlib import contextmanager

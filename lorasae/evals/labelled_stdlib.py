@@ -2,8 +2,8 @@
 
     --labelled stdlib       packages as classes; for SCR, pairs of packages, code or documentation
 
-About a quarter of a package's text is for testing, and no file is on both sides; files that runs
-on stdlib hold out come first. Whatever gives a package away is left out: imports, a file's first
+About a quarter of a package's text is for testing, and no file is on both sides; files held out
+by runs on stdlib come first. Whatever gives a package away is left out: imports, a file's first
 statement (usually its docstring) and all above it, and lines that name one of the packages.
 """
 import ast

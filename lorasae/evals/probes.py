@@ -119,7 +119,7 @@ def train_probes(features, train, held=None, *, lr, optimizer=ADAMW, batch, epoc
     """Trains P probes at once -> Probe: each from its best epoch on `held`, or from the last epoch.
 
     features [n, D]; train, held: Task. Each probe minimises the mean cross-entropy of a batch
-    + l1 · ‖w‖₁. The seed sets the start and the batches, equal for base and adapted model.
+    + l1 · ‖w‖₁. The seed sets the start and the batches, the same for both models.
 
     optimizer: (parameters, lr) -> optimiser. decay: the factor on its rate per epoch. pos_weight:
     the weights of positive texts [P, 1]. patience: how many epochs may pass without improvement.

@@ -4,7 +4,7 @@
     python eval.py RUN_DIR --suite scr --labelled saebench    professions/genders, products/ratings
 
 Texts have a class (professor, nurse) and an attribute (male, female). A biased probe sees only male
-professors and female nurses. Latents of one concept are ablated; it is tested on the other:
+professors and female nurses. Latents of one concept are ablated; the probe is tested on the other:
 
     S = (A_ablated - A_biased) / (A_clean - A_biased)
 

@@ -34,7 +34,7 @@ def adapter_state(model):
 
 
 def save_adapter(model, folder, base_model=None):
-    """Writes the model's adapters as files that load_adapter and peft.PeftModel can read."""
+    """Writes adapters for load_adapter and PEFT. base_model: its name, for AutoPeftModel."""
     modules = adapters(model)
     if not modules:
         raise InputError("the model has no adapters to save")

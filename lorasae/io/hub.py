@@ -146,8 +146,8 @@ def sae_choice(model, *, layer=None, width=None, l0=None):
         raise InputError(f"{model} is not a preset, so it has no default SAE: pass one with --sae")
     if known.sae is None:
         raise InputError(
-            f"{model} has no public SAE: train one with `python train.py --model {model} --method "
-            "topk --out RUN_DIR`, then pass --sae RUN_DIR")
+            f"{model} has no default SAE: pass --sae, or train one with `python train.py --model "
+            f"{model} --method topk --out RUN_DIR`, then pass --sae RUN_DIR")
 
     layer = known.layer if layer is None else layer
     own, width = (each and latents(each) for each in (known.width, width or known.width))
@@ -285,7 +285,8 @@ def pick(fact, value, offered, source):
     number = str if fact == "site" else latents         # "16k" is 16384
     names = [name for name in offered if value is None or number(name) == number(value)]
     if not names:
-        raise InputError(f"{offer}, but not {value}: choose another --{fact}, or another SAE")
+        kept = "; keep the folder's name on the Hub, such as layers.12.mlp" * (fact == "site")
+        raise InputError(f"{offer}, but not {value}: choose another --{fact}, or another SAE{kept}")
     if len(names) > 1:
         raise InputError(f"{offer}: choose with --{fact}")
     return names[0]
@@ -347,7 +348,7 @@ def explanation(error, repo):
     mirror = next((known.mirror for known in PRESETS.values() if known.repo == repo), None)
 
     if isinstance(error, GatedRepoError) or (mirror and status in (401, 403)):
-        instead = f"; or use an ungated copy: train.py --model {mirror}" if mirror else ""
+        instead = f"; or use an ungated copy: --model {mirror}" if mirror else ""
         return InputError(
             f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and log in with "
             f"`hf auth login`, with a token that may read gated repositories{instead}")

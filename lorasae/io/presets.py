@@ -22,7 +22,7 @@ class Preset(NamedTuple):
     mirror: str | None = None       # the same weights, with no licence to accept first
     licence: str = "mit"            # as the Hub calls it
 
-    sae: str | None = None          # where its SAEs are; None if there is no public one
+    sae: str | None = None          # where its default SAEs are; None if it has none
     width: str | None = None        # Gemma Scope's name for the number of latents
     l0: int | None = None           # Gemma Scope's average number of active latents
     saes: str = ""                  # for --list: blocks that have SAEs, widths, L0s

@@ -97,8 +97,8 @@ def arguments(argv):
     add = parser.add_argument
     add("--model", type=full_path, default="tiny-gemma-2",
         help=f"{', '.join(PLANS)}, or a folder with such a name (default: %(default)s)")
-    add("--only", help="parts, figures or tables, separated by commas, such as fig3,table1 "
-        f"(default: all but {', '.join(ON_REQUEST)})")
+    add("--only", help="parts, figures or tables, separated by commas, such as fig6,table1; "
+        f"fig3 and fig4 are one part (default: all but {', '.join(ON_REQUEST)})")
     add("--quick", action="store_true", help="few tokens, one seed")
     add("--dry-run", action="store_true", help="print what would run and stop")
     add("--redraw", action="store_true", help="redraw the page from OUT/numbers/ and stop")

@@ -1,9 +1,9 @@
 """Does training the SAE longer do as well? Tested at several points of a long TopK training run.
 
-    as many seconds of training     the SAE trains on for as long as the adapters take
-    finetuned for KL                the SAE, on as many tokens as the adapters
-    LoRA after it                   the model is adapted to it, with rank 64 on the blocks after it
-    LoRA on all blocks              the same on all blocks, only for the last SAE
+    more SAE training       the SAE trains on for as long as the adapters take
+    finetuned for KL        the SAE, on as many tokens as the adapters
+    LoRA on later blocks    the model is adapted to it, with rank 64 on the blocks after it
+    LoRA on all blocks      the same on all blocks, only for the last SAE
 
     python -m lorasae.paper --model DIR/smollm2-135m-instruct --only control \\
         --data FOLDER --other-data FOLDER
@@ -16,7 +16,7 @@ from lorasae.paper.gap import curve, paired, row_of, run_of, tables
 from lorasae.paper.results import Part, cell, group
 from lorasae.paper.study import Job, around_long, checkpoint, evaluation, long_sae, of_text
 
-LORA, MORE = "LoRA after it", "as many seconds of training"
+LORA, MORE = "LoRA on later blocks", "more SAE training"
 
 
 # ---- The runs ------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def measure(study):
 
 def own_tables(numbers):
     rows = [[text, what, cell(difference, "+.1%")] for text, what, difference in numbers["beside"]]
-    caption = "Gap closed by LoRA after the SAE, minus the gap closed by the alternative (± 90 %)"
+    caption = "Gap closed by LoRA on later blocks, minus the gap closed by the other (± 90 %)"
     return [*tables(numbers), Table(caption, ["text", "alternative", "difference"], rows)]
 
 

@@ -91,7 +91,7 @@ def start(command, log, environment):
     log.parent.mkdir(parents=True, exist_ok=True)
     unbegun = Run(command.folder, None)
     if (command.folder / "text").exists() and not unbegun.has_begun:
-        with suppress(InputError):                      # another process is at it
+        with suppress(InputError):                      # another process is writing there
             unbegun.claim()
             unbegun.close()                             # removes what a killed process left
     words = [sys.executable, ROOT / command.script, *command.to_run()]

@@ -119,14 +119,14 @@ class Config:
 
     site: str = opt(
         "resid", one_of("resid", "mlp"),
-        "what the SAE reads and replaces: a block's output, or its MLP's output", AROUND_SAE)
+        "what all SAEs read and replace: a block's output, or its MLP's output", AROUND_SAE)
 
     k: int = opt(64, WHOLE, "active latents per token, for topk and e2e", BY_K)
     auxk: bool = opt(False, SWITCH, "revive dead latents with AuxK", BY_K)
     max_norm: float = opt(
         10.0, NOT_NEGATIVE,
         "leave out BOS, EOS and activations with norms above this many times the median: attention "
-        "sinks, which make up most of the variance (0: only what its kind leaves out)", SCRATCH)
+        "sinks, which make up most of the variance (0: only what this kind leaves out)", SCRATCH)
 
     rank: tuple = opt(
         (64,), SEVERAL,
@@ -188,7 +188,7 @@ class Config:
         None, one_of("onednn", "mkl"),
         "library for fp32 matrix products on a CPU (default: onednn, unless mkl measures faster)")
     compile: bool | None = opt(
-        None, SWITCH, "compile blocks and loss with torch.compile (default: on a GPU)")
+        None, SWITCH, "compile blocks and loss with torch.compile (default: only on a GPU)")
     ahead: int | None = opt(
         None, SEVERAL,
         "sequences whose frozen part is computed together, ahead of their steps (default: 8 on a "
@@ -484,7 +484,7 @@ def read_config(folder, device=None):
     found = read_object(path)
     wrong = {*OPTIONS, "steps"} ^ (found.keys() - {"versions"})
     if wrong:
-        raise InputError(f"{path} was not written by this version of train.py: they differ in "
+        raise InputError(f"{path} was not written by this version of train.py: which differs in "
                          f"{shown(joined(sorted(wrong)))}")
     try:
         config = Config(**as_fields(found))

@@ -6,8 +6,8 @@
 
 Only the adapters (or the SAE) train, and every process has a full copy of them and their optimiser.
 Gradients are summed over the processes in one message per step, so N processes take the same steps
-as one, except for dropout masks and, with --shard on a GPU, the first A. Process 0 does all the
-writing and printing. Without torchrun there is one process, and none of this has any effect.
+as one, except for dropout masks and, with --shard on a GPU, A's initial values. Process 0 does all
+the writing and printing. Without torchrun there is one process, and none of this has any effect.
 """
 import os
 import sys
@@ -43,7 +43,7 @@ def start(config):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         except (ValueError, RuntimeError) as error:
             raise InputError(
-                f"the processes of this run did not meet ({error}): start all of them with "
+                f"the processes of this run could not connect ({error}): start all of them with "
                 "torchrun --nproc-per-node N train.py ..., or unset WORLD_SIZE") from None
         if number() > 0:
             sys.stdout = open(os.devnull, "w")

@@ -39,7 +39,7 @@ HEADINGS = [
 NOTES = """
 block, SAE and L0 are a run's defaults. available SAEs: their blocks, widths, and the L0s of the
 default width. download: with the SAE. memory: the model's weights; --dry-run estimates the run's.
-The included models, tiny-*, need no download and 10 MB."""
+The included models, tiny-*, need no download and take 10 MB."""
 
 
 def dry_run(config):
@@ -112,7 +112,7 @@ def dry_run(config):
     if total > room:
         less = ("--batch-size or --context" if config.trains_sae else
                 "--micro-batch, --context or --ahead, or use torchrun with --shard")
-        note(f"warning: {config.device} has {in_words(room)}: pass --dtype bfloat16, lower {less}")
+        note(f"warning: {config.device} has {in_words(room)}: try --dtype bfloat16 or lower {less}")
 
 
 def in_words(bytes):
@@ -146,7 +146,7 @@ def memory(model_config, config, widths, first):
 def time_at_hand(config):
     """A run's time, from the speed of the newest run in runs/ with this model and method."""
     same = ("model", "method", "context", "batch_size", "rank", "device")
-    for path in sorted(RUNS.glob("*/results.json"), key=os.path.getmtime, reverse=True):
+    for path in sorted(RUNS.rglob("results.json"), key=os.path.getmtime, reverse=True):
         with suppress(InputError, OSError):             # not a finished run
             earlier = read_config(path.parent)
             rate = read_object(path).take("tokens_per_second", float, above=0)

@@ -3,7 +3,7 @@
 Every file but the log is either complete or absent, and only one process writes at a time. A killed
 run loses the steps since its last checkpoint. When resumed, it ends where the uninterrupted run
 would have: parameters and optimiser come from the checkpoint; a step's text and random numbers
-follow from its number. (On a GPU, fused attention sums gradients in any order, so up to rounding.)
+follow from its number. (On a GPU only up to rounding: fused attention adds gradients in any order.)
 """
 import itertools
 import json
@@ -134,7 +134,7 @@ class Run:
                 self.seconds = float(state["seconds"])
             progress_line(f"resuming at step {step:,} of {self.config.steps:,}")
 
-        # Remove the steps that will be repeated from the log.
+        # Remove from the log the steps that will be repeated.
         log = self.folder / "metrics.jsonl"
         if self.writes and log.exists():
             kept = []

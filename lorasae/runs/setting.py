@@ -75,7 +75,7 @@ def check_sae(config, sae, model_config):
     if config.width not in (None, width):
         raise InputError(f"--width {config.width}: the SAE has {width} latents")
     if config.thresholds == "frozen" and sae.l0_is_bounded:
-        raise InputError("--thresholds frozen: this SAE has no thresholds; leave it out")
+        raise InputError("--thresholds frozen: this SAE has none; leave the option out")
 
 
 def sae_sources(config, depth):
