@@ -76,7 +76,7 @@ def arguments(argv):
     for alone, besides in ALONE.items():
         extra = vars(args).keys() - {alone, *besides}
         if alone in args and extra:
-            parser.error(f"--{alone} takes its settings from the run: leave out {option(min(extra))}")
+            parser.error(f"--{alone} takes the run's settings: leave out {option(min(extra))}")
     return args
 
 

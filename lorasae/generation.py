@@ -37,10 +37,10 @@ def generate(model, tokens, count, saes={}, temperature=0, generator=None, lengt
         logits = fp32_logits(model, x[:, -1])
 
         for row, token in enumerate(pick(logits, temperature, generator)):
-            if row in ended or count == 0:
+            if row in ended:
                 rows[row].append(eos)
             elif position >= lengths[row]:
-                rows[row].append(token)
+                rows[row].append(token if count else eos)
                 new = rows[row][lengths[row]:]
                 if stop(row, new) or len(new) == count:
                     ended.add(row)

@@ -52,6 +52,7 @@ def test_options_left_open_follow_from_the_rest():
     assert (config.steps, config.tokens_per_step, config.trained_tokens) == (879, 1024, 900_096)
     on_gpu = Config(device="cuda:1", method="finetune")
     assert (on_gpu.compile, on_gpu.ahead, on_gpu.objective) == (True, 8, "balanced")
+    assert not Config(device="cuda", method="finetune", site="mlp").compile     # SAE in a block
     assert Config(tokens=2_000_000_000).dead_after == 10_000_000
     assert Config(tokens=5).dead_after == 1
     given = dict(device="cuda", compile=False, ahead=3, micro_batch=1, batch_size=2)
@@ -285,6 +286,8 @@ def test_a_gpu_run_continues_on_a_cpu_without_the_compiler(tmp_path):
         config = read_config(tmp_path, device)
         assert (config.device, config.compile) == (device or "cuda", compiles)
         assert config.ahead == 8                        # unchanged: the same groups of steps
+    write_json(tmp_path / "config.json", Config(compile=True).to_json())
+    assert read_config(tmp_path, "cpu").compile
 
 
 # ---- The command's options -----------------------------------------------------------------------

@@ -50,16 +50,17 @@ def batch(step):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("ahead", [1, 3, 8])
-def test_every_batch_is_seen_exactly_once_from_any_step_by_any_number_of_processes(ahead, count):
-    config = Config(batch_size=4, context=2, tokens=8 * 11, micro_batch=1, ahead=ahead)
+@pytest.mark.parametrize("ahead, micro_batch", [(1, 1), (3, 1), (8, 1), (1, 4)])
+def test_every_batch_is_seen_exactly_once_from_any_step_by_any_number_of_processes(
+        ahead, micro_batch, count):
+    config = Config(batch_size=4, context=2, tokens=8 * 11, micro_batch=micro_batch, ahead=ahead)
     for start in range(11):
         seen = []
         for number in range(count):
             kind = Echo(config, World(number, count))
             parts = frozen_parts(kind, batch, start)
             seen.append([next(parts) for _ in range(start, config.steps)])
-            assert max(kind.sizes) <= max(ahead, 1)
+            assert max(kind.sizes) <= max(ahead, min(micro_batch, 4 // count))
         for step, shares in enumerate(zip(*seen, strict=True), start):
             assert torch.equal(torch.cat([part.x for part in shares]), batch(step))
             assert torch.equal(torch.cat([part.half for part in shares]), batch(step)[:, 0] / 2)

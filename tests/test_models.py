@@ -276,6 +276,9 @@ def test_generation_is_greedy_and_splices_the_saes_at_new_positions(model, token
     alone = without_cache(model, tokens[1:, :23], 12, saes)
     assert torch.equal(ragged[1, :35], alone[0])
     assert (ragged[1, 35:] == model.config.eos_token_id).all()
+    nothing = generate(model, tokens, 0, saes, lengths=lengths)
+    assert torch.equal(nothing[1, :23], tokens[1, :23]) and torch.equal(nothing[0], tokens[0])
+    assert (nothing[1, 23:] == model.config.eos_token_id).all()
 
 
 def test_a_row_ends_at_eos_or_when_it_is_told_to_stop(model, tokens, saes):

@@ -251,8 +251,7 @@ def test_mistakes_are_one_line_and_leave_no_files(site, tmp_path, monkeypatch, c
     (["--method", "magic"], "--method: invalid choice: 'magic'"),
     (["--tok", "5"], "unrecognized arguments: --tok 5"),
     (["--out"], "--out: expected one argument"),
-    (["--resume", "run", "--lr", "1"], "--resume takes its settings from the run: "
-     "leave out --lr")])
+    (["--resume", "run", "--lr", "1"], "--resume takes the run's settings: leave out --lr")])
 def test_bad_arguments_exit_with_status_2(capsys, tmp_path, monkeypatch, given, message):
     monkeypatch.chdir(tmp_path)
     assert message in misuse(capsys, "train", *given) and not list(tmp_path.iterdir())
