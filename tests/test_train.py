@@ -209,7 +209,7 @@ LATE = (                                                # --dry-run does not fin
     (["--sae", "narrow", "narrow"], "--sae names 2 SAEs for --layer 1"),
     (["--layer", 4], "--layer 4 is out of range"),
     (["--width", 64], "--width 64: the SAE has 128 latents"),
-    (["--train-sae", "--sae-lr", 1, "--thresholds", "frozen"], "this SAE has no thresholds"),
+    (["--train-sae", "--sae-lr", 1, "--thresholds", "frozen"], "this SAE has none"),
     (["--device", "cuda:99"], LATE[2]), (["--shard"], LATE[3]),
     (["--adapt", "3-5"], "or block numbers such as 3 4 5"),
     (["--adapt", 7], "cannot adapt blocks [7]: the model has blocks 0 to 3"),
