@@ -102,7 +102,7 @@ def take_run(run):
 
 
 def merge(folder):
-    """Writes folder/merged/: the adapted model, without its SAE, for transformers to load."""
+    """Writes folder/merged/, the adapted model without its SAE: in fp32, as bf16 loses updates."""
     config, target = read_config(folder), folder / "merged"
     if config.method != "lora":
         raise InputError(f"{folder} did not train adapters: there is nothing to merge")
@@ -112,7 +112,7 @@ def merge(folder):
     if target.exists():
         raise InputError(f"{target} already exists: remove it to merge again")
 
-    model = load_adapter(load_model(config.model, dtype=config.dtype), folder)
+    model = load_adapter(load_model(config.model, dtype="float32"), folder)
     unfinished = folder / "merged.part"
     try:
         save_model(merge_lora(model), unfinished, config=text_config(model_files(config.model)))

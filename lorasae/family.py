@@ -80,7 +80,7 @@ MADE = ("rope_scaling", "local_rope_theta", "with_vision")      # not copied fro
 def common(fields, config):
     """{key: value} for the sizes, and for the keys that have a default in a family's Config."""
     fields.take("num_hidden_layers", int, below=1001)
-    values = {key: fields.take(key, int, at_least=1) for key in SIZES}
+    values = {key: fields.take(key, int, at_least=1, below=2**24) for key in SIZES}
     for known in fields_of(config):
         key = known.name
         if known.default is MISSING or key in MADE:

@@ -104,9 +104,9 @@ def test_values_at_the_limits_are_accepted(name, values):
     ({"method": "finetune", "lr": None}, "--lr is None"),
     ({"method": "jumprelu"}, "pass --l0, the active latents to aim for"),
     ({"method": "topk", "layer": (1, 2)}, "--layer 1 2: --method topk trains the SAE of one layer"),
-    ({"shard": True, "rank": (1, 4)}, "--rank 1 4 --lr 5e-05: --shard needs one of each"),
-    ({"method": "finetune", "lr": (1, 4)}, "--method finetune needs one of each"),
-    ({"train_sae": True, "rank": (1, 4)}, "--method lora --train-sae needs one of each")])
+    ({"shard": True, "rank": (1, 4)}, "--shard needs one --rank and one --lr"),
+    ({"method": "finetune", "lr": (1, 4)}, "--method finetune needs one --rank and one --lr"),
+    ({"train_sae": True, "rank": (1, 4)}, "--method lora --train-sae needs one --rank and")])
 def test_options_that_do_not_go_together_are_refused(given, message):
     refuses(message, Config, **given)
 

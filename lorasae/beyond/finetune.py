@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from lorasae import adapt
-from lorasae.adapt import ALONE, adamw, objective
+from lorasae.adapt import ALONE, objective
 from lorasae.beyond.muon import Optimizers
 from lorasae.dictionary import BANDWIDTH, InTraining, fvu, project_out_norm_gradient
 from lorasae.errors import InputError
@@ -118,7 +118,7 @@ class Trained(NamedTuple):
     adapters: list                          # parameters that train too; other adapters are fixed
 
 
-def optimizers(trained, config, sae_lr, of_adapters=adamw):
+def optimizers(trained, config, sae_lr, of_adapters):
     """Adam for the SAE's matrices and vectors, in two groups, after the adapters' optimiser.
 
     of_adapters(groups, config) makes the latter. A group's `rate` is its initial learning rate. A

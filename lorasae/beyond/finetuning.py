@@ -17,7 +17,7 @@ from lorasae.sae import used_positions
 SAMPLE = 16                                             # sequences that give the activations' scale
 
 
-def finetune_sae(setting, run, optimizer=adapt.adamw):
+def finetune_sae(setting, run, optimizer):
     """Trains a run's SAE, and its adapters with --train-sae -> the numbers of results.json.
 
     "before" is the original SAE; the gap is always measured from it. optimizer: the adapters'.

@@ -113,7 +113,7 @@ def read_config(path):
             f"{path}: init_lora_weights {shown(start)} changed the base model too: save the "
             "adapter with PEFT's path_initial_model_for_weight_conversion")
 
-    rank = config.take("r", int, at_least=1)
+    rank = config.take("r", int, at_least=1, below=2**20)
     alpha = config.take("lora_alpha", float, above=0)
     if config.take("use_rslora", bool, False):
         alpha = alpha * math.sqrt(rank)                 # alpha / √R instead of alpha / R

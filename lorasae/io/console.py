@@ -7,7 +7,6 @@ from ast import literal_eval
 from contextlib import contextmanager
 from decimal import Decimal
 
-import torch
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
@@ -75,10 +74,12 @@ def one_line_errors(interrupted="interrupted"):
     except BrokenPipeError:
         mute()
         sys.exit(f"error: {CLOSED}; the results so far are in the output files")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {first_line(error)} (lower --micro-batch, --ahead or --context)")
     except (InputError, OSError, HTTPError, SafetensorError) as error:
         sys.exit(f"error: {first_line(error)}")
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        sys.exit(f"error: {first_line(error)} (lower --micro-batch, --ahead or --context)")
 
 
 def count(text):

@@ -26,7 +26,7 @@ from lorasae.runs import distributed, training
 from lorasae.runs.folder import Run
 
 
-def adapt_model(setting, run, optimizer=adapt.adamw):
+def adapt_model(setting, run, optimizer):
     """Trains a run's adapters, starting at its last checkpoint -> {folder: its results.json}."""
     model, saes, config = setting.model, setting.saes, setting.config
     blocks = blocks_to_adapt(config.adapt, saes, len(model.layers))

@@ -318,8 +318,8 @@ def check(config):
                          "of one layer")
     if (config.trains_sae or config.shard) and len(config.rank) * len(config.rates) > 1:
         what = "--shard" if config.shard else f"--method {config.mode}"
-        raise InputError(f"--rank {joined(config.rank)} --lr {joined(config.rates)}: {what} needs "
-                         "one of each; several are for adapters that train side by side")
+        raise InputError(f"{what} needs one --rank and one --lr; several are for adapters that "
+                         "train side by side")
     if config.method in BY_L0 and config.l0 is None:
         raise InputError(f"--method {config.method}: pass --l0, the active latents to aim for")
     at_once = max(config.batch_size, config.micro_batch or 1, config.ahead or 1)
@@ -461,7 +461,8 @@ def of_sae_runs(given):
 
 def run_of(source):
     """The run that made the SAE in RUN_DIR, RUN_DIR/sae-50pct or a file of these, or None."""
-    for folder in (Path(source), *Path(source).parents[:2]):
+    source = Path("/", source)                          # a Hub name is not below this folder
+    for folder in (source, *source.parents[:2]):
         if (folder / "config.json").is_file() and (folder / "metrics.jsonl").exists():
             return folder
     return None

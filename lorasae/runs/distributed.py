@@ -155,7 +155,7 @@ def shard(model, device):
 
     A block's weights are gathered for its forward and backward pass, then freed. Adapters,
     embedding and head are complete in every process. Do not replace modules afterwards: FSDP2 finds
-    a weight through the module that owns it. Returns the model.
+    a weight through the module that owns it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard      # imported lazily: it takes a second
@@ -170,4 +170,3 @@ def shard(model, device):
     for parameter in model.parameters():
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device)
-    return model

@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 
 from lorasae import dictionary
-from lorasae.adapt import ALONE
 from lorasae.errors import InputError
 from lorasae.evals.common import batches
 from lorasae.io.files import write_json
@@ -58,7 +57,7 @@ def train_sae(setting, run):
 class SAETraining:
     """dictionary.take_step for an SAE from scratch. tokens [B, T]: text to fit its biases to."""
 
-    def __init__(self, model, sae, layer, config, tokens, world=ALONE):
+    def __init__(self, model, sae, layer, config, tokens, world):
         self.model, self.sae, self.layer = model, sae, layer
         self.config, self.world = config, world
         seen = dictionary.observe(model, sae, layer, tokens, end_to_end=False)
