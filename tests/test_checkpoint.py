@@ -87,6 +87,7 @@ def test_a_null_that_transformers_accepts_is_accepted():
 
 @pytest.mark.parametrize("raw, change, message", [      # other wrong values: test_bad_files.py
     (LLAMA, {"num_hidden_layers": 1_000_000}, "1000000, but should be a whole number, below 1001"),
+    (LLAMA, {"intermediate_size": 2**52}, "number, at least 1, below 16777216"),
     (LLAMA, {"num_attention_heads": 3}, "heads 3 is not a multiple of num_key_value_heads 2"),
     (LLAMA, {"num_attention_heads": 6}, "head_dim is 10.6.*, but .* need an even one"),
     (GEMMA, {"head_dim": 7}, "head_dim is 7, but rotary embeddings need an even one"),

@@ -234,7 +234,7 @@ def test_settings_come_from_the_run_that_made_the_sae(sae_run, place, capsys):
     assert configured(**given, context=32, layer=(1,)).context == 32
 
 
-def test_a_model_folder_that_contains_an_sae_is_not_mistaken_for_a_run(sae_run, tmp_path):
+def test_other_saes_are_not_mistaken_for_a_runs(sae_run, tmp_path, monkeypatch):
     model = write_model(tmp_path / "model", GEMMA)
     (model / "sae-layer2").mkdir()
     assert run_of(model / "sae-layer2") is None and run_of(model) is None
@@ -243,6 +243,8 @@ def test_a_model_folder_that_contains_an_sae_is_not_mistaken_for_a_run(sae_run, 
     assert configured(**given).context == 256           # the preset's
     some = configured(sae=(str(sae_run), "owner/name"), layer=(1, 2))
     assert (some.layer, some.context) == ((1, 2), 256)
+    monkeypatch.chdir(sae_run)                          # a preset's or a Hub name is no path in it
+    assert run_of("tiny-gemma-2") is None and run_of("owner/name") is None
 
 
 # ---- config.json ---------------------------------------------------------------------------------

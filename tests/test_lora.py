@@ -198,6 +198,7 @@ def rewrite(folder, change):
 
 @pytest.mark.parametrize("change, message", [                   # wrong types: test_bad_files.py
     ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"), ({"r": 9}, "another model or rank"),
+    ({"r": 2**52}, "a whole number, at least 1, below 1048576"),
     ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"), ({"use_rslora": 1}, "use_rslora is 1"),
     ({"alora_invocation_tokens": [5]}, "alora"), ({"target_parameters": ["x"]}, "target_param"),
     ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changed the base model too"),

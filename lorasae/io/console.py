@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 def one_line_errors(interrupted="interrupted"):
     """Exits with one line and a non-zero status for errors that the user can fix.
 
-    These are InputErrors, unreadable files, and Hub or network errors. A bug keeps its traceback.
+    These are InputErrors, bad files, Hub errors and lack of memory. A bug keeps its traceback.
     """
     try:
         yield
@@ -79,7 +79,7 @@ def one_line_errors(interrupted="interrupted"):
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        sys.exit(f"error: {first_line(error)} (lower --micro-batch, --ahead or --context)")
+        sys.exit(f"error: {first_line(error)} (lower --micro-batch, --ahead, --context or --width)")
 
 
 def count(text):
