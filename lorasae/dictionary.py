@@ -40,7 +40,7 @@ def fvu(x_hat, x, world=ALONE):
     Σ‖x - x̄‖², as in the published code. x, x̂ [N, D]; x̄ the mean of x.
     """
     count = x.new_full((), len(x))
-    mean = world.sum(x.sum(0)) / world.sum(count)
+    mean = (world.sum(x.sum(0)) / world.sum(count)).detach()            # no gradient at a minimum
     error = world.sum((x - x_hat).square().sum())
     variance = world.sum((x - mean).square().sum())
     return error / variance
@@ -174,7 +174,7 @@ def take_step(model, sae, layer, part, step, training, config, world=ALONE):
     dead = idle >= config.dead_after
     if config.auxk:
         half = x.shape[1] // 2
-        read = x - sae.b_dec.detach() if sae.centred else x
+        read = x - sae.b_dec.detach()
         e_hat = topk.aux_decode(read, sae.W_enc, sae.b_enc, sae.W_dec, dead, half)
         loss = loss + AUX_WEIGHT * aux_loss(e_hat, x_hat, x, world)
     values |= {"l0": l0.detach(), "dead": dead.float().mean()}

@@ -475,11 +475,16 @@ def test_elsewhere_measures_fidelity_on_other_text(place):
         (place / "other" / f"{i}.txt").write_text(f"{i} more words of {i ** 2} kinds. " * 99)
     for name in "run", "sae-run":
         run = place / name
-        command("eval", run, "--suite", "elsewhere", "--data", place / "other",
-                "--eval-tokens", 640)
+        call = "eval", run, "--suite", "elsewhere", "--data", place / "other", "--eval-tokens", 640
+        command(*call)
         numbers, results = read(run / "eval-elsewhere.json"), read(run / "results.json")
         seen = fidelity.read_sequences(run / "elsewhere")
         assert numbers["ce_base"] == pytest.approx(seen["base"]["ce"].mean().item())
         assert abs(numbers["ce_base"] - results["ce_base"]) > 0.1
         assert len(seen["documents"]) == 20 != len(fidelity.read_sequences(run)["documents"])
         assert {"sae-10pct", "sae-90pct"} <= seen.keys() if name == "sae-run" else "lora" in seen
+
+    for folder in run.glob("sae-??pct"):                # as after training for a single step
+        shutil.rmtree(folder)
+    command(*call)
+    assert read(run / "eval-elsewhere.json")["ce_sae"] == pytest.approx(numbers["ce_sae"])

@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import time
+from contextlib import suppress
 from urllib.request import HTTPErrorProcessor, Request, build_opener
 
 from lorasae.errors import InputError
@@ -71,10 +72,8 @@ def post(address, body, headers):
 
 def own_words(answer):
     """An endpoint's error message: its error.message, or the beginning of its answer."""
-    try:
+    with suppress(ValueError, LookupError, TypeError):
         answer = str(json.loads(answer)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        pass
     return " ".join(answer.split())[:300]
 
 

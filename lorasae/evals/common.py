@@ -19,6 +19,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from lorasae.errors import InputError
@@ -84,15 +85,20 @@ def freedom(sizes, correlation):
     """The degrees of freedom of the variance of a mean over clusters of these sizes [G].
 
     The sum over cluster g has the variance v_g = n_g (1 - correlation) + n_g² correlation. With the
-    mean subtracted, cov(S_g, S_h) = δ_gh v_g - h_h v_g - h_g v_h + h_g h_h Σ v.
+    mean subtracted, cov(S) = diag(v) - v hᵀ - h vᵀ + Σv h hᵀ. So B, which is cov(S) divided by
+    √(1 - h) from both sides, is diag(d) + U M Uᵀ with U [G, 2]; no [G, G] matrix is needed.
     """
     share = sizes / sizes.sum()
     v = sizes * (1 - correlation) + sizes.square() * correlation
-    mixed = v[:, None] * share
-    covariance = v.diag() - mixed - mixed.T + share[:, None] * share * v.sum()
-    scale = (1 - share).rsqrt()
-    B = scale[:, None] * covariance * scale
-    return (B.trace().square() / B.square().sum()).item()
+    d = v / (1 - share)
+    U = torch.stack((v, share), dim=1) / (1 - share).sqrt()[:, None]
+    M = v.new_tensor([[0, -1], [-1, v.sum()]])
+
+    within = M @ U.T @ U
+    trace = d.sum() + within.trace()
+    mixed = M @ (U.T * d) @ U
+    of_square = d.square().sum() + 2 * mixed.trace() + (within @ within).trace()
+    return (trace.square() / of_square).item()
 
 
 def ratio(a, b, clusters=None):
@@ -112,11 +118,6 @@ def linearised(a, b):
     return r + (a - r * b) / b.mean()
 
 
-def count_documents(documents):
-    """The number of distinct documents. documents [n]: the document of each sequence."""
-    return len(documents.unique())
-
-
 # ---- Estimates ---------------------------------------------------------------------------------
 
 def with_ci90(found):
@@ -134,7 +135,7 @@ class Estimate(NamedTuple):
 
 def over_documents(values, documents):
     """The Estimate of a mean over sequences; values [n], documents [n] int."""
-    return Estimate(*interval(values, documents), f"{count_documents(documents)} documents")
+    return Estimate(*interval(values, documents), f"{len(documents.unique())} documents")
 
 
 def without_interval(documents):

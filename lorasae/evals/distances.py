@@ -11,7 +11,7 @@ than elsewhere and swamp the mean, so all results are also given without it (unl
 import torch
 import torch.nn.functional as F
 
-from lorasae.evals.common import batches, count_documents, interval, progress, without_interval
+from lorasae.evals.common import batches, interval, progress, without_interval
 from lorasae.evals.report import Table, line, with_interval
 from lorasae.lora import base
 
@@ -34,7 +34,7 @@ def evaluate(setting):
     changes = torch.cat(changes, 2)
 
     numbers = {"layers": list(range(first, len(model.layers))),
-               "documents": count_documents(documents)}
+               "documents": len(documents.unique())}
     for positions, of_measures in zip(POSITIONS, changes):
         numbers[positions] = {name: summary(change, documents)
                               for name, change in zip(MEASURES, of_measures)}

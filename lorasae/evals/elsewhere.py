@@ -27,7 +27,7 @@ def evaluate(setting, data, eval_tokens, field=None):
     with Text(data, own.tokenizer, own.bos, own.eos, context=config.context,
               eval_tokens=eval_tokens or own.held_out.numel(), field=field) as text:
         setting = setting._replace(text=text)
-        others = {} if config.method in ("lora", "finetune") else tenths.kept_saes(setting)
+        others = tenths.kept_saes(setting)
         settings = (*fidelity.settings_of(config), *others)
         found = fidelity.measure(setting.model, setting.saes, batches(setting), settings,
                                  others=others)

@@ -25,8 +25,8 @@ import torch
 
 from lorasae.adapt import first_differing
 from lorasae.errors import InputError
-from lorasae.evals.common import (as_model, batches, count_documents, interval, progress,
-                                  ratio, with_ci90, without_interval)
+from lorasae.evals.common import (as_model, batches, interval, progress, ratio, with_ci90,
+                                  without_interval)
 from lorasae.evals.report import Table, percent, plus_minus, with_interval
 from lorasae.io.files import damage, read_json, write_json
 from lorasae.lora import base
@@ -243,7 +243,7 @@ def summary(results, documents):
             numbers["l0" + suffix] = results[name]["l0"]
             numbers["explained_variance" + suffix] = results[name]["ev"]
             numbers["left_out" + suffix] = results[name]["left_out"]
-    return {**numbers, "documents": count_documents(documents)}
+    return {**numbers, "documents": len(documents.unique())}
 
 
 # ---- Showing -----------------------------------------------------------------------------------

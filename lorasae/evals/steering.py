@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from lorasae.errors import InputError
-from lorasae.evals.common import as_model, check_latents, count_documents, interval, progress
+from lorasae.evals.common import as_model, check_latents, interval, progress
 from lorasae.evals.report import Table, with_interval
 from lorasae.evals.texts import latents_of
 from lorasae.objectives import token_losses
@@ -179,7 +179,7 @@ def evaluate(setting, latents=None, examples=100):
         v = F.normalize(sae.W_dec[latent].float(), dim=0).to(model.head.dtype)
         row = compare(model, layer, v, {side: texts[some] for side, some in chosen.items()})
         for side, some in chosen.items():
-            row[side]["documents"] = count_documents(documents[some[1::2]])
+            row[side]["documents"] = len(documents[some[1::2]].unique())
         example = text.tokenizer.decode(texts[chosen["positive"][0], 1:].tolist())
         rows.append({"latent": latent, "example": example, **row})
     return {"layer": layer, "rows": rows}

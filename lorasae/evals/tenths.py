@@ -16,7 +16,11 @@ TRAINING = {"percent": int, "step": int, "tokens": int, "seconds": float}
 
 def evaluate(setting):
     """{"rows": [{*TRAINING, ce, kl, ci90}]}, in training order. Writes tenths/sequences.json."""
-    saes, documents = kept_saes(setting), setting.text.documents
+    kept = kept_saes(setting)
+    if not kept:
+        raise InputError(f"{setting.folder} did not save its SAE after each tenth: --suite tenths "
+                         "is for runs that train an SAE from scratch")
+    saes, documents = {**kept, "sae": setting.saes}, setting.text.documents
     seen = fidelity.measure(setting.model, setting.saes, batches(setting), saes, others=saes)
     fidelity.write_sequences(setting.folder / "tenths", seen, documents)
     rows = []
@@ -29,13 +33,10 @@ def evaluate(setting):
 
 
 def kept_saes(setting):
-    """{"sae-10pct": {layer: the SAE at that point}, ..., "sae": {layer: ...}}"""
-    folders = sorted(setting.folder.glob("sae-??pct")) + [setting.folder / "sae"]
-    if len(folders) == 1:
-        raise InputError(f"{setting.folder} did not save its SAE after each tenth: --suite tenths "
-                         "is for runs that train an SAE from scratch")
+    """{"sae-10pct": {layer: the SAE at that point}, ...}, in order; {} if the run kept none."""
     layer, device = setting.config.layer[0], setting.model.device
-    return {folder.name: {layer: load_sae(folder, device=device)} for folder in folders}
+    return {folder.name: {layer: load_sae(folder, device=device)}
+            for folder in sorted(setting.folder.glob("sae-??pct"))}
 
 
 def tables(numbers):
