@@ -1,4 +1,4 @@
-"""Evaluate a finished run on its held-out text, using only the files in its folder.
+"""Evaluate a finished run, by default on the text that it held out of training.
 
     python eval.py runs/tiny-gemma-2-lora                       the table printed after training
     python eval.py RUN_DIR --suite fidelity,tokens,distances    any of the evaluations
@@ -11,7 +11,7 @@
     python eval.py RUN_DIR --suite elsewhere --data FOLDER      fidelity on another kind of text
 
 Each writes RUN_DIR/eval-NAME.json and, if the paper has a figure for it, RUN_DIR/eval-NAME.png
-(with matplotlib). lorasae/evals/ has one module per evaluation, all with the same functions:
+(with matplotlib). lorasae/evals/ has one module per evaluation, with some of these functions:
 evaluate(setting, ...) returns a plain dict; its other parameters are command-line options, declared
 by add_options; tables and draw show the dict.
 """
@@ -40,7 +40,7 @@ SUITES = {
     "tenths": tenths,
     "elsewhere": elsewhere,
 }
-WITHOUT_ADAPTERS = ("fidelity", "tenths", "elsewhere")  # suites for runs that trained only an SAE
+WITHOUT_ADAPTERS = ("fidelity", "tenths", "elsewhere")  # suites that need no adapters
 
 
 def arguments(argv):

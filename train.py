@@ -48,7 +48,7 @@ from lorasae.runs.tracking import tracked
 
 RECIPES = {"tuned": tuned_recipe}
 OPTIMIZERS = {"adamw": adapt.adamw, "muon": muon}
-ALONE = {                                               # actions on a run: what they combine with
+ACTIONS = {                                               # actions on a run: what they combine with
     "resume": ("device",), "merge": (), "publish": ("model", "sae"), "card": ("model", "sae")}
 
 
@@ -73,10 +73,10 @@ def arguments(argv):
         "memory needed, and stop")
 
     args = parser.parse_args(argv)
-    for alone, besides in ALONE.items():
-        extra = vars(args).keys() - {alone, *besides}
-        if alone in args and extra:
-            parser.error(f"--{alone} takes the run's settings: leave out {option(min(extra))}")
+    for action, besides in ACTIONS.items():
+        extra = vars(args).keys() - {action, *besides}
+        if action in args and extra:
+            parser.error(f"--{action} takes the run's settings: leave out {option(min(extra))}")
     return args
 
 

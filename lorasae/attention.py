@@ -80,7 +80,7 @@ class Positions(NamedTuple):
     """What a block needs to know about the positions of its input."""
     rotary: tuple                       # cos and sin, [T, C] each
     local_rotary: tuple                 # the same for blocks with a window; differs in Gemma 3
-    masks: dict                         # {window: FlexAttention mask}; empty on a CPU
+    masks: dict                         # {window: FlexAttention mask}, or empty
 
 
 def positions(config, start, x):

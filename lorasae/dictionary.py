@@ -9,9 +9,9 @@
     observe                 the frozen model's part of a step: the activations to reconstruct
     take_step               an Adam step on FVU or Eq. 7, L0 penalty, AuxK; decoder rows keep norm 1
 
-Everything specific to one kind of SAE is in its class (sae.py). TopK and e2e follow the published
-code (except that by default they leave out BOS, EOS and attention sinks: `max_norm`), and JumpReLU
-follows Rajamanoharan et al. (2024).
+Code for only one kind of SAE is in its class (sae.py), except AuxK. TopK and e2e follow the
+published code (except that by default they leave out BOS, EOS and attention sinks: `max_norm`), and
+JumpReLU follows Rajamanoharan et al. (2024).
 
 Shapes: B batch, T tokens, D d_model, M latents, N tokens in a step.
 """
@@ -80,7 +80,7 @@ class Training(NamedTuple):
 def begin(sae, seen, config):
     """Fits a fresh SAE to its first FrozenPart -> Training.
 
-    Norms above config.max_norm times the median are left out of training. A few positions are
+    Positions with norms above config.max_norm medians do not train it. A few positions are
     attention sinks (BOS above all), with norms up to 200 times the others': squared, they would
     make up 99.9 % of the variance to explain.
 
@@ -130,8 +130,7 @@ class InTraining(StandIn):
         used = used_positions(self.sae, x, self.special)
         places = used.nonzero(as_tuple=True)                    # syncs with the GPU once
         self.x = x[places].float()
-        made = self.sae.training_step(self.x, self.bandwidth)
-        self.x_hat, self.fired, self.active = made
+        self.x_hat, self.fired, self.active = self.sae.training_step(self.x, self.bandwidth)
         return x.index_put(places, self.x_hat.to(x.dtype))
 
 

@@ -43,7 +43,7 @@ class Config(family.Config):
 
 
 def parse(fields):
-    """Config from the Fields of config.json, which it may change."""
+    """The Fields of config.json, which may change -> Config."""
     theta, scaling = family.rotary(fields)
     values = common(fields, Config, pattern=2)
     return Config(**values, rope_theta=theta, rope_scaling=scaling)

@@ -27,7 +27,7 @@ class Config(gemma2.Config):
 
 
 def parse(fields):
-    """Config from the Fields of config.json, which it may change."""
+    """The Fields of config.json, which may change -> Config."""
     pattern = fields.take("sliding_window_pattern", int, 6, at_least=1)
     values = gemma2.common(fields, Config, pattern)
     if values["attn_logit_softcapping"] is not None:    # transformers would ignore it

@@ -27,7 +27,7 @@ class Config(family.Config):
 
 
 def parse(fields, config=Config):
-    """Config, or a subclass of it, from the Fields of config.json, which it may change."""
+    """The Fields of config.json, which may change -> Config, or a subclass of it."""
     fields.only(hidden_act="silu", attention_bias=False, mlp_bias=False)
     theta, scaling = family.rotary(fields)
     values = family.common(fields, config)

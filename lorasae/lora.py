@@ -96,8 +96,8 @@ def add_lora(model, layers, rank, alpha=32, dropout=0.1, targets=TARGETS):
 
 
 def projections(module, kind=nn.Linear):
-    """{name: layer} of a module's linear layers, or only those of one kind, in its order."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, kind)}
+    """{name: linear layer} of a module, or only of one kind, in the module's order."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, kind)}
 
 
 def adapters(model):

@@ -69,7 +69,7 @@ class Transformer(nn.Module):
         return self.model["norm"](x)
 
     def special(self, tokens):
-        """tokens [B, T] -> bool [B, T]: BOS and EOS, which SAEs trained without them skip."""
+        """tokens [B, T] -> bool [B, T]: BOS and EOS, which some SAEs skip."""
         return (tokens == self.config.bos_token_id) | (tokens == self.config.eos_token_id)
 
     def run(self, x, start, stop, saes={}, special=None, cache=None):

@@ -1,7 +1,7 @@
 """Losses from final hidden states: Eq. 7 for training, CE and KL per token for evaluation.
 
 The vocabulary is the largest dimension of all: for one Gemma-2 sequence the naive formula keeps
-seven [1024, 256000] fp32 tensors. The functions below compute the logits of a few hundred tokens,
+seven [1024, 256000] fp32 tensors. The functions below compute the logits of one chunk of tokens,
 turn them into losses and gradients, and drop them. Benchmark: `python -m lorasae.bench kl`.
 
 Suffix _p: base model; _q: adapted model. u: the head's raw logits; z = cap(u): soft-capped ones.
@@ -38,7 +38,7 @@ def linear_kl(target, hidden, weight, softcap=None, compiled=False):
 
     target [..., D] is the base model's; it and weight [V, D] get no gradient. hidden [..., D] is
     the adapted model's, or [S, ..., D] for S models. They share the base model's logits; each
-    result is bitwise that of its own call. compiled: compile the elementwise part.
+    result is bitwise as if alone. compiled: compile the elementwise part.
 
     Returns the *sum* over tokens, in nats, fp32: a scalar, or [S] if S > 1. Peak memory is a few
     chunks of logits. Logits and softmax are fp32 even for bf16 weights: at a KL of 0.02,

@@ -1,8 +1,8 @@
 """Sparse autoencoders: the TopK and JumpReLU equations (paper §3.1 and §3.3), and the splice.
 
 Both kinds store W_enc and W_dec as [M, D], one row per latent (a column of the paper's W_dec).
-They read and replace the output of a block, or of its MLP. Each kind defines its equation, start,
-training step, penalty and saved form. A new kind needs one class here and one entry in KINDS.
+They read and replace the output of a block, or of its MLP. A kind defines its equation and its
+training step, and inherits the rest. A new kind needs one class here and one entry in KINDS.
 io/sae_readers.py converts other projects' files to these kinds; dictionary.py trains them.
 
 Shapes: B batch, T tokens, D d_model, M latents, K active latents; N = B*T.
@@ -39,7 +39,7 @@ class SAE(nn.Module):
     after_norm = True                   # on Gemma, whether an "mlp" SAE reads after the last norm
     l0_is_bounded = False               # whether L0 stays below a bound, whatever the input
     centred = False                     # whether the encoder reads x - b_dec instead of x
-    gates_train = False                 # whether the loss has `penalty`, so the sum has a gradient
+    gates_train = False                 # whether the sum has a gradient, so the loss has `penalty`
 
     def __init__(self, d_model, latents, k=None, *, on_special=None):
         super().__init__()
@@ -213,7 +213,7 @@ def is_in_mlp(sae):
 def used_positions(sae, x, special):
     """bool [B, T]: the positions of x [B, T, D] that an SAE is trained on, and replaces.
 
-    Leaves out BOS and EOS (special [B, T]) unless it is `on_special`, and norms above `max_norm`.
+    Leaves out BOS and EOS (special [B, T]) unless sae.on_special, and norms above sae.max_norm.
     """
     max_norm = getattr(sae, "max_norm", None)
     if getattr(sae, "on_special", True):
@@ -274,7 +274,7 @@ class Jump(torch.autograd.Function):
 def geometric_median(x, steps=100, tolerance=1e-6):
     """The point [D] with the smallest total distance to the rows of x [N, D] (Weiszfeld).
 
-    Unlike the mean, it ignores the few positions, such as BOS, whose norms are many times larger.
+    A few positions with far larger norms, such as BOS, hardly move it, unlike the mean.
     """
     guess = x.mean(0)
     for _ in range(steps):

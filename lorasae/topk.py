@@ -1,6 +1,6 @@
 """The TopK SAE (paper §3.1, Eq. 4; Gao et al. 2024). After x W_encᵀ, only K of M latents matter.
 
-    encode      the k largest of ReLU(x W_encᵀ + b_enc), for 16,384 latents at a time
+    encode      the k largest of ReLU(x W_encᵀ + b_enc), 16,384 latents at a time
     decode      Σ_k value · row of W_dec
     sae_step    both; weight gradients sum over active (token, latent) pairs: no N x K x D tensor
     aux_decode  AuxK: what the dead latents would add

@@ -52,7 +52,7 @@ with torch.no_grad(), lorasae.base(model):
     assert torch.equal(untouched, model(tokens)) and torch.equal(logits, model(tokens, {2: sae}))
     plain, with_sae = (lorasae.generate(model, tokens, 20, saes) for saes in ({}, {2: sae}))
 assert kl < 1
-assert latents.shape == (1, 5, 1024) and strength == latents[0, -1, latent] > 0
+assert latents.shape == (1, 5, 1024) and latents[0, -1, latent] > 0
 assert text.shape[1] <= 25 and not any(map(text.equal, (plain, with_sae)))
 """,
     "in peft": """

@@ -57,9 +57,9 @@ def combined(name, kl, mse):
 
 
 def naive_loss(model, saes, tokens, name):
-    """The objective `name` per token of tokens [B, T], for one SAE, with all logits.
+    """The objective `name` of one SAE on tokens [B, T], per token, from all logits.
 
-    Plain autograd gives all gradients but a JumpReLU's thresholds', which the formula lacks.
+    Autograd gives all gradients but the thresholds' of a JumpReLU, which the formula lacks.
     """
     (layer, sae), = saes.items()
     kl = adapt.naive_loss(model, saes, tokens) / tokens.numel()
@@ -84,7 +84,7 @@ class Reference(NamedTuple):
 def reference_of(sae, x):
     """The Reference of an SAE that will train on activations such as x [N, D].
 
-    A latent's values and bandwidth are in units of 1 / its row's norm. InputError if none fires.
+    A latent's values and bandwidth scale with 1 / its row's norm. InputError if none fires.
     """
     if active_latents(sae, x) == 0:
         raise InputError(f"no latent of the SAE is active at any of {len(x):,} positions, so there "

@@ -18,7 +18,7 @@ SMALLEST = 1e-7                                 # least norm to divide by: A's f
 
 
 def muon(groups, config):
-    """Muon for matrices, AdamW for the rest. groups: as for adapt.adamw; each "params" a list."""
+    """Muon for matrices, AdamW for the rest. groups: parameter groups; each "params" a list."""
     parts = []
     for matrices in True, False:
         chosen = []
