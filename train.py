@@ -48,7 +48,7 @@ from lorasae.runs.tracking import tracked
 
 RECIPES = {"tuned": tuned_recipe}
 OPTIMIZERS = {"adamw": adapt.adamw, "muon": muon}
-ACTIONS = {                                               # actions on a run: what they combine with
+ACTIONS = {                                             # actions on a run: what they combine with
     "resume": ("device",), "merge": (), "publish": ("model", "sae"), "card": ("model", "sae")}
 
 
