@@ -40,7 +40,7 @@ def fvu(x_hat, x, world=ALONE):
     Σ‖x - x̄‖², as in the published code. x, x̂ [N, D]; x̄ the mean of x.
     """
     count = x.new_full((), len(x))
-    mean = (world.sum(x.sum(0)) / world.sum(count)).detach()            # no gradient at a minimum
+    mean = (world.sum(x.sum(0)) / world.sum(count)).detach()   # minimises the variance: no gradient
     error = world.sum((x - x_hat).square().sum())
     variance = world.sum((x - mean).square().sum())
     return error / variance
