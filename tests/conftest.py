@@ -179,6 +179,12 @@ def write_sae(folder, d_model, model_name="test", scale=1.0):
 
 # ---- Runs ----------------------------------------------------------------------------------------
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Makes a test's random numbers independent of the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Keeps the shards of small texts in a temporary folder."""
