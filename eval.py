@@ -22,7 +22,7 @@ from lorasae.errors import InputError
 from lorasae.evals import (absorption, autointerp, benchmarks, distances, elsewhere, fidelity,
                            probing, scr, steering, tenths, tokens, tpp)
 from lorasae.evals.report import save_figure, text
-from lorasae.io.console import Parser, one_line_errors
+from lorasae.io.console import Parser, few, one_line_errors
 from lorasae.io.files import damage, local, read_json, write_json
 from lorasae.runs.setting import open_run, runs_in
 
@@ -50,6 +50,7 @@ def arguments(argv):
     add("--suite", default="fidelity",
         help=f"comma-separated, from {', '.join(SUITES)} (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 (default: the run's)")
+    add("--threads", type=few, metavar="N", help="CPU threads (default: the run's)")
     add("--draw", action="store_true",
         help="only show the tables and draw the figures, from existing eval-NAME.json files")
     for name, suite in SUITES.items():
@@ -65,7 +66,7 @@ def arguments(argv):
     # Refuse options that no chosen suite uses.
     taken = {"run", "suite", "draw"}
     if not args.draw:
-        taken.update(["device"], *map(options_of, args.suite))
+        taken.update(["device", "threads"], *map(options_of, args.suite))
     for option, value in vars(args).items():
         if option not in taken and value != parser.get_default(option):
             words = f"--suite {','.join(args.suite)}{' --draw' * args.draw}"
@@ -108,7 +109,7 @@ def show(name, folder):
 
 def take_suites(folder, args):
     """Runs the suites on one run."""
-    setting = None if args.draw else open_run(folder, args.device)
+    setting = None if args.draw else open_run(folder, args.device, args.threads)
     for name in args.suite:
         if setting is not None:
             evaluate(name, setting, args)

@@ -161,7 +161,8 @@ def test_the_defaults_for_a_model_without_a_preset_are_printed(tmp_path, capsys)
 # ---- Recipes -------------------------------------------------------------------------------------
 
 def test_a_recipe_fills_in_what_is_not_given_and_the_preset_does_the_rest():
-    assert tuned(2304, 26)["lr"] < tuned(1024, 26)["lr"] < tuned(1024, 6)["lr"]
+    sizes = ((2304, 26), (1024, 26), (1024, 6), (192, 6))               # width, blocks
+    assert [tuned(*size)["lr"] for size in sizes] == [6.9e-4, 1e-3, 2.2e-3, 5e-3]
     own = PRESETS["tiny-gemma-2"]
     holds(configured(), tuned(192, 6))
     assert (configured().batch_size, configured().tokens) == (2, own.lora["tokens"])
@@ -297,11 +298,11 @@ def test_a_gpu_run_continues_on_a_cpu_without_the_compiler(tmp_path):
 def test_only_given_options_reach_the_configuration_and_with_the_right_types():
     assert vars(train.arguments([])) == {}
     given = ("--layer 1 2 --sae a b --width 16k --lr 1e-3 2e-3 --rank 4 --tokens 1.5M --auxk "
-             "--no-compile --targets q_proj --dropout 0 --seed 7 --device cpu").split()
+             "--no-compile --targets q_proj --dropout 0 --seed 7 --l0 medium").split()
     assert vars(train.arguments(given)) == {
         "layer": [1, 2], "sae": ["a", "b"], "width": 16384, "lr": [1e-3, 2e-3], "rank": [4],
         "tokens": 1_500_000, "auxk": True, "compile": False, "targets": ["q_proj"],
-        "dropout": 0.0, "seed": 7, "device": "cpu"}
+        "dropout": 0.0, "seed": 7, "l0": 60.0}
 
 
 def test_the_help_states_the_defaults(capsys):

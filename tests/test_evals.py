@@ -438,6 +438,13 @@ def test_files_that_no_suite_wrote_are_refused_in_one_line(place, damage):
         assert str(path) in line and not path.with_suffix(".png").exists()
 
 
+def test_every_parameter_of_a_suite_is_an_option_of_the_command(tmp_path):
+    script = importlib.import_module("eval")
+    options = vars(script.arguments([str(tmp_path)]))
+    for name in script.SUITES:
+        assert set(script.options_of(name)) <= options.keys(), name
+
+
 @pytest.mark.parametrize("words, said", [
     (["--suite", "scr", "--seeds", 0], "--seeds: '0': pass 1 to 1000"),
     (["--seeds", 2], "--seeds has no effect with --suite fidelity"),

@@ -221,7 +221,12 @@ def test_every_gradient_of_adapters_and_sae_matches_equation_7(model, tokens, sa
     assert naive.item() == pytest.approx(expected.item(), rel=1e-5)
 
     trained = lora_parameters(model) + [p for p in sae.parameters() if p.requires_grad]
-    same_tensors(*(torch.autograd.grad(value, trained) for value in (loss, expected)))
+    found, naive = (torch.autograd.grad(value, trained) for value in (loss, expected))
+    same_tensors(found, naive)
+    of_adapters = torch.nn.utils.get_total_norm(naive[:len(lora_parameters(model))])
+    over_sequence = of_adapters.item() * tokens.shape[1]
+    norm = kind.step(part, 0)["grad_norm_lora"]
+    assert norm.item() == pytest.approx(over_sequence, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

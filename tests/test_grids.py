@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers import command, read
-from lorasae.evals.common import interval
+from lorasae.evals.common import ratio
 from lorasae.io.files import write_json
 from lorasae.paper import __main__ as paper
 from lorasae.paper import beyond, control, frontier, gap
@@ -21,35 +21,21 @@ def in_this_process(commands, processes, logs):
     return {}
 
 
-def made_up(rng, documents, difference=0.0, shared=None):
-    """A gap.Run whose adapters close 30 % (plus `difference`) of a gap of 0.5 nats."""
-    n = len(documents)
-    hard = torch.randn(documents.max() + 1, generator=rng)[documents] if shared is None else shared
-    base = 2.5 + 0.5 * hard
-    sae = base + 0.5 + 0.2 * hard + 0.05 * torch.randn(n, generator=rng)
-    adapted = sae - (0.3 + difference) * (sae - base) + 0.02 * torch.randn(n, generator=rng)
-    return run_of(documents, base.double(), sae.double(), adapted.double()), hard
-
-
 def run_of(documents, base, sae, adapted):
     closed = gap.part_of(sae - adapted, sae - base, documents)
     return gap.Run({}, documents, sae, adapted, sae - base, closed)
 
 
-def test_a_difference_of_shares_on_the_same_text_is_paired_and_its_interval_covers_it():
-    rng = torch.Generator().manual_seed(0)
+def test_a_difference_of_shares_on_the_same_text_is_paired():
     documents = torch.arange(12).repeat_interleave(4)
-    covered, halves = 0, []
-    for _ in range(300):
-        first, hard = made_up(rng, documents, difference=0.05)
-        second, _ = made_up(rng, documents, shared=hard)
-        mean, half, over = gap.paired(first.gap_closed - second.gap_closed, first, second)
-        covered += abs(mean - 0.05) <= half
-        unpaired = [interval(run.sae - run.adapted, documents)[1] for run in (first, second)]
-        halves.append((half * first.gap.mean().item(), torch.tensor(unpaired).norm().item()))
-    assert 0.85 <= covered / 300 <= 0.95 and over == "12 documents"
-    paired, unpaired = torch.tensor(halves).mean(0)
-    assert paired < unpaired / 2
+    zeros = torch.zeros(48, dtype=torch.float64)
+    whole, noise = 1 + torch.rand(2, 48, dtype=torch.float64)
+    first, second = (run_of(documents, zeros, whole, left * whole + noise) for left in (0.6, 0.7))
+    difference = gap.paired(first.gap_closed - second.gap_closed, first, second)
+    assert difference == (pytest.approx(0.1), pytest.approx(0, abs=1e-9), "12 documents")
+    own = gap.paired(first.gap_closed, first)                       # the noise was in both
+    share = ratio(first.sae - first.adapted, first.gap, documents)
+    assert own == (*(pytest.approx(value) for value in share), "12 documents") and own.half > 0.01
 
     moved = second._replace(documents=documents.roll(1))
     with pytest.raises(ValueError, match="did not see the same held-out text"):

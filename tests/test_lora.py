@@ -234,5 +234,10 @@ def test_a_malformed_adapter_is_refused_and_the_model_stays_unchanged(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_adapters_of_any_floating_dtype_load_as_fp32(model_folder, saved, dtype):
     rewrite(saved, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    written = load_file(saved / "adapter_model.safetensors")
     model = load_adapter(load_model(model_folder), saved)
     assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
+    found = model.layers[3].mlp.up_proj
+    for name in ("A", "B"):
+        expected = written[KEY.replace("lora_A", f"lora_{name}")]
+        assert torch.equal(getattr(found, f"lora_{name}").weight, expected.float())

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import refuses
-from lorasae import add_lora, load_model, load_sae, load_tokenizer
+from helpers import adapted, refuses
+from lorasae import load_model, load_sae, load_tokenizer
 from lorasae.evals import absorption, concepts, probing, saebench, scr, texts, tpp
 from lorasae.evals.concepts import THRESHOLDS, ablate, over_thresholds, strongest
 from lorasae.evals.probes import (Task, accuracy, hold_out, logistic, mean_difference,
@@ -130,7 +130,7 @@ def test_padding_bos_and_eos_never_count(setting, monkeypatch):
     (absorption, range(6), (10, 1), "--words 10"),
 ])
 def test_impossible_comparisons_are_refused_in_one_line(setting, suite, blocks, options, said):
-    add_lora(setting.model, blocks, 2)
+    adapted(setting.model, blocks)
     if suite is absorption:
         pytest.importorskip("sklearn", reason="scikit-learn fits the probes")
     refuses(said, suite.evaluate, setting, *options)
@@ -154,20 +154,22 @@ def crossed(seed):
 
 @pytest.mark.parametrize("suite, options", [
     (probing, ("stdlib", 2)), (scr, ("stdlib", 2)), (tpp, ("stdlib", 2)), (absorption, (200, 2))])
-def test_a_fresh_adapter_makes_no_difference(suite, options, setting, monkeypatch):
+@pytest.mark.parametrize("std", [0, 0.3], ids=["fresh", "trained"])
+def test_scores_differ_if_the_adapters_are_not_fresh(suite, options, setting, monkeypatch, std):
     if suite in (probing, absorption):
         pytest.importorskip("sklearn", reason="scikit-learn fits the probes")
     texts_of = SimpleNamespace(suite_sets=lambda suite: {"crossed": crossed})
     monkeypatch.setitem(saebench.LABELLED, "stdlib", texts_of)
     monkeypatch.setattr(concepts, "LEAST_STEPS", 50)    # quick, and enough here
-    add_lora(setting.model, range(6), 3, dropout=0.0)   # B is zero
+    adapted(setting.model, range(6), std=std)
     numbers = suite.evaluate(setting, *options)
     assert numbers == json.loads(json.dumps(numbers, allow_nan=False))
     assert (numbers["layer"], numbers["seeds"], len(numbers["sets"])) == (2, 2, 1)
     labels, paper, _ = saebench.table_6(suite.__name__.rpartition(".")[2])
     assert set(numbers["rows"]) == set(labels) >= set(paper)
-    assert all(row["difference"] == 0 for row in numbers["rows"].values())
-    assert all(row["ci90"] is None for row in numbers["rows"].values())         # nothing varies
+    differ = [row["difference"] != 0 for row in numbers["rows"].values()]
+    assert any(differ) if std else not any(differ)
+    assert std or all(row["ci90"] is None for row in numbers["rows"].values())  # nothing varies
 
     table, = suite.tables(numbers)
     assert len(table.rows) == len(labels)

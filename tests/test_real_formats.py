@@ -326,19 +326,6 @@ def test_a_hooks_name_gives_site_and_layer(hook, site):
             refuses(message, check_layer, hook, None, "the file", asked)
 
 
-def test_an_sae_trained_without_bos_leaves_special_tokens_alone(tmp_path):
-    gemma_scope_2(tmp_path)
-    sae = load_sae(tmp_path, layer=1)
-    sae.on_special = True
-    save_sae(sae, tmp_path / "saved", model_name="gpt2-small", layer=1, context=128)
-    path = tmp_path / "saved" / "cfg.json"
-    cfg = json.loads(path.read_text())
-    for prepend_bos in (True, False):
-        cfg["metadata"]["prepend_bos"] = prepend_bos
-        write_json(path, cfg)
-        assert load_sae(tmp_path / "saved").on_special is prepend_bos
-
-
 # ---- Presets -------------------------------------------------------------------------------------
 
 def write_config(folder, raw):

@@ -13,7 +13,7 @@ import torch
 
 import train
 from helpers import (
-    command, counted, metrics, processes, products, refusal, refuses, same_run, stopped_at,
+    command, counted, metrics, processes, products, read, refusal, refuses, same_run, stopped_at,
     words)
 from lorasae.runs.config import Config, read_config
 from lorasae.runs.folder import Run
@@ -36,10 +36,14 @@ def test_resuming_an_interrupted_run_gives_the_same_bits(site, finished, tmp_pat
     with stopped_at(13):
         command("train", *words(site, kind, *more), "--out", run)
     assert newest(run) == 8 and not (run / "results.json").exists()
+    checkpoint = run / "checkpoint/step-00000008.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "seconds": 1000.0}, checkpoint)        # as if the first part were slow
     with counted(Run, "log") as steps:
         command("train", "--resume", run)
     assert steps.call_count == 20 - 8
     same_run(run, whole)
+    assert read(run / "results.json")["seconds"] > 1000
 
 
 def test_a_run_killed_many_times_ends_like_an_uninterrupted_one(site, tmp_path):

@@ -233,6 +233,8 @@ def test_special_tokens_follow_the_file_or_else_the_kind_of_sae(tmp_path, t):
         folder = sae_lens_6(tmp_path, t, "jumprelu", {"training_architecture": kind})
         assert load_sae(folder).on_special is (kind in BATCH_TOPK)
     assert load_sae(sae_lens_5(tmp_path, t, "jumprelu")).on_special is False
+    no_bos = {"prepend_bos": False, "exclude_special_tokens": False}    # never saw a BOS
+    assert load_sae(sae_lens_6(tmp_path, t, "topk", no_bos)).on_special is False
 
 
 def test_an_sae_names_its_model_if_the_file_does(tmp_path, t):
@@ -262,14 +264,16 @@ class LargestFloat32(TorchDispatchMode):
 @pytest.mark.parametrize("write", [
     llama_scope, lambda folder, t: sae_lens_6(folder, t, "jumprelu"), sparsify])
 def test_a_bfloat16_sae_never_exists_in_float32(tmp_path, t, monkeypatch, write):
+    write(tmp_path, {name: tensor.bfloat16() for name, tensor in t.items()})
+    whole = load_sae(tmp_path, dtype=torch.bfloat16)
     monkeypatch.setattr(sae_formats, "ROWS", 8)
     monkeypatch.setattr(sae_readers, "ROWS", 8)
-    write(tmp_path, {name: tensor.bfloat16() for name, tensor in t.items()})
     with LargestFloat32() as largest:
         sae = load_sae(tmp_path, dtype=torch.bfloat16)
     assert 0 < largest.bytes <= max(8 * D, M) * 4       # a slice of a matrix, or a vector
     exact = {name for name, p in sae.named_parameters() if p.dtype != torch.bfloat16}
     assert exact <= {"threshold"}
+    assert all(map(torch.equal, sae.parameters(), whole.parameters()))
 
 
 def test_bfloat16_rounds_weights_once_and_thresholds_not_at_all(tmp_path, t):

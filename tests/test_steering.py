@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import adapted, random_sae, refuses, toy_text
 from lorasae.evals import steering
 from lorasae.evals.common import interval
-from lorasae.evals.report import print_tables
+from lorasae.evals.report import print_tables, with_interval
 from lorasae.lora import adapters
 from lorasae.runs.config import Config
 from lorasae.runs.setting import Setting
@@ -155,8 +155,14 @@ def test_the_picture_and_the_table_show_every_latent(setting, tmp_path, capsys):
     assert all(f"\nlatent {latent} " in shown for latent in latents)
     for row in numbers["rows"]:
         found = row["positive"]
-        assert f"{found['delta']:+.2f} ± {found['ci90']:.2f}" in re.sub(" +", " ", shown)
+        delta = with_interval(found["delta"], found["ci90"], "+.2f")
+        assert f" {delta} " in re.sub(" +", " ", shown)
         assert len(found["d"]["lora"]) == 8 and 1 <= found["documents"] <= 8
+        v = F.normalize(setting.saes[1].W_dec[row["latent"]], dim=0)
+        chosen = steering.examples_of(peak[:, row["latent"]], 16)
+        sides = {side: texts[some] for side, some in chosen.items()}
+        expected = steering.compare(setting.model, 1, v, sides)
+        assert all(row[side]["d"] == expected[side]["d"] for side in sides)
     figure = figures.Figure()
     steering.draw(numbers, figure)
     assert len(figure.axes) == 4

@@ -1,12 +1,7 @@
 """Several adapters in one pass: each ends as if trained alone, and every command accepts it."""
 import pytest
-import torch
 
-from helpers import command, metrics, moved, random_sae, read, without_costs, words
-from lorasae import adapt
-from lorasae.lora import add_lora, attach_lora, detach_lora, lora_parameters
-from lorasae.runs.adapting import Adapting
-from lorasae.runs.config import Config
+from helpers import command, metrics, read, without_costs, words
 
 RANKS = (1, 4, 16)
 RATES = (1e-3, 2e-3)
@@ -44,38 +39,3 @@ def test_each_adapter_equals_the_one_of_a_separate_run(site, tmp_path, model, se
                 assert line[value] == of_all[f"{value}_{short}"]
 
 
-def several(model, blocks, dropout=0.0):
-    """Adapters of each rank, detached and not the identity."""
-    found = []
-    for rank in RANKS:
-        torch.manual_seed(rank)
-        fresh = detach_lora(add_lora(model, blocks, rank, dropout=dropout))
-        found.append(moved(fresh, seed=rank))
-    return found
-
-
-def kind_of(model, saes, found):
-    config = Config(rank=RANKS, batch_size=2, context=32)
-    attach_lora(model, found[0])
-    return Adapting(model, saes, found, config)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_losses_and_gradients_match_each_adapter_alone_bit_for_bit(model, tokens, dropout):
-    tokens = tokens[:, :32]             # fills vector registers; a remainder rounds differently
-    found, saes = several(model, [2, 3], dropout), {1: random_sae("jumprelu", model)}
-    kind = kind_of(model.train(), saes, found)
-    part = kind.frozen(tokens)
-    torch.manual_seed(7)
-    losses, _ = kind.losses(part)
-    losses.sum().backward()
-    drawn = torch.rand(1)               # all have drawn the numbers that one alone draws
-    assert losses.shape == (len(RANKS),)
-    for loss, own in zip(losses, found):
-        parameters = lora_parameters(own)
-        attach_lora(model, own)
-        torch.manual_seed(7)
-        alone, _ = adapt.adapted_loss(model, saes, part, kind.first, kind.config)
-        assert torch.equal(drawn, torch.rand(1)) and loss.item() == alone.item()
-        for parameter, expected in zip(parameters, torch.autograd.grad(alone, parameters)):
-            assert torch.equal(parameter.grad, expected)

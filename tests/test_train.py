@@ -5,17 +5,23 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import command, metrics, misuse, read, refusal, transformers_model, words
+from conftest import GEMMA
+from helpers import (
+    command, counted, metrics, misuse, random_sae, read, refusal, transformers_model, words)
 from lorasae.io.saes import load_sae, save_sae
-from lorasae.runs import folder as run_folder
+from lorasae.lora import base
+from lorasae.runs import folder as run_folder, setting as run_setting
 from lorasae.runs.config import BOTH, OPTIONS, Config
-from lorasae.runs.setting import runs_in
+from lorasae.runs.folder import Run
+from lorasae.runs.setting import open_run, runs_in
 from lorasae.runs.training import same_model
 from lorasae.sae import TopK
 from test_bad_files import FILES as DAMAGES, JSONS
@@ -28,7 +34,8 @@ AGREES = ("ce_base", "ce_sae", "kl_sae", "gap_closed", "kl_gap_closed", "l0_sae"
 
 def test_a_run_prints_where_it_writes_how_far_it_is_and_what_it_found(site, tmp_path, capsys):
     run = tmp_path / "run"
-    command("train", *words(site, "lora"), "--out", run)
+    with counted(Run, "log") as logged, counted(torch.nn.functional, "dropout") as dropped:
+        command("train", *words(site, "lora"), "--out", run)
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert printed.err == ""                            # not a terminal: no progress bar
@@ -50,6 +57,11 @@ def test_a_run_prints_where_it_writes_how_far_it_is_and_what_it_found(site, tmp_
     assert config["rank"] == [4] and config["versions"].keys() == {"python", "torch", "numpy"}
     assert [line["step"] for line in metrics(run)] == [8, 10, 16, 20]
     assert metrics(run)[0].keys() == {"step", "tokens", "kl", "grad_norm"}
+    of_steps = [call.args[2] for call in logged.call_args_list[:8]]
+    for name in ("kl", "grad_norm"):
+        mean = sum(float(values[name]) for values in of_steps) / 8
+        assert metrics(run)[0][name] == pytest.approx(mean)
+    assert {call.args[2] for call in dropped.call_args_list} == {True, False}   # training, or not
 
 
 LEFT = {"config.json", "metrics.jsonl", "results.json", "checkpoint", "text", ".lock"}
@@ -75,6 +87,31 @@ def test_eval_of_a_runs_files_finds_what_training_found(finished, tmp_path, kind
         for name in names:
             assert results[name] == again[name], name
         assert len(names) >= (4 if kind in ("topk", "jumprelu", "e2e") else 6)
+
+
+def test_a_model_is_adapted_to_two_saes_on_its_mlps_outputs(site, tmp_path):
+    two = {layer: tmp_path / str(layer) for layer in (1, 2)}
+    for layer, folder in two.items():
+        sae = random_sae("topk", GEMMA["hidden_size"], seed=layer)
+        sae.site, sae.after_norm = "mlp", True
+        save_sae(sae, folder, model_name="gemma2", layer=layer, context=32)
+    arguments = words(site, "lora", "--site", "mlp", "--layer", *two, "--sae", *two.values())
+    command("train", *arguments, "--out", tmp_path / "run")
+    with counted(run_setting, "settled") as settled:
+        command("eval", tmp_path / "run", "--threads", 7)
+    assert settled.call_args.args[0].threads == 7
+    files = (tmp_path / "run/results.json", tmp_path / "run/eval-fidelity.json")
+    results, again = map(read, files)
+    assert all(results[name] == again[name] for name in AGREES)
+    assert results["l0_sae"].keys() == {"1", "2"}
+
+    setting = open_run(tmp_path / "run")
+    tokens = setting.text.held_out
+    for losses, attached in (("ce_adapted", nullcontext), ("ce_sae", partial(base, setting.model))):
+        with attached():
+            logits = setting.model(tokens, setting.saes)
+        ce = torch.nn.functional.cross_entropy(logits[:, :-1].mT, tokens[:, 1:])
+        assert results[losses] == pytest.approx(ce.item(), rel=1e-5)
 
 
 MODES = {"several": "lora", "both": BOTH}               # runs whose kind is not their method

@@ -491,7 +491,6 @@ def read_config(folder, device=None):
         config = Config(**as_fields(found))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    if device is None:
-        return config
+    device = device or config.device
     compile = config.compile and (device == config.device or device.startswith("cuda"))
     return replace(config, device=device, compile=compile)

@@ -105,12 +105,13 @@ def runs_in(folder):
     return [folder / name for name in names]
 
 
-def open_run(folder, device=None):
+def open_run(folder, device=None, threads=None):
     """The Setting of a finished run, with its adapter attached and the SAE that it trained, if any.
 
     Held-out text is in its text/, or in its parent's if several adapters trained side by side.
     """
-    config = settled(replace(read_config(folder, device), shard=False))
+    config = read_config(folder, device)
+    config = settled(replace(config, shard=False, threads=threads or config.threads))
     if config.trains_sae:
         config = replace(config, sae=(str((folder / "sae").resolve()),))
     run = folder if (folder / "text").exists() else folder.absolute().parent
