@@ -99,8 +99,7 @@ def show(name, folder):
         if not all(table.rows for table in tables):
             raise InputError(f"{path} holds no results: run --suite {name} again")
         shown = text(tables)
-    print(shown)
-    print(path, flush=True)
+    print(shown, path, sep="\n", flush=True)
     if hasattr(suite, "draw"):
         again = shlex.join(["python", "eval.py", str(folder), "--suite", name, "--draw"])
         with damage(path):

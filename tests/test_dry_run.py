@@ -1,4 +1,5 @@
 """--dry-run: what a run would fetch, train and hold in memory, from configurations alone."""
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -62,6 +63,9 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(site, plan, tmp_path, mo
 def test_the_time_is_estimated_from_an_earlier_run(site, finished, plan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished("lora"), tmp_path / "runs/earlier")
+    joint = shutil.copytree(finished("several"), tmp_path / "runs/joint")       # a slower pace
+    for path in (joint / "metrics.jsonl", joint / "rank-4/results.json"):
+        os.utime(path, (2e9, 2e9))                      # the newest
     (tmp_path / "runs/half").mkdir()
     (tmp_path / "runs/half/results.json").write_text("[]")              # not one of our runs
     assert "tokens/s of runs/earlier" in plan(*words(site, "lora", "--tokens", "1M"))["time"]

@@ -31,6 +31,7 @@ def test_recorded_settings_are_reused_without_measuring(monkeypatch):
         assert machine.settled(config) == config
         assert torch.get_num_threads() == used
         assert by_onednn(x, x) == (products == "onednn")
+    assert machine.settled(config, threads=1).threads == 1 == torch.get_num_threads()
 
 
 @pytest.mark.parametrize("slow, chosen", [("onednn", "mkl"), ("mkl", "onednn"), ("", "onednn")])

@@ -99,7 +99,7 @@ def test_a_model_is_adapted_to_two_saes_on_its_mlps_outputs(site, tmp_path):
     command("train", *arguments, "--out", tmp_path / "run")
     with counted(run_setting, "settled") as settled:
         command("eval", tmp_path / "run", "--threads", 7)
-    assert settled.call_args.args[0].threads == 7
+    assert settled.call_args.args[1] == 7
     files = (tmp_path / "run/results.json", tmp_path / "run/eval-fidelity.json")
     results, again = map(read, files)
     assert all(results[name] == again[name] for name in AGREES)

@@ -146,13 +146,15 @@ def memory(model_config, config, widths, first):
 def time_at_hand(config):
     """A run's time, from the speed of the newest run in runs/ with this model and method."""
     same = ("model", "method", "context", "batch_size", "rank", "device")
-    for path in sorted(RUNS.rglob("results.json"), key=os.path.getmtime, reverse=True):
+    for log in sorted(RUNS.rglob("metrics.jsonl"), key=os.path.getmtime, reverse=True):
+        run = log.parent
         with suppress(InputError, OSError):             # not a finished run
-            earlier = read_config(path.parent)
-            rate = read_object(path).take("tokens_per_second", float, above=0)
-            if all(getattr(earlier, name) == getattr(config, name) for name in same):
+            earlier = read_config(run)
+            rate = read_object(run / "results.json").take("tokens_per_second", float, above=0)
+            alike = all(getattr(earlier, name) == getattr(config, name) for name in same)
+            if alike and len(earlier.rates) == len(config.rates):
                 return (f"about {config.trained_tokens / rate / 60:,.0f} minutes, at the "
-                        f"{rate:,.0f} tokens/s of {path.parent}")
+                        f"{rate:,.0f} tokens/s of {run}")
     return "unknown: no run in runs/ has this model, method, context, batch size, rank and device"
 
 

@@ -23,10 +23,10 @@ LOOK = 0.2              # seconds spent watching other work on the cores
 SIZE, ROUNDS = 1024, 5  # of the matrix products that are timed: 0.1 s in all
 
 
-def settled(config):
-    """The Config with `threads` and `products` chosen, and PyTorch set to them."""
+def settled(config, threads=None):
+    """The Config with `threads` (or those given) and `products` chosen, and PyTorch set to them."""
     keep_freed_memory()
-    threads = config.threads or free_cores()
+    threads = threads or config.threads or free_cores()
     products = config.products
     if products is None and config.device == "cpu":
         products = distributed.agree(faster_library())

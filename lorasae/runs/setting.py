@@ -110,8 +110,7 @@ def open_run(folder, device=None, threads=None):
 
     Held-out text is in its text/, or in its parent's if several adapters trained side by side.
     """
-    config = read_config(folder, device)
-    config = settled(replace(config, shard=False, threads=threads or config.threads))
+    config = settled(replace(read_config(folder, device), shard=False), threads)
     if config.trains_sae:
         config = replace(config, sae=(str((folder / "sae").resolve()),))
     run = folder if (folder / "text").exists() else folder.absolute().parent
