@@ -21,7 +21,7 @@ from inspect import signature
 from lorasae.errors import InputError
 from lorasae.evals import (absorption, autointerp, benchmarks, distances, elsewhere, fidelity,
                            probing, scr, steering, tenths, tokens, tpp)
-from lorasae.evals.report import save_figure, text
+from lorasae.evals.report import as_text, save_figure
 from lorasae.io.console import Parser, few, one_line_errors
 from lorasae.io.files import damage, local, read_json, write_json
 from lorasae.runs.setting import open_run, runs_in
@@ -98,7 +98,7 @@ def show(name, folder):
         tables = suite.tables(numbers)
         if not all(table.rows for table in tables):
             raise InputError(f"{path} holds no results: run --suite {name} again")
-        shown = text(tables)
+        shown = as_text(tables)
     print(shown, path, sep="\n", flush=True)
     if hasattr(suite, "draw"):
         again = shlex.join(["python", "eval.py", str(folder), "--suite", name, "--draw"])

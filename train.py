@@ -27,7 +27,7 @@ from lorasae.beyond.muon import muon
 from lorasae.beyond.recipe import tuned_recipe
 from lorasae.errors import InputError
 from lorasae.evals import fidelity
-from lorasae.evals.report import print_tables
+from lorasae.evals.report import as_text
 from lorasae.io.adapters import load_adapter
 from lorasae.io.console import Parser, one_line_errors, progress_line
 from lorasae.io.files import local
@@ -130,7 +130,7 @@ def merge(folder):
 
 def report(results, folder, config):
     """Prints the tables, how much of the gap was closed, and where the files are."""
-    print_tables(fidelity.tables(results))
+    print(as_text(fidelity.tables(results)))
     facts = [f"{results['tokens_per_second']:,.0f} tokens/s", f"{results['seconds']:.0f} s"]
     if results["peak_memory_bytes"]:
         facts.append(f"peak memory {results['peak_memory_bytes'] / 1e9:.2f} GB")

@@ -359,6 +359,7 @@ def test_an_endpoint_that_keeps_failing_is_quoted_in_one_line(endpoint, trouble,
 
 def test_only_http_addresses_are_endpoints_and_an_answer_may_be_empty(endpoint):
     for url, said in (("localhost:8000/v1", "http"), ("file:///etc/passwd", "http"), ("", "http"),
+                      ("http://localhost:80a/v1", "not sent: nonnumeric port"),
                       ("http://127.0.0.1:9/v1", "no answer: .*refused")):
         refuses(said, chat, url, "m", [], 5)
     endpoint.answer = lambda body: (200, b'{"choices": [{"message": {"content": null}}]}')

@@ -16,7 +16,7 @@ from helpers import (
 from lorasae.evals import distances, fidelity, tokens as token_suite
 from lorasae.evals.common import (
     interval, linearised, over_documents, ratio, t_quantile, without_interval)
-from lorasae.evals.report import Table, line, plus_minus, print_tables, with_interval
+from lorasae.evals.report import Table, as_text, line, plus_minus, with_interval
 from lorasae.lora import add_lora, base
 
 ALL = ("base", "sae", "adapted", "lora")                # settings of one model
@@ -165,7 +165,7 @@ def test_a_missing_interval_is_neither_printed_nor_drawn(capsys):
     assert plus_minus(None) == "" and with_interval(None, 1) == "" == with_interval(None, None)
     assert with_interval(0.5, None, "+.2f") == "+0.50"
     assert with_interval(2, 1, "+.1f") == "+2.0 ± 1.0"
-    print_tables([Table("", ["", "n"], [["one", 1.0]]), Table("two", ["x"], [["y"]], ["a note"])])
+    print(as_text([Table("", ["", "n"], [["one", 1.0]]), Table("two", ["x"], [["y"]], ["a note"])]))
     assert capsys.readouterr().out == "\n          n\none  1.0000\n\ntwo\n\nx\ny\n\na note\n"
 
     figures = pytest.importorskip("matplotlib.figure", reason="matplotlib draws the pictures")
@@ -288,7 +288,7 @@ def test_the_gap_is_that_of_the_original_sae(after, closed, kl_closed, won_back,
     assert numbers.get("won_back_by_adapters") == (won_back and pytest.approx(won_back))
     assert numbers["ce_before"] == 3 and numbers["excess_before"] == 1
     assert numbers["l0_before"] == {1: 8.0}
-    print_tables(fidelity.tables(json.loads(json.dumps(numbers))))      # as read from its file
+    print(as_text(fidelity.tables(json.loads(json.dumps(numbers)))))      # as read from its file
     shown = capsys.readouterr().out
     assert "with original SAE" in shown and f"gap closed {closed:.1%}" in shown
     assert ("adapters win back 25.0%" in shown) == (won_back is not None)
@@ -331,7 +331,7 @@ def test_tables_say_if_there_are_too_few_documents(model, sequences, capsys, tmp
     for suite in (fidelity, token_suite, distances):
         numbers = json.loads(json.dumps(suite.evaluate(setting), allow_nan=False))
         assert numbers["documents"] == 2
-        print_tables(suite.tables(numbers))
+        print(as_text(suite.tables(numbers)))
         shown = capsys.readouterr().out
         assert without_interval(2) in shown and "± 0" not in shown
         if suite is not fidelity:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import adapted, random_sae, refuses, toy_text
 from lorasae.evals import steering
 from lorasae.evals.common import interval
-from lorasae.evals.report import print_tables, with_interval
+from lorasae.evals.report import as_text, with_interval
 from lorasae.lora import adapters
 from lorasae.runs.config import Config
 from lorasae.runs.setting import Setting
@@ -150,7 +150,7 @@ def test_the_picture_and_the_table_show_every_latent(setting, tmp_path, capsys):
     latents = steering.choose_latents(peak, 2, least=16)
     numbers = steering.evaluate(setting, latents, examples=16)
     numbers = json.loads(json.dumps(numbers, allow_nan=False))
-    print_tables(steering.tables(numbers))
+    print(as_text(steering.tables(numbers)))
     shown = capsys.readouterr().out
     assert all(f"\nlatent {latent} " in shown for latent in latents)
     for row in numbers["rows"]:

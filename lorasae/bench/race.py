@@ -57,21 +57,18 @@ def race(what, build, device, quick, tolerance=None, rounds=ROUNDS):
         yield row
 
 
-def answer_of(contender):
-    return getattr(contender, "answer", contender)()
-
-
 def compare_answers(what, contenders, tolerance):
     """Raises RuntimeError if a tensor is off by more than `tolerance` relative to the first's norm.
 
     The default is 1e-5, or 1e-4 on CUDA, which adds 256,000 terms in a different order than a CPU.
     """
-    (first, contender), *others = contenders.items()
-    reference = answer_of(contender)
+    answers = ((name, getattr(contender, "answer", contender)())
+               for name, contender in contenders.items())
+    first, reference = next(answers)
     if tolerance is None:
         tolerance = 1e-4 if any(expected.is_cuda for expected in reference) else 1e-5
-    for name, contender in others:
-        for number, (found, expected) in enumerate(zip(answer_of(contender), reference)):
+    for name, answer in answers:
+        for number, (found, expected) in enumerate(zip(answer, reference)):
             error = ((found - expected).norm() / expected.norm()).item()
             if not error <= tolerance:                  # it may be NaN
                 raise RuntimeError(f"{what}: {name} disagrees with {first}: tensor {number} is off "
@@ -122,9 +119,9 @@ class Counting(TorchDispatchMode):
         if name == "mkldnn::_linear_pointwise":
             (*rows, m), (p, _) = shapes[:2]
             self.counts[1, math.prod(rows), m, p] += 1
-        elif name in ("aten::mm", "aten::bmm"):
-            *batch, n, m = shapes[0]
-            self.counts[math.prod(batch), n, m, shapes[1][-1]] += 1
+        elif name in ("aten::mm", "aten::bmm", "aten::addmm"):
+            (*batch, n, m), (*_, p) = shapes[-2:]       # addmm's first tensor is the bias
+            self.counts[math.prod(batch), n, m, p] += 1
         elif "scaled_dot_product" in name:
             backward = name.endswith("backward")
             B, H, T, C = shapes[backward]

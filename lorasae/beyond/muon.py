@@ -19,17 +19,15 @@ SMALLEST = 1e-7                                 # least norm to divide by: A's f
 
 def muon(groups, config):
     """Muon for matrices, AdamW for the rest. groups: parameter groups; each "params" a list."""
-    parts = []
-    for matrices in True, False:
-        chosen = []
-        for group in groups:
-            own = [parameter for parameter in group["params"] if (parameter.dim() == 2) == matrices]
-            if own:
-                chosen.append({**group, "params": own})
-        if chosen and matrices:
-            parts.append(Muon(chosen, config.lr, config.weight_decay))
-        elif chosen:
-            parts.append(adamw(chosen, config))
+    matrices, others = [], []
+    for group in groups:
+        matrices.append({**group, "params": [p for p in group["params"] if p.dim() == 2]})
+        rest = [p for p in group["params"] if p.dim() != 2]
+        if rest:                                        # a LoRA adapter has none
+            others.append({**group, "params": rest})
+    parts = [Muon(matrices, config.lr, config.weight_decay)]
+    if others:
+        parts.append(adamw(others, config))
     return Optimizers(*parts)
 
 

@@ -64,7 +64,7 @@ def post(address, body, headers):
     try:
         with build_opener(AsItIs).open(Request(address, body, headers), timeout=TIMEOUT) as reply:
             return reply.status, reply.read().decode(errors="replace") or reply.reason
-    except ValueError as error:                         # a malformed address
+    except (ValueError, http.client.InvalidURL) as error:               # a malformed address
         return "not sent", str(error)
     except (OSError, http.client.HTTPException) as error:
         return NO_ANSWER, str(error)

@@ -18,7 +18,6 @@ from lorasae.io.text import held_out, standard_library, text_of
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")   # large; in every Python
 PAIRS = (("asyncio", "email"), ("multiprocessing", "unittest"),
          ("logging", "importlib"), ("xml", "asyncio"))
-KINDS = ("code", "documentation")
 TRAIN, TEST = 240, 80                   # texts per class: two CPU cores read these in seconds
 SCR_TRAIN, SCR_TEST = 120, 40           # texts per quadrant
 PASSAGE = 240                           # characters: 60 to 80 tokens
@@ -65,7 +64,7 @@ def passages(package, packages):
     files = [file for file in standard_library() if file.name.startswith(f"{package}/")]
     files.sort(key=lambda file: (not held_out(file.name), sha256(file.name.encode()).hexdigest()))
 
-    found = {kind: Cut([], []) for kind in KINDS}
+    found = {"code": Cut([], []), "documentation": Cut([], [])}
     for_testing = sum(file.size for file in files) / 4
     for file in files:
         for cut, lines in zip(found.values(), split_source(text_of(file))):

@@ -58,7 +58,7 @@ def table_text(rows, headings):
     return "\n".join(lines)
 
 
-def text(tables):
+def as_text(tables):
     """Each table under its caption, followed by its notes."""
     parts = []
     for table in tables:
@@ -66,10 +66,6 @@ def text(tables):
         parts.append(table_text(table.rows, table.headings))
         parts += ["", *table.notes] if table.notes else []
     return "\n".join(parts)
-
-
-def print_tables(tables):
-    print(text(tables))
 
 
 # ---- Pictures ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from lorasae.errors import InputError
-from lorasae.evals.report import print_tables, save_figure
+from lorasae.evals.report import as_text, save_figure
 from lorasae.io.console import Parser, count, few, one_line_errors, progress_line
 from lorasae.io.files import damage, local, read_object, write_bytes, write_json
 from lorasae.paper import beyond, control, downstream, frontier, gap
@@ -226,10 +226,10 @@ def report(study, parts, reasons, command):
                 if part.draw:
                     save_figure(part.draw, numbers, png, command)
         if part in parts and tables:
-            print_tables(tables)
+            print(as_text(tables))
         if part in parts or found:
             sections.append((part, found, tables, png.read_bytes() if png.exists() else None))
-    print_tables([table_of_claims(claim for part, claim in claims if part in parts)])
+    print(as_text([table_of_claims(claim for part, claim in claims if part in parts)]))
 
     path = study.folder / "index.html"
     with damage(study.folder / "numbers"):

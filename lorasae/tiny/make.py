@@ -23,7 +23,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -149,8 +148,7 @@ def make_model(name, tokens):
 
     # All training text is one stream of tokens, with an EOS before each document.
     encodings = tokenizer.encode_batch(list(texts(tests=True)), add_special_tokens=False)
-    documents = [np.array([EOS, *encoding.ids]) for encoding in encodings]
-    stream = torch.from_numpy(np.concatenate(documents))
+    stream = torch.cat([torch.tensor([EOS, *encoding.ids]) for encoding in encodings])
     model = new_model(raw)
     steps = math.ceil(tokens / (BATCH * CONTEXT))
     train(model, stream, steps)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
 from lorasae.evals import fidelity
 from lorasae.io.console import Parser
@@ -84,8 +83,8 @@ def save_llama_scope(sae, folder, layer, norm, k):
         "decoder.weight": (c[:, None] * sae.W_dec).T,
         "decoder.bias": f * sae.b_dec,
     }
-    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-    write_bytes(folder / "checkpoints" / "final.safetensors", save(tensors))
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    write_tensors(folder / "checkpoints" / "final.safetensors", tensors)
     hook = f"blocks.{layer}.hook_resid_post"
     write_json(folder / "hyperparams.json", {
         "hook_point_in": hook, "hook_point_out": hook, "d_model": D, "d_sae": M,
